@@ -1,0 +1,37 @@
+"""The one thing the front door needs from the corridor behind it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from typing import Protocol
+
+from serve_app.errors import ServeAppError
+from serve_app.types import Chunk, GenerationRequest, ModelStatus
+
+
+class Gateway(Protocol):
+    """Sends requests to models. The HTTP layer knows nothing else of where models run."""
+
+    def stream(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
+        """Yield the tokens of one request; the last event of the last chunk has a finish reason.
+
+        Raises ServeAppError, before the first chunk or between chunks. Closing the generator
+        early cancels the request: its slot is free before the model's next step.
+        """
+        ...
+
+    def waiting_on(self, model: str) -> str:
+        """What a request without a first token waits for, in one word: "warming" or "queued"."""
+        ...
+
+    async def models(self) -> list[ModelStatus]:
+        """The state of every model of this service, in the order of the configuration."""
+        ...
+
+    async def metrics(self) -> bytes:
+        """The whole service's metrics in Prometheus' text format."""
+        ...
+
+    def refused(self, error: ServeAppError, model: str | None) -> None:
+        """Count a request that was answered with an error before or instead of its end."""
+        ...

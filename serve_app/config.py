@@ -1,0 +1,212 @@
+"""The one typed tree of configuration. Read once, frozen, unknown keys refused, every number bounded."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+class ConfigError(Exception):
+    """The configuration file cannot be used; the text lists every fault with its path."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Autoscaling(Section):
+    """Ray Serve's replica autoscaling. `min_replicas: 0` lets an idle model leave the machine."""
+
+    min_replicas: int = Field(1, ge=0)
+    max_replicas: int = Field(1, ge=1)
+    target_ongoing_requests: float = Field(32, gt=0)
+    upscale_delay_s: float = Field(10, ge=0)
+    downscale_delay_s: float = Field(300, ge=0)
+    downscale_to_zero_delay_s: float = Field(300, ge=0)
+    look_back_period_s: float = Field(10, gt=0)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Autoscaling:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(f"min_replicas {self.min_replicas} is above max_replicas {self.max_replicas}")
+        return self
+
+
+class Deployment(Section):
+    """What Ray Serve is told of one deployment. Times in seconds."""
+
+    max_ongoing_requests: int = Field(ge=1)
+    max_queued_requests: int = Field(ge=1)
+    num_replicas: int | None = Field(None, ge=1)
+    autoscaling: Autoscaling | None = None
+    health_check_period_s: float = Field(10, gt=0)
+    health_check_timeout_s: float = Field(30, gt=0)
+    graceful_shutdown_wait_loop_s: float = Field(2, gt=0)
+    graceful_shutdown_timeout_s: float = Field(30, ge=0)
+
+    @model_validator(mode="after")
+    def _one_way_to_scale(self) -> Deployment:
+        if (self.num_replicas is None) == (self.autoscaling is None):
+            raise ValueError("state exactly one of num_replicas and autoscaling")
+        return self
+
+    @property
+    def scales_to_zero(self) -> bool:
+        return self.autoscaling is not None and self.autoscaling.min_replicas == 0
+
+
+class Resources(Section):
+    """What one replica reserves of a Ray node. `num_gpus` may be a fraction."""
+
+    num_cpus: float = Field(1, ge=0)
+    num_gpus: float = Field(0, ge=0)
+    accelerator_type: str | None = None
+
+
+class Batching(Section):
+    """Admission by `@serve.batch`: how many requests enter the engine together, and how long the first waits."""
+
+    max_batch_size: int = Field(32, ge=1)
+    batch_wait_timeout_s: float = Field(0.002, ge=0, le=1)
+
+
+class Engine(Section):
+    """The continuous-batching loop of one replica.
+
+    `max_running` is the number of slots (sequences that decode together); the memory budget may
+    allow fewer. `max_context` caps prompt plus answer. `max_step_tokens` bounds the rows of one
+    forward pass, so that a long prompt is prefilled in chunks between decode steps.
+    """
+
+    max_running: int = Field(32, ge=1, le=1024)
+    max_waiting: int = Field(256, ge=1)
+    max_context: int = Field(2048, ge=16)
+    max_step_tokens: int = Field(256, ge=1)
+    kv_memory_fraction: float = Field(0.5, gt=0, le=0.95)
+    kv_memory_bytes: int | None = Field(None, ge=1)
+    flush_interval_s: float = Field(0.02, ge=0, le=0.5)
+    threads: int | None = Field(None, ge=1)
+
+
+class SamplingDefaults(Section):
+    """What a request gets for the fields it leaves out."""
+
+    temperature: float = Field(1.0, ge=0, le=2)
+    top_p: float = Field(1.0, gt=0, le=1)
+
+
+class Model(Section):
+    """One model: one deployment with an engine of its own.
+
+    `source` is `builtin:smollm2-135m`, a folder, a GGUF file, or a hub id (pinned by `revision`).
+    """
+
+    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]*$")
+    source: str = Field(min_length=1)
+    revision: str | None = None
+    trust_remote_code: bool = False
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device_map: str | dict[str, int | str] | None = None
+    sampling_defaults: SamplingDefaults = SamplingDefaults()
+    resources: Resources = Resources()
+    batching: Batching = Batching()
+    engine: Engine = Engine()
+    deployment: Deployment
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Model:
+        if self.batching.max_batch_size > self.deployment.max_ongoing_requests:
+            raise ValueError(
+                f"batching.max_batch_size {self.batching.max_batch_size} can never fill with "
+                f"deployment.max_ongoing_requests {self.deployment.max_ongoing_requests}"
+            )
+        if self.device == "cuda" and self.resources.num_gpus == 0:
+            raise ValueError("device: cuda needs resources.num_gpus above 0")
+        return self
+
+
+class Ingress(Section):
+    deployment: Deployment
+    num_cpus: float = Field(0, ge=0)
+
+
+class Limits(Section):
+    """What one request may ask for, and how long anybody waits. Times in seconds."""
+
+    max_body_bytes: int = Field(1_048_576, ge=1024)
+    max_batch_items: int = Field(256, ge=1)
+    request_timeout_s: float = Field(600, gt=0)
+    warm_wait_s: float = Field(30, gt=0)
+    heartbeat_s: float = Field(5, gt=0, le=10)
+
+
+class AppConfig(Section):
+    """The `args` of serve_config.yaml. The first model answers requests that name none."""
+
+    models: Annotated[tuple[Model, ...], Field(min_length=1)]
+    ingress: Ingress
+    limits: Limits = Limits()
+
+    @model_validator(mode="after")
+    def _distinct(self) -> AppConfig:
+        slugs = [deployment_name(model.name) for model in self.models]
+        twice = sorted({slug for slug in slugs if slugs.count(slug) > 1})
+        if twice:
+            raise ValueError(f"two models would share the deployment {', '.join(twice)}; give them distinct names")
+        return self
+
+
+def deployment_name(model: str) -> str:
+    """The Ray Serve deployment of a model: its name with what a deployment name cannot hold replaced."""
+    return "model-" + "".join(c if c.isalnum() or c in "._-" else "-" for c in model)
+
+
+class ServeFile(Section):
+    """What the start-up program needs of a Ray Serve config file: one application, its route and its args."""
+
+    name: str
+    route_prefix: str
+    args: AppConfig
+
+
+def load_serve_file(path: str | Path) -> ServeFile:
+    """Read the single application of a Ray Serve config file.
+
+    Raises ConfigError with every fault and its place when the file cannot be used.
+    """
+    try:
+        document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; pass --config with the path of a serve_config.yaml") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: {error}") from None
+    applications = document.get("applications") if isinstance(document, dict) else None
+    if not isinstance(applications, list) or len(applications) != 1 or not isinstance(applications[0], dict):
+        raise ConfigError(f"{path}: expected a Ray Serve config with exactly one entry under `applications`")
+    application: dict[str, Any] = applications[0]
+    try:
+        return ServeFile(
+            name=application.get("name", "default"),
+            route_prefix=application.get("route_prefix", "/"),
+            args=application.get("args", {}),
+        )
+    except ValidationError as error:
+        raise ConfigError(f"{path}:\n{describe(error)}") from None
+
+
+def describe(error: ValidationError) -> str:
+    """Every fault of a pydantic error, one a line: path, then what is wrong."""
+    return "\n".join(
+        f"  {'.'.join(str(part) for part in fault['loc']) or '(top)'}: {fault['msg']}" for fault in error.errors()
+    )
+
+
+def cache_dir() -> Path:
+    """Where converted models are kept: the user's cache folder, by the XDG base directory specification."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "serve_app"

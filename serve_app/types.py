@@ -1,0 +1,135 @@
+"""What crosses borders between rooms and processes: frozen data, no behaviour beyond derived values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class FinishReason(StrEnum):
+    """Why a sequence ended. `stop` covers the end token, stop token ids and stop strings."""
+
+    STOP = "stop"
+    LENGTH = "length"
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How one request wants its tokens chosen.
+
+    `temperature` 0 is greedy. `max_tokens` None means up to the model's context.
+    `top_k` 0, `top_p` 1 and `min_p` 0 switch the filter off. `logprobs` is how many
+    alternatives to report beside the chosen token; None reports nothing.
+    """
+
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ChatMessage:
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class TextPrompt:
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class TokenPrompt:
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ChatPrompt:
+    """Messages for the model's own chat template, which adds the assistant's turn."""
+
+    messages: tuple[ChatMessage, ...]
+
+
+Prompt = TextPrompt | TokenPrompt | ChatPrompt
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """One prompt for one model. `timeout_s` is what is left of the request's time at the receiver's door."""
+
+    id: str
+    model: str
+    prompt: Prompt
+    params: SamplingParams
+    timeout_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token of the vocabulary with its log probability before temperature and filters."""
+
+    token_id: int
+    token: str
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class Logprobs:
+    chosen: TokenLogprob
+    top: tuple[TokenLogprob, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """One generated token.
+
+    `text` is what this token released: "" while a stop string or half a character is held back.
+    `elapsed_s` counts from the request's arrival. `finish_reason` is set on the last event only.
+    """
+
+    token_id: int
+    text: str
+    elapsed_s: float
+    finish_reason: FinishReason | None = None
+    logprobs: Logprobs | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """The tokens of one flush, oldest first, with what is known of the request since admission.
+
+    `queue_s` is the time before the model began with this request's prompt.
+    """
+
+    events: tuple[TokenEvent, ...]
+    prompt_tokens: int
+    queue_s: float
+
+
+class ModelState(StrEnum):
+    """`asleep` is scaled to zero by intent: the next request wakes it."""
+
+    READY = "ready"
+    LOADING = "loading"
+    ASLEEP = "asleep"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelStatus:
+    """One model as an operator or a load balancer wants to see it. `detail` says why it is not ready."""
+
+    name: str
+    state: ModelState
+    detail: str = ""
