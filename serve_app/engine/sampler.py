@@ -1,0 +1,140 @@
+"""Chooses tokens. A draw depends on the request's seed and the token's position, never on its neighbours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from serve_app.engine.sequence import Sampled, Sequence
+from serve_app.types import Logprobs, TokenLogprob
+
+CANDIDATES = 256
+_MASK = 2**64 - 1
+
+
+def sample(logits: torch.Tensor, sequences: list[Sequence], token_text: Callable[[int], str]) -> list[Sampled]:
+    """One token for each row of `[R, V]` logits."""
+    logits = logits.float()
+    adjusted = _adjust(logits, sequences)
+    tokens = adjusted.argmax(-1).tolist()
+    drawn = [row for row, sequence in enumerate(sequences) if sequence.params.temperature > 0]
+    if drawn:
+        every = len(drawn) == len(sequences)
+        rows = adjusted if every else adjusted[drawn]
+        for row, token in zip(drawn, _draw(rows, [sequences[row] for row in drawn]), strict=True):
+            tokens[row] = token
+    return [
+        Sampled(token, None if sequence.params.logprobs is None else _logprobs(row, token, sequence, token_text))
+        for row, token, sequence in zip(logits, tokens, sequences, strict=True)
+    ]
+
+
+def uniform(seed: int, position: int) -> float:
+    """A number in [0, 1) with 52 bits that depends on seed and position only.
+
+    SplitMix64 used as a counter-based generator: Steele, Lea, Flood, "Fast splittable pseudorandom number
+    generators", OOPSLA 2014. With 52 bits, u * total is always below total in double precision.
+    """
+    z = (seed + (position + 1) * 0x9E3779B97F4A7C15) & _MASK
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+    return ((z ^ (z >> 31)) >> 12) * 2.0**-52
+
+
+def _adjust(logits: torch.Tensor, sequences: list[Sequence]) -> torch.Tensor:
+    """Penalties, and no end before min_tokens. Copies only when a row asks for something."""
+    asking = [(row, s) for row, s in enumerate(sequences) if _asks(s)]
+    if not asking:
+        return logits
+    logits = logits.clone()
+    for row, sequence in asking:
+        _adjust_row(logits[row], sequence)
+    return logits
+
+
+def _asks(sequence: Sequence) -> bool:
+    p = sequence.params
+    penalised = p.repetition_penalty != 1 or p.presence_penalty != 0 or p.frequency_penalty != 0
+    return penalised or sequence.generated < p.min_tokens
+
+
+def _adjust_row(row: torch.Tensor, sequence: Sequence) -> None:
+    """In place. Repetition counts prompt and answer (Keskar et al. 2019, CTRL); the other two the answer (OpenAI)."""
+    p = sequence.params
+    if p.repetition_penalty != 1:
+        seen = torch.tensor(sequence.tokens, device=row.device).unique()
+        value = row[seen]
+        row[seen] = torch.where(value > 0, value / p.repetition_penalty, value * p.repetition_penalty)
+    if sequence.generated and (p.presence_penalty or p.frequency_penalty):
+        answer = torch.tensor(sequence.tokens[sequence.prompt_len :], device=row.device)
+        said, times = answer.unique(return_counts=True)
+        row[said] -= p.presence_penalty + p.frequency_penalty * times
+    if sequence.generated < p.min_tokens:
+        row[[token for token in sequence.end_ids if token < row.shape[0]]] = -torch.inf
+
+
+def _draw(logits: torch.Tensor, sequences: list[Sequence]) -> list[int]:
+    """Inverse-transform sampling of rows `[M, V]`, in float64 so that the draw does not depend on summation order."""
+    params = [s.params for s in sequences]
+    device = logits.device
+    scaled = logits / torch.tensor([p.temperature for p in params], device=device)[:, None]
+    draws = torch.tensor(
+        [uniform(s.seed, s.generated) for s in sequences], dtype=torch.float64, device=device
+    )
+    filtered = [i for i, p in enumerate(params) if p.top_k > 0 or p.top_p < 1 or p.min_p > 0]
+    free = [i for i in range(len(params)) if i not in set(filtered)]
+    tokens = [0] * len(params)
+    if free:
+        ids = _pick(torch.softmax(scaled[free].double(), dim=-1), draws[free])
+        for i, token in zip(free, ids.tolist(), strict=True):
+            tokens[i] = token
+    if filtered:
+        chosen = _draw_filtered(scaled[filtered], draws[filtered], [sequences[i] for i in filtered], CANDIDATES)
+        for i, token in zip(filtered, chosen, strict=True):
+            tokens[i] = token
+    return tokens
+
+
+def _draw_filtered(scaled: torch.Tensor, draws: torch.Tensor, sequences: list[Sequence], candidates: int) -> list[int]:
+    """Top-k, then top-p of what is left, then min-p, on the most likely candidates: no sort of the vocabulary.
+
+    A row whose candidates do not hold what its filters ask for is drawn again from its full row.
+    """
+    params = [s.params for s in sequences]
+    vocabulary = scaled.shape[-1]
+    width = min(vocabulary, max(candidates, *(p.top_k for p in params)))
+    values, ids = scaled.topk(width, dim=-1)
+    probs = (values - scaled.logsumexp(dim=-1, keepdim=True)).double().exp()
+
+    def column(numbers: list[float]) -> torch.Tensor:
+        return torch.tensor(numbers, dtype=torch.float64, device=scaled.device)[:, None]
+
+    top_k = column([p.top_k or vocabulary for p in params])
+    top_p, min_p = column([p.top_p for p in params]), column([p.min_p for p in params])
+    weights = probs * (torch.arange(width, device=scaled.device) < top_k)
+    total = torch.where(top_k < vocabulary, weights.sum(-1, keepdim=True), 1.0)
+    cumulative = weights.cumsum(-1)
+    keep = (cumulative - weights < top_p * total) & (probs >= min_p * probs[:, :1])
+    enough = (top_k <= width) | (cumulative[:, -1:] >= top_p * total) | (probs[:, -1:] < min_p * probs[:, :1])
+    tokens: list[int] = ids.gather(1, _pick(weights * keep, draws)[:, None])[:, 0].tolist()
+    for i in [] if width == vocabulary else (~enough[:, 0]).nonzero()[:, 0].tolist():
+        tokens[i] = _draw_filtered(scaled[i : i + 1], draws[i : i + 1], [sequences[i]], vocabulary)[0]
+    return tokens
+
+
+def _pick(weights: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+    """Index `[M]` of the first column whose cumulative weight exceeds draw * total."""
+    cumulative = weights.cumsum(-1)
+    return torch.searchsorted(cumulative, (draws * cumulative[:, -1])[:, None], right=True)[:, 0]
+
+
+def _logprobs(row: torch.Tensor, token: int, sequence: Sequence, token_text: Callable[[int], str]) -> Logprobs:
+    """Of the model's own distribution, before penalties, temperature and filters."""
+    logprobs = row.log_softmax(-1)
+    values, ids = logprobs.topk(min(sequence.params.logprobs or 0, row.shape[0]))
+    top = zip(ids.tolist(), values.tolist(), strict=True)
+    return Logprobs(
+        TokenLogprob(token, token_text(token), logprobs[token].item()),
+        tuple(TokenLogprob(i, token_text(i), value) for i, value in top),
+    )

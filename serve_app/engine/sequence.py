@@ -1,0 +1,139 @@
+"""One request inside the engine, and the plain data of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from random import getrandbits
+from typing import Protocol
+
+from serve_app.engine.detokenizer import Decoder, Detokenizer
+from serve_app.engine.stream import TokenStream
+from serve_app.errors import ServeAppError
+from serve_app.types import FinishReason, Logprobs, Prompt, SamplingParams, TokenEvent
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """The token that a step chose for one sequence."""
+
+    token_id: int
+    logprobs: Logprobs | None = None
+
+
+class Sequence:
+    """Token ids so far, how many of them are in the KV arena, and where.
+
+    `tokens` is the prompt and then the answer. `computed` counts the tokens whose keys and values
+    are in slot `slot`; the sequence decodes when only its newest token is not.
+    """
+
+    __slots__ = (
+        "_detokenizer",
+        "computed",
+        "deadline",
+        "end_ids",
+        "limit",
+        "params",
+        "prompt_len",
+        "seed",
+        "slot",
+        "stream",
+        "tokens",
+    )
+
+    def __init__(
+        self, stream: TokenStream, prompt: Seq[int], decoder: Decoder, end_ids: frozenset[int], context: int
+    ) -> None:
+        params = stream.request.params
+        self.stream = stream
+        self.params: SamplingParams = params
+        self.tokens = list(prompt)
+        self.prompt_len = len(self.tokens)
+        self.computed = 0
+        self.slot: int | None = None
+        self.deadline = stream.arrived + stream.request.timeout_s
+        self.end_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else end_ids)
+        self.seed = getrandbits(63) if params.seed is None else params.seed
+        room = context - self.prompt_len
+        self.limit = room if params.max_tokens is None else min(room, params.max_tokens)
+        self._detokenizer = Detokenizer(decoder, params.stop)
+        stream.prompt_tokens = self.prompt_len
+
+    @property
+    def generated(self) -> int:
+        return len(self.tokens) - self.prompt_len
+
+    @property
+    def pending(self) -> int:
+        """Tokens that are not in the KV arena yet: 1 while decoding."""
+        return len(self.tokens) - self.computed
+
+    def accept(self, sampled: Sampled, now: float) -> TokenEvent:
+        """Append a sampled token and say what it means for the reader; sets the finish reason."""
+        self.tokens.append(sampled.token_id)
+        text, reason = self._read(sampled.token_id)
+        if reason is not None:
+            text += self._detokenizer.flush()
+        return TokenEvent(sampled.token_id, text, now - self.stream.arrived, reason, sampled.logprobs)
+
+    def _read(self, token_id: int) -> tuple[str, FinishReason | None]:
+        may_stop = self.generated >= self.params.min_tokens
+        if token_id in self.end_ids and may_stop:
+            return "", FinishReason.STOP
+        text, stopped = self._detokenizer.push(token_id, may_stop)
+        if stopped:
+            return text, FinishReason.STOP
+        return text, FinishReason.LENGTH if self.generated >= self.limit else None
+
+
+@dataclass(frozen=True, slots=True)
+class Advance:
+    """Feed the next `count` tokens of a sequence to the model; sample one when that completes its tokens.
+
+    Prefill, chunk and decode differ only in the number.
+    """
+
+    sequence: Sequence
+    count: int
+
+    @property
+    def samples(self) -> bool:
+        return self.count == self.sequence.pending
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One forward pass: decoding sequences by slot, then prompt chunks."""
+
+    advances: tuple[Advance, ...]
+
+    @property
+    def rows(self) -> int:
+        return sum(advance.count for advance in self.advances)
+
+
+class Text(Protocol):
+    """A model's tokenizer, seen from the engine."""
+
+    end_ids: frozenset[int]
+
+    def encode(self, prompts: Seq[Prompt]) -> list[list[int] | ServeAppError]:
+        """Token ids of each prompt, tokenised together; an error in the place of one that cannot be."""
+        ...
+
+    def decoder(self, prompt: Seq[int]) -> Decoder:
+        """A decoder for what follows this prompt."""
+        ...
+
+
+class Runner(Protocol):
+    """A model with a KV arena. Made and called on the engine's thread only."""
+
+    slots: int
+    context: int
+    text: Text
+
+    def run(self, step: Step) -> list[Sampled]:
+        """One forward pass; a token for each advance that samples, in order."""
+        ...

@@ -1,0 +1,87 @@
+"""A model's tokenizer: prompts and chat messages to ids, ids to text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from typing import Any
+
+import jinja2
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+from serve_app.errors import InvalidRequest, ServeAppError
+from serve_app.types import ChatPrompt, Prompt, TextPrompt, TokenPrompt
+
+# A decoder needs a little of the prompt to know, for example, whether its first token starts with a space.
+_CONTEXT_TOKENS = 8
+
+
+class StreamDecoder:
+    """Incremental decoding by the tokenizers library: whole characters only, special tokens left out."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Seq[int]) -> None:
+        self._tokenizer = tokenizer
+        self._stream = DecodeStream(ids=list(prompt[-_CONTEXT_TOKENS:]), skip_special_tokens=True)
+
+    def step(self, token_id: int) -> str:
+        return self._stream.step(self._tokenizer, token_id) or ""
+
+
+class HFText:
+    """Wraps a fast transformers tokenizer.
+
+    Works on the Rust tokenizer below it, whose methods used here leave it unchanged, because the engine's
+    thread decodes while the event loop's worker encodes.
+    """
+
+    def __init__(self, tokenizer: Any, end_ids: frozenset[int], vocabulary: int) -> None:
+        self._tokenizer = tokenizer
+        self._rust: Tokenizer = tokenizer.backend_tokenizer
+        self._rust.no_padding()
+        self._rust.no_truncation()
+        self._vocabulary = vocabulary
+        self.end_ids = end_ids
+
+    def encode(self, prompts: Seq[Prompt]) -> list[list[int] | ServeAppError]:
+        results: list[list[int] | ServeAppError] = [InvalidRequest("the prompt is empty", param="prompt")] * len(prompts)
+        plain, rendered = [], []
+        for i, prompt in enumerate(prompts):
+            if isinstance(prompt, TextPrompt):
+                plain.append((i, prompt.text))
+            elif isinstance(prompt, TokenPrompt):
+                results[i] = self._known(prompt)
+            else:
+                text = self._render(prompt)
+                if isinstance(text, ServeAppError):
+                    results[i] = text
+                else:
+                    rendered.append((i, text))
+        # A chat template writes the special tokens itself.
+        for texts, special in ((plain, True), (rendered, False)):
+            encodings = self._rust.encode_batch([text for _, text in texts], add_special_tokens=special)
+            for (i, _), encoding in zip(texts, encodings, strict=True):
+                if encoding.ids:
+                    results[i] = encoding.ids
+        return results
+
+    def decoder(self, prompt: Seq[int]) -> StreamDecoder:
+        return StreamDecoder(self._rust, prompt)
+
+    def token_text(self, token_id: int) -> str:
+        """One token by itself, special tokens by name."""
+        return str(self._rust.decode([token_id], skip_special_tokens=False))
+
+    def _known(self, prompt: TokenPrompt) -> list[int] | ServeAppError:
+        wrong = next((token for token in prompt.token_ids if not 0 <= token < self._vocabulary), None)
+        if wrong is not None:
+            return InvalidRequest(f"token id {wrong} is outside 0 to {self._vocabulary - 1}", param="prompt")
+        return list(prompt.token_ids) or InvalidRequest("the prompt is empty", param="prompt")
+
+    def _render(self, prompt: ChatPrompt) -> str | ServeAppError:
+        if not self._tokenizer.chat_template:
+            return InvalidRequest("this model has no chat template; use /v1/completions or /generate", param="messages")
+        messages = [{"role": message.role, "content": message.content} for message in prompt.messages]
+        try:
+            return str(self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        except jinja2.TemplateError as error:
+            return InvalidRequest(f"the model's chat template refuses these messages: {error}", param="messages")

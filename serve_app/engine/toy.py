@@ -1,0 +1,84 @@
+"""A model without weights: answers with its own prompt, over and over. For tests of everything around a model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence as Seq
+from urllib.parse import parse_qsl, urlsplit
+
+from serve_app.config import Engine
+from serve_app.engine.sequence import Sampled, Step
+from serve_app.errors import InvalidRequest, ServeAppError
+from serve_app.types import ChatPrompt, Logprobs, Prompt, TextPrompt, TokenLogprob
+
+END = 256
+
+
+class ToyDecoder:
+    """Bytes to text; an incomplete character is held back."""
+
+    def __init__(self) -> None:
+        self._pending = b""
+
+    def step(self, token_id: int) -> str:
+        if token_id >= END:
+            return ""
+        self._pending += bytes([token_id])
+        try:
+            text = self._pending.decode()
+        except UnicodeDecodeError as error:
+            if error.reason == "unexpected end of data":
+                return ""
+            text = self._pending.decode(errors="replace")
+        self._pending = b""
+        return text
+
+
+class ToyText:
+    """One token a byte of UTF-8; 256 ends an answer."""
+
+    end_ids = frozenset({END})
+
+    def encode(self, prompts: Seq[Prompt]) -> list[list[int] | ServeAppError]:
+        return [self._encode(prompt) for prompt in prompts]
+
+    def decoder(self, prompt: Seq[int]) -> ToyDecoder:
+        return ToyDecoder()
+
+    def _encode(self, prompt: Prompt) -> list[int] | ServeAppError:
+        if isinstance(prompt, TextPrompt):
+            return list(prompt.text.encode())
+        if isinstance(prompt, ChatPrompt):
+            return list("\n".join(f"{m.role}: {m.content}" for m in prompt.messages).encode())
+        if any(not 0 <= token <= END for token in prompt.token_ids):
+            return InvalidRequest(f"token ids of this model are 0 to {END}", param="prompt")
+        return list(prompt.token_ids)
+
+
+class ToyRunner:
+    """Token n of an answer is token n of the prompt, counted round; each step takes `step_ms`."""
+
+    def __init__(self, config: Engine, step_ms: float = 0, load_s: float = 0) -> None:
+        time.sleep(load_s)
+        self.slots = config.max_running
+        self.context = config.max_context
+        self.text = ToyText()
+        self._step_s = step_ms / 1e3
+
+    @classmethod
+    def from_source(cls, source: str, config: Engine) -> ToyRunner:
+        """From `builtin:toy`, or `builtin:toy?step_ms=5&load_s=2`."""
+        options = {key: float(value) for key, value in parse_qsl(urlsplit(source).query)}
+        return cls(config, **options)
+
+    def run(self, step: Step) -> list[Sampled]:
+        if self._step_s:
+            time.sleep(self._step_s)
+        sampled = []
+        for advance in step.advances:
+            if advance.samples:
+                sequence = advance.sequence
+                token = sequence.tokens[sequence.generated % sequence.prompt_len]
+                chosen = TokenLogprob(token, chr(token), 0.0)
+                sampled.append(Sampled(token, None if sequence.params.logprobs is None else Logprobs(chosen, ())))
+        return sampled
