@@ -1,0 +1,76 @@
+"""Many native bodies in one call: each is judged, run and answered for itself."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Sequence
+
+from starlette.requests import Request
+
+from serve_app.api.door import Door, generation_id
+from serve_app.api.frames import whole
+from serve_app.api.generation import collect
+from serve_app.api.refusal import native_error
+from serve_app.api.schema import GenerateBody
+from serve_app.api.tally import Tally, milliseconds, rate, usage
+from serve_app.errors import InvalidRequest, ServeAppError
+from serve_app.types import TextPrompt
+
+# One call may not fill every queue behind the door by itself.
+MOST_IN_FLIGHT = 32
+
+
+class Batch:
+    """One call's items and what became of them, in their order."""
+
+    def __init__(self, door: Door, http: Request, items: Sequence[object]) -> None:
+        self._door = door
+        self._request_id: str = http.state.request_id
+        self._id = generation_id(http)
+        self._items = items
+        self._results: list[dict[str, object]] = [{} for _ in items]
+        self._tallies: list[Tally] = []
+
+    async def run(self) -> dict[str, object]:
+        """The body of the answer. Cancelled, it leaves no generator open."""
+        began = self._door.clock()
+        waiting = iter(range(len(self._items)))
+        async with asyncio.TaskGroup() as group:
+            for _ in range(min(MOST_IN_FLIGHT, len(self._items))):
+                group.create_task(self._work(waiting))
+        return self._body(self._door.clock() - began)
+
+    async def _work(self, waiting: Iterator[int]) -> None:
+        for index in waiting:
+            self._results[index] = {"index": index, **await self._result(index)}
+
+    async def _result(self, index: int) -> dict[str, object]:
+        model: str | None = None
+        try:
+            body = GenerateBody.parse(self._items[index])
+            served = self._door.model(body.model)
+            model = served.name
+            params = body.params(served.sampling_defaults)
+            request = self._door.request(f"{self._id}-{index}", served, TextPrompt(body.prompt), params)
+            tally = await collect(self._door.gateway, request)
+        except ServeAppError as error:
+            self._door.gateway.refused(error, model)
+            return {"error": native_error(error, self._request_id)}
+        self._tallies.append(tally)
+        return whole(request, tally)
+
+    def _body(self, elapsed_s: float) -> dict[str, object]:
+        tokens = sum(tally.tokens for tally in self._tallies)
+        return {
+            "results": self._results,
+            "usage": usage(sum(tally.prompt_tokens for tally in self._tallies), tokens),
+            "metrics": {"elapsed_ms": milliseconds(elapsed_s), "tokens_per_second": rate(tokens, elapsed_s)},
+        }
+
+
+def check_size(items: Sequence[object], most: int, param: str) -> None:
+    """Raises InvalidRequest."""
+    if not items:
+        raise InvalidRequest(f"{param} is empty; send 1 to {most} items", param=param)
+    if len(items) > most:
+        raise InvalidRequest(f"{param} has {len(items)} items; send at most {most} in one call", param=param)

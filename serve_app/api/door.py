@@ -1,0 +1,42 @@
+"""What every route shares: the gateway, the configuration, the clock, and how an HTTP call becomes a request."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from uuid import uuid4
+
+from starlette.requests import Request
+
+from serve_app.api.gateway import Gateway
+from serve_app.config import AppConfig, Model
+from serve_app.errors import ModelNotFound
+from serve_app.types import GenerationRequest, Prompt, SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Door:
+    """`clock` gives monotonic seconds."""
+
+    gateway: Gateway
+    config: AppConfig
+    clock: Callable[[], float]
+
+    def model(self, name: str | None) -> Model:
+        """The named model, or the first of the configuration. Raises ModelNotFound."""
+        models = self.config.models
+        if name is None:
+            return models[0]
+        for model in models:
+            if model.name == name:
+                return model
+        known = ", ".join(model.name for model in models)
+        raise ModelNotFound(f"there is no model {name[:128]!r}; the models here are: {known}", param="model")
+
+    def request(self, id: str, model: Model, prompt: Prompt, params: SamplingParams) -> GenerationRequest:
+        return GenerationRequest(id, model.name, prompt, params, self.config.limits.request_timeout_s)
+
+
+def generation_id(http: Request) -> str:
+    """The call's id with a suffix of our own: two calls may carry the same client id."""
+    return f"{http.state.request_id}-{uuid4().hex[:12]}"

@@ -1,0 +1,70 @@
+"""The native dialect: the frames of a stream, and the whole answer."""
+
+from __future__ import annotations
+
+from serve_app.api.refusal import native_error
+from serve_app.api.sse import data, named
+from serve_app.api.tally import Tally
+from serve_app.errors import ServeAppError
+from serve_app.types import Chunk, GenerationRequest, Logprobs, TokenEvent, TokenLogprob
+
+# JSON has no infinity; OpenAI writes a token that cannot occur in the same way.
+LOWEST_LOGPROB = -9999.0
+
+
+class NativeFrames:
+    """One frame per token; `request_id` is what an error quotes."""
+
+    def __init__(self, request: GenerationRequest, request_id: str, include_text: bool) -> None:
+        self._request_id = request_id
+        self._include_text = include_text
+        self._logprobs = request.params.logprobs is not None
+        self._tally = Tally()
+
+    def chunk(self, chunk: Chunk) -> bytes:
+        self._tally.arrived(chunk)
+        return b"".join(data(self._frame(event)) for event in chunk.events)
+
+    def failure(self, error: ServeAppError) -> bytes:
+        return named("error", {"error": native_error(error, self._request_id), "finished": True})
+
+    def _frame(self, event: TokenEvent) -> dict[str, object]:
+        self._tally.count(event)
+        frame: dict[str, object] = {"token": event.text}
+        if self._include_text:
+            frame["text"] = self._tally.text
+        frame |= {"finished": event.finish_reason is not None, "metrics": self._tally.metrics()}
+        if self._logprobs:
+            frame["logprobs"] = native_logprobs(event.logprobs)
+        if event.finish_reason is not None:
+            frame |= {"finish_reason": event.finish_reason, "usage": self._tally.usage()}
+        return frame
+
+
+def whole(request: GenerationRequest, tally: Tally) -> dict[str, object]:
+    """The answer of /generate, and of one item of /generate_batch."""
+    body: dict[str, object] = {
+        "id": request.id,
+        "model": request.model,
+        "text": tally.text,
+        "finish_reason": tally.finish_reason,
+        "usage": tally.usage(),
+        "metrics": tally.metrics(),
+    }
+    if request.params.logprobs is not None:
+        body["logprobs"] = [native_logprobs(event.logprobs) for event in tally.events]
+    return body
+
+
+def native_logprobs(logprobs: Logprobs | None) -> dict[str, object] | None:
+    if logprobs is None:
+        return None
+    return {**_logprob(logprobs.chosen), "top": [_logprob(token) for token in logprobs.top]}
+
+
+def finite(logprob: float) -> float:
+    return max(logprob, LOWEST_LOGPROB)
+
+
+def _logprob(token: TokenLogprob) -> dict[str, object]:
+    return {"token_id": token.token_id, "token": token.token, "logprob": finite(token.logprob)}

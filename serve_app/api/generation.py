@@ -1,0 +1,111 @@
+"""One request's life at the front door: its tokens, the client who may leave, and a generator that is always closed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import logging
+from collections.abc import AsyncGenerator, Coroutine
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive
+
+from serve_app.api.gateway import Gateway
+from serve_app.api.refusal import opaque
+from serve_app.api.tally import Tally
+from serve_app.errors import ServeAppError
+from serve_app.types import Chunk, GenerationRequest
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+async def answer(gateway: Gateway, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
+    """The gateway's stream held to its contract: it ends in one finish reason, or raises ServeAppError."""
+    finished = False
+    try:
+        async with aclosing(gateway.stream(request)) as chunks:
+            async for chunk in chunks:
+                if not finished and chunk.events:
+                    finished = chunk.events[-1].finish_reason is not None
+                    yield chunk
+        if not finished:
+            raise RuntimeError("the model's stream ended without a finish reason")
+    except (Exception, asyncio.CancelledError) as error:
+        if _is_ours(error):
+            raise
+        if finished:  # the caller has the whole answer
+            log.warning("request %s failed after its end", request.id, exc_info=error)
+        elif isinstance(error, ServeAppError):
+            raise
+        else:
+            raise opaque(error, request.id) from error
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether we are being stopped. A cancellation that nobody here asked for is a failure behind the door."""
+    task = asyncio.current_task()
+    return isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling() > 0
+
+
+async def collect(gateway: Gateway, request: GenerationRequest) -> Tally:
+    """The whole answer. Raises ServeAppError."""
+    tally = Tally()
+    async with aclosing(answer(gateway, request)) as chunks:
+        async for chunk in chunks:
+            tally.arrived(chunk)
+            for event in chunk.events:
+                tally.count(event)
+    return tally
+
+
+async def pulse(chunks: AsyncGenerator[Chunk, None], every_s: float) -> AsyncGenerator[Chunk | None, None]:
+    """Chunks as they come, and None whenever `every_s` goes by without one. Closes `chunks` at its end."""
+    # The steps of one generator share one context, as if a single task ran it.
+    context = contextvars.copy_context()
+    step: asyncio.Task[Chunk | None] | None = None
+    try:
+        while True:
+            step = asyncio.create_task(_step(chunks), context=context)
+            while not (await asyncio.wait({step}, timeout=every_s))[0]:
+                yield None
+            chunk = step.result()
+            if chunk is None:
+                return
+            yield chunk
+    finally:
+        if step is not None:
+            await stop(step)
+        await chunks.aclose()
+
+
+async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """Do the work, or stop it when the client leaves. Raises ClientDisconnect."""
+    task = asyncio.create_task(work)
+    watch = asyncio.create_task(_gone(receive))
+    try:
+        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        await stop(task, watch)
+
+
+async def stop(*tasks: asyncio.Task[Any]) -> None:
+    """Cancel, and wait until every task has really ended."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _step(chunks: AsyncGenerator[Chunk, None]) -> Chunk | None:
+    return await anext(chunks, None)
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

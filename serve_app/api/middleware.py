@@ -1,0 +1,117 @@
+"""Pure ASGI layers around every route, outermost first: RequestId, LastResort, BodyLimit."""
+
+from __future__ import annotations
+
+import logging
+import re
+from uuid import uuid4
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect, Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serve_app.api.refusal import Refusals
+from serve_app.errors import BodyTooLarge
+
+log = logging.getLogger(__name__)
+
+SAFE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+
+
+class RequestId:
+    """Names the request: the client's own id if it is harmless in a log line, else a new one."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get("x-request-id", "")
+        request_id = given if SAFE_ID.fullmatch(given) else uuid4().hex
+
+        async def named(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
+
+        # A fresh dict: a server may hand the same lifespan state to every request.
+        scope["state"] = {**scope.get("state", {}), "request_id": request_id}
+        await self.app(scope, receive, named)
+
+
+class LastResort:
+    """Nothing unknown reaches the server: an exception is one opaque 500, a client that left is no error at all."""
+
+    def __init__(self, app: ASGIApp, refusals: Refusals) -> None:
+        self.app = app
+        self.refusals = refusals
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        try:
+            await self._answer(scope, receive, Wire(send))
+        except ClientDisconnect:
+            log.debug("request %s: the client left", scope["state"]["request_id"])
+
+    async def _answer(self, scope: Scope, receive: Receive, wire: Wire) -> None:
+        try:
+            await self.app(scope, receive, wire)
+        except ClientDisconnect:
+            raise
+        except Exception as error:
+            if wire.started:
+                raise  # the server cuts the connection, so the client sees that the answer is not whole
+            response = await self.refusals.unknown(Request(scope), error)
+            await response(scope, receive, wire)
+
+
+class Wire:
+    """The way to the client. A failed write means that the client left, whatever the server calls it."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self.started = False
+
+    async def __call__(self, message: Message) -> None:
+        self.started = True
+        try:
+            await self._send(message)
+        except OSError:
+            raise ClientDisconnect from None
+
+
+class BodyLimit:
+    """Refuses a body over `limit` bytes, by its declared length or by counting what comes in.
+
+    The refusal is raised from `receive`, so that it takes the same way as every other error.
+    """
+
+    def __init__(self, app: ASGIApp, limit: int) -> None:
+        self.app = app
+        self.limit = limit
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        header = Headers(scope=scope).get("content-length", "")
+        declared = int(header) if re.fullmatch(r"[0-9]{1,18}", header) else 0
+        counted = 0
+
+        async def limited() -> Message:
+            nonlocal counted
+            self._check(declared)
+            message = await receive()
+            counted += len(message.get("body", b""))
+            self._check(counted)
+            return message
+
+        await self.app(scope, limited, send)
+
+    def _check(self, size: int) -> None:
+        if size > self.limit:
+            raise BodyTooLarge(f"the body is over {self.limit} bytes; send a shorter prompt or fewer items")

@@ -1,0 +1,146 @@
+"""OpenAI's shapes: completions and chat completions, whole and in chunks."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+from serve_app.api.frames import finite
+from serve_app.api.refusal import openai_error
+from serve_app.api.sse import DONE, data
+from serve_app.api.tally import Tally
+from serve_app.errors import ServeAppError
+from serve_app.types import Chunk, FinishReason, GenerationRequest, Logprobs, TokenEvent, TokenLogprob
+
+Json = dict[str, object]
+
+
+class OpenAIFrames(ABC):
+    """What both kinds share. `created` is the wall clock in whole seconds."""
+
+    prefix: str
+    whole_object: str
+    chunk_object: str
+
+    def __init__(self, request: GenerationRequest, created: int, include_usage: bool) -> None:
+        self._request = request
+        self._created = created
+        self._include_usage = include_usage
+        self._tally = Tally()
+
+    @abstractmethod
+    def answer(self, tally: Tally) -> Json:
+        """What the only choice of a whole answer says."""
+
+    @abstractmethod
+    def piece(self, event: TokenEvent) -> Json:
+        """What the only choice of a chunk says."""
+
+    @abstractmethod
+    def logprobs(self, events: Sequence[TokenEvent], offset: int) -> Json:
+        """`offset` is where the text of the first event begins."""
+
+    def opening(self) -> bytes:
+        """Frames before the first token."""
+        return b""
+
+    def whole(self, tally: Tally) -> Json:
+        choice = self._choice(self.answer(tally), tally.events, 0, tally.finish_reason)
+        return self._body(self.whole_object, [choice]) | {"usage": tally.usage()}
+
+    def chunk(self, chunk: Chunk) -> bytes:
+        opening = self.opening() if self._tally.tokens == 0 else b""
+        self._tally.arrived(chunk)
+        frames = b"".join(self._frame(event) for event in chunk.events)
+        return opening + frames + (self._end() if self._tally.finish_reason else b"")
+
+    def failure(self, error: ServeAppError) -> bytes:
+        return data({"error": openai_error(error)}) + DONE
+
+    def data(self, choice: Json) -> bytes:
+        """One chunk with one choice. OpenAI writes `usage: null` when a later chunk will tell it."""
+        body = self._body(self.chunk_object, [choice])
+        return data(body | {"usage": None} if self._include_usage else body)
+
+    def _frame(self, event: TokenEvent) -> bytes:
+        offset = len(self._tally.text)
+        self._tally.count(event)
+        return self.data(self._choice(self.piece(event), [event], offset, event.finish_reason))
+
+    def _end(self) -> bytes:
+        usage = self._body(self.chunk_object, []) | {"usage": self._tally.usage()}
+        return (data(usage) if self._include_usage else b"") + DONE
+
+    def _choice(self, said: Json, events: Sequence[TokenEvent], offset: int, finish: FinishReason | None) -> Json:
+        asked = self._request.params.logprobs is not None
+        logprobs = self.logprobs(events, offset) if asked else None
+        return {"index": 0, **said, "logprobs": logprobs, "finish_reason": finish}
+
+    def _body(self, kind: str, choices: list[Json]) -> Json:
+        return {
+            "id": self.prefix + self._request.id,
+            "object": kind,
+            "created": self._created,
+            "model": self._request.model,
+            "choices": choices,
+        }
+
+
+class CompletionFrames(OpenAIFrames):
+    prefix = "cmpl-"
+    whole_object = chunk_object = "text_completion"
+
+    def answer(self, tally: Tally) -> Json:
+        return {"text": tally.text}
+
+    def piece(self, event: TokenEvent) -> Json:
+        return {"text": event.text}
+
+    def logprobs(self, events: Sequence[TokenEvent], offset: int) -> Json:
+        tokens: list[Logprobs] = []
+        offsets: list[int] = []
+        for event in events:
+            if event.logprobs is not None:
+                tokens.append(event.logprobs)
+                offsets.append(offset)
+            offset += len(event.text)
+        return {
+            "tokens": [token.chosen.token for token in tokens],
+            "token_logprobs": [finite(token.chosen.logprob) for token in tokens],
+            "top_logprobs": [_alternatives(token) for token in tokens],
+            "text_offset": offsets,
+        }
+
+
+class ChatFrames(OpenAIFrames):
+    prefix = "chatcmpl-"
+    whole_object = "chat.completion"
+    chunk_object = "chat.completion.chunk"
+
+    def opening(self) -> bytes:
+        delta: Json = {"role": "assistant", "content": ""}
+        return self.data({"index": 0, "delta": delta, "logprobs": None, "finish_reason": None})
+
+    def answer(self, tally: Tally) -> Json:
+        return {"message": {"role": "assistant", "content": tally.text}}
+
+    def piece(self, event: TokenEvent) -> Json:
+        return {"delta": {"content": event.text}}
+
+    def logprobs(self, events: Sequence[TokenEvent], offset: int) -> Json:
+        tokens = [event.logprobs for event in events if event.logprobs is not None]
+        return {
+            "content": [
+                _chat_token(token.chosen) | {"top_logprobs": [_chat_token(top) for top in token.top]}
+                for token in tokens
+            ]
+        }
+
+
+def _alternatives(token: Logprobs) -> dict[str, float]:
+    """The most likely tokens, and always the chosen one, as OpenAI has it."""
+    return {one.token: finite(one.logprob) for one in (*token.top, token.chosen)}
+
+
+def _chat_token(token: TokenLogprob) -> Json:
+    return {"token": token.token, "bytes": list(token.token.encode()), "logprob": finite(token.logprob)}

@@ -1,0 +1,74 @@
+"""The native endpoints, and what load balancers and Prometheus ask."""
+
+from __future__ import annotations
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from serve_app.api.batch import Batch, check_size
+from serve_app.api.document import read_document
+from serve_app.api.door import Door, generation_id
+from serve_app.api.frames import NativeFrames, whole
+from serve_app.api.generation import collect, unless_gone
+from serve_app.api.schema import BatchBody, GenerateBody, StreamBody
+from serve_app.api.sse import EventStream
+from serve_app.types import GenerationRequest, ModelState, ModelStatus, TextPrompt
+
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+# About one health check's period: asking for readiness more often teaches nothing.
+READY_RETRY_S = 5
+
+
+class NativeRoutes:
+    def __init__(self, door: Door) -> None:
+        self._door = door
+
+    async def generate(self, http: Request) -> Response:
+        request = self._request(http, GenerateBody.parse(await read_document(http)))
+        tally = await unless_gone(http.receive, collect(self._door.gateway, request))
+        return JSONResponse(whole(request, tally))
+
+    async def generate_stream(self, http: Request) -> Response:
+        body = StreamBody.parse(await read_document(http))
+        request = self._request(http, body)
+        frames = NativeFrames(request, http.state.request_id, body.include_text)
+        return EventStream(self._door.gateway, request, frames, self._door.config.limits.heartbeat_s)
+
+    async def generate_batch(self, http: Request) -> Response:
+        body = BatchBody.parse(await read_document(http))
+        items = body.items()
+        check_size(items, self._door.config.limits.max_batch_items, "requests" if body.prompts is None else "prompts")
+        # What the items share is judged once, for the whole call.
+        body.params(self._door.model(body.model).sampling_defaults)
+        return JSONResponse(await unless_gone(http.receive, Batch(self._door, http, items).run()))
+
+    def _request(self, http: Request, body: GenerateBody) -> GenerationRequest:
+        model = self._door.model(body.model)
+        http.state.model = model.name
+        params = body.params(model.sampling_defaults)
+        return self._door.request(generation_id(http), model, TextPrompt(body.prompt), params)
+
+
+class OperatorRoutes:
+    def __init__(self, door: Door) -> None:
+        self._gateway = door.gateway
+
+    async def health(self, http: Request) -> Response:
+        return JSONResponse({"status": "alive"})
+
+    async def ready(self, http: Request) -> Response:
+        """A model that sleeps by intent is ready: the next request wakes it."""
+        models = await self._gateway.models()
+        states = [_status(model) for model in models]
+        if all(model.state in (ModelState.READY, ModelState.ASLEEP) for model in models):
+            return JSONResponse({"status": "ready", "models": states})
+        headers = {"retry-after": str(READY_RETRY_S)}
+        return JSONResponse({"status": "not ready", "models": states}, status_code=503, headers=headers)
+
+    async def metrics(self, http: Request) -> Response:
+        return Response(await self._gateway.metrics(), headers={"content-type": METRICS_TYPE})
+
+
+def _status(model: ModelStatus) -> dict[str, str]:
+    return {"name": model.name, "state": model.state, "detail": model.detail}

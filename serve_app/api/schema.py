@@ -1,0 +1,114 @@
+"""The bodies of the native endpoints, and the sampling fields that both dialects share."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BeforeValidator, Field
+from pydantic_core import PydanticCustomError
+
+from serve_app.api.schema_body import Body
+from serve_app.config import SamplingDefaults
+from serve_app.errors import InvalidRequest
+from serve_app.types import SamplingParams
+
+MOST_TOKENS = 2**31 - 1  # far above any context; keeps what crosses borders within 32 bits
+
+
+def _one_or_many(value: object) -> object:
+    if not isinstance(value, str | list):
+        raise PydanticCustomError("stop_type", "Input should be a string or a list of strings")
+    return [value] if isinstance(value, str) else value
+
+
+TokenCount = Annotated[int, Field(ge=1, le=MOST_TOKENS)]
+TokenId = Annotated[int, Field(ge=0, le=MOST_TOKENS)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+StopString = Annotated[str, Field(min_length=1, max_length=256)]
+StopStrings = Annotated[list[StopString], Field(max_length=16, fail_fast=True), BeforeValidator(_one_or_many)]
+
+
+class SamplingFields(Body):
+    """How tokens are chosen. What is absent comes from the model's defaults, or switches its rule off."""
+
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=0, le=MOST_TOKENS)] = 0
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    repetition_penalty: Annotated[float, Field(gt=0, le=2)] = 1.0
+    presence_penalty: Penalty = 0.0
+    frequency_penalty: Penalty = 0.0
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] | None = None
+    stop: StopStrings = Annotated[list[StopString], Field(max_length=16, fail_fast=True), BeforeValidator(_one_or_many)]
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=64, fail_fast=True)] = []
+    ignore_eos: bool = False
+    min_tokens: Annotated[int, Field(ge=0, le=MOST_TOKENS)] = 0
+
+    def sampling(
+        self, defaults: SamplingDefaults, max_tokens: int | None, logprobs: int | None, greedy: bool = False
+    ) -> SamplingParams:
+        """Raises InvalidRequest when fields contradict each other."""
+        if max_tokens is not None and self.min_tokens > max_tokens:
+            raise InvalidRequest(
+                f"min_tokens {self.min_tokens} is above max_tokens {max_tokens}; lower it", param="min_tokens"
+            )
+        temperature = defaults.temperature if self.temperature is None else self.temperature
+        return SamplingParams(
+            max_tokens=max_tokens,
+            min_tokens=self.min_tokens,
+            temperature=0.0 if greedy else temperature,
+            top_p=defaults.top_p if self.top_p is None else self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            seed=self.seed,
+            stop=tuple(self.stop),
+            stop_token_ids=tuple(self.stop_token_ids),
+            ignore_eos=self.ignore_eos,
+            logprobs=logprobs,
+        )
+
+
+class NativeFields(SamplingFields):
+    model: str | None = None
+    max_tokens: TokenCount = 128
+    do_sample: bool | None = None
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+    def params(self, defaults: SamplingDefaults) -> SamplingParams:
+        params = self.sampling(defaults, self.max_tokens, self.logprobs, greedy=self.do_sample is False)
+        if self.do_sample and params.temperature == 0:
+            raise InvalidRequest(
+                "do_sample: true needs a temperature above 0; raise temperature or leave do_sample out",
+                param="do_sample",
+            )
+        return params
+
+
+class GenerateBody(NativeFields):
+    prompt: Annotated[str, Field(min_length=1)]
+
+
+class StreamBody(GenerateBody):
+    include_text: bool = True
+
+
+class BatchBody(NativeFields):
+    """Prompts that share their fields, or requests that bring their own. Items are judged one by one, later."""
+
+    prompts: list[object] | None = None
+    requests: list[object] | None = None
+
+    def items(self) -> list[object]:
+        """One native body each, not yet parsed. Raises InvalidRequest."""
+        shared = self.model_dump(exclude={"prompts", "requests"}, exclude_unset=True)
+        if self.prompts is not None and self.requests is None:
+            return [{**shared, "prompt": prompt} for prompt in self.prompts]
+        if self.requests is None or self.prompts is not None:
+            raise InvalidRequest("send exactly one of prompts and requests", param="prompts")
+        if shared:
+            name = next(iter(shared))
+            raise InvalidRequest(f"{name} goes with prompts; put it into each of the requests", param=name)
+        return self.requests

@@ -1,0 +1,81 @@
+"""The strict base of every HTTP body, and the sentence a caller reads when a field is wrong."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from serve_app.errors import InvalidRequest
+
+LONGEST_NAME = 64
+
+
+class Body(BaseModel):
+    """Nothing is converted, nothing is ignored. `nested` gives the body type behind a field that holds objects."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+    nested: ClassVar[Mapping[str, type[Body]]] = {}
+
+    @classmethod
+    def parse(cls, document: object) -> Self:
+        """Raises InvalidRequest, which names the first wrong field and counts the others."""
+        if not isinstance(document, dict):
+            raise InvalidRequest(f"expected a JSON object with the fields {_listed(cls.model_fields)}")
+        try:
+            return cls.model_validate(document)
+        except ValidationError as error:
+            faults = error.errors(include_url=False, include_input=False)
+            raise cls._refusal(faults) from None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, document: object) -> object:
+        """Clients send null for what they leave out, as OpenAI's schema allows."""
+        if not isinstance(document, dict):
+            return document
+        optional = {name for name, field in cls.model_fields.items() if not field.is_required()}
+        return {name: value for name, value in document.items() if value is not None or name not in optional}
+
+    @classmethod
+    def _refusal(cls, faults: Sequence[Mapping[str, Any]]) -> InvalidRequest:
+        first, others = faults[0], len(faults) - 1
+        location = [part for part in first["loc"] if not _is_tag(part)]
+        param = _path(location)
+        sentence = cls._unknown(location) if first["type"] == "extra_forbidden" else _sentence(param, first)
+        more = f" (and {others} more {'fault' if others == 1 else 'faults'})" if others else ""
+        return InvalidRequest(sentence + more, param=param)
+
+    @classmethod
+    def _unknown(cls, location: Sequence[str | int]) -> str:
+        owners = [part for part in location[:-1] if isinstance(part, str)]
+        fields = (cls.nested[owners[-1]] if owners else cls).model_fields
+        near = difflib.get_close_matches(str(location[-1])[:LONGEST_NAME], fields, n=1)
+        remedy = f"did you mean {near[0]}?" if near else f"the fields are {_listed(fields)}"
+        return f"{_path(location)} is not a field here; {remedy}"
+
+
+def _sentence(param: str, fault: Mapping[str, Any]) -> str:
+    if fault["type"] == "missing":
+        return f"{param} is required"
+    message: str = fault["msg"]
+    subject, _, rest = message.partition(" ")
+    return f"{param} {rest}" if subject == "Input" else f"{param}: {message}"
+
+
+def _is_tag(part: str | int) -> bool:
+    """Pydantic puts the chosen member of a union into the path; our tags are written in angle brackets."""
+    return isinstance(part, str) and part.startswith("<")
+
+
+def _path(location: Iterable[str | int]) -> str:
+    """As a caller would write it: messages[0].content."""
+    parts = (f"[{part}]" if isinstance(part, int) else f".{part[:LONGEST_NAME]}" for part in location)
+    return "".join(parts).removeprefix(".")
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(names)

@@ -1,0 +1,55 @@
+"""The whole graph on one screen: `import_path: serve_app.app:build` in serve_config.yaml."""
+
+# No `from __future__ import annotations` here: Ray reads the annotation of `build` to validate the args,
+# and would silently skip that for a string.
+from typing import Any
+
+from ray.serve import Application
+
+from serve_app.config import AppConfig, Deployment, Model, Resources, deployment_name
+from serve_app.deployments.hub import Hub
+from serve_app.deployments.ingress import Ingress
+from serve_app.deployments.replica import Replica
+
+# A model that cannot be loaded fails the deployment after this many tries, rather than Ray's 20.
+_CONSTRUCTOR_TRIES = 3
+
+
+def build(config: AppConfig) -> Application:
+    """Ingress -> one deployment a model; all of them report to the hub."""
+    assert isinstance(config, AppConfig), "Ray did not validate the args of serve_config.yaml"
+    hub = Hub.options(
+        num_replicas=1,
+        max_ongoing_requests=100,
+        max_queued_requests=1000,
+        ray_actor_options={"num_cpus": 0},
+        graceful_shutdown_timeout_s=2,
+    ).bind()
+    models = [_model(model).bind(model, hub) for model in config.models]
+    ingress = Ingress.options(
+        **_serve_options(config.ingress.deployment), ray_actor_options={"num_cpus": config.ingress.num_cpus}
+    )
+    return ingress.bind(config, models, hub)
+
+
+def _model(model: Model) -> Any:
+    return Replica.options(
+        name=deployment_name(model.name),
+        max_constructor_retry_count=_CONSTRUCTOR_TRIES,
+        ray_actor_options=_actor_options(model.resources),
+        **_serve_options(model.deployment),
+    )
+
+
+def _serve_options(deployment: Deployment) -> dict[str, Any]:
+    options = deployment.model_dump(exclude={"autoscaling", "num_replicas"})
+    if deployment.autoscaling is None:
+        return {**options, "num_replicas": deployment.num_replicas}
+    return {**options, "autoscaling_config": deployment.autoscaling.model_dump()}
+
+
+def _actor_options(resources: Resources) -> dict[str, Any]:
+    options: dict[str, Any] = {"num_cpus": resources.num_cpus, "num_gpus": resources.num_gpus}
+    if resources.accelerator_type is not None:
+        options["accelerator_type"] = resources.accelerator_type
+    return options

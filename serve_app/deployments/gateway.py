@@ -1,0 +1,245 @@
+"""From a request to the right model's replicas, and from Ray's errors to ours."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import AsyncGenerator
+from dataclasses import replace
+
+from ray import serve
+from ray.exceptions import RayError, RayTaskError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
+
+from serve_app.config import AppConfig, Model, deployment_name
+from serve_app.deployments.hub import Notice
+from serve_app.deployments.metrics import IngressMetrics, exposition
+from serve_app.errors import DeadlineExceeded, InternalError, NotReady, QueueFull, ServeAppError
+from serve_app.types import Chunk, GenerationRequest, ModelState, ModelStatus
+
+logger = logging.getLogger(__name__)
+
+_LOOK_S, _LOOK_READY_S = 1.0, 5.0
+_GRACE_S = 5.0
+
+
+class RayGateway:
+    """The Gateway of the HTTP layer, over deployment handles."""
+
+    def __init__(
+        self, config: AppConfig, handles: dict[str, DeploymentHandle], hub: DeploymentHandle, app_name: str, replica: str
+    ) -> None:
+        self._config = config
+        self._models = {model.name: model for model in config.models}
+        self._handles = {name: handle.options(stream=True) for name, handle in handles.items()}
+        self._hub = hub
+        self._app_name = app_name
+        self._replica = replica
+        self._metrics = IngressMetrics(replica)
+        self._statuses = {name: ModelStatus(name, ModelState.LOADING, "starting") for name in self._models}
+        self._mean_s = dict.fromkeys(self._models, 1.0)
+        self._load_s: dict[str, float] = {}
+        self._loading_since: dict[str, float] = {}
+        self._tasks = [asyncio.create_task(self._look_for_ever()), asyncio.create_task(self._push_for_ever())]
+
+    async def stream(
+        self, request: GenerationRequest, replica_wait_s: float | None = None
+    ) -> AsyncGenerator[Chunk, None]:
+        """See Gateway.stream. Times in the chunks count from this call."""
+        arrived = time.monotonic()
+        outcome, tokens, ttft_s = "cancelled", 0, 0.0
+        self._metrics.began(request)
+        try:
+            async for chunk in self._chunks(request, arrived, replica_wait_s):
+                if tokens == 0:
+                    ttft_s = chunk.events[0].elapsed_s
+                    self._metrics.first(request, chunk)
+                tokens += len(chunk.events)
+                self._metrics.sent(request, chunk)
+                reason = chunk.events[-1].finish_reason
+                if reason is not None:
+                    outcome = reason.value
+                yield chunk
+        except ServeAppError as error:
+            outcome = error.code
+            raise
+        finally:
+            elapsed_s = time.monotonic() - arrived
+            self._metrics.ended(request, outcome, tokens, ttft_s, elapsed_s)
+            if outcome in ("stop", "length"):
+                self._mean_s[request.model] += 0.1 * (elapsed_s - self._mean_s[request.model])
+
+    def waiting_on(self, model: str) -> str:
+        return "queued" if self._statuses[model].state is ModelState.READY else "warming"
+
+    async def models(self) -> list[ModelStatus]:
+        return list(self._statuses.values())
+
+    async def metrics(self) -> bytes:
+        others = [n for n in await self._notices() if n.replica != self._replica]
+        families = [family for notice in others for family in notice.families]
+        return exposition([*self._metrics.families(), *families])
+
+    def refused(self, error: ServeAppError, model: str | None) -> None:
+        self._metrics.refused(error.code, model or "")
+
+    def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+
+    async def _chunks(
+        self, request: GenerationRequest, arrived: float, replica_wait_s: float | None
+    ) -> AsyncGenerator[Chunk, None]:
+        """Chunks with times that count from `arrived` here, rather than from the replica's door."""
+        self._refuse_while_loading(self._models[request.model])
+        deadline = arrived + request.timeout_s + _GRACE_S
+        responses: DeploymentResponseGenerator = self._handles[request.model].generate.remote(request)
+        ended = False
+        try:
+            item = await self._first(responses, request, arrived, replica_wait_s)
+            offset = 0.0
+            if isinstance(item, Chunk):
+                offset = max(0.0, time.monotonic() - arrived - item.events[-1].elapsed_s)
+            while isinstance(item, Chunk):
+                ended = item.events[-1].finish_reason is not None
+                yield _later(item, offset)
+                if ended:
+                    return
+                item = await self._next(responses, request, deadline)
+            ended = True
+            raise item
+        finally:
+            if not ended:
+                responses.cancel()
+
+    async def _first(
+        self, responses: DeploymentResponseGenerator, request: GenerationRequest, arrived: float, limit_s: float | None
+    ) -> Chunk | ServeAppError:
+        """The first item. While there is no replica to send it, look up now and then whether one will come."""
+        task = asyncio.ensure_future(self._next(responses, request, arrived + request.timeout_s + _GRACE_S))
+        try:
+            while not task.done():
+                await asyncio.wait({task}, timeout=_LOOK_S)
+                status = self._statuses[request.model]
+                too_long = limit_s is not None and time.monotonic() - arrived >= limit_s
+                if task.done() or status.state is ModelState.READY:
+                    continue
+                if status.state is ModelState.FAILED or too_long:
+                    return self._not_ready(status)
+            return task.result()
+        finally:
+            task.cancel()
+
+    async def _next(
+        self, responses: DeploymentResponseGenerator, request: GenerationRequest, deadline: float
+    ) -> Chunk | ServeAppError:
+        """The next item, or an error of ours for whatever Ray reports.
+
+        A replica ends a request that is out of time by itself; this is for one that cannot.
+        """
+        try:
+            async with asyncio.timeout(deadline - time.monotonic()):
+                item: Chunk | ServeAppError = await anext(responses)
+                return item
+        except TimeoutError:
+            return DeadlineExceeded(f"the request was not finished after {request.timeout_s:.0f} s")
+        except StopAsyncIteration:
+            return InternalError("the model ended this request without an answer")
+        except BackPressureError:
+            return QueueFull(
+                f"{request.model} has as many requests waiting as it takes; try again later",
+                retry_after_s=max(1.0, self._mean_s[request.model]),
+            )
+        except DeploymentUnavailableError:
+            return NotReady(f"{request.model} is not available: its deployment failed", retry_after_s=30)
+        except RayTaskError as error:
+            logger.error("replica failed on request %s: %s", request.id, error)
+            return InternalError("the model failed on this request")
+        except RayError as error:
+            logger.error("replica lost with request %s: %s", request.id, error)
+            return NotReady("the replica that served this request was lost; send it again", retry_after_s=1)
+
+    def _refuse_while_loading(self, model: Model) -> None:
+        """A model that scales to zero is waited for. One that should be up is refused until it is."""
+        status = self._statuses[model.name]
+        if status.state is ModelState.FAILED or (
+            status.state is ModelState.LOADING and not model.deployment.scales_to_zero
+        ):
+            raise self._not_ready(status)
+
+    def _not_ready(self, status: ModelStatus) -> NotReady:
+        """With an estimate from the last load of this model, less the time this one has run."""
+        if status.state is ModelState.FAILED:
+            return NotReady(f"{status.name} cannot be loaded; its operator will find why in the log", retry_after_s=60)
+        usual = self._load_s.get(status.name, 30.0)
+        ran = time.monotonic() - self._loading_since.get(status.name, time.monotonic())
+        detail = f" ({status.detail})" if status.detail else ""
+        return NotReady(
+            f"{status.name} is being loaded{detail}; send the request again in a moment",
+            retry_after_s=max(1.0, usual - ran),
+        )
+
+    async def _look_for_ever(self) -> None:
+        while True:
+            try:
+                await self._look()
+            except Exception:
+                # The controller may be restarting; replicas go on serving, so the last look still holds.
+                logger.warning("cannot read the deployments' status", exc_info=True)
+            ready = all(status.state is ModelState.READY for status in self._statuses.values())
+            await asyncio.sleep(_LOOK_READY_S if ready else _LOOK_S)
+
+    async def _look(self) -> None:
+        overview = (await asyncio.to_thread(serve.status)).applications.get(self._app_name)
+        if overview is None:
+            return
+        stages = {notice.model: notice.stage for notice in await self._notices() if notice.stage}
+        for name, model in self._models.items():
+            deployment = overview.deployments.get(deployment_name(name))
+            if deployment is not None:
+                states = {str(state.value): count for state, count in deployment.replica_states.items()}
+                self._note(_status(model, states, deployment.status.value, deployment.message, stages.get(name, "")))
+
+    def _note(self, status: ModelStatus) -> None:
+        """Keep a status, and learn from its changes how long this model takes to load."""
+        now = time.monotonic()
+        if status.state is ModelState.LOADING:
+            self._loading_since.setdefault(status.name, now)
+        else:
+            since = self._loading_since.pop(status.name, None)
+            if since is not None and status.state is ModelState.READY:
+                self._load_s[status.name] = math.ceil(now - since)
+        self._statuses[status.name] = status
+
+    async def _notices(self) -> list[Notice]:
+        notices: list[Notice] = await self._hub.notices.remote()
+        return notices
+
+    async def _push_for_ever(self) -> None:
+        while True:
+            try:
+                await self._hub.push.remote(Notice(self._replica, "", "", self._metrics.families()))
+            except Exception:
+                logger.debug("push failed", exc_info=True)
+            await asyncio.sleep(_LOOK_S)
+
+
+def _status(model: Model, replicas: dict[str, int], status: str, message: str, stage: str) -> ModelStatus:
+    """Ray's view of a deployment as ours."""
+    if replicas.get("RUNNING"):
+        return ModelStatus(model.name, ModelState.READY)
+    if status in ("DEPLOY_FAILED", "UNHEALTHY"):
+        return ModelStatus(model.name, ModelState.FAILED, " ".join(message.split())[:500])
+    starting = sum(replicas.get(state, 0) for state in ("STARTING", "UPDATING", "RECOVERING"))
+    if model.deployment.scales_to_zero and not starting:
+        return ModelStatus(model.name, ModelState.ASLEEP, "scaled to zero; the next request wakes it")
+    return ModelStatus(model.name, ModelState.LOADING, stage or "waiting for a node with room for it")
+
+
+def _later(chunk: Chunk, offset_s: float) -> Chunk:
+    """A chunk as seen from a door that the request passed `offset_s` earlier."""
+    events = tuple(replace(event, elapsed_s=event.elapsed_s + offset_s) for event in chunk.events)
+    return replace(chunk, events=events, queue_s=chunk.queue_s + offset_s)
