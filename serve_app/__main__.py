@@ -66,7 +66,9 @@ class Progress:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
-    signal.signal(signal.SIGTERM, _interrupt)
+    # Also for SIGINT: a shell that starts us in the background leaves it ignored.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
     progress = Progress()
     try:
         file = load_serve_file(arguments.config)
@@ -133,7 +135,8 @@ def _serve(arguments: argparse.Namespace, file: ServeFile, progress: Progress) -
         return 0
     finally:
         # A second Ctrl-C would leave processes behind.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
         progress.show("stopping")
         _stop(file, ours, deployed)
         progress.done("stopped")
@@ -151,7 +154,10 @@ def _connect(address: str) -> tuple[bool, str]:
         except ConnectionError as error:
             if address != "auto":
                 raise StartError(f"no Ray cluster answers at {address} ({error})") from None
-    context = ray.init(address="local", object_store_memory=_OBJECT_STORE_BYTES, **options)
+    # On loopback: a cluster of one machine has nobody to talk to outside.
+    context = ray.init(
+        address="local", _node_ip_address="127.0.0.1", object_store_memory=_OBJECT_STORE_BYTES, **options
+    )
     return True, context.dashboard_url or ""
 
 
@@ -174,10 +180,10 @@ def _deploy(arguments: argparse.Namespace, file: ServeFile, progress: Progress) 
 
     deployment = threading.Thread(target=run, daemon=True)
     deployment.start()
-    while deployment.is_alive() or not (failure or _ready(arguments, file, progress)):
+    while not failure and (deployment.is_alive() or not _ready(arguments, file, progress)):
         deployment.join(timeout=0.2)
-        if deployment.is_alive():
-            _ready(arguments, file, progress)
+        time.sleep(0.1)
+        _ready(arguments, file, progress)
     if failure:
         raise StartError(f"the deployment failed: {_reason(failure[0])}")
 

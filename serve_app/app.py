@@ -24,6 +24,7 @@ def build(config: AppConfig) -> Application:
         max_queued_requests=1000,
         ray_actor_options={"num_cpus": 0},
         graceful_shutdown_timeout_s=2,
+        logging_config={"enable_access_log": False},
     ).bind()
     models = [_model(model).bind(model, hub) for model in config.models]
     ingress = Ingress.options(
@@ -36,6 +37,7 @@ def _model(model: Model) -> Any:
     return Replica.options(
         name=deployment_name(model.name),
         max_constructor_retry_count=_CONSTRUCTOR_TRIES,
+        logging_config={"enable_access_log": False},  # the ingress has one, by request
         ray_actor_options=_actor_options(model.resources),
         **_serve_options(model.deployment),
     )

@@ -27,7 +27,7 @@ class Autoscaling(Section):
     upscale_delay_s: float = Field(10, ge=0)
     downscale_delay_s: float = Field(300, ge=0)
     downscale_to_zero_delay_s: float = Field(300, ge=0)
-    look_back_period_s: float = Field(10, gt=0)
+    look_back_period_s: float = Field(15, gt=10)
 
     @model_validator(mode="after")
     def _ordered(self) -> Autoscaling:

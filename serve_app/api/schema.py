@@ -39,7 +39,7 @@ class SamplingFields(Body):
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)] | None = None
-    stop: StopStrings = Annotated[list[StopString], Field(max_length=16, fail_fast=True), BeforeValidator(_one_or_many)]
+    stop: StopStrings = []
     stop_token_ids: Annotated[list[TokenId], Field(max_length=64, fail_fast=True)] = []
     ignore_eos: bool = False
     min_tokens: Annotated[int, Field(ge=0, le=MOST_TOKENS)] = 0

@@ -61,6 +61,8 @@ class Body(BaseModel):
 def _sentence(param: str, fault: Mapping[str, Any]) -> str:
     if fault["type"] == "missing":
         return f"{param} is required"
+    if fault["type"] == "model_type":
+        return f"{param} should be an object"
     message: str = fault["msg"]
     subject, _, rest = message.partition(" ")
     return f"{param} {rest}" if subject == "Input" else f"{param}: {message}"

@@ -9,20 +9,19 @@ import time
 from collections.abc import AsyncGenerator
 from dataclasses import replace
 
-from ray import serve
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
-from serve_app.config import AppConfig, Model, deployment_name
-from serve_app.deployments.hub import Notice
+from serve_app.config import AppConfig, Model
+from serve_app.deployments.hub import PUSH_INTERVAL_S, Board, Notice
 from serve_app.deployments.metrics import IngressMetrics, exposition
 from serve_app.errors import DeadlineExceeded, InternalError, NotReady, QueueFull, ServeAppError
 from serve_app.types import Chunk, GenerationRequest, ModelState, ModelStatus
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("ray.serve")
 
-_LOOK_S, _LOOK_READY_S = 1.0, 5.0
+_LOOK_S = 0.5
 _GRACE_S = 5.0
 
 
@@ -30,13 +29,12 @@ class RayGateway:
     """The Gateway of the HTTP layer, over deployment handles."""
 
     def __init__(
-        self, config: AppConfig, handles: dict[str, DeploymentHandle], hub: DeploymentHandle, app_name: str, replica: str
+        self, config: AppConfig, handles: dict[str, DeploymentHandle], hub: DeploymentHandle, replica: str
     ) -> None:
         self._config = config
         self._models = {model.name: model for model in config.models}
         self._handles = {name: handle.options(stream=True) for name, handle in handles.items()}
         self._hub = hub
-        self._app_name = app_name
         self._replica = replica
         self._metrics = IngressMetrics(replica)
         self._statuses = {name: ModelStatus(name, ModelState.LOADING, "starting") for name in self._models}
@@ -79,7 +77,7 @@ class RayGateway:
         return list(self._statuses.values())
 
     async def metrics(self) -> bytes:
-        others = [n for n in await self._notices() if n.replica != self._replica]
+        others = [n for n in (await self._board()).notices if n.replica != self._replica]
         families = [family for notice in others for family in notice.families]
         return exposition([*self._metrics.families(), *families])
 
@@ -185,23 +183,13 @@ class RayGateway:
     async def _look_for_ever(self) -> None:
         while True:
             try:
-                await self._look()
+                board = await self._board()
+                for model in self._models.values():
+                    self._note(_status(model, board) or self._statuses[model.name])
             except Exception:
-                # The controller may be restarting; replicas go on serving, so the last look still holds.
-                logger.warning("cannot read the deployments' status", exc_info=True)
-            ready = all(status.state is ModelState.READY for status in self._statuses.values())
-            await asyncio.sleep(_LOOK_READY_S if ready else _LOOK_S)
-
-    async def _look(self) -> None:
-        overview = (await asyncio.to_thread(serve.status)).applications.get(self._app_name)
-        if overview is None:
-            return
-        stages = {notice.model: notice.stage for notice in await self._notices() if notice.stage}
-        for name, model in self._models.items():
-            deployment = overview.deployments.get(deployment_name(name))
-            if deployment is not None:
-                states = {str(state.value): count for state, count in deployment.replica_states.items()}
-                self._note(_status(model, states, deployment.status.value, deployment.message, stages.get(name, "")))
+                # The hub may be starting or moving; replicas go on serving, so the last look still holds.
+                logger.debug("cannot read the board", exc_info=True)
+            await asyncio.sleep(_LOOK_S)
 
     def _note(self, status: ModelStatus) -> None:
         """Keep a status, and learn from its changes how long this model takes to load."""
@@ -214,9 +202,9 @@ class RayGateway:
                 self._load_s[status.name] = math.ceil(now - since)
         self._statuses[status.name] = status
 
-    async def _notices(self) -> list[Notice]:
-        notices: list[Notice] = await self._hub.notices.remote()
-        return notices
+    async def _board(self) -> Board:
+        board: Board = await self._hub.board.remote()
+        return board
 
     async def _push_for_ever(self) -> None:
         while True:
@@ -224,19 +212,23 @@ class RayGateway:
                 await self._hub.push.remote(Notice(self._replica, "", "", self._metrics.families()))
             except Exception:
                 logger.debug("push failed", exc_info=True)
-            await asyncio.sleep(_LOOK_S)
+            await asyncio.sleep(PUSH_INTERVAL_S)
 
 
-def _status(model: Model, replicas: dict[str, int], status: str, message: str, stage: str) -> ModelStatus:
-    """Ray's view of a deployment as ours."""
-    if replicas.get("RUNNING"):
+def _status(model: Model, board: Board) -> ModelStatus | None:
+    """A model's state by its replicas' notices; None while the board cannot know."""
+    stages = [notice.stage for notice in board.notices if notice.model == model.name]
+    if "" in stages:
         return ModelStatus(model.name, ModelState.READY)
-    if status in ("DEPLOY_FAILED", "UNHEALTHY"):
-        return ModelStatus(model.name, ModelState.FAILED, " ".join(message.split())[:500])
-    starting = sum(replicas.get(state, 0) for state in ("STARTING", "UPDATING", "RECOVERING"))
-    if model.deployment.scales_to_zero and not starting:
+    if stages:
+        return ModelStatus(model.name, ModelState.LOADING, stages[0])
+    if model.name in board.failures:
+        return ModelStatus(model.name, ModelState.FAILED, board.failures[model.name])
+    if not board.complete:
+        return None
+    if model.deployment.scales_to_zero:
         return ModelStatus(model.name, ModelState.ASLEEP, "scaled to zero; the next request wakes it")
-    return ModelStatus(model.name, ModelState.LOADING, stage or "waiting for a node with room for it")
+    return ModelStatus(model.name, ModelState.LOADING, "no replica is up; Ray is starting one")
 
 
 def _later(chunk: Chunk, offset_s: float) -> Chunk:

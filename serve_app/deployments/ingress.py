@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-from typing import Any
-
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
@@ -23,7 +20,7 @@ class Ingress:
         context = serve.get_replica_context()
         by_name = {model.name: handle for model, handle in zip(config.models, handles, strict=True)}
         self._config = config
-        self._gateway = RayGateway(config, by_name, hub, context.app_name, context.replica_id.unique_id)
+        self._gateway = RayGateway(config, by_name, hub, context.replica_id.unique_id)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return create_app(self._gateway, self._config)

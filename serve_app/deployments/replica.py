@@ -12,7 +12,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from serve_app.config import Model
-from serve_app.deployments.hub import Notice
+from serve_app.deployments.hub import PUSH_INTERVAL_S, Notice
 from serve_app.deployments.metrics import EngineMetrics
 from serve_app.engine.engine import Engine, EngineStalled
 from serve_app.engine.sequence import Runner
@@ -21,9 +21,9 @@ from serve_app.engine.toy import ToyRunner
 from serve_app.errors import ServeAppError
 from serve_app.types import Chunk, GenerationRequest
 
-logger = logging.getLogger(__name__)
+# Ray Serve's logger: what is written here stands in the replica's log, with its ids.
+logger = logging.getLogger("ray.serve")
 
-PUSH_INTERVAL_S = 1.0
 READY = ""
 
 
@@ -36,6 +36,7 @@ class Replica:
         self._hub = hub
         self._id = serve.get_replica_context().replica_id.unique_id
         self._stage = "starting"
+        _log_to_serve()
         self._metrics: EngineMetrics | None = None
         self._pusher = asyncio.create_task(self._push_for_ever())
         self._admit.set_max_batch_size(model.batching.max_batch_size)
@@ -43,11 +44,13 @@ class Replica:
         self._engine = Engine(partial(_make_runner, model, self._report), model.engine)
         try:
             await asyncio.to_thread(self._engine.start)
-        except BaseException:
+        except BaseException as error:
             self._pusher.cancel()
+            await self._push(failed=f"{type(error).__name__}: {error}")
             raise
         self._metrics = EngineMetrics(model.name, self._id, self._engine)
         self._report(READY)
+        await self._push()
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Chunk | ServeAppError, None]:
         """Yield the request's tokens; an error is the last thing yielded, never raised, so that none loses its type.
@@ -99,13 +102,25 @@ class Replica:
 
     async def _push_for_ever(self) -> None:
         while True:
-            try:
-                families = self._metrics.families() if self._metrics else []
-                await self._hub.push.remote(Notice(self._id, self._model.name, self._stage, families))
-            except Exception:
-                # The hub may be starting or moving; the next push says everything again.
-                logger.debug("push failed", exc_info=True)
+            await self._push()
             await asyncio.sleep(PUSH_INTERVAL_S)
+
+    async def _push(self, failed: str = "") -> None:
+        families = self._metrics.families() if self._metrics else []
+        try:
+            await self._hub.push.remote(
+                Notice(self._id, self._model.name, failed or self._stage, families, failed=bool(failed))
+            )
+        except Exception:
+            # The hub may be starting or moving; the next push says everything again.
+            logger.debug("push failed", exc_info=True)
+
+
+def _log_to_serve() -> None:
+    """Let the engine's records go where the replica's go."""
+    ours = logging.getLogger("serve_app")
+    ours.handlers, ours.propagate = logger.handlers, False
+    ours.setLevel(logging.INFO)
 
 
 def _make_runner(model: Model, report: Callable[[str], None]) -> Runner:
