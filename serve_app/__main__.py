@@ -18,6 +18,7 @@ import time
 import urllib.error
 import urllib.request
 from contextlib import suppress
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
@@ -36,6 +37,7 @@ _ENVIRONMENT = {
 }
 # Tokens are tiny and pass by value; Ray's default is 30 % of the machine's memory.
 _OBJECT_STORE_BYTES = 128 * 2**20
+_LOOK_S = 0.2
 
 
 class StartError(Exception):
@@ -58,10 +60,11 @@ class Progress:
             print(elapsed + text, file=sys.stderr, flush=True)
         self._shown = text
 
-    def done(self, text: str) -> None:
-        self.show(text)
-        if self._live:
+    def end(self) -> None:
+        """Let what is printed next begin on a line of its own."""
+        if self._live and self._shown:
             print(file=sys.stderr, flush=True)
+        self._shown = ""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -75,11 +78,11 @@ def main(argv: list[str] | None = None) -> int:
         _check_port(arguments.host, arguments.port)
         return _serve(arguments, file, progress)
     except (ConfigError, StartError) as error:
-        progress.done("stopped")
+        progress.end()
         print(f"serve_app: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        progress.done("stopped")
+        progress.end()
         return 130
 
 
@@ -118,17 +121,24 @@ def _check_port(host: str, port: int) -> None:
         raise StartError(f"cannot listen on {host}:{port}: {error}; choose another with --port") from None
 
 
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """The Ray that carries the service, and what of it is ours to stop."""
+
+    dashboard: str
+    ray_is_ours: bool
+    serve_is_ours: bool
+
+
 def _serve(arguments: argparse.Namespace, file: ServeFile, progress: Progress) -> int:
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     progress.show("starting Ray")
-    ours, dashboard = _connect(arguments.ray_address)
-    deployed = False
+    cluster = _connect(arguments.ray_address)
     try:
         progress.show("starting Ray Serve")
-        deployed = True
         _deploy(arguments, file, progress)
-        _print_banner(arguments, file, dashboard)
+        _print_banner(arguments, file, cluster.dashboard)
         threading.Event().wait()
         return 0
     except KeyboardInterrupt:
@@ -138,19 +148,20 @@ def _serve(arguments: argparse.Namespace, file: ServeFile, progress: Progress) -
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
         progress.show("stopping")
-        _stop(file, ours, deployed)
-        progress.done("stopped")
+        _stop(file, cluster)
+        progress.show("stopped")
+        progress.end()
 
 
-def _connect(address: str) -> tuple[bool, str]:
-    """Join a Ray cluster or start one: whether it is ours to stop, and its dashboard's address."""
+def _connect(address: str) -> Cluster:
+    """Join a Ray cluster, or start one."""
     import ray
 
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING, "configure_logging": True}
     if address != "local":
         try:
             context = ray.init(address=address, **options)
-            return False, context.dashboard_url or ""
+            return Cluster(context.dashboard_url or "", False, not _serve_runs())
         except ConnectionError as error:
             if address != "auto":
                 raise StartError(f"no Ray cluster answers at {address} ({error})") from None
@@ -158,7 +169,13 @@ def _connect(address: str) -> tuple[bool, str]:
     context = ray.init(
         address="local", _node_ip_address="127.0.0.1", object_store_memory=_OBJECT_STORE_BYTES, **options
     )
-    return True, context.dashboard_url or ""
+    return Cluster(context.dashboard_url or "", True, True)
+
+
+def _serve_runs() -> bool:
+    from ray.util import list_named_actors
+
+    return any(actor["namespace"] == "serve" for actor in list_named_actors(all_namespaces=True))
 
 
 def _deploy(arguments: argparse.Namespace, file: ServeFile, progress: Progress) -> None:
@@ -180,26 +197,28 @@ def _deploy(arguments: argparse.Namespace, file: ServeFile, progress: Progress) 
 
     deployment = threading.Thread(target=run, daemon=True)
     deployment.start()
-    while not failure and (deployment.is_alive() or not _ready(arguments, file, progress)):
-        deployment.join(timeout=0.2)
-        time.sleep(0.1)
-        _ready(arguments, file, progress)
-    if failure:
-        raise StartError(f"the deployment failed: {_reason(failure[0])}")
+    waiting: list[str] | None = []
+    while deployment.is_alive() or waiting is None or waiting:
+        if failure:
+            raise StartError(f"the deployment failed: {'; '.join(waiting or []) or _reason(failure[0])}")
+        time.sleep(_LOOK_S)
+        waiting = _waiting(arguments, file)
+        progress.show("starting the graph" if waiting is None else "; ".join(waiting))
+    progress.end()
 
 
-def _ready(arguments: argparse.Namespace, file: ServeFile, progress: Progress) -> bool:
-    """Whether every model can answer or be woken; shows what the others are doing."""
+def _waiting(arguments: argparse.Namespace, file: ServeFile) -> list[str] | None:
+    """What the models that cannot answer yet are doing; None while nobody is there to say."""
     try:
-        with urllib.request.urlopen(_url(arguments, file) + "/ready", timeout=2) as response:
-            return bool(response.status == 200)
+        with urllib.request.urlopen(_url(arguments, file) + "/ready", timeout=2):
+            return []
     except urllib.error.HTTPError as error:
         with suppress(ValueError, KeyError):
-            waiting = [model for model in json.load(error)["models"] if model["state"] not in ("ready", "asleep")]
-            progress.show("; ".join(f"{model['name']}: {model['detail']}" for model in waiting))
+            models = json.load(error)["models"]
+            return [f"{m['name']}: {m['detail']}" for m in models if m["state"] not in ("ready", "asleep")]
     except OSError:
-        progress.show("starting the graph")
-    return False
+        pass
+    return None
 
 
 def _reason(error: Exception) -> str:
@@ -211,15 +230,16 @@ def _reason(error: Exception) -> str:
     return lines[-1] if lines else repr(error)
 
 
-def _stop(file: ServeFile, ours: bool, deployed: bool) -> None:
+def _stop(file: ServeFile, cluster: Cluster) -> None:
+    """Take away what we brought. A Ray of our own goes down as a whole, which needs no care for its parts."""
     import ray
     from ray import serve
 
-    with suppress(Exception):
-        if ours:
-            serve.shutdown()
-        elif deployed:
+    if not cluster.ray_is_ours:
+        with suppress(Exception):
             serve.delete(file.name)
+            if cluster.serve_is_ours:
+                serve.shutdown()
     ray.shutdown()
 
 

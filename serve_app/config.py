@@ -201,8 +201,12 @@ def load_serve_file(path: str | Path) -> ServeFile:
 
 def describe(error: ValidationError) -> str:
     """Every fault of a pydantic error, one a line: path, then what is wrong."""
+    paths = [".".join(str(part) for part in fault["loc"]) for fault in error.errors()]
+    # A list with a faulty member is also reported as too short.
     return "\n".join(
-        f"  {'.'.join(str(part) for part in fault['loc']) or '(top)'}: {fault['msg']}" for fault in error.errors()
+        f"  {path or '(top)'}: {fault['msg']}"
+        for path, fault in zip(paths, error.errors(), strict=True)
+        if not any(other.startswith(f"{path}.") for other in paths)
     )
 
 

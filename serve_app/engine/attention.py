@@ -7,10 +7,12 @@ slot only. Decoding rows of neighbouring slots are one batched product; a prompt
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
@@ -84,16 +86,13 @@ class Layout:
 
 
 class LayerCache:
-    """Keys and values of one layer for all slots: `[slots, heads, length, dim]`.
-
-    Memory that no sequence has touched costs nothing on CPU: the zeroed pages are made on first write.
-    """
+    """Keys and values of one layer for all slots: `[slots, heads, length, dim]`."""
 
     def __init__(
         self, slots: int, heads: int, length: int, key_dim: int, value_dim: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.keys = torch.zeros(slots, heads, length, key_dim, dtype=dtype, device=device)
-        self.values = torch.zeros(slots, heads, length, value_dim, dtype=dtype, device=device)
+        self.keys = _zeros((slots, heads, length, key_dim), dtype, device)
+        self.values = _zeros((slots, heads, length, value_dim), dtype, device)
         self.heads = heads
         self.length = length
         self.layout: Layout | None = None
@@ -183,6 +182,13 @@ def attend(
     weights = weights.to(query.dtype).reshape(batch * shared, (heads // shared) * count, length)
     out = torch.bmm(weights, values.reshape(batch * shared, length, -1).to(query.dtype))
     return out.reshape(batch, heads, count, -1).transpose(1, 2)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """On CPU by calloc, whose pages take no memory until a sequence writes to them; torch.zeros writes to all of them."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
 
 class ShapeProbe:
