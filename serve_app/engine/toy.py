@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from codecs import getincrementaldecoder
 from collections.abc import Sequence as Seq
 from urllib.parse import parse_qsl, urlsplit
 
@@ -18,20 +19,10 @@ class ToyDecoder:
     """Bytes to text; an incomplete character is held back."""
 
     def __init__(self) -> None:
-        self._pending = b""
+        self._utf8 = getincrementaldecoder("utf-8")(errors="replace")
 
     def step(self, token_id: int) -> str:
-        if token_id >= END:
-            return ""
-        self._pending += bytes([token_id])
-        try:
-            text = self._pending.decode()
-        except UnicodeDecodeError as error:
-            if error.reason == "unexpected end of data":
-                return ""
-            text = self._pending.decode(errors="replace")
-        self._pending = b""
-        return text
+        return self._utf8.decode(bytes([token_id])) if token_id < END else ""
 
 
 class ToyText:
@@ -40,7 +31,7 @@ class ToyText:
     end_ids = frozenset({END})
 
     def encode(self, prompts: Seq[Prompt]) -> list[list[int] | ServeAppError]:
-        return [self._encode(prompt) for prompt in prompts]
+        return [self._encode(prompt) or InvalidRequest("the prompt is empty", param="prompt") for prompt in prompts]
 
     def decoder(self, prompt: Seq[int]) -> ToyDecoder:
         return ToyDecoder()
@@ -56,20 +47,24 @@ class ToyText:
 
 
 class ToyRunner:
-    """Token n of an answer is token n of the prompt, counted round; each step takes `step_ms`."""
+    """Token n of an answer is token n of the prompt, counted round; each step takes `step_ms`.
 
-    def __init__(self, config: Engine, step_ms: float = 0, load_s: float = 0) -> None:
+    With `log`, a line is appended to that file for each token made: monotonic seconds, and the request's id.
+    """
+
+    def __init__(self, config: Engine, step_ms: float = 0, load_s: float = 0, log: str | None = None) -> None:
         time.sleep(load_s)
         self.slots = config.max_running
         self.context = config.max_context
         self.text = ToyText()
         self._step_s = step_ms / 1e3
+        self._log = None if log is None else open(log, "a", buffering=1)  # noqa: SIM115 (as long as the process)
 
     @classmethod
     def from_source(cls, source: str, config: Engine) -> ToyRunner:
-        """From `builtin:toy`, or `builtin:toy?step_ms=5&load_s=2`."""
-        options = {key: float(value) for key, value in parse_qsl(urlsplit(source).query)}
-        return cls(config, **options)
+        """From `builtin:toy`, or `builtin:toy?step_ms=5&load_s=2&log=/tmp/tokens`."""
+        options = dict(parse_qsl(urlsplit(source).query))
+        return cls(config, float(options.get("step_ms", 0)), float(options.get("load_s", 0)), options.get("log"))
 
     def run(self, step: Step) -> list[Sampled]:
         if self._step_s:
@@ -80,5 +75,7 @@ class ToyRunner:
                 sequence = advance.sequence
                 token = sequence.tokens[sequence.generated % sequence.prompt_len]
                 chosen = TokenLogprob(token, chr(token), 0.0)
+                if self._log is not None:
+                    self._log.write(f"{time.monotonic():.6f} {sequence.stream.request.id}\n")
                 sampled.append(Sampled(token, None if sequence.params.logprobs is None else Logprobs(chosen, ())))
         return sampled
