@@ -123,11 +123,10 @@ def _check_port(host: str, port: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """The Ray that carries the service, and what of it is ours to stop."""
+    """The Ray that carries the service, and whether it is ours to stop."""
 
     dashboard: str
-    ray_is_ours: bool
-    serve_is_ours: bool
+    ours: bool
 
 
 def _serve(arguments: argparse.Namespace, file: ServeFile, progress: Progress) -> int:
@@ -148,7 +147,7 @@ def _serve(arguments: argparse.Namespace, file: ServeFile, progress: Progress) -
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
         progress.show("stopping")
-        _stop(file, cluster)
+        _stop(cluster)
         progress.show("stopped")
         progress.end()
 
@@ -161,15 +160,22 @@ def _connect(address: str) -> Cluster:
     if address != "local":
         try:
             context = ray.init(address=address, **options)
-            return Cluster(context.dashboard_url or "", False, not _serve_runs())
         except ConnectionError as error:
             if address != "auto":
                 raise StartError(f"no Ray cluster answers at {address} ({error})") from None
+        else:
+            if _serve_runs():
+                ray.shutdown()
+                raise StartError(
+                    "Ray Serve runs on this cluster already, with a port of its own: use `serve deploy` there, "
+                    "or --ray-address local for a Ray apart from it"
+                )
+            return Cluster(context.dashboard_url or "", ours=False)
     # On loopback: a cluster of one machine has nobody to talk to outside.
     context = ray.init(
         address="local", _node_ip_address="127.0.0.1", object_store_memory=_OBJECT_STORE_BYTES, **options
     )
-    return Cluster(context.dashboard_url or "", True, True)
+    return Cluster(context.dashboard_url or "", ours=True)
 
 
 def _serve_runs() -> bool:
@@ -230,16 +236,14 @@ def _reason(error: Exception) -> str:
     return lines[-1] if lines else repr(error)
 
 
-def _stop(file: ServeFile, cluster: Cluster) -> None:
+def _stop(cluster: Cluster) -> None:
     """Take away what we brought. A Ray of our own goes down as a whole, which needs no care for its parts."""
     import ray
     from ray import serve
 
-    if not cluster.ray_is_ours:
+    if not cluster.ours:
         with suppress(Exception):
-            serve.delete(file.name)
-            if cluster.serve_is_ours:
-                serve.shutdown()
+            serve.shutdown()
     ray.shutdown()
 
 

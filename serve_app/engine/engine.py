@@ -173,14 +173,14 @@ class Engine:
         self._step_started = now
         try:
             sampled = self._runner.run(step)
+            now_done = self._clock()
+            events = self._scheduler.commit(step, sampled, now_done)
         except Exception:
             logger.exception("step of %d rows failed", step.rows)
             self._fail(step)
             return
         finally:
             self._step_started = None
-        now_done = self._clock()
-        events = self._scheduler.commit(step, sampled, now_done)
         for sequence, event in events:
             sequence.stream.put(event)
         wake_all(sequence.stream for sequence, _ in events)

@@ -11,6 +11,8 @@ from serve_app.types import Logprobs, TokenLogprob
 
 CANDIDATES = 256
 _MASK = 2**64 - 1
+# A smaller divisor could make a logit infinite, and then a probability that is no number.
+_SMALLEST_DIVISOR = 1e-6
 
 
 def sample(logits: torch.Tensor, sequences: list[Sequence], token_text: Callable[[int], str]) -> list[Sampled]:
@@ -64,8 +66,8 @@ def _adjust_row(row: torch.Tensor, sequence: Sequence) -> None:
     p = sequence.params
     if p.repetition_penalty != 1:
         seen = torch.tensor(sequence.tokens, device=row.device).unique()
-        value = row[seen]
-        row[seen] = torch.where(value > 0, value / p.repetition_penalty, value * p.repetition_penalty)
+        value, penalty = row[seen], max(p.repetition_penalty, _SMALLEST_DIVISOR)
+        row[seen] = torch.where(value > 0, value / penalty, value * penalty)
     if sequence.generated and (p.presence_penalty or p.frequency_penalty):
         answer = torch.tensor(sequence.tokens[sequence.prompt_len :], device=row.device)
         said, times = answer.unique(return_counts=True)
@@ -78,7 +80,7 @@ def _draw(logits: torch.Tensor, sequences: list[Sequence]) -> list[int]:
     """Inverse-transform sampling of rows `[M, V]`, in float64 so that the draw does not depend on summation order."""
     params = [s.params for s in sequences]
     device = logits.device
-    scaled = logits / torch.tensor([p.temperature for p in params], device=device)[:, None]
+    scaled = logits / torch.tensor([max(p.temperature, _SMALLEST_DIVISOR) for p in params], device=device)[:, None]
     draws = torch.tensor(
         [uniform(s.seed, s.generated) for s in sequences], dtype=torch.float64, device=device
     )
@@ -99,11 +101,12 @@ def _draw(logits: torch.Tensor, sequences: list[Sequence]) -> list[int]:
 def _draw_filtered(scaled: torch.Tensor, draws: torch.Tensor, sequences: list[Sequence], candidates: int) -> list[int]:
     """Top-k, then top-p of what is left, then min-p, on the most likely candidates: no sort of the vocabulary.
 
-    A row whose candidates do not hold what its filters ask for is drawn again from its full row.
+    A row whose candidates do not hold what its filters ask for is drawn again by itself from as many as they need,
+    so that the width, which decides the order of equal values, is never a neighbour's.
     """
     params = [s.params for s in sequences]
     vocabulary = scaled.shape[-1]
-    width = min(vocabulary, max(candidates, *(p.top_k for p in params)))
+    width = min(vocabulary, candidates)
     values, ids = scaled.topk(width, dim=-1)
     probs = (values - scaled.logsumexp(dim=-1, keepdim=True)).double().exp()
 
@@ -116,17 +119,21 @@ def _draw_filtered(scaled: torch.Tensor, draws: torch.Tensor, sequences: list[Se
     total = torch.where(top_k < vocabulary, weights.sum(-1, keepdim=True), 1.0)
     cumulative = weights.cumsum(-1)
     keep = (cumulative - weights < top_p * total) & (probs >= min_p * probs[:, :1])
-    enough = (top_k <= width) | (cumulative[:, -1:] >= top_p * total) | (probs[:, -1:] < min_p * probs[:, :1])
+    keep[:, 0] = True  # whatever the smallest of filters is rounded to
+    reached = (cumulative[:, -1:] >= top_p * total) | (probs[:, -1:] < min_p * probs[:, :1])
+    enough = (top_k <= width) | ((top_k >= vocabulary) & reached)
     tokens: list[int] = ids.gather(1, _pick(weights * keep, draws)[:, None])[:, 0].tolist()
     for i in [] if width == vocabulary else (~enough[:, 0]).nonzero()[:, 0].tolist():
-        tokens[i] = _draw_filtered(scaled[i : i + 1], draws[i : i + 1], [sequences[i]], vocabulary)[0]
+        needed = params[i].top_k or vocabulary
+        tokens[i] = _draw_filtered(scaled[i : i + 1], draws[i : i + 1], [sequences[i]], needed)[0]
     return tokens
 
 
 def _pick(weights: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
     """Index `[M]` of the first column whose cumulative weight exceeds draw * total."""
     cumulative = weights.cumsum(-1)
-    return torch.searchsorted(cumulative, (draws * cumulative[:, -1])[:, None], right=True)[:, 0]
+    found = torch.searchsorted(cumulative, (draws * cumulative[:, -1])[:, None], right=True)[:, 0]
+    return found.clamp(max=weights.shape[1] - 1)  # weights that are no numbers must not fail the neighbours' step
 
 
 def _logprobs(row: torch.Tensor, token: int, sequence: Sequence, token_text: Callable[[int], str]) -> Logprobs:

@@ -45,7 +45,8 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> ServeAppError | None:
         """Queue a sequence, or say why not."""
-        if len(self._waiting) >= self._max_waiting:
+        # A free slot is nobody's to wait for: those in front of the queue take it before the next step.
+        if len(self._waiting) >= self._max_waiting + self._pool.free:
             return QueueFull(f"{self._max_waiting} requests wait for a slot already; try again later", retry_after_s=1)
         self._waiting.append(sequence)
         return None
@@ -91,9 +92,10 @@ class Scheduler:
         return events
 
     def fail(self, sequences: list[Sequence]) -> None:
-        """Let go of the sequences of a step that could not be run."""
+        """Let go of the sequences of a step that could not be run or taken in; some may have ended in it."""
         for sequence in sequences:
-            self._release(sequence)
+            if sequence.slot is not None:
+                self._release(sequence)
 
     def drain(self) -> list[Sequence]:
         """Let go of everything, for the end of the engine."""

@@ -45,6 +45,7 @@ class Sequence:
     def __init__(
         self, stream: TokenStream, prompt: Seq[int], decoder: Decoder, end_ids: frozenset[int], context: int
     ) -> None:
+        assert prompt, "a sequence without tokens would never advance"
         params = stream.request.params
         self.stream = stream
         self.params: SamplingParams = params

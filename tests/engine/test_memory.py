@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from serve_app.config import Engine as EngineConfig
+from serve_app.engine.memory import NotEnoughMemory, available_bytes, slots_that_fit
+
+MIB = 2**20
+
+
+@pytest.fixture
+def meminfo(tmp_path: Path) -> Path:
+    """A machine with 1000 MiB to spare."""
+    return written(tmp_path / "meminfo", f"MemTotal: 9999999 kB\nMemAvailable:   {1000 * 1024} kB\nBuffers: 1 kB\n")
+
+
+def written(path: Path, text: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(str(text))
+    return path
+
+
+def test_without_a_container_the_machine_decides(meminfo: Path, tmp_path: Path) -> None:
+    assert available_bytes(meminfo, tmp_path / "nowhere") == 1000 * MIB
+
+
+def test_this_machine_has_some_memory() -> None:
+    assert available_bytes() > 0
+
+
+def test_a_container_of_today_counts_its_page_cache_as_free(meminfo: Path, tmp_path: Path) -> None:
+    written(tmp_path / "memory.max", 500 * MIB)
+    written(tmp_path / "memory.current", 450 * MIB)
+    assert available_bytes(meminfo, tmp_path) == 50 * MIB
+    written(tmp_path / "memory.stat", f"anon 5\nactive_file 7\ninactive_file {100 * MIB}\n\n")
+    assert available_bytes(meminfo, tmp_path) == 150 * MIB
+    written(tmp_path / "memory.stat", "anon 5\n")
+    assert available_bytes(meminfo, tmp_path) == 50 * MIB
+
+
+def test_a_container_of_yesterday_is_understood(meminfo: Path, tmp_path: Path) -> None:
+    written(tmp_path / "memory/memory.limit_in_bytes", 300 * MIB)
+    written(tmp_path / "memory/memory.usage_in_bytes", 250 * MIB)
+    written(tmp_path / "memory/memory.stat", f"total_inactive_file {20 * MIB}\n")
+    assert available_bytes(meminfo, tmp_path) == 70 * MIB
+
+
+def test_a_container_without_a_limit_does_not_count(meminfo: Path, tmp_path: Path) -> None:
+    written(tmp_path / "memory.max", "max\n")
+    written(tmp_path / "memory.current", 450 * MIB)
+    assert available_bytes(meminfo, tmp_path) == 1000 * MIB
+
+
+def test_a_limit_without_a_usage_does_not_count(meminfo: Path, tmp_path: Path) -> None:
+    written(tmp_path / "memory.max", 500 * MIB)
+    assert available_bytes(meminfo, tmp_path) == 1000 * MIB
+
+
+def test_a_container_over_its_limit_has_nothing_left(meminfo: Path, tmp_path: Path) -> None:
+    written(tmp_path / "memory.max", 100)
+    written(tmp_path / "memory.current", 300)
+    assert available_bytes(meminfo, tmp_path) == 0
+
+
+def test_a_machine_that_does_not_tell_is_an_error_with_the_file(tmp_path: Path) -> None:
+    with pytest.raises(NotEnoughMemory, match="memless has no MemAvailable line"):
+        available_bytes(written(tmp_path / "memless", "MemTotal: 1 kB\n"))
+
+
+@pytest.mark.parametrize(
+    ("config", "slots"),
+    [
+        (EngineConfig(kv_memory_fraction=0.5), 5),
+        (EngineConfig(kv_memory_fraction=0.5, max_running=2), 2),
+        (EngineConfig(kv_memory_bytes=30 * MIB), 3),
+    ],
+)
+def test_as_many_slots_as_the_budget_and_the_configuration_allow(config: EngineConfig, slots: int) -> None:
+    assert slots_that_fit(config, free_bytes=100 * MIB, slot_bytes=10 * MIB) == slots
+
+
+def test_when_not_one_slot_fits_the_numbers_are_told() -> None:
+    with pytest.raises(NotEnoughMemory) as caught:
+        slots_that_fit(EngineConfig(max_context=4096), free_bytes=100 * MIB, slot_bytes=60 * MIB)
+    assert str(caught.value).startswith(
+        "one sequence of 4096 tokens needs 60 MiB of KV memory, the budget is 50 MiB (100 MiB free); lower"
+    )

@@ -1,0 +1,305 @@
+from __future__ import annotations
+
+import math
+import random
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+
+from serve_app.engine.sampler import sample, uniform
+from serve_app.engine.sequence import Sequence
+from serve_app.types import SamplingParams
+
+from .toys import request, sequence, sequences
+
+pytestmark = pytest.mark.model
+
+WARM = SamplingParams(max_tokens=None)
+GREEDY = SamplingParams(temperature=0.0)
+
+
+def noise(*shape: int, seed: int = 0, spread: float = 2.0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * spread
+
+
+def crowd(count: int, params: SamplingParams) -> list[Sequence]:
+    """The same wish with seeds 0, 1, 2 ..."""
+    return sequences([request(params=replace(params, seed=seed)) for seed in range(count)])
+
+
+def chosen(logits: torch.Tensor, members: list[Sequence]) -> list[int]:
+    return [sampled.token_id for sampled in sample(logits, members, str)]
+
+
+def draws(row: torch.Tensor, params: SamplingParams, count: int) -> list[int]:
+    return chosen(row.expand(count, -1), crowd(count, params))
+
+
+def reference(row: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+    """Probabilities after temperature, top-k, top-p of what is left, then min-p: a sort of the whole vocabulary."""
+    probs = torch.softmax(row.double() / params.temperature, dim=-1)
+    order = probs.argsort(descending=True).tolist()
+    if params.top_k:
+        order = order[: params.top_k]
+    total, mass, kept = math.fsum(probs[order].tolist()), 0.0, []
+    for token in order:
+        if mass >= params.top_p * total:
+            break
+        mass += probs[token].item()
+        if probs[token] >= params.min_p * probs[order[0]]:
+            kept.append(token)
+    result = torch.zeros_like(probs)
+    result[kept] = probs[kept]
+    return result / result.sum()
+
+
+def agrees(tokens: list[int], probs: torch.Tensor) -> bool:
+    """Pearson's chi-square, rare tokens pooled; four standard deviations by Wilson and Hilferty."""
+    counts, expected = Counter(tokens), (probs * len(tokens)).tolist()
+    observed_bins, expected_bins, rare_observed, rare_expected = [], [], 0, 0.0
+    for token, share in enumerate(expected):
+        if share < 5:
+            rare_observed, rare_expected = rare_observed + counts[token], rare_expected + share
+        else:
+            observed_bins.append(counts[token])
+            expected_bins.append(share)
+    if rare_expected >= 5:
+        observed_bins.append(rare_observed)
+        expected_bins.append(rare_expected)
+    freedom = len(expected_bins) - 1
+    if freedom == 0:
+        return True
+    statistic = sum((o - e) ** 2 / e for o, e in zip(observed_bins, expected_bins, strict=True))
+    return statistic < freedom * (1 - 2 / (9 * freedom) + 4 * math.sqrt(2 / (9 * freedom))) ** 3
+
+
+# What is chosen
+
+
+def test_greedy_is_the_argmax() -> None:
+    logits = noise(20, 1000)
+    assert chosen(logits, crowd(20, GREEDY)) == logits.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_draws_follow_the_softmax(temperature: float) -> None:
+    row, params = noise(30), replace(WARM, temperature=temperature)
+    tokens = draws(row, params, 2000)
+    assert agrees(tokens, reference(row, params))
+    assert not agrees(tokens, reference(row, replace(params, temperature=temperature * 1.5)))
+
+
+FILTERS = [
+    {"top_k": 1},
+    {"top_k": 5},
+    {"top_p": 0.6},
+    {"top_p": 0.01},
+    {"min_p": 0.2},
+    {"min_p": 1.0},
+    {"top_k": 10, "top_p": 0.7},
+    {"top_k": 12, "top_p": 0.9, "min_p": 0.1},
+    {"top_p": 0.95, "min_p": 0.05},
+    {"top_k": 10_000, "top_p": 0.5},
+]
+
+
+@pytest.mark.parametrize("filters", FILTERS, ids=str)
+@pytest.mark.parametrize(("vocabulary", "spread"), [(40, 2.0), (700, 3.0)])
+def test_filters_keep_what_a_naive_reference_keeps(filters: dict[str, float], vocabulary: int, spread: float) -> None:
+    row, params = noise(vocabulary, seed=3, spread=spread), replace(WARM, temperature=1.3, **filters)
+    expected = reference(row, params)
+    tokens = draws(row, params, 600)
+    assert set(tokens) <= set(expected.nonzero()[:, 0].tolist())
+    assert agrees(tokens, expected)
+
+
+@pytest.mark.parametrize(
+    "filters", [{"top_p": 0.9}, {"top_k": 300}, {"top_k": 350, "top_p": 0.9}, {"min_p": 0.3}, {"min_p": 0.001}], ids=str
+)
+def test_filters_that_want_more_than_the_candidates_are_still_exact(filters: dict[str, float]) -> None:
+    """On a nearly flat row of 400 tokens all of these keep more than 256."""
+    row, params = noise(400, seed=5, spread=0.3), replace(WARM, **filters)
+    expected = reference(row, params)
+    kept = set(expected.nonzero()[:, 0].tolist())
+    tokens = draws(row, params, 1200)
+    assert len(kept) > 256
+    assert set(tokens) <= kept
+    assert len(set(tokens)) > 0.9 * len(kept)
+    assert agrees([token % 40 for token in tokens], expected.view(10, 40).sum(0))
+
+
+@pytest.mark.parametrize(
+    "smallest", [{"temperature": 1e-40}, {"temperature": 1e-300}, {"top_p": 5e-324}, {"top_p": 5e-324, "top_k": 3}]
+)
+def test_the_smallest_of_values_choose_the_likeliest(smallest: dict[str, float]) -> None:
+    row = noise(500)
+    assert set(draws(row, replace(WARM, **smallest), 20)) == {int(row.argmax())}
+
+
+def test_the_smallest_repetition_penalty_makes_no_infinity() -> None:
+    params = replace(WARM, repetition_penalty=1e-40, seed=1)
+    row = noise(300).abs()
+    assert chosen(row[None], [sequence([1, 2, 3], params)])[0] == 1 + int(row[1:4].argmax())
+
+
+# Company
+
+
+def mixed(count: int) -> list[SamplingParams]:
+    rng = random.Random(11)
+    return [
+        SamplingParams(
+            temperature=rng.choice([0.0, 0.7, 1.0, 1.8]),
+            top_k=rng.choice([0, 0, 3, 300]),
+            top_p=rng.choice([1.0, 0.6, 0.99]),
+            min_p=rng.choice([0.0, 0.0, 0.1]),
+            repetition_penalty=rng.choice([1.0, 1.3]),
+            presence_penalty=rng.choice([0.0, 0.5]),
+            min_tokens=rng.choice([0, 5]),
+            seed=seed,
+        )
+        for seed in range(count)
+    ]
+
+
+@pytest.mark.parametrize("spread", [0.5, 2.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_draw_does_not_depend_on_its_neighbours_nor_on_its_row(spread: float, dtype: torch.dtype) -> None:
+    """With bfloat16's few digits many logits are equal, and their order must not be a neighbour's either."""
+    logits = noise(60, 2000, seed=9, spread=spread).to(dtype)
+    members = sequences([request(params=params) for params in mixed(60)])
+    alone = [chosen(logits[i : i + 1], [members[i]])[0] for i in range(60)]
+    for seed in range(3):
+        order = random.Random(seed).sample(range(60), 60 - 20 * seed)
+        assert chosen(logits[order], [members[i] for i in order]) == [alone[i] for i in order]
+
+
+@pytest.mark.parametrize("filters", [{}, {"top_k": 5}])
+def test_a_row_of_no_numbers_hurts_nobody_else(filters: dict[str, int]) -> None:
+    logits, members = noise(3, 400), crowd(3, replace(WARM, **filters))
+    expected = chosen(logits, members)
+    logits[1] = torch.nan
+    tokens = chosen(logits, members)
+    assert (tokens[0], tokens[2]) == (expected[0], expected[2])
+    assert 0 <= tokens[1] < 400
+
+
+def test_a_seed_gives_the_same_answer_again_and_another_seed_another() -> None:
+    logits = noise(40, 500, spread=1.0)
+
+    def answer(seed: int) -> list[int]:
+        asked = sequence(params=replace(WARM, seed=seed))
+        for row in logits:
+            asked.tokens += chosen(row[None], [asked])
+        return asked.tokens[asked.prompt_len :]
+
+    assert answer(7) == answer(7)
+    assert answer(7) != answer(8)
+    assert len(set(answer(7))) > 30, "a new draw for each position"
+
+
+def test_the_generator_is_even_over_positions_and_over_seeds() -> None:
+    for numbers in ([uniform(42, n) for n in range(4000)], [uniform(n, 0) for n in range(4000)]):
+        assert all(0 <= u < 1 for u in numbers)
+        assert agrees([int(u * 20) for u in numbers], torch.full((20,), 0.05))
+
+
+def test_the_generator_is_splitmix64() -> None:
+    """First outputs for seed 1234567 of the reference implementation, as Rosetta Code gives them."""
+    expected = [6457827717110365317, 3203168211198807973, 9817491932198370423]
+    assert [int(uniform(1234567, n) * 2**52) for n in range(3)] == [number >> 12 for number in expected]
+
+
+# Penalties and the shortest answer
+
+
+def penalised(row: list[float], asked: Sequence) -> list[float]:
+    """Word by word as the definitions have it."""
+    p, answer = asked.params, asked.tokens[asked.prompt_len :]
+    result = []
+    for token, logit in enumerate(row):
+        if token in asked.tokens:
+            logit = logit / p.repetition_penalty if logit > 0 else logit * p.repetition_penalty
+        if token in answer:
+            logit -= p.presence_penalty + p.frequency_penalty * answer.count(token)
+        if token in asked.end_ids and len(answer) < p.min_tokens:
+            logit = -math.inf
+        result.append(logit)
+    return result
+
+
+def test_penalties_are_those_of_a_naive_reference() -> None:
+    rng, vocabulary = random.Random(4), 8
+    logits = noise(150, vocabulary, spread=1.0)
+    members, expected = [], []
+    for row in logits:
+        asked = sequence(
+            [rng.randrange(vocabulary) for _ in range(3)],
+            SamplingParams(
+                temperature=0.0,
+                repetition_penalty=rng.choice([1.0, 0.6, 1.7]),
+                presence_penalty=rng.choice([0.0, -0.8, 0.8]),
+                frequency_penalty=rng.choice([0.0, -0.5, 0.5]),
+                min_tokens=rng.choice([0, 2, 9]),
+                stop_token_ids=(0, 1),
+            ),
+        )
+        asked.tokens += [rng.randrange(vocabulary) for _ in range(rng.choice([0, 1, 6]))]
+        members.append(asked)
+        reference_row = penalised(row.tolist(), asked)
+        expected.append(reference_row.index(max(reference_row)))
+    before = logits.clone()
+    tokens = chosen(logits, members)
+    assert tokens == expected
+    assert tokens != logits.argmax(-1).tolist()
+    assert torch.equal(logits, before), "the model's logits are left as they were"
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_no_end_before_min_tokens(temperature: float) -> None:
+    """Token 256, the toy's end, is by far the likeliest; ids beyond the vocabulary are let be."""
+    row = noise(300)
+    row[256] = 50.0
+    params = SamplingParams(temperature=temperature, min_tokens=2, stop_token_ids=(1000,), seed=0)
+    asked, ended = sequence(params=params), []
+    for _ in range(3):
+        (token,) = chosen(row[None], [asked])
+        asked.tokens.append(token)
+        ended.append(token == 256)
+    assert ended == [False, False, True]
+
+
+def test_min_tokens_without_any_end_changes_nothing() -> None:
+    row = noise(300)
+    asked = sequence(params=SamplingParams(temperature=0.0, min_tokens=2, ignore_eos=True))
+    assert chosen(row[None], [asked]) == [int(row.argmax())]
+
+
+# Logprobs
+
+
+def test_logprobs_are_the_models_own_before_penalties_temperature_and_filters() -> None:
+    row = noise(50)
+    params = SamplingParams(temperature=0.3, top_k=2, repetition_penalty=1.9, seed=1, logprobs=4)
+    (sampled,) = sample(row[None].bfloat16(), [sequence([1, 2, 3], params)], lambda token: f"<{token}>")
+    own = row.bfloat16().float().log_softmax(-1)
+    assert sampled.logprobs is not None
+    told, top = sampled.logprobs.chosen, sampled.logprobs.top
+    assert (told.token_id, told.token) == (sampled.token_id, f"<{sampled.token_id}>")
+    assert told.logprob == pytest.approx(own[sampled.token_id].item())
+    assert [t.logprob for t in top] == pytest.approx(own.sort(descending=True).values[:4].tolist())
+    assert [own[t.token_id].item() for t in top] == pytest.approx([t.logprob for t in top])
+
+
+@pytest.mark.parametrize(("asked", "told"), [(0, 0), (3, 3), (99, 10)])
+def test_as_many_alternatives_as_asked_for(asked: int, told: int) -> None:
+    (sampled,) = sample(noise(1, 10), [sequence(params=replace(GREEDY, logprobs=asked))], str)
+    assert sampled.logprobs is not None
+    assert len(sampled.logprobs.top) == told
+
+
+def test_nobody_is_told_logprobs_unasked() -> None:
+    (sampled,) = sample(noise(1, 10), crowd(1, GREEDY), str)
+    assert sampled.logprobs is None

@@ -1,0 +1,277 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import settings, strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from serve_app.config import Engine as EngineConfig
+from serve_app.engine.scheduler import Scheduler
+from serve_app.engine.sequence import Sampled, Sequence, Step
+from serve_app.engine.toy import ToyRunner
+from serve_app.errors import DeadlineExceeded, QueueFull
+from serve_app.types import SamplingParams, TokenEvent
+
+from .toys import request, sequence, sequences
+
+RUNNER = ToyRunner(EngineConfig())
+
+
+def asking(prompt: str, tokens: int) -> Sequence:
+    return sequence(prompt, SamplingParams(max_tokens=tokens), context=1000)
+
+
+def queued(scheduler: Scheduler, *added: Sequence) -> None:
+    assert [scheduler.add(s) for s in added] == [None] * len(added)
+
+
+def turn(scheduler: Scheduler, now: float = 0.0) -> tuple[Step, list[tuple[Sequence, TokenEvent]]]:
+    step = scheduler.plan(now)
+    return step, scheduler.commit(step, RUNNER.run(step), now)
+
+
+def counts(step: Step) -> list[tuple[int | None, int]]:
+    """Slot and number of tokens of every advance."""
+    return [(advance.sequence.slot, advance.count) for advance in step.advances]
+
+
+def test_nothing_to_do_is_an_empty_step() -> None:
+    scheduler = Scheduler(2, 8, 8)
+    assert scheduler.plan(0).advances == ()
+    assert scheduler.idle
+
+
+def test_a_prompt_is_prefilled_whole_and_then_decoded() -> None:
+    scheduler = Scheduler(2, 8, 8)
+    queued(scheduler, asking("abcd", 3))
+    steps = [counts(turn(scheduler)[0]) for _ in range(1)]
+    held = scheduler.tokens_held
+    steps += [counts(scheduler.plan(0))]
+    assert steps == [[(0, 4)], [(0, 1)]]
+    assert held == 4
+
+
+def test_a_long_prompt_is_chunked_and_its_token_comes_with_the_last_chunk() -> None:
+    scheduler = Scheduler(1, 4, 8)
+    queued(scheduler, asking("abcdefghij", 1))
+    rows, told = [], []
+    while not scheduler.idle:
+        step, events = turn(scheduler)
+        rows.append(step.rows)
+        told.append(len(events))
+    assert rows == [4, 4, 2]
+    assert told == [0, 0, 1]
+
+
+def test_a_long_prompt_does_not_starve_who_decodes() -> None:
+    scheduler = Scheduler(2, 8, 8)
+    decoder, long = asking("a", 40), asking("x" * 100, 1)
+    queued(scheduler, decoder, long)
+    for step_number in range(1, 15):
+        step, events = turn(scheduler)
+        assert (decoder, 1) in [(advance.sequence, advance.count) for advance in step.advances]
+        assert decoder.generated == step_number
+        assert step.rows <= 8
+        assert len(events) == 1
+    assert long.computed == 14 * 7
+
+
+def test_decoders_do_not_starve_a_prompt_even_when_rows_are_fewer_than_slots() -> None:
+    """max_step_tokens 1 is read as one row more than there are slots."""
+    scheduler = Scheduler(3, 1, 8)
+    queued(scheduler, asking("a", 90), asking("b", 90), asking("x" * 20, 1))
+    turn(scheduler)
+    assert [count for _, count in counts(scheduler.plan(0))] == [1, 1, 2]
+
+
+def test_a_prompt_left_over_by_the_budget_waits_in_its_slot() -> None:
+    scheduler = Scheduler(2, 4, 8)
+    queued(scheduler, asking("abcdef", 1), asking("xyz", 1))
+    assert counts(turn(scheduler)[0]) == [(0, 4)]
+    step, _ = turn(scheduler)
+    assert [advance.count for advance in step.advances] == [2, 2]
+
+
+def test_decoders_come_first_and_by_slot() -> None:
+    scheduler = Scheduler(3, 64, 8)
+    first, second = asking("a", 1), asking("b", 9)
+    queued(scheduler, first, second)
+    turn(scheduler)
+    queued(scheduler, asking("c", 9), asking("long one", 9))
+    turn(scheduler)
+    assert counts(scheduler.plan(0)) == [(0, 1), (1, 1), (2, 1)]
+    assert second.slot == 1
+
+
+def test_a_late_arrival_joins_at_the_next_step_and_a_finished_one_has_left_by_then() -> None:
+    scheduler = Scheduler(1, 64, 8)
+    first, late = asking("a", 1), asking("b", 1)
+    queued(scheduler, first, late)
+    assert [s for s, _ in turn(scheduler)[1]] == [first]
+    assert [s for s, _ in turn(scheduler)[1]] == [late]
+    scheduler.check()
+    assert scheduler.idle
+
+
+def test_the_queue_is_bounded_and_says_so() -> None:
+    scheduler = Scheduler(1, 64, 2)
+    queued(scheduler, asking("a", 9), asking("b", 9), asking("c", 9))
+    refusal = scheduler.add(asking("d", 9))
+    assert isinstance(refusal, QueueFull)
+    assert refusal.message == "2 requests wait for a slot already; try again later"
+    assert refusal.retry_after_s == 1
+    turn(scheduler)
+    assert isinstance(scheduler.add(asking("e", 9)), QueueFull)
+    assert (scheduler.running, scheduler.waiting) == (1, 2)
+
+
+def test_a_cohort_larger_than_the_queue_gets_in_while_slots_are_free() -> None:
+    scheduler = Scheduler(4, 64, 1)
+    queued(scheduler, *(asking("a", 9) for _ in range(5)))
+    turn(scheduler)
+    assert (scheduler.running, scheduler.waiting) == (4, 1)
+
+
+def test_the_start_is_noted_once() -> None:
+    scheduler = Scheduler(1, 64, 8)
+    first, second = asking("a", 2), asking("b", 1)
+    queued(scheduler, first, second)
+    for now in (5.0, 6.0, 7.0):
+        turn(scheduler, now)
+    assert (first.stream.started, second.stream.started) == (5.0, 7.0)
+
+
+def test_who_left_is_let_go_silently_wherever_it_was() -> None:
+    scheduler = Scheduler(1, 64, 8)
+    queued(scheduler, asking("a", 9), asking("b", 9), asking("c", 9))
+    turn(scheduler)
+    running, waiting, staying = (*scheduler._running, *scheduler._waiting)
+    running.stream.close()
+    waiting.stream.close()
+    assert scheduler.sweep(0) == []
+    assert [advance.sequence for advance in scheduler.plan(0).advances] == [staying]
+
+
+def test_whose_time_is_up_is_told_wherever_it_was() -> None:
+    scheduler = Scheduler(1, 64, 8)
+    running, waiting = sequence("a", timeout_s=5), sequence("b", timeout_s=5)
+    patient, gone = sequence("c"), sequence("d", timeout_s=5)
+    queued(scheduler, running, waiting, patient, gone)
+    turn(scheduler)
+    gone.stream.close()
+    assert scheduler.sweep(4.9) == []
+    expired = scheduler.sweep(5.0)
+    assert [s for s, _ in expired] == [running, waiting]
+    assert all(isinstance(error, DeadlineExceeded) for _, error in expired)
+    assert "not finished after 5 s (1 tokens)" in expired[0][1].message
+    assert [advance.sequence for advance in scheduler.plan(0).advances] == [patient]
+
+
+def test_a_failed_step_lets_go_of_its_own_only_also_of_those_that_ended_in_it() -> None:
+    scheduler = Scheduler(2, 64, 8)
+    ended, broken, later = asking("a", 1), asking("b", 9), asking("c", 1)
+    queued(scheduler, ended, broken, later)
+    step = scheduler.plan(0)
+    with pytest.raises(StopIteration):
+        scheduler.commit(step, [Sampled(1)], 0)
+    scheduler.fail([advance.sequence for advance in step.advances])
+    scheduler.check()
+    assert [advance.sequence for advance in scheduler.plan(0).advances] == [later]
+
+
+def test_more_tokens_than_asked_for_are_a_mistake_of_ours() -> None:
+    scheduler = Scheduler(1, 64, 8)
+    queued(scheduler, asking("a", 9))
+    with pytest.raises(AssertionError, match="sampled more tokens"):
+        scheduler.commit(scheduler.plan(0), [Sampled(1), Sampled(2)], 0)
+
+
+def test_draining_lets_go_of_everyone_in_order() -> None:
+    scheduler = Scheduler(1, 64, 8)
+    everyone = [asking("a", 9), asking("b", 9), asking("c", 9)]
+    queued(scheduler, *everyone)
+    turn(scheduler)
+    assert scheduler.drain() == everyone
+    assert scheduler.idle
+    scheduler.check()
+
+
+SLOTS, ROWS, QUEUE = 3, 5, 4
+
+
+class AnyHistory(RuleBasedStateMachine):
+    """Arrivals, steps, failures, departures and the clock, in any order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scheduler = Scheduler(SLOTS, ROWS, QUEUE)
+        self.now = 0.0
+        self.accepted: list[Sequence] = []
+        self.begun: list[Sequence] = []
+        self.ends: dict[Sequence, int] = {}
+
+    @rule(shapes=st.lists(st.tuples(st.integers(1, 14), st.integers(1, 5), st.integers(3, 90)), min_size=1, max_size=3))
+    def arrive(self, shapes: list[tuple[int, int, int]]) -> None:
+        asked = [request("abcdefghijklmn"[:n], timeout, SamplingParams(max_tokens=m)) for n, m, timeout in shapes]
+        for new in sequences(asked, arrived=self.now):
+            if self.scheduler.add(new) is None:
+                self.accepted.append(new)
+                self.ends[new] = 0
+            else:
+                assert self.scheduler.waiting >= QUEUE
+
+    @rule(wait=st.sampled_from([0.0, 1.0, 10.0]))
+    def step(self, wait: float) -> None:
+        self.now += wait
+        for late, _ in self.scheduler.sweep(self.now):
+            assert self.now >= late.deadline
+            self.ends[late] += 1
+        step = self.planned()
+        for done, event in self.scheduler.commit(step, RUNNER.run(step), self.now):
+            assert event.token_id == done.tokens[(done.generated - 1) % done.prompt_len]
+            self.ends[done] += event.finish_reason is not None
+
+    @rule()
+    def fail(self) -> None:
+        failed = [advance.sequence for advance in self.planned().advances]
+        self.scheduler.fail(failed)
+        for ended in failed:
+            self.ends[ended] += 1
+
+    @rule(choice=st.integers(0, 99))
+    def leave(self, choice: int) -> None:
+        if self.accepted:
+            self.accepted[choice % len(self.accepted)].stream.close()
+
+    def planned(self) -> Step:
+        step = self.scheduler.plan(self.now)
+        inside = [advance.sequence for advance in step.advances]
+        decoding = [s for s in self.scheduler._running if s.pending == 1]
+        assert bool(inside) != self.scheduler.idle, "there is a step exactly when there is work"
+        assert step.rows <= ROWS
+        assert len(set(inside)) == len(inside)
+        assert set(decoding) <= set(inside), "whoever decodes is in every step"
+        self.begun += [s for s in self.scheduler._running if s not in self.begun]
+        return step
+
+    @invariant()
+    def slots_and_queue_are_sound(self) -> None:
+        self.scheduler.check()
+        assert self.scheduler.running <= SLOTS
+        assert self.scheduler.waiting <= QUEUE + SLOTS - self.scheduler.running
+
+    def teardown(self) -> None:
+        for _ in range(1000):
+            if self.scheduler.idle:
+                break
+            self.step(0.0)
+        assert self.scheduler.idle
+        self.scheduler.check()
+        assert self.scheduler._pool.free == SLOTS
+        order = [self.accepted.index(s) for s in self.begun]
+        assert order == sorted(order), "first come, first served"
+        for asked in self.accepted:
+            assert self.ends[asked] == 1 or (asked.stream.closed and self.ends[asked] == 0)
+
+
+class TestAnyHistory(AnyHistory.TestCase):  # type: ignore[misc]
+    settings = settings(max_examples=40, stateful_step_count=30)

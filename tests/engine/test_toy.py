@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, strategies as st
+
+from serve_app.config import Engine as EngineConfig
+from serve_app.engine.sequence import Advance, Step
+from serve_app.engine.toy import END, ToyDecoder, ToyRunner, ToyText
+from serve_app.errors import InvalidRequest
+from serve_app.types import ChatMessage, ChatPrompt, Prompt, SamplingParams, TextPrompt, TokenPrompt
+
+from .toys import sequence
+
+
+@given(st.binary(max_size=12))
+def test_decoding_byte_by_byte_gives_what_decoding_at_once_gives(data: bytes) -> None:
+    """A full stop at the end releases what an unfinished character held back."""
+    decoder = ToyDecoder()
+    assert "".join(decoder.step(token) for token in data + b".") == (data + b".").decode(errors="replace")
+
+
+@given(st.text(max_size=6))
+def test_every_character_comes_with_its_last_byte(text: str) -> None:
+    decoder = ToyDecoder()
+    for character in text:
+        *first, last = (decoder.step(token) for token in character.encode())
+        assert ("".join(first), last) == ("", character)
+
+
+def test_the_end_token_says_nothing() -> None:
+    assert ToyDecoder().step(END) == ""
+
+
+@pytest.mark.parametrize(
+    ("prompt", "ids"),
+    [
+        (TextPrompt("hé"), list("hé".encode())),
+        (TokenPrompt((1, END)), [1, END]),
+        (ChatPrompt((ChatMessage("user", "hi"), ChatMessage("bot", "ho"))), list(b"user: hi\nbot: ho")),
+    ],
+)
+def test_a_prompt_is_its_bytes(prompt: Prompt, ids: list[int]) -> None:
+    assert ToyText().encode([prompt]) == [ids]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [(TextPrompt(""), "is empty"), (TokenPrompt(()), "is empty"), (TokenPrompt((END + 1,)), "0 to 256")],
+)
+def test_a_prompt_that_cannot_be_is_refused_in_its_place(prompt: Prompt, words: str) -> None:
+    good, bad = ToyText().encode([TextPrompt("x"), prompt])
+    assert good == [ord("x")]
+    assert isinstance(bad, InvalidRequest)
+    assert words in bad.message
+    assert bad.param == "prompt"
+
+
+def test_it_answers_with_its_prompt_counted_round() -> None:
+    runner, asked = ToyRunner(EngineConfig()), sequence("abc")
+    for _ in range(5):
+        (sampled,) = runner.run(Step((Advance(asked, asked.pending),)))
+        asked.tokens.append(sampled.token_id)
+    assert bytes(asked.tokens) == b"abcabcab"
+
+
+def test_an_unfinished_prompt_gives_no_token() -> None:
+    assert ToyRunner(EngineConfig()).run(Step((Advance(sequence("abc"), 2),))) == []
+
+
+def test_it_reports_logprobs_when_asked() -> None:
+    asked = sequence("abc", SamplingParams(logprobs=0))
+    (sampled,) = ToyRunner(EngineConfig()).run(Step((Advance(asked, 3),)))
+    assert sampled.logprobs is not None
+    assert sampled.logprobs.chosen.token == "a"
+
+
+def test_it_takes_the_time_and_the_shape_it_is_told() -> None:
+    config = EngineConfig(max_running=3, max_context=40)
+    began = time.monotonic()
+    runner = ToyRunner.from_source("builtin:toy?step_ms=10&load_s=0.01", config)
+    runner.run(Step(()))
+    assert time.monotonic() - began >= 0.02
+    assert (runner.slots, runner.context) == (3, 40)
+    assert ToyRunner.from_source("builtin:toy", config).run(Step(())) == []
+
+
+def test_it_keeps_a_log_of_its_tokens_when_asked(tmp_path: Path) -> None:
+    path = tmp_path / "tokens"
+    runner, asked = ToyRunner.from_source(f"builtin:toy?log={path}", EngineConfig()), sequence("abc")
+    before = time.monotonic()
+    runner.run(Step((Advance(asked, 2),)))
+    runner.run(Step((Advance(asked, 3),)))
+    (line,) = path.read_text().splitlines()
+    at, who = line.split()
+    assert before - 0.001 <= float(at) <= time.monotonic()
+    assert who == "id"
+    assert runner._log is not None
+    runner._log.close()

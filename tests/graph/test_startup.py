@@ -1,0 +1,132 @@
+"""`python -m serve_app`: what it says, what it refuses, and that nothing of it stays."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import signal
+import socket
+import subprocess
+import time
+
+import httpx
+import pytest
+
+from tests.graph.house import ROOT, Program, Service, free_port, model, sleeper
+
+pytestmark = pytest.mark.ray
+
+SHIPPED = str(ROOT / "serve_config.yaml")
+
+
+def listening(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def gone(program: Program) -> bool:
+    """Whether no process of it is left, after the moment that the last ones take to end."""
+    end = time.monotonic() + 10
+    while program.left() and time.monotonic() < end:
+        time.sleep(0.1)
+    return not program.left()
+
+
+def refused(*options: str) -> tuple[str, float]:
+    """What the program says as it refuses to start, and how long that took."""
+    began = time.monotonic()
+    with Program(["serve_app", *options]) as program:
+        assert program.process.wait(timeout=60) == 1
+        return program.said(), time.monotonic() - began
+
+
+def test_the_commands_it_prints_work_and_ctrl_c_leaves_nothing() -> None:
+    with Service([model("toy"), sleeper("later", "builtin:toy", 60)]) as service:
+        said = service.wait_for("Chat:")
+        commands = [line.strip() for line in said.splitlines() if line.strip().startswith("curl")]
+        stream, chat = (
+            subprocess.run(shlex.split(command), capture_output=True, text=True, check=True, timeout=30).stdout
+            for command in commands
+        )
+        assert stream.startswith("data: ")
+        assert stream.count('"finished":true') == 1
+        assert json.loads(chat)["choices"][0]["message"]["role"] == "assistant"
+        assert "Models: toy, later" in said
+        for stage in ("starting Ray", "starting Ray Serve"):
+            assert stage in said
+
+        family = service.family()
+        assert len(family) > 8, "Ray has many processes; were they seen?"
+        assert service.interrupt(signal.SIGINT) == 0
+        assert service.said().rstrip().endswith("stopped")
+        assert gone(service), [process.cmdline() for process in service.left()]
+        assert not listening(service.port)
+
+
+def test_a_model_that_still_loads_is_waited_for_with_reasons() -> None:
+    models = [model("loading", "builtin:toy?load_s=1000"), sleeper("waking", "builtin:toy?load_s=1000", 60)]
+    with Service(models, warm_wait_s=2, heartbeat_s=0.5) as service, httpx.Client(base_url=service.url) as client:
+        service.wait_for("loading: starting")
+        assert client.get("/health").status_code == 200
+        ready = client.get("/ready")
+        assert ready.status_code == 503
+        assert "loading" in ready.text
+
+        early = client.post("/v1/completions", json={"model": "loading", "prompt": "x"})
+        assert early.status_code == 503
+        assert int(early.headers["retry-after"]) >= 1
+        assert "is being loaded" in early.json()["error"]["message"]
+
+        began = time.monotonic()
+        late = client.post("/generate", json={"model": "waking", "prompt": "x"}, timeout=30)
+        assert late.status_code == 503
+        assert int(late.headers["retry-after"]) >= 1
+        assert 1.5 < time.monotonic() - began < 10
+
+        beats = []
+        with client.stream("POST", "/generate_stream", json={"model": "waking", "prompt": "x"}) as stream:
+            assert stream.status_code == 200
+            for line in stream.iter_lines():
+                beats.append(time.monotonic())
+                assert line in (": warming", "")
+                if len(beats) >= 6:
+                    break
+        assert max(after - before for before, after in zip(beats, beats[1:], strict=False)) < 2
+
+        assert service.interrupt(signal.SIGTERM) in (0, 130)
+        assert gone(service), [process.cmdline() for process in service.left()]
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_program_with_its_reason() -> None:
+    with Service([model("good"), model("lost", "/nowhere/at/all")]) as service:
+        assert service.process.wait(timeout=90) == 1
+        last = service.said().rstrip().splitlines()[-1]
+        assert last.startswith("serve_app: the deployment failed: lost: SourceError: /nowhere/at/all: nothing there")
+        assert "builtin:smollm2-135m" in last
+        assert gone(service)
+
+
+def test_a_port_in_use_is_refused_at_once() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        said, seconds = refused("--config", SHIPPED, "--port", str(port))
+    assert f"cannot listen on 127.0.0.1:{port}" in said
+    assert "--port" in said
+    assert seconds < 10
+
+
+def test_a_missing_file_is_refused_at_once() -> None:
+    said, seconds = refused("--config", "nowhere.yaml")
+    assert said.startswith("serve_app: nowhere.yaml: no such file")
+    assert seconds < 10
+
+
+def test_a_cluster_that_does_not_answer_is_said() -> None:
+    said, _ = refused("--config", SHIPPED, "--port", str(free_port()), "--ray-address", "127.0.0.1:1")
+    assert "no Ray cluster answers at 127.0.0.1:1" in said
+
+
+
+
