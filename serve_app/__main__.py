@@ -16,7 +16,9 @@ import sys
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from types import FrameType
@@ -37,6 +39,8 @@ _ENVIRONMENT = {
 }
 # Tokens are tiny and pass by value; Ray's default is 30 % of the machine's memory.
 _OBJECT_STORE_BYTES = 128 * 2**20
+_RAY_PORT = 6379
+_CONNECT_S = 5.0
 _LOOK_S = 0.2
 
 
@@ -69,9 +73,7 @@ class Progress:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
-    # Also for SIGINT: a shell that starts us in the background leaves it ignored.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _interrupt)
+    _on_signals(_interrupt)
     progress = Progress()
     try:
         file = load_serve_file(arguments.config)
@@ -134,6 +136,7 @@ def _serve(arguments: argparse.Namespace, file: ServeFile, progress: Progress) -
         os.environ.setdefault(name, value)
     progress.show("starting Ray")
     cluster = _connect(arguments.ray_address)
+    _on_signals(_interrupt)  # Ray has put a handler of its own there
     try:
         progress.show("starting Ray Serve")
         _deploy(arguments, file, progress)
@@ -144,8 +147,7 @@ def _serve(arguments: argparse.Namespace, file: ServeFile, progress: Progress) -
         return 0
     finally:
         # A second Ctrl-C would leave processes behind.
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)
+        _on_signals(signal.SIG_IGN)
         progress.show("stopping")
         _stop(cluster)
         progress.show("stopped")
@@ -157,12 +159,16 @@ def _connect(address: str) -> Cluster:
     import ray
 
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING, "configure_logging": True}
+    if address == "auto":
+        address = os.environ.get("RAY_ADDRESS", address)
+    if address not in ("auto", "local"):
+        _check_cluster(address)
     if address != "local":
         try:
             context = ray.init(address=address, **options)
         except ConnectionError as error:
             if address != "auto":
-                raise StartError(f"no Ray cluster answers at {address} ({error})") from None
+                raise StartError(f"no Ray cluster answers at {address}: {error}") from None
         else:
             if _serve_runs():
                 ray.shutdown()
@@ -176,6 +182,19 @@ def _connect(address: str) -> Cluster:
         address="local", _node_ip_address="127.0.0.1", object_store_memory=_OBJECT_STORE_BYTES, **options
     )
     return Cluster(context.dashboard_url or "", ours=True)
+
+
+def _check_cluster(address: str) -> None:
+    """Ray itself would try for minutes."""
+    try:
+        parts = urllib.parse.urlsplit(address if "://" in address else f"//{address}")
+        with socket.create_connection((parts.hostname or "", parts.port or _RAY_PORT), timeout=_CONNECT_S):
+            pass
+    except (OSError, ValueError) as error:
+        raise StartError(
+            f"no Ray cluster answers at {address} ({error}); start one with `ray start --head`, or use "
+            "--ray-address local"
+        ) from None
 
 
 def _serve_runs() -> bool:
@@ -198,7 +217,7 @@ def _deploy(arguments: argparse.Namespace, file: ServeFile, progress: Progress) 
     def run() -> None:
         try:
             serve.run(build(file.args), name=file.name, route_prefix=file.route_prefix)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is, the operator is told
             failure.append(error)
 
     deployment = threading.Thread(target=run, daemon=True)
@@ -245,6 +264,12 @@ def _stop(cluster: Cluster) -> None:
         with suppress(Exception):
             serve.shutdown()
     ray.shutdown()
+
+
+def _on_signals(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> None:
+    """SIGTERM, and SIGINT: a shell that starts us in the background leaves that one ignored."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:

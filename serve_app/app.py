@@ -18,7 +18,7 @@ _CONSTRUCTOR_TRIES = 3
 def build(config: AppConfig) -> Application:
     """Ingress -> one deployment a model; all of them report to the hub."""
     assert isinstance(config, AppConfig), "Ray did not validate the args of serve_config.yaml"
-    hub = Hub.options(
+    hub = Hub.options(  # type: ignore[attr-defined]
         num_replicas=1,
         max_ongoing_requests=100,
         max_queued_requests=1000,
@@ -27,14 +27,14 @@ def build(config: AppConfig) -> Application:
         logging_config={"enable_access_log": False},
     ).bind()
     models = [_model(model).bind(model, hub) for model in config.models]
-    ingress = Ingress.options(
+    ingress = Ingress.options(  # type: ignore[attr-defined]
         **_serve_options(config.ingress.deployment), ray_actor_options={"num_cpus": config.ingress.num_cpus}
     )
     return ingress.bind(config, models, hub)
 
 
 def _model(model: Model) -> Any:
-    return Replica.options(
+    return Replica.options(  # type: ignore[attr-defined]
         name=deployment_name(model.name),
         max_constructor_retry_count=_CONSTRUCTOR_TRIES,
         logging_config={"enable_access_log": False},  # the ingress has one, by request

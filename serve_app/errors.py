@@ -1,16 +1,16 @@
 """Every error that a caller can meet. Mapped once to an HTTP status, and once to an in-band stream frame.
 
-    ServeAppError
-    ├── InvalidRequest      422  a field is wrong; `param` names it
-    ├── PromptTooLong       422  the prompt does not fit the model's context
-    ├── ModelNotFound       404  no such model
-    ├── NotFound            404  no such path
-    ├── MethodNotAllowed    405  the path exists, the method does not
-    ├── BodyTooLarge        413  the body is over the limit
-    ├── QueueFull           429  too many requests wait already
-    ├── NotReady            503  no replica can answer yet
-    ├── DeadlineExceeded    504  the request used up its time
-    └── InternalError       500  ours; the caller learns the request id only
+ServeAppError
+├── InvalidRequest      422  a field is wrong; `param` names it
+├── PromptTooLong       422  the prompt does not fit the model's context
+├── ModelNotFound       404  no such model
+├── NotFound            404  no such path
+├── MethodNotAllowed    405  the path exists, the method does not
+├── BodyTooLarge        413  the body is over the limit
+├── QueueFull           429  too many requests wait already
+├── NotReady            503  no replica can answer yet
+├── DeadlineExceeded    504  the request used up its time
+└── InternalError       500  ours; the caller learns the request id only
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ class Batch:
             model = served.name
             params = body.params(served.sampling_defaults)
             request = self._door.request(f"{self._id}-{index}", served, TextPrompt(body.prompt), params)
-            tally = await collect(self._door.gateway, request)
+            tally = await collect(self._door.gateway, request, self._door.config.limits.warm_wait_s)
         except ServeAppError as error:
             self._door.gateway.refused(error, model)
             return {"error": native_error(error, self._request_id)}

@@ -12,8 +12,10 @@ from serve_app.types import Chunk, GenerationRequest, ModelStatus
 class Gateway(Protocol):
     """Sends requests to models. The HTTP layer knows nothing else of where models run."""
 
-    def stream(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
+    def stream(self, request: GenerationRequest, warm_wait_s: float | None = None) -> AsyncGenerator[Chunk, None]:
         """Yield the tokens of one request; the last event of the last chunk has a finish reason.
+
+        `warm_wait_s` is how long it may wait for a model that is scaled to zero; None: as long as the request may take.
 
         Raises ServeAppError, before the first chunk or between chunks. Closing the generator
         early cancels the request: its slot is free before the model's next step.

@@ -23,11 +23,13 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-async def answer(gateway: Gateway, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
+async def answer(
+    gateway: Gateway, request: GenerationRequest, warm_wait_s: float | None = None
+) -> AsyncGenerator[Chunk, None]:
     """The gateway's stream held to its contract: it ends in one finish reason, or raises ServeAppError."""
     finished = False
     try:
-        async with aclosing(gateway.stream(request)) as chunks:
+        async with aclosing(gateway.stream(request, warm_wait_s)) as chunks:
             async for chunk in chunks:
                 if not finished and chunk.events:
                     finished = chunk.events[-1].finish_reason is not None
@@ -51,10 +53,10 @@ def _is_ours(error: BaseException) -> bool:
     return isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling() > 0
 
 
-async def collect(gateway: Gateway, request: GenerationRequest) -> Tally:
+async def collect(gateway: Gateway, request: GenerationRequest, warm_wait_s: float) -> Tally:
     """The whole answer. Raises ServeAppError."""
     tally = Tally()
-    async with aclosing(answer(gateway, request)) as chunks:
+    async with aclosing(answer(gateway, request, warm_wait_s)) as chunks:
         async for chunk in chunks:
             tally.arrived(chunk)
             for event in chunk.events:

@@ -41,7 +41,9 @@ class OpenAIRoutes:
         frames = kind(request, _now(), body.include_usage)
         if body.stream:
             return EventStream(self._door.gateway, request, frames, self._door.config.limits.heartbeat_s)
-        tally = await unless_gone(http.receive, collect(self._door.gateway, request))
+        tally = await unless_gone(
+            http.receive, collect(self._door.gateway, request, self._door.config.limits.warm_wait_s)
+        )
         return JSONResponse(frames.whole(tally))
 
     def _card(self, name: str) -> dict[str, object]:

@@ -26,7 +26,9 @@ class NativeRoutes:
 
     async def generate(self, http: Request) -> Response:
         request = self._request(http, GenerateBody.parse(await read_document(http)))
-        tally = await unless_gone(http.receive, collect(self._door.gateway, request))
+        tally = await unless_gone(
+            http.receive, collect(self._door.gateway, request, self._door.config.limits.warm_wait_s)
+        )
         return JSONResponse(whole(request, tally))
 
     async def generate_stream(self, http: Request) -> Response:

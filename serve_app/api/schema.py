@@ -39,8 +39,8 @@ class SamplingFields(Body):
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)] | None = None
-    stop: StopStrings = []
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=64, fail_fast=True)] = []
+    stop: Annotated[StopStrings, Field(default_factory=list)]
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=64, fail_fast=True, default_factory=list)]
     ignore_eos: bool = False
     min_tokens: Annotated[int, Field(ge=0, le=MOST_TOKENS)] = 0
 

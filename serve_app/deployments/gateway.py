@@ -38,20 +38,20 @@ class RayGateway:
         self._replica = replica
         self._metrics = IngressMetrics(replica)
         self._statuses = {name: ModelStatus(name, ModelState.LOADING, "starting") for name in self._models}
+        self._replicas = dict.fromkeys(self._models, 0)
+        self._in_flight = dict.fromkeys(self._models, 0)
         self._mean_s = dict.fromkeys(self._models, 1.0)
         self._load_s: dict[str, float] = {}
         self._loading_since: dict[str, float] = {}
         self._tasks = [asyncio.create_task(self._look_for_ever()), asyncio.create_task(self._push_for_ever())]
 
-    async def stream(
-        self, request: GenerationRequest, replica_wait_s: float | None = None
-    ) -> AsyncGenerator[Chunk, None]:
+    async def stream(self, request: GenerationRequest, warm_wait_s: float | None = None) -> AsyncGenerator[Chunk, None]:
         """See Gateway.stream. Times in the chunks count from this call."""
         arrived = time.monotonic()
         outcome, tokens, ttft_s = "cancelled", 0, 0.0
         self._metrics.began(request)
         try:
-            async for chunk in self._chunks(request, arrived, replica_wait_s):
+            async for chunk in self._chunks(request, arrived, warm_wait_s):
                 if tokens == 0:
                     ttft_s = chunk.events[0].elapsed_s
                     self._metrics.first(request, chunk)
@@ -89,17 +89,21 @@ class RayGateway:
             task.cancel()
 
     async def _chunks(
-        self, request: GenerationRequest, arrived: float, replica_wait_s: float | None
+        self, request: GenerationRequest, arrived: float, warm_wait_s: float | None
     ) -> AsyncGenerator[Chunk, None]:
         """Chunks with times that count from `arrived` here, rather than from the replica's door."""
-        self._refuse_while_loading(self._models[request.model])
+        model = self._models[request.model]
+        self._refuse_while_loading(model)
+        self._refuse_when_full(model)
         deadline = arrived + request.timeout_s + _GRACE_S
-        responses: DeploymentResponseGenerator = self._handles[request.model].generate.remote(request)
+        self._in_flight[model.name] += 1
+        responses: DeploymentResponseGenerator = self._handles[model.name].generate.remote(request)
         ended = False
         try:
-            item = await self._first(responses, request, arrived, replica_wait_s)
+            item = await self._first(responses, request, arrived, warm_wait_s)
             offset = 0.0
             if isinstance(item, Chunk):
+                self._note(ModelStatus(model.name, ModelState.READY))  # no news is better than an answer
                 offset = max(0.0, time.monotonic() - arrived - item.events[-1].elapsed_s)
             while isinstance(item, Chunk):
                 ended = item.events[-1].finish_reason is not None
@@ -110,6 +114,7 @@ class RayGateway:
             ended = True
             raise item
         finally:
+            self._in_flight[model.name] -= 1
             if not ended:
                 responses.cancel()
 
@@ -147,10 +152,7 @@ class RayGateway:
         except StopAsyncIteration:
             return InternalError("the model ended this request without an answer")
         except BackPressureError:
-            return QueueFull(
-                f"{request.model} has as many requests waiting as it takes; try again later",
-                retry_after_s=max(1.0, self._mean_s[request.model]),
-            )
+            return self._full(request.model)
         except DeploymentUnavailableError:
             return NotReady(f"{request.model} is not available: its deployment failed", retry_after_s=30)
         except RayTaskError as error:
@@ -167,6 +169,18 @@ class RayGateway:
             status.state is ModelState.LOADING and not model.deployment.scales_to_zero
         ):
             raise self._not_ready(status)
+
+    def _refuse_when_full(self, model: Model) -> None:
+        """Ray looks before it counts, so that a burst passes its own bound; here nothing comes between."""
+        room = self._replicas[model.name] * model.deployment.max_ongoing_requests
+        if self._in_flight[model.name] >= room + model.deployment.max_queued_requests:
+            raise self._full(model.name)
+
+    def _full(self, model: str) -> QueueFull:
+        return QueueFull(
+            f"{model} has as many requests waiting as it takes; try again later",
+            retry_after_s=max(1.0, self._mean_s[model]),
+        )
 
     def _not_ready(self, status: ModelStatus) -> NotReady:
         """With an estimate from the last load of this model, less the time this one has run."""
@@ -185,7 +199,10 @@ class RayGateway:
             try:
                 board = await self._board()
                 for model in self._models.values():
-                    self._note(_status(model, board) or self._statuses[model.name])
+                    status = _status(model, board)
+                    if status is not None:
+                        self._note(status)
+                        self._replicas[model.name] = board.ready(model.name)
             except Exception:
                 # The hub may be starting or moving; replicas go on serving, so the last look still holds.
                 logger.debug("cannot read the board", exc_info=True)

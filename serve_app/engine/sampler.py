@@ -65,12 +65,12 @@ def _adjust_row(row: torch.Tensor, sequence: Sequence) -> None:
     """In place. Repetition counts prompt and answer (Keskar et al. 2019, CTRL); the other two the answer (OpenAI)."""
     p = sequence.params
     if p.repetition_penalty != 1:
-        seen = torch.tensor(sequence.tokens, device=row.device).unique()
+        seen = torch.unique(torch.tensor(sequence.tokens, device=row.device))
         value, penalty = row[seen], max(p.repetition_penalty, _SMALLEST_DIVISOR)
         row[seen] = torch.where(value > 0, value / penalty, value * penalty)
     if sequence.generated and (p.presence_penalty or p.frequency_penalty):
         answer = torch.tensor(sequence.tokens[sequence.prompt_len :], device=row.device)
-        said, times = answer.unique(return_counts=True)
+        said, times = torch.unique(answer, return_counts=True)
         row[said] -= p.presence_penalty + p.frequency_penalty * times
     if sequence.generated < p.min_tokens:
         row[[token for token in sequence.end_ids if token < row.shape[0]]] = -torch.inf
@@ -81,9 +81,7 @@ def _draw(logits: torch.Tensor, sequences: list[Sequence]) -> list[int]:
     params = [s.params for s in sequences]
     device = logits.device
     scaled = logits / torch.tensor([max(p.temperature, _SMALLEST_DIVISOR) for p in params], device=device)[:, None]
-    draws = torch.tensor(
-        [uniform(s.seed, s.generated) for s in sequences], dtype=torch.float64, device=device
-    )
+    draws = torch.tensor([uniform(s.seed, s.generated) for s in sequences], dtype=torch.float64, device=device)
     filtered = [i for i, p in enumerate(params) if p.top_k > 0 or p.top_p < 1 or p.min_p > 0]
     free = [i for i in range(len(params)) if i not in set(filtered)]
     tokens = [0] * len(params)

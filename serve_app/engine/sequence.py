@@ -117,7 +117,8 @@ class Step:
 class Text(Protocol):
     """A model's tokenizer, seen from the engine."""
 
-    end_ids: frozenset[int]
+    @property
+    def end_ids(self) -> frozenset[int]: ...
 
     def encode(self, prompts: Seq[Prompt]) -> list[list[int] | ServeAppError]:
         """Token ids of each prompt, tokenised together; an error in the place of one that cannot be."""
@@ -131,9 +132,16 @@ class Text(Protocol):
 class Runner(Protocol):
     """A model with a KV arena. Made and called on the engine's thread only."""
 
-    slots: int
-    context: int
-    text: Text
+    @property
+    def slots(self) -> int: ...
+
+    @property
+    def context(self) -> int:
+        """The longest sequence, prompt and answer, in tokens."""
+        ...
+
+    @property
+    def text(self) -> Text: ...
 
     def run(self, step: Step) -> list[Sampled]:
         """One forward pass; a token for each advance that samples, in order."""

@@ -43,7 +43,9 @@ class HFText:
         self.end_ids = end_ids
 
     def encode(self, prompts: Seq[Prompt]) -> list[list[int] | ServeAppError]:
-        results: list[list[int] | ServeAppError] = [InvalidRequest("the prompt is empty", param="prompt")] * len(prompts)
+        results: list[list[int] | ServeAppError] = [InvalidRequest("the prompt is empty", param="prompt")] * len(
+            prompts
+        )
         plain, rendered = [], []
         for i, prompt in enumerate(prompts):
             if isinstance(prompt, TextPrompt):

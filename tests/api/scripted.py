@@ -60,14 +60,16 @@ class ScriptedGateway:
     states: list[ModelStatus] = field(default_factory=lambda: [ModelStatus("small", ModelState.READY)])
     word: str = "warming"
     requests: list[GenerationRequest] = field(default_factory=list)
+    warm_waits: list[float | None] = field(default_factory=list)
     refusals: list[tuple[ServeAppError, str | None]] = field(default_factory=list)
     closed: list[str] = field(default_factory=list)
     completed: int = 0
     running: int = 0
     most_running: int = 0
 
-    async def stream(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
+    async def stream(self, request: GenerationRequest, warm_wait_s: float | None = None) -> AsyncGenerator[Chunk, None]:
         self.requests.append(request)
+        self.warm_waits.append(warm_wait_s)
         self.running += 1
         self.most_running = max(self.most_running, self.running)
         try:
@@ -109,7 +111,9 @@ def app_config(**limits: Any) -> AppConfig:
                 deployment=deployment,
                 sampling_defaults=SamplingDefaults(temperature=0.2, top_p=0.9),
             ),
-            Model(name="org/large", source="toy", deployment=deployment, sampling_defaults=SamplingDefaults(temperature=0)),
+            Model(
+                name="org/large", source="toy", deployment=deployment, sampling_defaults=SamplingDefaults(temperature=0)
+            ),
         ),
         ingress=Ingress(deployment=deployment),
         limits=Limits(**limits),

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+from typing import Any
+
 import httpx
 import pytest
 
 from serve_app.errors import PromptTooLong, QueueFull
-from serve_app.types import FinishReason, SamplingParams, TextPrompt, TokenEvent
+from serve_app.types import Chunk, FinishReason, SamplingParams, TextPrompt, TokenEvent
 
-from .scripted import Chunk, ScriptedGateway, chunk
+from .scripted import ScriptedGateway, chunk
 
 
 async def test_generate_answers_text_usage_and_metrics(client: httpx.AsyncClient, gateway: ScriptedGateway) -> None:
@@ -41,7 +43,7 @@ async def test_what_is_absent_comes_from_the_model(client: httpx.AsyncClient, ga
 
 
 async def test_every_field_arrives(client: httpx.AsyncClient, gateway: ScriptedGateway) -> None:
-    fields = {
+    fields: dict[str, Any] = {
         "max_tokens": 5,
         "min_tokens": 2,
         "temperature": 1,

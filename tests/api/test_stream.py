@@ -6,15 +6,14 @@ import logging
 
 import httpx
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 from serve_app.errors import DeadlineExceeded, NotReady
-from serve_app.types import FinishReason
+from serve_app.types import Chunk, FinishReason
 
-from .scripted import Chunk, ScriptedGateway, chunk, frames
+from .scripted import ScriptedGateway, chunk, frames
 
-PATHS = {
+PATHS: dict[str, dict[str, object]] = {
     "/generate_stream": {"prompt": "hi"},
     "/v1/completions": {"prompt": "hi", "stream": True},
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "hi"}], "stream": True},
@@ -84,7 +83,9 @@ async def test_line_breaks_stay_inside_a_frame(client: httpx.AsyncClient, gatewa
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
-@given(st.lists(st.lists(st.text(max_size=8), min_size=1, max_size=4), min_size=1, max_size=6), st.sampled_from([*PATHS]))
+@given(
+    st.lists(st.lists(st.text(max_size=8), min_size=1, max_size=4), min_size=1, max_size=6), st.sampled_from([*PATHS])
+)
 async def test_tokens_join_to_the_text(
     client: httpx.AsyncClient, gateway: ScriptedGateway, flushes: list[list[str]], path: str
 ) -> None:

@@ -273,5 +273,5 @@ class AnyHistory(RuleBasedStateMachine):
             assert self.ends[asked] == 1 or (asked.stream.closed and self.ends[asked] == 0)
 
 
-class TestAnyHistory(AnyHistory.TestCase):  # type: ignore[misc]
+class TestAnyHistory(AnyHistory.TestCase):  # type: ignore[valid-type, misc]
     settings = settings(max_examples=40, stateful_step_count=30)

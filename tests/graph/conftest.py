@@ -20,7 +20,12 @@ def toys(token_log: Path) -> Iterator[Service]:
     """One service for the session, with a model for each kind of trouble."""
     models = [
         model("toy", "builtin:toy?step_ms=2", engine={"max_running": 16}, batching={"max_batch_size": 16}),
-        model("slow", f"builtin:toy?step_ms=100&log={token_log}", engine={"max_running": 64}, batching={"max_batch_size": 64}),
+        model(
+            "slow",
+            f"builtin:toy?step_ms=100&log={token_log}",
+            engine={"max_running": 64},
+            batching={"max_batch_size": 64},
+        ),
         model("narrow", "builtin:toy?step_ms=20", deployment={"max_ongoing_requests": 1, "max_queued_requests": 2}),
         model("victim", "builtin:toy?step_ms=50"),
         sleeper("sleepy", "builtin:toy?load_s=1", downscale_to_zero_delay_s=1),

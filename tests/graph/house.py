@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import secrets
 import shutil
@@ -145,12 +146,8 @@ class Program:
         return [p for p in self._seen.values() if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
     def find(self, words: str) -> list[psutil.Process]:
-        found = []
-        for process in self.family():
-            if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
-                if words in " ".join(process.cmdline()):
-                    found.append(process)
-        return found
+        self.family()
+        return [process for process in self.left() if words in " ".join(process.cmdline())]
 
 
 class Service(Program):
@@ -214,3 +211,10 @@ async def lines(response: httpx.Response) -> AsyncIterator[str]:
     async for line in response.aiter_lines():
         if line:
             yield line
+
+
+async def frames_of(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
+    """The data of every frame."""
+    async for line in lines(response):
+        if line.startswith("data: "):
+            yield json.loads(line.removeprefix("data: "))

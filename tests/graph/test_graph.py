@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import json
 
 import httpx
 import pytest
 
-from tests.graph.house import idle, lines, metrics, until
+from tests.graph.house import frames_of, idle, metrics, until
 
 pytestmark = pytest.mark.ray
 
@@ -20,12 +19,9 @@ SIZE = len(TEXT.encode())
 async def test_a_stream_says_what_the_whole_answer_says(client: httpx.AsyncClient) -> None:
     body = {"model": "toy", "prompt": TEXT, "max_tokens": SIZE}
     whole = (await client.post("/generate", json=body)).json()
-    frames = []
     async with client.stream("POST", "/generate_stream", json=body) as response:
         assert response.headers["content-type"] == "text/event-stream"
-        async for line in lines(response):
-            if line.startswith("data: "):
-                frames.append(json.loads(line.removeprefix("data: ")))
+        frames = [frame async for frame in frames_of(response)]
     assert whole["text"] == frames[-1]["text"] == "".join(frame["token"] for frame in frames) == TEXT
     assert [frame["finished"] for frame in frames] == [False] * (SIZE - 1) + [True]
     assert frames[-1]["usage"] == whole["usage"]
@@ -35,11 +31,8 @@ async def test_a_stream_says_what_the_whole_answer_says(client: httpx.AsyncClien
 async def test_the_first_token_comes_before_the_last_is_made(client: httpx.AsyncClient) -> None:
     body = {"model": "slow", "prompt": "abcdefgh", "max_tokens": 8}
     began = asyncio.get_running_loop().time()
-    times = []
     async with client.stream("POST", "/generate_stream", json=body) as response:
-        async for line in lines(response):
-            if line.startswith("data: "):
-                times.append(asyncio.get_running_loop().time() - began)
+        times = [asyncio.get_running_loop().time() - began async for _ in frames_of(response)]
     assert len(times) == 8
     assert times[0] < times[-1] - 0.5, "eight steps of 100 ms lie between the first and the last"
 

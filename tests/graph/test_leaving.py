@@ -65,9 +65,7 @@ async def test_500_streams_cut_at_random_points_leave_nothing(client: httpx.Asyn
 
 
 @pytest.mark.parametrize("path", ["/generate", "/v1/completions", "/generate_batch"])
-async def test_one_who_waits_for_the_whole_may_leave_too(
-    client: httpx.AsyncClient, token_log: Path, path: str
-) -> None:
+async def test_one_who_waits_for_the_whole_may_leave_too(client: httpx.AsyncClient, token_log: Path, path: str) -> None:
     prompt = {"prompts": ["a"]} if path == "/generate_batch" else {"prompt": "a"}
     name = "whole" + path.replace("/", "-")
     body = {"model": "slow", "max_tokens": 1000, **prompt}

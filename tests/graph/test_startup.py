@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shlex
 import signal
@@ -91,7 +92,7 @@ def test_a_model_that_still_loads_is_waited_for_with_reasons() -> None:
                 assert line in (": warming", "")
                 if len(beats) >= 6:
                     break
-        assert max(after - before for before, after in zip(beats, beats[1:], strict=False)) < 2
+        assert max(after - before for before, after in itertools.pairwise(beats)) < 2
 
         assert service.interrupt(signal.SIGTERM) in (0, 130)
         assert gone(service), [process.cmdline() for process in service.left()]
@@ -126,7 +127,3 @@ def test_a_missing_file_is_refused_at_once() -> None:
 def test_a_cluster_that_does_not_answer_is_said() -> None:
     said, _ = refused("--config", SHIPPED, "--port", str(free_port()), "--ray-address", "127.0.0.1:1")
     assert "no Ray cluster answers at 127.0.0.1:1" in said
-
-
-
-

@@ -32,9 +32,7 @@ class Ask:
 
 
 def model_config(source: str | Path, **engine: int) -> Model:
-    return Model(
-        name="m", source=str(source), dtype="float32", deployment=_DEPLOYMENT, engine=EngineConfig(**engine)
-    )
+    return Model(name="m", source=str(source), dtype="float32", deployment=_DEPLOYMENT, engine=EngineConfig(**engine))
 
 
 @contextmanager
@@ -47,7 +45,9 @@ def running(model: Model) -> Iterator[Engine]:
         engine.stop()
 
 
-async def ask(engine: Engine, prompt: Prompt, params: SamplingParams, leaves_after: int | None = None) -> list[TokenEvent]:
+async def ask(
+    engine: Engine, prompt: Prompt, params: SamplingParams, leaves_after: int | None = None
+) -> list[TokenEvent]:
     stream = TokenStream(GenerationRequest("id", "m", prompt, params, timeout_s=120), time.monotonic())
     refusals = await asyncio.to_thread(engine.admit, [stream])
     assert refusals == [None]
@@ -112,7 +112,7 @@ def generated(folder: str | Path, asks: list[Ask]) -> list[list[int]]:
 async def idle(engine: Engine) -> None:
     """Wait until nobody is in the engine; the last who left is let go at its next step."""
     async with asyncio.timeout(5):
-        while engine.stats().running or engine.stats().waiting:
+        while engine.stats().running or engine.stats().waiting:  # noqa: ASYNC110 - another thread's state
             await asyncio.sleep(0.005)
 
 
