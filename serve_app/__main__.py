@@ -9,38 +9,21 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import signal
 import socket
 import sys
 import threading
 import time
 import urllib.error
-import urllib.parse
 import urllib.request
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
 
 from serve_app.config import ConfigError, ServeFile, load_serve_file
+from serve_app.deployments.cluster import Cluster, ClusterError, connect
 
-# Before Ray is imported, which reads them once. A value that the user has set stands.
-_ENVIRONMENT = {
-    # Ray reports usage to its makers unless told otherwise.
-    "RAY_USAGE_STATS_ENABLED": "0",
-    # Left unset, Ray decides by what it finds in the home folder. With the dashboard's API comes the right to
-    # run code, on loopback for every user of the machine, so it asks for the token in ~/.ray.
-    "RAY_AUTH_MODE": "token",
-    # Serve's own request log would be a line for every health check.
-    "RAY_SERVE_LOG_TO_STDERR": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-}
-# Tokens are tiny and pass by value; Ray's default is 30 % of the machine's memory.
-_OBJECT_STORE_BYTES = 128 * 2**20
-_RAY_PORT = 6379
-_CONNECT_S = 5.0
 _LOOK_S = 0.2
 
 
@@ -71,15 +54,40 @@ class Progress:
         self._shown = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where the service listens."""
+
+    host: str
+    port: int
+
+    def check(self) -> None:
+        """Raises StartError; Ray would only say that its proxy did not start."""
+        try:
+            family, kind, _, _, address = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)[0]
+            with socket.socket(family, kind) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(address)
+        except OSError as error:
+            raise StartError(f"cannot listen on {self.host}:{self.port}: {error}; choose another with --port") from None
+
+    def url(self, route_prefix: str) -> str:
+        """As it is reached from this machine."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        host = f"[{host}]" if ":" in host else host
+        return f"http://{host}:{self.port}{route_prefix.rstrip('/')}"
+
+
 def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     _on_signals(_interrupt)
     progress = Progress()
     try:
         file = load_serve_file(arguments.config)
-        _check_port(arguments.host, arguments.port)
-        return _serve(arguments, file, progress)
-    except (ConfigError, StartError) as error:
+        address = Address(arguments.host or file.http_options.host, arguments.port or file.http_options.port)
+        address.check()
+        return _serve(arguments.ray_address, address, file, progress)
+    except (ConfigError, ClusterError, StartError) as error:
         progress.end()
         print(f"serve_app: {error}", file=sys.stderr)
         return 1
@@ -95,8 +103,8 @@ def _parser() -> argparse.ArgumentParser:
         "configuration file, an HTTP address. Ctrl-C stops it and everything it started.",
     )
     parser.add_argument("--config", default="serve_config.yaml", help="Ray Serve config file (default: %(default)s)")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    parser.add_argument("--port", type=_port, default=8000, help="port to listen on (default: %(default)s)")
+    parser.add_argument("--host", help="address to listen on (default: the file's, 127.0.0.1)")
+    parser.add_argument("--port", type=_port, help="port to listen on (default: the file's, 8000)")
     parser.add_argument(
         "--ray-address",
         default="auto",
@@ -112,35 +120,13 @@ def _port(text: str) -> int:
     return int(text)
 
 
-def _check_port(host: str, port: int) -> None:
-    """Ray would only say that its proxy did not start."""
-    try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-    except OSError as error:
-        raise StartError(f"cannot listen on {host}:{port}: {error}; choose another with --port") from None
-
-
-@dataclass(frozen=True, slots=True)
-class Cluster:
-    """The Ray that carries the service, and whether it is ours to stop."""
-
-    dashboard: str
-    ours: bool
-
-
-def _serve(arguments: argparse.Namespace, file: ServeFile, progress: Progress) -> int:
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+def _serve(ray_address: str, address: Address, file: ServeFile, progress: Progress) -> int:
     progress.show("starting Ray")
-    cluster = _connect(arguments.ray_address)
-    _on_signals(_interrupt)  # Ray has put a handler of its own there
+    cluster = _connect(ray_address)
     try:
         progress.show("starting Ray Serve")
-        _deploy(arguments, file, progress)
-        _print_banner(arguments, file, cluster.dashboard)
+        _deploy(address, file, progress)
+        print(_banner(address.url(file.route_prefix), file, cluster), flush=True)
         threading.Event().wait()
         return 0
     except KeyboardInterrupt:
@@ -149,61 +135,26 @@ def _serve(arguments: argparse.Namespace, file: ServeFile, progress: Progress) -
         # A second Ctrl-C would leave processes behind.
         _on_signals(signal.SIG_IGN)
         progress.show("stopping")
-        _stop(cluster)
+        cluster.stop()
         progress.show("stopped")
         progress.end()
 
 
 def _connect(address: str) -> Cluster:
-    """Join a Ray cluster, or start one."""
-    import ray
-
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING, "configure_logging": True}
-    if address == "auto":
-        address = os.environ.get("RAY_ADDRESS", address)
-    if address not in ("auto", "local"):
-        _check_cluster(address)
-    if address != "local":
-        try:
-            context = ray.init(address=address, **options)
-        except ConnectionError as error:
-            if address != "auto":
-                raise StartError(f"no Ray cluster answers at {address}: {error}") from None
-        else:
-            if _serve_runs():
-                ray.shutdown()
-                raise StartError(
-                    "Ray Serve runs on this cluster already, with a port of its own: use `serve deploy` there, "
-                    "or --ray-address local for a Ray apart from it"
-                )
-            return Cluster(context.dashboard_url or "", ours=False)
-    # On loopback: a cluster of one machine has nobody to talk to outside.
-    context = ray.init(
-        address="local", _node_ip_address="127.0.0.1", object_store_memory=_OBJECT_STORE_BYTES, **options
-    )
-    return Cluster(context.dashboard_url or "", ours=True)
-
-
-def _check_cluster(address: str) -> None:
-    """Ray itself would try for minutes."""
+    """Join or start Ray. A signal waits until it is there: half a Ray could not be taken away again."""
+    signals: list[int] = []
+    _on_signals(lambda number, _: signals.append(number))
     try:
-        parts = urllib.parse.urlsplit(address if "://" in address else f"//{address}")
-        with socket.create_connection((parts.hostname or "", parts.port or _RAY_PORT), timeout=_CONNECT_S):
-            pass
-    except (OSError, ValueError) as error:
-        raise StartError(
-            f"no Ray cluster answers at {address} ({error}); start one with `ray start --head`, or use "
-            "--ray-address local"
-        ) from None
+        cluster = connect(address)
+    finally:
+        _on_signals(_interrupt)  # Ray too puts a handler of its own there
+    if signals:
+        cluster.stop()
+        raise KeyboardInterrupt
+    return cluster
 
 
-def _serve_runs() -> bool:
-    from ray.util import list_named_actors
-
-    return any(actor["namespace"] == "serve" for actor in list_named_actors(all_namespaces=True))
-
-
-def _deploy(arguments: argparse.Namespace, file: ServeFile, progress: Progress) -> None:
+def _deploy(address: Address, file: ServeFile, progress: Progress) -> None:
     """Deploy, and show what `/ready` says until it says yes. Raises StartError when the deployment fails."""
     from ray import serve
 
@@ -211,7 +162,7 @@ def _deploy(arguments: argparse.Namespace, file: ServeFile, progress: Progress) 
 
     for name in ("ray.serve", "ray.serve._private"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    serve.start(http_options={"host": arguments.host, "port": arguments.port})
+    serve.start(http_options={"host": address.host, "port": address.port})
     failure: list[Exception] = []
 
     def run() -> None:
@@ -227,15 +178,15 @@ def _deploy(arguments: argparse.Namespace, file: ServeFile, progress: Progress) 
         if failure:
             raise StartError(f"the deployment failed: {'; '.join(waiting or []) or _reason(failure[0])}")
         time.sleep(_LOOK_S)
-        waiting = _waiting(arguments, file)
+        waiting = _waiting(address.url(file.route_prefix))
         progress.show("starting the graph" if waiting is None else "; ".join(waiting))
     progress.end()
 
 
-def _waiting(arguments: argparse.Namespace, file: ServeFile) -> list[str] | None:
+def _waiting(url: str) -> list[str] | None:
     """What the models that cannot answer yet are doing; None while nobody is there to say."""
     try:
-        with urllib.request.urlopen(_url(arguments, file) + "/ready", timeout=2):
+        with urllib.request.urlopen(url + "/ready", timeout=2):
             return []
     except urllib.error.HTTPError as error:
         with suppress(ValueError, KeyError):
@@ -255,17 +206,6 @@ def _reason(error: Exception) -> str:
     return lines[-1] if lines else repr(error)
 
 
-def _stop(cluster: Cluster) -> None:
-    """Take away what we brought. A Ray of our own goes down as a whole, which needs no care for its parts."""
-    import ray
-    from ray import serve
-
-    if not cluster.ours:
-        with suppress(Exception):
-            serve.shutdown()
-    ray.shutdown()
-
-
 def _on_signals(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> None:
     """SIGTERM, and SIGINT: a shell that starts us in the background leaves that one ignored."""
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -276,23 +216,25 @@ def _interrupt(signum: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _url(arguments: argparse.Namespace, file: ServeFile) -> str:
-    host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
-    return f"http://{host}:{arguments.port}{file.route_prefix.rstrip('/')}"
-
-
-def _print_banner(arguments: argparse.Namespace, file: ServeFile, dashboard: str) -> None:
-    url, model = _url(arguments, file), file.args.models[0].name
-    stream = json.dumps({"prompt": "The future of artificial intelligence is", "max_tokens": 40})
-    chat = json.dumps({"model": model, "messages": [{"role": "user", "content": "What is the capital of France?"}]})
-    print(
+def _banner(url: str, file: ServeFile, cluster: Cluster) -> str:
+    model = file.args.models[0].name
+    stream: dict[str, object] = {"prompt": "The future of artificial intelligence is", "max_tokens": 40}
+    chat: dict[str, object] = {
+        "model": model,
+        "messages": [{"role": "user", "content": "What is the capital of France?"}],
+    }
+    token = " (asks for the token in ~/.ray/auth_token)" if cluster.asks_for_token else ""
+    dashboard = f"   Ray dashboard: http://{cluster.dashboard}{token}" if cluster.dashboard else ""
+    return (
         f"\nserve_app answers on {url}   (Ctrl-C stops it)\n"
-        f"Models: {', '.join(m.name for m in file.args.models)}"
-        + (f"   Ray dashboard: http://{dashboard}" if dashboard else "")
-        + f"\n\nStream tokens:\n  curl -N {url}/generate_stream -H 'content-type: application/json' -d '{stream}'\n"
-        f"\nChat:\n  curl {url}/v1/chat/completions -H 'content-type: application/json' -d '{chat}'\n",
-        flush=True,
+        f"Models: {', '.join(m.name for m in file.args.models)}{dashboard}\n"
+        f"\nStream tokens:\n  {_curl(url + '/generate_stream', stream)}\n"
+        f"\nChat:\n  {_curl(url + '/v1/chat/completions', chat)}\n"
     )
+
+
+def _curl(url: str, body: dict[str, object]) -> str:
+    return f"curl -N {url} -H 'content-type: application/json' -d '{json.dumps(body)}'"
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ class Deployment(Section):
     health_check_timeout_s: float = Field(30, gt=0)
     graceful_shutdown_wait_loop_s: float = Field(2, gt=0)
     graceful_shutdown_timeout_s: float = Field(30, ge=0)
+    max_surge_percent: int = Field(100, ge=0)
 
     @model_validator(mode="after")
     def _one_way_to_scale(self) -> Deployment:
@@ -166,9 +167,17 @@ def deployment_name(model: str) -> str:
     return "model-" + "".join(c if c.isalnum() or c in "._-" else "-" for c in model)
 
 
-class ServeFile(Section):
-    """What the start-up program needs of a Ray Serve config file: one application, its route and its args."""
+class HttpOptions(BaseModel):
+    """Where Ray Serve's proxy listens; its other options are Ray's to judge."""
 
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=1, le=65535)
+
+
+class ServeFile(Section):
+    """What the start-up program needs of a Ray Serve config file: the address, and the application's route and args."""
+
+    http_options: HttpOptions
     name: str
     route_prefix: str
     args: AppConfig
@@ -191,6 +200,7 @@ def load_serve_file(path: str | Path) -> ServeFile:
     application: dict[str, Any] = applications[0]
     try:
         return ServeFile(
+            http_options=document.get("http_options", {}),
             name=application.get("name", "default"),
             route_prefix=application.get("route_prefix", "/"),
             args=application.get("args", {}),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import random
 import secrets
 import shutil
 import signal
@@ -61,8 +62,9 @@ def sleeper(name: str, source: str, downscale_to_zero_delay_s: float) -> Config:
     return model(name, source, deployment={"num_replicas": None, "autoscaling": autoscaling})
 
 
-def serve_file(models: Sequence[Config], port: int = 8000, **limits: Any) -> Config:
-    args = {"ingress": {"deployment": {**DEPLOYMENT, "max_ongoing_requests": 1024}}, "limits": limits}
+def serve_file(models: Sequence[Config], port: int = 8000, ingress: Config | None = None, **limits: Any) -> Config:
+    deployment = {**DEPLOYMENT, "max_ongoing_requests": 1024, **(ingress or {})}
+    args = {"ingress": {"deployment": deployment}, "limits": limits}
     application = {
         "name": "serve_app",
         "route_prefix": "/",
@@ -73,9 +75,12 @@ def serve_file(models: Sequence[Config], port: int = 8000, **limits: Any) -> Con
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Between the ports that Ray's workers take and those that the system hands out, to Ray among others."""
+    while True:
+        port = random.randint(20_000, 30_000)
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) != 0:
+                return port
 
 
 class Program:
@@ -153,14 +158,16 @@ class Program:
 class Service(Program):
     """`python -m serve_app` over these models. `options` go to the command line."""
 
-    def __init__(self, models: Sequence[Config], *options: str, **limits: Any) -> None:
+    def __init__(
+        self, models: Sequence[Config], *options: str, environment: dict[str, str] | None = None, **limits: Any
+    ) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         with tempfile.NamedTemporaryFile("w", suffix=".yaml", delete=False) as file:
             yaml.safe_dump(serve_file(models, **limits), file)
         self._config = Path(file.name)
         command = ["serve_app", "--config", file.name, "--port", str(self.port)]
-        super().__init__([*command, *(options or ("--ray-address", "local"))])
+        super().__init__([*command, *(options or ("--ray-address", "local"))], **(environment or {}))
 
     def __exit__(self, *error: object) -> None:
         super().__exit__(*error)
