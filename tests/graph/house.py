@@ -24,6 +24,7 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 ROOT = Path(__file__).parents[2]
+SHIPPED = ROOT / "serve_config.yaml"
 Config = dict[str, Any]
 
 DEPLOYMENT: Config = {

@@ -10,14 +10,14 @@ import socket
 import subprocess
 import time
 
+import grpc
 import httpx
+import psutil
 import pytest
 
-from tests.graph.house import ROOT, Program, Service, free_port, model, sleeper
+from tests.graph.house import SHIPPED, Program, Service, free_port, model, sleeper
 
 pytestmark = pytest.mark.ray
-
-SHIPPED = str(ROOT / "serve_config.yaml")
 
 
 def listening(port: int) -> bool:
@@ -31,6 +31,25 @@ def gone(program: Program) -> bool:
     while program.left() and time.monotonic() < end:
         time.sleep(0.1)
     return not program.left()
+
+
+def open_to_others(program: Program) -> dict[int, str]:
+    """The ports of it on which another machine could knock, and whose they are."""
+    return {
+        connection.laddr.port: process.name()
+        for process in program.left()
+        for connection in process.net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN
+        and not connection.laddr.ip.removeprefix("::ffff:").startswith(("127.", "::1"))
+    }
+
+
+def turned_away(port: int) -> bool:
+    """Whether a gRPC server there refuses a caller without the token before it looks at what it is sent."""
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        with pytest.raises(grpc.RpcError) as refusal:
+            channel.unary_unary("/ray.serve.ASGIService/HandleRequest")(b"", timeout=10)
+    return bool(refusal.value.code() == grpc.StatusCode.UNAUTHENTICATED)
 
 
 def refused(*options: str) -> tuple[str, float]:
@@ -58,6 +77,10 @@ def test_the_commands_it_prints_work_and_ctrl_c_leaves_nothing() -> None:
 
         family = service.family()
         assert len(family) > 8, "Ray has many processes; were they seen?"
+        # Ray Serve gives every replica a port on all interfaces for calls between deployments; only that one.
+        others = open_to_others(service)
+        assert all(name.startswith("ray::ServeReplica") for name in others.values()), others
+        assert all(turned_away(port) for port in others)
         assert service.interrupt(signal.SIGINT) == 0
         assert service.said().rstrip().endswith("stopped")
         assert gone(service), [process.cmdline() for process in service.left()]
@@ -112,7 +135,7 @@ def test_a_port_in_use_is_refused_at_once() -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        said, seconds = refused("--config", SHIPPED, "--port", str(port))
+        said, seconds = refused("--config", str(SHIPPED), "--port", str(port))
     assert f"cannot listen on 127.0.0.1:{port}" in said
     assert "--port" in said
     assert seconds < 10
@@ -125,5 +148,14 @@ def test_a_missing_file_is_refused_at_once() -> None:
 
 
 def test_a_cluster_that_does_not_answer_is_said() -> None:
-    said, _ = refused("--config", SHIPPED, "--port", str(free_port()), "--ray-address", "127.0.0.1:1")
+    said, _ = refused("--config", str(SHIPPED), "--port", str(free_port()), "--ray-address", "127.0.0.1:1")
     assert "no Ray cluster answers at 127.0.0.1:1" in said
+
+
+@pytest.mark.parametrize("after_s", [0.3, 1.0, 2.0, 3.5, 5.5, 7.5])
+def test_ctrl_c_at_any_moment_of_the_start_leaves_nothing(after_s: float) -> None:
+    with Service([model("loading", "builtin:toy?load_s=1000")]) as service:
+        time.sleep(after_s)
+        assert service.interrupt(signal.SIGINT) in (0, 130)
+        assert gone(service), [process.cmdline() for process in service.left()]
+        assert "Traceback" not in service.said()

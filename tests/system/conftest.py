@@ -1,0 +1,24 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.graph.house import SHIPPED, Program, free_port
+
+
+class Shipped(Program):
+    """`python -m serve_app` as it comes: the shipped file and its real model, on a port of its own."""
+
+    def __init__(self, **environment: str) -> None:
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        options = ["--config", str(SHIPPED), "--port", str(self.port), "--ray-address", "local"]
+        super().__init__(["serve_app", *options], **environment)
+
+
+@pytest.fixture(scope="session")
+def service() -> Iterator[Shipped]:
+    with Shipped() as service:
+        service.wait_for("answers on")
+        yield service
