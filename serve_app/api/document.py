@@ -16,9 +16,9 @@ async def read_document(http: Request) -> object:
 
 
 def parse_document(body: bytes) -> object:
-    """Strict JSON in UTF-8. Raises InvalidRequest."""
+    """Strict JSON in UTF-8; a byte order mark before it is ignored. Raises InvalidRequest."""
     try:
-        text = body.decode("utf-8")
+        text = body.decode("utf-8-sig")
         document: object = json.loads(text, parse_constant=_not_json)
         if "\\u" in text:
             # Half of a surrogate pair passes the parser but can never be tokenised or answered in UTF-8.
@@ -29,10 +29,12 @@ def parse_document(body: bytes) -> object:
         raise InvalidRequest(f"the body is not UTF-8 (byte {error.start}); encode it as UTF-8") from None
     except RecursionError:
         raise InvalidRequest("the body is nested too deeply; send a flat JSON object") from None
-    except ValueError as error:
+    except json.JSONDecodeError as error:
         raise InvalidRequest(f"the body is not valid JSON ({error}); send one JSON object") from None
+    except ValueError:  # Python's bound on the digits of one integer
+        raise InvalidRequest("the body holds an integer of thousands of digits; no field takes that many") from None
     return document
 
 
 def _not_json(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is not a JSON number")
+    raise InvalidRequest(f"the body is not valid JSON ({constant} is not a JSON number); send a finite number")

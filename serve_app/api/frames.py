@@ -8,7 +8,7 @@ from serve_app.api.tally import Tally
 from serve_app.errors import ServeAppError
 from serve_app.types import Chunk, GenerationRequest, Logprobs, TokenEvent, TokenLogprob
 
-# JSON has no infinity; OpenAI writes a token that cannot occur in the same way.
+# JSON has neither infinity nor NaN; OpenAI writes a token that cannot occur in the same way.
 LOWEST_LOGPROB = -9999.0
 
 
@@ -63,7 +63,7 @@ def native_logprobs(logprobs: Logprobs | None) -> dict[str, object] | None:
 
 
 def finite(logprob: float) -> float:
-    return max(logprob, LOWEST_LOGPROB)
+    return logprob if logprob > LOWEST_LOGPROB else LOWEST_LOGPROB
 
 
 def _logprob(token: TokenLogprob) -> dict[str, object]:

@@ -66,22 +66,21 @@ async def collect(gateway: Gateway, request: GenerationRequest, warm_wait_s: flo
 
 async def pulse(chunks: AsyncGenerator[Chunk, None], every_s: float) -> AsyncGenerator[Chunk | None, None]:
     """Chunks as they come, and None whenever `every_s` goes by without one. Closes `chunks` at its end."""
-    # The steps of one generator share one context, as if a single task ran it.
+    # The steps of one generator and its end share one context, as if a single task ran it.
     context = contextvars.copy_context()
-    step: asyncio.Task[Chunk | None] | None = None
+    step = asyncio.create_task(_step(chunks), context=context)
     try:
         while True:
-            step = asyncio.create_task(_step(chunks), context=context)
             while not (await asyncio.wait({step}, timeout=every_s))[0]:
                 yield None
             chunk = step.result()
             if chunk is None:
                 return
             yield chunk
+            step = asyncio.create_task(_step(chunks), context=context)
     finally:
-        if step is not None:
-            await stop(step)
-        await chunks.aclose()
+        await stop(step)
+        await asyncio.create_task(_close(chunks), context=context)
 
 
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
@@ -106,6 +105,10 @@ async def stop(*tasks: asyncio.Task[Any]) -> None:
 
 async def _step(chunks: AsyncGenerator[Chunk, None]) -> Chunk | None:
     return await anext(chunks, None)
+
+
+async def _close(chunks: AsyncGenerator[Chunk, None]) -> None:
+    await chunks.aclose()
 
 
 async def _gone(receive: Receive) -> None:

@@ -29,7 +29,7 @@ class Refusals:
     async def routing(self, http: Request, error: Exception) -> Response:
         """Starlette's own 404 and 405."""
         assert isinstance(error, HTTPException)
-        path = http.url.path[:256]
+        path: str = http.scope["path"][:256]
         if error.status_code == 404:
             return self._answer(http, NotFound(f"there is no {path} here; see the README for the endpoints"))
         allowed = (error.headers or {})["Allow"]

@@ -12,6 +12,9 @@ from serve_app.errors import InvalidRequest
 
 LONGEST_NAME = 64
 
+# How a field that takes a string or a list tells its two forms apart.
+TEXT, LIST = TAGS = ("<text>", "<list>")
+
 
 class Body(BaseModel):
     """Nothing is converted, nothing is ignored. `nested` gives the body type behind a field that holds objects."""
@@ -43,9 +46,10 @@ class Body(BaseModel):
     @classmethod
     def _refusal(cls, faults: Sequence[Mapping[str, Any]]) -> InvalidRequest:
         first, others = faults[0], len(faults) - 1
-        location = [part for part in first["loc"] if not _is_tag(part)]
+        unknown = first["type"] == "extra_forbidden"
+        location = _location(first["loc"], unknown)
         param = _path(location)
-        sentence = cls._unknown(location) if first["type"] == "extra_forbidden" else _sentence(param, first)
+        sentence = cls._unknown(location) if unknown else _sentence(param, first)
         more = f" (and {others} more {'fault' if others == 1 else 'faults'})" if others else ""
         return InvalidRequest(sentence + more, param=param)
 
@@ -68,15 +72,19 @@ def _sentence(param: str, fault: Mapping[str, Any]) -> str:
     return f"{param} {rest}" if subject == "Input" else f"{param}: {message}"
 
 
-def _is_tag(part: str | int) -> bool:
-    """Pydantic puts the chosen member of a union into the path; our tags are written in angle brackets."""
-    return isinstance(part, str) and part.startswith("<")
+def _location(parts: Sequence[str | int], unknown: bool) -> list[str | int]:
+    """Without the tags that pydantic puts in for the chosen member of a union.
+
+    An unknown field comes last, and a caller may have called it anything, a tag's name too.
+    """
+    named = len(parts) - 1 if unknown else len(parts)
+    return [part for i, part in enumerate(parts) if i == named or part not in TAGS]
 
 
 def _path(location: Iterable[str | int]) -> str:
     """As a caller would write it: messages[0].content."""
     parts = (f"[{part}]" if isinstance(part, int) else f".{part[:LONGEST_NAME]}" for part in location)
-    return "".join(parts).removeprefix(".")
+    return "".join(parts).removeprefix(".") or '""'
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Discriminator, Field, Tag
 
 from serve_app.api.schema import SamplingFields, TokenCount, TokenId
-from serve_app.api.schema_body import Body
+from serve_app.api.schema_body import LIST, TEXT, Body
 from serve_app.config import SamplingDefaults
 from serve_app.errors import InvalidRequest
 from serve_app.types import ChatMessage, ChatPrompt, Prompt, SamplingParams, TextPrompt, TokenPrompt
@@ -16,7 +16,7 @@ from serve_app.types import ChatMessage, ChatPrompt, Prompt, SamplingParams, Tex
 
 def _text_or_list(value: object) -> str | None:
     """Choose by the JSON type, so that a fault is reported for the member the caller meant."""
-    return "<text>" if isinstance(value, str) else "<list>" if isinstance(value, list) else None
+    return TEXT if isinstance(value, str) else LIST if isinstance(value, list) else None
 
 
 class StreamOptions(Body):
@@ -48,8 +48,8 @@ class OpenAIFields(SamplingFields):
 
 
 CompletionPrompt = Annotated[
-    Annotated[str, Field(min_length=1), Tag("<text>")]
-    | Annotated[list[TokenId], Field(min_length=1, fail_fast=True), Tag("<list>")],
+    Annotated[str, Field(min_length=1), Tag(TEXT)]
+    | Annotated[list[TokenId], Field(min_length=1, fail_fast=True), Tag(LIST)],
     Discriminator(
         _text_or_list,
         custom_error_type="prompt_type",
@@ -76,7 +76,7 @@ class TextPart(Body):
 
 
 Content = Annotated[
-    Annotated[str, Tag("<text>")] | Annotated[list[TextPart], Field(min_length=1, fail_fast=True), Tag("<list>")],
+    Annotated[str, Tag(TEXT)] | Annotated[list[TextPart], Field(min_length=1, fail_fast=True), Tag(LIST)],
     Discriminator(
         _text_or_list,
         custom_error_type="content_type",

@@ -6,7 +6,10 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from enum import Enum, auto
 from typing import Any
+
+import httpx
 
 from serve_app.config import AppConfig, Deployment, Ingress, Limits, Model, SamplingDefaults
 from serve_app.errors import ServeAppError
@@ -22,8 +25,26 @@ from serve_app.types import (
     TokenLogprob,
 )
 
+# The shortest good body of every route that takes one.
+POSTS: dict[str, dict[str, object]] = {
+    "/generate": {"prompt": "hi"},
+    "/generate_stream": {"prompt": "hi"},
+    "/generate_batch": {"prompts": ["hi"]},
+    "/v1/completions": {"prompt": "hi"},
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "hi"}]},
+}
+
+
+class Beat(Enum):
+    """Silence until the stream has asked what it waits for, as it does for every heartbeat."""
+
+    BEAT = auto()
+
+
+BEAT = Beat.BEAT
+
 # A chunk is yielded, an exception raised, a number slept; None waits for ever.
-Step = Chunk | BaseException | float | None
+Step = Chunk | BaseException | float | Beat | None
 Script = Callable[[GenerationRequest], Iterable[Step]]
 
 
@@ -56,6 +77,8 @@ def echo(request: GenerationRequest) -> list[Step]:
 
 @dataclass
 class ScriptedGateway:
+    """Keeps what it was asked. `crowded` is set once `crowd` requests run at the same time."""
+
     script: Script = echo
     states: list[ModelStatus] = field(default_factory=lambda: [ModelStatus("small", ModelState.READY)])
     word: str = "warming"
@@ -66,18 +89,26 @@ class ScriptedGateway:
     completed: int = 0
     running: int = 0
     most_running: int = 0
+    crowd: int = 1
+    crowded: asyncio.Event = field(default_factory=asyncio.Event)
+    beaten: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def stream(self, request: GenerationRequest, warm_wait_s: float | None = None) -> AsyncGenerator[Chunk, None]:
         self.requests.append(request)
         self.warm_waits.append(warm_wait_s)
         self.running += 1
         self.most_running = max(self.most_running, self.running)
+        if self.running >= self.crowd:
+            self.crowded.set()
         try:
             for step in self.script(request):
                 if isinstance(step, BaseException):
                     raise step
                 if isinstance(step, Chunk):
                     yield step
+                elif isinstance(step, Beat):
+                    self.beaten.clear()
+                    await self.beaten.wait()
                 else:
                     await asyncio.sleep(3600 if step is None else step)
             self.completed += 1
@@ -86,6 +117,7 @@ class ScriptedGateway:
             self.closed.append(request.id)
 
     def waiting_on(self, model: str) -> str:
+        self.beaten.set()
         return self.word
 
     async def models(self) -> list[ModelStatus]:
@@ -182,3 +214,18 @@ def frames(text: str) -> list[Any]:
         assert len(data) <= 1
         found += [one if one == "[DONE]" else json.loads(one) for one in data]
     return found
+
+
+def told(answer: httpx.Response) -> dict[str, Any]:
+    """The error of an answer, checked to be whole in the dialect of its path."""
+    body = answer.json()
+    assert set(body) == {"error"}
+    error: dict[str, Any] = body["error"]
+    if answer.request.url.path.startswith("/v1"):
+        assert set(error) == {"message", "type", "param", "code"}
+        assert error["type"] in ("invalid_request_error", "rate_limit_error", "server_error")
+    else:
+        assert set(error) == {"code", "message", "param", "request_id"}
+        assert error["request_id"] == answer.headers["x-request-id"]
+    assert error["message"]
+    return error

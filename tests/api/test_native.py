@@ -3,12 +3,10 @@ from __future__ import annotations
 from typing import Any
 
 import httpx
-import pytest
 
-from serve_app.errors import PromptTooLong, QueueFull
-from serve_app.types import Chunk, FinishReason, SamplingParams, TextPrompt, TokenEvent
+from serve_app.types import Chunk, FinishReason, Logprobs, SamplingParams, TextPrompt, TokenEvent, TokenLogprob
 
-from .scripted import ScriptedGateway, chunk
+from .scripted import ScriptedGateway, chunk, frames
 
 
 async def test_generate_answers_text_usage_and_metrics(client: httpx.AsyncClient, gateway: ScriptedGateway) -> None:
@@ -94,92 +92,25 @@ async def test_an_empty_chunk_says_nothing(client: httpx.AsyncClient, gateway: S
     assert (await client.post("/generate", json={"prompt": "hi"})).json()["text"] == "a"
 
 
-@pytest.mark.parametrize(
-    ("fields", "param", "says"),
-    [
-        ({"prompt": ""}, "prompt", "at least 1 character"),
-        ({"prompt": None}, "prompt", "valid string"),
-        ({"prompt": 3}, "prompt", "valid string"),
-        ({"temperature": 2.1}, "temperature", "less than or equal to 2"),
-        ({"temperature": "1"}, "temperature", "valid number"),
-        ({"temperature": True}, "temperature", "valid number"),
-        ({"temperature": 10**400}, "temperature", "number"),
-        ({"top_p": 0}, "top_p", "greater than 0"),
-        ({"top_k": -1}, "top_k", "greater than or equal to 0"),
-        ({"top_k": 1.0}, "top_k", "valid integer"),
-        ({"min_p": 2}, "min_p", "less than or equal to 1"),
-        ({"repetition_penalty": 0}, "repetition_penalty", "greater than 0"),
-        ({"presence_penalty": 3}, "presence_penalty", "less than or equal to 2"),
-        ({"frequency_penalty": -3}, "frequency_penalty", "greater than or equal to -2"),
-        ({"seed": 2**63}, "seed", "less than or equal"),
-        ({"seed": -1}, "seed", "greater than or equal"),
-        ({"stop": {}}, "stop", "a string or a list of strings"),
-        ({"stop": [""]}, "stop[0]", "at least 1 character"),
-        ({"stop": ["x" * 257]}, "stop[0]", "at most 256"),
-        ({"stop": ["x"] * 17}, "stop", "at most 16"),
-        ({"stop_token_ids": [1] * 65}, "stop_token_ids", "at most 64"),
-        ({"stop_token_ids": ["1"]}, "stop_token_ids[0]", "valid integer"),
-        ({"logprobs": 21}, "logprobs", "less than or equal to 20"),
-        ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
-        ({"max_tokens": 3, "min_tokens": 4}, "min_tokens", "above max_tokens 3"),
-        ({"do_sample": True, "temperature": 0}, "do_sample", "temperature above 0"),
-        ({"do_sample": True, "model": "org/large"}, "do_sample", "temperature above 0"),
-        ({"do_sample": 1}, "do_sample", "valid boolean"),
-        ({"temprature": 1}, "temprature", "did you mean temperature?"),
-        ({"xyzzy": 1}, "xyzzy", "the fields are temperature, top_p"),
-        ({"include_text": True}, "include_text", "not a field here"),
-        ({"top_p": 2, "top_k": -1}, "top_p", "(and 1 more fault)"),
-        ({"top_p": 2, "top_k": -1, "a": 1}, "top_p", "(and 2 more faults)"),
-    ],
-)
-async def test_a_wrong_field_is_named(
-    client: httpx.AsyncClient, gateway: ScriptedGateway, fields: dict[str, object], param: str, says: str
-) -> None:
-    answer = await client.post("/generate", json={"prompt": "hi", **fields})
-    assert answer.status_code == 422
-    error = answer.json()["error"]
-    assert error["code"] == "invalid_request"
-    assert error["param"] == param
-    assert says in error["message"]
-    assert error["message"].startswith(param.split("[")[0])
-    assert error["request_id"] == answer.headers["x-request-id"]
-    assert len(gateway.refusals) == 1
-    assert gateway.requests == []
+async def test_a_logprob_that_is_no_number_is_still_json(client: httpx.AsyncClient, gateway: ScriptedGateway) -> None:
+    lost = Logprobs(TokenLogprob(1, "x", float("nan")), ())
+    gateway.plays(Chunk((TokenEvent(1, "x", 0.1, FinishReason.STOP, lost),), 1, 0.0))
+    body = (await client.post("/generate", json={"prompt": "hi", "logprobs": 0})).json()
+    assert body["logprobs"][0]["logprob"] == -9999.0
 
 
-async def test_a_missing_prompt(client: httpx.AsyncClient) -> None:
-    error = (await client.post("/generate", json={})).json()["error"]
-    assert (error["param"], error["message"]) == ("prompt", "prompt is required")
+async def test_a_frame_without_its_logprobs_says_so(client: httpx.AsyncClient, gateway: ScriptedGateway) -> None:
+    gateway.plays(Chunk((TokenEvent(1, "x", 0.1, FinishReason.STOP),), 1, 0.0))
+    text = (await client.post("/generate_stream", json={"prompt": "hi", "logprobs": 0})).text
+    assert frames(text)[0]["logprobs"] is None
 
 
-async def test_an_unknown_model_lists_the_known_ones(client: httpx.AsyncClient, gateway: ScriptedGateway) -> None:
-    answer = await client.post("/generate", json={"prompt": "hi", "model": "huge"})
-    assert answer.status_code == 404
-    error = answer.json()["error"]
-    assert (error["code"], error["param"]) == ("model_not_found", "model")
-    assert "small, org/large" in error["message"]
-    assert [model for _, model in gateway.refusals] == [None]
-
-
-@pytest.mark.parametrize(("retry_s", "header"), [(None, None), (0.2, "1"), (2.1, "3")])
-@pytest.mark.parametrize("path", ["/generate", "/generate_stream", "/v1/completions"])
-async def test_the_gateways_refusal_keeps_its_status(
-    client: httpx.AsyncClient, gateway: ScriptedGateway, path: str, retry_s: float | None, header: str | None
-) -> None:
-    error = QueueFull("8 requests wait already; try again later", retry_after_s=retry_s)
-    gateway.plays(error)
-    answer = await client.post(path, json={"prompt": "hi"} | ({"stream": True} if "v1" in path else {}))
-    assert answer.status_code == 429
-    assert answer.headers.get("retry-after") == header
-    assert answer.headers["content-type"] == "application/json"
-    assert answer.json()["error"]["code"] == "queue_full"
-    assert gateway.refusals == [(error, "small")]
-
-
-async def test_a_late_error_is_still_a_status_without_streaming(
+async def test_a_whole_answer_waits_for_a_sleeping_model_as_long_as_configured(
     client: httpx.AsyncClient, gateway: ScriptedGateway
 ) -> None:
-    gateway.plays(chunk(["a"], None), PromptTooLong("no", param="prompt"))
-    answer = await client.post("/generate", json={"prompt": "hi"})
-    assert answer.status_code == 422
-    assert answer.json()["error"]["param"] == "prompt"
+    chat = {"messages": [{"role": "user", "content": "hi"}]}
+    await client.post("/generate", json={"prompt": "hi"})
+    await client.post("/generate_batch", json={"prompts": ["hi"]})
+    await client.post("/v1/completions", json={"prompt": "hi"})
+    await client.post("/v1/chat/completions", json=chat)
+    assert gateway.warm_waits == [30.0, 30.0, 30.0, 30.0]

@@ -1,0 +1,320 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import httpx
+import pytest
+from hypothesis import HealthCheck, given, settings, strategies as st
+
+from serve_app.api.schema import BatchBody, StreamBody
+from serve_app.api.schema_body import TAGS, Body
+from serve_app.api.schema_openai import ChatBody, CompletionBody, Message, StreamOptions, TextPart
+from serve_app.types import TextPrompt
+
+from .scripted import POSTS, ScriptedGateway, told
+
+every_post = pytest.mark.parametrize("path", POSTS)
+HI = {"role": "user", "content": "hi"}
+
+
+async def refused(client: httpx.AsyncClient, path: str, document: object) -> dict[str, Any]:
+    answer = await client.post(path, json=document)
+    assert answer.status_code == 422
+    error = told(answer)
+    assert error["code"] == "invalid_request"
+    assert error.get("type", "invalid_request_error") == "invalid_request_error"
+    return error
+
+
+@every_post
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        (b"", "not valid JSON (Expecting value: line 1 column 1"),
+        (b"{", "not valid JSON (Expecting property name"),
+        (b"prompt=hi", "not valid JSON"),
+        (b'{"prompt": "hi"} {}', "not valid JSON (Extra data"),
+        (b'{"prompt": "a\nb"}', "not valid JSON (Invalid control character"),
+        (b'{"temperature": NaN}', "NaN is not a JSON number"),
+        (b'{"temperature": -Infinity}', "-Infinity is not a JSON number"),
+        (b'{"seed": ' + b"1" * 5000 + b"}", "an integer of thousands of digits"),
+        (b'{"prompt": "\xff"}', "not UTF-8 (byte 12); encode it as UTF-8"),
+        (b'{"prompt": "\xed\xa0\x80"}', "not UTF-8 (byte 12)"),
+        ('{"prompt": "hi"}'.encode("utf-16"), "not UTF-8 (byte 0)"),
+        (b'{"prompt": "\\ud83d"}', "half of a \\u surrogate pair"),
+        (b'{"\\ude00": 1}', "half of a \\u surrogate pair"),
+        (b"[" * 20_000, "nested too deeply; send a flat JSON object"),
+        (b'{"a":' * 4_000, "nested too deeply"),
+    ],
+    ids=lambda value: "body" if isinstance(value, bytes) else None,
+)
+async def test_a_body_that_cannot_be_read_says_why(
+    client: httpx.AsyncClient, gateway: ScriptedGateway, path: str, body: bytes, says: str
+) -> None:
+    answer = await client.post(path, content=body)
+    assert answer.status_code == 422
+    assert told(answer)["param"] is None
+    assert says in told(answer)["message"]
+    assert "sys." not in told(answer)["message"]
+    assert len(gateway.refusals) == 1
+    assert gateway.requests == []
+
+
+@every_post
+@pytest.mark.parametrize("document", [None, [], ["prompt"], "hi", 3, 0.5, True])
+async def test_a_body_that_is_no_object_lists_the_fields(
+    client: httpx.AsyncClient, path: str, document: object
+) -> None:
+    answer = await client.post(path, content=json.dumps(document))
+    assert answer.status_code == 422
+    message = told(answer)["message"]
+    assert message.startswith("expected a JSON object with the fields temperature, top_p, ")
+    assert all(name in message for name in POSTS[path])
+
+
+@every_post
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "application/json; charset=x", ""])
+async def test_json_is_read_whatever_it_calls_itself(client: httpx.AsyncClient, path: str, kind: str) -> None:
+    answer = await client.post(path, content=json.dumps(POSTS[path]), headers={"content-type": kind})
+    assert answer.status_code == 200
+
+
+async def test_every_character_of_utf8_arrives(client: httpx.AsyncClient, gateway: ScriptedGateway) -> None:
+    await client.post("/generate", content=b'\xef\xbb\xbf{"prompt": "\\ud83d\\ude00\\u0000 \xf0\x9f\x98\x80"}')
+    assert gateway.requests[0].prompt == TextPrompt("😀\0 😀")
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "says"),
+    [
+        ({"prompt": ""}, "prompt", "at least 1 character"),
+        ({"prompt": None}, "prompt", "valid string"),
+        ({"prompt": 3}, "prompt", "valid string"),
+        ({"temperature": 2.1}, "temperature", "less than or equal to 2"),
+        ({"temperature": "1"}, "temperature", "valid number"),
+        ({"temperature": True}, "temperature", "valid number"),
+        ({"temperature": 10**400}, "temperature", "number"),
+        ({"top_p": 0}, "top_p", "greater than 0"),
+        ({"top_k": -1}, "top_k", "greater than or equal to 0"),
+        ({"top_k": 1.0}, "top_k", "valid integer"),
+        ({"min_p": 2}, "min_p", "less than or equal to 1"),
+        ({"repetition_penalty": 0}, "repetition_penalty", "greater than 0"),
+        ({"presence_penalty": 3}, "presence_penalty", "less than or equal to 2"),
+        ({"frequency_penalty": -3}, "frequency_penalty", "greater than or equal to -2"),
+        ({"seed": 2**63}, "seed", "less than or equal"),
+        ({"seed": -1}, "seed", "greater than or equal"),
+        ({"stop": {}}, "stop", "a string or a list of strings"),
+        ({"stop": [""]}, "stop[0]", "at least 1 character"),
+        ({"stop": ["x" * 257]}, "stop[0]", "at most 256"),
+        ({"stop": ["x"] * 17}, "stop", "at most 16"),
+        ({"stop_token_ids": [1] * 65}, "stop_token_ids", "at most 64"),
+        ({"stop_token_ids": ["1"]}, "stop_token_ids[0]", "valid integer"),
+        ({"logprobs": 21}, "logprobs", "less than or equal to 20"),
+        ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
+        ({"max_tokens": 3, "min_tokens": 4}, "min_tokens", "above max_tokens 3"),
+        ({"do_sample": True, "temperature": 0}, "do_sample", "temperature above 0"),
+        ({"do_sample": True, "model": "org/large"}, "do_sample", "temperature above 0"),
+        ({"do_sample": 1}, "do_sample", "valid boolean"),
+        ({"temprature": 1}, "temprature", "did you mean temperature?"),
+        ({"xyzzy": 1}, "xyzzy", "the fields are temperature, top_p"),
+        ({"include_text": True}, "include_text", "not a field here"),
+        ({"top_p": 2, "top_k": -1}, "top_p", "(and 1 more fault)"),
+        ({"top_p": 2, "top_k": -1, "a": 1}, "top_p", "(and 2 more faults)"),
+    ],
+)
+async def test_a_wrong_field_is_named(
+    client: httpx.AsyncClient, gateway: ScriptedGateway, fields: dict[str, object], param: str, says: str
+) -> None:
+    error = await refused(client, "/generate", {"prompt": "hi", **fields})
+    assert error["param"] == param
+    assert says in error["message"]
+    assert error["message"].startswith(param.split("[")[0])
+    assert len(gateway.refusals) == 1
+    assert gateway.requests == []
+
+
+@every_post
+async def test_a_number_too_big_for_a_float_names_its_field(client: httpx.AsyncClient, path: str) -> None:
+    body = json.dumps(POSTS[path])[:-1].encode()
+    answer = await client.post(path, content=body + b', "temperature": 1e999}')
+    assert answer.status_code == 422
+    assert told(answer)["message"] == "temperature should be a finite number"
+
+
+@every_post
+async def test_what_is_required_is_named_when_missing(client: httpx.AsyncClient, path: str) -> None:
+    (name,) = POSTS[path]
+    says = "send exactly one of prompts and requests" if name == "prompts" else f"{name} is required"
+    error = await refused(client, path, {})
+    assert (error["param"], error["message"]) == (name, says)
+
+
+@every_post
+@pytest.mark.parametrize("name", ["<text>", "<list>", "<", "x" * 5000, "a.b[0]", "\n", "é", "__class__", "0"])
+async def test_an_unknown_field_may_be_called_anything(client: httpx.AsyncClient, path: str, name: str) -> None:
+    error = await refused(client, path, POSTS[path] | {name: {"<text>": 1}})
+    assert error["param"] == name[:64]
+    assert error["message"].startswith(f"{name[:64]} is not a field here; ")
+
+
+async def test_even_a_field_without_a_name_is_named(client: httpx.AsyncClient) -> None:
+    error = await refused(client, "/generate", {"prompt": "hi", "": 1})
+    assert error["message"].startswith('"" is not a field here; the fields are ')
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "says"),
+    [
+        ({"prompt": ""}, "prompt", "at least 1 character"),
+        ({"prompt": []}, "prompt", "at least 1 item"),
+        ({"prompt": None}, "prompt", "a string or a list of token ids"),
+        ({"prompt": {}}, "prompt", "a string or a list of token ids"),
+        ({"prompt": ["a"]}, "prompt[0]", "valid integer"),
+        ({"prompt": [1, -1]}, "prompt[1]", "greater than or equal to 0"),
+        ({"prompt": [2**31]}, "prompt[0]", "less than or equal to 2147483647"),
+        ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
+        ({"min_tokens": 17}, "min_tokens", "above max_tokens 16"),
+        ({"logprobs": 6}, "logprobs", "less than or equal to 5"),
+        ({"logprobs": True}, "logprobs", "valid integer"),
+        ({"best_of": 2}, "best_of", "not a field here"),
+        ({"max_token": 2}, "max_token", "did you mean max_tokens?"),
+        ({"do_sample": True}, "do_sample", "not a field here"),
+    ],
+)
+async def test_a_wrong_field_of_a_completion_is_named(
+    client: httpx.AsyncClient, fields: dict[str, object], param: str, says: str
+) -> None:
+    error = await refused(client, "/v1/completions", {"prompt": "hi", **fields})
+    assert error["param"] == param
+    assert says in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "says"),
+    [
+        ({"messages": []}, "messages", "at least 1 item"),
+        ({"messages": None}, "messages", "valid list"),
+        ({"messages": HI}, "messages", "valid list"),
+        ({"messages": ["hi"]}, "messages[0]", "should be an object"),
+        ({"messages": [HI, {}]}, "messages[1].role", "is required (and 1 more fault)"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content", "is required"),
+        ({"messages": [{**HI, "role": "tool"}]}, "messages[0].role", "'system', 'user' or 'assistant'"),
+        ({"messages": [{**HI, "content": None}]}, "messages[0].content", "a string or a list of text parts"),
+        ({"messages": [{**HI, "content": []}]}, "messages[0].content", "at least 1 item"),
+        ({"messages": [{**HI, "contents": "x"}]}, "messages[0].contents", "did you mean content?"),
+        ({"messages": [{**HI, "<text>": "x"}]}, "messages[0].<text>", "the fields are role, content"),
+        ({"messages": [HI, {**HI, "content": ["x"]}]}, "messages[1].content[0]", "should be an object"),
+        (
+            {"messages": [{**HI, "content": [{"type": "text", "text": "x", "txt": 1}]}]},
+            "messages[0].content[0].txt",
+            "did you mean text?",
+        ),
+        (
+            {"messages": [{**HI, "content": [{"type": "image_url", "text": ""}]}]},
+            "messages[0].content[0].type",
+            "should be 'text'",
+        ),
+        ({"logprobs": 1}, "logprobs", "valid boolean"),
+        ({"top_logprobs": 2}, "top_logprobs", "goes with logprobs: true"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "less than or equal to 20"),
+        ({"max_tokens": 1, "max_completion_tokens": 2}, "max_completion_tokens", "send one of them"),
+        ({"max_completion_tokens": 2, "min_tokens": 3}, "min_tokens", "above max_tokens 2"),
+        ({"tools": []}, "tools", "not a field here"),
+    ],
+)
+async def test_a_wrong_field_of_a_chat_is_named(
+    client: httpx.AsyncClient, fields: dict[str, object], param: str, says: str
+) -> None:
+    error = await refused(client, "/v1/chat/completions", {"messages": [HI], **fields})
+    assert error["param"] == param
+    assert error["message"].startswith(param)
+    assert says in error["message"]
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+@pytest.mark.parametrize(
+    ("fields", "param", "says"),
+    [
+        ({"n": 2}, "n", "send several requests for several answers"),
+        ({"n": 1.0}, "n", "valid integer"),
+        ({"stream": 1}, "stream", "valid boolean"),
+        ({"model": 1}, "model", "valid string"),
+        ({"stream_options": {}}, "stream_options", "stream: true"),
+        ({"stream": True, "stream_options": []}, "stream_options", "should be an object"),
+        ({"stream_options": {"include_usage": 1}}, "stream_options.include_usage", "valid boolean"),
+        ({"stream_options": {"include_usge": True}}, "stream_options.include_usge", "did you mean include_usage?"),
+        ({"temperature": 2.1}, "temperature", "less than or equal to 2"),
+        ({"stop": 3}, "stop", "a string or a list of strings"),
+    ],
+)
+async def test_a_wrong_field_of_both_openai_routes_is_named(
+    client: httpx.AsyncClient, path: str, fields: dict[str, object], param: str, says: str
+) -> None:
+    error = await refused(client, path, POSTS[path] | fields)
+    assert error["param"] == param
+    assert error["message"].startswith(param)
+    assert says in error["message"]
+
+
+async def test_only_a_stream_may_leave_its_text_out(client: httpx.AsyncClient) -> None:
+    error = await refused(client, "/generate_stream", {"prompt": "hi", "include_text": 0})
+    assert error["message"] == "include_text should be a valid boolean"
+
+
+# Any JSON at all, and near misses of good bodies: known names with values that are half right.
+
+CHARACTERS = st.text(st.characters(exclude_categories=()), max_size=8)
+BODIES: tuple[type[Body], ...] = (StreamBody, BatchBody, CompletionBody, ChatBody, Message, TextPart, StreamOptions)
+NAMES = st.sampled_from(sorted({name for body in BODIES for name in body.model_fields} | set(TAGS)))
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | CHARACTERS
+    | st.sampled_from(["hi", "user", "text", "small", "huge", 0, 1, 1.0, 2**31, 10**400])
+)
+DOCUMENTS = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(NAMES | CHARACTERS, inner, max_size=4),
+    max_leaves=12,
+)
+anything = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=100)
+
+
+def is_answered(answer: httpx.Response, gateway: ScriptedGateway) -> bool:
+    """With success and nothing refused, or with one whole error that was counted once."""
+    counted = len(gateway.refusals)
+    if answer.status_code != 200:
+        return 400 <= answer.status_code < 500 and bool(told(answer)) and counted == 1
+    if answer.request.url.path == "/generate_batch":
+        return sum("error" in result for result in answer.json()["results"]) == counted
+    return counted == 0
+
+
+@anything
+@given(path=st.sampled_from([*POSTS]), document=DOCUMENTS)
+async def test_any_document_is_answered(
+    client: httpx.AsyncClient, gateway: ScriptedGateway, path: str, document: object
+) -> None:
+    gateway.refusals.clear()
+    assert is_answered(await client.post(path, content=json.dumps(document)), gateway)
+
+
+@anything
+@given(path=st.sampled_from([*POSTS]), fields=st.dictionaries(NAMES | CHARACTERS, DOCUMENTS, max_size=2))
+async def test_any_near_miss_is_answered(
+    client: httpx.AsyncClient, gateway: ScriptedGateway, path: str, fields: dict[str, object]
+) -> None:
+    gateway.refusals.clear()
+    assert is_answered(await client.post(path, content=json.dumps(POSTS[path] | fields)), gateway)
+
+
+@anything
+@given(path=st.sampled_from([*POSTS]), body=st.binary(max_size=40))
+async def test_any_bytes_are_answered(
+    client: httpx.AsyncClient, gateway: ScriptedGateway, path: str, body: bytes
+) -> None:
+    gateway.refusals.clear()
+    assert is_answered(await client.post(path, content=body), gateway)

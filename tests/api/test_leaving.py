@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextvars import ContextVar
+from typing import Any
+
+import pytest
+
+from serve_app.api.app import create_app
+from serve_app.types import Chunk, GenerationRequest
+
+from .scripted import POSTS, ScriptedGateway, Wire, app_config, chunk
+
+STREAMS = {
+    "/generate_stream": POSTS["/generate_stream"],
+    "/v1/completions": POSTS["/v1/completions"] | {"stream": True},
+    "/v1/chat/completions": POSTS["/v1/chat/completions"] | {"stream": True},
+}
+every_post = pytest.mark.parametrize("path", POSTS)
+every_stream = pytest.mark.parametrize("path", STREAMS)
+
+
+def serve(gateway: ScriptedGateway, wire: Wire) -> asyncio.Task[None]:
+    return asyncio.create_task(create_app(gateway, app_config())(wire.scope, wire.receive, wire.send))
+
+
+def left_clean(gateway: ScriptedGateway) -> bool:
+    """Every generator was closed, and nobody calls a client's leaving an error."""
+    return gateway.closed == [request.id for request in gateway.requests] and gateway.refusals == []
+
+
+@every_post
+async def test_leaving_before_the_first_token_closes_the_generator(gateway: ScriptedGateway, path: str) -> None:
+    gateway.plays(None)
+    wire = Wire(path, POSTS[path])
+    served = serve(gateway, wire)
+    await gateway.crowded.wait()
+    wire.leave.set()
+    await served
+    assert left_clean(gateway)
+    assert wire.sent == []
+
+
+@every_stream
+async def test_leaving_in_the_middle_closes_the_generator(gateway: ScriptedGateway, path: str) -> None:
+    gateway.plays(chunk(["a"], None), None)
+    wire = Wire(path, STREAMS[path])
+    served = serve(gateway, wire)
+    await wire.wrote.wait()
+    wire.leave.set()
+    await served
+    assert left_clean(gateway)
+    assert gateway.completed == 0
+    assert all(message.get("more_body", True) for message in wire.sent)
+
+
+@every_stream
+@pytest.mark.parametrize("fail_at", [0, 1, 2])
+async def test_a_failed_write_closes_the_generator(gateway: ScriptedGateway, path: str, fail_at: int) -> None:
+    gateway.plays(chunk(["a"], None), chunk(["b"], None, start=1), None)
+    await serve(gateway, Wire(path, STREAMS[path], fail_at=fail_at))
+    assert left_clean(gateway)
+    assert gateway.running == 0
+
+
+async def test_a_whole_answer_to_nobody_is_no_error(gateway: ScriptedGateway) -> None:
+    await serve(gateway, Wire("/generate", POSTS["/generate"], fail_at=0))
+    assert left_clean(gateway)
+    assert gateway.completed == 1
+
+
+@every_post
+async def test_leaving_during_the_upload_asks_nothing_of_the_model(gateway: ScriptedGateway, path: str) -> None:
+    wire = Wire(path, None, parts=[])
+    wire.leave.set()
+    await serve(gateway, wire)
+    assert (gateway.requests, gateway.refusals, wire.sent) == ([], [], [])
+
+
+@every_post
+async def test_a_server_that_stops_closes_the_generator(gateway: ScriptedGateway, path: str) -> None:
+    gateway.plays(None)
+    served = serve(gateway, Wire(path, POSTS[path]))
+    await gateway.crowded.wait()
+    served.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await served
+    assert left_clean(gateway)
+
+
+class Chatty(Wire):
+    """Sends one more part after the last, an empty one."""
+
+    silent = False
+
+    async def receive(self) -> Any:
+        if self.parts == [] and not self.silent:
+            self.silent = True
+            return {"type": "http.request", "body": b"", "more_body": False}
+        return await super().receive()
+
+
+@every_post
+async def test_a_part_after_the_last_is_not_taken_for_leaving(gateway: ScriptedGateway, path: str) -> None:
+    gateway.plays(0.001, chunk(["a"]))
+    wire = Chatty(path, POSTS[path])
+    await serve(gateway, wire)
+    assert wire.silent
+    assert wire.status == 200
+    assert gateway.completed == 1
+
+
+class Traced(ScriptedGateway):
+    """Puts a mark into the context for as long as it runs, as tracing does."""
+
+    mark: ContextVar[str] = ContextVar("mark")
+
+    async def stream(self, request: GenerationRequest, warm_wait_s: float | None = None) -> AsyncGenerator[Chunk, None]:
+        token = self.mark.set(request.id)
+        try:
+            yield chunk(["a"], None)
+        finally:
+            self.mark.reset(token)  # fails in any other context
+            self.closed.append(request.id)
+
+
+@every_stream
+async def test_a_generator_is_closed_in_the_context_of_its_steps(path: str) -> None:
+    gateway = Traced()
+    await serve(gateway, Wire(path, STREAMS[path], fail_at=1))
+    assert len(gateway.closed) == 1
