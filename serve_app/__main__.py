@@ -17,7 +17,6 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from types import FrameType
 
@@ -186,15 +185,17 @@ def _deploy(address: Address, file: ServeFile, progress: Progress) -> None:
 def _waiting(url: str) -> list[str] | None:
     """What the models that cannot answer yet are doing; None while nobody is there to say."""
     try:
-        with urllib.request.urlopen(url + "/ready", timeout=2):
-            return []
-    except urllib.error.HTTPError as error:
-        with suppress(ValueError, KeyError):
-            models = json.load(error)["models"]
-            return [f"{m['name']}: {m['detail']}" for m in models if m["state"] not in ("ready", "asleep")]
+        with urllib.request.urlopen(url + "/ready", timeout=2) as answer:
+            body = answer.read()
+    except urllib.error.HTTPError as answer:
+        body = answer.read()
     except OSError:
-        pass
-    return None
+        return None
+    try:
+        models = json.loads(body)["models"]
+    except (ValueError, KeyError):
+        return None  # the proxy is there, the ingress is not
+    return [f"{m['name']}: {m['detail']}" for m in models if m["state"] not in ("ready", "asleep")]
 
 
 def _reason(error: Exception) -> str:

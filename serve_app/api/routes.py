@@ -54,22 +54,28 @@ class NativeRoutes:
 
 class OperatorRoutes:
     def __init__(self, door: Door) -> None:
-        self._gateway = door.gateway
+        self._door = door
 
     async def health(self, http: Request) -> Response:
         return JSONResponse({"status": "alive"})
 
     async def ready(self, http: Request) -> Response:
-        """A model that sleeps by intent is ready: the next request wakes it."""
-        models = await self._gateway.models()
+        """Whether any model can answer, or the one of `?model=`: one that fails must not take the others' callers away.
+
+        A model that sleeps by intent is ready: the next request wakes it.
+        """
+        models = await self._door.gateway.models()
+        if "model" in http.query_params:
+            name = self._door.model(http.query_params["model"]).name
+            models = [model for model in models if model.name == name]
         states = [_status(model) for model in models]
-        if all(model.state in (ModelState.READY, ModelState.ASLEEP) for model in models):
+        if any(model.state in (ModelState.READY, ModelState.ASLEEP) for model in models):
             return JSONResponse({"status": "ready", "models": states})
         headers = {"retry-after": str(READY_RETRY_S)}
         return JSONResponse({"status": "not ready", "models": states}, status_code=503, headers=headers)
 
     async def metrics(self, http: Request) -> Response:
-        return Response(await self._gateway.metrics(), headers={"content-type": METRICS_TYPE})
+        return Response(await self._door.gateway.metrics(), headers={"content-type": METRICS_TYPE})
 
 
 def _status(model: ModelStatus) -> dict[str, str]:

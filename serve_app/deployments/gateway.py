@@ -7,6 +7,7 @@ import logging
 import math
 import time
 from collections.abc import AsyncGenerator
+from contextlib import suppress
 from dataclasses import replace
 
 from ray.exceptions import RayError, RayTaskError
@@ -23,6 +24,7 @@ logger = logging.getLogger("ray.serve")
 
 _LOOK_S = 0.5
 _GRACE_S = 5.0
+_BOARD_S = 2.0
 
 
 class RayGateway:
@@ -77,8 +79,12 @@ class RayGateway:
         return list(self._statuses.values())
 
     async def metrics(self) -> bytes:
-        others = [n for n in (await self._board()).notices if n.replica != self._replica]
-        families = [family for notice in others for family in notice.families]
+        """Of this process at least: the hub may be starting or moving."""
+        notices: list[Notice] = []
+        with suppress(Exception):
+            async with asyncio.timeout(_BOARD_S):
+                notices = (await self._board()).notices
+        families = [family for notice in notices if notice.replica != self._replica for family in notice.families]
         return exposition([*self._metrics.families(), *families])
 
     def refused(self, error: ServeAppError, model: str | None) -> None:
@@ -237,10 +243,12 @@ def _status(model: Model, board: Board) -> ModelStatus | None:
     stages = [notice.stage for notice in board.notices if notice.model == model.name]
     if "" in stages:
         return ModelStatus(model.name, ModelState.READY)
+    failure = board.failures.get(model.name)
     if stages:
-        return ModelStatus(model.name, ModelState.LOADING, stages[0])
-    if model.name in board.failures:
-        return ModelStatus(model.name, ModelState.FAILED, board.failures[model.name])
+        detail = stages[0] if failure is None else f"{failure} (trying again: {stages[0]})"
+        return ModelStatus(model.name, ModelState.LOADING, detail)
+    if failure is not None:
+        return ModelStatus(model.name, ModelState.FAILED, failure)
     if not board.complete:
         return None
     if model.deployment.scales_to_zero:

@@ -92,9 +92,13 @@ def test_a_model_that_still_loads_is_waited_for_with_reasons() -> None:
     with Service(models, warm_wait_s=2, heartbeat_s=0.5) as service, httpx.Client(base_url=service.url) as client:
         service.wait_for("loading: starting")
         assert client.get("/health").status_code == 200
-        ready = client.get("/ready")
+        ready = client.get("/ready", params={"model": "loading"})
         assert ready.status_code == 503
-        assert "loading" in ready.text
+        assert ready.json()["models"][0]["state"] == "loading"
+        end = time.monotonic() + 10
+        while client.get("/ready").status_code != 200:
+            assert time.monotonic() < end, "the other one can be woken"
+            time.sleep(0.1)
 
         early = client.post("/v1/completions", json={"model": "loading", "prompt": "x"})
         assert early.status_code == 503
