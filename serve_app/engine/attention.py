@@ -8,16 +8,17 @@ slot only. Decoding rows of neighbouring slots are one batched product; a prompt
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
 IMPLEMENTATION = "serve_app_slots"
+_LENGTH_STEP = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,7 @@ class Layout:
     chunks: tuple[PromptChunk, ...]
     slots: torch.Tensor
     positions: torch.Tensor
-    _shared: dict[tuple[Any, ...], torch.Tensor | None] = field(default_factory=dict)
+    _shared: dict[tuple[Any, ...], torch.Tensor] = field(default_factory=dict)
 
     def arena_rows(self, heads: int, length: int) -> torch.Tensor:
         """Index `[N * heads]` of every row's heads in an arena viewed as `[slots * heads * length, dim]`."""
@@ -56,16 +57,13 @@ class Layout:
             head = torch.arange(heads, device=self.slots.device)
             rows = (self.slots[:, None] * heads + head) * length + self.positions[:, None]
             self._shared[key] = rows.flatten()
-        index = self._shared[key]
-        assert index is not None
-        return index
+        return self._shared[key]
 
-    def decode_mask(self, run: DecodeRun, low: int, high: int, window: int | None) -> torch.Tensor | None:
-        """Which of the positions `low` to `high` each row may see: bool `[rows, 1, 1, high - low]`, None for all."""
-        key = ("decode", run.first_row, low, window)
+    def decode_mask(self, run: DecodeRun, low: int, high: int, window: int | None) -> torch.Tensor:
+        """Which of the positions `low` to `high` each row may see: bool `[rows, 1, 1, high - low]`."""
+        key = ("decode", run.first_row, low, high, window)
         if key not in self._shared:
-            even = all(p == high - 1 for p in run.positions) and (window is None or low == max(0, high - window))
-            self._shared[key] = None if even else self._visible(list(run.positions), low, high, window)[:, None, None]
+            self._shared[key] = self._visible(list(run.positions), low, high, window)[:, None, None]
         return self._shared[key]
 
     def chunk_mask(self, chunk: PromptChunk, low: int, window: int | None) -> torch.Tensor:
@@ -74,9 +72,7 @@ class Layout:
         if key not in self._shared:
             end = chunk.start + chunk.count
             self._shared[key] = self._visible(list(range(chunk.start, end)), low, end, window)
-        mask = self._shared[key]
-        assert mask is not None
-        return mask
+        return self._shared[key]
 
     def _visible(self, positions: list[int], low: int, high: int, window: int | None) -> torch.Tensor:
         row = torch.tensor(positions, device=self.slots.device)[:, None]
@@ -130,14 +126,15 @@ class LayerCache:
         index = layout.arena_rows(self.heads, self.length)
         for arena, rows in ((self.keys, key), (self.values, value)):
             dim = arena.shape[3]
-            flat = rows[0].transpose(0, 1).reshape(-1, dim).to(arena.dtype)
+            # A masked position weighs nothing, but nothing times NaN is NaN: the arena holds numbers only.
+            flat = rows[0].transpose(0, 1).reshape(-1, dim).to(arena.dtype).nan_to_num()
             arena.view(-1, dim).index_copy_(0, index, flat)
 
     def _decode(
         self, layout: Layout, run: DecodeRun, query: torch.Tensor, scaling: float, window: int | None, **extras: Any
     ) -> torch.Tensor:
         """Query `[H, B, D]` -> `[B, H, Dv]`: one batched product over neighbouring slots."""
-        high = max(run.positions) + 1
+        high = min(self.length, _round_up(max(run.positions) + 1))
         low = 0 if window is None else max(0, min(run.positions) + 1 - window)
         slots = slice(run.first_slot, run.first_slot + len(run.positions))
         mask = layout.decode_mask(run, low, high, window)
@@ -165,11 +162,16 @@ class LayerCache:
         return out[0].transpose(0, 1)
 
 
+def _round_up(length: int) -> int:
+    """Positions that a decode step looks at: torch prepares a product anew for every length that it has not met."""
+    return -(-length // _LENGTH_STEP) * _LENGTH_STEP
+
+
 def attend(
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
-    mask: torch.Tensor | None,
+    mask: torch.Tensor,
     scaling: float,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
@@ -187,8 +189,7 @@ def attend(
     scores = torch.bmm(keys, grouped.transpose(1, 2)).transpose(1, 2).reshape(batch, heads, count, length).float()
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
+    scores = scores.masked_fill(~mask, -torch.inf)
     if sinks is not None:
         sink = sinks.float().reshape(1, heads, 1, 1).expand(batch, heads, count, 1)
         weights = torch.softmax(torch.cat([scores, sink], dim=-1), dim=-1)[..., :-1]
@@ -200,10 +201,16 @@ def attend(
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """On CPU by calloc, whose pages take no memory until a sequence writes to them; torch.zeros writes to all."""
+    """On CPU from pages that take no memory until a sequence writes to them; torch.zeros writes to all.
+
+    Small pages: the first token of a slot would make the kernel clear 2 MiB a layer otherwise, for its neighbours too.
+    """
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
+    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        pages.madvise(mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
 class ShapeProbe:

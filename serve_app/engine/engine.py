@@ -174,16 +174,19 @@ class Engine:
         try:
             sampled = self._runner.run(step)
             now_done = self._clock()
-            events = self._scheduler.commit(step, sampled, now_done)
+            news = self._scheduler.commit(step, sampled, now_done)
         except Exception:
             logger.exception("step of %d rows failed", step.rows)
             self._fail(step)
             return
         finally:
             self._step_started = None
-        for sequence, event in events:
-            sequence.stream.put(event)
-        wake_all(sequence.stream for sequence, _ in events)
+        for sequence, told in news:
+            if isinstance(told, ServeAppError):
+                sequence.stream.fail(told)
+            else:
+                sequence.stream.put(told)
+        wake_all(sequence.stream for sequence, _ in news)
         self._count(step, len(sampled), now_done - now)
 
     def _fail(self, step: Step) -> None:

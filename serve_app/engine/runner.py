@@ -14,6 +14,7 @@ from serve_app.engine.loader import Loaded, Report, SourceError, load
 from serve_app.engine.memory import available_bytes, slots_that_fit
 from serve_app.engine.sampler import sample
 from serve_app.engine.sequence import Advance, Sampled, Step
+from serve_app.errors import ServeAppError
 
 _SELF_TEST_TOKENS = 12
 
@@ -43,7 +44,7 @@ class TorchRunner:
         return cls(loaded, model.engine)
 
     @torch.inference_mode()
-    def run(self, step: Step) -> list[Sampled]:
+    def run(self, step: Step) -> list[Sampled | ServeAppError]:
         logits = self._forward(step)
         sampling = [advance.sequence for advance in step.advances if advance.samples]
         return sample(logits, sampling, self.text.token_text) if sampling else []

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from serve_app.engine.sequence import Sampled, Sequence
+from serve_app.errors import InternalError, ServeAppError
 from serve_app.types import Logprobs, TokenLogprob
 
 CANDIDATES = 256
@@ -15,11 +16,14 @@ _MASK = 2**64 - 1
 _SMALLEST_DIVISOR = 1e-6
 
 
-def sample(logits: torch.Tensor, sequences: list[Sequence], token_text: Callable[[int], str]) -> list[Sampled]:
-    """One token for each row of `[R, V]` logits."""
+def sample(
+    logits: torch.Tensor, sequences: list[Sequence], token_text: Callable[[int], str]
+) -> list[Sampled | ServeAppError]:
+    """One token for each row of `[R, V]` logits; an error for a row that holds no numbers."""
     logits = logits.float()
     adjusted = _adjust(logits, sequences)
-    tokens = adjusted.argmax(-1).tolist()
+    likeliest, ids = adjusted.max(-1)
+    tokens, broken = ids.tolist(), likeliest.isnan().tolist()
     drawn = [row for row, sequence in enumerate(sequences) if sequence.params.temperature > 0]
     if drawn:
         every = len(drawn) == len(sequences)
@@ -27,8 +31,10 @@ def sample(logits: torch.Tensor, sequences: list[Sequence], token_text: Callable
         for row, token in zip(drawn, _draw(rows, [sequences[row] for row in drawn]), strict=True):
             tokens[row] = token
     return [
-        Sampled(token, None if sequence.params.logprobs is None else _logprobs(row, token, sequence, token_text))
-        for row, token, sequence in zip(logits, tokens, sequences, strict=True)
+        InternalError("the model computed no numbers for this request; its text may be too unusual for its precision")
+        if nan
+        else Sampled(token, None if sequence.params.logprobs is None else _logprobs(row, token, sequence, token_text))
+        for row, token, nan, sequence in zip(logits, tokens, broken, sequences, strict=True)
     ]
 
 

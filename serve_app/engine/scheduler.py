@@ -76,20 +76,23 @@ class Scheduler:
                 advance.sequence.stream.started = now
         return Step(tuple(advances))
 
-    def commit(self, step: Step, sampled: list[Sampled], now: float) -> list[tuple[Sequence, TokenEvent]]:
+    def commit(
+        self, step: Step, sampled: list[Sampled | ServeAppError], now: float
+    ) -> list[tuple[Sequence, TokenEvent | ServeAppError]]:
         """Take a step's tokens in; sequences that ended give their slot back."""
-        tokens = iter(sampled)
-        events = []
+        outcomes = iter(sampled)
+        news = []
         for advance in step.advances:
             sequence, samples = advance.sequence, advance.samples
             sequence.computed += advance.count
             if samples:
-                event = sequence.accept(next(tokens), now)
-                events.append((sequence, event))
-                if event.finish_reason is not None:
+                outcome = next(outcomes)
+                told = outcome if isinstance(outcome, ServeAppError) else sequence.accept(outcome, now)
+                news.append((sequence, told))
+                if isinstance(told, ServeAppError) or told.finish_reason is not None:
                     self._release(sequence)
-        assert next(tokens, None) is None, "the runner sampled more tokens than the step asked for"
-        return events
+        assert next(outcomes, None) is None, "the runner sampled more tokens than the step asked for"
+        return news
 
     def fail(self, sequences: list[Sequence]) -> None:
         """Let go of the sequences of a step that could not be run or taken in; some may have ended in it."""

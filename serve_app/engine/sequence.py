@@ -143,6 +143,6 @@ class Runner(Protocol):
     @property
     def text(self) -> Text: ...
 
-    def run(self, step: Step) -> list[Sampled]:
-        """One forward pass; a token for each advance that samples, in order."""
+    def run(self, step: Step) -> list[Sampled | ServeAppError]:
+        """One forward pass; for each advance that samples, in order, its token or why it can have none."""
         ...

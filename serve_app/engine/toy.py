@@ -66,10 +66,10 @@ class ToyRunner:
         options = dict(parse_qsl(urlsplit(source).query))
         return cls(config, float(options.get("step_ms", 0)), float(options.get("load_s", 0)), options.get("log"))
 
-    def run(self, step: Step) -> list[Sampled]:
+    def run(self, step: Step) -> list[Sampled | ServeAppError]:
         if self._step_s:
             time.sleep(self._step_s)
-        sampled = []
+        sampled: list[Sampled | ServeAppError] = []
         for advance in step.advances:
             if advance.samples:
                 sequence = advance.sequence

@@ -121,12 +121,15 @@ def test_any_mixture_of_decoding_and_chunks_is_what_each_sequence_gets_alone(
             arena.step(decode, chunks, window, **extras)
 
 
-@pytest.mark.parametrize("window", [None, 3])
-def test_decoders_of_equal_length_need_no_mask(window: int | None) -> None:
+def test_what_is_no_number_stays_with_who_made_it() -> None:
+    """The next owner of the slot, and its neighbours, look at positions beyond their own behind a mask."""
     arena = Arena(4, 2, seed=1)
-    arena.step([], [(slot, 5) for slot in range(SLOTS)], window)
-    arena.step(list(range(SLOTS)), [], window)
-    assert list(arena.cache.layout._shared.values()).count(None) == 1  # type: ignore[union-attr]
+    layout = layout_of([], [PromptChunk(0, 1, 0, 6)], [1] * 6, list(range(6)), CPU)
+    arena.cache.layout = layout
+    broken = torch.full((1, 4, 6, KEY_DIM), torch.nan)
+    arena.cache.attend(broken, broken[:, :2], torch.full((1, 2, 6, VALUE_DIM), torch.inf), SCALING, None)
+    arena.step([], [(0, 5), (1, 2), (2, 3)], None)
+    arena.step([0, 1, 2], [], None)
 
 
 def test_layers_share_what_a_step_computed_once() -> None:

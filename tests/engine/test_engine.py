@@ -12,7 +12,15 @@ from serve_app.config import Engine as EngineConfig
 from serve_app.engine.engine import Engine, EngineStalled
 from serve_app.engine.sequence import Sampled, Step
 from serve_app.engine.toy import END, ToyRunner, ToyText
-from serve_app.errors import DeadlineExceeded, InternalError, InvalidRequest, NotReady, PromptTooLong, QueueFull
+from serve_app.errors import (
+    DeadlineExceeded,
+    InternalError,
+    InvalidRequest,
+    NotReady,
+    PromptTooLong,
+    QueueFull,
+    ServeAppError,
+)
 from serve_app.types import FinishReason, GenerationRequest, Prompt, SamplingParams
 
 from .toys import (
@@ -307,11 +315,33 @@ class Miscounting(ToyRunner):
         super().__init__(config)
         self._extra = extra
 
-    def run(self, step: Step) -> list[Sampled]:
+    def run(self, step: Step) -> list[Sampled | ServeAppError]:
         sampled = super().run(step)
         if all(advance.sequence.limit != 9 for advance in step.advances):
             return sampled
         return [*sampled, *[Sampled(1)] * self._extra][: len(sampled) + self._extra]
+
+
+class Speechless(ToyRunner):
+    """Has no third token for whoever asked for nine."""
+
+    def run(self, step: Step) -> list[Sampled | ServeAppError]:
+        asking = [advance.sequence for advance in step.advances if advance.samples]
+        return [
+            InternalError("no numbers") if one.limit == 9 and one.generated == 2 else outcome
+            for one, outcome in zip(asking, super().run(step), strict=True)
+        ]
+
+
+async def test_one_without_a_token_ends_in_an_error_and_its_neighbours_go_on() -> None:
+    with running(Speechless, max_running=2) as engine:
+        broken, whole = admitted(engine, asking("ab", 9), asking("cd", 5))
+        lost, kept = await read(broken), await read(whole)
+        assert (lost.text, type(lost.error)) == ("ab", InternalError)
+        assert (kept.text, kept.error) == ("cdcdc", None)
+        assert (broken.ends, whole.ends) == (1, 1)
+        until(lambda: engine.stats().running == 0)
+        assert engine.stats().failed_steps == 0
 
 
 @pytest.mark.parametrize("extra", [-1, 1])
@@ -370,7 +400,7 @@ async def test_when_the_thread_dies_everyone_is_told_and_nobody_gets_in() -> Non
 
 
 class Dying(SteppedRunner):
-    def run(self, step: Step) -> list[Sampled]:
+    def run(self, step: Step) -> list[Sampled | ServeAppError]:
         super().run(step)
         raise KeyboardInterrupt
 

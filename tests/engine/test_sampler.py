@@ -11,9 +11,10 @@ import torch
 
 from serve_app.engine.sampler import sample, uniform
 from serve_app.engine.sequence import Sequence
+from serve_app.errors import InternalError
 from serve_app.types import SamplingParams
 
-from .toys import request, sequence, sequences
+from .toys import request, sequence, sequences, tokens_of
 
 pytestmark = pytest.mark.model
 
@@ -31,7 +32,7 @@ def crowd(count: int, params: SamplingParams) -> list[Sequence]:
 
 
 def chosen(logits: torch.Tensor, members: list[Sequence]) -> list[int]:
-    return [sampled.token_id for sampled in sample(logits, members, str)]
+    return [sampled.token_id for sampled in tokens_of(sample(logits, members, str))]
 
 
 def draws(row: torch.Tensor, params: SamplingParams, count: int) -> list[int]:
@@ -178,13 +179,13 @@ def test_a_draw_does_not_depend_on_its_neighbours_nor_on_its_row(spread: float, 
 
 
 @pytest.mark.parametrize("filters", [{}, {"top_k": 5}])
-def test_a_row_of_no_numbers_hurts_nobody_else(filters: dict[str, Any]) -> None:
+def test_a_row_of_no_numbers_is_an_error_and_hurts_nobody_else(filters: dict[str, Any]) -> None:
     logits, members = noise(3, 400), crowd(3, replace(WARM, **filters))
-    expected = chosen(logits, members)
-    logits[1] = torch.nan
-    tokens = chosen(logits, members)
-    assert (tokens[0], tokens[2]) == (expected[0], expected[2])
-    assert 0 <= tokens[1] < 400
+    expected = sample(logits, members, str)
+    logits[1, 7] = torch.nan
+    outcomes = sample(logits, members, str)
+    assert (outcomes[0], outcomes[2]) == (expected[0], expected[2])
+    assert isinstance(outcomes[1], InternalError)
 
 
 def test_a_seed_gives_the_same_answer_again_and_another_seed_another() -> None:
@@ -284,7 +285,8 @@ def test_min_tokens_without_any_end_changes_nothing() -> None:
 def test_logprobs_are_the_models_own_before_penalties_temperature_and_filters() -> None:
     row = noise(50)
     params = SamplingParams(temperature=0.3, top_k=2, repetition_penalty=1.9, seed=1, logprobs=4)
-    (sampled,) = sample(row[None].bfloat16(), [sequence([1, 2, 3], params)], lambda token: f"<{token}>")
+    asked = [sequence([1, 2, 3], params)]
+    (sampled,) = tokens_of(sample(row[None].bfloat16(), asked, lambda token: f"<{token}>"))
     own = row.bfloat16().float().log_softmax(-1)
     assert sampled.logprobs is not None
     told, top = sampled.logprobs.chosen, sampled.logprobs.top
@@ -296,11 +298,11 @@ def test_logprobs_are_the_models_own_before_penalties_temperature_and_filters() 
 
 @pytest.mark.parametrize(("asked", "told"), [(0, 0), (3, 3), (99, 10)])
 def test_as_many_alternatives_as_asked_for(asked: int, told: int) -> None:
-    (sampled,) = sample(noise(1, 10), [sequence(params=replace(GREEDY, logprobs=asked))], str)
+    (sampled,) = tokens_of(sample(noise(1, 10), [sequence(params=replace(GREEDY, logprobs=asked))], str))
     assert sampled.logprobs is not None
     assert len(sampled.logprobs.top) == told
 
 
 def test_nobody_is_told_logprobs_unasked() -> None:
-    (sampled,) = sample(noise(1, 10), crowd(1, GREEDY), str)
+    (sampled,) = tokens_of(sample(noise(1, 10), crowd(1, GREEDY), str))
     assert sampled.logprobs is None

@@ -8,7 +8,7 @@ from serve_app.config import Engine as EngineConfig
 from serve_app.engine.scheduler import Scheduler
 from serve_app.engine.sequence import Sampled, Sequence, Step
 from serve_app.engine.toy import ToyRunner
-from serve_app.errors import DeadlineExceeded, QueueFull
+from serve_app.errors import DeadlineExceeded, QueueFull, ServeAppError
 from serve_app.types import SamplingParams, TokenEvent
 
 from .toys import request, sequence, sequences
@@ -24,7 +24,7 @@ def queued(scheduler: Scheduler, *added: Sequence) -> None:
     assert [scheduler.add(s) for s in added] == [None] * len(added)
 
 
-def turn(scheduler: Scheduler, now: float = 0.0) -> tuple[Step, list[tuple[Sequence, TokenEvent]]]:
+def turn(scheduler: Scheduler, now: float = 0.0) -> tuple[Step, list[tuple[Sequence, TokenEvent | ServeAppError]]]:
     step = scheduler.plan(now)
     return step, scheduler.commit(step, RUNNER.run(step), now)
 
@@ -227,6 +227,7 @@ class AnyHistory(RuleBasedStateMachine):
             self.ends[late] += 1
         step = self.planned()
         for done, event in self.scheduler.commit(step, RUNNER.run(step), self.now):
+            assert isinstance(event, TokenEvent)
             assert event.token_id == done.tokens[(done.generated - 1) % done.prompt_len]
             self.ends[done] += event.finish_reason is not None
 

@@ -12,7 +12,7 @@ from serve_app.engine.toy import END, ToyDecoder, ToyRunner, ToyText
 from serve_app.errors import InvalidRequest
 from serve_app.types import ChatMessage, ChatPrompt, Prompt, SamplingParams, TextPrompt, TokenPrompt
 
-from .toys import sequence
+from .toys import sequence, tokens_of
 
 
 @given(st.binary(max_size=12))
@@ -61,7 +61,7 @@ def test_a_prompt_that_cannot_be_is_refused_in_its_place(prompt: Prompt, words: 
 def test_it_answers_with_its_prompt_counted_round() -> None:
     runner, asked = ToyRunner(EngineConfig()), sequence("abc")
     for _ in range(5):
-        (sampled,) = runner.run(Step((Advance(asked, asked.pending),)))
+        (sampled,) = tokens_of(runner.run(Step((Advance(asked, asked.pending),))))
         asked.tokens.append(sampled.token_id)
     assert bytes(asked.tokens) == b"abcabcab"
 
@@ -72,7 +72,7 @@ def test_an_unfinished_prompt_gives_no_token() -> None:
 
 def test_it_reports_logprobs_when_asked() -> None:
     asked = sequence("abc", SamplingParams(logprobs=0))
-    (sampled,) = ToyRunner(EngineConfig()).run(Step((Advance(asked, 3),)))
+    (sampled,) = tokens_of(ToyRunner(EngineConfig()).run(Step((Advance(asked, 3),))))
     assert sampled.logprobs is not None
     assert sampled.logprobs.chosen.token == "a"
 

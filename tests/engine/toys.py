@@ -109,6 +109,13 @@ def sequence(
     return sequences([request(prompt, timeout_s, params)], context=context)[0]
 
 
+def tokens_of(outcomes: Seq[Sampled | ServeAppError]) -> list[Sampled]:
+    """The outcomes of a step in which every sequence got a token."""
+    tokens = [outcome for outcome in outcomes if isinstance(outcome, Sampled)]
+    assert len(tokens) == len(outcomes)
+    return tokens
+
+
 class SteppedRunner(ToyRunner):
     """Takes a step only when the test says so, and keeps a record of who was in it."""
 
@@ -119,7 +126,7 @@ class SteppedRunner(ToyRunner):
         self._permits = threading.Semaphore(0)
         self._free = False
 
-    def run(self, step: Step) -> list[Sampled]:
+    def run(self, step: Step) -> list[Sampled | ServeAppError]:
         self.rows.append(step.rows)
         self.begun.append([advance.sequence for advance in step.advances])
         assert self._free or self._permits.acquire(timeout=PATIENCE_S), "the test forgot to let the runner go"
@@ -144,7 +151,7 @@ class FaultyRunner(ToyRunner):
         super().__init__(config)
         self._script = list(script)
 
-    def run(self, step: Step) -> list[Sampled]:
+    def run(self, step: Step) -> list[Sampled | ServeAppError]:
         fault = self._script.pop(0) if self._script else None
         if fault is not None:
             raise fault
