@@ -1,0 +1,96 @@
+"""The embedded model itself, in float32: what it says alone, in a crowd, and by model.generate() is the same."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from serve_app.engine.engine import Engine
+from serve_app.engine.loader import builtin_gguf, convert_gguf
+from serve_app.types import ChatMessage, ChatPrompt, FinishReason, SamplingParams, TextPrompt, TokenEvent
+from tests.models.crowd import agree, ask, crowd, generated, greedy, idle, model_config, random_asks, running
+
+pytestmark = [pytest.mark.model, pytest.mark.timeout(240)]
+
+FRANCE = ChatPrompt((ChatMessage("user", "What is the capital of France?"),))
+
+
+@pytest.fixture(scope="module")
+def folder() -> Path:
+    return convert_gguf(builtin_gguf(), print)
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    """Fewer slots than requests, and steps small enough that prompts are cut into chunks."""
+    config = model_config("builtin:smollm2-135m", max_running=12, max_context=512, max_step_tokens=48)
+    with running(config) as engine:
+        yield engine
+
+
+def text(events: list[TokenEvent]) -> str:
+    return "".join(event.text for event in events)
+
+
+async def test_alone_is_a_crowd_is_generate(engine: Engine, folder: Path) -> None:
+    asks = random_asks(24, vocabulary=49152, longest_prompt=90, longest_answer=20, seed=4)
+    references = generated(folder, asks)
+    agree([await greedy(engine, asked) for asked in asks[:6]], references[:6], asks[:6])
+    agree(await crowd(engine, asks, seed=1), references, asks)
+    await idle(engine)
+
+
+async def test_the_chat_template_leads_to_paris(engine: Engine) -> None:
+    events = await ask(engine, FRANCE, SamplingParams(max_tokens=40, temperature=0))
+    assert text(events) == "The capital of France is Paris."
+    assert events[-1].finish_reason is FinishReason.STOP
+
+
+async def test_a_seeded_request_says_the_same_alone_and_in_a_crowd(engine: Engine) -> None:
+    def params(seed: int) -> SamplingParams:
+        return SamplingParams(max_tokens=24, temperature=1.0, top_p=0.95, min_p=0.01, presence_penalty=0.5, seed=seed)
+
+    async def say(seed: int) -> str:
+        await asyncio.sleep(seed % 5 / 20)
+        return text(await ask(engine, TextPrompt(f"A story of {seed} lines:"), params(seed)))
+
+    alone = [await say(seed) for seed in range(4)]
+    assert len(set(alone)) == 4
+    assert (await asyncio.gather(*(say(seed) for seed in range(16))))[:4] == alone
+
+
+async def test_logprobs_are_those_of_the_reference(engine: Engine, folder: Path) -> None:
+    events = await ask(engine, FRANCE, SamplingParams(max_tokens=8, temperature=0, logprobs=3))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    runner = engine._runner
+    (prompt,) = runner.text.encode([FRANCE])
+    assert isinstance(prompt, list)
+    answer = [event.token_id for event in events]
+    with torch.inference_mode():
+        rows = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+    for row, event in zip(rows, events, strict=True):
+        assert event.logprobs is not None
+        values, ids = row.topk(3)
+        assert [top.token_id for top in event.logprobs.top] == ids.tolist()
+        assert [top.logprob for top in event.logprobs.top] == pytest.approx(values.tolist(), abs=1e-3)
+        assert event.logprobs.chosen.logprob == pytest.approx(row[event.token_id].item(), abs=1e-3)
+
+
+async def test_a_stop_string_ends_the_answer_and_is_never_sent(engine: Engine) -> None:
+    events = await ask(engine, FRANCE, SamplingParams(max_tokens=40, temperature=0, stop=("ance is",)))
+    assert text(events) == "The capital of Fr"
+    assert events[-1].finish_reason is FinishReason.STOP
+
+
+async def test_no_piece_of_a_text_is_half_a_character(engine: Engine) -> None:
+    """A model this small repeats what it was shown, in characters of several tokens each."""
+    shown = "🌍🎉 世界 grüßt 🌍🎉 世界 grüßt 🌍🎉 世界 grüßt 🌍🎉 世界"
+    events = await ask(engine, TextPrompt(shown), SamplingParams(max_tokens=40, temperature=0, ignore_eos=True))
+    assert any(event.text == "" for event in events), "some token was only a part of a character"
+    assert "🌍🎉 世界" in text(events)
+    assert not any("\ufffd" in event.text for event in events)
