@@ -19,6 +19,8 @@ from urllib.parse import urlsplit
 _ENVIRONMENT = {
     # Ray reports usage to its makers unless told otherwise.
     "RAY_USAGE_STATS_ENABLED": "0",
+    # So does the model hub's library.
+    "HF_HUB_DISABLE_TELEMETRY": "1",
     # Left unset, Ray decides by what it finds in the home folder. Whoever reaches Ray's ports may run code, on
     # loopback every user of the machine, so it asks for the token in ~/.ray/auth_token.
     "RAY_AUTH_MODE": "token",

@@ -7,7 +7,6 @@ import gc
 import hashlib
 import importlib.util
 import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,9 @@ from typing import Any
 
 import torch
 from filelock import FileLock
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -50,16 +52,24 @@ def load(config: Model, report: Report) -> Loaded:
     transformers_logging.disable_progress_bar()
     folder = _resolve(config, report)
     report("loading weights")
-    device = choose_device(config.device)
+    device = choose_device(config.device, config.resources.num_gpus)
     placement = config.device_map or ({"": device.index or 0} if device.type == "cuda" else None)
-    options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=choose_dtype(config.dtype, device), device_map=placement, use_safetensors=True, **options
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=choose_dtype(config.dtype, device),
+            device_map=placement,
+            use_safetensors=True,
+            output_loading_info=True,
+            **options,
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise SourceError(_explain(config, error)) from error
+    missing = sorted(loading["missing_keys"])
+    if missing:  # transformers would make them up, at random
+        raise SourceError(f"{config.source} lacks weights of a {type(model).__name__}: {', '.join(missing[:3])}")
     if not hasattr(tokenizer, "backend_tokenizer"):
         raise SourceError(f"{config.source}: its tokenizer has no fast (tokenizer.json) form, which streaming needs")
     model.eval()
@@ -69,10 +79,12 @@ def load(config: Model, report: Report) -> Loaded:
     return Loaded(model, text, _longest_context(model))
 
 
-def choose_device(wanted: str) -> torch.device:
-    if wanted == "cuda" and not torch.cuda.is_available():
+def choose_device(wanted: str, num_gpus: float) -> torch.device:
+    """`auto`: the GPU that the replica reserved of Ray, if torch can use it; Ray hides none from one without."""
+    usable = torch.cuda.is_available()
+    if wanted == "cuda" and not usable:
         raise SourceError("device: cuda, but torch sees no GPU here; use device: auto, or give the replica a GPU")
-    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+    return torch.device("cuda" if wanted == "cuda" or (wanted == "auto" and num_gpus > 0 and usable) else "cpu")
 
 
 def choose_dtype(wanted: str, device: torch.device) -> torch.dtype | str:
@@ -108,7 +120,7 @@ def convert_gguf(path: Path, report: Report, root: Path | None = None) -> Path:
     """The folder of a GGUF file's weights, dequantised once to float32 safetensors, with its tokenizer.
 
     Kept under `root` (the user's cache folder) by the file's hash. The folder appears whole or not at all, and
-    of two processes that need it at the same time one converts while the other waits.
+    of two processes that need it at the same time one converts while the other waits. Raises SourceError.
     """
     report("checking the model file")
     with path.open("rb") as file:
@@ -120,10 +132,13 @@ def convert_gguf(path: Path, report: Report, root: Path | None = None) -> Path:
     with FileLock(f"{target}.lock"):
         if not target.is_dir():
             report("converting the model file (once)")
-            part = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+            part = target.with_name(f".{target.name}.part")
+            shutil.rmtree(part, ignore_errors=True)  # of one who was killed at it
             try:
                 _convert(path, part)
                 part.replace(target)
+            except (OSError, ValueError, KeyError, NotImplementedError) as error:
+                raise SourceError(f"{path} cannot be converted: {' '.join(str(error).split())}") from error
             finally:
                 shutil.rmtree(part, ignore_errors=True)
     return target
@@ -161,8 +176,37 @@ def _resolve(config: Model, report: Report) -> str:
         raise SourceError(
             f"{config.source}: nothing there; a source is builtin:smollm2-135m, a folder, a .gguf file or a hub id"
         )
-    report("fetching from the model hub")
-    return config.source
+    return _fetch(config, report)
+
+
+def _fetch(config: Model, report: Report) -> str:
+    """The folder of a hub model's files: what a model is made of, and no weights in other forms."""
+    report("asking the model hub")
+    wanted = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", *(["*.py"] if config.trust_remote_code else [])]
+    try:
+        folder: str = snapshot_download(
+            config.source,
+            revision=config.revision,
+            allow_patterns=wanted,
+            ignore_patterns=["*/*", "consolidated*"],
+            tqdm_class=_fetching(report),
+        )
+        return folder
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise SourceError(f"{config.source} is no folder here, and the model hub does not give it: {reason}") from None
+
+
+def _fetching(report: Report) -> type[tqdm]:
+    """A progress bar that tells `report` how many of the bytes are here."""
+
+    class Fetching(tqdm):  # type: ignore[misc]  # untyped
+        def display(self, *_: object, **__: object) -> bool:
+            if self.unit == "B" and self.total:
+                report(f"fetching from the model hub: {self.n / self.total:.0%} of {self.total / 1e6:.0f} MB")
+            return True
+
+    return Fetching
 
 
 def _explain(config: Model, error: BaseException) -> str:

@@ -1,0 +1,247 @@
+"""Sources: what is loaded, what is fetched, what is refused, and what is left behind when it goes wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, BertConfig, BertModel, PreTrainedTokenizerFast
+
+from serve_app.config import Deployment, Engine, Model, Resources
+from serve_app.engine.loader import (
+    SourceError,
+    builtin_gguf,
+    choose_device,
+    choose_dtype,
+    convert_gguf,
+    cpu_multiplies_bfloat16,
+    load,
+)
+from tests.models import tiny
+from tests.models.hub import COMMIT, hub_of
+
+pytestmark = [pytest.mark.model, pytest.mark.timeout(120)]
+
+CPU = torch.device("cpu")
+CONVERT = "from pathlib import Path; from serve_app.engine.loader import *; import sys\n" + (
+    "print(convert_gguf(builtin_gguf(), lambda stage: print(stage, flush=True), Path(sys.argv[1])))"
+)
+
+
+def config(source: str | Path, **fields: Any) -> Model:
+    deployment = Deployment(max_ongoing_requests=32, max_queued_requests=1, num_replicas=1)
+    return Model(name="m", source=str(source), dtype="float32", deployment=deployment, engine=Engine(), **fields)
+
+
+def refusal(source: str | Path, **fields: Any) -> str:
+    """What the operator is told, within seconds."""
+    began = time.monotonic()
+    with pytest.raises(SourceError) as error:
+        load(config(source, **fields), lambda stage: None)
+    assert time.monotonic() - began < 10
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def converting(root: Path) -> subprocess.Popen[str]:
+    """A process that converts the embedded model into `root`, and says what it does."""
+    return subprocess.Popen([sys.executable, "-c", CONVERT, str(root)], stdout=subprocess.PIPE, text=True)
+
+
+def kill_in_mid_conversion(root: Path) -> None:
+    victim = converting(root)
+    assert victim.stdout is not None
+    assert any("converting" in line for line in victim.stdout)
+    end = time.monotonic() + 30
+    while not any(root.glob(".*/*")) and time.monotonic() < end:
+        time.sleep(0.01)
+    victim.send_signal(signal.SIGKILL)
+    victim.communicate()
+    assert not any(path.is_dir() and not path.name.startswith(".") for path in root.iterdir())
+
+
+def test_a_conversion_is_whole_or_not_there_and_done_once_for_all(tmp_path: Path) -> None:
+    """One is killed at work; two come at the same time after it; one comes later."""
+    kill_in_mid_conversion(tmp_path)
+    both = [converting(tmp_path) for _ in range(2)]
+    said = [process.communicate(timeout=90)[0].splitlines() for process in both]
+    assert sum("converting the model file (once)" in lines for lines in said) == 1
+    folders = {lines[-1] for lines in said}
+    assert len(folders) == 1
+    folder = Path(folders.pop())
+    assert AutoModelForCausalLM.from_pretrained(folder).config.num_hidden_layers == 30
+    stages: list[str] = []
+    assert convert_gguf(builtin_gguf(), stages.append, tmp_path) == folder
+    assert stages == ["checking the model file"]
+    assert [path for path in tmp_path.iterdir() if path.name.startswith(".")] == [], "what the killed one left"
+
+
+def test_another_file_is_another_conversion(tmp_path: Path) -> None:
+    """The key is what the file holds, not what it is called."""
+    garbage = tmp_path / "model.gguf"
+    garbage.write_bytes(b"GGUF" + bytes(100))
+    assert "model.gguf" in refusal(garbage)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tiny.save("llama", tmp_path / "model")
+
+
+def test_a_folder_is_loaded(folder: Path) -> None:
+    loaded = load(config(folder), lambda stage: None)
+    assert loaded.context == 256
+    assert loaded.text.end_ids == {256}
+    assert not loaded.model.training
+    assert loaded.model.dtype == torch.float32
+
+
+@pytest.mark.parametrize("placement", ["auto", {"": "cpu"}, {"model": "cpu", "lm_head": "cpu"}], ids=str)
+def test_a_device_map_is_accelerates_business(folder: Path, placement: Any) -> None:
+    loaded = load(config(folder, device_map=placement), lambda stage: None)
+    assert {parameter.device for parameter in loaded.model.parameters()} == {CPU}
+
+
+def test_a_device_that_is_not_there_is_said(folder: Path) -> None:
+    assert "cannot be loaded: Cannot access accelerator" in refusal(folder, device_map={"": 0})
+
+
+def test_pickled_weights_are_refused(folder: Path) -> None:
+    weights = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    (folder / "model.safetensors").unlink()
+    torch.save(weights, folder / "pytorch_model.bin")
+    assert "safetensors" in refusal(folder)
+
+
+def test_code_of_the_models_own_is_not_run_unless_trusted(folder: Path, tmp_path: Path) -> None:
+    marker = tmp_path / "it-ran"
+    (folder / "own.py").write_text(f"open({str(marker)!r}, 'w')\nclass Own: pass\n")
+    document = json.loads((folder / "config.json").read_text())
+    document["model_type"] = "own"
+    document["auto_map"] = {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"}
+    (folder / "config.json").write_text(json.dumps(document))
+    assert "trust_remote_code: true" in refusal(folder)
+    assert not marker.exists()
+
+
+def test_an_encoder_is_no_language_model(tmp_path: Path) -> None:
+    small = BertConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=257)
+    BertModel(small).save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    assert "BertLMHeadModel" in refusal(tmp_path)
+
+
+def test_a_truncated_file_is_said(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    assert str(folder) in refusal(folder)
+
+
+def test_weights_that_are_not_all_there_are_refused(folder: Path) -> None:
+    """transformers would make up what is missing, at random."""
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    weights.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert "model.layers.1.mlp.up_proj.weight" in refusal(folder)
+
+
+@pytest.mark.parametrize("missing", ["config.json", "tokenizer.json"])
+def test_a_folder_without_what_it_takes_is_refused(folder: Path, missing: str) -> None:
+    (folder / missing).unlink()
+    assert str(folder) in refusal(folder)
+
+
+@pytest.mark.parametrize("source", ["/nowhere/at/all", "./nowhere", "builtin:nothing", "/nowhere/model.gguf"])
+def test_what_is_not_there_is_said_with_what_could_be(source: str) -> None:
+    said = refusal(source)
+    assert source.removeprefix("./") in said
+    assert "nothing there" in said or "no such file" in said
+
+
+def test_a_gpu_is_used_only_by_who_reserved_one() -> None:
+    """There is none here: fake ones of Ray lead to the CPU, and an order for one is refused."""
+    assert choose_device("auto", num_gpus=0) == choose_device("auto", num_gpus=1) == choose_device("cpu", 0) == CPU
+    assert "torch sees no GPU" in refusal("builtin:smollm2-135m", device="cuda", resources=Resources(num_gpus=1))
+
+
+def test_the_dtype_is_what_was_asked_for_or_what_the_processor_multiplies() -> None:
+    assert choose_dtype("float16", CPU) == torch.float16
+    assert choose_dtype("auto", CPU) == (torch.bfloat16 if cpu_multiplies_bfloat16() else torch.float32)
+    assert choose_dtype("auto", torch.device("cuda")) == "auto"
+
+
+@pytest.mark.parametrize(
+    ("rope", "context"),
+    [
+        ({"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}, 256),
+        ({"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4, "original_max_position_embeddings": 128}, 128),
+    ],
+)
+def test_rope_that_depends_on_the_longest_neighbour_stays_within_its_first_range(
+    folder: Path, rope: dict[str, Any], context: int
+) -> None:
+    document = json.loads((folder / "config.json").read_text()) | {"rope_parameters": rope}
+    (folder / "config.json").write_text(json.dumps(document))
+    assert load(config(folder), lambda stage: None).context == context
+
+
+FETCH = """
+import sys
+from serve_app.engine.loader import SourceError, load
+from tests.models.test_loader import config
+try:
+    loaded = load(config("org/model", revision=sys.argv[1] if len(sys.argv) > 1 else None), print)
+    print("context", loaded.context)
+except SourceError as error:
+    print("refused:", error)
+"""
+
+
+def fetch(home: Path, *revision: str, **environment: str) -> str:
+    """In a process of its own: the hub's library reads its settings once."""
+    settings = {"HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1", **environment}
+    command = [sys.executable, "-c", FETCH, *revision]
+    done = subprocess.run(
+        command, env={**os.environ, **settings}, capture_output=True, text=True, timeout=60, check=True
+    )
+    return done.stdout
+
+
+def test_a_hub_model_is_fetched_once_at_its_pinned_revision_with_progress(folder: Path, tmp_path: Path) -> None:
+    (folder / "pytorch_model.bin").write_bytes(b"a pickle")
+    (folder / "own.py").write_text("raise SystemExit")
+    with hub_of(folder) as hub:
+        said = fetch(tmp_path / "home", COMMIT, HF_ENDPOINT=hub.url)
+        assert "fetching from the model hub: 100% of" in said
+        assert "context 256" in said
+        assert not [path for path in hub.asked if path.endswith((".bin", ".py"))]
+        before = len(hub.asked)
+        assert "context 256" in fetch(tmp_path / "home", COMMIT, HF_ENDPOINT=hub.url)
+        assert not [path for path in hub.asked[before:] if "safetensors" in path], "they are here already"
+    assert "context 256" in fetch(tmp_path / "home", COMMIT, HF_HUB_OFFLINE="1")
+
+
+def test_a_hub_that_does_not_have_it_is_quoted(folder: Path, tmp_path: Path) -> None:
+    with hub_of(folder) as hub:
+        assert "refused: org/model is no folder here" in fetch(tmp_path / "home", "0" * 40, HF_ENDPOINT=hub.url)
+    assert "refused: org/model is no folder here" in fetch(tmp_path / "home", HF_HUB_OFFLINE="1")
+
+
+def test_a_tokenizer_without_a_fast_form_is_refused(folder: Path) -> None:
+    """Whatever class it names, what is loaded must be able to stream."""
+    loaded = load(config(folder), lambda stage: None)
+    assert isinstance(loaded.text._tokenizer, PreTrainedTokenizerFast)
+    shutil.rmtree(folder)
+    assert "nothing there" in refusal(folder)

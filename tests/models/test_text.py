@@ -1,0 +1,111 @@
+"""The embedded model's own tokenizer, seen from the engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from serve_app.engine.loader import builtin_gguf, convert_gguf
+from serve_app.engine.text import HFText
+from serve_app.errors import InvalidRequest
+from serve_app.types import ChatMessage, ChatPrompt, Prompt, TextPrompt, TokenPrompt
+
+pytestmark = pytest.mark.model
+
+VOCABULARY = 49152
+WILD = "Grüße, 世界 🌍! 👩‍👩‍👧 \u200b naïve — “quotes”\n\ttabs  and   spaces 한국어 עברית 🇫🇷"
+
+
+@pytest.fixture(scope="module")
+def folder() -> Path:
+    return convert_gguf(builtin_gguf(), lambda stage: None)
+
+
+@pytest.fixture
+def tokenizer(folder: Path) -> Any:
+    """A fresh one: some tests change its chat template."""
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture
+def text(tokenizer: Any) -> HFText:
+    return HFText(tokenizer, frozenset({2}), VOCABULARY)
+
+
+def chat(*contents: str) -> ChatPrompt:
+    roles = ("user", "assistant")
+    return ChatPrompt(tuple(ChatMessage(roles[i % 2], content) for i, content in enumerate(contents)))
+
+
+def test_together_is_one_by_one(text: HFText) -> None:
+    prompts: list[Prompt] = [
+        TextPrompt(WILD),
+        chat("Hello", "Hi", "What?"),
+        TokenPrompt((5, 6)),
+        TextPrompt("a" * 5000),
+    ]
+    assert text.encode(prompts) == [text.encode([prompt])[0] for prompt in prompts]
+
+
+def test_text_is_what_the_tokenizer_makes_of_it(text: HFText, tokenizer: Any) -> None:
+    assert text.encode([TextPrompt(WILD)]) == [tokenizer(WILD)["input_ids"]]
+
+
+def test_messages_are_what_the_models_template_makes_of_them(text: HFText, tokenizer: Any) -> None:
+    messages = [{"role": "user", "content": "Hello"}]
+    rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert rendered.endswith("<|im_start|>assistant\n")
+    assert text.encode([chat("Hello")]) == [tokenizer(rendered, add_special_tokens=False)["input_ids"]]
+
+
+@pytest.mark.parametrize("piece", [WILD, "plain", " leading", "🌍", "a🌍b世c"])
+def test_pieces_are_whole_characters_and_join_to_the_text(text: HFText, tokenizer: Any, piece: str) -> None:
+    ids = tokenizer(piece, add_special_tokens=False)["input_ids"]
+    prompt = tokenizer("Some prompt.", add_special_tokens=False)["input_ids"]
+    decoder = text.decoder(prompt)
+    pieces = [decoder.step(token) for token in ids]
+    assert not any("\ufffd" in one for one in pieces)
+    assert "".join(pieces) == tokenizer.decode(prompt + ids).removeprefix("Some prompt.")
+
+
+def test_special_tokens_are_no_text(text: HFText) -> None:
+    decoder = text.decoder([5])
+    assert decoder.step(2) == ""
+    assert text.token_text(2) == "<|im_end|>"
+
+
+@pytest.mark.parametrize("prompt", [TextPrompt(""), TokenPrompt(())])
+def test_an_empty_prompt_is_refused_among_good_ones(text: HFText, prompt: Prompt) -> None:
+    bad, good = text.encode([prompt, TextPrompt("good")])
+    assert isinstance(bad, InvalidRequest)
+    assert (str(bad), bad.param) == ("the prompt is empty", "prompt")
+    assert good == text.encode([TextPrompt("good")])[0]
+
+
+@pytest.mark.parametrize("token", [-1, VOCABULARY, 2**31 - 1])
+def test_an_unknown_token_is_refused_by_its_number(text: HFText, token: int) -> None:
+    (bad,) = text.encode([TokenPrompt((1, token))])
+    assert isinstance(bad, InvalidRequest)
+    assert str(bad) == f"token id {token} is outside 0 to {VOCABULARY - 1}"
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{{ raise_exception('no assistant first') }}", "no assistant first"),
+        ("{{ messages[9].content.x }}", "refuses these messages"),
+        ("{% if %}", "refuses these messages"),
+        ("", "no chat template"),
+    ],
+)
+def test_what_the_template_refuses_is_the_callers_to_mend(
+    text: HFText, tokenizer: Any, template: str, said: str
+) -> None:
+    tokenizer.chat_template = template
+    (bad,) = text.encode([chat("Hello")])
+    assert isinstance(bad, InvalidRequest)
+    assert said in str(bad)
+    assert bad.param == "messages"
