@@ -102,8 +102,12 @@ class TorchRunner:
             module.serve_app_cache = probe  # type: ignore[assignment]
         self._packed([0], [0], [0])
         layers = [(module, probe) for module, probe in zip(modules, probes, strict=True) if probe.heads]
-        if not layers:
-            raise SourceError(f"{type(self._model).__name__} does not call transformers' attention interface")
+        wanted = self._model.config.get_text_config().num_hidden_layers
+        if len(layers) != wanted:
+            raise SourceError(
+                f"{type(self._model).__name__}: {len(layers)} of {wanted} layers call transformers' attention "
+                "interface, and what the others remember would be lost; this architecture is not supported"
+            )
         dtype = self._model.dtype
         slot_bytes = sum(p.heads * (p.key_dim + p.value_dim) for _, p in layers) * self.context * dtype.itemsize
         self.slots = slots_that_fit(replace_context(engine, self.context), self._free_bytes(), slot_bytes)
@@ -123,7 +127,8 @@ class TorchRunner:
     def _self_test(self, reference: torch.Tensor) -> None:
         """Two chunks and a decode step must give what the model's own attention gives for the whole.
 
-        This finds any architecture whose layers want more than keys and values of earlier tokens.
+        This finds an attention that wants more than keys and values of earlier tokens. Rounding alone differs by
+        up to 6 % of the largest logit in bfloat16 (30 layers), by 0.01 % in float32.
         """
         tokens = self._test_tokens().tolist()
         last = len(tokens) - 1

@@ -9,6 +9,8 @@ import pytest
 from tests.models import tiny
 from tests.models.crowd import agree, crowd, generated, greedy, idle, model_config, random_asks, running
 
+pytestmark = pytest.mark.model
+
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 async def test_alone_is_a_crowd_is_generate(family: str, tmp_path: Path) -> None:

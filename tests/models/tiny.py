@@ -26,6 +26,30 @@ _SHAPE: dict[str, Any] = {
     "eos_token_id": 256,
     "pad_token_id": 0,
 }
+_EXPERTS: dict[str, Any] = _SHAPE | {
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+}
+_LATENT: dict[str, Any] = {name: value for name, value in _SHAPE.items() if name != "head_dim"} | {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 12,
+    "v_head_dim": 12,
+    "n_routed_experts": 4,
+    "n_group": 2,
+    "topk_group": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1,
+}
+_BLOOM: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 48, "n_layer": 3, "n_head": 4}
+_GPT_J: dict[str, Any] = {"vocab_size": VOCABULARY, "n_embd": 48, "n_layer": 3, "n_head": 4, "rotary_dim": 8}
+
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": _SHAPE,
     "qwen2": _SHAPE,
@@ -33,6 +57,21 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma3_text": _SHAPE
     | {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"]},
     "gemma2": _SHAPE | {"sliding_window": WINDOW, "attn_logit_softcapping": 2.0},
+    "gemma": _SHAPE,
+    "cohere2": _SHAPE | {"sliding_window": WINDOW},
+    "exaone4": _SHAPE | {"sliding_window": WINDOW},
+    "glm4": _SHAPE,
+    "granite": _SHAPE,
+    "gpt_neox": _SHAPE,
+    "olmo2": _SHAPE,
+    "opt": _SHAPE | {"ffn_dim": 96, "word_embed_proj_dim": 48},
+    "phi": _SHAPE,
+    "smollm3": _SHAPE,
+    "starcoder2": _SHAPE | {"sliding_window": WINDOW},
+    "mixtral": _EXPERTS,
+    "qwen3_moe": _EXPERTS,
+    "gpt_oss": _EXPERTS | {"sliding_window": WINDOW},
+    "deepseek_v3": _LATENT,
     "mistral": _SHAPE | {"sliding_window": WINDOW},
     "phi3": _SHAPE | {"sliding_window": None},
     "gpt2": {
@@ -47,11 +86,22 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
 }
 
+# What these remember is not, or not only, keys and values that the attention interface is given.
+UNSUPPORTED: dict[str, dict[str, Any]] = {
+    "bloom": _BLOOM,
+    "gptj": _GPT_J,
+    "codegen": _GPT_J,
+    "mamba": {"vocab_size": VOCABULARY, "hidden_size": 48, "num_hidden_layers": 2, "state_size": 8},
+    "rwkv": {"vocab_size": VOCABULARY, "hidden_size": 48, "num_hidden_layers": 2, "attention_hidden_size": 48},
+    "recurrent_gemma": _SHAPE,
+    "lfm2": _SHAPE | {"layer_types": ["conv", "full_attention", "conv"]},
+}
+
 
 def save(family: str, folder: Path) -> Path:
     """A model of this family in `folder`, the same weights every time."""
     set_seed(7)
-    config = AutoConfig.for_model(family, **FAMILIES[family])
+    config = AutoConfig.for_model(family, **(FAMILIES | UNSUPPORTED)[family])
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
