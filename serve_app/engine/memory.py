@@ -7,28 +7,32 @@ from pathlib import Path
 from serve_app.config import Engine
 
 _PROC_MEMINFO = Path("/proc/meminfo")
+_PROC_CGROUP = Path("/proc/self/cgroup")
 _CGROUP = Path("/sys/fs/cgroup")
+_V1_NAMES = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 
 
 class NotEnoughMemory(Exception):
     """The KV arena cannot hold a single sequence."""
 
 
-def available_bytes(meminfo: Path = _PROC_MEMINFO, cgroup: Path = _CGROUP) -> int:
-    """Bytes that can be taken without swapping: the lesser of the machine's and the container's rest.
+def available_bytes(meminfo: Path = _PROC_MEMINFO, cgroup: Path = _CGROUP, own: Path = _PROC_CGROUP) -> int:
+    """Bytes that can be taken without swapping: the least of what the machine and each control group leave.
 
-    Reads cgroup v2 (`memory.max`, `memory.current`) and v1 (`memory.limit_in_bytes`, `memory.usage_in_bytes`);
-    page cache that the kernel would give back counts as free, as it does in MemAvailable.
+    Reads cgroup v2 (`memory.max`, `memory.current`) and v1 (`memory.limit_in_bytes`, `memory.usage_in_bytes`), of
+    this process's own group and of all above it; page cache that the kernel would give back counts as free, as it
+    does in MemAvailable.
     """
     free = _meminfo_available(meminfo)
-    for limit_name, usage_name, cache_key in (
-        ("memory.max", "memory.current", "inactive_file"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
+    groups = _own_groups(own)
+    for top, path, limit_name, usage_name, cache_key in (
+        (cgroup, groups.get("", ""), "memory.max", "memory.current", "inactive_file"),
+        (cgroup / "memory", groups.get("memory", ""), *_V1_NAMES),
     ):
-        limit, usage = _number(cgroup / limit_name), _number(cgroup / usage_name)
-        if limit is not None and usage is not None:
-            stat = (cgroup / limit_name).parent / "memory.stat"
-            free = min(free, limit - usage + _stat(stat, cache_key))
+        for folder in _from_the_top(top, path):
+            limit, usage = _number(folder / limit_name), _number(folder / usage_name)
+            if limit is not None and usage is not None:
+                free = min(free, limit - usage + _stat(folder / "memory.stat", cache_key))
     return max(free, 0)
 
 
@@ -57,6 +61,24 @@ def _meminfo_available(path: Path) -> int:
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     raise NotEnoughMemory(f"{path} has no MemAvailable line")
+
+
+def _own_groups(path: Path) -> dict[str, str]:
+    """This process's group by controller, "" for cgroup v2: lines like `4:memory:/a/b` and `0::/a/b`."""
+    try:
+        fields = [line.split(":", 2) for line in path.read_text().splitlines()]
+    except OSError:
+        return {}
+    return {controller: group for _, controllers, group in fields for controller in controllers.split(",")}
+
+
+def _from_the_top(top: Path, group: str) -> list[Path]:
+    """A hierarchy's folders down to a group. Inside a container's namespace the top may be the group itself."""
+    folders = [top]
+    for part in group.strip("/").split("/"):
+        if part not in ("", ".."):
+            folders.append(folders[-1] / part)
+    return folders
 
 
 def _number(path: Path) -> int | None:

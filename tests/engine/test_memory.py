@@ -23,7 +23,7 @@ def written(path: Path, text: object) -> Path:
 
 
 def test_without_a_container_the_machine_decides(meminfo: Path, tmp_path: Path) -> None:
-    assert available_bytes(meminfo, tmp_path / "nowhere") == 1000 * MIB
+    assert available_bytes(meminfo, tmp_path / "nowhere", tmp_path / "alone") == 1000 * MIB
 
 
 def test_this_machine_has_some_memory() -> None:
@@ -33,35 +33,59 @@ def test_this_machine_has_some_memory() -> None:
 def test_a_container_of_today_counts_its_page_cache_as_free(meminfo: Path, tmp_path: Path) -> None:
     written(tmp_path / "memory.max", 500 * MIB)
     written(tmp_path / "memory.current", 450 * MIB)
-    assert available_bytes(meminfo, tmp_path) == 50 * MIB
+    assert available_bytes(meminfo, tmp_path, tmp_path / "alone") == 50 * MIB
     written(tmp_path / "memory.stat", f"anon 5\nactive_file 7\ninactive_file {100 * MIB}\n\n")
-    assert available_bytes(meminfo, tmp_path) == 150 * MIB
+    assert available_bytes(meminfo, tmp_path, tmp_path / "alone") == 150 * MIB
     written(tmp_path / "memory.stat", "anon 5\n")
-    assert available_bytes(meminfo, tmp_path) == 50 * MIB
+    assert available_bytes(meminfo, tmp_path, tmp_path / "alone") == 50 * MIB
 
 
 def test_a_container_of_yesterday_is_understood(meminfo: Path, tmp_path: Path) -> None:
     written(tmp_path / "memory/memory.limit_in_bytes", 300 * MIB)
     written(tmp_path / "memory/memory.usage_in_bytes", 250 * MIB)
     written(tmp_path / "memory/memory.stat", f"total_inactive_file {20 * MIB}\n")
-    assert available_bytes(meminfo, tmp_path) == 70 * MIB
+    assert available_bytes(meminfo, tmp_path, tmp_path / "alone") == 70 * MIB
+
+
+@pytest.mark.parametrize("tight", ["", "a.slice", "a.slice/b.service"])
+def test_the_tightest_group_above_this_process_counts(meminfo: Path, tmp_path: Path, tight: str) -> None:
+    own = written(tmp_path / "own", "1:name=systemd:/elsewhere\n0::/a.slice/b.service\n")
+    for group in ("", "a.slice", "a.slice/b.service", "other"):
+        limit = 200 if group == tight else 100 if group == "other" else 900
+        written(tmp_path / "tree" / group / "memory.max", limit * MIB)
+        written(tmp_path / "tree" / group / "memory.current", 50 * MIB)
+    assert available_bytes(meminfo, tmp_path / "tree", own) == 150 * MIB
+
+
+def test_groups_of_yesterday_nest_too(meminfo: Path, tmp_path: Path) -> None:
+    own = written(tmp_path / "own", "5:cpu,memory:/a/b\n0::/\n")
+    written(tmp_path / "tree/memory/a/memory.limit_in_bytes", 300 * MIB)
+    written(tmp_path / "tree/memory/a/memory.usage_in_bytes", 100 * MIB)
+    assert available_bytes(meminfo, tmp_path / "tree", own) == 200 * MIB
+
+
+def test_a_container_that_sees_itself_as_the_top_is_understood(meminfo: Path, tmp_path: Path) -> None:
+    own = written(tmp_path / "own", "0::/../outside\n")
+    written(tmp_path / "memory.max", 300 * MIB)
+    written(tmp_path / "memory.current", 100 * MIB)
+    assert available_bytes(meminfo, tmp_path, own) == 200 * MIB
 
 
 def test_a_container_without_a_limit_does_not_count(meminfo: Path, tmp_path: Path) -> None:
     written(tmp_path / "memory.max", "max\n")
     written(tmp_path / "memory.current", 450 * MIB)
-    assert available_bytes(meminfo, tmp_path) == 1000 * MIB
+    assert available_bytes(meminfo, tmp_path, tmp_path / "alone") == 1000 * MIB
 
 
 def test_a_limit_without_a_usage_does_not_count(meminfo: Path, tmp_path: Path) -> None:
     written(tmp_path / "memory.max", 500 * MIB)
-    assert available_bytes(meminfo, tmp_path) == 1000 * MIB
+    assert available_bytes(meminfo, tmp_path, tmp_path / "alone") == 1000 * MIB
 
 
 def test_a_container_over_its_limit_has_nothing_left(meminfo: Path, tmp_path: Path) -> None:
     written(tmp_path / "memory.max", 100)
     written(tmp_path / "memory.current", 300)
-    assert available_bytes(meminfo, tmp_path) == 0
+    assert available_bytes(meminfo, tmp_path, tmp_path / "alone") == 0
 
 
 def test_a_machine_that_does_not_tell_is_an_error_with_the_file(tmp_path: Path) -> None:
