@@ -124,7 +124,9 @@ class EngineMetrics:
             "engine_busy_seconds": ("Time spent in steps", stats.busy_s),
         }
         kinds = ((GaugeMetricFamily, gauges), (CounterMetricFamily, counters))
-        return [self._family(kind, *entry) for kind, table in kinds for entry in table.items()]
+        info = GaugeMetricFamily("serve_app_runner_info", "How steps run", labels=["model", "replica", "kind"])
+        info.add_metric([*self._labels, self._engine.kind], 1)
+        return [info, *(self._family(kind, *entry) for kind, table in kinds for entry in table.items())]
 
     def _family(
         self, kind: type[GaugeMetricFamily | CounterMetricFamily], name: str, entry: tuple[str, float]

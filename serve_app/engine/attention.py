@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,27 +16,10 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
+from serve_app.engine.rows import DecodeRun, PromptChunk, Rows
+
 IMPLEMENTATION = "serve_app_slots"
 _LENGTH_STEP = 64
-
-
-@dataclass(frozen=True, slots=True)
-class DecodeRun:
-    """Decoding rows of consecutive slots; `positions` are those of the rows' new tokens."""
-
-    first_row: int
-    first_slot: int
-    positions: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class PromptChunk:
-    """Consecutive tokens of one sequence, from position `start`."""
-
-    first_row: int
-    slot: int
-    start: int
-    count: int
 
 
 @dataclass(slots=True)
@@ -246,13 +228,10 @@ def _forward(
     return cache.attend(query, key, value, scale, sliding_window, softcap=softcap, sinks=s_aux), None
 
 
-def layout_of(
-    runs: Seq[DecodeRun], chunks: Seq[PromptChunk], slots: list[int], positions: list[int], device: torch.device
-) -> Layout:
+def layout_of(rows: Rows, device: torch.device) -> Layout:
     """A layout with its index tensors on the model's device."""
-    return Layout(
-        tuple(runs), tuple(chunks), torch.tensor(slots, device=device), torch.tensor(positions, device=device)
-    )
+    slots, positions = torch.tensor(rows.slots, device=device), torch.tensor(rows.positions, device=device)
+    return Layout(tuple(rows.runs), tuple(rows.chunks), slots, positions)
 
 
 # No mask function is registered under the same name: transformers then makes no mask at all.

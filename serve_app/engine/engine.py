@@ -104,6 +104,11 @@ class Engine:
         started = self._step_started
         return 0.0 if started is None else self._clock() - started
 
+    @property
+    def kind(self) -> str:
+        """How steps run: `lean`, `packed` or `toy`."""
+        return self._runner.kind
+
     def stats(self) -> EngineStats:
         scheduler, runner = self._scheduler, self._runner
         return EngineStats(

@@ -73,7 +73,7 @@ def load(config: Model, report: Report) -> Loaded:
     if not hasattr(tokenizer, "backend_tokenizer"):
         raise SourceError(f"{config.source}: its tokenizer has no fast (tokenizer.json) form, which streaming needs")
     model.eval()
-    _return_memory()
+    return_memory()
     ends = _end_ids(model, tokenizer)
     text = HFText(tokenizer, ends, model.get_input_embeddings().weight.shape[0])
     return Loaded(model, text, _longest_context(model))
@@ -154,7 +154,7 @@ def _convert(path: Path, folder: Path) -> None:
     AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
 
 
-def _return_memory() -> None:
+def return_memory() -> None:
     """Hand what loading and converting needed back to the system; glibc keeps it otherwise (here over 400 MB)."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)

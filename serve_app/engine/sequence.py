@@ -133,6 +133,11 @@ class Runner(Protocol):
     """A model with a KV arena. Made and called on the engine's thread only."""
 
     @property
+    def kind(self) -> str:
+        """How it runs, in one word for an operator."""
+        ...
+
+    @property
     def slots(self) -> int: ...
 
     @property

@@ -54,6 +54,7 @@ class ToyRunner:
 
     def __init__(self, config: Engine, step_ms: float = 0, load_s: float = 0, log: str | None = None) -> None:
         time.sleep(load_s)
+        self.kind = "toy"
         self.slots = config.max_running
         self.context = config.max_context
         self.text = ToyText()

@@ -9,13 +9,12 @@ import torch
 
 from serve_app.engine.attention import (
     IMPLEMENTATION,
-    DecodeRun,
     LayerCache,
-    PromptChunk,
     ShapeProbe,
     attention_modules,
     layout_of,
 )
+from serve_app.engine.rows import DecodeRun, PromptChunk, Rows, span
 
 pytestmark = pytest.mark.model
 
@@ -87,7 +86,7 @@ class Arena:
             placed.append(PromptChunk(len(slots), slot, start, count))
             slots += [slot] * count
             positions += range(start, start + count)
-        return layout_of(runs, placed, slots, positions, CPU)
+        return layout_of(Rows([], slots, positions, [], runs, placed), CPU)
 
 
 EXTRAS = {
@@ -124,8 +123,7 @@ def test_any_mixture_of_decoding_and_chunks_is_what_each_sequence_gets_alone(
 def test_what_is_no_number_stays_with_who_made_it() -> None:
     """The next owner of the slot, and its neighbours, look at positions beyond their own behind a mask."""
     arena = Arena(4, 2, seed=1)
-    layout = layout_of([], [PromptChunk(0, 1, 0, 6)], [1] * 6, list(range(6)), CPU)
-    arena.cache.layout = layout
+    arena.cache.layout = layout_of(span([0] * 6, slot=1, start=0), CPU)
     broken = torch.full((1, 4, 6, KEY_DIM), torch.nan)
     arena.cache.attend(broken, broken[:, :2], torch.full((1, 2, 6, VALUE_DIM), torch.inf), SCALING, None)
     arena.step([], [(0, 5), (1, 2), (2, 3)], None)
@@ -156,7 +154,7 @@ def test_an_arena_begins_with_zeros_of_its_type(dtype: torch.dtype) -> None:
 
 def test_a_reduced_arena_answers_in_the_querys_type() -> None:
     cache = LayerCache(1, 1, 8, 4, 4, torch.bfloat16, CPU)
-    cache.layout = layout_of([], [PromptChunk(0, 0, 0, 3)], [0] * 3, [0, 1, 2], CPU)
+    cache.layout = layout_of(span([0] * 3, slot=0, start=0), CPU)
     rows = torch.randn(1, 1, 3, 4)
     assert cache.attend(rows, rows, rows, 1.0, None).dtype == torch.float32
 
@@ -177,7 +175,7 @@ def test_transformers_is_given_our_attention_and_its_own_scale_by_default() -> N
     rows = torch.randn(1, 1, 3, 4, generator=torch.Generator().manual_seed(0))
     outs = []
     for scaling in (None, 0.5, 0.9):
-        cache.layout = layout_of([], [PromptChunk(0, 0, 0, 3)], [0] * 3, [0, 1, 2], CPU)
+        cache.layout = layout_of(span([0] * 3, slot=0, start=0), CPU)
         out, weights = forward(module, rows, rows, rows, None, scaling=scaling, position_ids=None)
         assert weights is None
         outs.append(out)

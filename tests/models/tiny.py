@@ -86,6 +86,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
 }
 
+# Shapes that the native operations take: heads of 64 or 128, rows in multiples of 16.
+_WIDE: dict[str, Any] = _SHAPE | {"hidden_size": 64, "head_dim": 64, "intermediate_size": 96}
+LEAN: dict[str, dict[str, Any]] = {
+    "llama": _WIDE,
+    # Wider rows with weights this large would only amplify rounding, transformers' own as much as ours.
+    "qwen2": _WIDE | {"num_attention_heads": 6, "hidden_size": 384, "initializer_range": 0.1},
+    "qwen3": _WIDE | {"head_dim": 128, "num_key_value_heads": 1},
+    "mistral": _WIDE | {"sliding_window": WINDOW, "num_key_value_heads": 4},
+}
+
 # What these remember is not, or not only, keys and values that the attention interface is given.
 UNSUPPORTED: dict[str, dict[str, Any]] = {
     "bloom": _BLOOM,
@@ -98,10 +108,10 @@ UNSUPPORTED: dict[str, dict[str, Any]] = {
 }
 
 
-def save(family: str, folder: Path) -> Path:
+def save(family: str, folder: Path, shapes: dict[str, dict[str, Any]] | None = None) -> Path:
     """A model of this family in `folder`, the same weights every time."""
     set_seed(7)
-    config = AutoConfig.for_model(family, **(FAMILIES | UNSUPPORTED)[family])
+    config = AutoConfig.for_model(family, **(FAMILIES | UNSUPPORTED if shapes is None else shapes)[family])
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.save_pretrained(folder)
     tokenizer().save_pretrained(folder)

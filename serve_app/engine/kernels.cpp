@@ -1,0 +1,310 @@
+// Four fused CPU operations for one step of a Llama-like model over flat rows.
+//
+// A row is one token of one sequence: it has a slot of the arena and a position in it. Decoding rows and prompt chunks
+// are the same here, so one call serves any mixture of them, and no row's result depends on its neighbours.
+// Rows and arena are float or bfloat16 (the arena: [slots, heads, length, dim]); all arithmetic is float.
+// kernels.py builds this file where it runs; tests/engine/test_kernels.py compares it with plain torch.
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <cmath>
+#include <cstring>
+
+namespace {
+
+using at::Tensor;
+using bf16 = c10::BFloat16;
+using Optional = std::optional<Tensor>;
+
+// As many floats as one register holds. Wider vectors than the processor's would spill to the stack.
+#ifdef __AVX512F__
+constexpr int W = 16;
+#else
+constexpr int W = 8;
+#endif
+typedef float Floats __attribute__((vector_size(4 * W)));
+typedef int32_t Ints __attribute__((vector_size(4 * W)));
+typedef uint32_t Bits __attribute__((vector_size(4 * W)));
+typedef uint16_t Halves __attribute__((vector_size(2 * W)));
+
+inline Floats load(const float* p) { Floats v; std::memcpy(&v, p, sizeof v); return v; }
+inline Floats load(const bf16* p) {
+  Halves h;
+  std::memcpy(&h, p, sizeof h);
+  return (Floats)(__builtin_convertvector(h, Bits) << 16);
+}
+inline void store(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
+inline void store(bf16* p, Floats v) {
+  // Round to nearest, ties to even; what is no number stays none.
+  Bits u = (Bits)v, rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  Bits kept = v == v ? rounded : (Bits){} + 0x7fc0;
+  Halves h = __builtin_convertvector(kept, Halves);
+  std::memcpy(p, &h, sizeof h);
+}
+inline Floats all(float x) { return (Floats){} + x; }
+inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+
+inline float sum(Floats v) {
+  float total = 0;
+  for (int i = 0; i < W; i++) total += v[i];
+  return total;
+}
+inline float largest(Floats v) {
+  float most = v[0];
+  for (int i = 1; i < W; i++) most = std::max(most, v[i]);
+  return most;
+}
+
+// Cephes expf (S. Moshier): 2^n times a polynomial of what is left; relative error 2e-7. glibc's is not vectorised here.
+inline Floats exponential(Floats x) {
+  x = larger(x, all(-87.f));
+  x = x < 88.f ? x : all(88.f);
+  Floats n = (x * 1.44269504f + 12582912.f) - 12582912.f;  // adding 1.5 * 2^23 rounds to a whole number
+  Floats r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  Floats p = 1.9875691500e-4f * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  return (p * r * r + r + 1.f) * (Floats)((__builtin_convertvector(n, Ints) + 127) << 23);
+}
+
+template <class F>
+void for_type(const Tensor& t, F body) {
+  if (t.scalar_type() == at::kFloat) return body((float*)nullptr);
+  TORCH_CHECK(t.scalar_type() == at::kBFloat16, "float or bfloat16, not ", t.scalar_type());
+  body((bf16*)nullptr);
+}
+#define TYPE_OF(tag) std::remove_pointer_t<decltype(tag)>
+template <class F>
+void for_types(const Tensor& rows, const Tensor& arena, F body) {
+  for_type(rows, [&](auto* row) { for_type(arena, [&](auto* kept) { body(row, kept); }); });
+}
+
+const float* floats(const Optional& t) { return t ? t->const_data_ptr<float>() : nullptr; }
+// Rows a thread takes at a time: about 2,000 numbers, below which a thread's start costs more than its work.
+int64_t grain(int64_t width) { return std::max<int64_t>(1, 2048 / width); }
+
+// x += y, then out = x / rms(x) * weight.
+void add_norm(Tensor x, const Optional& y, const Tensor& weight, double eps, Tensor out) {
+  const int64_t width = x.size(1);
+  TORCH_CHECK(width % W == 0 && x.is_contiguous() && out.is_contiguous() && out.sizes() == x.sizes());
+  TORCH_CHECK(weight.scalar_type() == at::kFloat && weight.numel() == width && (!y || y->is_contiguous()));
+  TORCH_CHECK(!y || (y->sizes() == x.sizes() && y->scalar_type() == x.scalar_type()));
+  for_type(x, [&](auto* tag) {
+    using T = TYPE_OF(tag);
+    T *rows = x.data_ptr<T>(), *results = out.data_ptr<T>();
+    const T* added = y ? y->const_data_ptr<T>() : nullptr;
+    const float* w = weight.const_data_ptr<float>();
+    at::parallel_for(0, x.size(0), grain(width), [&](int64_t first, int64_t last) {
+      for (int64_t row = first * width; row < last * width; row += width) {
+        Floats squares = {};
+        for (int64_t i = 0; i < width; i += W) {
+          if (added) store(rows + row + i, load(rows + row + i) + load(added + row + i));
+          Floats v = load(rows + row + i);
+          squares += v * v;
+        }
+        const float factor = 1.f / std::sqrt(sum(squares) / width + (float)eps);
+        for (int64_t i = 0; i < width; i += W) store(results + row + i, load(rows + row + i) * factor * load(w + i));
+      }
+    });
+  });
+}
+
+// out = silu(gate) * up for rows [gate | up].
+void silu_mul(const Tensor& gate_up, Tensor out) {
+  const int64_t width = out.size(1);
+  TORCH_CHECK(width % W == 0 && gate_up.is_contiguous() && out.is_contiguous() && gate_up.size(1) == 2 * width);
+  TORCH_CHECK(gate_up.size(0) == out.size(0) && gate_up.scalar_type() == out.scalar_type());
+  for_type(out, [&](auto* tag) {
+    using T = TYPE_OF(tag);
+    at::parallel_for(0, out.size(0), grain(width), [&](int64_t first, int64_t last) {
+      for (int64_t row = first; row < last; row++) {
+        const T* gate = gate_up.const_data_ptr<T>() + row * 2 * width;
+        T* result = out.data_ptr<T>() + row * width;
+        for (int64_t i = 0; i < width; i += W) {
+          Floats g = load(gate + i);
+          store(result + i, g / (1.f + exponential(-g)) * load(gate + width + i));
+        }
+      }
+    });
+  });
+}
+
+constexpr int64_t LARGEST_HEAD = 256;
+
+void normalise(float* head, int64_t dim, const float* weight, float eps) {
+  Floats squares = {};
+  for (int64_t i = 0; i < dim; i += W) { Floats v = load(head + i); squares += v * v; }
+  const float factor = 1.f / std::sqrt(sum(squares) / dim + eps);
+  for (int64_t i = 0; i < dim; i += W) store(head + i, load(head + i) * factor * load(weight + i));
+}
+
+// In place on rows [queries | keys | values]: norm of every query and key head where weights are given, rotary
+// embedding of halves (cos and sin: [length, dim / 2]). Keys and values go to the arena, what is no number as 0.
+void rope_store(Tensor qkv, int64_t heads, const Tensor& cos, const Tensor& sin, const Optional& query_norm,
+                const Optional& key_norm, double eps, const Tensor& slots, const Tensor& positions, Tensor keys,
+                Tensor values) {
+  const int64_t shared = keys.size(1), length = keys.size(2), dim = keys.size(3), half = dim / 2;
+  TORCH_CHECK(half % W == 0 && dim <= LARGEST_HEAD && qkv.is_contiguous() && qkv.size(1) == (heads + 2 * shared) * dim);
+  TORCH_CHECK(keys.is_contiguous() && values.is_contiguous() && values.sizes() == keys.sizes());
+  TORCH_CHECK(values.scalar_type() == keys.scalar_type());
+  TORCH_CHECK(cos.is_contiguous() && sin.is_contiguous() && cos.size(0) >= length && cos.size(1) == half);
+  TORCH_CHECK(slots.numel() == qkv.size(0) && positions.numel() == qkv.size(0));
+  const int64_t *slot_of = slots.const_data_ptr<int64_t>(), *position_of = positions.const_data_ptr<int64_t>();
+  for_types(qkv, keys, [&](auto* row_tag, auto* arena_tag) {
+    using T = TYPE_OF(row_tag);
+    using Kept = TYPE_OF(arena_tag);
+    at::parallel_for(0, qkv.size(0), grain(qkv.size(1)), [&](int64_t first, int64_t last) {
+      for (int64_t row = first; row < last; row++) {
+        const int64_t slot = slot_of[row], position = position_of[row];
+        TORCH_CHECK(slot >= 0 && slot < keys.size(0) && position >= 0 && position < length, "row outside the arena");
+        const float *c = cos.const_data_ptr<float>() + position * half, *s = sin.const_data_ptr<float>() + position * half;
+        for (int64_t h = 0; h < heads + 2 * shared; h++) {
+          T* head = qkv.data_ptr<T>() + (row * (heads + 2 * shared) + h) * dim;
+          const bool is_query = h < heads, is_value = h >= heads + shared;
+          const Optional& norm = is_query ? query_norm : key_norm;
+          float exact[LARGEST_HEAD];  // so that a row is rounded once, at the end
+          for (int64_t i = 0; i < dim; i += W) store(exact + i, load(head + i));
+          if (!is_value && norm) normalise(exact, dim, floats(norm), (float)eps);
+          Kept* place = nullptr;
+          if (!is_query) {
+            Tensor& arena = is_value ? values : keys;
+            place = arena.data_ptr<Kept>() + ((slot * shared + (h - heads) % shared) * length + position) * dim;
+          }
+          for (int64_t i = 0; i < half; i += W) {
+            Floats a = load(exact + i), b = load(exact + half + i);
+            Floats x = is_value ? a : a * load(c + i) - b * load(s + i);
+            Floats y = is_value ? b : b * load(c + i) + a * load(s + i);
+            store(head + i, x);
+            store(head + half + i, y);
+            if (place) {
+              store(place + i, x == x ? x : all(0));
+              store(place + half + i, y == y ? y : all(0));
+            }
+          }
+        }
+      }
+    });
+  });
+}
+
+// Each lane of the result is the sum of one of W vectors: every level halves their number by adding pairs of halves.
+template <int step, int... I>
+inline Floats halves(Floats a, Floats b, std::integer_sequence<int, I...>) {
+  return __builtin_shuffle(a, b, (Ints){(I & step ? W + I - step : I)...}) +
+         __builtin_shuffle(a, b, (Ints){(I & step ? W + I : I + step)...});
+}
+template <int step = W / 2>
+inline Floats sums(Floats* v) {
+  for (int i = 0; i < step; i++) v[i] = halves<step>(v[i], v[i + step], std::make_integer_sequence<int, W>());
+  if constexpr (step > 1) return sums<step / 2>(v);
+  else return v[0];
+}
+
+// G query heads that share one key-value head, over its positions [skip, count), skip < W. `scores` is scratch of G
+// rows of `count` rounded up to W; keys are read up to there from 0, and what lies outside is masked.
+template <int G, int dim, class T, class Kept>
+void attend_heads(const T* query, const Kept* keys, const Kept* values, int64_t skip, int64_t count, float scale,
+                  float* scores, T* out) {
+  constexpr int parts = dim / W;
+  const int64_t padded = (count + W - 1) / W * W;
+  Floats q[G][parts], result[G][parts] = {};
+  for (int g = 0; g < G; g++)
+    for (int c = 0; c < parts; c++) q[g][c] = load(query + g * dim + c * W) * scale;
+  for (int64_t t = 0; t < padded; t += W) {
+    Floats dots[G][W] = {};
+    for (int u = 0; u < W; u++) {
+      for (int c = 0; c < parts; c++) {
+        Floats k = load(keys + (t + u) * dim + c * W);
+        for (int g = 0; g < G; g++) dots[g][u] += q[g][c] * k;
+      }
+      for (int c = 0; c < dim; c += 64 / (int)sizeof(Kept)) __builtin_prefetch(values + (t + u) * dim + c);
+    }
+    for (int g = 0; g < G; g++) store(scores + g * padded + t, sums(dots[g]));
+  }
+  float weight[G];
+  for (int g = 0; g < G; g++) {
+    float* row = scores + g * padded;
+    for (int64_t t = 0; t < skip; t++) row[t] = -INFINITY;
+    for (int64_t t = count; t < padded; t++) row[t] = -INFINITY;
+    Floats most = load(row), total = {};
+    for (int64_t t = W; t < padded; t += W) most = larger(most, load(row + t));
+    const Floats top = all(largest(most));
+    for (int64_t t = 0; t < padded; t += W) {
+      Floats e = exponential(load(row + t) - top);
+      store(row + t, e);
+      total += e;
+    }
+    weight[g] = 1.f / sum(total);
+  }
+  for (int64_t t = skip; t < count; t++)
+    for (int c = 0; c < parts; c++) {
+      Floats v = load(values + t * dim + c * W);
+      for (int g = 0; g < G; g++) result[g][c] += v * scores[g * padded + t];
+    }
+  for (int g = 0; g < G; g++)
+    for (int c = 0; c < parts; c++) store(out + g * dim + c * W, result[g][c] * weight[g]);
+}
+
+// Causal attention of every row over its own slot, as far back as `window` positions (0: all).
+void attend(const Tensor& qkv, int64_t heads, double scale, int64_t window, const Tensor& slots,
+            const Tensor& positions, const Tensor& keys, const Tensor& values, Tensor out) {
+  const int64_t shared = keys.size(1), length = keys.size(2), dim = keys.size(3), group = heads / shared;
+  const int64_t rows = qkv.size(0), stride = qkv.size(1);
+  TORCH_CHECK(dim == 64 || dim == 128, "head size ", dim);
+  TORCH_CHECK(length % W == 0 && keys.is_contiguous() && values.is_contiguous(), "arena of ", length, " positions");
+  TORCH_CHECK(heads % shared == 0 && stride == (heads + 2 * shared) * dim && qkv.is_contiguous());
+  TORCH_CHECK(out.is_contiguous() && out.size(0) == rows && out.size(1) == heads * dim);
+  TORCH_CHECK(out.scalar_type() == qkv.scalar_type() && values.scalar_type() == keys.scalar_type());
+  TORCH_CHECK(slots.numel() == rows && positions.numel() == rows);
+  const int64_t *slot_of = slots.const_data_ptr<int64_t>(), *position_of = positions.const_data_ptr<int64_t>();
+  for_types(qkv, keys, [&](auto* row_tag, auto* arena_tag) {
+    using T = TYPE_OF(row_tag);
+    using Kept = TYPE_OF(arena_tag);
+    auto with = [&](auto group_size, auto head_size) {
+      constexpr int G = decltype(group_size)::value, D = decltype(head_size)::value;
+      // Neighbours are of one sequence and of about one length: dealt out in turn, they keep all threads busy.
+      const int64_t workers = std::min<int64_t>(at::get_num_threads(), rows * shared);
+      at::parallel_for(0, workers, 1, [&](int64_t first, int64_t last) {
+        std::vector<float> scores(G * (length + W));
+        for (int64_t worker = first; worker < last; worker++)
+          for (int64_t task = worker; task < rows * shared; task += workers) {
+            const int64_t row = task / shared, h = task % shared, end = position_of[row] + 1;
+            TORCH_CHECK(slot_of[row] >= 0 && slot_of[row] < keys.size(0) && end > 0 && end <= length);
+            const int64_t low = window > 0 ? std::max<int64_t>(0, end - window) : 0, begin = low / W * W;
+            const int64_t offset = ((slot_of[row] * shared + h) * length + begin) * D;
+            for (int64_t g = h * group; g < (h + 1) * group; g += G)
+              attend_heads<G, D, T, Kept>(qkv.const_data_ptr<T>() + row * stride + g * D, keys.const_data_ptr<Kept>() + offset,
+                                    values.const_data_ptr<Kept>() + offset, low - begin, end - begin, (float)scale,
+                                    scores.data(), out.data_ptr<T>() + (row * heads + g) * D);
+          }
+      });
+    };
+    auto with_head = [&](auto head_size) {
+      // More heads at a time reuse what was loaded, until the registers are full.
+      if (W == 16 && group % 4 == 0) return with(std::integral_constant<int, 4>(), head_size);
+      if (W == 16 && group % 3 == 0) return with(std::integral_constant<int, 3>(), head_size);
+      if (W == 16 && group % 2 == 0) return with(std::integral_constant<int, 2>(), head_size);
+      with(std::integral_constant<int, 1>(), head_size);
+    };
+    if (dim == 64) with_head(std::integral_constant<int, 64>());
+    else with_head(std::integral_constant<int, 128>());
+  });
+}
+
+}  // namespace
+
+TORCH_LIBRARY(serve_app, library) {
+  library.def("add_norm(Tensor(a!) x, Tensor? y, Tensor weight, float eps, Tensor(b!) out) -> ()", &add_norm);
+  library.def("silu_mul(Tensor gate_up, Tensor(a!) out) -> ()", &silu_mul);
+  library.def(
+      "rope_store(Tensor(a!) qkv, int heads, Tensor cos, Tensor sin, Tensor? query_norm, Tensor? key_norm, float eps, "
+      "Tensor slots, Tensor positions, Tensor(b!) keys, Tensor(c!) values) -> ()",
+      &rope_store);
+  library.def(
+      "attend(Tensor qkv, int heads, float scale, int window, Tensor slots, Tensor positions, Tensor keys, "
+      "Tensor values, Tensor(a!) out) -> ()",
+      &attend);
+}

@@ -1,0 +1,156 @@
+"""A Llama-like model on CPU in few operations: four packed linears and four native ones a layer.
+
+transformers' modelling code costs 4 to 5 ms a step in dispatch alone, more than the weights of a small model take to
+read. This is the same computation over the same weights; packed.py, through the unmodified code, is its reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedModel
+
+from serve_app.engine.attention import LayerCache
+from serve_app.engine.linear import Linear, Quantization, pack
+from serve_app.engine.rows import Rows
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+HEAD_SIZES = (64, 128)
+# Numbers that a native operation takes at a time.
+WIDTH = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """`window` is how many positions a row looks back on, 0 for all."""
+
+    norm: torch.Tensor
+    qkv: Linear
+    query_norm: torch.Tensor | None
+    key_norm: torch.Tensor | None
+    window: int
+    out: Linear
+    mlp_norm: torch.Tensor
+    gate_up: Linear
+    down: Linear
+
+
+class LeanModel:
+    """Holds packed weights of its own; the model that it was made from can go."""
+
+    def __init__(self, model: PreTrainedModel, caches: Seq[LayerCache], quantization: Quantization) -> None:
+        config, length = model.config, caches[0].length
+        self._caches = caches
+        self._heads = config.num_attention_heads
+        self._dim = _head_size(model)
+        self._eps = float(config.rms_norm_eps)
+        # int8 layers take and give float rows; rounding between them to bfloat16 would only lose digits.
+        self._dtype = torch.float32 if quantization == "int8" else model.dtype
+        self._embedding = model.get_input_embeddings().weight.detach()
+        self._layers = [_layer(layer, config, quantization) for layer in model.model.layers]
+        self._norm = model.model.norm.weight.detach().float()
+        self._head = pack(model.get_output_embeddings().weight, None, quantization)
+        self._cos, self._sin = _rotations(model, length)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes that one step reads of the linear layers."""
+        linears = [linear for y in self._layers for linear in (y.qkv, y.out, y.gate_up, y.down)]
+        return sum(linear.weight_bytes for linear in (*linears, self._head))
+
+    def forward(self, rows: Rows) -> torch.Tensor:
+        """Logits `[S, V]` of the wanted rows; keys and values of all rows go to the arena."""
+        native = torch.ops.serve_app
+        slots, positions = torch.tensor(rows.slots), torch.tensor(rows.positions)
+        wanted = torch.tensor(rows.wanted, dtype=torch.long)
+        x = F.embedding(torch.tensor(rows.tokens), self._embedding).to(self._dtype)
+        y: torch.Tensor | None = None
+        for layer, cache in zip(self._layers, self._caches, strict=True):
+            qkv = layer.qkv(self._normed(x, y, layer.norm))
+            native.rope_store(
+                qkv, self._heads, self._cos, self._sin, layer.query_norm, layer.key_norm, self._eps,
+                slots, positions, cache.keys, cache.values,
+            )  # fmt: skip
+            last = layer is self._layers[-1]
+            if last and not rows.wanted:
+                break  # a part of a prompt: its keys and values are kept, and that is all
+            attended = x.new_empty(x.shape[0], self._heads * self._dim)
+            native.attend(
+                qkv, self._heads, self._dim**-0.5, layer.window, slots, positions, cache.keys, cache.values, attended
+            )
+            if last:
+                x, attended = x[wanted], attended[wanted]
+            gate_up = layer.gate_up(self._normed(x, layer.out(attended), layer.mlp_norm))
+            active = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
+            native.silu_mul(gate_up, active)
+            y = layer.down(active)
+        if not rows.wanted:
+            return x.new_empty(0, self._head.out_features)
+        logits: torch.Tensor = self._head(self._normed(x, y, self._norm))
+        return logits
+
+    def _normed(self, x: torch.Tensor, y: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor:
+        """x += y, and the norm of that."""
+        out = torch.empty_like(x)
+        torch.ops.serve_app.add_norm(x, y, weight, self._eps, out)
+        return out
+
+
+def why_not(model: PreTrainedModel) -> str | None:
+    """Why this model cannot run lean; None if it can."""
+    config = model.config
+    if model.device.type != "cpu" or model.dtype not in (torch.float32, torch.bfloat16):
+        return f"{model.dtype} on {model.device}"
+    if config.model_type not in FAMILIES:
+        return f"{config.model_type} is not one of {', '.join(FAMILIES)}"
+    if _head_size(model) not in HEAD_SIZES or config.hidden_size % WIDTH or config.intermediate_size % WIDTH:
+        return f"heads of {_head_size(model)}, rows of {config.hidden_size} and {config.intermediate_size}"
+    if config.hidden_act != "silu":
+        return f"{config.hidden_act} between its layers"
+    return None
+
+
+def _head_size(model: PreTrainedModel) -> int:
+    config = model.config
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def _layer(layer: Any, config: Any, quantization: Quantization) -> Layer:
+    attention, mlp = layer.self_attn, layer.mlp
+    # Mistral's layers look at the configuration, the others keep their own.
+    window = getattr(attention, "sliding_window", getattr(config, "sliding_window", None))
+    return Layer(
+        norm=_weight(layer.input_layernorm),
+        qkv=_joined([attention.q_proj, attention.k_proj, attention.v_proj], quantization),
+        query_norm=_weight(attention.q_norm) if hasattr(attention, "q_norm") else None,
+        key_norm=_weight(attention.k_norm) if hasattr(attention, "k_norm") else None,
+        window=window or 0,
+        out=_joined([attention.o_proj], quantization),
+        mlp_norm=_weight(layer.post_attention_layernorm),
+        gate_up=_joined([mlp.gate_proj, mlp.up_proj], quantization),
+        down=_joined([mlp.down_proj], quantization),
+    )
+
+
+def _weight(norm: Any) -> torch.Tensor:
+    weight: torch.Tensor = norm.weight.detach().float()
+    return weight
+
+
+def _joined(linears: Seq[torch.nn.Linear], quantization: Quantization) -> Linear:
+    """Layers of one input as one."""
+    biases = [linear.bias for linear in linears]
+    bias = None if biases[0] is None else torch.cat([bias.detach() for bias in biases])
+    return pack(torch.cat([linear.weight.detach() for linear in linears]), bias, quantization)
+
+
+def _rotations(model: PreTrainedModel, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin `[length, dim / 2]` by the model's own rotary embedding, whatever its scaling is."""
+    rotary: Any = model.model.rotary_emb
+    cos, sin = rotary(torch.zeros(1, dtype=torch.float32), torch.arange(length)[None])
+    half = cos.shape[-1] // 2
+    return cos[0, :, :half].float().contiguous(), sin[0, :, :half].float().contiguous()

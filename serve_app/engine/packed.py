@@ -1,0 +1,89 @@
+"""Any model through transformers' own code, unmodified: all rows of a step packed as one row `[1, N]`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from serve_app.engine import attention
+from serve_app.engine.attention import LayerCache, Layout, ShapeProbe
+from serve_app.engine.linear import Quantization, swap
+from serve_app.engine.loader import SourceError
+from serve_app.engine.rows import Rows, span
+
+
+@dataclass(frozen=True, slots=True)
+class LayerShape:
+    """What one layer's attention keeps of a token: `heads` keys and values, and on which device."""
+
+    heads: int
+    key_dim: int
+    value_dim: int
+    device: torch.device
+
+
+class PackedModel:
+    """The reference for every faster way to run a model, and the way of those that have none."""
+
+    def __init__(self, model: PreTrainedModel, caches: Seq[LayerCache], quantization: Quantization) -> None:
+        self._model = model
+        self._caches = caches
+        if model.device.type == "cpu" and (quantization != "none" or model.dtype == torch.bfloat16):
+            swap(model, quantization)
+        for module, cache in zip(_attending(model), caches, strict=True):
+            module.serve_app_cache = cache  # type: ignore[assignment]
+
+    def forward(self, rows: Rows) -> torch.Tensor:
+        """Logits `[S, V]` of the wanted rows; keys and values of all rows go to the arena."""
+        layouts: dict[torch.device, Layout] = {}
+        for cache in self._caches:
+            device = cache.keys.device
+            if device not in layouts:
+                layouts[device] = attention.layout_of(rows, device)
+            cache.layout = layouts[device]
+        return _forward(self._model, rows)
+
+
+def layer_shapes(model: PreTrainedModel) -> list[LayerShape]:
+    """What the layers keep, learnt from one pass with probes in their attention's place.
+
+    Raises SourceError for a model that remembers in another way than keys and values.
+    """
+    model.set_attn_implementation(attention.IMPLEMENTATION)
+    modules = attention.attention_modules(model)
+    for module in modules:
+        module.serve_app_cache = ShapeProbe()  # type: ignore[assignment]
+    _forward(model, span([0], slot=0, start=0))
+    layers = _attending(model)
+    wanted = model.config.get_text_config().num_hidden_layers
+    if len(layers) != wanted:
+        raise SourceError(
+            f"{type(model).__name__}: {len(layers)} of {wanted} layers call transformers' attention interface, "
+            "and what the others remember would be lost; this architecture is not supported"
+        )
+    shapes = []
+    for module in layers:
+        probe = module.serve_app_cache
+        assert isinstance(probe, ShapeProbe)
+        shapes.append(LayerShape(probe.heads, probe.key_dim, probe.value_dim, next(module.parameters()).device))
+    return shapes
+
+
+def _attending(model: PreTrainedModel) -> list[torch.nn.Module]:
+    """The modules whose probe, or whatever took its place, was called."""
+    return [m for m in attention.attention_modules(model) if getattr(m.serve_app_cache, "heads", 0)]
+
+
+def _forward(model: PreTrainedModel, rows: Rows) -> torch.Tensor:
+    device = model.device
+    output = model(
+        input_ids=torch.tensor([rows.tokens], device=device),
+        position_ids=torch.tensor([rows.positions], device=device),
+        use_cache=False,
+        logits_to_keep=torch.tensor(rows.wanted, dtype=torch.long, device=device),
+    )
+    logits: torch.Tensor = output.logits[0]
+    return logits

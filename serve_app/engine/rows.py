@@ -1,0 +1,75 @@
+"""A step as a model sees it: flat rows, one for every token that goes in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from serve_app.engine.sequence import Step
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeRun:
+    """Decoding rows of consecutive slots; `positions` are those of the rows' new tokens."""
+
+    first_row: int
+    first_slot: int
+    positions: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PromptChunk:
+    """Consecutive tokens of one sequence, from position `start`."""
+
+    first_row: int
+    slot: int
+    start: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Lists of N: each row's token, its sequence's slot, its position there. `wanted` are rows to sample from.
+
+    The same rows grouped: `runs` of decoding neighbours, and `chunks` of prompts.
+    """
+
+    tokens: list[int]
+    slots: list[int]
+    positions: list[int]
+    wanted: list[int]
+    runs: list[DecodeRun]
+    chunks: list[PromptChunk]
+
+
+def rows_of(step: Step) -> Rows:
+    """The rows of a step, decoding sequences first as it has them."""
+    rows = Rows([], [], [], [], [], [])
+    for advance in step.advances:
+        sequence, first, start = advance.sequence, len(rows.tokens), advance.sequence.computed
+        assert sequence.slot is not None
+        rows.tokens.extend(sequence.tokens[start : start + advance.count])
+        rows.slots.extend([sequence.slot] * advance.count)
+        rows.positions.extend(range(start, start + advance.count))
+        if advance.samples:
+            rows.wanted.append(len(rows.tokens) - 1)
+        if advance.count > 1:
+            rows.chunks.append(PromptChunk(first, sequence.slot, start, advance.count))
+        else:
+            _decode(rows, first, sequence.slot, start)
+    return rows
+
+
+def span(tokens: list[int], slot: int, start: int) -> Rows:
+    """The rows of one sequence's tokens from `start`, the last one wanted."""
+    count = len(tokens)
+    chunks = [PromptChunk(0, slot, start, count)] if count > 1 else []
+    runs = [] if chunks else [DecodeRun(0, slot, (start,))]
+    return Rows(tokens, [slot] * count, list(range(start, start + count)), [count - 1], runs, chunks)
+
+
+def _decode(rows: Rows, row: int, slot: int, position: int) -> None:
+    last = rows.runs[-1] if rows.runs and not rows.chunks else None
+    if last is not None and slot == last.first_slot + len(last.positions):
+        rows.runs[-1] = replace(last, positions=(*last.positions, position))
+    else:
+        rows.runs.append(DecodeRun(row, slot, (position,)))

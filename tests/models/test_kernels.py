@@ -1,0 +1,178 @@
+"""The native operations against plain torch in double precision, and how they are built."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from serve_app.engine import kernels
+
+pytestmark = pytest.mark.model
+
+FLOAT, BFLOAT = torch.float32, torch.bfloat16
+# What rounding the result costs, against the largest of it; in float32 also the order of sums.
+ROUNDING = {FLOAT: 3e-6, BFLOAT: 2**-8}
+every_type = pytest.mark.parametrize("dtype", [FLOAT, BFLOAT])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def native() -> None:
+    assert kernels.available(print), "this machine has a compiler"
+
+
+def noise(*shape: int, dtype: torch.dtype = FLOAT, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def close(got: torch.Tensor, wanted: torch.Tensor) -> bool:
+    error = (got.double() - wanted).abs().max() / wanted.abs().max()
+    return bool(error <= ROUNDING[got.dtype])
+
+
+@every_type
+@pytest.mark.parametrize("rows", [1, 3, 200])
+@pytest.mark.parametrize("added", [True, False])
+def test_add_norm(dtype: torch.dtype, rows: int, added: bool) -> None:
+    x, weight, out = noise(rows, 96, dtype=dtype), noise(96, seed=1), torch.empty(rows, 96, dtype=dtype)
+    y = noise(rows, 96, dtype=dtype, seed=2) if added else None
+    total = (x + y if y is not None else x).clone()
+    torch.ops.serve_app.add_norm(x, y, weight, 1e-5, out)
+    assert torch.equal(x, total)
+    squares = total.double().pow(2).mean(-1, keepdim=True)
+    assert close(out, total.double() * (squares + 1e-5).rsqrt() * weight.double())
+
+
+@every_type
+def test_silu_mul(dtype: torch.dtype) -> None:
+    """Far out too, where an exponential overflows or vanishes."""
+    rows = noise(5, 64, dtype=dtype) * 30
+    rows[0, :4] = torch.tensor([-200.0, 200.0, -1e30, 0.0])
+    out = torch.empty(5, 32, dtype=dtype)
+    torch.ops.serve_app.silu_mul(rows, out)
+    gate, up = rows.double().chunk(2, dim=-1)
+    assert close(out[1:], torch.nn.functional.silu(gate[1:]) * up[1:])
+    assert torch.isfinite(out[0, 3:]).all()
+    assert out[0, 3] == 0
+
+
+def rotated(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    a, b = heads.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+@every_type
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("normed", [True, False])
+def test_rope_store(dtype: torch.dtype, dim: int, normed: bool) -> None:
+    heads, shared, length = 4, 2, 32
+    qkv, angles = noise(3, (heads + 2 * shared) * dim, dtype=dtype), noise(length, dim // 2, seed=1)
+    norms = [noise(dim, seed=2), noise(dim, seed=3)] if normed else [None, None]
+    slots, positions = torch.tensor([2, 0, 2]), torch.tensor([7, 31, 8])
+    keys, values = torch.zeros(2, 3, shared, length, dim, dtype=BFLOAT)
+    before = qkv.double().view(3, -1, dim)
+    torch.ops.serve_app.rope_store(qkv, heads, angles.cos(), angles.sin(), *norms, 1e-6, slots, positions, keys, values)
+    expected = before.clone()
+    for part, norm in ((slice(0, heads), norms[0]), (slice(heads, heads + shared), norms[1])):
+        some = before[:, part]
+        if norm is not None:
+            some = some * (some.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt() * norm.double()
+        cos, sin = (f(angles[positions].double())[:, None] for f in (torch.cos, torch.sin))
+        expected[:, part] = rotated(some, cos, sin)
+    after = qkv.view(3, -1, dim)
+    assert close(after, expected)
+    assert torch.equal(after[:, heads + shared :].double(), before[:, heads + shared :])
+    for row, (slot, position) in enumerate(zip(slots, positions, strict=True)):
+        assert close(keys[slot, :, position], expected[row, heads : heads + shared])
+        assert close(values[slot, :, position], expected[row, heads + shared :])
+    assert int((keys != 0).any(-1).sum()) == 3 * shared, "no other place was written"
+
+
+def test_what_is_no_number_does_not_enter_the_arena() -> None:
+    qkv, ones = torch.full((1, 3 * 64), torch.nan), torch.ones(16, 32)
+    keys, values = torch.ones(2, 1, 1, 16, 64)
+    torch.ops.serve_app.rope_store(
+        qkv, 1, ones, ones, None, None, 1e-6, torch.tensor([0]), torch.tensor([3]), keys, values
+    )
+    assert not keys[0, 0, 3].any()
+    assert not values[0, 0, 3].any()
+
+
+@every_type
+@pytest.mark.parametrize("arena", [FLOAT, BFLOAT])
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("window", [0, 1, 7, 16, 40])
+def test_attend(dtype: torch.dtype, arena: torch.dtype, group: int, window: int) -> None:
+    """Rows of several lengths, with what earlier owners left behind their ends."""
+    shared, dim, length = 2, 64, 64
+    heads, ends = shared * group, [1, 16, 17, 33, 64]
+    keys, values = noise(2, 5, shared, length, dim, dtype=arena, seed=1)
+    qkv = noise(5, (heads + 2 * shared) * dim, dtype=dtype)
+    slots, positions = torch.tensor([3, 0, 4, 1, 2]), torch.tensor(ends) - 1
+    out = torch.empty(5, heads * dim, dtype=dtype)
+    torch.ops.serve_app.attend(qkv, heads, 0.125, window, slots, positions, keys, values, out)
+    for row, (slot, end) in enumerate(zip(slots, ends, strict=True)):
+        seen = slice(max(0, end - window) if window else 0, end)
+        k, v = (t[slot, :, seen].double().repeat_interleave(group, 0) for t in (keys, values))
+        query = qkv[row, : heads * dim].double().view(heads, 1, dim)
+        weights = (query @ k.transpose(1, 2) * 0.125).softmax(-1)
+        assert close(out[row], (weights @ v).reshape(-1))
+
+
+def test_a_row_is_the_same_alone_and_in_any_company() -> None:
+    keys, values = noise(2, 8, 3, 128, 64, dtype=BFLOAT, seed=1)
+    qkv, slots, positions = (
+        noise(8, 15 * 64, dtype=BFLOAT),
+        torch.arange(8),
+        torch.tensor([5, 99, 1, 127, 0, 50, 64, 9]),
+    )
+    out = torch.empty(8, 9 * 64, dtype=BFLOAT)
+    torch.ops.serve_app.attend(qkv, 9, 0.125, 0, slots, positions, keys, values, out)
+    for row in range(8):
+        alone, one = torch.empty(1, 9 * 64, dtype=BFLOAT), slice(row, row + 1)
+        torch.ops.serve_app.attend(qkv[one], 9, 0.125, 0, slots[one], positions[one], keys, values, alone)
+        assert torch.equal(alone[0], out[row])
+
+
+def test_rows_outside_the_arena_are_refused() -> None:
+    keys, values = torch.zeros(2, 1, 1, 16, 64)
+    qkv, ones = torch.zeros(1, 3 * 64), torch.ones(16, 32)
+    for slot, position in ((1, 0), (0, 16), (-1, 0), (0, -1)):
+        place = torch.tensor([slot]), torch.tensor([position])
+        with pytest.raises(RuntimeError, match="outside the arena"):
+            torch.ops.serve_app.rope_store(qkv, 1, ones, ones, None, None, 1e-6, *place, keys, values)
+
+
+BUILD = """
+import sys
+from pathlib import Path
+from serve_app.engine import kernels
+print(kernels._built(lambda stage: print(stage, flush=True), Path(sys.argv[1])))
+"""
+
+
+def test_two_that_want_them_at_once_build_them_once(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", BUILD, str(tmp_path)]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate(timeout=120)[0].splitlines() for process in both]
+    assert sum("compiling for this processor (once)" in lines for lines in said) == 1
+    assert said[0][-1] == said[1][-1]
+    assert [path.suffix for path in sorted(tmp_path.iterdir())] == [".so", ".lock"]
+
+
+@pytest.mark.parametrize("setting", [{"CXX": "no-such-compiler"}, {"CXX": "false"}, {"SERVE_APP_NATIVE_KERNELS": "0"}])
+def test_without_them_the_model_runs_all_the_same(setting: dict[str, str], tmp_path: Path) -> None:
+    program = (
+        "import sys; from tests.models import tiny; from tests.models.crowd import model_config;"
+        "from pathlib import Path; from serve_app.engine.runner import TorchRunner; f = Path(sys.argv[1]);"
+        "print(TorchRunner.from_config(model_config(tiny.save('llama', f, tiny.LEAN)), lambda s: None).kind)"
+    )
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), **setting}
+    command = [sys.executable, "-c", program, str(tmp_path / "model")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "packed"
+    assert "native kernels are not used, steps are slower" in done.stderr
