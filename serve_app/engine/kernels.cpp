@@ -3,6 +3,9 @@
 // A row is one token of one sequence: it has a slot of the arena and a position in it. Decoding rows and prompt chunks
 // are the same here, so one call serves any mixture of them, and no row's result depends on its neighbours.
 // Rows and arena are float or bfloat16 (the arena: [slots, heads, length, dim]); all arithmetic is float.
+// For int8 linear layers, which quantise all rows of a call with one scale, a result can be written with every row
+// scaled to [-1, 1] and its multiplier kept apart (`out_scale`); who reads the layer's rows multiplies (`scale`). One row
+// more, of +1 and -1, then pins the layer's scale, so that here too no row depends on another.
 // kernels.py builds this file where it runs; tests/engine/test_kernels.py compares it with plain torch.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -44,6 +47,7 @@ inline void store(bf16* p, Floats v) {
 }
 inline Floats all(float x) { return (Floats){} + x; }
 inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+inline Floats magnitude(Floats a) { return (Floats)((Bits)a & 0x7fffffffu); }
 
 inline float sum(Floats v) {
   float total = 0;
@@ -86,47 +90,89 @@ const float* floats(const Optional& t) { return t ? t->const_data_ptr<float>() :
 // Rows a thread takes at a time: about 2,000 numbers, below which a thread's start costs more than its work.
 int64_t grain(int64_t width) { return std::max<int64_t>(1, 2048 / width); }
 
-// x += y, then out = x / rms(x) * weight.
-void add_norm(Tensor x, const Optional& y, const Tensor& weight, double eps, Tensor out) {
-  const int64_t width = x.size(1);
-  TORCH_CHECK(width % W == 0 && x.is_contiguous() && out.is_contiguous() && out.sizes() == x.sizes());
+// The factor that takes a row with this largest value to [-1, 1], its inverse kept as the row's multiplier.
+inline float to_unit(float most, float* multiplier) {
+  *multiplier = std::max(most, 1e-20f);
+  return 1.f / *multiplier;
+}
+
+// Checks a result of `rows` rows, and writes the row that pins the scale where rows are scaled.
+template <class T>
+float* multipliers(Tensor& out, const Optional& out_scale, int64_t rows) {
+  TORCH_CHECK(out.is_contiguous() && out.size(0) == rows + (out_scale ? 1 : 0) && out.size(1) % W == 0);
+  if (!out_scale) return nullptr;
+  TORCH_CHECK(out_scale->numel() == rows && out_scale->scalar_type() == at::kFloat);
+  const int64_t width = out.size(1);
+  T* pin = out.data_ptr<T>() + rows * width;
+  for (int64_t i = 0; i < width; i++) pin[i] = i % 2 ? 1.f : -1.f;
+  return out_scale->data_ptr<float>();
+}
+
+const float* checked_scale(const Optional& scale, int64_t rows) {
+  TORCH_CHECK(!scale || (scale->numel() == rows && scale->scalar_type() == at::kFloat));
+  return floats(scale);
+}
+
+// x += y * scale, then out = x / rms(x) * weight.
+void add_norm(Tensor x, const Optional& y, const Optional& scale, const Tensor& weight, double eps, Tensor out,
+              const Optional& out_scale) {
+  const int64_t count = x.size(0), width = x.size(1);
+  TORCH_CHECK(x.is_contiguous() && out.size(1) == width && out.scalar_type() == x.scalar_type());
   TORCH_CHECK(weight.scalar_type() == at::kFloat && weight.numel() == width && (!y || y->is_contiguous()));
-  TORCH_CHECK(!y || (y->sizes() == x.sizes() && y->scalar_type() == x.scalar_type()));
+  TORCH_CHECK(!y || (y->size(0) >= count && y->size(1) == width && y->scalar_type() == x.scalar_type()));
+  const float* y_scale = checked_scale(scale, count);
   for_type(x, [&](auto* tag) {
     using T = TYPE_OF(tag);
     T *rows = x.data_ptr<T>(), *results = out.data_ptr<T>();
     const T* added = y ? y->const_data_ptr<T>() : nullptr;
     const float* w = weight.const_data_ptr<float>();
-    at::parallel_for(0, x.size(0), grain(width), [&](int64_t first, int64_t last) {
-      for (int64_t row = first * width; row < last * width; row += width) {
-        Floats squares = {};
+    float* multiplier = multipliers<T>(out, out_scale, count);
+    at::parallel_for(0, count, grain(width), [&](int64_t first, int64_t last) {
+      for (int64_t r = first; r < last; r++) {
+        const int64_t row = r * width;
+        const Floats m = all(y_scale ? y_scale[r] : 1.f);
+        Floats squares = {}, most = {};
         for (int64_t i = 0; i < width; i += W) {
-          if (added) store(rows + row + i, load(rows + row + i) + load(added + row + i));
+          if (added) store(rows + row + i, load(rows + row + i) + load(added + row + i) * m);
           Floats v = load(rows + row + i);
           squares += v * v;
+          if (multiplier) most = larger(most, magnitude(v * load(w + i)));
         }
-        const float factor = 1.f / std::sqrt(sum(squares) / width + (float)eps);
+        float factor = 1.f / std::sqrt(sum(squares) / width + (float)eps);
+        if (multiplier) {
+          const float norm = factor;
+          factor = to_unit(largest(most), multiplier + r);
+          multiplier[r] *= norm;
+        }
         for (int64_t i = 0; i < width; i += W) store(results + row + i, load(rows + row + i) * factor * load(w + i));
       }
     });
   });
 }
 
-// out = silu(gate) * up for rows [gate | up].
-void silu_mul(const Tensor& gate_up, Tensor out) {
-  const int64_t width = out.size(1);
-  TORCH_CHECK(width % W == 0 && gate_up.is_contiguous() && out.is_contiguous() && gate_up.size(1) == 2 * width);
-  TORCH_CHECK(gate_up.size(0) == out.size(0) && gate_up.scalar_type() == out.scalar_type());
+// out = silu(gate) * up for rows [gate | up] * scale.
+void silu_mul(const Tensor& gate_up, const Optional& scale, Tensor out, const Optional& out_scale) {
+  const int64_t width = out.size(1), count = out.size(0) - (out_scale ? 1 : 0);
+  TORCH_CHECK(gate_up.is_contiguous() && gate_up.size(0) >= count && gate_up.size(1) == 2 * width);
+  TORCH_CHECK(gate_up.scalar_type() == out.scalar_type());
+  const float* row_scale = checked_scale(scale, count);
   for_type(out, [&](auto* tag) {
     using T = TYPE_OF(tag);
-    at::parallel_for(0, out.size(0), grain(width), [&](int64_t first, int64_t last) {
+    float* multiplier = multipliers<T>(out, out_scale, count);
+    at::parallel_for(0, count, grain(width), [&](int64_t first, int64_t last) {
+      std::vector<float> exact(width);
       for (int64_t row = first; row < last; row++) {
         const T* gate = gate_up.const_data_ptr<T>() + row * 2 * width;
         T* result = out.data_ptr<T>() + row * width;
+        const Floats m = all(row_scale ? row_scale[row] : 1.f);
+        Floats most = {};
         for (int64_t i = 0; i < width; i += W) {
-          Floats g = load(gate + i);
-          store(result + i, g / (1.f + exponential(-g)) * load(gate + width + i));
+          Floats g = load(gate + i) * m, v = g / (1.f + exponential(-g)) * (load(gate + width + i) * m);
+          store(exact.data() + i, v);
+          most = larger(most, magnitude(v));
         }
+        const Floats factor = all(multiplier ? to_unit(largest(most), multiplier + row) : 1.f);
+        for (int64_t i = 0; i < width; i += W) store(result + i, load(exact.data() + i) * factor);
       }
     });
   });
@@ -141,9 +187,9 @@ void normalise(float* head, int64_t dim, const float* weight, float eps) {
   for (int64_t i = 0; i < dim; i += W) store(head + i, load(head + i) * factor * load(weight + i));
 }
 
-// In place on rows [queries | keys | values]: norm of every query and key head where weights are given, rotary
+// In place on rows [queries | keys | values] * scale: norm of every query and key head where weights are given, rotary
 // embedding of halves (cos and sin: [length, dim / 2]). Keys and values go to the arena, what is no number as 0.
-void rope_store(Tensor qkv, int64_t heads, const Tensor& cos, const Tensor& sin, const Optional& query_norm,
+void rope_store(Tensor qkv, const Optional& scale, int64_t heads, const Tensor& cos, const Tensor& sin, const Optional& query_norm,
                 const Optional& key_norm, double eps, const Tensor& slots, const Tensor& positions, Tensor keys,
                 Tensor values) {
   const int64_t shared = keys.size(1), length = keys.size(2), dim = keys.size(3), half = dim / 2;
@@ -151,14 +197,17 @@ void rope_store(Tensor qkv, int64_t heads, const Tensor& cos, const Tensor& sin,
   TORCH_CHECK(keys.is_contiguous() && values.is_contiguous() && values.sizes() == keys.sizes());
   TORCH_CHECK(values.scalar_type() == keys.scalar_type());
   TORCH_CHECK(cos.is_contiguous() && sin.is_contiguous() && cos.size(0) >= length && cos.size(1) == half);
-  TORCH_CHECK(slots.numel() == qkv.size(0) && positions.numel() == qkv.size(0));
+  const int64_t count = slots.numel();
+  TORCH_CHECK(qkv.size(0) >= count && positions.numel() == count);
+  const float* row_scale = checked_scale(scale, count);
   const int64_t *slot_of = slots.const_data_ptr<int64_t>(), *position_of = positions.const_data_ptr<int64_t>();
   for_types(qkv, keys, [&](auto* row_tag, auto* arena_tag) {
     using T = TYPE_OF(row_tag);
     using Kept = TYPE_OF(arena_tag);
-    at::parallel_for(0, qkv.size(0), grain(qkv.size(1)), [&](int64_t first, int64_t last) {
+    at::parallel_for(0, count, grain(qkv.size(1)), [&](int64_t first, int64_t last) {
       for (int64_t row = first; row < last; row++) {
         const int64_t slot = slot_of[row], position = position_of[row];
+        const Floats m = all(row_scale ? row_scale[row] : 1.f);
         TORCH_CHECK(slot >= 0 && slot < keys.size(0) && position >= 0 && position < length, "row outside the arena");
         const float *c = cos.const_data_ptr<float>() + position * half, *s = sin.const_data_ptr<float>() + position * half;
         for (int64_t h = 0; h < heads + 2 * shared; h++) {
@@ -166,7 +215,7 @@ void rope_store(Tensor qkv, int64_t heads, const Tensor& cos, const Tensor& sin,
           const bool is_query = h < heads, is_value = h >= heads + shared;
           const Optional& norm = is_query ? query_norm : key_norm;
           float exact[LARGEST_HEAD];  // so that a row is rounded once, at the end
-          for (int64_t i = 0; i < dim; i += W) store(exact + i, load(head + i));
+          for (int64_t i = 0; i < dim; i += W) store(exact + i, load(head + i) * m);
           if (!is_value && norm) normalise(exact, dim, floats(norm), (float)eps);
           Kept* place = nullptr;
           if (!is_query) {
@@ -250,19 +299,20 @@ void attend_heads(const T* query, const Kept* keys, const Kept* values, int64_t 
 
 // Causal attention of every row over its own slot, as far back as `window` positions (0: all).
 void attend(const Tensor& qkv, int64_t heads, double scale, int64_t window, const Tensor& slots,
-            const Tensor& positions, const Tensor& keys, const Tensor& values, Tensor out) {
+            const Tensor& positions, const Tensor& keys, const Tensor& values, Tensor out, const Optional& out_scale) {
   const int64_t shared = keys.size(1), length = keys.size(2), dim = keys.size(3), group = heads / shared;
-  const int64_t rows = qkv.size(0), stride = qkv.size(1);
+  const int64_t rows = slots.numel(), stride = qkv.size(1), width = heads * dim;
   TORCH_CHECK(dim == 64 || dim == 128, "head size ", dim);
   TORCH_CHECK(length % W == 0 && keys.is_contiguous() && values.is_contiguous(), "arena of ", length, " positions");
   TORCH_CHECK(heads % shared == 0 && stride == (heads + 2 * shared) * dim && qkv.is_contiguous());
-  TORCH_CHECK(out.is_contiguous() && out.size(0) == rows && out.size(1) == heads * dim);
+  TORCH_CHECK(qkv.size(0) >= rows && out.size(1) == width);
   TORCH_CHECK(out.scalar_type() == qkv.scalar_type() && values.scalar_type() == keys.scalar_type());
-  TORCH_CHECK(slots.numel() == rows && positions.numel() == rows);
+  TORCH_CHECK(positions.numel() == rows);
   const int64_t *slot_of = slots.const_data_ptr<int64_t>(), *position_of = positions.const_data_ptr<int64_t>();
   for_types(qkv, keys, [&](auto* row_tag, auto* arena_tag) {
     using T = TYPE_OF(row_tag);
     using Kept = TYPE_OF(arena_tag);
+    float* multiplier = multipliers<T>(out, out_scale, rows);
     auto with = [&](auto group_size, auto head_size) {
       constexpr int G = decltype(group_size)::value, D = decltype(head_size)::value;
       // Neighbours are of one sequence and of about one length: dealt out in turn, they keep all threads busy.
@@ -291,20 +341,30 @@ void attend(const Tensor& qkv, int64_t heads, double scale, int64_t window, cons
     };
     if (dim == 64) with_head(std::integral_constant<int, 64>());
     else with_head(std::integral_constant<int, 128>());
+    for (int64_t row = 0; multiplier && row < rows; row++) {
+      T* result = out.data_ptr<T>() + row * width;
+      Floats most = {};
+      for (int64_t i = 0; i < width; i += W) most = larger(most, magnitude(load(result + i)));
+      const Floats factor = all(to_unit(largest(most), multiplier + row));
+      for (int64_t i = 0; i < width; i += W) store(result + i, load(result + i) * factor);
+    }
   });
 }
 
 }  // namespace
 
 TORCH_LIBRARY(serve_app, library) {
-  library.def("add_norm(Tensor(a!) x, Tensor? y, Tensor weight, float eps, Tensor(b!) out) -> ()", &add_norm);
-  library.def("silu_mul(Tensor gate_up, Tensor(a!) out) -> ()", &silu_mul);
   library.def(
-      "rope_store(Tensor(a!) qkv, int heads, Tensor cos, Tensor sin, Tensor? query_norm, Tensor? key_norm, float eps, "
-      "Tensor slots, Tensor positions, Tensor(b!) keys, Tensor(c!) values) -> ()",
+      "add_norm(Tensor(a!) x, Tensor? y, Tensor? scale, Tensor weight, float eps, Tensor(b!) out, Tensor(c!)? out_scale) "
+      "-> ()",
+      &add_norm);
+  library.def("silu_mul(Tensor gate_up, Tensor? scale, Tensor(a!) out, Tensor(b!)? out_scale) -> ()", &silu_mul);
+  library.def(
+      "rope_store(Tensor(a!) qkv, Tensor? scale, int heads, Tensor cos, Tensor sin, Tensor? query_norm, "
+      "Tensor? key_norm, float eps, Tensor slots, Tensor positions, Tensor(b!) keys, Tensor(c!) values) -> ()",
       &rope_store);
   library.def(
       "attend(Tensor qkv, int heads, float scale, int window, Tensor slots, Tensor positions, Tensor keys, "
-      "Tensor values, Tensor(a!) out) -> ()",
+      "Tensor values, Tensor(a!) out, Tensor(b!)? out_scale) -> ()",
       &attend);
 }

@@ -23,6 +23,9 @@ HEAD_SIZES = (64, 128)
 # Numbers that a native operation takes at a time.
 WIDTH = 16
 
+# Rows, and what each is still to be multiplied with. Nothing is to be added to the first layer's rows.
+Scaled = tuple[torch.Tensor | None, torch.Tensor | None]
+
 
 @dataclass(frozen=True, slots=True)
 class Layer:
@@ -49,7 +52,8 @@ class LeanModel:
         self._dim = _head_size(model)
         self._eps = float(config.rms_norm_eps)
         # int8 layers take and give float rows; rounding between them to bfloat16 would only lose digits.
-        self._dtype = torch.float32 if quantization == "int8" else model.dtype
+        self._int8 = quantization == "int8"
+        self._dtype = torch.float32 if self._int8 else model.dtype
         self._embedding = model.get_input_embeddings().weight.detach()
         self._layers = [_layer(layer, config, quantization) for layer in model.model.layers]
         self._norm = model.model.norm.weight.detach().float()
@@ -66,38 +70,44 @@ class LeanModel:
         """Logits `[S, V]` of the wanted rows; keys and values of all rows go to the arena."""
         native = torch.ops.serve_app
         slots, positions = torch.tensor(rows.slots), torch.tensor(rows.positions)
-        wanted = torch.tensor(rows.wanted, dtype=torch.long)
         x = F.embedding(torch.tensor(rows.tokens), self._embedding).to(self._dtype)
-        y: torch.Tensor | None = None
+        y: Scaled = (None, None)
         for layer, cache in zip(self._layers, self._caches, strict=True):
-            qkv = layer.qkv(self._normed(x, y, layer.norm))
+            qkv, scale = layer.qkv.scaled(*self._normed(x, y, layer.norm))
             native.rope_store(
-                qkv, self._heads, self._cos, self._sin, layer.query_norm, layer.key_norm, self._eps,
+                qkv, scale, self._heads, self._cos, self._sin, layer.query_norm, layer.key_norm, self._eps,
                 slots, positions, cache.keys, cache.values,
             )  # fmt: skip
-            last = layer is self._layers[-1]
-            if last and not rows.wanted:
-                break  # a part of a prompt: its keys and values are kept, and that is all
-            attended = x.new_empty(x.shape[0], self._heads * self._dim)
+            if layer is self._layers[-1]:
+                # Whatever is not sampled from has done its part when its keys and values are kept.
+                wanted = torch.tensor(rows.wanted, dtype=torch.long)
+                x, qkv, slots, positions = x[wanted], qkv[wanted], slots[wanted], positions[wanted]
+                if not rows.wanted:
+                    return x.new_empty(0, self._head.out_features)
+            attended, scale = self._room(x.shape[0], self._heads * self._dim)
             native.attend(
-                qkv, self._heads, self._dim**-0.5, layer.window, slots, positions, cache.keys, cache.values, attended
-            )
-            if last:
-                x, attended = x[wanted], attended[wanted]
-            gate_up = layer.gate_up(self._normed(x, layer.out(attended), layer.mlp_norm))
-            active = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
-            native.silu_mul(gate_up, active)
-            y = layer.down(active)
-        if not rows.wanted:
-            return x.new_empty(0, self._head.out_features)
-        logits: torch.Tensor = self._head(self._normed(x, y, self._norm))
-        return logits
+                qkv, self._heads, self._dim**-0.5, layer.window, slots, positions, cache.keys, cache.values,
+                attended, scale,
+            )  # fmt: skip
+            y = layer.out.scaled(attended, scale)
+            gate_up, scale = layer.gate_up.scaled(*self._normed(x, y, layer.mlp_norm))
+            active, active_scale = self._room(x.shape[0], gate_up.shape[1] // 2)
+            native.silu_mul(gate_up, scale, active, active_scale)
+            y = layer.down.scaled(active, active_scale)
+        logits, scale = self._head.scaled(*self._normed(x, y, self._norm))
+        return logits if scale is None else logits[:-1].mul_(scale[:, None])
 
-    def _normed(self, x: torch.Tensor, y: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor:
+    def _room(self, rows: int, width: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Where an operation writes what a linear layer reads."""
+        if not self._int8:
+            return torch.empty(rows, width, dtype=self._dtype), None
+        return torch.empty(rows + 1, width), torch.empty(rows)
+
+    def _normed(self, x: torch.Tensor, y: Scaled, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """x += y, and the norm of that."""
-        out = torch.empty_like(x)
-        torch.ops.serve_app.add_norm(x, y, weight, self._eps, out)
-        return out
+        out, scale = self._room(*x.shape)
+        torch.ops.serve_app.add_norm(x, *y, weight, self._eps, out, scale)
+        return out, scale
 
 
 def why_not(model: PreTrainedModel) -> str | None:

@@ -29,6 +29,10 @@ class PackedLinear(torch.nn.Module):
         y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
         return y
 
+    def scaled(self, rows: torch.Tensor, scales: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        assert scales is None, "these rows are what they are"
+        return self(rows), None
+
 
 class Int8Linear(torch.nn.Module):
     """Weights in int8 with a scale a channel, rows quantised to 8 bits on the way in (fbgemm, W8A8).
@@ -59,15 +63,21 @@ class Int8Linear(torch.nn.Module):
         """`[..., K]` -> `[..., M]`, in the type of `x`."""
         rows = x.reshape(-1, x.shape[-1]).float()
         count = rows.shape[0]
-        scales = rows.abs().amax(-1, keepdim=True).clamp_min_(1e-20)
+        scales = rows.abs().amax(-1).clamp_min_(1e-20)
         scaled = rows.new_empty(count + 1, rows.shape[1])
-        torch.div(rows, scales, out=scaled[:count])
+        torch.div(rows, scales[:, None], out=scaled[:count])
         scaled[count] = self._pin
-        y = torch.ops.quantized.linear_dynamic(scaled, self._weight, False)[:count].mul_(scales)
-        if self._bias is not None:
-            y += self._bias
-        result: torch.Tensor = y.to(x.dtype).reshape(*x.shape[:-1], -1)
-        return result
+        y, left = self.scaled(scaled, scales)
+        y = y[:count] if left is None else y[:count].mul_(left[:, None])
+        return y.to(x.dtype).reshape(*x.shape[:-1], -1)
+
+    def scaled(self, rows: torch.Tensor, scales: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Rows in [-1, 1] and the pinning one, `[N + 1, K]`, and N multipliers -> `[N + 1, M]`, multipliers left."""
+        y: torch.Tensor = torch.ops.quantized.linear_dynamic(rows, self._weight, False)
+        if self._bias is None or scales is None:
+            return y, scales
+        y[:-1].mul_(scales[:, None]).add_(self._bias)
+        return y, None
 
 
 class PlainLinear(torch.nn.Module):
@@ -82,6 +92,10 @@ class PlainLinear(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self._weight, self._bias)
+
+    def scaled(self, rows: torch.Tensor, scales: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        assert scales is None, "these rows are what they are"
+        return self(rows), None
 
 
 Linear = PackedLinear | Int8Linear | PlainLinear

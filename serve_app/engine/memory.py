@@ -73,12 +73,11 @@ def _own_groups(path: Path) -> dict[str, str]:
 
 
 def _from_the_top(top: Path, group: str) -> list[Path]:
-    """A hierarchy's folders down to a group. Inside a container's namespace the top may be the group itself."""
-    folders = [top]
-    for part in group.strip("/").split("/"):
-        if part not in ("", ".."):
-            folders.append(folders[-1] / part)
-    return folders
+    """A hierarchy's folders down to a group; only the top when the group lies outside of what is mounted here."""
+    parts = [part for part in group.split("/") if part]
+    if ".." in parts:
+        parts = []
+    return [top.joinpath(*parts[:depth]) for depth in range(len(parts) + 1)]
 
 
 def _number(path: Path) -> int | None:

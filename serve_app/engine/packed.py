@@ -36,6 +36,14 @@ class PackedModel:
         for module, cache in zip(_attending(model), caches, strict=True):
             module.serve_app_cache = cache  # type: ignore[assignment]
 
+    @property
+    def weight_bytes(self) -> int:
+        """Of everything but the embedding, of which a step reads a few rows."""
+        packed = sum(getattr(module, "weight_bytes", 0) for module in self._model.modules())
+        unpacked = sum(p.numel() * p.itemsize for p in self._model.parameters())
+        embedding = self._model.get_input_embeddings().weight
+        return int(packed + unpacked - embedding.numel() * embedding.itemsize)
+
     def forward(self, rows: Rows) -> torch.Tensor:
         """Logits `[S, V]` of the wanted rows; keys and values of all rows go to the arena."""
         layouts: dict[torch.device, Layout] = {}

@@ -19,7 +19,9 @@ from serve_app.engine.packed import LayerShape, PackedModel, layer_shapes
 from serve_app.engine.rows import Rows, rows_of, span
 from serve_app.engine.sampler import sample
 from serve_app.engine.sequence import Sampled, Step
+from serve_app.engine.smooth import TEXT, smooth
 from serve_app.errors import ServeAppError
+from serve_app.types import TextPrompt
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +32,10 @@ _LIKE_INT8 = 0.85
 
 
 class ForwardPass(Protocol):
-    """A model with its arena."""
+    """A model with its arena. `weight_bytes` is what a step reads of weights."""
+
+    @property
+    def weight_bytes(self) -> int: ...
 
     def forward(self, rows: Rows) -> torch.Tensor:
         """Logits `[S, V]` of the wanted rows; keys and values of all rows go to the arena."""
@@ -40,8 +45,8 @@ class ForwardPass(Protocol):
 class TorchRunner:
     """One model with a KV arena of `slots` sequences of `context` tokens each.
 
-    `kind` is `lean` or `packed`: how it runs, see docs/architecture.md. Make and use it on one thread: torch's thread
-    pool belongs to the thread that first used it.
+    `kind` is `lean` or `packed`: how it runs, see docs/architecture.md. `token_bytes` is what the arena keeps of a
+    token. Make and use it on one thread: torch's thread pool belongs to the thread that first used it.
     Raises SourceError when the architecture does not run packed, NotEnoughMemory when no slot fits.
     """
 
@@ -56,6 +61,11 @@ class TorchRunner:
             tokens = _test_tokens(model.get_input_embeddings().weight.shape[0], self.context)
             ids = torch.tensor([tokens], device=model.device)
             reference: torch.Tensor = model(input_ids=ids, use_cache=False).logits[0, -1]
+            reason = why_not(model)
+            if reason is None and quantization == "int8":
+                (text,) = loaded.text.encode([TextPrompt(TEXT)])
+                assert isinstance(text, list)
+                smooth(model, text)
             caches = self._caches(layer_shapes(model), engine, model.dtype)
             self._model, self.kind = self._fastest(loaded, caches, tokens, reference, report)
 
@@ -70,6 +80,10 @@ class TorchRunner:
         return_memory()
         return runner
 
+    @property
+    def weight_bytes(self) -> int:
+        return self._model.weight_bytes
+
     @torch.inference_mode()
     def run(self, step: Step) -> list[Sampled | ServeAppError]:
         logits = self._model.forward(rows_of(step))
@@ -79,7 +93,8 @@ class TorchRunner:
     def _caches(self, shapes: list[LayerShape], engine: Engine, dtype: torch.dtype) -> list[LayerCache]:
         """As many slots as the memory budget holds."""
         length = -(-self.context // WIDTH) * WIDTH
-        slot_bytes = sum(s.heads * (s.key_dim + s.value_dim) for s in shapes) * length * dtype.itemsize
+        self.token_bytes = sum(s.heads * (s.key_dim + s.value_dim) for s in shapes) * dtype.itemsize
+        slot_bytes = self.token_bytes * length
         limits = engine.model_copy(update={"max_context": self.context})
         self.slots = slots_that_fit(limits, _free_bytes(shapes[0].device), slot_bytes)
         return [LayerCache(self.slots, s.heads, length, s.key_dim, s.value_dim, dtype, s.device) for s in shapes]

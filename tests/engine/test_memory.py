@@ -64,11 +64,31 @@ def test_groups_of_yesterday_nest_too(meminfo: Path, tmp_path: Path) -> None:
     assert available_bytes(meminfo, tmp_path / "tree", own) == 200 * MIB
 
 
-def test_a_container_that_sees_itself_as_the_top_is_understood(meminfo: Path, tmp_path: Path) -> None:
-    own = written(tmp_path / "own", "0::/../outside\n")
-    written(tmp_path / "memory.max", 300 * MIB)
-    written(tmp_path / "memory.current", 100 * MIB)
-    assert available_bytes(meminfo, tmp_path, own) == 200 * MIB
+@pytest.mark.parametrize("group", ["/", "/../outside", "/docker/0123", "/gone (deleted)"])
+def test_a_container_that_sees_only_itself_is_understood(meminfo: Path, tmp_path: Path, group: str) -> None:
+    own = written(tmp_path / "own", f"0::{group}\n")
+    written(tmp_path / "tree/memory.max", 300 * MIB)
+    written(tmp_path / "tree/memory.current", 100 * MIB)
+    assert available_bytes(meminfo, tmp_path / "tree", own) == 200 * MIB
+
+
+def test_a_group_outside_of_the_container_is_not_taken_for_one_inside(meminfo: Path, tmp_path: Path) -> None:
+    own = written(tmp_path / "own", "4:memory:/../a\n0::/../a\n")
+    written(tmp_path / "tree/a/memory.max", 10 * MIB)
+    written(tmp_path / "tree/a/memory.current", 0)
+    written(tmp_path / "tree/memory/a/memory.limit_in_bytes", 10 * MIB)
+    written(tmp_path / "tree/memory/a/memory.usage_in_bytes", 0)
+    assert available_bytes(meminfo, tmp_path / "tree", own) == 1000 * MIB
+
+
+def test_page_cache_of_a_group_above_counts_as_free_too(meminfo: Path, tmp_path: Path) -> None:
+    own = written(tmp_path / "own", "0::/a/b:c\n")
+    written(tmp_path / "tree/a/memory.max", 300 * MIB)
+    written(tmp_path / "tree/a/memory.current", 250 * MIB)
+    written(tmp_path / "tree/a/memory.stat", f"inactive_file {30 * MIB}\n")
+    written(tmp_path / "tree/a/b:c/memory.max", 100 * MIB)
+    written(tmp_path / "tree/a/b:c/memory.current", 10 * MIB)
+    assert available_bytes(meminfo, tmp_path / "tree", own) == 80 * MIB
 
 
 def test_a_container_without_a_limit_does_not_count(meminfo: Path, tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def test_add_norm(dtype: torch.dtype, rows: int, added: bool) -> None:
     x, weight, out = noise(rows, 96, dtype=dtype), noise(96, seed=1), torch.empty(rows, 96, dtype=dtype)
     y = noise(rows, 96, dtype=dtype, seed=2) if added else None
     total = (x + y if y is not None else x).clone()
-    torch.ops.serve_app.add_norm(x, y, weight, 1e-5, out)
+    torch.ops.serve_app.add_norm(x, y, None, weight, 1e-5, out, None)
     assert torch.equal(x, total)
     squares = total.double().pow(2).mean(-1, keepdim=True)
     assert close(out, total.double() * (squares + 1e-5).rsqrt() * weight.double())
@@ -53,7 +53,7 @@ def test_silu_mul(dtype: torch.dtype) -> None:
     rows = noise(5, 64, dtype=dtype) * 30
     rows[0, :4] = torch.tensor([-200.0, 200.0, -1e30, 0.0])
     out = torch.empty(5, 32, dtype=dtype)
-    torch.ops.serve_app.silu_mul(rows, out)
+    torch.ops.serve_app.silu_mul(rows, None, out, None)
     gate, up = rows.double().chunk(2, dim=-1)
     assert close(out[1:], torch.nn.functional.silu(gate[1:]) * up[1:])
     assert torch.isfinite(out[0, 3:]).all()
@@ -75,7 +75,9 @@ def test_rope_store(dtype: torch.dtype, dim: int, normed: bool) -> None:
     slots, positions = torch.tensor([2, 0, 2]), torch.tensor([7, 31, 8])
     keys, values = torch.zeros(2, 3, shared, length, dim, dtype=BFLOAT)
     before = qkv.double().view(3, -1, dim)
-    torch.ops.serve_app.rope_store(qkv, heads, angles.cos(), angles.sin(), *norms, 1e-6, slots, positions, keys, values)
+    torch.ops.serve_app.rope_store(
+        qkv, None, heads, angles.cos(), angles.sin(), *norms, 1e-6, slots, positions, keys, values
+    )
     expected = before.clone()
     for part, norm in ((slice(0, heads), norms[0]), (slice(heads, heads + shared), norms[1])):
         some = before[:, part]
@@ -96,7 +98,7 @@ def test_what_is_no_number_does_not_enter_the_arena() -> None:
     qkv, ones = torch.full((1, 3 * 64), torch.nan), torch.ones(16, 32)
     keys, values = torch.ones(2, 1, 1, 16, 64)
     torch.ops.serve_app.rope_store(
-        qkv, 1, ones, ones, None, None, 1e-6, torch.tensor([0]), torch.tensor([3]), keys, values
+        qkv, None, 1, ones, ones, None, None, 1e-6, torch.tensor([0]), torch.tensor([3]), keys, values
     )
     assert not keys[0, 0, 3].any()
     assert not values[0, 0, 3].any()
@@ -114,7 +116,7 @@ def test_attend(dtype: torch.dtype, arena: torch.dtype, group: int, window: int)
     qkv = noise(5, (heads + 2 * shared) * dim, dtype=dtype)
     slots, positions = torch.tensor([3, 0, 4, 1, 2]), torch.tensor(ends) - 1
     out = torch.empty(5, heads * dim, dtype=dtype)
-    torch.ops.serve_app.attend(qkv, heads, 0.125, window, slots, positions, keys, values, out)
+    torch.ops.serve_app.attend(qkv, heads, 0.125, window, slots, positions, keys, values, out, None)
     for row, (slot, end) in enumerate(zip(slots, ends, strict=True)):
         seen = slice(max(0, end - window) if window else 0, end)
         k, v = (t[slot, :, seen].double().repeat_interleave(group, 0) for t in (keys, values))
@@ -131,11 +133,40 @@ def test_a_row_is_the_same_alone_and_in_any_company() -> None:
         torch.tensor([5, 99, 1, 127, 0, 50, 64, 9]),
     )
     out = torch.empty(8, 9 * 64, dtype=BFLOAT)
-    torch.ops.serve_app.attend(qkv, 9, 0.125, 0, slots, positions, keys, values, out)
+    torch.ops.serve_app.attend(qkv, 9, 0.125, 0, slots, positions, keys, values, out, None)
     for row in range(8):
         alone, one = torch.empty(1, 9 * 64, dtype=BFLOAT), slice(row, row + 1)
-        torch.ops.serve_app.attend(qkv[one], 9, 0.125, 0, slots[one], positions[one], keys, values, alone)
+        torch.ops.serve_app.attend(qkv[one], 9, 0.125, 0, slots[one], positions[one], keys, values, alone, None)
         assert torch.equal(alone[0], out[row])
+
+
+@pytest.mark.parametrize("rows", [1, 4, 130])
+def test_scaled_rows_are_the_same_rows_and_their_multipliers_undo_it(rows: int) -> None:
+    """For int8: what comes in is multiplied, what goes out lies in [-1, 1], and a last row pins the scale."""
+    x, y, scale = noise(rows, 96), noise(rows + 1, 96, seed=1), noise(rows, seed=2).abs()
+    weight, out, left = noise(96, seed=3), torch.empty(rows + 1, 96), torch.empty(rows)
+    plain, sum_ = torch.empty(rows, 96), (x + y[:-1] * scale[:, None]).clone()
+    torch.ops.serve_app.add_norm(sum_, None, None, weight, 1e-5, plain, None)
+    torch.ops.serve_app.add_norm(x, y, scale, weight, 1e-5, out, left)
+    assert_scaled(out, left, plain)
+
+    gate_up, half, plain = noise(rows + 1, 96, seed=4), torch.empty(rows + 1, 48), torch.empty(rows, 48)
+    torch.ops.serve_app.silu_mul((gate_up[:-1] * scale[:, None]).contiguous(), None, plain, None)
+    torch.ops.serve_app.silu_mul(gate_up, scale, half, left)
+    assert_scaled(half, left, plain)
+
+    keys, values = noise(2, rows, 1, 16, 64, seed=5)
+    place = torch.arange(rows), torch.full((rows,), 3)
+    qkv, out, plain = noise(rows + 1, 4 * 64, seed=6), torch.empty(rows + 1, 128), torch.empty(rows, 128)
+    torch.ops.serve_app.attend(qkv[:-1].contiguous(), 2, 0.125, 0, *place, keys, values, plain, None)
+    torch.ops.serve_app.attend(qkv, 2, 0.125, 0, *place, keys, values, out, left)
+    assert_scaled(out, left, plain)
+
+
+def assert_scaled(out: torch.Tensor, multipliers: torch.Tensor, plain: torch.Tensor) -> None:
+    assert torch.allclose(out[:-1].abs().amax(-1), torch.ones(len(plain)), rtol=1e-6)
+    assert close(out[:-1] * multipliers[:, None], plain.double())
+    assert out[-1].tolist() == [-1.0, 1.0] * (out.shape[1] // 2)
 
 
 def test_rows_outside_the_arena_are_refused() -> None:
@@ -144,7 +175,7 @@ def test_rows_outside_the_arena_are_refused() -> None:
     for slot, position in ((1, 0), (0, 16), (-1, 0), (0, -1)):
         place = torch.tensor([slot]), torch.tensor([position])
         with pytest.raises(RuntimeError, match="outside the arena"):
-            torch.ops.serve_app.rope_store(qkv, 1, ones, ones, None, None, 1e-6, *place, keys, values)
+            torch.ops.serve_app.rope_store(qkv, None, 1, ones, ones, None, None, 1e-6, *place, keys, values)
 
 
 BUILD = """
