@@ -98,7 +98,9 @@ def text_of(path: str) -> str:
 
 
 def test_names_are_found_in_full_and_told_apart_by_when_they_are_needed() -> None:
-    source = "import a.b as c\nclass C:\n    from d.e import f, g\n    async def h(): import i\ndef j():\n    import k\n"
+    source = (
+        "import a.b as c\nclass C:\n    from d.e import f, g\n    async def h(): import i\ndef j():\n    import k\n"
+    )
     assert imports(source) == {"a.b", "d.e.f", "d.e.g", "i", "k"}
     assert imports(source, at_load=True) == {"a.b", "d.e.f", "d.e.g"}
     assert outside({"ray", "rays", "ray.serve", "os.path"}, {"ray"}) == {"rays"}

@@ -42,11 +42,12 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         model = _model(arguments)
-        made: list[TorchRunner] = []
+        made: list[tuple[TorchRunner, float]] = []
 
         def make() -> TorchRunner:
-            made.append(TorchRunner.from_config(model, _say))
-            return made[0]
+            """On the engine's thread, the bandwidth too: a second thread's pool would slow the first one down."""
+            made.append((TorchRunner.from_config(model, _say), read_bandwidth()))
+            return made[0][0]
 
         engine = Engine(make, model.engine)
         began = time.monotonic()
@@ -56,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     try:
         print(f"{model.source}, {model.quantization}, {engine.kind}: loaded in {time.monotonic() - began:.1f} s")
-        _measure(engine, made[0], arguments)
+        _measure(engine, *made[0], arguments)
     except KeyboardInterrupt:
         return 130
     finally:
@@ -90,8 +91,7 @@ def _say(stage: str) -> None:
     print(stage, file=sys.stderr)
 
 
-def _measure(engine: Engine, runner: TorchRunner, arguments: argparse.Namespace) -> None:
-    bandwidth = read_bandwidth()
+def _measure(engine: Engine, runner: TorchRunner, bandwidth: float, arguments: argparse.Namespace) -> None:
     print(f"memory reads at {bandwidth / 1e9:.1f} GB/s here, on {torch.get_num_threads()} threads")
     print(f"{'streams':>8}{'tok/s':>9}{'TTFT ms':>9}{'TPOT ms':>9}{'step ms':>9}{'of bandwidth':>14}")
     asyncio.run(_round(engine, 1, arguments, seed=0))  # warm

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 # Read once to see which channels are large. Which they are hardly depends on the text.
 TEXT = (
     "Question: A train leaves at 9:40 and arrives at 12:05. How long is the journey?\nAnswer: 2 hours 25 minutes.\n\n"
-    "def area(width, height):\n    return width * height\n\nThe river froze in January, and by the end of the month "
+    "def area(width, height):\n    return width * height\n\nThe river froze in January, and by the end of the "
     "people crossed it on foot. «Wie weit ist es noch?», fragte sie; nobody answered. Dear Sir or Madam, thank you "
     "for your letter of 3 May. 1. Mix the flour with two eggs. 2. Add 250 ml of milk."
 )
@@ -24,7 +24,7 @@ _ALPHA = 0.5
 
 
 def smooth(model: PreTrainedModel, ids: Seq[int]) -> None:
-    """Rescale channels in place, by powers of two, so that no weight is rounded. `ids` is TEXT in the model's tokens."""
+    """Rescale channels in place, by powers of two, so that no weight is rounded. `ids`: TEXT in the model's tokens."""
     largest = _largest_inputs(model, ids)
     layers: Any = model.model.layers
     for layer in layers:
