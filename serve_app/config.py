@@ -15,7 +15,7 @@ class ConfigError(Exception):
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Autoscaling(Section):
@@ -47,7 +47,7 @@ class Deployment(Section):
     health_check_timeout_s: float = Field(30, gt=0)
     graceful_shutdown_wait_loop_s: float = Field(2, gt=0)
     graceful_shutdown_timeout_s: float = Field(30, ge=0)
-    max_surge_percent: int = Field(100, ge=0)
+    max_surge_percent: int = Field(100, ge=0, le=100)
 
     @model_validator(mode="after")
     def _one_way_to_scale(self) -> Deployment:
@@ -212,16 +212,16 @@ def load_serve_file(path: str | Path) -> ServeFile:
 
 def describe(error: ValidationError) -> str:
     """Every fault of a pydantic error, one a line: path, then what is wrong."""
-    paths = [".".join(str(part) for part in fault["loc"]) for fault in error.errors()]
-    # A list with a faulty member is also reported as too short.
+    faults = [(".".join(str(part) for part in fault["loc"]), fault) for fault in error.errors()]
     return "\n".join(
         f"  {path or '(top)'}: {fault['msg']}"
-        for path, fault in zip(paths, error.errors(), strict=True)
-        if not any(other.startswith(f"{path}.") for other in paths)
+        for path, fault in faults
+        # A list with a faulty member is also reported as too short.
+        if fault["type"] != "too_short" or not any(other.startswith(f"{path}.") for other, _ in faults)
     )
 
 
 def cache_dir() -> Path:
     """Where converted models are kept: the user's cache folder, by the XDG base directory specification."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "serve_app"
+    root = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (root if root.is_absolute() else Path.home() / ".cache") / "serve_app"

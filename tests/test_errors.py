@@ -36,6 +36,7 @@ def test_an_error_survives_the_way_between_processes(kind: type[ServeAppError]) 
 def test_an_error_says_its_message_and_no_more() -> None:
     error = ServeAppError("what was wrong", "max_tokens", 2.5)
     assert (str(error), error.param, error.retry_after_s) == ("what was wrong", "max_tokens", 2.5)
+    assert error.args == ("what was wrong", "max_tokens", 2.5)
     assert (ServeAppError("x").param, ServeAppError("x").retry_after_s) == (None, None)
 
 

@@ -57,10 +57,11 @@ def _mib(size: int) -> str:
 
 
 def _meminfo_available(path: Path) -> int:
-    for line in path.read_text().splitlines():
+    lines = path.read_text().splitlines() if path.exists() else []
+    for line in lines:
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
-    raise NotEnoughMemory(f"{path} has no MemAvailable line")
+    raise NotEnoughMemory(f"{path} does not tell how much memory is free; set engine.kv_memory_bytes")
 
 
 def _own_groups(path: Path) -> dict[str, str]:

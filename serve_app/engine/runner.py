@@ -96,7 +96,8 @@ class TorchRunner:
         self.token_bytes = sum(s.heads * (s.key_dim + s.value_dim) for s in shapes) * dtype.itemsize
         slot_bytes = self.token_bytes * length
         limits = engine.model_copy(update={"max_context": self.context})
-        self.slots = slots_that_fit(limits, _free_bytes(shapes[0].device), slot_bytes)
+        free_bytes = 0 if engine.kv_memory_bytes else _free_bytes(shapes[0].device)
+        self.slots = slots_that_fit(limits, free_bytes, slot_bytes)
         return [LayerCache(self.slots, s.heads, length, s.key_dim, s.value_dim, dtype, s.device) for s in shapes]
 
     def _fastest(

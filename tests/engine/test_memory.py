@@ -72,12 +72,12 @@ def test_a_container_that_sees_only_itself_is_understood(meminfo: Path, tmp_path
     assert available_bytes(meminfo, tmp_path / "tree", own) == 200 * MIB
 
 
-def test_a_group_outside_of_the_container_is_not_taken_for_one_inside(meminfo: Path, tmp_path: Path) -> None:
+def test_a_group_outside_of_the_container_is_not_taken_for_another(meminfo: Path, tmp_path: Path) -> None:
     own = written(tmp_path / "own", "4:memory:/../a\n0::/../a\n")
-    written(tmp_path / "tree/a/memory.max", 10 * MIB)
-    written(tmp_path / "tree/a/memory.current", 0)
-    written(tmp_path / "tree/memory/a/memory.limit_in_bytes", 10 * MIB)
-    written(tmp_path / "tree/memory/a/memory.usage_in_bytes", 0)
+    for namesake in ("a", "tree/a", "tree/memory/a"):
+        for limit, usage in (("max", "current"), ("limit_in_bytes", "usage_in_bytes")):
+            written(tmp_path / namesake / f"memory.{limit}", 10 * MIB)
+            written(tmp_path / namesake / f"memory.{usage}", 0)
     assert available_bytes(meminfo, tmp_path / "tree", own) == 1000 * MIB
 
 
