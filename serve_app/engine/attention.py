@@ -200,8 +200,18 @@ class ShapeProbe:
 
     def __init__(self) -> None:
         self.heads = self.key_dim = self.value_dim = 0
+        self.window: int | None = None
 
-    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float,
+        window: int | None,
+        **_: Any,
+    ) -> torch.Tensor:
+        self.window = window
         self.heads, self.key_dim, self.value_dim = key.shape[1], key.shape[3], value.shape[3]
         return query.new_zeros(1, query.shape[2], query.shape[1], self.value_dim)
 

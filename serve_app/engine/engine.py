@@ -44,7 +44,8 @@ class Engine:
     """Continuous batching over one Runner.
 
     `make_runner` is called on the engine's own thread, because torch's thread pools belong to the
-    thread that first used them. Everything else may be called from any thread.
+    thread that first used them. Everything else may be called from any thread, once `start` has returned; `stop` at
+    any time.
     """
 
     def __init__(
@@ -79,7 +80,8 @@ class Engine:
         with self._changed:
             self._stopping = True
             self._changed.notify()
-        self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            self._thread.join(timeout_s)
 
     def admit(self, streams: Seq[TokenStream]) -> list[ServeAppError | None]:
         """Tokenise the prompts of several streams together and queue them: one outcome each, never raises.

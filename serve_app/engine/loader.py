@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from filelock import FileLock
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -65,7 +64,7 @@ def load(config: Model, report: Report) -> Loaded:
             **options,
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # a damaged folder fails in whatever way its parsers do
         raise SourceError(_explain(config, error)) from error
     missing = sorted(loading["missing_keys"])
     if missing:  # transformers would make them up, at random
@@ -74,7 +73,10 @@ def load(config: Model, report: Report) -> Loaded:
         raise SourceError(f"{config.source}: its tokenizer has no fast (tokenizer.json) form, which streaming needs")
     model.eval()
     return_memory()
-    ends = _end_ids(model, tokenizer)
+    try:
+        ends = _end_ids(model, tokenizer)
+    except (TypeError, ValueError) as error:
+        raise SourceError(f"{config.source}: the eos_token_id of its generation_config.json is no token id") from error
     text = HFText(tokenizer, ends, model.get_input_embeddings().weight.shape[0])
     return Loaded(model, text, _longest_context(model))
 
@@ -137,7 +139,7 @@ def convert_gguf(path: Path, report: Report, root: Path | None = None) -> Path:
             try:
                 _convert(path, part)
                 part.replace(target)
-            except (OSError, ValueError, KeyError, NotImplementedError) as error:
+            except Exception as error:  # a damaged file fails in whatever way its parser does
                 raise SourceError(f"{path} cannot be converted: {' '.join(str(error).split())}") from error
             finally:
                 shutil.rmtree(part, ignore_errors=True)
@@ -172,6 +174,8 @@ def _resolve(config: Model, report: Report) -> str:
         return str(convert_gguf(path, report))
     if path.is_dir():
         return str(path)
+    if path.exists():
+        raise SourceError(f"{path} is neither a folder nor a .gguf file; give the folder that a model's files are in")
     if config.source.startswith(("builtin:", "/", ".", "~")):
         raise SourceError(
             f"{config.source}: nothing there; a source is builtin:smollm2-135m, a folder, a .gguf file or a hub id"
@@ -220,7 +224,12 @@ def _explain(config: Model, error: BaseException) -> str:
         return (
             f"{config.source} has no safetensors weights, and pickled ones are not loaded; convert them first ({text})"
         )
-    return f"{config.source} cannot be loaded: {text}"
+    if "ignore_mismatched_sizes" in text:
+        return f"{config.source}: its weights have other shapes than its config.json gives them"
+    if isinstance(error, (ArithmeticError, AttributeError, LookupError, TypeError)):
+        text = f"{type(error).__name__}: {text}"  # of a parser that met what it did not expect: a bare word often
+    # What follows is a list of all architectures.
+    return f"{config.source} cannot be loaded: {text.partition(' Model type should be one of')[0]}"
 
 
 def _end_ids(model: PreTrainedModel, tokenizer: Any) -> frozenset[int]:
@@ -238,6 +247,8 @@ def _longest_context(model: PreTrainedModel) -> int:
     text = model.config.get_text_config()
     longest = int(getattr(text, "max_position_embeddings", None) or 2**31)
     rope = getattr(text, "rope_parameters", None) or {}
-    if rope.get("rope_type") in ("dynamic", "longrope"):
-        longest = min(longest, int(rope.get("original_max_position_embeddings") or longest))
+    by_kind = [value for value in rope.values() if isinstance(value, dict)]  # one for each kind of layer
+    for parameters in (rope, *by_kind):
+        if parameters.get("rope_type") in ("dynamic", "longrope"):
+            longest = min(longest, int(parameters.get("original_max_position_embeddings") or longest))
     return longest

@@ -17,12 +17,16 @@ from serve_app.engine.rows import Rows, span
 
 @dataclass(frozen=True, slots=True)
 class LayerShape:
-    """What one layer's attention keeps of a token: `heads` keys and values, and on which device."""
+    """What one layer's attention keeps of a token: `heads` keys and values, and on which device.
+
+    `window` is how many positions a row looks back on, None where the layer does not say.
+    """
 
     heads: int
     key_dim: int
     value_dim: int
     device: torch.device
+    window: int | None
 
 
 class PackedModel:
@@ -76,8 +80,25 @@ def layer_shapes(model: PreTrainedModel) -> list[LayerShape]:
     for module in layers:
         probe = module.serve_app_cache
         assert isinstance(probe, ShapeProbe)
-        shapes.append(LayerShape(probe.heads, probe.key_dim, probe.value_dim, next(module.parameters()).device))
+        shapes.append(
+            LayerShape(probe.heads, probe.key_dim, probe.value_dim, next(module.parameters()).device, probe.window)
+        )
     return shapes
+
+
+def unmasked_context(model: PreTrainedModel, shapes: Seq[LayerShape]) -> int | None:
+    """The longest sequence that needs no mask but the causal one; None for any.
+
+    transformers makes no masks for this attention. Most layers with a window also say so in their call, but some
+    leave it to the mask (Phi-3.5-MoE, Moshi, Doge), and Llama 4 its chunks: these are right up to that length.
+    """
+    config = model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None)
+    lengths = {"chunked_attention": "attention_chunk_size"}
+    if all(shape.window is None for shape in shapes):
+        lengths["sliding_attention"] = "sliding_window"
+    limits = [getattr(config, name, None) for kind, name in lengths.items() if kinds is None or kind in kinds]
+    return min((limit for limit in limits if limit), default=None)
 
 
 def _attending(model: PreTrainedModel) -> list[torch.nn.Module]:

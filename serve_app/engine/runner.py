@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -14,8 +16,8 @@ from serve_app.engine.attention import LayerCache
 from serve_app.engine.lean import WIDTH, LeanModel, why_not
 from serve_app.engine.linear import Quantization
 from serve_app.engine.loader import Loaded, Report, SourceError, load, return_memory
-from serve_app.engine.memory import available_bytes, slots_that_fit
-from serve_app.engine.packed import LayerShape, PackedModel, layer_shapes
+from serve_app.engine.memory import NotEnoughMemory, available_bytes, slots_that_fit
+from serve_app.engine.packed import LayerShape, PackedModel, layer_shapes, unmasked_context
 from serve_app.engine.rows import Rows, rows_of, span
 from serve_app.engine.sampler import sample
 from serve_app.engine.sequence import Sampled, Step
@@ -56,8 +58,10 @@ class TorchRunner:
         self.text = loaded.text
         self.context = min(engine.max_context, loaded.context)
         self._quantization = quantization
-        with torch.inference_mode():
-            model = loaded.model
+        model = loaded.model
+        with _in_a_sentence(model), torch.inference_mode():
+            if quantization != "none" and model.device.type != "cpu":
+                raise SourceError(f"quantization: {quantization} is for the CPU; set it to none for {model.device}")
             tokens = _test_tokens(model.get_input_embeddings().weight.shape[0], self.context)
             ids = torch.tensor([tokens], device=model.device)
             reference: torch.Tensor = model(input_ids=ids, use_cache=False).logits[0, -1]
@@ -66,7 +70,9 @@ class TorchRunner:
                 (text,) = loaded.text.encode([TextPrompt(TEXT)])
                 assert isinstance(text, list)
                 smooth(model, text)
-            caches = self._caches(layer_shapes(model), engine, model.dtype)
+            shapes = layer_shapes(model)
+            self.context = min(self.context, unmasked_context(model, shapes) or self.context)
+            caches = self._caches(shapes, engine, model.dtype)
             self._model, self.kind = self._fastest(loaded, caches, tokens, reference, report)
 
     @classmethod
@@ -127,11 +133,25 @@ class TorchRunner:
         """
         last = len(tokens) - 1
         for start, end in ((0, last // 2), (last // 2, last), (last, last + 1)):
-            logits = model.forward(span(tokens[start:end], slot=0, start=start))[0]
-        likeness = torch.cosine_similarity(logits.float(), reference.float(), dim=0).item()
+            logits = model.forward(span(tokens[start:end], slot=0, start=start))
+            if len(logits) != 1:
+                return f"gives logits of {len(logits)} rows when one is wanted"
+        likeness = torch.cosine_similarity(logits[0].float(), reference.float(), dim=0).item()
         if likeness >= (_LIKE_INT8 if self._quantization != "none" else _LIKE[reference.dtype]):
             return None
         return f"does not give its own answers when run packed (their cosine is {likeness:.3f})"
+
+
+@contextmanager
+def _in_a_sentence(model: torch.nn.Module) -> Iterator[None]:
+    """Foreign code, called as it may not expect, raises whatever it likes: all of it is a SourceError here."""
+    try:
+        yield
+    except (SourceError, NotEnoughMemory):
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise SourceError(f"{type(model).__name__} cannot be run here: {reason}") from error
 
 
 def usable_cores() -> int:

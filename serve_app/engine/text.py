@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence as Seq
 from typing import Any
 
@@ -9,8 +10,10 @@ import jinja2
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from serve_app.errors import InvalidRequest, ServeAppError
+from serve_app.errors import InternalError, InvalidRequest, ServeAppError
 from serve_app.types import ChatPrompt, Prompt, TextPrompt, TokenPrompt
+
+logger = logging.getLogger(__name__)
 
 # A decoder needs a little of the prompt to know, for example, whether its first token starts with a space.
 _CONTEXT_TOKENS = 8
@@ -21,10 +24,32 @@ class StreamDecoder:
 
     def __init__(self, tokenizer: Tokenizer, prompt: Seq[int]) -> None:
         self._tokenizer = tokenizer
-        self._stream = DecodeStream(ids=list(prompt[-_CONTEXT_TOKENS:]), skip_special_tokens=True)
+        context = list(prompt[-_CONTEXT_TOKENS:])
+        self._stream = DecodeStream(ids=context, skip_special_tokens=True)
+        # What ends in half a character, or in U+FFFD, the stream takes for text that it still has to give.
+        text = tokenizer.decode(context, skip_special_tokens=True)
+        self._prompt_text = text if text.endswith("\ufffd") else ""
 
     def step(self, token_id: int) -> str:
-        return self._stream.step(self._tokenizer, token_id) or ""
+        text = self._step(token_id)
+        if text and self._prompt_text:
+            text, self._prompt_text = text[_agreement(text, self._prompt_text) :], ""
+        return text
+
+    def _step(self, token_id: int) -> str:
+        try:
+            return self._stream.step(self._tokenizer, token_id) or ""
+        except Exception:  # noqa: BLE001 - the library raises no other
+            # A tokenizer that falls back to bytes decodes a row of them together: one that does not fit makes those
+            # before it wrong, which were given already. What is held back is lost, and the text goes on from here.
+            self._stream = DecodeStream(skip_special_tokens=True)
+            self._prompt_text = ""
+            return self._stream.step(self._tokenizer, token_id) or ""
+
+
+def _agreement(one: str, other: str) -> int:
+    """Up to which character two texts are the same."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 class HFText:
@@ -87,3 +112,7 @@ class HFText:
             return str(self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
         except jinja2.TemplateError as error:
             return InvalidRequest(f"the model's chat template refuses these messages: {error}", param="messages")
+        except Exception:
+            # A template is somebody's program; its faults are not those of the others who came in together.
+            logger.exception("the chat template failed")
+            return InternalError("the model's chat template failed on these messages", param="messages")

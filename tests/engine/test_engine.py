@@ -24,6 +24,7 @@ from serve_app.errors import (
 from serve_app.types import FinishReason, GenerationRequest, Prompt, SamplingParams
 
 from .toys import (
+    PATIENCE_S,
     Answer,
     Clock,
     FaultyRunner,
@@ -445,15 +446,40 @@ def test_stopping_twice_is_stopping_once() -> None:
         engine.stop()
 
 
-def test_the_model_is_loaded_on_the_engines_own_thread() -> None:
+def test_what_was_never_started_can_be_stopped() -> None:
+    Engine(lambda: ToyRunner(EngineConfig()), EngineConfig()).stop()
+
+
+def test_stopping_while_the_model_loads_ends_the_thread_when_it_is_loaded() -> None:
+    loading, loaded = threading.Event(), threading.Event()
+
+    def make(config: EngineConfig) -> ToyRunner:
+        loading.set()
+        assert loaded.wait(PATIENCE_S)
+        return ToyRunner(config)
+
+    engine = Engine(lambda: make(EngineConfig()), EngineConfig())
+    starting = threading.Thread(target=engine.start)
+    starting.start()
+    assert loading.wait(PATIENCE_S)
+    engine.stop(timeout_s=0)
+    loaded.set()
+    starting.join()
+    engine.stop(PATIENCE_S)
+    with pytest.raises(EngineStalled, match="thread has ended"):
+        engine.check()
+
+
+def test_the_model_is_loaded_on_the_engines_own_thread_and_says_how_it_runs() -> None:
     threads: list[str] = []
 
     def make(config: EngineConfig) -> ToyRunner:
         threads.append(threading.current_thread().name)
         return ToyRunner(config)
 
-    with running(make):
+    with running(make) as engine:
         assert threads == ["engine"]
+        assert engine.kind == "toy"
 
 
 def test_what_loading_raised_is_raised_by_start() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, BertConfig, BertModel
 
 from serve_app.config import Deployment, Engine, Model, Resources
 from serve_app.engine.loader import (
@@ -85,12 +84,19 @@ def test_a_conversion_is_whole_or_not_there_and_done_once_for_all(tmp_path: Path
     assert [path for path in tmp_path.iterdir() if path.name.startswith(".")] == [], "what the killed one left"
 
 
-def test_another_file_is_another_conversion(tmp_path: Path) -> None:
-    """The key is what the file holds, not what it is called."""
+def test_a_file_that_is_no_gguf_is_said_and_leaves_nothing_behind(tmp_path: Path) -> None:
     garbage = tmp_path / "model.gguf"
     garbage.write_bytes(b"GGUF" + bytes(100))
     assert "model.gguf" in refusal(garbage)
     assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
+
+
+@pytest.mark.parametrize("length", [0, 3, 8, 200, 5000, 300_000])
+def test_a_truncated_gguf_file_is_said_at_once(tmp_path: Path, length: int) -> None:
+    cut = tmp_path / "cut.gguf"
+    with builtin_gguf().open("rb") as whole:
+        cut.write_bytes(whole.read(length))
+    assert "cut.gguf cannot be converted: " in refusal(cut)
 
 
 @pytest.fixture
@@ -120,7 +126,7 @@ def test_pickled_weights_are_refused(folder: Path) -> None:
     weights = AutoModelForCausalLM.from_pretrained(folder).state_dict()
     (folder / "model.safetensors").unlink()
     torch.save(weights, folder / "pytorch_model.bin")
-    assert "safetensors" in refusal(folder)
+    assert "has no safetensors weights, and pickled ones are not loaded" in refusal(folder)
 
 
 def test_code_of_the_models_own_is_not_run_unless_trusted(folder: Path, tmp_path: Path) -> None:
@@ -139,6 +145,31 @@ def test_an_encoder_is_no_language_model(tmp_path: Path) -> None:
     BertModel(small).save_pretrained(tmp_path)
     tiny.tokenizer().save_pretrained(tmp_path)
     assert "BertLMHeadModel" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"num_attention_heads": 5}, "multiple of the number of attention heads"),
+        ({"hidden_size": "x"}, "expected int, got str"),
+        ({"hidden_size": 64}, "its weights have other shapes than its config.json gives them"),
+        ({"model_type": "nothing"}, "does not recognize this architecture"),
+        ({"hidden_act": "nothing"}, "KeyError: 'nothing'"),
+    ],
+    ids=str,
+)
+def test_a_configuration_that_cannot_be_is_said(folder: Path, change: dict[str, Any], told: str) -> None:
+    document = json.loads((folder / "config.json").read_text()) | change
+    (folder / "config.json").write_text(json.dumps(document))
+    assert told in refusal(folder)
+
+
+def test_a_model_of_another_trade_is_refused_without_the_list_of_all_others(folder: Path) -> None:
+    document = json.loads((folder / "config.json").read_text()) | {"model_type": "t5"}
+    (folder / "config.json").write_text(json.dumps(document))
+    said = refusal(folder)
+    assert "T5Config" in said
+    assert "LlamaConfig" not in said
 
 
 def test_a_truncated_file_is_said(folder: Path) -> None:
@@ -170,6 +201,31 @@ def test_what_is_not_there_is_said_with_what_could_be(source: str) -> None:
     assert "nothing there" in said or "no such file" in said
 
 
+def test_a_file_in_place_of_its_folder_is_said(folder: Path) -> None:
+    assert "is neither a folder nor a .gguf file" in refusal(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "told"),
+    [
+        ("config.json", "null", "cannot be loaded: TypeError: "),
+        ("config.json", '{"model_type": "lla', "is not a valid JSON file"),
+        ("model.safetensors", "", "header too small"),
+        ("tokenizer.json", "garbage", "cannot be loaded"),
+        ("tokenizer.json", "{}", "cannot be loaded: KeyError: "),
+        ("tokenizer_config.json", "[]", "cannot be loaded: AttributeError: "),
+        (
+            "generation_config.json",
+            '{"eos_token_id": "x"}',
+            "eos_token_id of its generation_config.json is no token id",
+        ),
+    ],
+)
+def test_a_damaged_file_is_said(folder: Path, file: str, content: str, told: str) -> None:
+    (folder / file).write_text(content)
+    assert told in refusal(folder)
+
+
 def test_a_gpu_is_used_only_by_who_reserved_one() -> None:
     """There is none here: fake ones of Ray lead to the CPU, and an order for one is refused."""
     assert choose_device("auto", num_gpus=0) == choose_device("auto", num_gpus=1) == choose_device("cpu", 0) == CPU
@@ -182,11 +238,21 @@ def test_the_dtype_is_what_was_asked_for_or_what_the_processor_multiplies() -> N
     assert choose_dtype("auto", torch.device("cuda")) == "auto"
 
 
+LONG_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "original_max_position_embeddings": 64,
+    "short_factor": [1.0] * 6,
+    "long_factor": [2.0] * 6,
+}
+
+
 @pytest.mark.parametrize(
     ("rope", "context"),
     [
         ({"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}, 256),
         ({"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4, "original_max_position_embeddings": 128}, 128),
+        (LONG_ROPE, 64),
     ],
 )
 def test_rope_that_depends_on_the_longest_neighbour_stays_within_its_first_range(
@@ -195,6 +261,14 @@ def test_rope_that_depends_on_the_longest_neighbour_stays_within_its_first_range
     document = json.loads((folder / "config.json").read_text()) | {"rope_parameters": rope}
     (folder / "config.json").write_text(json.dumps(document))
     assert load(config(folder), lambda stage: None).context == context
+
+
+def test_so_does_rope_of_a_single_kind_of_layers(tmp_path: Path) -> None:
+    folder = tiny.save("gemma3_text", tmp_path)
+    document = json.loads((folder / "config.json").read_text())
+    document["rope_parameters"]["full_attention"] = LONG_ROPE
+    (folder / "config.json").write_text(json.dumps(document))
+    assert load(config(folder), lambda stage: None).context == 64
 
 
 FETCH = """
@@ -239,9 +313,17 @@ def test_a_hub_that_does_not_have_it_is_quoted(folder: Path, tmp_path: Path) -> 
     assert "refused: org/model is no folder here" in fetch(tmp_path / "home", HF_HUB_OFFLINE="1")
 
 
-def test_a_tokenizer_without_a_fast_form_is_refused(folder: Path) -> None:
-    """Whatever class it names, what is loaded must be able to stream."""
-    loaded = load(config(folder), lambda stage: None)
-    assert isinstance(loaded.text._tokenizer, PreTrainedTokenizerFast)
-    shutil.rmtree(folder)
-    assert "nothing there" in refusal(folder)
+@pytest.mark.parametrize("slow", ["ByT5Tokenizer", "CanineTokenizer"])
+def test_a_tokenizer_without_a_fast_form_is_refused(folder: Path, slow: str) -> None:
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": slow}))
+    assert "its tokenizer has no fast (tokenizer.json) form" in refusal(folder)
+
+
+def test_code_of_the_tokenizers_own_is_not_run_either(folder: Path, tmp_path: Path) -> None:
+    marker = tmp_path / "it-ran"
+    (folder / "own.py").write_text(f"open({str(marker)!r}, 'w')\nclass Own: pass\n")
+    document = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(document))
+    assert "trust_remote_code: true" in refusal(folder)
+    assert not marker.exists()

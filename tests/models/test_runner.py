@@ -31,6 +31,42 @@ def test_a_model_that_would_be_wrong_is_refused_in_any_precision(family: str, dt
         made(model)
 
 
+@pytest.mark.parametrize("family", tiny.MASKED)
+def test_a_window_that_only_a_mask_would_tell_bounds_the_context(family: str, tmp_path: Path) -> None:
+    """Up to its length the model is right without the mask, and wrong beyond it."""
+    folder = tiny.save(family, tmp_path, tiny.MASKED)
+    assert made(model_config(folder, max_context=64)).context == tiny.MASKED_WINDOW
+    assert made(model_config(folder, max_context=16)).context == 16
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma3_text", "gpt_oss"])
+def test_a_window_that_the_layers_tell_bounds_nothing(family: str, tmp_path: Path) -> None:
+    assert made(model_config(tiny.save(family, tmp_path), max_context=64)).context == 64
+
+
+def test_code_that_cannot_be_called_like_this_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    shape = {"vocab_size": tiny.VOCABULARY, "d_model": 48, "n_layer": 2, "n_head": 4, "d_inner": 96}
+    folder = tiny.save("xlnet", tmp_path, {"xlnet": shape})
+    with pytest.raises(SourceError, match="XLNetLMHeadModel cannot be run here: Expected tensor"):
+        made(model_config(folder, max_context=64))
+
+
+@pytest.mark.parametrize("family", ["bert", "diffllama"])
+def test_attention_that_is_not_what_the_arena_gives_is_refused_by_its_answers(family: str, tmp_path: Path) -> None:
+    """One reads what comes after, the other takes differences of what its attention gives."""
+    folder = tiny.save(family, tmp_path, {family: tiny.FAMILIES["llama"]})
+    with pytest.raises(SourceError, match=r"does not give its own answers when run packed.*not supported"):
+        made(model_config(folder, max_context=64))
+
+
+def test_attention_that_chooses_what_it_looks_at_is_refused(tmp_path: Path) -> None:
+    """An indexer's own keys would be lost."""
+    indexer = {"index_topk": 8, "index_n_heads": 4, "index_head_dim": 16}
+    folder = tiny.save("deepseek_v32", tmp_path, {"deepseek_v32": tiny.FAMILIES["deepseek_v3"] | indexer})
+    with pytest.raises(SourceError, match=r"DeepseekV32ForCausalLM"):
+        made(model_config(folder, max_context=64))
+
+
 def test_an_arena_takes_as_many_slots_as_its_budget_holds(tmp_path: Path) -> None:
     folder = tiny.save("llama", tmp_path)
     for slots in (1, 5, 8):

@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, strategies as st
+from tokenizers import Tokenizer, decoders, models
 from transformers import AutoTokenizer
 
 from serve_app.engine.loader import builtin_gguf, convert_gguf
-from serve_app.engine.text import HFText
-from serve_app.errors import InvalidRequest
+from serve_app.engine.text import HFText, StreamDecoder
+from serve_app.errors import InternalError, InvalidRequest
 from serve_app.types import ChatMessage, ChatPrompt, Prompt, TextPrompt, TokenPrompt
+from tests.models import tiny
 
 pytestmark = pytest.mark.model
 
@@ -71,6 +74,51 @@ def test_pieces_are_whole_characters_and_join_to_the_text(text: HFText, tokenize
     assert "".join(pieces) == tokenizer.decode(prompt + ids).removeprefix("Some prompt.")
 
 
+@pytest.mark.parametrize(
+    ("whole", "without_last", "answer", "without_first", "told"),
+    [
+        ("hello é", 1, "é ok", 1, "é ok"),
+        ("hello 😀", 2, "abc", 0, "abc"),
+        ("hello \ufffd", 0, "abc", 0, "abc"),
+        ("hello \ufffd", 0, "é€", 0, "é€"),
+        ("\ufffd\ufffd", 0, "\ufffda", 0, "\ufffda"),
+    ],
+)
+def test_a_prompt_that_ends_in_half_a_character_is_not_told_again(
+    whole: str, without_last: int, answer: str, without_first: int, told: str
+) -> None:
+    """One token a byte. What the answer completes belongs to the answer."""
+    bytewise = tiny.tokenizer().backend_tokenizer
+    prompt = bytewise.encode(whole).ids
+    decoder = StreamDecoder(bytewise, prompt[: len(prompt) - without_last])
+    assert "".join(decoder.step(token) for token in bytewise.encode(answer).ids[without_first:]) == told
+
+
+def byte_fallback() -> Tokenizer:
+    """As Llama 2, Mistral and Gemma have it: what has no token of its own is spelt in bytes. Token n is byte n."""
+    words = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"▁so": 256}
+    tokenizer = Tokenizer(models.BPE(vocab=words, merges=[], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return tokenizer
+
+
+def test_a_byte_that_spoils_those_before_it_does_not_end_the_text() -> None:
+    decoder = StreamDecoder(byte_fallback(), [256])
+    pieces = [decoder.step(token) for token in (0x41, 0xE4, 256, *"é".encode(), 256)]
+    assert "".join(pieces) == "A soé so"
+
+
+@given(
+    st.lists(st.sampled_from([0x41, 0xE4, 0xB8, 0xAD, 0xF0, 0x9F, 256, 999]), min_size=1, max_size=8),
+    st.lists(st.sampled_from([0x41, 0xE4, 0xB8, 0xAD, 0xF0, 0x9F, 256, 999]), max_size=15),
+)
+def test_whatever_the_bytes_a_decoder_goes_on(prompt: list[int], answer: list[int]) -> None:
+    decoder = StreamDecoder(byte_fallback(), prompt)
+    for token in answer:
+        decoder.step(token)
+    assert decoder.step(256).endswith(" so")
+
+
 def test_special_tokens_are_no_text(text: HFText) -> None:
     decoder = text.decoder([5])
     assert decoder.step(2) == ""
@@ -109,3 +157,11 @@ def test_what_the_template_refuses_is_the_callers_to_mend(
     assert isinstance(bad, InvalidRequest)
     assert said in str(bad)
     assert bad.param == "messages"
+
+
+def test_a_template_that_breaks_harms_nobody_who_came_in_together(text: HFText, tokenizer: Any) -> None:
+    tokenizer.chat_template = "{{ messages[0].content + 1 }}"
+    bad, good = text.encode([chat("Hello"), TextPrompt("good")])
+    assert isinstance(bad, InternalError)
+    assert str(bad) == "the model's chat template failed on these messages"
+    assert good == text.encode([TextPrompt("good")])[0]

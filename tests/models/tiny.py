@@ -48,6 +48,17 @@ _LATENT: dict[str, Any] = {name: value for name, value in _SHAPE.items() if name
     "first_k_dense_replace": 1,
 }
 _BLOOM: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 48, "n_layer": 3, "n_head": 4}
+_NO_HEAD_DIM: dict[str, Any] = {name: value for name, value in _SHAPE.items() if name != "head_dim"}
+_GPT_2: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "n_embd": 48,
+    "n_layer": 3,
+    "n_head": 4,
+    "n_positions": 256,
+    "initializer_range": 0.25,
+    "bos_token_id": 256,
+    "eos_token_id": 256,
+}
 _GPT_J: dict[str, Any] = {"vocab_size": VOCABULARY, "n_embd": 48, "n_layer": 3, "n_head": 4, "rotary_dim": 8}
 
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -58,32 +69,42 @@ FAMILIES: dict[str, dict[str, Any]] = {
     | {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"]},
     "gemma2": _SHAPE | {"sliding_window": WINDOW, "attn_logit_softcapping": 2.0},
     "gemma": _SHAPE,
+    "cohere": _SHAPE,
     "cohere2": _SHAPE | {"sliding_window": WINDOW},
     "exaone4": _SHAPE | {"sliding_window": WINDOW},
     "glm4": _SHAPE,
     "granite": _SHAPE,
     "gpt_neox": _SHAPE,
+    "gpt_bigcode": _GPT_2,
+    # Its queries grow with their positions.
+    "ministral3": _SHAPE
+    | {
+        "sliding_window": WINDOW,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 16.0,
+            "original_max_position_embeddings": 16,
+            "llama_4_scaling_beta": 0.5,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+        },
+    },
     "olmo2": _SHAPE,
     "opt": _SHAPE | {"ffn_dim": 96, "word_embed_proj_dim": 48},
     "phi": _SHAPE,
     "smollm3": _SHAPE,
+    # As much rotary embedding as leaves an even part of each head.
+    "stablelm": _NO_HEAD_DIM | {"partial_rotary_factor": 0.5},
     "starcoder2": _SHAPE | {"sliding_window": WINDOW},
     "mixtral": _EXPERTS,
+    "qwen2_moe": _EXPERTS,
     "qwen3_moe": _EXPERTS,
     "gpt_oss": _EXPERTS | {"sliding_window": WINDOW},
     "deepseek_v3": _LATENT,
     "mistral": _SHAPE | {"sliding_window": WINDOW},
     "phi3": _SHAPE | {"sliding_window": None},
-    "gpt2": {
-        "vocab_size": VOCABULARY,
-        "n_embd": 48,
-        "n_layer": 3,
-        "n_head": 4,
-        "n_positions": 256,
-        "initializer_range": 0.25,
-        "bos_token_id": 256,
-        "eos_token_id": 256,
-    },
+    "gpt2": _GPT_2,
 }
 
 # Shapes that the native operations take: heads of 64 or 128, rows in multiples of 16.
@@ -96,9 +117,24 @@ LEAN: dict[str, dict[str, Any]] = {
     "mistral": _WIDE | {"sliding_window": WINDOW, "num_key_value_heads": 4},
 }
 
+# Their layers attend within a window, or chunks, and leave it to the mask to say so.
+MASKED_WINDOW = 40
+MASKED: dict[str, dict[str, Any]] = {
+    "doge": _SHAPE | {"sliding_window": MASKED_WINDOW},
+    "qwen2_moe": _EXPERTS | {"sliding_window": MASKED_WINDOW, "use_sliding_window": True, "max_window_layers": 1},
+    "moshi": _SHAPE | {"sliding_window": MASKED_WINDOW, "ffn_dim": 96},
+    "phimoe": _EXPERTS | {"sliding_window": MASKED_WINDOW},
+    "llama4_text": _EXPERTS
+    | {"attention_chunk_size": MASKED_WINDOW, "intermediate_size_mlp": 96, "num_experts_per_tok": 1},
+}
+
 # What these remember is not, or not only, keys and values that the attention interface is given.
 UNSUPPORTED: dict[str, dict[str, Any]] = {
     "bloom": _BLOOM,
+    "falcon": _NO_HEAD_DIM,
+    "gpt_neo": _BLOOM | {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]},
+    "minimax": _EXPERTS,
+    "mpt": _BLOOM | {"d_model": 48, "n_layers": 3, "n_heads": 4},
     "gptj": _GPT_J,
     "codegen": _GPT_J,
     "mamba": {"vocab_size": VOCABULARY, "hidden_size": 48, "num_hidden_layers": 2, "state_size": 8},
