@@ -45,7 +45,13 @@ class Layer:
 class LeanModel:
     """Holds packed weights of its own; the model that it was made from can go."""
 
-    def __init__(self, model: PreTrainedModel, caches: Seq[LayerCache], quantization: Quantization) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        caches: Seq[LayerCache],
+        windows: Seq[int | None],
+        quantization: Quantization,
+    ) -> None:
         config, length = model.config, caches[0].length
         self._caches = caches
         self._heads = config.num_attention_heads
@@ -55,7 +61,9 @@ class LeanModel:
         self._int8 = quantization == "int8"
         self._dtype = torch.float32 if self._int8 else model.dtype
         self._embedding = model.get_input_embeddings().weight.detach()
-        self._layers = [_layer(layer, config, quantization) for layer in model.model.layers]
+        self._layers = [
+            _layer(layer, window or 0, quantization) for layer, window in zip(model.model.layers, windows, strict=True)
+        ]
         self._norm = model.model.norm.weight.detach().float()
         self._head = pack(model.get_output_embeddings().weight, None, quantization)
         self._cos, self._sin = _rotations(model, length)
@@ -129,16 +137,14 @@ def _head_size(model: PreTrainedModel) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def _layer(layer: Any, config: Any, quantization: Quantization) -> Layer:
+def _layer(layer: Any, window: int, quantization: Quantization) -> Layer:
     attention, mlp = layer.self_attn, layer.mlp
-    # Mistral's layers look at the configuration, the others keep their own.
-    window = getattr(attention, "sliding_window", getattr(config, "sliding_window", None))
     return Layer(
         norm=_weight(layer.input_layernorm),
         qkv=_joined([attention.q_proj, attention.k_proj, attention.v_proj], quantization),
         query_norm=_weight(attention.q_norm) if hasattr(attention, "q_norm") else None,
         key_norm=_weight(attention.k_norm) if hasattr(attention, "k_norm") else None,
-        window=window or 0,
+        window=window,
         out=_joined([attention.o_proj], quantization),
         mlp_norm=_weight(layer.post_attention_layernorm),
         gate_up=_joined([mlp.gate_proj, mlp.up_proj], quantization),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import cache
 from typing import Literal
 
 import torch
@@ -120,6 +121,7 @@ def swap(model: torch.nn.Module, quantization: Quantization) -> None:
             swap(child, quantization)
 
 
+@cache
 def _packs_bfloat16() -> bool:
     """A trial of the private operations: they may be missing, or refuse this processor."""
     try:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Protocol
 
 import torch
+from transformers import PreTrainedModel
 
 from serve_app.config import Engine, Model
 from serve_app.engine import kernels
@@ -73,7 +74,7 @@ class TorchRunner:
             shapes = layer_shapes(model)
             self.context = min(self.context, unmasked_context(model, shapes) or self.context)
             caches = self._caches(shapes, engine, model.dtype)
-            self._model, self.kind = self._fastest(loaded, caches, tokens, reference, report)
+            self._model, self.kind = self._fastest(model, caches, shapes, reason, tokens, reference, report)
 
     @classmethod
     def from_config(cls, model: Model, report: Report) -> TorchRunner:
@@ -107,22 +108,32 @@ class TorchRunner:
         return [LayerCache(self.slots, s.heads, length, s.key_dim, s.value_dim, dtype, s.device) for s in shapes]
 
     def _fastest(
-        self, loaded: Loaded, caches: list[LayerCache], tokens: list[int], reference: torch.Tensor, report: Report
+        self,
+        model: PreTrainedModel,
+        caches: list[LayerCache],
+        shapes: list[LayerShape],
+        reason: str | None,
+        tokens: list[int],
+        reference: torch.Tensor,
+        report: Report,
     ) -> tuple[ForwardPass, str]:
-        """The lean model if it can be had and gives what the model's own code gives; the packed one otherwise."""
-        reason = why_not(loaded.model)
+        """The lean model if it can be had and gives what the model's own code gives; the packed one otherwise.
+
+        `reason` is why it cannot be had, if the model's kind already says so.
+        """
+        name = type(model).__name__
         if reason is None and kernels.available(report):
-            lean = LeanModel(loaded.model, caches, self._quantization)
+            lean = LeanModel(model, caches, [shape.window for shape in shapes], self._quantization)
             error = self._self_test(lean, tokens, reference)
             if error is None:
                 return lean, "lean"
-            logger.warning("%s runs packed, not lean: %s", type(loaded.model).__name__, error)
+            logger.warning("%s runs packed, not lean: %s", name, error)
         elif reason is not None:
-            logger.info("%s runs packed, not lean: %s", type(loaded.model).__name__, reason)
-        packed = PackedModel(loaded.model, caches, self._quantization)
+            logger.info("%s runs packed, not lean: %s", name, reason)
+        packed = PackedModel(model, caches, self._quantization)
         error = self._self_test(packed, tokens, reference)
         if error is not None:
-            raise SourceError(f"{type(loaded.model).__name__} {error}; this architecture is not supported")
+            raise SourceError(f"{name} {error}; this architecture is not supported")
         return packed, "packed"
 
     def _self_test(self, model: ForwardPass, tokens: list[int], reference: torch.Tensor) -> str | None:
