@@ -121,7 +121,7 @@ def _port(text: str) -> int:
 
 def _serve(ray_address: str, address: Address, file: ServeFile, progress: Progress) -> int:
     progress.show("starting Ray")
-    cluster = _connect(ray_address)
+    cluster = _connect(ray_address, file.args.limits.request_timeout_s)
     try:
         progress.show("starting Ray Serve")
         _deploy(address, file, progress)
@@ -139,12 +139,12 @@ def _serve(ray_address: str, address: Address, file: ServeFile, progress: Progre
         progress.end()
 
 
-def _connect(address: str) -> Cluster:
+def _connect(address: str, longest_s: float) -> Cluster:
     """Join or start Ray. A signal waits until it is there: half a Ray could not be taken away again."""
     signals: list[int] = []
     _on_signals(lambda number, _: signals.append(number))
     try:
-        cluster = connect(address)
+        cluster = connect(address, longest_s)
     finally:
         _on_signals(_interrupt)  # Ray too puts a handler of its own there
     if signals:
