@@ -157,7 +157,7 @@ def _deploy(address: Address, file: ServeFile, progress: Progress) -> None:
     from ray import serve
 
     from serve_app.app import build
-    from serve_app.deployments.watch import waiting
+    from serve_app.deployments.watch import Watch
 
     for name in ("ray.serve", "ray.serve._private"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -172,11 +172,12 @@ def _deploy(address: Address, file: ServeFile, progress: Progress) -> None:
 
     deployment = threading.Thread(target=run, daemon=True)
     deployment.start()
+    watch = Watch(file.name, file.args.models)
     stages: list[str] | None = None
     while deployment.is_alive() or stages is None or stages or not _answers(address.url(file.route_prefix)):
         time.sleep(_LOOK_S)
         failed = bool(failure)
-        stages = waiting(file.name, file.args.models)
+        stages = watch.waiting()
         if failed:
             raise StartError(f"the deployment failed: {'; '.join(stages or []) or _reason(failure[0])}")
         progress.show("starting the graph" if stages is None else "; ".join(stages))

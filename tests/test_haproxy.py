@@ -66,7 +66,7 @@ def test_the_program_that_ray_is_told_of_fences_the_file_and_becomes_haproxy(tmp
     environment = {"PATH": os.environ["PATH"]}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stdout is not None
-        assert process.stdout.read().split() == [str(process.pid), "-db", "-f", str(configuration), "-sf", "1"]
+        assert process.stdout.read().split() == [str(process.pid), "-dS", *command[1:]]
     assert configuration.read_text() == haproxy.fenced(WRITTEN, {})
 
 

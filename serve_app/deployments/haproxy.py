@@ -95,11 +95,14 @@ def _free_port() -> int:
 
 def main(arguments: list[str]) -> None:
     """`haproxy.py BINARY ... -f CONFIGURATION ...`: fence the file, then become the binary."""
-    file = Path(arguments[arguments.index("-f") + 1])
+    binary, *options = arguments
+    file = Path(options[options.index("-f") + 1])
     file.write_text(fenced(file.read_text(), os.environ))
     # Without this it would outlive a Ray that ends by force, and keep the port.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    os.execv(arguments[0], arguments)
+    # -dS: no splice(). With it HAProxy does not see that a client left whose body came after its headers, and an
+    # answer that is not streamed would be made to its end for nobody.
+    os.execv(binary, [binary, "-dS", *options])
 
 
 if __name__ == "__main__":
