@@ -54,7 +54,8 @@ def _model(kind: Any, model: Model, options: dict[str, Any]) -> Any:
 
 def _callers(deployment: Deployment) -> dict[str, Any]:
     """Let Ray hold nobody back before the gateway, which counts: it knows a generation from a health check."""
-    return {"max_ongoing_requests": deployment.max_ongoing_requests + deployment.max_queued_requests + _CALLERS}
+    admitted = deployment.max_ongoing_requests + deployment.max_queued_requests
+    return {"max_ongoing_requests": admitted + _CALLERS, "max_queued_requests": _CALLERS}
 
 
 def _serve_options(deployment: Deployment) -> dict[str, Any]:
