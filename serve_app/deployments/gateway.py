@@ -62,16 +62,17 @@ class ReplicaGateway:
         outcome, tokens, ttft_s = "cancelled", 0, 0.0
         self._metrics.began(request)
         try:
-            async for chunk in self._chunks(request, arrived, warm_wait_s):
-                if tokens == 0:
-                    ttft_s = chunk.events[0].elapsed_s
-                    self._metrics.first(request, chunk)
-                tokens += len(chunk.events)
-                self._metrics.sent(request, chunk)
-                reason = chunk.events[-1].finish_reason
-                if reason is not None:
-                    outcome = reason.value
-                yield chunk
+            async with aclosing(self._chunks(request, arrived, warm_wait_s)) as chunks:
+                async for chunk in chunks:
+                    if tokens == 0:
+                        ttft_s = chunk.events[0].elapsed_s
+                        self._metrics.first(request, chunk)
+                    tokens += len(chunk.events)
+                    self._metrics.sent(request, chunk)
+                    reason = chunk.events[-1].finish_reason
+                    if reason is not None:
+                        outcome = reason.value
+                    yield chunk
         except ServeAppError as error:
             outcome = error.code
             raise
