@@ -63,6 +63,7 @@ BOUNDS: dict[str, list[float]] = {
     "models.0.engine.max_waiting": [0],
     "models.0.engine.max_context": [15],
     "models.0.engine.max_step_tokens": [0],
+    "models.0.engine.draft_tokens": [-1, 8],
     "models.0.engine.kv_memory_fraction": [0, 0.96],
     "models.0.engine.kv_memory_bytes": [0],
     "models.0.engine.flush_interval_s": [-0.1, 0.6],

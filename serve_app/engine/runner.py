@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice, takewhile
 from typing import Protocol
 
 import torch
@@ -13,15 +14,16 @@ from transformers import PreTrainedModel
 
 from serve_app.config import Engine, Model
 from serve_app.engine import kernels
+from serve_app.engine.arena import BLOCK
 from serve_app.engine.attention import LayerCache
-from serve_app.engine.lean import WIDTH, LeanModel, why_not
+from serve_app.engine.lean import LeanModel, why_not
 from serve_app.engine.linear import Quantization
 from serve_app.engine.loader import Loaded, Report, SourceError, load, return_memory
-from serve_app.engine.memory import NotEnoughMemory, available_bytes, slots_that_fit
+from serve_app.engine.memory import NotEnoughMemory, available_bytes, kv_tokens_that_fit
 from serve_app.engine.packed import LayerShape, PackedModel, layer_shapes, unmasked_context
 from serve_app.engine.rows import Rows, rows_of, span
 from serve_app.engine.sampler import sample
-from serve_app.engine.sequence import Sampled, Step
+from serve_app.engine.sequence import Outcome, Sampled, Step
 from serve_app.engine.smooth import TEXT, smooth
 from serve_app.errors import ServeAppError
 from serve_app.types import TextPrompt
@@ -49,7 +51,8 @@ class TorchRunner:
     """One model with a KV arena of `slots` sequences of `context` tokens each.
 
     `kind` is `lean` or `packed`: how it runs, see docs/architecture.md. `token_bytes` is what the arena keeps of a
-    token. Make and use it on one thread: torch's thread pool belongs to the thread that first used it.
+    token, `kv_tokens` how many tokens all slots together may hold. Make and use it on one thread: torch's thread pool
+    belongs to the thread that first used it.
     Raises SourceError when the architecture does not run packed, NotEnoughMemory when no slot fits.
     """
 
@@ -73,7 +76,7 @@ class TorchRunner:
                 smooth(model, text)
             shapes = layer_shapes(model)
             self.context = min(self.context, unmasked_context(model, shapes) or self.context)
-            caches = self._caches(shapes, engine, model.dtype)
+            self._caches = caches = self._make_caches(shapes, engine, model.dtype)
             self._model, self.kind = self._fastest(model, caches, shapes, reason, tokens, reference, report)
 
     @classmethod
@@ -92,19 +95,28 @@ class TorchRunner:
         return self._model.weight_bytes
 
     @torch.inference_mode()
-    def run(self, step: Step) -> list[Sampled | ServeAppError]:
+    def run(self, step: Step) -> list[Outcome]:
+        for order in step.orders:
+            for cache in self._caches:
+                cache.carry_out(order)
         logits = self._model.forward(rows_of(step))
-        sampling = [advance.sequence for advance in step.advances if advance.samples]
-        return sample(logits, sampling, self.text.token_text) if sampling else []
+        sampling = [advance for advance in step.advances if advance.samples]
+        if not sampling:
+            return []
+        wanted = [advance.sequence for advance in sampling for _ in range(1 + len(advance.drafts))]
+        ahead = [number for advance in sampling for number in range(1 + len(advance.drafts))]
+        sampled = iter(sample(logits, wanted, self.text.token_text, ahead))
+        return [_outcome(list(islice(sampled, 1 + len(advance.drafts)))) for advance in sampling]
 
-    def _caches(self, shapes: list[LayerShape], engine: Engine, dtype: torch.dtype) -> list[LayerCache]:
-        """As many slots as the memory budget holds."""
-        length = -(-self.context // WIDTH) * WIDTH
+    def _make_caches(self, shapes: list[LayerShape], engine: Engine, dtype: torch.dtype) -> list[LayerCache]:
+        """All slots on CPU, where only what is written to takes memory; else as many as the memory budget holds."""
+        length = -(-self.context // BLOCK) * BLOCK
         self.token_bytes = sum(s.heads * (s.key_dim + s.value_dim) for s in shapes) * dtype.itemsize
-        slot_bytes = self.token_bytes * length
-        limits = engine.model_copy(update={"max_context": self.context})
-        free_bytes = 0 if engine.kv_memory_bytes else _free_bytes(shapes[0].device)
-        self.slots = slots_that_fit(limits, free_bytes, slot_bytes)
+        device = shapes[0].device
+        free_bytes = 0 if engine.kv_memory_bytes else _free_bytes(device)
+        tokens = kv_tokens_that_fit(engine, free_bytes, self.token_bytes, length)
+        self.slots = engine.max_running if device.type == "cpu" else min(engine.max_running, tokens // length)
+        self.kv_tokens = min(tokens, self.slots * length)
         return [LayerCache(self.slots, s.heads, length, s.key_dim, s.value_dim, dtype, s.device) for s in shapes]
 
     def _fastest(
@@ -163,6 +175,12 @@ def _in_a_sentence(model: torch.nn.Module) -> Iterator[None]:
     except Exception as error:
         reason = " ".join(str(error).split())
         raise SourceError(f"{type(model).__name__} cannot be run here: {reason}") from error
+
+
+def _outcome(sampled: list[Sampled | ServeAppError]) -> Outcome:
+    """All tokens before the first that is none; that one's error if there are no others."""
+    tokens = tuple(takewhile(lambda one: isinstance(one, Sampled), sampled))
+    return tokens or sampled[0]  # type: ignore[return-value]
 
 
 def usable_cores() -> int:

@@ -17,9 +17,16 @@ _SMALLEST_DIVISOR = 1e-6
 
 
 def sample(
-    logits: torch.Tensor, sequences: list[Sequence], token_text: Callable[[int], str]
+    logits: torch.Tensor,
+    sequences: list[Sequence],
+    token_text: Callable[[int], str],
+    ahead: list[int] | None = None,
 ) -> list[Sampled | ServeAppError]:
-    """One token for each row of `[R, V]` logits; an error for a row that holds no numbers."""
+    """One token for each row of `[R, V]` logits; an error for a row that holds no numbers.
+
+    A row is its sequence's next token, or the one that comes `ahead` tokens after it.
+    """
+    ahead = ahead or [0] * len(sequences)
     logits = logits.float()
     adjusted = _adjust(logits, sequences)
     likeliest, ids = adjusted.max(-1)
@@ -28,7 +35,7 @@ def sample(
     if drawn:
         every = len(drawn) == len(sequences)
         rows = adjusted if every else adjusted[drawn]
-        for row, token in zip(drawn, _draw(rows, [sequences[row] for row in drawn]), strict=True):
+        for row, token in zip(drawn, _draw(rows, [(sequences[row], ahead[row]) for row in drawn]), strict=True):
             tokens[row] = token
     return [
         InternalError("the model computed no numbers for this request; its text may be too unusual for its precision")
@@ -82,12 +89,15 @@ def _adjust_row(row: torch.Tensor, sequence: Sequence) -> None:
         row[[token for token in sequence.end_ids if token < row.shape[0]]] = -torch.inf
 
 
-def _draw(logits: torch.Tensor, sequences: list[Sequence]) -> list[int]:
+def _draw(logits: torch.Tensor, places: list[tuple[Sequence, int]]) -> list[int]:
     """Inverse-transform sampling of rows `[M, V]`, in float64 so that the draw does not depend on summation order."""
+    sequences = [sequence for sequence, _ in places]
     params = [s.params for s in sequences]
     device = logits.device
     scaled = logits / torch.tensor([max(p.temperature, _SMALLEST_DIVISOR) for p in params], device=device)[:, None]
-    draws = torch.tensor([uniform(s.seed, s.generated) for s in sequences], dtype=torch.float64, device=device)
+    draws = torch.tensor(
+        [uniform(s.seed, s.generated + ahead) for s, ahead in places], dtype=torch.float64, device=device
+    )
     filtered = [i for i, p in enumerate(params) if p.top_k > 0 or p.top_p < 1 or p.min_p > 0]
     free = [i for i in range(len(params)) if i not in set(filtered)]
     tokens = [0] * len(params)
