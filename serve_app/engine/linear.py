@@ -21,13 +21,13 @@ class PackedLinear(torch.nn.Module):
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         super().__init__()
         self.out_features = weight.shape[0]
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 32)
-        self._bias = bias
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 32)
+        self.bias = bias
         self.weight_bytes = weight.numel() * weight.itemsize
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., K]` -> `[..., M]`."""
-        y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
+        y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return y
 
     def scaled(self, rows: torch.Tensor, scales: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -54,8 +54,8 @@ class Int8Linear(torch.nn.Module):
             warnings.filterwarnings("ignore", message="torch.quantize_per_tensor", category=UserWarning)
             quantized = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
         torch.backends.quantized.engine = "fbgemm"
-        self._weight = torch.ops.quantized.linear_prepack(quantized, None)
-        self._bias = None if bias is None else bias.float()
+        self.weight = torch.ops.quantized.linear_prepack(quantized, None)
+        self.bias = None if bias is None else bias.float()
         self._pin = torch.ones(weight.shape[1])
         self._pin[::2] = -1
         self.weight_bytes = weight.numel() + 4 * len(scales)
@@ -74,10 +74,10 @@ class Int8Linear(torch.nn.Module):
 
     def scaled(self, rows: torch.Tensor, scales: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Rows in [-1, 1] and the pinning one, `[N + 1, K]`, and N multipliers -> `[N + 1, M]`, multipliers left."""
-        y: torch.Tensor = torch.ops.quantized.linear_dynamic(rows, self._weight, False)
-        if self._bias is None or scales is None:
+        y: torch.Tensor = torch.ops.quantized.linear_dynamic(rows, self.weight, False)
+        if self.bias is None or scales is None:
             return y, scales
-        y[:-1].mul_(scales[:, None]).add_(self._bias)
+        y[:-1].mul_(scales[:, None]).add_(self.bias)
         return y, None
 
 
@@ -87,12 +87,12 @@ class PlainLinear(torch.nn.Module):
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         super().__init__()
         self.out_features = weight.shape[0]
-        self._weight = weight
-        self._bias = bias
+        self.weight = weight
+        self.bias = bias
         self.weight_bytes = weight.numel() * weight.itemsize
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self._weight, self._bias)
+        return F.linear(x, self.weight, self.bias)
 
     def scaled(self, rows: torch.Tensor, scales: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         assert scales is None, "these rows are what they are"
@@ -100,6 +100,8 @@ class PlainLinear(torch.nn.Module):
 
 
 Linear = PackedLinear | Int8Linear | PlainLinear
+# Kinds that kernels.cpp's loop over the layers can call.
+NATIVE = (PackedLinear, Int8Linear, PlainLinear)
 
 
 def pack(weight: torch.Tensor, bias: torch.Tensor | None, quantization: Quantization) -> Linear:

@@ -27,14 +27,13 @@ def sample(
     A row is its sequence's next token, or the one that comes `ahead` tokens after it.
     """
     ahead = ahead or [0] * len(sequences)
-    logits = logits.float()
     adjusted = _adjust(logits, sequences)
-    likeliest, ids = adjusted.max(-1)
+    likeliest, ids = _largest(adjusted)
     tokens, broken = ids.tolist(), likeliest.isnan().tolist()
     drawn = [row for row, sequence in enumerate(sequences) if sequence.params.temperature > 0]
     if drawn:
         every = len(drawn) == len(sequences)
-        rows = adjusted if every else adjusted[drawn]
+        rows = adjusted.float() if every else adjusted[drawn].float()
         for row, token in zip(drawn, _draw(rows, [(sequences[row], ahead[row]) for row in drawn]), strict=True):
             tokens[row] = token
     return [
@@ -57,12 +56,22 @@ def uniform(seed: int, position: int) -> float:
     return ((z ^ (z >> 31)) >> 12) * 2.0**-52
 
 
+def _largest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Value and place of each row's largest; torch's own way takes four times as long on CPU."""
+    known = logits.device.type == "cpu" and logits.dtype in (torch.float32, torch.bfloat16)
+    if known and hasattr(torch.ops.serve_app, "largest_of_rows"):
+        values, places = torch.ops.serve_app.largest_of_rows(logits.contiguous())
+        return values, places
+    largest = logits.max(-1)
+    return largest.values, largest.indices
+
+
 def _adjust(logits: torch.Tensor, sequences: list[Sequence]) -> torch.Tensor:
     """Penalties, and no end before min_tokens. Copies only when a row asks for something."""
     asking = [(row, s) for row, s in enumerate(sequences) if _asks(s)]
     if not asking:
         return logits
-    logits = logits.clone()
+    logits = logits.to(torch.float32, copy=True)
     for row, sequence in asking:
         _adjust_row(logits[row], sequence)
     return logits
@@ -152,7 +161,7 @@ def _pick(weights: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
 
 def _logprobs(row: torch.Tensor, token: int, sequence: Sequence, token_text: Callable[[int], str]) -> Logprobs:
     """Of the model's own distribution, before penalties, temperature and filters."""
-    logprobs = row.log_softmax(-1)
+    logprobs = row.float().log_softmax(-1)
     values, ids = logprobs.topk(min(sequence.params.logprobs or 0, row.shape[0]))
     top = zip(ids.tolist(), values.tolist(), strict=True)
     return Logprobs(
