@@ -27,7 +27,11 @@ class EngineStalled(Exception):
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """One look at the engine. Counters count from its start."""
+    """One look at the engine. Counters count from its start.
+
+    `busy_s` is the time of steps, from plan to commit; `planning_s` of it went before the model, and `telling_s` was
+    spent after it, on taking tokens in and handing them out.
+    """
 
     running: int
     waiting: int
@@ -44,6 +48,8 @@ class EngineStats:
     decode_rows: int
     generated_tokens: int
     busy_s: float
+    planning_s: float
+    telling_s: float
     failed_steps: int
 
 
@@ -72,7 +78,7 @@ class Engine:
         self._step_started: float | None = None
         self._failures_in_a_row = 0
         self._counts = dict.fromkeys(("steps", "rows", "decode_rows", "generated_tokens", "failed_steps"), 0)
-        self._busy_s = 0.0
+        self._seconds = dict.fromkeys(("busy_s", "planning_s", "telling_s"), 0.0)
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -127,7 +133,9 @@ class Engine:
             tokens_held=scheduler.tokens_held,
             arena_tokens=runner.kv_tokens,
             **asdict(scheduler.counts),
-            busy_s=self._busy_s,
+            busy_s=self._seconds["busy_s"],
+            planning_s=self._seconds["planning_s"],
+            telling_s=self._seconds["telling_s"],
             **self._counts,
         )
 
@@ -186,10 +194,11 @@ class Engine:
         if not step.advances:
             return
         self._step_started = now
+        planned = self._clock()
         try:
             outcomes = self._runner.run(step)
-            now_done = self._clock()
-            news = self._scheduler.commit(step, outcomes, now_done)
+            done = self._clock()
+            news = self._scheduler.commit(step, outcomes, done)
         except Exception:
             logger.exception("step of %d rows failed", step.rows)
             self._fail(step)
@@ -202,7 +211,9 @@ class Engine:
             else:
                 sequence.stream.put(told)
         wake_all(sequence.stream for sequence, _ in news)
-        self._count(step, len(news), now_done - now)
+        self._count(step, len(news), done - now)
+        self._seconds["planning_s"] += planned - now
+        self._seconds["telling_s"] += self._clock() - done
 
     def _fail(self, step: Step) -> None:
         self._failures_in_a_row += 1
@@ -217,7 +228,7 @@ class Engine:
         self._counts["rows"] += step.rows
         self._counts["decode_rows"] += sum(advance.rows for advance in step.advances if advance.count == 1)
         self._counts["generated_tokens"] += generated
-        self._busy_s += seconds
+        self._seconds["busy_s"] += seconds
 
     def _tell(self, ended: list[tuple[Sequence, ServeAppError]]) -> None:
         for sequence, error in ended:

@@ -255,10 +255,11 @@ inline Floats sums(Floats* v) {
 }
 
 // G query heads that share one key-value head, over its positions [skip, count), skip < W. `scores` is scratch of G
-// rows of `count` rounded up to W; keys are read up to there from 0, and what lies outside is masked.
+// rows of `count` rounded up to W; keys are read up to there from 0, and what lies outside is masked. `ahead` is where
+// the next call will read keys, if it is known: memory takes as long to answer as a call to compute.
 template <int G, int dim, class T, class Kept>
 void attend_heads(const T* query, const Kept* keys, const Kept* values, int64_t skip, int64_t count, float scale,
-                  float* scores, T* out) {
+                  float* scores, T* out, const Kept* ahead) {
   constexpr int parts = dim / W;
   const int64_t padded = (count + W - 1) / W * W;
   Floats q[G][parts], result[G][parts] = {};
@@ -290,11 +291,13 @@ void attend_heads(const T* query, const Kept* keys, const Kept* values, int64_t 
     }
     weight[g] = 1.f / sum(total);
   }
-  for (int64_t t = skip; t < count; t++)
+  for (int64_t t = skip; t < count; t++) {
     for (int c = 0; c < parts; c++) {
       Floats v = load(values + t * dim + c * W);
       for (int g = 0; g < G; g++) result[g][c] += v * scores[g * padded + t];
     }
+    for (int c = 0; ahead && c < dim; c += 64 / (int)sizeof(Kept)) __builtin_prefetch(ahead + t * dim + c);
+  }
   for (int g = 0; g < G; g++)
     for (int c = 0; c < parts; c++) store(out + g * dim + c * W, result[g][c] * weight[g]);
 }
@@ -327,10 +330,13 @@ void attend(const Tensor& qkv, int64_t heads, double scale, int64_t window, cons
             TORCH_CHECK(slot_of[row] >= 0 && slot_of[row] < keys.size(0) && end > 0 && end <= length);
             const int64_t low = window > 0 ? std::max<int64_t>(0, end - window) : 0, begin = low / W * W;
             const int64_t offset = ((slot_of[row] * shared + h) * length + begin) * D;
+            const int64_t next = std::min(task + workers, rows * shared - 1), next_slot = slot_of[next / shared];
+            const Kept* ahead = next_slot == slot_of[row] ? nullptr : keys.const_data_ptr<Kept>() +
+                ((next_slot * shared + next % shared) * length + begin) * D;
             for (int64_t g = h * group; g < (h + 1) * group; g += G)
               attend_heads<G, D, T, Kept>(qkv.const_data_ptr<T>() + row * stride + g * D, keys.const_data_ptr<Kept>() + offset,
                                     values.const_data_ptr<Kept>() + offset, low - begin, end - begin, (float)scale,
-                                    scores.data(), out.data_ptr<T>() + (row * heads + g) * D);
+                                    scores.data(), out.data_ptr<T>() + (row * heads + g) * D, ahead);
           }
       });
     };

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice, takewhile
@@ -51,8 +52,9 @@ class TorchRunner:
     """One model with a KV arena of `slots` sequences of `context` tokens each.
 
     `kind` is `lean` or `packed`: how it runs, see docs/architecture.md. `token_bytes` is what the arena keeps of a
-    token, `kv_tokens` how many tokens all slots together may hold. Make and use it on one thread: torch's thread pool
-    belongs to the thread that first used it.
+    token, `kv_tokens` how many tokens all slots together may hold, `weight_count` how many weights a row is multiplied
+    with, `sampling_s` the time that sampling took so far. Make and use it on one thread: torch's thread pool belongs to
+    the thread that first used it.
     Raises SourceError when the architecture does not run packed, NotEnoughMemory when no slot fits.
     """
 
@@ -60,9 +62,12 @@ class TorchRunner:
         self, loaded: Loaded, engine: Engine, quantization: Quantization = "none", report: Report = lambda stage: None
     ) -> None:
         self.text = loaded.text
+        self.sampling_s = 0.0
+        self.dtype = loaded.model.dtype
         self.context = min(engine.max_context, loaded.context)
         self._quantization = quantization
         model = loaded.model
+        self.weight_count = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
         with _in_a_sentence(model), torch.inference_mode():
             if quantization != "none" and model.device.type != "cpu":
                 raise SourceError(f"quantization: {quantization} is for the CPU; set it to none for {model.device}")
@@ -100,12 +105,14 @@ class TorchRunner:
             for cache in self._caches:
                 cache.carry_out(order)
         logits = self._model.forward(rows_of(step))
+        computed = time.perf_counter()
         sampling = [advance for advance in step.advances if advance.samples]
         if not sampling:
             return []
         wanted = [advance.sequence for advance in sampling for _ in range(1 + len(advance.drafts))]
         ahead = [number for advance in sampling for number in range(1 + len(advance.drafts))]
         sampled = iter(sample(logits, wanted, self.text.token_text, ahead))
+        self.sampling_s += time.perf_counter() - computed
         return [_outcome(list(islice(sampled, 1 + len(advance.drafts)))) for advance in sampling]
 
     def _make_caches(self, shapes: list[LayerShape], engine: Engine, dtype: torch.dtype) -> list[LayerCache]:
