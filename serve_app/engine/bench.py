@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import random
 import statistics
 import sys
@@ -28,6 +29,9 @@ from serve_app.types import GenerationRequest, SamplingParams, TokenPrompt
 
 _READ_BYTES = 256 * 2**20
 _FLOP_SIZE = 1024
+# Streams that run, and the prompt that comes; the beginning that comes again, with another end.
+_RUNNING, _NEWCOMER = 8, 512
+_BEGINNING, _TAIL = 1000, 10
 _PATIENCE_S = 600.0
 
 
@@ -128,22 +132,75 @@ def _measure(engine: Engine, runner: TorchRunner, limits: Limits, arguments: arg
             f"{streams:>7}{m.tokens_per_s:>7.0f}{ttft:>9.2f}{tpot:>9.2f}{step:>9.2f}{model:>7.2f}{sampling:>8.2f}"
             f"{step - model - sampling:>6.2f}{bandwidth:>11.0%}{flops:>7.0%}"
         )
+    print(asyncio.run(_beside(engine)))
+    print(asyncio.run(_again(engine, runner)))
     stats = engine.stats()
     if stats.drafted:
         print(f"guessed ahead: {stats.drafted} tokens, {stats.accepted / stats.drafted:.0%} right (--draft 0: none)")
 
 
+async def _beside(engine: Engine) -> str:
+    """What a long prompt does to the gaps of streams that run already."""
+    rng = random.Random("beside")
+    running = _admitted(engine, [_prompt(rng, 60) for _ in range(_RUNNING)], tokens=300)
+    readers = [asyncio.create_task(_times(stream)) for stream in running]
+    await asyncio.sleep(1.0)
+    (newcomer,) = _admitted(engine, [_prompt(rng, _NEWCOMER)], tokens=1)
+    arrived = newcomer.arrived - running[0].arrived
+    ttft_s = (await _times(newcomer))[0]
+    pairs = [pair for times in await asyncio.gather(*readers) for pair in itertools.pairwise(times)]
+    beside = [b - a for a, b in pairs if arrived < b <= arrived + ttft_s]
+    alone = [b - a for a, b in pairs if a > 0.3 and (b <= arrived or a > arrived + ttft_s)]
+    usual, disturbed = _p99(alone), _p99(beside)
+    return (
+        f"{_NEWCOMER}-token prompt beside {_RUNNING} streams: gap p99 {1e3 * disturbed:.1f} ms, "
+        f"{disturbed / usual:.2f} times the usual {1e3 * usual:.1f}; its own TTFT {1e3 * ttft_s:.0f} ms"
+    )
+
+
+async def _again(engine: Engine, runner: TorchRunner) -> str:
+    """The same beginning twice."""
+    tokens = min(_BEGINNING, runner.context - _TAIL - 2)
+    cold: list[float] = []
+    warm: list[float] = []
+    for number in range(3):
+        rng = random.Random(f"again {number}")
+        beginning = _prompt(rng, tokens)
+        for ttfts in (cold, warm):
+            (stream,) = _admitted(engine, [(*beginning, *_prompt(rng, _TAIL))], tokens=1)
+            ttfts += await _times(stream)
+    was, now = statistics.median(cold), statistics.median(warm)
+    return (
+        f"{tokens}-token beginning again: TTFT {1e3 * now:.1f} ms, {now / was:.3f} of the first time's {1e3 * was:.0f}"
+    )
+
+
+def _p99(values: list[float]) -> float:
+    return sorted(values)[int(0.99 * len(values))] if values else float("nan")
+
+
+def _prompt(rng: random.Random, tokens: int) -> tuple[int, ...]:
+    return tuple(rng.randrange(1000) for _ in range(tokens))
+
+
+def _admitted(engine: Engine, prompts: list[tuple[int, ...]], tokens: int) -> list[TokenStream]:
+    """Streams of requests that come together, each to its full length."""
+    params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
+    began = time.monotonic()
+    streams = [
+        TokenStream(GenerationRequest(str(i), "m", TokenPrompt(prompt), params, _PATIENCE_S), began)
+        for i, prompt in enumerate(prompts)
+    ]
+    refusals = [refusal for refusal in engine.admit(streams) if refusal is not None]
+    if refusals:
+        raise ConfigError(str(refusals[0]))
+    return streams
+
+
 async def _round(engine: Engine, runner: TorchRunner, streams: int, arguments: argparse.Namespace, seed: int) -> Round:
     """All requests at once, each to its full length."""
     rng = random.Random(f"{streams} {seed}")
-    params = SamplingParams(max_tokens=arguments.output, temperature=0.0, ignore_eos=True)
-    prompts = [TokenPrompt(tuple(rng.randrange(1000) for _ in range(arguments.prompt))) for _ in range(streams)]
-    requests = [GenerationRequest(str(i), "m", prompt, params, _PATIENCE_S) for i, prompt in enumerate(prompts)]
-    began = time.monotonic()
-    members = [TokenStream(request, began) for request in requests]
-    refusals = [refusal for refusal in engine.admit(members) if refusal is not None]
-    if refusals:
-        raise ConfigError(str(refusals[0]))
+    members = _admitted(engine, [_prompt(rng, arguments.prompt) for _ in range(streams)], arguments.output)
     begun: list[tuple[EngineStats, float]] = []
     times = await asyncio.gather(
         *(_times(s, lambda: begun.append((engine.stats(), runner.sampling_s))) for s in members)
@@ -163,7 +220,8 @@ async def _round(engine: Engine, runner: TorchRunner, streams: int, arguments: a
     )
 
 
-async def _times(stream: TokenStream, begun: Callable[[], None]) -> list[float]:
+async def _times(stream: TokenStream, begun: Callable[[], None] = lambda: None) -> list[float]:
+    """When each token came, in seconds since its request did."""
     times: list[float] = []
     async for chunk in stream.chunks(0.0):
         if not times:
