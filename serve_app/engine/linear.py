@@ -81,15 +81,11 @@ class Int8Linear(torch.nn.Module):
         """
         if scales is None:
             return self(rows), None
-        y = self._multiplied(rows)
+        y: torch.Tensor = torch.ops.quantized.linear_dynamic(rows, self._weight, False)
         if self._bias is None:
             return y, scales
         y[:-1].mul_(scales[:, None]).add_(self._bias)
         return y, None
-
-    def _multiplied(self, rows: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = torch.ops.quantized.linear_dynamic(rows, self._weight, False)
-        return y
 
 
 class Int4Linear(torch.nn.Module):
