@@ -114,7 +114,7 @@ class Model(Section):
     revision: str | None = None
     trust_remote_code: bool = False
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    quantization: Literal["none", "int8"] = "none"
+    quantization: Literal["none", "int8", "int4"] = "none"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     device_map: str | dict[str, int | str] | None = None
     sampling_defaults: SamplingDefaults = SamplingDefaults()

@@ -305,7 +305,7 @@ def test_what_is_no_serve_file_of_one_application_is_refused(tmp_path: Path, doc
         ({"name": ""}, "models.0.name: String should have at least 1 character"),
         ({"source": ""}, "models.0.source: String should have at least 1 character"),
         ({"dtype": "int3"}, "models.0.dtype: Input should be 'auto', 'float32', 'bfloat16' or 'float16'"),
-        ({"quantization": "int4"}, "models.0.quantization: Input should be "),
+        ({"quantization": "int3"}, "models.0.quantization: Input should be 'none', 'int8' or 'int4'"),
         ({"device": "tpu"}, "models.0.device: Input should be 'auto', 'cpu' or 'cuda'"),
         ({"deployment": None}, "models.0.deployment: Input should be a valid dictionary"),
     ],

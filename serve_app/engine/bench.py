@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m serve_app.engine.bench", description=__doc__)
     parser.add_argument("--config", default="serve_config.yaml", help="take the model from here (default: %(default)s)")
     parser.add_argument("--model", help="which of its models (default: the first)")
-    parser.add_argument("--quantization", choices=("none", "int8"), help="instead of the file's")
+    parser.add_argument("--quantization", choices=("none", "int8", "int4"), help="instead of the file's")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="instead of the file's")
     parser.add_argument("--draft", type=int, choices=range(8), help="tokens to guess ahead, instead of the file's")
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 8, 32], help="at once (default: 1 8 32)")

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from serve_app.engine.attention import LayerCache
-from serve_app.engine.linear import NATIVE, Linear, Quantization, pack
+from serve_app.engine.linear import NATIVE, Linear, Quantization, importance_of, of_head, pack
 from serve_app.engine.rows import Rows
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -66,7 +66,7 @@ class LeanModel:
             _layer(layer, window or 0, quantization) for layer, window in zip(model.model.layers, windows, strict=True)
         ]
         self._norm = model.model.norm.weight.detach().float()
-        self._head = pack(model.get_output_embeddings().weight, None, quantization)
+        self._head = pack(model.get_output_embeddings().weight, None, of_head(quantization))
         self._cos, self._sin = _rotations(model, length)
         self._native = self._for_native()
 
@@ -195,7 +195,8 @@ def _joined(linears: Seq[torch.nn.Linear], quantization: Quantization) -> Linear
     """Layers of one input as one."""
     biases = [linear.bias for linear in linears]
     bias = None if biases[0] is None else torch.cat([bias.detach() for bias in biases])
-    return pack(torch.cat([linear.weight.detach() for linear in linears]), bias, quantization)
+    weight = torch.cat([linear.weight.detach() for linear in linears])
+    return pack(weight, bias, quantization, importance_of(linears[0]))
 
 
 def _rotations(model: PreTrainedModel, length: int) -> tuple[torch.Tensor, torch.Tensor]:

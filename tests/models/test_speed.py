@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -44,6 +45,11 @@ def best_of_each(works: list[Callable[[], object]], rounds: int = 25) -> list[fl
     return best
 
 
+def plainly(inputs: dict[int, torch.Tensor], weights: list[torch.Tensor]) -> None:
+    for weight in weights:
+        F.linear(inputs[weight.shape[1]], weight)
+
+
 @pytest.mark.parametrize("quantization", ["none", "int8"])
 def test_a_step_is_as_fast_against_plain_torch_as_it_was(quantization: Quantization) -> None:
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
@@ -56,11 +62,6 @@ def test_a_step_is_as_fast_against_plain_torch_as_it_was(quantization: Quantizat
         inputs = {width: torch.randn(rows, width).bfloat16() for width in (576, 1536)}
         step = Rows([5] * rows, list(range(rows)), [64] * rows, list(range(rows)), [DecodeRun(0, 0, (64,) * rows)], [])
         with torch.inference_mode():
-            ours, plain = best_of_each(
-                [
-                    lambda step=step: runner._model.forward(step),
-                    lambda inputs=inputs: [F.linear(inputs[weight.shape[1]], weight) for weight in weights],
-                ]
-            )
+            ours, plain = best_of_each([partial(runner._model.forward, step), partial(plainly, inputs, weights)])
         print(f"{quantization}, {rows} rows: {ours / plain:.2f} of plain torch, stored {STORED[rows, quantization]}")
         assert ours / plain <= SLACK * STORED[rows, quantization]
