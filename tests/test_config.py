@@ -161,7 +161,7 @@ def test_every_deployment_of_the_shipped_file_states_its_limits() -> None:
     assert application["import_path"] == "serve_app.app:build"
     wanted = {"max_ongoing_requests", "max_queued_requests", "health_check_period_s", "health_check_timeout_s"}
     wanted |= {"graceful_shutdown_wait_loop_s", "graceful_shutdown_timeout_s", "max_surge_percent"}
-    for owner in (application["args"]["ingress"], *application["args"]["models"]):
+    for owner in application["args"]["models"]:
         assert wanted - set(owner["deployment"]) == set()
         assert ("num_replicas" in owner["deployment"]) != ("autoscaling" in owner["deployment"])
 
@@ -169,7 +169,7 @@ def test_every_deployment_of_the_shipped_file_states_its_limits() -> None:
 def test_every_number_of_a_deployment_in_the_shipped_file_has_its_reason_beside_it() -> None:
     text = SHIPPED.read_text()
     deployments = list(deployments_in(yaml.compose(text)))
-    assert len(deployments) == 1 + len(load_serve_file(SHIPPED).args.models)
+    assert len(deployments) == len(load_serve_file(SHIPPED).args.models)
     lines = [text.splitlines()[number] for deployment in deployments for number in lines_of(deployment)]
     assert [line for line in lines if not re.search(r" # \w", line)] == []
 
@@ -180,6 +180,14 @@ def test_the_example_for_gpus_in_the_architecture_is_a_model() -> None:
     (model,) = [Model.model_validate(entry) for entry in yaml.safe_load(block)]
     assert model.resources.num_gpus == 1
     assert model.deployment.scales_to_zero
+
+
+def test_the_ingress_for_several_models_in_the_architecture_is_one() -> None:
+    _, _, chapter = (ROOT / "docs/architecture.md").read_text().partition("\n## Two shapes\n")
+    (block,) = re.findall(r"```yaml\n(.*?)```", chapter.split("\n## ")[0], re.DOTALL)
+    document = yaml.safe_load(block)
+    assert list(document) == ["ingress"]
+    assert not AppConfig.model_validate({**args(), **document}).ingress.fused
 
 
 def test_every_fault_is_listed_with_its_path_one_a_line(tmp_path: Path) -> None:
@@ -331,7 +339,36 @@ def test_a_deployment_scales_in_exactly_one_way(owner: str, deployment: dict[str
 def test_a_deployment_knows_whether_it_scales_to_zero(scaling: dict[str, int], to_zero: bool) -> None:
     config = AppConfig.model_validate(args(deployment={**SCALED, "autoscaling": scaling}))
     assert config.models[0].deployment.scales_to_zero is to_zero
+    assert config.ingress.deployment is not None
     assert not config.ingress.deployment.scales_to_zero
+
+
+@pytest.mark.parametrize(
+    ("ingress", "models", "told"),
+    [
+        ({"fused": True, "deployment": DEPLOYMENT}, [MODEL], "ingress: Value error, fused: true makes the model's own"),
+        ({"fused": True, "num_cpus": 1}, [MODEL], "ingress: Value error, fused: true makes the model's own deployment"),
+        ({}, [MODEL], "ingress: Value error, state ingress.deployment, or fused: true where there is exactly one"),
+        ({"fused": False}, [MODEL], "ingress: Value error, state ingress.deployment, or fused: true"),
+        (
+            {"fused": True},
+            [MODEL, {**MODEL, "name": "n"}],
+            "(top): Value error, ingress.fused takes exactly one model, not 2; set it to false and state",
+        ),
+        (
+            {"fused": True},
+            [{**MODEL, "deployment": {**SCALED, "autoscaling": {"min_replicas": 0}}}],
+            "(top): Value error, with ingress.fused nobody could answer while the model is scaled to zero",
+        ),
+    ],
+)
+def test_an_ingress_that_cannot_work_is_refused(ingress: Any, models: list[Any], told: str) -> None:
+    assert fault({"models": copied(models), "ingress": copied(ingress)}).startswith(told)
+
+
+def test_one_model_may_be_its_own_ingress() -> None:
+    config = AppConfig.model_validate({"models": [MODEL], "ingress": {"fused": True}})
+    assert config.ingress.deployment is None
 
 
 def test_bounds_of_autoscaling_are_in_order() -> None:

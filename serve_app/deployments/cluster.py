@@ -9,11 +9,14 @@ import logging
 import os
 import socket
 import sys
+import tempfile
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+
+from serve_app.deployments import haproxy
 
 # A value that the user has set stands.
 _ENVIRONMENT = {
@@ -48,6 +51,7 @@ class Cluster:
 
     dashboard: str
     ours: bool
+    folder: tempfile.TemporaryDirectory[str] | None = None
 
     @property
     def asks_for_token(self) -> bool:
@@ -62,19 +66,20 @@ class Cluster:
             with suppress(Exception):
                 serve.shutdown()
         ray.shutdown()
+        if self.folder is not None:
+            self.folder.cleanup()
 
 
-def connect(wanted: str) -> Cluster:
+def connect(wanted: str, longest_s: float) -> Cluster:
     """Join a cluster, or start one. `wanted` is `auto` (join if one is reachable), `local` (start), or an address.
 
-    Raises ClusterError.
+    `longest_s` is how long a request may take. Raises ClusterError.
     """
     address = _running() if wanted == "auto" else None if wanted == "local" else wanted
     if address is not None and wanted != "auto":
         _reach(address)
-    for name, value in (_ENVIRONMENT if address is not None else _ENVIRONMENT | _LOOPBACK_ONLY).items():
-        os.environ.setdefault(name, value)
-    return _start() if address is None else _join(address)
+    _set_unless_set(_ENVIRONMENT)
+    return _start(longest_s) if address is None else _join(address)
 
 
 def _join(address: str) -> Cluster:
@@ -93,13 +98,37 @@ def _join(address: str) -> Cluster:
     return Cluster(context.dashboard_url or "", ours=False)
 
 
-def _start() -> Cluster:
+def _start(longest_s: float) -> Cluster:
+    _set_unless_set(_LOOPBACK_ONLY)
+    folder = _put_haproxy_in_front(longest_s)
     import ray
 
     context = ray.init(
         address="local", _node_ip_address="127.0.0.1", object_store_memory=_OBJECT_STORE_BYTES, **_quiet()
     )
-    return Cluster(context.dashboard_url or "", ours=True)
+    return Cluster(context.dashboard_url or "", ours=True, folder=folder)
+
+
+def _put_haproxy_in_front(longest_s: float) -> tempfile.TemporaryDirectory[str] | None:
+    """Have Ray Serve use HAProxy where it is there. Returns the folder with its files, which goes when the Ray goes."""
+    binary = haproxy.find() if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY", "1") == "1" else None
+    if binary is None:
+        return None
+    # Whoever reaches HAProxy's admin socket may redirect the service: only we may enter the folder.
+    folder = tempfile.TemporaryDirectory(prefix="sa-", dir="/tmp", ignore_cleanup_errors=True)
+    variables = haproxy.environment(binary, Path(folder.name), longest_s)
+    start = variables.pop("RAY_SERVE_HAPROXY_BINARY_PATH")
+    if not os.access(start, os.X_OK):  # no program may run from /tmp here
+        folder.cleanup()
+        return None
+    _set_unless_set(variables)
+    os.environ["RAY_SERVE_HAPROXY_BINARY_PATH"] = start  # which runs the one that the user named, if any
+    return folder
+
+
+def _set_unless_set(variables: dict[str, str]) -> None:
+    for name, value in variables.items():
+        os.environ.setdefault(name, value)
 
 
 def _quiet() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""From a request to the right model's replicas, and from Ray's errors to ours."""
+"""From a request to the right model, and from whatever happens there to errors of ours."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import AsyncGenerator
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import aclosing, suppress
 from dataclasses import replace
+from typing import TypeAlias
 
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
-from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
+from ray.serve.handle import DeploymentHandle
 
 from serve_app.config import AppConfig, Model
-from serve_app.deployments.hub import PUSH_INTERVAL_S, Board, Notice
+from serve_app.deployments.hub import Board, Notice, Pusher
 from serve_app.deployments.metrics import IngressMetrics, exposition
 from serve_app.errors import DeadlineExceeded, InternalError, NotReady, QueueFull, ServeAppError
 from serve_app.types import Chunk, GenerationRequest, ModelState, ModelStatus
@@ -25,27 +26,35 @@ logger = logging.getLogger("ray.serve")
 _LOOK_S = 0.5
 _GRACE_S = 5.0
 _BOARD_S = 2.0
+# A request that reached its model sooner than this did not wait.
+_NOW_S = 0.001
+
+# One model's tokens for one request. An error is the last thing it yields; closing it cancels the request.
+Items: TypeAlias = AsyncGenerator[Chunk | ServeAppError, None]
+Backend: TypeAlias = Callable[[GenerationRequest], Items]
 
 
-class RayGateway:
-    """The Gateway of the HTTP layer, over deployment handles."""
+class ReplicaGateway:
+    """The Gateway of the HTTP layer, in a replica. Its models are `here`, in this process, or behind handles."""
 
     def __init__(
-        self, config: AppConfig, handles: dict[str, DeploymentHandle], hub: DeploymentHandle, replica: str
+        self, config: AppConfig, backends: Mapping[str, Backend], hub: DeploymentHandle, replica: str, here: bool
     ) -> None:
-        self._config = config
         self._models = {model.name: model for model in config.models}
-        self._handles = {name: handle.options(stream=True) for name, handle in handles.items()}
+        self._backends = backends
         self._hub = hub
         self._replica = replica
         self._metrics = IngressMetrics(replica)
-        self._statuses = {name: ModelStatus(name, ModelState.LOADING, "starting") for name in self._models}
-        self._replicas = dict.fromkeys(self._models, 0)
+        # A model that is here was loaded before anybody could call: its state is no question.
+        starting = (ModelState.READY, "") if here else (ModelState.LOADING, "starting")
+        self._statuses = {name: ModelStatus(name, *starting) for name in self._models}
+        self._replicas = dict.fromkeys(self._models, int(here))
         self._in_flight = dict.fromkeys(self._models, 0)
         self._mean_s = dict.fromkeys(self._models, 1.0)
         self._load_s: dict[str, float] = {}
         self._loading_since: dict[str, float] = {}
-        self._tasks = [asyncio.create_task(self._look_for_ever()), asyncio.create_task(self._push_for_ever())]
+        self._pusher = Pusher(hub, lambda: Notice(replica, "", "", self._metrics.families()))
+        self._looking = None if here else asyncio.create_task(self._look_for_ever())
 
     async def stream(self, request: GenerationRequest, warm_wait_s: float | None = None) -> AsyncGenerator[Chunk, None]:
         """See Gateway.stream. Times in the chunks count from this call."""
@@ -53,16 +62,17 @@ class RayGateway:
         outcome, tokens, ttft_s = "cancelled", 0, 0.0
         self._metrics.began(request)
         try:
-            async for chunk in self._chunks(request, arrived, warm_wait_s):
-                if tokens == 0:
-                    ttft_s = chunk.events[0].elapsed_s
-                    self._metrics.first(request, chunk)
-                tokens += len(chunk.events)
-                self._metrics.sent(request, chunk)
-                reason = chunk.events[-1].finish_reason
-                if reason is not None:
-                    outcome = reason.value
-                yield chunk
+            async with aclosing(self._chunks(request, arrived, warm_wait_s)) as chunks:
+                async for chunk in chunks:
+                    if tokens == 0:
+                        ttft_s = chunk.events[0].elapsed_s
+                        self._metrics.first(request, chunk)
+                    tokens += len(chunk.events)
+                    self._metrics.sent(request, chunk)
+                    reason = chunk.events[-1].finish_reason
+                    if reason is not None:
+                        outcome = reason.value
+                    yield chunk
         except ServeAppError as error:
             outcome = error.code
             raise
@@ -84,51 +94,43 @@ class RayGateway:
         with suppress(Exception):
             async with asyncio.timeout(_BOARD_S):
                 notices = (await self._board()).notices
-        families = [family for notice in notices if notice.replica != self._replica for family in notice.families]
+        others = [notice for notice in notices if notice.model or notice.replica != self._replica]
+        families = [family for notice in others for family in notice.families]
         return exposition([*self._metrics.families(), *families])
 
     def refused(self, error: ServeAppError, model: str | None) -> None:
         self._metrics.refused(error.code, model or "")
 
-    def close(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-
     async def _chunks(
         self, request: GenerationRequest, arrived: float, warm_wait_s: float | None
     ) -> AsyncGenerator[Chunk, None]:
-        """Chunks with times that count from `arrived` here, rather than from the replica's door."""
+        """Chunks with times that count from `arrived` here, rather than from the model's door."""
         model = self._models[request.model]
         self._refuse_while_loading(model)
         self._refuse_when_full(model)
         deadline = arrived + request.timeout_s + _GRACE_S
         self._in_flight[model.name] += 1
-        responses: DeploymentResponseGenerator = self._handles[model.name].generate.remote(request)
-        ended = False
         try:
-            item = await self._first(responses, request, arrived, warm_wait_s)
-            offset = 0.0
-            if isinstance(item, Chunk):
-                self._note(ModelStatus(model.name, ModelState.READY))  # no news is better than an answer
-                offset = max(0.0, time.monotonic() - arrived - item.events[-1].elapsed_s)
-            while isinstance(item, Chunk):
-                ended = item.events[-1].finish_reason is not None
-                yield _later(item, offset)
-                if ended:
-                    return
-                item = await self._next(responses, request, deadline)
-            ended = True
-            raise item
+            async with aclosing(self._backends[model.name](request)) as items:
+                item = await self._first(items, request, arrived, warm_wait_s)
+                offset = 0.0
+                if isinstance(item, Chunk):
+                    self._note(ModelStatus(model.name, ModelState.READY))  # no news is better than an answer
+                    offset = time.monotonic() - arrived - item.events[-1].elapsed_s
+                while isinstance(item, Chunk):
+                    yield _later(item, offset) if offset > _NOW_S else item
+                    if item.events[-1].finish_reason is not None:
+                        return
+                    item = await self._next(items, request, deadline)
+                raise item
         finally:
             self._in_flight[model.name] -= 1
-            if not ended:
-                responses.cancel()
 
     async def _first(
-        self, responses: DeploymentResponseGenerator, request: GenerationRequest, arrived: float, limit_s: float | None
+        self, items: Items, request: GenerationRequest, arrived: float, limit_s: float | None
     ) -> Chunk | ServeAppError:
         """The first item. While there is no replica to send it, look up now and then whether one will come."""
-        task = asyncio.ensure_future(self._next(responses, request, arrived + request.timeout_s + _GRACE_S))
+        task = asyncio.ensure_future(self._next(items, request, arrived + request.timeout_s + _GRACE_S))
         try:
             while not task.done():
                 await asyncio.wait({task}, timeout=_LOOK_S)
@@ -141,18 +143,16 @@ class RayGateway:
             return task.result()
         finally:
             task.cancel()
+            await asyncio.wait({task})  # a generator that still runs cannot be closed
 
-    async def _next(
-        self, responses: DeploymentResponseGenerator, request: GenerationRequest, deadline: float
-    ) -> Chunk | ServeAppError:
-        """The next item, or an error of ours for whatever Ray reports.
+    async def _next(self, items: Items, request: GenerationRequest, deadline: float) -> Chunk | ServeAppError:
+        """The next item, or an error of ours for whatever happened.
 
-        A replica ends a request that is out of time by itself; this is for one that cannot.
+        A model ends a request that is out of time by itself; this is for one that cannot.
         """
         try:
             async with asyncio.timeout(deadline - time.monotonic()):
-                item: Chunk | ServeAppError = await anext(responses)
-                return item
+                return await anext(items)
         except TimeoutError:
             return DeadlineExceeded(f"the request was not finished after {request.timeout_s:.0f} s")
         except StopAsyncIteration:
@@ -161,12 +161,12 @@ class RayGateway:
             return self._full(request.model)
         except DeploymentUnavailableError:
             return NotReady(f"{request.model} is not available: its deployment failed", retry_after_s=30)
-        except RayTaskError as error:
-            logger.error("replica failed on request %s: %s", request.id, error)
+        except Exception as error:
+            if isinstance(error, RayError) and not isinstance(error, RayTaskError):
+                logger.error("replica lost with request %s: %s", request.id, error)
+                return NotReady("the replica that served this request was lost; send it again", retry_after_s=1)
+            logger.exception("the model failed on request %s", request.id)
             return InternalError("the model failed on this request")
-        except RayError as error:
-            logger.error("replica lost with request %s: %s", request.id, error)
-            return NotReady("the replica that served this request was lost; send it again", retry_after_s=1)
 
     def _refuse_while_loading(self, model: Model) -> None:
         """A model that scales to zero is waited for. One that should be up is refused until it is."""
@@ -205,7 +205,7 @@ class RayGateway:
             try:
                 board = await self._board()
                 for model in self._models.values():
-                    status = _status(model, board)
+                    status = board.status(model)
                     if status is not None:
                         self._note(status)
                         self._replicas[model.name] = board.ready(model.name)
@@ -228,32 +228,6 @@ class RayGateway:
     async def _board(self) -> Board:
         board: Board = await self._hub.board.remote()
         return board
-
-    async def _push_for_ever(self) -> None:
-        while True:
-            try:
-                await self._hub.push.remote(Notice(self._replica, "", "", self._metrics.families()))
-            except Exception:
-                logger.debug("push failed", exc_info=True)
-            await asyncio.sleep(PUSH_INTERVAL_S)
-
-
-def _status(model: Model, board: Board) -> ModelStatus | None:
-    """A model's state by its replicas' notices; None while the board cannot know."""
-    stages = [notice.stage for notice in board.notices if notice.model == model.name]
-    if "" in stages:
-        return ModelStatus(model.name, ModelState.READY)
-    failure = board.failures.get(model.name)
-    if stages:
-        detail = stages[0] if failure is None else f"{failure} (trying again: {stages[0]})"
-        return ModelStatus(model.name, ModelState.LOADING, detail)
-    if failure is not None:
-        return ModelStatus(model.name, ModelState.FAILED, failure)
-    if not board.complete:
-        return None
-    if model.deployment.scales_to_zero:
-        return ModelStatus(model.name, ModelState.ASLEEP, "scaled to zero; the next request wakes it")
-    return ModelStatus(model.name, ModelState.LOADING, "no replica is up; Ray is starting one")
 
 
 def _later(chunk: Chunk, offset_s: float) -> Chunk:

@@ -1,14 +1,18 @@
-"""The HTTP entrance of the graph."""
+"""The HTTP entrance of the graph, apart from its models."""
 
 from __future__ import annotations
 
+from collections.abc import AsyncGenerator
+
 from ray import serve
-from ray.serve.handle import DeploymentHandle
+from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from starlette.types import ASGIApp
 
 from serve_app.api.app import create_app
 from serve_app.config import AppConfig
-from serve_app.deployments.gateway import RayGateway
+from serve_app.deployments.gateway import Backend, ReplicaGateway
+from serve_app.errors import ServeAppError
+from serve_app.types import Chunk, GenerationRequest
 
 
 @serve.deployment
@@ -19,10 +23,29 @@ class Ingress:
     async def __init__(  # type: ignore[misc]  # Ray awaits it
         self, config: AppConfig, handles: list[DeploymentHandle], hub: DeploymentHandle
     ) -> None:
-        context = serve.get_replica_context()
-        by_name = {model.name: handle for model, handle in zip(config.models, handles, strict=True)}
+        replica = serve.get_replica_context().replica_id.unique_id
+        backends = {model.name: _remote(handle) for model, handle in zip(config.models, handles, strict=True)}
         self._config = config
-        self._gateway = RayGateway(config, by_name, hub, context.replica_id.unique_id)
+        self._gateway = ReplicaGateway(config, backends, hub, replica, here=False)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return create_app(self._gateway, self._config)
+
+
+def _remote(handle: DeploymentHandle) -> Backend:
+    """The model's replicas elsewhere. Leaving the generator before its last item cancels the request there."""
+    model = handle.options(stream=True)
+
+    async def generate(request: GenerationRequest) -> AsyncGenerator[Chunk | ServeAppError, None]:
+        responses: DeploymentResponseGenerator = model.generate.remote(request)
+        ended = False
+        try:
+            async for item in responses:
+                ended = isinstance(item, ServeAppError) or item.events[-1].finish_reason is not None
+                yield item
+            ended = True
+        finally:
+            if not ended:
+                responses.cancel()
+
+    return generate

@@ -1,135 +1,50 @@
-"""One replica of one model: admission by `@serve.batch`, then a stream of tokens from the engine."""
+"""One replica of one model, in the two shapes of the graph: called by the ingress, or its own ingress."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
-import time
-from collections.abc import AsyncGenerator, Callable
-from functools import partial
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 
 from ray import serve
 from ray.serve.handle import DeploymentHandle
+from starlette.types import ASGIApp
 
-from serve_app.config import Model
-from serve_app.deployments.hub import PUSH_INTERVAL_S, Notice
-from serve_app.deployments.metrics import EngineMetrics
-from serve_app.engine.engine import Engine, EngineStalled
-from serve_app.engine.sequence import Runner
-from serve_app.engine.stream import TokenStream
-from serve_app.engine.toy import ToyRunner
+from serve_app.api.app import create_app
+from serve_app.config import AppConfig
+from serve_app.deployments.gateway import ReplicaGateway
+from serve_app.deployments.worker import Worker
 from serve_app.errors import ServeAppError
 from serve_app.types import Chunk, GenerationRequest
 
-# Ray Serve's logger: what is written here stands in the replica's log, with its ids.
-logger = logging.getLogger("ray.serve")
 
-READY = ""
+@serve.deployment
+class Replica(Worker):
+    """Behind an ingress, called through its handle."""
 
 
 @serve.deployment
-class Replica:
-    """Carries requests into the engine and tokens out of it."""
+@serve.ingress()
+class FusedReplica(Worker):
+    """Hosts the Starlette app in the model's own process, so that tokens cross no border on their way to the proxy.
+
+    Ray sends requests here once `__init__` has returned, that is once the model can answer.
+    """
 
     async def __init__(  # type: ignore[misc]  # Ray awaits it
-        self, model: Model, hub: DeploymentHandle
+        self, config: AppConfig, hub: DeploymentHandle
     ) -> None:
-        self._model = model
-        self._hub = hub
-        self._id = serve.get_replica_context().replica_id.unique_id
-        self._stage = "starting"
-        _log_to_serve()
-        self._metrics: EngineMetrics | None = None
-        self._pusher = asyncio.create_task(self._push_for_ever())
-        self._admit.set_max_batch_size(model.batching.max_batch_size)
-        self._admit.set_batch_wait_timeout_s(model.batching.batch_wait_timeout_s)
-        self._engine = Engine(partial(_make_runner, model, self._report), model.engine)
-        try:
-            await asyncio.to_thread(self._engine.start)
-        except BaseException as error:
-            self._pusher.cancel()
-            await self._push(failed=f"{type(error).__name__}: {error}")
-            raise
-        self._metrics = EngineMetrics(model.name, self._id, self._engine)
-        self._report(READY)
-        await self._push()
+        (model,) = config.models
+        await super().__init__(model, hub)
+        self._config = config
+        # Behind an ingress Ray lets no more than these in; here it lets everybody in who wants to speak to the app.
+        self._room = asyncio.Semaphore(model.deployment.max_ongoing_requests)
+        self._gateway = ReplicaGateway(config, {model.name: self._in_turn}, hub, self._id, here=True)
 
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Chunk | ServeAppError, None]:
-        """Yield the request's tokens; an error is the last thing yielded, never raised, so that none loses its type.
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        return create_app(self._gateway, self._config)
 
-        Closing the generator, or cancelling it at any point, frees the request's slot before the next step.
-        """
-        stream = TokenStream(request, time.monotonic())
-        try:
-            refusal = await self._admit(stream)
-            if refusal is not None:
-                yield refusal
-                return
-            async for chunk in stream.chunks(self._model.engine.flush_interval_s):
-                yield chunk
-        except ServeAppError as error:
-            yield error
-        finally:
-            stream.close()
-
-    @serve.batch(max_batch_size=1, batch_wait_timeout_s=0)  # both are set from the configuration
-    async def _admit(self, streams: list[TokenStream]) -> list[ServeAppError | None]:
-        """The turnstile: lets requests in together and returns at once; the engine batches from there on.
-
-        One outcome each, and it never raises: an exception here would hit every request of the batch.
-        """
-        return await asyncio.to_thread(self._engine.admit, streams)
-
-    async def check_health(self) -> None:
-        """Ray replaces the replica when this raises: engine ended, failing or stalled, or admission dead."""
-        self._engine.check()
-        age, limit = self._engine.step_age(), self._model.deployment.health_check_timeout_s
-        if age > limit:
-            raise EngineStalled(f"a step has been running for {age:.0f} s, more than {limit:.0f} s")
-
-    async def stats(self) -> dict[str, float]:
-        """The engine's counters, for tests and inspection."""
-        stats = self._engine.stats()
-        return {name: getattr(stats, name) for name in stats.__slots__}
-
-    async def __del__(self) -> None:
-        self._pusher.cancel()
-        await asyncio.to_thread(self._engine.stop)
-
-    def _report(self, stage: str) -> None:
-        """From any thread: what this replica is doing until it can answer."""
-        self._stage = stage
-        if stage:
-            logger.info("%s: %s", self._model.name, stage)
-
-    async def _push_for_ever(self) -> None:
-        while True:
-            await self._push()
-            await asyncio.sleep(PUSH_INTERVAL_S)
-
-    async def _push(self, failed: str = "") -> None:
-        families = self._metrics.families() if self._metrics else []
-        try:
-            await self._hub.push.remote(
-                Notice(self._id, self._model.name, failed or self._stage, families, failed=bool(failed))
-            )
-        except Exception:
-            # The hub may be starting or moving; the next push says everything again.
-            logger.debug("push failed", exc_info=True)
-
-
-def _log_to_serve() -> None:
-    """Let the engine's records go where the replica's go."""
-    ours = logging.getLogger("serve_app")
-    ours.handlers, ours.propagate = logger.handlers, False
-    ours.setLevel(logging.INFO)
-
-
-def _make_runner(model: Model, report: Callable[[str], None]) -> Runner:
-    """On the engine's thread. torch is imported here and nowhere else in this room."""
-    if model.source.startswith("builtin:toy"):
-        return ToyRunner.from_source(model.source, model.engine)
-    report("importing torch")
-    from serve_app.engine.runner import TorchRunner
-
-    return TorchRunner.from_config(model, report)
+    async def _in_turn(self, request: GenerationRequest) -> AsyncGenerator[Chunk | ServeAppError, None]:
+        async with self._room, aclosing(self.generate(request)) as items:
+            async for item in items:
+                yield item

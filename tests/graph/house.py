@@ -25,6 +25,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / "serve_config.yaml"
+# What stands in front, by what chooses it.
+FRONTS = {"haproxy": {}, "python": {"RAY_SERVE_ENABLE_HA_PROXY": "0"}}
 Config = dict[str, Any]
 
 DEPLOYMENT: Config = {
@@ -63,9 +65,12 @@ def sleeper(name: str, source: str, downscale_to_zero_delay_s: float) -> Config:
     return model(name, source, deployment={"num_replicas": None, "autoscaling": autoscaling})
 
 
-def serve_file(models: Sequence[Config], port: int = 8000, ingress: Config | None = None, **limits: Any) -> Config:
+def serve_file(
+    models: Sequence[Config], port: int = 8000, ingress: Config | None = None, fused: bool = False, **limits: Any
+) -> Config:
+    """`ingress` changes its deployment; `fused` makes the only model's replicas answer HTTP."""
     deployment = {**DEPLOYMENT, "max_ongoing_requests": 1024, **(ingress or {})}
-    args = {"ingress": {"deployment": deployment}, "limits": limits}
+    args = {"ingress": {"fused": True} if fused else {"deployment": deployment}, "limits": limits}
     application = {
         "name": "serve_app",
         "route_prefix": "/",
@@ -185,6 +190,17 @@ async def metrics(client: httpx.AsyncClient) -> dict[tuple[str, str], float]:
     return totals
 
 
+def made_after(log: Path, cuts: dict[str, float]) -> list[int]:
+    """For each client who left at an instant, the number of tokens that the engine made for it later."""
+    extra = dict.fromkeys(cuts, 0)
+    for line in log.read_text().splitlines():
+        at, name = line.split()
+        name = name.split("_")[0]
+        if name in cuts and float(at) > cuts[name]:
+            extra[name] += 1
+    return list(extra.values())
+
+
 async def until(condition: Callable[[], Any], seconds: float = 20, every_s: float = 0.1) -> Any:
     """The first true value of an async condition. Fails with the last one when the time is over."""
     end = time.monotonic() + seconds
@@ -199,7 +215,7 @@ async def idle(client: httpx.AsyncClient, name: str) -> dict[tuple[str, str], fl
 
     async def look() -> dict[tuple[str, str], float] | None:
         first = await metrics(client)
-        await asyncio.sleep(1.2)
+        await asyncio.sleep(1.6)
         second = await metrics(client)
         busy = ("running_sequences", "queue_depth", "kv_usage_ratio", "active_requests")
         same = first["engine_generated_tokens_total", name] == second["engine_generated_tokens_total", name]

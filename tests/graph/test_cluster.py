@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -14,15 +15,29 @@ import httpx
 import pytest
 import yaml
 
-from tests.graph.house import Config, Program, Service, frames_of, free_port, model, serve_file, state, until
+from serve_app.deployments import haproxy
+from tests.graph.house import (
+    FRONTS,
+    Config,
+    Program,
+    Service,
+    frames_of,
+    free_port,
+    model,
+    serve_file,
+    state,
+    until,
+)
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+
+PATIENT: Config = {"graceful_shutdown_timeout_s": 60}
 
 
 class Head(Program):
     """`ray start --head` with two GPUs that do not exist, one of them an A10G by its label."""
 
-    def __init__(self) -> None:
+    def __init__(self, **environment: str) -> None:
         self.dashboard, self.port = free_port(), free_port()
         super().__init__(
             [
@@ -31,6 +46,7 @@ class Head(Program):
                 *('--resources={"accelerator_type:A10G": 1}', "--object-store-memory=100000000"),
             ],
             RAY_USAGE_STATS_ENABLED="0",
+            **environment,
         )
         self.url = f"http://127.0.0.1:{self.port}"
 
@@ -41,9 +57,9 @@ class Head(Program):
             capture_output=True, text=True, timeout=60, check=False, env=self.environment,
         )  # fmt: skip
 
-    def deploy(self, *models: Config, ingress: Config | None = None) -> None:
+    def deploy(self, *models: Config, **options: Any) -> None:
         file = self.folder / "serve_config.yaml"
-        file.write_text(yaml.safe_dump(serve_file(models, port=self.port, ingress=ingress)))
+        file.write_text(yaml.safe_dump(serve_file(models, port=self.port, **options)))
         done = self.serve("deploy", str(file))
         assert done.returncode == 0, done.stderr
 
@@ -123,18 +139,34 @@ async def test_the_file_deploys_with_the_tool_and_gpus_go_where_it_says(head: He
 
 async def test_a_rollout_cuts_no_stream(head: Head, client: httpx.AsyncClient) -> None:
     """The second deployment changes the model's engine: its replica and the ingress are replaced, and none is away."""
-    patient = {"graceful_shutdown_timeout_s": 60}
+    await roll_out(head, client, ingress=PATIENT)
 
+
+@pytest.mark.parametrize("front", FRONTS)
+async def test_a_rollout_of_a_fused_model_cuts_no_stream(front: str) -> None:
+    """On a cluster whose operator puts HAProxy in front, and on one as Ray comes."""
+    binary = haproxy.find()
+    assert binary is not None
+    with tempfile.TemporaryDirectory(prefix="sa") as folder:
+        environment = haproxy.environment(binary, Path(folder), 60) if front == "haproxy" else {}
+        with Head(**environment) as head:
+            head.wait_for("Ray runtime started")
+            async with httpx.AsyncClient(base_url=head.url, timeout=60) as client:
+                await roll_out(head, client, fused=True)
+                assert bool(head.find("haproxy.cfg")) == (front == "haproxy")
+
+
+async def roll_out(head: Head, client: httpx.AsyncClient, **options: Any) -> None:
     def deploy(max_running: int) -> None:
-        rolling = model("rolling", "builtin:toy?step_ms=100", patient, engine={"max_running": max_running})
-        head.deploy(rolling, ingress=patient)
+        source = "builtin:toy?step_ms=100&load_s=2"
+        head.deploy(model("rolling", source, PATIENT, engine={"max_running": max_running}), **options)
 
     deploy(2)
     await until(lambda: answers(client, "rolling"), seconds=90, every_s=0.5)
     before = set(head.find("model-rolling"))
 
     async def stream() -> list[dict[str, Any]]:
-        body = {"model": "rolling", "prompt": "abc", "max_tokens": 120}
+        body = {"model": "rolling", "prompt": "abc", "max_tokens": 150}
         async with client.stream("POST", "/generate_stream", json=body) as response:
             return [frame async for frame in frames_of(response)]
 
@@ -148,7 +180,7 @@ async def test_a_rollout_cuts_no_stream(head: Head, client: httpx.AsyncClient) -
         slowest = max(slowest, time.monotonic() - began)
     frames = await running
     assert frames[-1]["finished"] is True
-    assert frames[-1]["text"] == "abc" * 40
+    assert frames[-1]["text"] == "abc" * 50
     assert set(head.find("model-rolling")) - before, "the new replica came while the old one was still answering"
     assert slowest < 5, "somebody had to wait for the old one to end"
 

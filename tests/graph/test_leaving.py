@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.graph.house import idle, lines
+from tests.graph.house import idle, lines, made_after
 
 pytestmark = pytest.mark.ray
 
@@ -35,17 +35,6 @@ async def cut(client: httpx.AsyncClient, name: str, after: int, patience_s: floa
     raise AssertionError("a stream of 1000 tokens ended by itself")
 
 
-def made_after(log: Path, cuts: dict[str, float]) -> list[int]:
-    """For each cut, the number of tokens that the engine made for that client later."""
-    extra = dict.fromkeys(cuts, 0)
-    for line in log.read_text().splitlines():
-        at, name = line.split()
-        name = name.split("_")[0]
-        if name in cuts and float(at) > cuts[name]:
-            extra[name] += 1
-    return list(extra.values())
-
-
 async def test_500_streams_cut_at_random_points_leave_nothing(client: httpx.AsyncClient, token_log: Path) -> None:
     """A fifth hangs up within 150 ms, mostly before the first token; the others after 1 to 8 tokens."""
     rng = random.Random(3)
@@ -62,6 +51,21 @@ async def test_500_streams_cut_at_random_points_leave_nothing(client: httpx.Asyn
     print(f"tokens made after a cut: {sum(extra) / STREAMS:.2f} on average, {max(extra)} at most")
     assert len(extra) == STREAMS
     assert max(extra) <= 2
+
+
+@pytest.mark.parametrize("headers", [{"x-request-disconnect-disabled": "?1"}, {"x-request-timeout-seconds": "0"}])
+async def test_no_header_keeps_a_slot_for_one_who_left(
+    client: httpx.AsyncClient, token_log: Path, headers: dict[str, str]
+) -> None:
+    """Ray Serve knows both of them."""
+    name = next(iter(headers))
+    body = {"model": "slow", "prompt": "a", "max_tokens": 100}
+    with pytest.raises(httpx.ReadTimeout):
+        await client.post("/generate", json=body, timeout=0.7, headers={"x-request-id": f"{name}_", **headers})
+    left = time.monotonic()
+    await idle(client, "slow")
+    (extra,) = made_after(token_log, {name: left})
+    assert extra <= 2
 
 
 @pytest.mark.parametrize("path", ["/generate", "/v1/completions", "/generate_batch"])

@@ -7,8 +7,10 @@ import json
 import shlex
 import signal
 import socket
+import stat
 import subprocess
 import time
+from pathlib import Path
 
 import grpc
 import httpx
@@ -81,9 +83,26 @@ def test_the_commands_it_prints_work_and_ctrl_c_leaves_nothing() -> None:
         others = open_to_others(service)
         assert all(name.startswith("ray::ServeReplica") for name in others.values()), others
         assert all(turned_away(port) for port in others)
+        # HAProxy stands in front; whoever reaches its admin socket may redirect the service.
+        (front,) = service.find("haproxy.cfg")
+        command = front.cmdline()
+        folder = Path(command[command.index("-f") + 1]).parents[1]
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
         assert service.interrupt(signal.SIGINT) == 0
         assert service.said().rstrip().endswith("stopped")
         assert gone(service), [process.cmdline() for process in service.left()]
+        assert not listening(service.port)
+        assert not folder.exists()
+
+
+def test_haproxy_ends_with_a_service_that_is_killed() -> None:
+    """It would keep the port. Of the others Ray itself takes care."""
+    with Service([model("toy")]) as service:
+        service.wait_for("answers on")
+        (front,) = service.find("haproxy.cfg")
+        service.process.kill()
+        psutil.wait_procs([front], timeout=20)
+        assert not front.is_running()
         assert not listening(service.port)
 
 

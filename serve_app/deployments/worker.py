@@ -1,0 +1,122 @@
+"""One engine and the way in and out of it: admission by `@serve.batch`, then a stream of tokens."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, Callable
+from functools import partial
+
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from serve_app.config import Model
+from serve_app.deployments.hub import Notice, Pusher
+from serve_app.deployments.metrics import EngineMetrics
+from serve_app.engine.engine import Engine, EngineStalled
+from serve_app.engine.sequence import Runner
+from serve_app.engine.stream import TokenStream
+from serve_app.engine.toy import ToyRunner
+from serve_app.errors import ServeAppError
+from serve_app.types import Chunk, GenerationRequest
+
+# Ray Serve's logger: what is written here stands in the replica's log, with its ids.
+logger = logging.getLogger("ray.serve")
+
+READY = ""
+
+
+class Worker:
+    """What a deployment of a model inherits, whether it is called through handles or hosts the HTTP entrance too."""
+
+    async def __init__(  # type: ignore[misc]  # Ray awaits it
+        self, model: Model, hub: DeploymentHandle
+    ) -> None:
+        self._model = model
+        self._id = serve.get_replica_context().replica_id.unique_id
+        self._stage = "starting"
+        _log_to_serve()
+        self._metrics: EngineMetrics | None = None
+        self._pusher = Pusher(hub, self._notice)
+        self._admit.set_max_batch_size(model.batching.max_batch_size)
+        self._admit.set_batch_wait_timeout_s(model.batching.batch_wait_timeout_s)
+        self._engine = Engine(partial(_make_runner, model, self._report), model.engine)
+        try:
+            await asyncio.to_thread(self._engine.start)
+        except BaseException as error:
+            self._pusher.stop()
+            await self._pusher.push(Notice(self._id, model.name, f"{type(error).__name__}: {error}", [], failed=True))
+            raise
+        self._metrics = EngineMetrics(model.name, self._id, self._engine)
+        self._report(READY)
+        await self._pusher.push(self._notice())
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Chunk | ServeAppError, None]:
+        """Yield the request's tokens; an error is the last thing yielded, never raised, so that none loses its type.
+
+        Closing the generator, or cancelling it at any point, frees the request's slot before the next step.
+        """
+        stream = TokenStream(request, time.monotonic())
+        try:
+            refusal = await self._admit(stream)
+            if refusal is not None:
+                yield refusal
+                return
+            async for chunk in stream.chunks(self._model.engine.flush_interval_s):
+                yield chunk
+        except ServeAppError as error:
+            yield error
+        finally:
+            stream.close()
+
+    @serve.batch(max_batch_size=1, batch_wait_timeout_s=0)  # both are set from the configuration
+    async def _admit(self, streams: list[TokenStream]) -> list[ServeAppError | None]:
+        """The turnstile: lets requests in together and returns at once; the engine batches from there on.
+
+        One outcome each, and it never raises: an exception here would hit every request of the batch.
+        """
+        return await asyncio.to_thread(self._engine.admit, streams)
+
+    async def check_health(self) -> None:
+        """Ray replaces the replica when this raises: engine ended, failing or stalled, or admission dead."""
+        self._engine.check()
+        age, limit = self._engine.step_age(), self._model.deployment.health_check_timeout_s
+        if age > limit:
+            raise EngineStalled(f"a step has been running for {age:.0f} s, more than {limit:.0f} s")
+
+    async def stats(self) -> dict[str, float]:
+        """The engine's counters, for tests and inspection."""
+        stats = self._engine.stats()
+        return {name: getattr(stats, name) for name in stats.__slots__}
+
+    async def __del__(self) -> None:
+        self._pusher.stop()
+        await asyncio.to_thread(self._engine.stop)
+
+    def _report(self, stage: str) -> None:
+        """From any thread: what this replica is doing until it can answer."""
+        self._stage = stage
+        if stage:
+            logger.info("%s: %s", self._model.name, stage)
+
+    def _notice(self) -> Notice:
+        families = self._metrics.families() if self._metrics else []
+        return Notice(self._id, self._model.name, self._stage, families)
+
+
+def _log_to_serve() -> None:
+    """Let the engine's records go where the replica's go."""
+    ours = logging.getLogger("serve_app")
+    ours.handlers, ours.propagate = logger.handlers, False
+    ours.setLevel(logging.INFO)
+
+
+def _make_runner(model: Model, report: Callable[[str], None]) -> Runner:
+    """On the engine's thread. torch is imported here and nowhere else in this room."""
+    if model.source.startswith("builtin:toy"):
+        return ToyRunner.from_source(model.source, model.engine)
+    report("importing torch")
+    from serve_app.engine.runner import TorchRunner
+
+    return TorchRunner.from_config(model, report)
