@@ -14,6 +14,7 @@ import socket
 import sys
 import threading
 import time
+import urllib.parse
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -173,8 +174,9 @@ def _deploy(address: Address, file: ServeFile, progress: Progress) -> None:
     deployment = threading.Thread(target=run, daemon=True)
     deployment.start()
     watch = Watch(file.name, file.args.models)
+    url = address.url(file.route_prefix)
     stages: list[str] | None = None
-    while deployment.is_alive() or stages is None or stages or not _answers(address.url(file.route_prefix)):
+    while deployment.is_alive() or stages is None or stages or not _ready(url, file):
         time.sleep(_LOOK_S)
         failed = bool(failure)
         stages = watch.waiting()
@@ -184,12 +186,14 @@ def _deploy(address: Address, file: ServeFile, progress: Progress) -> None:
     progress.end()
 
 
-def _answers(url: str) -> bool:
+def _ready(url: str, file: ServeFile) -> bool:
+    """Whether callers too find every model ready: the proxy and the ingress learn it a moment after the hub."""
     try:
-        with urllib.request.urlopen(url + "/health", timeout=2):
-            return True
+        for model in file.args.models:
+            urllib.request.urlopen(f"{url}/ready?model={urllib.parse.quote(model.name)}", timeout=2).close()
     except OSError:
         return False
+    return True
 
 
 def _reason(error: Exception) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import shlex
+import shutil
 import signal
 import socket
 import stat
@@ -46,6 +47,12 @@ def open_to_others(program: Program) -> dict[int, str]:
     }
 
 
+def folder_of(front: psutil.Process) -> Path:
+    """Where HAProxy's files are."""
+    command = front.cmdline()
+    return Path(command[command.index("-f") + 1]).parents[1]
+
+
 def turned_away(port: int) -> bool:
     """Whether a gRPC server there refuses a caller without the token before it looks at what it is sent."""
     with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
@@ -85,8 +92,7 @@ def test_the_commands_it_prints_work_and_ctrl_c_leaves_nothing() -> None:
         assert all(turned_away(port) for port in others)
         # HAProxy stands in front; whoever reaches its admin socket may redirect the service.
         (front,) = service.find("haproxy.cfg")
-        command = front.cmdline()
-        folder = Path(command[command.index("-f") + 1]).parents[1]
+        folder = folder_of(front)
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
         assert service.interrupt(signal.SIGINT) == 0
         assert service.said().rstrip().endswith("stopped")
@@ -100,10 +106,12 @@ def test_haproxy_ends_with_a_service_that_is_killed() -> None:
     with Service([model("toy")]) as service:
         service.wait_for("answers on")
         (front,) = service.find("haproxy.cfg")
+        folder = folder_of(front)
         service.process.kill()
         psutil.wait_procs([front], timeout=20)
         assert not front.is_running()
         assert not listening(service.port)
+        shutil.rmtree(folder)
 
 
 def test_a_model_that_still_loads_is_waited_for_with_reasons() -> None:
