@@ -80,13 +80,16 @@ class Engine(Section):
 
     `max_running` is the number of slots (sequences that decode together); the memory budget may
     allow fewer. `max_context` caps prompt plus answer. `max_step_tokens` bounds the rows of one
-    forward pass, so that a long prompt is prefilled in chunks between decode steps.
+    forward pass, so that a long prompt is prefilled in chunks between decode steps. `draft_tokens`
+    is how many tokens are guessed ahead while few sequences run; 0 guesses none.
     """
 
     max_running: int = Field(32, ge=1, le=1024)
     max_waiting: int = Field(256, ge=1)
     max_context: int = Field(2048, ge=16)
     max_step_tokens: int = Field(256, ge=1)
+    prefix_cache: bool = True
+    draft_tokens: int = Field(4, ge=0, le=7)
     kv_memory_fraction: float = Field(0.5, gt=0, le=0.95)
     kv_memory_bytes: int | None = Field(None, ge=1)
     flush_interval_s: float = Field(0.02, ge=0, le=0.5)
@@ -111,7 +114,7 @@ class Model(Section):
     revision: str | None = None
     trust_remote_code: bool = False
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    quantization: Literal["none", "int8"] = "none"
+    quantization: Literal["none", "int8", "int4"] = "none"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     device_map: str | dict[str, int | str] | None = None
     sampling_defaults: SamplingDefaults = SamplingDefaults()

@@ -66,13 +66,17 @@ Prompt = TextPrompt | TokenPrompt | ChatPrompt
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """One prompt for one model. `timeout_s` is what is left of the request's time at the receiver's door."""
+    """One prompt for one model. `timeout_s` is what is left of the request's time at the receiver's door.
+
+    Requests share what is computed of a common beginning only if their `cache_salt` is the same.
+    """
 
     id: str
     model: str
     prompt: Prompt
     params: SamplingParams
     timeout_s: float
+    cache_salt: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,12 +113,14 @@ class TokenEvent:
 class Chunk:
     """The tokens of one flush, oldest first, with what is known of the request since admission.
 
-    `queue_s` is the time before the model began with this request's prompt.
+    `queue_s` is the time before the model began with this request's prompt, of which `cached_tokens` were computed
+    already.
     """
 
     events: tuple[TokenEvent, ...]
     prompt_tokens: int
     queue_s: float
+    cached_tokens: int = 0
 
 
 class ModelState(StrEnum):

@@ -51,7 +51,9 @@ class Batch:
             served = self._door.model(body.model)
             model = served.name
             params = body.params(served.sampling_defaults)
-            request = self._door.request(f"{self._id}-{index}", served, TextPrompt(body.prompt), params)
+            request = self._door.request(
+                f"{self._id}-{index}", served, TextPrompt(body.prompt), params, body.cache_salt
+            )
             tally = await collect(self._door.gateway, request, self._door.config.limits.warm_wait_s)
         except ServeAppError as error:
             self._door.gateway.refused(error, model)
@@ -63,7 +65,11 @@ class Batch:
         tokens = sum(tally.tokens for tally in self._tallies)
         return {
             "results": self._results,
-            "usage": usage(sum(tally.prompt_tokens for tally in self._tallies), tokens),
+            "usage": usage(
+                sum(tally.prompt_tokens for tally in self._tallies),
+                sum(tally.cached_tokens for tally in self._tallies),
+                tokens,
+            ),
             "metrics": {"elapsed_ms": milliseconds(elapsed_s), "tokens_per_second": rate(tokens, elapsed_s)},
         }
 

@@ -33,8 +33,10 @@ class Door:
         known = ", ".join(model.name for model in models)
         raise ModelNotFound(f"there is no model {name[:128]!r}; the models here are: {known}", param="model")
 
-    def request(self, id: str, model: Model, prompt: Prompt, params: SamplingParams) -> GenerationRequest:
-        return GenerationRequest(id, model.name, prompt, params, self.config.limits.request_timeout_s)
+    def request(
+        self, id: str, model: Model, prompt: Prompt, params: SamplingParams, cache_salt: str
+    ) -> GenerationRequest:
+        return GenerationRequest(id, model.name, prompt, params, self.config.limits.request_timeout_s, cache_salt)
 
 
 def generation_id(http: Request) -> str:

@@ -37,7 +37,7 @@ class OpenAIRoutes:
         model = self._door.model(body.model)
         http.state.model = model.name
         params = body.params(model.sampling_defaults)
-        request = self._door.request(generation_id(http), model, body.asked(), params)
+        request = self._door.request(generation_id(http), model, body.asked(), params, body.cache_salt)
         frames = kind(request, _now(), body.include_usage)
         if body.stream:
             return EventStream(self._door.gateway, request, frames, self._door.config.limits.heartbeat_s)

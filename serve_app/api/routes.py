@@ -49,7 +49,7 @@ class NativeRoutes:
         model = self._door.model(body.model)
         http.state.model = model.name
         params = body.params(model.sampling_defaults)
-        return self._door.request(generation_id(http), model, TextPrompt(body.prompt), params)
+        return self._door.request(generation_id(http), model, TextPrompt(body.prompt), params, body.cache_salt)
 
 
 class OperatorRoutes:

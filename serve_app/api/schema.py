@@ -29,7 +29,10 @@ StopStrings = Annotated[list[StopString], Field(max_length=16, fail_fast=True), 
 
 
 class SamplingFields(Body):
-    """How tokens are chosen. What is absent comes from the model's defaults, or switches its rule off."""
+    """How tokens are chosen. What is absent comes from the model's defaults, or switches its rule off.
+
+    `cache_salt` keeps what is computed of a prompt among the requests that carry the same one.
+    """
 
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -43,6 +46,7 @@ class SamplingFields(Body):
     stop_token_ids: Annotated[list[TokenId], Field(max_length=64, fail_fast=True, default_factory=list)]
     ignore_eos: bool = False
     min_tokens: Annotated[int, Field(ge=0, le=MOST_TOKENS)] = 0
+    cache_salt: Annotated[str, Field(max_length=128)] = ""
 
     def sampling(
         self, defaults: SamplingDefaults, max_tokens: int | None, logprobs: int | None, greedy: bool = False

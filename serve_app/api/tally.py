@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from serve_app.types import Chunk, FinishReason, TokenEvent
 
 Metrics = dict[str, float | int | None]
-Usage = dict[str, int]
+Usage = dict[str, int | dict[str, int]]
 
 
 @dataclass(slots=True)
@@ -16,6 +16,7 @@ class Tally:
 
     text: str = ""
     prompt_tokens: int = 0
+    cached_tokens: int = 0
     queue_s: float = 0.0
     tokens: int = 0
     first_s: float | None = None
@@ -24,7 +25,8 @@ class Tally:
     events: list[TokenEvent] = field(default_factory=list)
 
     def arrived(self, chunk: Chunk) -> None:
-        self.prompt_tokens, self.queue_s = chunk.prompt_tokens, chunk.queue_s
+        self.prompt_tokens, self.cached_tokens = chunk.prompt_tokens, chunk.cached_tokens
+        self.queue_s = chunk.queue_s
 
     def count(self, event: TokenEvent) -> None:
         self.first_s = event.elapsed_s if self.first_s is None else self.first_s
@@ -36,7 +38,7 @@ class Tally:
             self.events.append(event)
 
     def usage(self) -> Usage:
-        return usage(self.prompt_tokens, self.tokens)
+        return usage(self.prompt_tokens, self.cached_tokens, self.tokens)
 
     def metrics(self) -> Metrics:
         """`tpot_ms` leaves the first token out; `tokens_per_second` covers the whole elapsed time."""
@@ -55,9 +57,10 @@ class Tally:
         return milliseconds((self.last_s - self.first_s) / (self.tokens - 1))
 
 
-def usage(prompt_tokens: int, completion_tokens: int) -> Usage:
+def usage(prompt_tokens: int, cached_tokens: int, completion_tokens: int) -> Usage:
     return {
         "prompt_tokens": prompt_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
     }

@@ -113,7 +113,10 @@ class EngineMetrics:
             "running_sequences": ("Sequences in a slot", stats.running),
             "queue_depth": ("Sequences waiting for a slot", stats.waiting),
             "slots": ("Slots of the KV arena", stats.slots),
-            "kv_usage_ratio": ("Share of the KV arena that holds tokens", stats.tokens_held / stats.arena_tokens),
+            "kv_usage_ratio": (
+                "Share of the KV memory that running sequences' tokens take",
+                stats.tokens_held / stats.arena_tokens,
+            ),
         }
         counters = {
             "engine_steps": ("Forward passes", stats.steps),
@@ -122,6 +125,11 @@ class EngineMetrics:
             "engine_decode_rows": ("Decoding rows of all forward passes", stats.decode_rows),
             "engine_generated_tokens": ("Tokens sampled, whether or not somebody read them", stats.generated_tokens),
             "engine_busy_seconds": ("Time spent in steps", stats.busy_s),
+            "engine_preemptions": ("Sequences put off because memory ran out, to be computed again", stats.preemptions),
+            "prefix_cache_queried_tokens": ("Prompt tokens that came to a slot", stats.prompt_tokens),
+            "prefix_cache_hit_tokens": ("Of them, those that were computed already", stats.cached_tokens),
+            "draft_tokens": ("Tokens guessed ahead", stats.drafted),
+            "draft_accepted_tokens": ("Of them, those that were right", stats.accepted),
         }
         kinds = ((GaugeMetricFamily, gauges), (CounterMetricFamily, counters))
         info = GaugeMetricFamily("serve_app_runner_info", "How steps run", labels=["model", "replica", "kind"])

@@ -16,10 +16,13 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
+from serve_app.engine.arena import Copy, Trim
 from serve_app.engine.rows import DecodeRun, PromptChunk, Rows
 
 IMPLEMENTATION = "serve_app_slots"
 _LENGTH_STEP = 64
+# Private pages are given back one by one, and none is set aside before it is written to.
+_PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
 
 
 @dataclass(slots=True)
@@ -76,11 +79,19 @@ class LayerCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.keys = _zeros((slots, heads, length, key_dim), dtype, device)
-        self.values = _zeros((slots, heads, length, value_dim), dtype, device)
+        self.keys, self._key_pages = _zeros((slots, heads, length, key_dim), dtype, device)
+        self.values, self._value_pages = _zeros((slots, heads, length, value_dim), dtype, device)
         self.heads = heads
         self.length = length
         self.layout: Layout | None = None
+
+    def carry_out(self, order: Copy | Trim) -> None:
+        if isinstance(order, Copy):
+            for arena in (self.keys, self.values):
+                arena[order.target, :, : order.count].copy_(arena[order.source, :, : order.count])
+        else:
+            _give_back(self.keys, self._key_pages, order)
+            _give_back(self.values, self._value_pages, order)
 
     def attend(
         self,
@@ -182,17 +193,30 @@ def attend(
     return out.reshape(batch, heads, count, -1).transpose(1, 2)
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, mmap.mmap | None]:
     """On CPU from pages that take no memory until a sequence writes to them; torch.zeros writes to all.
 
     Small pages: the first token of a slot would make the kernel clear 2 MiB a layer otherwise, for its neighbours too.
     """
     if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+        return torch.zeros(shape, dtype=dtype, device=device), None
+    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=_PRIVATE)
     if hasattr(mmap, "MADV_NOHUGEPAGE"):
         pages.madvise(mmap.MADV_NOHUGEPAGE)
-    return torch.frombuffer(pages, dtype=dtype).view(shape)
+    return torch.frombuffer(pages, dtype=dtype).view(shape), pages
+
+
+def _give_back(arena: torch.Tensor, pages: mmap.mmap | None, order: Trim) -> None:
+    """Whole pages only; they read as zeros from then on. Memory of a GPU stays where it is."""
+    if pages is None or not hasattr(mmap, "MADV_DONTNEED"):
+        return
+    token_bytes = arena.stride(2) * arena.itemsize
+    for place in arena[order.slot]:
+        begin = place.storage_offset() * arena.itemsize
+        first = -(-(begin + order.keep * token_bytes) // mmap.PAGESIZE) * mmap.PAGESIZE
+        end = (begin + place.shape[0] * token_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        if end > first:
+            pages.madvise(mmap.MADV_DONTNEED, first, end - first)
 
 
 class ShapeProbe:

@@ -1,7 +1,7 @@
 """`python -m serve_app.engine.bench`: the engine alone, in this process, without Ray and HTTP.
 
-Prints tokens a second, TTFT, step times, and how much of the memory bandwidth measured here a step uses, so that a
-change to the engine can be judged in a minute.
+Prints tokens a second, TTFT, the time of a step and of its phases, and how much it uses of the memory bandwidth and the
+arithmetic measured here, so that a change to the engine can be judged in a minute.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ import random
 import statistics
 import sys
 import time
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 
 from serve_app.config import ConfigError, Model, load_serve_file
-from serve_app.engine.engine import Engine
+from serve_app.engine.engine import Engine, EngineStats
+from serve_app.engine.linear import pack
 from serve_app.engine.loader import SourceError
 from serve_app.engine.memory import NotEnoughMemory
 from serve_app.engine.runner import TorchRunner
@@ -26,27 +28,42 @@ from serve_app.engine.stream import TokenStream
 from serve_app.types import GenerationRequest, SamplingParams, TokenPrompt
 
 _READ_BYTES = 256 * 2**20
+_FLOP_SIZE = 1024
+# Streams that run, and the prompt that comes; the beginning that comes again, with another end.
+_RUNNING, _NEWCOMER = 8, 512
+_BEGINNING, _TAIL = 1000, 10
 _PATIENCE_S = 600.0
 
 
+class Limits(NamedTuple):
+    """What this machine gives, measured: bytes a second of reading, and operations a second of the linear layers."""
+
+    bandwidth: float
+    flops: float
+
+
 class Round(NamedTuple):
-    """One concurrency's measurement. Times in seconds."""
+    """One concurrency's measurement. Times in seconds; those of a step are means while all decode."""
 
     tokens_per_s: float
     ttft_s: float
     tpot_s: float
     step_s: float
+    model_s: float
+    sampling_s: float
+    rows: float
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         model = _model(arguments)
-        made: list[tuple[TorchRunner, float]] = []
+        made: list[tuple[TorchRunner, Limits]] = []
 
         def make() -> TorchRunner:
-            """On the engine's thread, the bandwidth too: a second thread's pool would slow the first one down."""
-            made.append((TorchRunner.from_config(model, _say), read_bandwidth()))
+            """On the engine's thread, the limits too: a second thread's pool would slow the first one down."""
+            runner = TorchRunner.from_config(model, _say)
+            made.append((runner, Limits(read_bandwidth(), linear_flops(model, runner))))
             return made[0][0]
 
         engine = Engine(make, model.engine)
@@ -69,8 +86,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m serve_app.engine.bench", description=__doc__)
     parser.add_argument("--config", default="serve_config.yaml", help="take the model from here (default: %(default)s)")
     parser.add_argument("--model", help="which of its models (default: the first)")
-    parser.add_argument("--quantization", choices=("none", "int8"), help="instead of the file's")
+    parser.add_argument("--quantization", choices=("none", "int8", "int4"), help="instead of the file's")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="instead of the file's")
+    parser.add_argument("--draft", type=int, choices=range(8), help="tokens to guess ahead, instead of the file's")
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 8, 32], help="at once (default: 1 8 32)")
     parser.add_argument("--prompt", type=int, default=60, help="tokens in each prompt (default: %(default)s)")
     parser.add_argument("--output", type=int, default=64, help="tokens in each answer (default: %(default)s)")
@@ -83,7 +101,11 @@ def _model(arguments: argparse.Namespace) -> Model:
     found = [model for model in models if arguments.model in (None, model.name)]
     if not found:
         raise ConfigError(f"no model {arguments.model!r} in {arguments.config}")
-    chosen = {name: getattr(arguments, name) for name in ("quantization", "dtype") if getattr(arguments, name)}
+    chosen: dict[str, Any] = {
+        name: getattr(arguments, name) for name in ("quantization", "dtype") if getattr(arguments, name)
+    }
+    if arguments.draft is not None:
+        chosen["engine"] = found[0].engine.model_copy(update={"draft_tokens": arguments.draft})
     return found[0].model_copy(update=chosen)
 
 
@@ -91,54 +113,143 @@ def _say(stage: str) -> None:
     print(stage, file=sys.stderr)
 
 
-def _measure(engine: Engine, runner: TorchRunner, bandwidth: float, arguments: argparse.Namespace) -> None:
-    print(f"memory reads at {bandwidth / 1e9:.1f} GB/s here, on {torch.get_num_threads()} threads")
-    print(f"{'streams':>8}{'tok/s':>9}{'TTFT ms':>9}{'TPOT ms':>9}{'step ms':>9}{'of bandwidth':>14}")
-    asyncio.run(_round(engine, 1, arguments, seed=0))  # warm
+def _measure(engine: Engine, runner: TorchRunner, limits: Limits, arguments: argparse.Namespace) -> None:
+    threads = torch.get_num_threads()
+    print(f"{limits.bandwidth / 1e9:.1f} GB/s, {limits.flops / 1e9:.0f} GFLOP/s measured here, on {threads} threads")
+    print(
+        f"{'streams':>7}{'tok/s':>7}{'TTFT ms':>9}{'TPOT ms':>9}{'step ms':>9}{'model':>7}{'sample':>8}{'rest':>6}"
+        f"{'bandwidth':>11}{'FLOPs':>7}"
+    )
+    asyncio.run(_round(engine, runner, 1, arguments, seed=0))  # warm
     for streams in arguments.streams:
-        rounds = [asyncio.run(_round(engine, streams, arguments, seed)) for seed in range(arguments.rounds)]
-        rate, ttft_s, tpot_s, step_s = (statistics.median(column) for column in zip(*rounds, strict=True))
+        rounds = [asyncio.run(_round(engine, runner, streams, arguments, seed)) for seed in range(arguments.rounds)]
+        m = Round(*(statistics.median(column) for column in zip(*rounds, strict=True)))
         kept = streams * (arguments.prompt + arguments.output / 2) * runner.token_bytes
-        share = (runner.weight_bytes + kept) / step_s / bandwidth
-        times = "".join(f"{seconds * 1e3:>9.2f}" for seconds in (ttft_s, tpot_s, step_s))
-        print(f"{streams:>8}{rate:>9.0f}{times}{share:>14.0%}")
+        bandwidth = (runner.weight_bytes + kept) / m.step_s / limits.bandwidth
+        flops = 2 * runner.weight_count * m.rows / m.step_s / limits.flops
+        ttft, tpot, step, model, sampling = (1e3 * s for s in (m.ttft_s, m.tpot_s, m.step_s, m.model_s, m.sampling_s))
+        print(
+            f"{streams:>7}{m.tokens_per_s:>7.0f}{ttft:>9.2f}{tpot:>9.2f}{step:>9.2f}{model:>7.2f}{sampling:>8.2f}"
+            f"{step - model - sampling:>6.2f}{bandwidth:>11.0%}{flops:>7.0%}"
+        )
+    print(asyncio.run(_beside(engine)))
+    print(asyncio.run(_again(engine, runner)))
+    stats = engine.stats()
+    if stats.drafted:
+        print(f"guessed ahead: {stats.drafted} tokens, {stats.accepted / stats.drafted:.0%} right (--draft 0: none)")
 
 
-async def _round(engine: Engine, streams: int, arguments: argparse.Namespace, seed: int) -> Round:
-    """All requests at once, each to its full length."""
-    rng = random.Random(seed)
-    params = SamplingParams(max_tokens=arguments.output, temperature=0.0, ignore_eos=True)
-    prompts = [TokenPrompt(tuple(rng.randrange(1000) for _ in range(arguments.prompt))) for _ in range(streams)]
-    requests = [GenerationRequest(str(i), "m", prompt, params, _PATIENCE_S) for i, prompt in enumerate(prompts)]
-    began = time.monotonic()
-    members = [TokenStream(request, began) for request in requests]
-    refusals = [refusal for refusal in engine.admit(members) if refusal is not None]
-    if refusals:
-        raise ConfigError(str(refusals[0]))
-    times = await asyncio.gather(*(_times(stream) for stream in members))
-    wall_s = max(one[-1] for one in times)
-    gaps = [after - before for one in times for before, after in itertools.pairwise(one)]
-    return Round(
-        tokens_per_s=streams * arguments.output / wall_s,
-        ttft_s=statistics.median(one[0] for one in times),
-        tpot_s=statistics.median((one[-1] - one[0]) / max(1, len(one) - 1) for one in times),
-        step_s=statistics.median(gaps or [wall_s]),
+async def _beside(engine: Engine) -> str:
+    """What a long prompt does to the gaps of streams that run already."""
+    rng = random.Random("beside")
+    running = _admitted(engine, [_prompt(rng, 60) for _ in range(_RUNNING)], tokens=300)
+    readers = [asyncio.create_task(_times(stream)) for stream in running]
+    await asyncio.sleep(1.0)
+    (newcomer,) = _admitted(engine, [_prompt(rng, _NEWCOMER)], tokens=1)
+    arrived = newcomer.arrived - running[0].arrived
+    ttft_s = (await _times(newcomer))[0]
+    pairs = [pair for times in await asyncio.gather(*readers) for pair in itertools.pairwise(times)]
+    beside = [b - a for a, b in pairs if arrived < b <= arrived + ttft_s]
+    alone = [b - a for a, b in pairs if a > 0.3 and (b <= arrived or a > arrived + ttft_s)]
+    usual, disturbed = _p99(alone), _p99(beside)
+    return (
+        f"{_NEWCOMER}-token prompt beside {_RUNNING} streams: gap p99 {1e3 * disturbed:.1f} ms, "
+        f"{disturbed / usual:.2f} times the usual {1e3 * usual:.1f}; its own TTFT {1e3 * ttft_s:.0f} ms"
     )
 
 
-async def _times(stream: TokenStream) -> list[float]:
-    return [event.elapsed_s async for chunk in stream.chunks(0.0) for event in chunk.events]
+async def _again(engine: Engine, runner: TorchRunner) -> str:
+    """The same beginning twice."""
+    tokens = min(_BEGINNING, runner.context - _TAIL - 2)
+    cold: list[float] = []
+    warm: list[float] = []
+    for number in range(3):
+        rng = random.Random(f"again {number}")
+        beginning = _prompt(rng, tokens)
+        for ttfts in (cold, warm):
+            (stream,) = _admitted(engine, [(*beginning, *_prompt(rng, _TAIL))], tokens=1)
+            ttfts += await _times(stream)
+    was, now = statistics.median(cold), statistics.median(warm)
+    return (
+        f"{tokens}-token beginning again: TTFT {1e3 * now:.1f} ms, {now / was:.3f} of the first time's {1e3 * was:.0f}"
+    )
+
+
+def _p99(values: list[float]) -> float:
+    return sorted(values)[int(0.99 * len(values))] if values else float("nan")
+
+
+def _prompt(rng: random.Random, tokens: int) -> tuple[int, ...]:
+    return tuple(rng.randrange(1000) for _ in range(tokens))
+
+
+def _admitted(engine: Engine, prompts: list[tuple[int, ...]], tokens: int) -> list[TokenStream]:
+    """Streams of requests that come together, each to its full length."""
+    params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
+    began = time.monotonic()
+    streams = [
+        TokenStream(GenerationRequest(str(i), "m", TokenPrompt(prompt), params, _PATIENCE_S), began)
+        for i, prompt in enumerate(prompts)
+    ]
+    refusals = [refusal for refusal in engine.admit(streams) if refusal is not None]
+    if refusals:
+        raise ConfigError(str(refusals[0]))
+    return streams
+
+
+async def _round(engine: Engine, runner: TorchRunner, streams: int, arguments: argparse.Namespace, seed: int) -> Round:
+    """All requests at once, each to its full length."""
+    rng = random.Random(f"{streams} {seed}")
+    members = _admitted(engine, [_prompt(rng, arguments.prompt) for _ in range(streams)], arguments.output)
+    begun: list[tuple[EngineStats, float]] = []
+    times = await asyncio.gather(
+        *(_times(s, lambda: begun.append((engine.stats(), runner.sampling_s))) for s in members)
+    )
+    after, before = engine.stats(), begun[-1][0]  # all of them decode from the last one's first token on
+    steps = max(1, after.steps - before.steps)
+    busy_s, telling_s = after.busy_s - before.busy_s, after.telling_s - before.telling_s
+    sampling_s = runner.sampling_s - begun[-1][1]
+    return Round(
+        tokens_per_s=streams * arguments.output / max(one[-1] for one in times),
+        ttft_s=statistics.median(one[0] for one in times),
+        tpot_s=statistics.median((one[-1] - one[0]) / max(1, len(one) - 1) for one in times),
+        step_s=(busy_s + telling_s) / steps,
+        model_s=(busy_s - (after.planning_s - before.planning_s) - sampling_s) / steps,
+        sampling_s=sampling_s / steps,
+        rows=(after.rows - before.rows) / steps,
+    )
+
+
+async def _times(stream: TokenStream, begun: Callable[[], None] = lambda: None) -> list[float]:
+    """When each token came, in seconds since its request did."""
+    times: list[float] = []
+    async for chunk in stream.chunks(0.0):
+        if not times:
+            begun()
+        times += [event.elapsed_s for event in chunk.events]
+    return times
+
+
+def linear_flops(model: Model, runner: TorchRunner) -> float:
+    """Operations a second of a linear layer of this kind on many rows, the best of a few passes."""
+    x = torch.ones(_FLOP_SIZE, _FLOP_SIZE, dtype=runner.dtype)
+    linear = pack(torch.ones(_FLOP_SIZE, _FLOP_SIZE, dtype=runner.dtype), None, model.quantization)
+    return 2 * _FLOP_SIZE**3 / _best(lambda: linear(x))
 
 
 def read_bandwidth() -> float:
     """Bytes a second of reading memory that no cache holds, the best of a few passes."""
     block = torch.ones(_READ_BYTES // 8, dtype=torch.int64)
-    best = float("inf")
+    return _READ_BYTES / _best(block.sum)
+
+
+def _best(work: Callable[[], object]) -> float:
+    seconds = []
     for _ in range(5):
         began = time.perf_counter()
-        block.sum()
-        best = min(best, time.perf_counter() - began)
-    return _READ_BYTES / best
+        work()
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)
 
 
 if __name__ == "__main__":

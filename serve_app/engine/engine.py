@@ -6,9 +6,11 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from serve_app.config import Engine as EngineConfig
+from serve_app.engine.arena import Arena
+from serve_app.engine.pace import Pace
 from serve_app.engine.scheduler import Scheduler
 from serve_app.engine.sequence import Runner, Sequence, Step
 from serve_app.engine.stream import TokenStream, wake_all
@@ -25,18 +27,29 @@ class EngineStalled(Exception):
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """One look at the engine. Counters count from its start."""
+    """One look at the engine. Counters count from its start.
+
+    `busy_s` is the time of steps, from plan to commit; `planning_s` of it went before the model, and `telling_s` was
+    spent after it, on taking tokens in and handing them out.
+    """
 
     running: int
     waiting: int
     slots: int
     tokens_held: int
     arena_tokens: int
+    preemptions: int
+    prompt_tokens: int
+    cached_tokens: int
+    drafted: int
+    accepted: int
     steps: int
     rows: int
     decode_rows: int
     generated_tokens: int
     busy_s: float
+    planning_s: float
+    telling_s: float
     failed_steps: int
 
 
@@ -65,7 +78,7 @@ class Engine:
         self._step_started: float | None = None
         self._failures_in_a_row = 0
         self._counts = dict.fromkeys(("steps", "rows", "decode_rows", "generated_tokens", "failed_steps"), 0)
-        self._busy_s = 0.0
+        self._seconds = dict.fromkeys(("busy_s", "planning_s", "telling_s"), 0.0)
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -118,8 +131,11 @@ class Engine:
             waiting=scheduler.waiting + len(self._inbox),
             slots=runner.slots,
             tokens_held=scheduler.tokens_held,
-            arena_tokens=runner.slots * runner.context,
-            busy_s=self._busy_s,
+            arena_tokens=runner.kv_tokens,
+            **asdict(scheduler.counts),
+            busy_s=self._seconds["busy_s"],
+            planning_s=self._seconds["planning_s"],
+            telling_s=self._seconds["telling_s"],
             **self._counts,
         )
 
@@ -143,7 +159,7 @@ class Engine:
     def _main(self) -> None:
         try:
             self._runner = self._make_runner()
-            self._scheduler = Scheduler(self._runner.slots, self._config.max_step_tokens, self._config.max_waiting)
+            self._scheduler = _scheduler(self._runner, self._config)
         except BaseException as error:  # noqa: BLE001 - handed to start(), which raises it to the caller
             self._load_error = error
             return
@@ -178,10 +194,11 @@ class Engine:
         if not step.advances:
             return
         self._step_started = now
+        planned = self._clock()
         try:
-            sampled = self._runner.run(step)
-            now_done = self._clock()
-            news = self._scheduler.commit(step, sampled, now_done)
+            outcomes = self._runner.run(step)
+            done = self._clock()
+            news = self._scheduler.commit(step, outcomes, done)
         except Exception:
             logger.exception("step of %d rows failed", step.rows)
             self._fail(step)
@@ -194,22 +211,24 @@ class Engine:
             else:
                 sequence.stream.put(told)
         wake_all(sequence.stream for sequence, _ in news)
-        self._count(step, len(sampled), now_done - now)
+        self._count(step, len(news), done - now)
+        self._seconds["planning_s"] += planned - now
+        self._seconds["telling_s"] += self._clock() - done
 
     def _fail(self, step: Step) -> None:
         self._failures_in_a_row += 1
         self._counts["failed_steps"] += 1
-        sequences = [advance.sequence for advance in step.advances]
-        self._scheduler.fail(sequences)
-        self._tell([(s, InternalError("the model failed on this step; the request was ended")) for s in sequences])
+        lost = self._scheduler.fail(step)
+        self._tell([(s, InternalError("the model failed on this step; the request was ended")) for s in lost])
 
-    def _count(self, step: Step, sampled: int, seconds: float) -> None:
+    def _count(self, step: Step, generated: int, seconds: float) -> None:
         self._failures_in_a_row = 0
+        self._scheduler.record(step, seconds)
         self._counts["steps"] += 1
         self._counts["rows"] += step.rows
-        self._counts["decode_rows"] += sum(advance.count == 1 for advance in step.advances)
-        self._counts["generated_tokens"] += sampled
-        self._busy_s += seconds
+        self._counts["decode_rows"] += sum(advance.rows for advance in step.advances if advance.count == 1)
+        self._counts["generated_tokens"] += generated
+        self._seconds["busy_s"] += seconds
 
     def _tell(self, ended: list[tuple[Sequence, ServeAppError]]) -> None:
         for sequence, error in ended:
@@ -222,6 +241,11 @@ class Engine:
             left, self._inbox = self._inbox, []
         error = NotReady("this replica is shutting down; send the request again", retry_after_s=1)
         self._tell([(sequence, error) for sequence in (*left, *self._scheduler.drain())])
+
+
+def _scheduler(runner: Runner, config: EngineConfig) -> Scheduler:
+    arena = Arena(runner.slots, runner.kv_tokens, config.prefix_cache)
+    return Scheduler(arena, config.max_step_tokens, config.max_waiting, Pace(), config.draft_tokens)
 
 
 def _too_long(tokens: int, context: int) -> ServeAppError | None:

@@ -9,6 +9,8 @@
 // kernels.py builds this file where it runs; tests/engine/test_kernels.py compares it with plain torch.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/native/quantized/PackedParams.h>
 #include <torch/library.h>
 
 #include <cmath>
@@ -253,10 +255,11 @@ inline Floats sums(Floats* v) {
 }
 
 // G query heads that share one key-value head, over its positions [skip, count), skip < W. `scores` is scratch of G
-// rows of `count` rounded up to W; keys are read up to there from 0, and what lies outside is masked.
+// rows of `count` rounded up to W; keys are read up to there from 0, and what lies outside is masked. `ahead` is where
+// the next call will read keys, if it is known: memory takes as long to answer as a call to compute.
 template <int G, int dim, class T, class Kept>
 void attend_heads(const T* query, const Kept* keys, const Kept* values, int64_t skip, int64_t count, float scale,
-                  float* scores, T* out) {
+                  float* scores, T* out, const Kept* ahead) {
   constexpr int parts = dim / W;
   const int64_t padded = (count + W - 1) / W * W;
   Floats q[G][parts], result[G][parts] = {};
@@ -288,11 +291,13 @@ void attend_heads(const T* query, const Kept* keys, const Kept* values, int64_t 
     }
     weight[g] = 1.f / sum(total);
   }
-  for (int64_t t = skip; t < count; t++)
+  for (int64_t t = skip; t < count; t++) {
     for (int c = 0; c < parts; c++) {
       Floats v = load(values + t * dim + c * W);
       for (int g = 0; g < G; g++) result[g][c] += v * scores[g * padded + t];
     }
+    for (int c = 0; ahead && c < dim; c += 64 / (int)sizeof(Kept)) __builtin_prefetch(ahead + t * dim + c);
+  }
   for (int g = 0; g < G; g++)
     for (int c = 0; c < parts; c++) store(out + g * dim + c * W, result[g][c] * weight[g]);
 }
@@ -325,10 +330,13 @@ void attend(const Tensor& qkv, int64_t heads, double scale, int64_t window, cons
             TORCH_CHECK(slot_of[row] >= 0 && slot_of[row] < keys.size(0) && end > 0 && end <= length);
             const int64_t low = window > 0 ? std::max<int64_t>(0, end - window) : 0, begin = low / W * W;
             const int64_t offset = ((slot_of[row] * shared + h) * length + begin) * D;
+            const int64_t next = std::min(task + workers, rows * shared - 1), next_slot = slot_of[next / shared];
+            const Kept* ahead = next_slot == slot_of[row] ? nullptr : keys.const_data_ptr<Kept>() +
+                ((next_slot * shared + next % shared) * length + begin) * D;
             for (int64_t g = h * group; g < (h + 1) * group; g += G)
               attend_heads<G, D, T, Kept>(qkv.const_data_ptr<T>() + row * stride + g * D, keys.const_data_ptr<Kept>() + offset,
                                     values.const_data_ptr<Kept>() + offset, low - begin, end - begin, (float)scale,
-                                    scores.data(), out.data_ptr<T>() + (row * heads + g) * D);
+                                    scores.data(), out.data_ptr<T>() + (row * heads + g) * D, ahead);
           }
       });
     };
@@ -351,6 +359,108 @@ void attend(const Tensor& qkv, int64_t heads, double scale, int64_t window, cons
   });
 }
 
+// The largest of every row and its first place; none of both (NaN, 0) for a row with a value that is no number.
+std::tuple<Tensor, Tensor> largest_of_rows(const Tensor& rows) {
+  const int64_t count = rows.size(0), width = rows.size(1);
+  TORCH_CHECK(rows.is_contiguous() && width > 0);
+  Tensor values = at::empty({count}, at::kFloat), places = at::empty({count}, at::kLong);
+  float* value_of = values.data_ptr<float>();
+  int64_t* place_of = places.data_ptr<int64_t>();
+  for_type(rows, [&](auto* tag) {
+    using T = TYPE_OF(tag);
+    at::parallel_for(0, count, grain(width), [&](int64_t first, int64_t last) {
+      for (int64_t row = first; row < last; row++) {
+        const T* values = rows.const_data_ptr<T>() + row * width;
+        const int64_t whole = width / W * W;
+        Floats most = all(-INFINITY);
+        Ints none = {};
+        for (int64_t i = 0; i < whole; i += W) {
+          const Floats v = load(values + i);
+          most = larger(most, v);
+          none |= v != v;
+        }
+        float best = largest(most);
+        bool numbers = true;
+        for (int i = 0; i < W; i++) numbers &= none[i] == 0;
+        for (int64_t i = whole; i < width; i++) best = std::max(best, (float)values[i]), numbers &= values[i] == values[i];
+        int64_t place = 0;
+        if (numbers)
+          while ((float)values[place] != best) place++;
+        value_of[row] = numbers ? best : NAN;
+        place_of[row] = place;
+      }
+    });
+  });
+  return {values, places};
+}
+
+// One of three kinds of linear layer by number: int8 with its scaled rows, packed by oneDNN, or as it came.
+struct Linears {
+  using Packed = c10::List<c10::intrusive_ptr<LinearPackedParamsBase>>;
+  using Pointwise = Tensor(const Tensor&, const Tensor&, const Optional&, std::string_view,
+                           c10::List<std::optional<at::Scalar>>, std::optional<std::string_view>);
+  const at::TensorList weights;
+  const c10::List<Optional> biases;
+  const Packed packed;
+  const c10::TypedOperatorHandle<Pointwise> pointwise =
+      c10::Dispatcher::singleton().findSchemaOrThrow("mkldnn::_linear_pointwise", "").typed<Pointwise>();
+
+  // The layer of `rows`, and what its rows are still to be multiplied with.
+  std::pair<Tensor, Optional> operator()(int64_t i, const Tensor& rows, const Optional& scale) const {
+    const Optional bias = biases.get(i);
+    if (packed.size()) {
+      Tensor y = packed.get(i)->apply_dynamic(rows);
+      if (!bias) return {y, scale};
+      y.narrow(0, 0, scale->size(0)).mul_(scale->unsqueeze(1)).add_(*bias);
+      return {y, std::nullopt};
+    }
+    if (!weights[i].is_mkldnn()) return {at::linear(rows, weights[i], bias), std::nullopt};
+    return {pointwise.call(rows, weights[i], bias, "none", c10::List<std::optional<at::Scalar>>(), ""), std::nullopt};
+  }
+};
+
+// All layers and the head: lean.py's loop without a word of Python, so that other threads have the interpreter.
+// `norms` are those before attention and before the MLP in turn, and the last one; linear layers are four a layer
+// (queries, keys and values; out; gate and up; down), and the head. Returns what Linears returns, of the wanted rows.
+std::tuple<Tensor, Optional> layers(
+    Tensor x, at::TensorList norms, at::TensorList weights, const c10::List<Optional>& biases,
+    const Linears::Packed& packed, const c10::List<Optional>& query_norms, const c10::List<Optional>& key_norms,
+    at::IntArrayRef windows, int64_t heads, double eps, const Tensor& cos, const Tensor& sin, Tensor slots,
+    Tensor positions, const Tensor& wanted, at::TensorList keys, at::TensorList values) {
+  const Linears linear{weights, biases, packed};
+  const int64_t count = windows.size(), dim = keys[0].size(3), int8 = packed.size() ? 1 : 0;
+  auto room = [&](int64_t width) -> std::pair<Tensor, Optional> {
+    Tensor place = at::empty({x.size(0) + int8, width}, x.options());
+    return {place, int8 ? Optional(at::empty({x.size(0)}, at::kFloat)) : std::nullopt};
+  };
+  std::pair<Tensor, Optional> y, normed = room(x.size(1));
+  auto norm = [&](int64_t i) {
+    add_norm(x, i ? Optional(y.first) : std::nullopt, y.second, norms[i], eps, normed.first, normed.second);
+  };
+  for (int64_t i = 0; i < count; i++) {
+    norm(2 * i);
+    auto [qkv, scale] = linear(4 * i, normed.first, normed.second);
+    rope_store(qkv, scale, heads, cos, sin, query_norms.get(i), key_norms.get(i), eps, slots, positions, keys[i], values[i]);
+    if (i == count - 1) {
+      // Whatever is not sampled from has done its part when its keys and values are kept.
+      x = x.index_select(0, wanted), qkv = qkv.index_select(0, wanted);
+      slots = slots.index_select(0, wanted), positions = positions.index_select(0, wanted);
+      if (!wanted.numel()) return {x.new_empty({0, 1}), std::nullopt};
+      normed = room(x.size(1));
+    }
+    auto [attended, attended_scale] = room(heads * dim);
+    attend(qkv, heads, 1 / std::sqrt((double)dim), windows[i], slots, positions, keys[i], values[i], attended, attended_scale);
+    y = linear(4 * i + 1, attended, attended_scale);
+    norm(2 * i + 1);
+    auto [gate_up, gate_up_scale] = linear(4 * i + 2, normed.first, normed.second);
+    auto [active, active_scale] = room(gate_up.size(1) / 2);
+    silu_mul(gate_up, gate_up_scale, active, active_scale);
+    y = linear(4 * i + 3, active, active_scale);
+  }
+  norm(2 * count);
+  return linear(4 * count, normed.first, normed.second);
+}
+
 }  // namespace
 
 TORCH_LIBRARY(serve_app, library) {
@@ -367,4 +477,11 @@ TORCH_LIBRARY(serve_app, library) {
       "attend(Tensor qkv, int heads, float scale, int window, Tensor slots, Tensor positions, Tensor keys, "
       "Tensor values, Tensor(a!) out, Tensor(b!)? out_scale) -> ()",
       &attend);
+  library.def("largest_of_rows(Tensor rows) -> (Tensor, Tensor)", &largest_of_rows);
+  library.def(
+      "layers(Tensor(a!) x, Tensor[] norms, Tensor[] weights, Tensor?[] biases, "
+      "__torch__.torch.classes.quantized.LinearPackedParamsBase[] packed, Tensor?[] query_norms, Tensor?[] key_norms, "
+      "int[] windows, int heads, float eps, Tensor cos, Tensor sin, Tensor slots, Tensor positions, Tensor wanted, "
+      "Tensor(b!)[] keys, Tensor(c!)[] values) -> (Tensor, Tensor?)",
+      &layers);
 }

@@ -2,6 +2,7 @@
 
 transformers' modelling code costs 4 to 5 ms a step in dispatch alone, more than the weights of a small model take to
 read. This is the same computation over the same weights; packed.py, through the unmodified code, is its reference.
+Called one by one from Python the operations cost 1 to 2 ms again, so that the loop over the layers is native too.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from serve_app.engine.attention import LayerCache
-from serve_app.engine.linear import Linear, Quantization, pack
+from serve_app.engine.linear import NATIVE, Linear, Quantization, importance_of, of_head, pack
 from serve_app.engine.rows import Rows
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -65,8 +66,9 @@ class LeanModel:
             _layer(layer, window or 0, quantization) for layer, window in zip(model.model.layers, windows, strict=True)
         ]
         self._norm = model.model.norm.weight.detach().float()
-        self._head = pack(model.get_output_embeddings().weight, None, quantization)
+        self._head = pack(model.get_output_embeddings().weight, None, of_head(quantization))
         self._cos, self._sin = _rotations(model, length)
+        self._native = self._for_native()
 
     @property
     def weight_bytes(self) -> int:
@@ -76,9 +78,26 @@ class LeanModel:
 
     def forward(self, rows: Rows) -> torch.Tensor:
         """Logits `[S, V]` of the wanted rows; keys and values of all rows go to the arena."""
-        native = torch.ops.serve_app
         slots, positions = torch.tensor(rows.slots), torch.tensor(rows.positions)
+        wanted = torch.tensor(rows.wanted, dtype=torch.long)
         x = F.embedding(torch.tensor(rows.tokens), self._embedding).to(self._dtype)
+        if self._native is None:
+            logits, scale = self.layers(x, slots, positions, wanted)
+        else:
+            logits, scale = torch.ops.serve_app.layers(
+                x, *self._native, self._heads, self._eps, self._cos, self._sin, slots, positions, wanted,
+                [cache.keys for cache in self._caches], [cache.values for cache in self._caches],
+            )  # fmt: skip
+        return logits if scale is None else logits[:-1].mul_(scale[:, None])
+
+    def layers(
+        self, x: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor, wanted: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """All layers and the head, for linear layers that the native loop does not know, and as its reference.
+
+        Logits of the wanted rows, and what they are still to be multiplied with.
+        """
+        native = torch.ops.serve_app
         y: Scaled = (None, None)
         for layer, cache in zip(self._layers, self._caches, strict=True):
             qkv, scale = layer.qkv.scaled(*self._normed(x, y, layer.norm))
@@ -88,10 +107,9 @@ class LeanModel:
             )  # fmt: skip
             if layer is self._layers[-1]:
                 # Whatever is not sampled from has done its part when its keys and values are kept.
-                wanted = torch.tensor(rows.wanted, dtype=torch.long)
                 x, qkv, slots, positions = x[wanted], qkv[wanted], slots[wanted], positions[wanted]
-                if not rows.wanted:
-                    return x.new_empty(0, self._head.out_features)
+                if not len(wanted):
+                    return x.new_empty(0, self._head.out_features), None
             attended, scale = self._room(x.shape[0], self._heads * self._dim)
             native.attend(
                 qkv, self._heads, self._dim**-0.5, layer.window, slots, positions, cache.keys, cache.values,
@@ -102,8 +120,24 @@ class LeanModel:
             active, active_scale = self._room(x.shape[0], gate_up.shape[1] // 2)
             native.silu_mul(gate_up, scale, active, active_scale)
             y = layer.down.scaled(active, active_scale)
-        logits, scale = self._head.scaled(*self._normed(x, y, self._norm))
-        return logits if scale is None else logits[:-1].mul_(scale[:, None])
+        return self._head.scaled(*self._normed(x, y, self._norm))
+
+    def _for_native(self) -> tuple[Any, ...] | None:
+        """What the native loop needs of the layers, in its order; None if it does not know one of them."""
+        linears = [linear for layer in self._layers for linear in (layer.qkv, layer.out, layer.gate_up, layer.down)]
+        linears.append(self._head)
+        if len({type(linear) for linear in linears}) > 1 or type(self._head) not in NATIVE:
+            return None
+        weights = [linear.weight for linear in linears]
+        return (
+            [norm for layer in self._layers for norm in (layer.norm, layer.mlp_norm)] + [self._norm],
+            [] if self._int8 else weights,
+            [linear.bias for linear in linears],
+            weights if self._int8 else [],
+            [layer.query_norm for layer in self._layers],
+            [layer.key_norm for layer in self._layers],
+            [layer.window for layer in self._layers],
+        )
 
     def _room(self, rows: int, width: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Where an operation writes what a linear layer reads."""
@@ -161,7 +195,8 @@ def _joined(linears: Seq[torch.nn.Linear], quantization: Quantization) -> Linear
     """Layers of one input as one."""
     biases = [linear.bias for linear in linears]
     bias = None if biases[0] is None else torch.cat([bias.detach() for bias in biases])
-    return pack(torch.cat([linear.weight.detach() for linear in linears]), bias, quantization)
+    weight = torch.cat([linear.weight.detach() for linear in linears])
+    return pack(weight, bias, quantization, importance_of(linears[0]))
 
 
 def _rotations(model: PreTrainedModel, length: int) -> tuple[torch.Tensor, torch.Tensor]:

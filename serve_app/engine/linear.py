@@ -9,7 +9,9 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-Quantization = Literal["none", "int8"]
+from serve_app.engine import int4
+
+Quantization = Literal["none", "int8", "int4"]
 
 
 class PackedLinear(torch.nn.Module):
@@ -21,13 +23,13 @@ class PackedLinear(torch.nn.Module):
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         super().__init__()
         self.out_features = weight.shape[0]
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 32)
-        self._bias = bias
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 32)
+        self.bias = bias
         self.weight_bytes = weight.numel() * weight.itemsize
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., K]` -> `[..., M]`."""
-        y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
+        y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return y
 
     def scaled(self, rows: torch.Tensor, scales: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -54,8 +56,8 @@ class Int8Linear(torch.nn.Module):
             warnings.filterwarnings("ignore", message="torch.quantize_per_tensor", category=UserWarning)
             quantized = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
         torch.backends.quantized.engine = "fbgemm"
-        self._weight = torch.ops.quantized.linear_prepack(quantized, None)
-        self._bias = None if bias is None else bias.float()
+        self.weight = torch.ops.quantized.linear_prepack(quantized, None)
+        self.bias = None if bias is None else bias.float()
         self._pin = torch.ones(weight.shape[1])
         self._pin[::2] = -1
         self.weight_bytes = weight.numel() + 4 * len(scales)
@@ -70,15 +72,48 @@ class Int8Linear(torch.nn.Module):
         scaled[count] = self._pin
         y, left = self.scaled(scaled, scales)
         y = y[:count] if left is None else y[:count].mul_(left[:, None])
-        return y.to(x.dtype).reshape(*x.shape[:-1], -1)
+        return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
 
     def scaled(self, rows: torch.Tensor, scales: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Rows in [-1, 1] and the pinning one, `[N + 1, K]`, and N multipliers -> `[N + 1, M]`, multipliers left."""
-        y: torch.Tensor = torch.ops.quantized.linear_dynamic(rows, self._weight, False)
-        if self._bias is None or scales is None:
+        """Rows in [-1, 1] and the pinning one, `[N + 1, K]`, and N multipliers -> `[N + 1, M]`, multipliers left.
+
+        Without multipliers (a layer of a model that is not int8 elsewhere) the rows are plain, in and out.
+        """
+        if scales is None:
+            return self(rows), None
+        y: torch.Tensor = torch.ops.quantized.linear_dynamic(rows, self.weight, False)
+        if self.bias is None:
             return y, scales
-        y[:-1].mul_(scales[:, None]).add_(self._bias)
+        y[:-1].mul_(scales[:, None]).add_(self.bias)
         return y, None
+
+
+class Int4Linear(torch.nn.Module):
+    """Weights in 4 bits by groups (int4.py), rows in bfloat16, sums in float32; a row's result is its own.
+
+    torch's kernel has vector code for bfloat16 rows only: float32 ones take 60 times as long, so they are rounded.
+    Its time grows with the rows from the fourth on: faster than int8 up to four of them, slower than bfloat16 from 16.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, importance: torch.Tensor | None) -> None:
+        super().__init__()
+        self.out_features = weight.shape[0]
+        levels, self._lines = int4.quantize(weight, importance)
+        self._levels = torch.ops.aten._convert_weight_to_int4pack_for_cpu(levels, 1)
+        self._bias = None if bias is None else bias.bfloat16()
+        self.weight_bytes = self._levels.nbytes + self._lines.nbytes
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., K]` -> `[..., M]`, in the type of `x`."""
+        rows = x.reshape(-1, x.shape[-1]).to(torch.bfloat16).contiguous()
+        y: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self._levels, int4.GROUP, self._lines)
+        if self._bias is not None:
+            y.add_(self._bias)
+        return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
+
+    def scaled(self, rows: torch.Tensor, scales: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        assert scales is None, "these rows are what they are"
+        return self(rows), None
 
 
 class PlainLinear(torch.nn.Module):
@@ -87,38 +122,67 @@ class PlainLinear(torch.nn.Module):
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         super().__init__()
         self.out_features = weight.shape[0]
-        self._weight = weight
-        self._bias = bias
+        self.weight = weight
+        self.bias = bias
         self.weight_bytes = weight.numel() * weight.itemsize
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self._weight, self._bias)
+        return F.linear(x, self.weight, self.bias)
 
     def scaled(self, rows: torch.Tensor, scales: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         assert scales is None, "these rows are what they are"
         return self(rows), None
 
 
-Linear = PackedLinear | Int8Linear | PlainLinear
+Linear = PackedLinear | Int8Linear | Int4Linear | PlainLinear
+# Kinds that kernels.cpp's loop over the layers can call.
+NATIVE = (PackedLinear, Int8Linear, PlainLinear)
 
 
-def pack(weight: torch.Tensor, bias: torch.Tensor | None, quantization: Quantization) -> Linear:
-    """The fastest layer that computes `x @ weight.T + bias` with weights of this kind on this processor."""
+def pack(
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    quantization: Quantization,
+    importance: torch.Tensor | None = None,
+) -> Linear:
+    """The fastest layer that computes `x @ weight.T + bias` with weights of this kind on this processor.
+
+    `importance` of the K channels: see int4.quantize. What int4's kernel does not take becomes int8.
+    """
     weight, bias = weight.detach(), None if bias is None else bias.detach()
-    if quantization == "int8":
+    if quantization == "int4" and int4.takes(weight.shape) and _packs_int4():
+        return Int4Linear(weight, bias, importance)
+    if quantization != "none":
         return Int8Linear(weight, bias)
     if weight.dtype == torch.bfloat16 and _packs_bfloat16():
         return PackedLinear(weight, bias)
     return PlainLinear(weight, bias)
 
 
-def swap(model: torch.nn.Module, quantization: Quantization) -> None:
+def of_head(quantization: Quantization) -> Quantization:
+    """What the layer that makes the logits gets. 4 bits there cost more than in all other layers together."""
+    return "int8" if quantization == "int4" else quantization
+
+
+def mark(importance: dict[torch.nn.Module, torch.Tensor]) -> None:
+    """Leave with each layer, for when it is packed, how much its channels count."""
+    for linear, channels in importance.items():
+        linear.serve_app_importance = channels
+
+
+def importance_of(linear: torch.nn.Module) -> torch.Tensor | None:
+    """None: nothing is known, all channels count the same."""
+    return getattr(linear, "serve_app_importance", None)
+
+
+def swap(model: torch.nn.Module, quantization: Quantization, head: torch.nn.Module | None = None) -> None:
     """Replace every torch.nn.Linear below `model` by a packed one, and let its weights go."""
     for name, child in model.named_children():
         if type(child) is torch.nn.Linear:
-            setattr(model, name, pack(child.weight, child.bias, quantization))
+            wanted = of_head(quantization) if child is head else quantization
+            setattr(model, name, pack(child.weight, child.bias, wanted, importance_of(child)))
         else:
-            swap(child, quantization)
+            swap(child, quantization, head)
 
 
 @cache
@@ -127,5 +191,14 @@ def _packs_bfloat16() -> bool:
     try:
         x, weight = torch.ones(2, 32, dtype=torch.bfloat16), torch.ones(16, 32, dtype=torch.bfloat16)
         return bool((PackedLinear(weight, None)(x) == 32).all())
+    except (AttributeError, RuntimeError):
+        return False
+
+
+@cache
+def _packs_int4() -> bool:
+    """Likewise."""
+    try:
+        return bool((Int4Linear(torch.ones(16, 32), None, None)(torch.ones(2, 32)) == 32).all())
     except (AttributeError, RuntimeError):
         return False

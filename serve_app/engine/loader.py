@@ -16,7 +16,7 @@ import torch
 from filelock import FileLock
 from huggingface_hub import snapshot_download
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from serve_app.config import Model, cache_dir
@@ -53,14 +53,17 @@ def load(config: Model, report: Report) -> Loaded:
     report("loading weights")
     device = choose_device(config.device, config.resources.num_gpus)
     placement = config.device_map or ({"": device.index or 0} if device.type == "cuda" else None)
+    dtype = choose_dtype(config.dtype, device)
+    quantized = quantized_on_gpu(config.quantization, dtype) if device.type == "cuda" else {}
     options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
             folder,
-            dtype=choose_dtype(config.dtype, device),
+            dtype=dtype,
             device_map=placement,
             use_safetensors=True,
             output_loading_info=True,
+            **quantized,
             **options,
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
@@ -96,6 +99,26 @@ def choose_dtype(wanted: str, device: torch.device) -> torch.dtype | str:
     if device.type == "cuda":
         return "auto"
     return torch.bfloat16 if cpu_multiplies_bfloat16() else torch.float32
+
+
+def quantized_on_gpu(quantization: str, dtype: torch.dtype | str) -> dict[str, Any]:
+    """What from_pretrained is told so that bitsandbytes quantises the linear layers, except the head, as they load.
+
+    int8 without LLM.int8's outlier columns: they are looked for over all rows of a batch, so that a neighbour could
+    change a text. int4 is NF4 (QLoRA, arXiv 2305.14314). Raises SourceError where bitsandbytes is not installed.
+    """
+    if quantization == "none":
+        return {}
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise SourceError(
+            f"quantization: {quantization} on a GPU needs bitsandbytes, which is not installed here: "
+            "pip install 'serve_app[cuda-quant]', or set quantization: none"
+        )
+    if quantization == "int8":
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)}
+    compute = dtype if isinstance(dtype, torch.dtype) else torch.bfloat16  # float32 if it were left out
+    four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
+    return {"quantization_config": four_bits}
 
 
 def cpu_multiplies_bfloat16() -> bool:

@@ -36,24 +36,25 @@ def available_bytes(meminfo: Path = _PROC_MEMINFO, cgroup: Path = _CGROUP, own: 
     return max(free, 0)
 
 
-def slots_that_fit(engine: Engine, free_bytes: int, slot_bytes: int) -> int:
-    """Number of slots of `slot_bytes` each within the budget, at most `engine.max_running`.
+def kv_tokens_that_fit(engine: Engine, free_bytes: int, token_bytes: int, longest: int) -> int:
+    """Tokens whose keys and values, of `token_bytes` each, the budget holds.
 
-    Raises NotEnoughMemory, with the numbers and what would work, when not even one fits.
+    Raises NotEnoughMemory, with the numbers and what would work, when these are less than `longest`, one sequence's.
     """
     budget = engine.kv_memory_bytes or int(free_bytes * engine.kv_memory_fraction)
-    slots = min(engine.max_running, budget // slot_bytes)
-    if slots == 0:
+    tokens = budget // token_bytes
+    if tokens < longest:
+        free = "" if engine.kv_memory_bytes else f" ({_mib(free_bytes)} free)"
         raise NotEnoughMemory(
-            f"one sequence of {engine.max_context} tokens needs {_mib(slot_bytes)} of KV memory, the budget is "
-            f"{_mib(budget)} ({_mib(free_bytes)} free); lower engine.max_context, or raise "
+            f"one sequence of {longest} tokens needs {_mib(longest * token_bytes)} of KV memory, the budget is "
+            f"{_mib(budget)}{free}; lower engine.max_context, or raise "
             f"engine.kv_memory_fraction or engine.kv_memory_bytes"
         )
-    return slots
+    return tokens
 
 
 def _mib(size: int) -> str:
-    return f"{size / 2**20:.0f} MiB"
+    return f"{size / 2**20:.3g} MiB"
 
 
 def _meminfo_available(path: Path) -> int:

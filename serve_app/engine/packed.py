@@ -36,7 +36,7 @@ class PackedModel:
         self._model = model
         self._caches = caches
         if model.device.type == "cpu" and (quantization != "none" or model.dtype == torch.bfloat16):
-            swap(model, quantization)
+            swap(model, quantization, model.get_output_embeddings())
         for module, cache in zip(_attending(model), caches, strict=True):
             module.serve_app_cache = cache  # type: ignore[assignment]
 

@@ -18,7 +18,7 @@ class DecodeRun:
 
 @dataclass(frozen=True, slots=True)
 class PromptChunk:
-    """Consecutive tokens of one sequence, from position `start`."""
+    """Consecutive tokens of one sequence, from position `start`: of its prompt, or its newest and guesses."""
 
     first_row: int
     slot: int
@@ -47,13 +47,13 @@ def rows_of(step: Step) -> Rows:
     for advance in step.advances:
         sequence, first, start = advance.sequence, len(rows.tokens), advance.sequence.computed
         assert sequence.slot is not None
-        rows.tokens.extend(sequence.tokens[start : start + advance.count])
-        rows.slots.extend([sequence.slot] * advance.count)
-        rows.positions.extend(range(start, start + advance.count))
+        rows.tokens.extend((*sequence.tokens[start : start + advance.count], *advance.drafts))
+        rows.slots.extend([sequence.slot] * advance.rows)
+        rows.positions.extend(range(start, start + advance.rows))
         if advance.samples:
-            rows.wanted.append(len(rows.tokens) - 1)
-        if advance.count > 1:
-            rows.chunks.append(PromptChunk(first, sequence.slot, start, advance.count))
+            rows.wanted.extend(range(first + advance.count - 1, first + advance.rows))
+        if advance.rows > 1:
+            rows.chunks.append(PromptChunk(first, sequence.slot, start, advance.rows))
         else:
             _decode(rows, first, sequence.slot, start)
     return rows

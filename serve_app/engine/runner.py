@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice, takewhile
 from typing import Protocol
 
 import torch
 from transformers import PreTrainedModel
 
 from serve_app.config import Engine, Model
-from serve_app.engine import kernels
+from serve_app.engine import calibration, kernels
+from serve_app.engine.arena import BLOCK
 from serve_app.engine.attention import LayerCache
-from serve_app.engine.lean import WIDTH, LeanModel, why_not
-from serve_app.engine.linear import Quantization
+from serve_app.engine.lean import LeanModel, why_not
+from serve_app.engine.linear import Quantization, mark
 from serve_app.engine.loader import Loaded, Report, SourceError, load, return_memory
-from serve_app.engine.memory import NotEnoughMemory, available_bytes, slots_that_fit
+from serve_app.engine.memory import NotEnoughMemory, available_bytes, kv_tokens_that_fit
 from serve_app.engine.packed import LayerShape, PackedModel, layer_shapes, unmasked_context
 from serve_app.engine.rows import Rows, rows_of, span
 from serve_app.engine.sampler import sample
-from serve_app.engine.sequence import Sampled, Step
-from serve_app.engine.smooth import TEXT, smooth
+from serve_app.engine.sequence import Outcome, Sampled, Step
+from serve_app.engine.smooth import smooth, smooth_head
 from serve_app.errors import ServeAppError
 from serve_app.types import TextPrompt
 
@@ -31,7 +34,8 @@ logger = logging.getLogger(__name__)
 _SELF_TEST_TOKENS = 12
 # Least cosine of two ways' logits that rounding explains. Measured on 30 layers: 1.0000, 0.9983, 1.0000; int8 0.94.
 _LIKE = {torch.float32: 0.9999, torch.bfloat16: 0.98, torch.float16: 0.999}
-_LIKE_INT8 = 0.85
+# int4 0.9987, but 0.8 and less on three layers of noise, which have no digits to spare.
+_LIKE_QUANTIZED = {"int8": 0.85, "int4": 0.7}
 
 
 class ForwardPass(Protocol):
@@ -49,7 +53,9 @@ class TorchRunner:
     """One model with a KV arena of `slots` sequences of `context` tokens each.
 
     `kind` is `lean` or `packed`: how it runs, see docs/architecture.md. `token_bytes` is what the arena keeps of a
-    token. Make and use it on one thread: torch's thread pool belongs to the thread that first used it.
+    token, `kv_tokens` how many tokens all slots together may hold, `weight_count` how many weights a row is multiplied
+    with, `sampling_s` the time that sampling took so far. Make and use it on one thread: torch's thread pool belongs to
+    the thread that first used it.
     Raises SourceError when the architecture does not run packed, NotEnoughMemory when no slot fits.
     """
 
@@ -57,23 +63,22 @@ class TorchRunner:
         self, loaded: Loaded, engine: Engine, quantization: Quantization = "none", report: Report = lambda stage: None
     ) -> None:
         self.text = loaded.text
+        self.sampling_s = 0.0
+        self.dtype = loaded.model.dtype
         self.context = min(engine.max_context, loaded.context)
         self._quantization = quantization
         model = loaded.model
+        self.weight_count = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
         with _in_a_sentence(model), torch.inference_mode():
-            if quantization != "none" and model.device.type != "cpu":
-                raise SourceError(f"quantization: {quantization} is for the CPU; set it to none for {model.device}")
             tokens = _test_tokens(model.get_input_embeddings().weight.shape[0], self.context)
             ids = torch.tensor([tokens], device=model.device)
             reference: torch.Tensor = model(input_ids=ids, use_cache=False).logits[0, -1]
             reason = why_not(model)
-            if reason is None and quantization == "int8":
-                (text,) = loaded.text.encode([TextPrompt(TEXT)])
-                assert isinstance(text, list)
-                smooth(model, text)
+            if quantization != "none" and model.device.type == "cpu":
+                _calibrate(loaded, quantization, smoothable=reason is None)
             shapes = layer_shapes(model)
             self.context = min(self.context, unmasked_context(model, shapes) or self.context)
-            caches = self._caches(shapes, engine, model.dtype)
+            self._caches = caches = self._make_caches(shapes, engine, model.dtype)
             self._model, self.kind = self._fastest(model, caches, shapes, reason, tokens, reference, report)
 
     @classmethod
@@ -92,19 +97,30 @@ class TorchRunner:
         return self._model.weight_bytes
 
     @torch.inference_mode()
-    def run(self, step: Step) -> list[Sampled | ServeAppError]:
+    def run(self, step: Step) -> list[Outcome]:
+        for order in step.orders:
+            for cache in self._caches:
+                cache.carry_out(order)
         logits = self._model.forward(rows_of(step))
-        sampling = [advance.sequence for advance in step.advances if advance.samples]
-        return sample(logits, sampling, self.text.token_text) if sampling else []
+        computed = time.perf_counter()
+        sampling = [advance for advance in step.advances if advance.samples]
+        if not sampling:
+            return []
+        wanted = [advance.sequence for advance in sampling for _ in range(1 + len(advance.drafts))]
+        ahead = [number for advance in sampling for number in range(1 + len(advance.drafts))]
+        sampled = iter(sample(logits, wanted, self.text.token_text, ahead))
+        self.sampling_s += time.perf_counter() - computed
+        return [_outcome(list(islice(sampled, 1 + len(advance.drafts)))) for advance in sampling]
 
-    def _caches(self, shapes: list[LayerShape], engine: Engine, dtype: torch.dtype) -> list[LayerCache]:
-        """As many slots as the memory budget holds."""
-        length = -(-self.context // WIDTH) * WIDTH
+    def _make_caches(self, shapes: list[LayerShape], engine: Engine, dtype: torch.dtype) -> list[LayerCache]:
+        """All slots on CPU, where only what is written to takes memory; else as many as the memory budget holds."""
+        length = -(-self.context // BLOCK) * BLOCK
         self.token_bytes = sum(s.heads * (s.key_dim + s.value_dim) for s in shapes) * dtype.itemsize
-        slot_bytes = self.token_bytes * length
-        limits = engine.model_copy(update={"max_context": self.context})
-        free_bytes = 0 if engine.kv_memory_bytes else _free_bytes(shapes[0].device)
-        self.slots = slots_that_fit(limits, free_bytes, slot_bytes)
+        device = shapes[0].device
+        free_bytes = 0 if engine.kv_memory_bytes else _free_bytes(device)
+        tokens = kv_tokens_that_fit(engine, free_bytes, self.token_bytes, length)
+        self.slots = engine.max_running if device.type == "cpu" else min(engine.max_running, tokens // length)
+        self.kv_tokens = min(tokens, self.slots * length)
         return [LayerCache(self.slots, s.heads, length, s.key_dim, s.value_dim, dtype, s.device) for s in shapes]
 
     def _fastest(
@@ -148,9 +164,20 @@ class TorchRunner:
             if len(logits) != 1:
                 return f"gives logits of {len(logits)} rows when one is wanted"
         likeness = torch.cosine_similarity(logits[0].float(), reference.float(), dim=0).item()
-        if likeness >= (_LIKE_INT8 if self._quantization != "none" else _LIKE[reference.dtype]):
+        if likeness >= (_LIKE_QUANTIZED.get(self._quantization) or _LIKE[reference.dtype]):
             return None
         return f"does not give its own answers when run packed (their cosine is {likeness:.3f})"
+
+
+def _calibrate(loaded: Loaded, quantization: Quantization, smoothable: bool) -> None:
+    """Read a text once, to spend the few digits where they count."""
+    (ids,) = loaded.text.encode([TextPrompt(calibration.TEXT)])
+    assert isinstance(ids, list)
+    ids = ids[: loaded.context]
+    if quantization == "int4":
+        mark(calibration.inputs(loaded.model, ids, calibration.importance))
+    if smoothable:
+        (smooth if quantization == "int8" else smooth_head)(loaded.model, ids)
 
 
 @contextmanager
@@ -163,6 +190,12 @@ def _in_a_sentence(model: torch.nn.Module) -> Iterator[None]:
     except Exception as error:
         reason = " ".join(str(error).split())
         raise SourceError(f"{type(model).__name__} cannot be run here: {reason}") from error
+
+
+def _outcome(sampled: list[Sampled | ServeAppError]) -> Outcome:
+    """All tokens before the first that is none; that one's error if there are no others."""
+    tokens = tuple(takewhile(lambda one: isinstance(one, Sampled), sampled))
+    return tokens or sampled[0]  # type: ignore[return-value]
 
 
 def usable_cores() -> int:

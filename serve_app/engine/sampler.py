@@ -17,18 +17,24 @@ _SMALLEST_DIVISOR = 1e-6
 
 
 def sample(
-    logits: torch.Tensor, sequences: list[Sequence], token_text: Callable[[int], str]
+    logits: torch.Tensor,
+    sequences: list[Sequence],
+    token_text: Callable[[int], str],
+    ahead: list[int] | None = None,
 ) -> list[Sampled | ServeAppError]:
-    """One token for each row of `[R, V]` logits; an error for a row that holds no numbers."""
-    logits = logits.float()
+    """One token for each row of `[R, V]` logits; an error for a row that holds no numbers.
+
+    A row is its sequence's next token, or the one that comes `ahead` tokens after it.
+    """
+    ahead = ahead or [0] * len(sequences)
     adjusted = _adjust(logits, sequences)
-    likeliest, ids = adjusted.max(-1)
+    likeliest, ids = _largest(adjusted)
     tokens, broken = ids.tolist(), likeliest.isnan().tolist()
     drawn = [row for row, sequence in enumerate(sequences) if sequence.params.temperature > 0]
     if drawn:
         every = len(drawn) == len(sequences)
-        rows = adjusted if every else adjusted[drawn]
-        for row, token in zip(drawn, _draw(rows, [sequences[row] for row in drawn]), strict=True):
+        rows = adjusted.float() if every else adjusted[drawn].float()
+        for row, token in zip(drawn, _draw(rows, [(sequences[row], ahead[row]) for row in drawn]), strict=True):
             tokens[row] = token
     return [
         InternalError("the model computed no numbers for this request; its text may be too unusual for its precision")
@@ -50,12 +56,22 @@ def uniform(seed: int, position: int) -> float:
     return ((z ^ (z >> 31)) >> 12) * 2.0**-52
 
 
+def _largest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Value and place of each row's largest; torch's own way takes four times as long on CPU."""
+    known = logits.device.type == "cpu" and logits.dtype in (torch.float32, torch.bfloat16)
+    if known and hasattr(torch.ops.serve_app, "largest_of_rows"):
+        values, places = torch.ops.serve_app.largest_of_rows(logits.contiguous())
+        return values, places
+    largest = logits.max(-1)
+    return largest.values, largest.indices
+
+
 def _adjust(logits: torch.Tensor, sequences: list[Sequence]) -> torch.Tensor:
     """Penalties, and no end before min_tokens. Copies only when a row asks for something."""
     asking = [(row, s) for row, s in enumerate(sequences) if _asks(s)]
     if not asking:
         return logits
-    logits = logits.clone()
+    logits = logits.to(torch.float32, copy=True)
     for row, sequence in asking:
         _adjust_row(logits[row], sequence)
     return logits
@@ -82,12 +98,15 @@ def _adjust_row(row: torch.Tensor, sequence: Sequence) -> None:
         row[[token for token in sequence.end_ids if token < row.shape[0]]] = -torch.inf
 
 
-def _draw(logits: torch.Tensor, sequences: list[Sequence]) -> list[int]:
+def _draw(logits: torch.Tensor, places: list[tuple[Sequence, int]]) -> list[int]:
     """Inverse-transform sampling of rows `[M, V]`, in float64 so that the draw does not depend on summation order."""
+    sequences = [sequence for sequence, _ in places]
     params = [s.params for s in sequences]
     device = logits.device
     scaled = logits / torch.tensor([max(p.temperature, _SMALLEST_DIVISOR) for p in params], device=device)[:, None]
-    draws = torch.tensor([uniform(s.seed, s.generated) for s in sequences], dtype=torch.float64, device=device)
+    draws = torch.tensor(
+        [uniform(s.seed, s.generated + ahead) for s, ahead in places], dtype=torch.float64, device=device
+    )
     filtered = [i for i, p in enumerate(params) if p.top_k > 0 or p.top_p < 1 or p.min_p > 0]
     free = [i for i in range(len(params)) if i not in set(filtered)]
     tokens = [0] * len(params)
@@ -142,7 +161,7 @@ def _pick(weights: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
 
 def _logprobs(row: torch.Tensor, token: int, sequence: Sequence, token_text: Callable[[int], str]) -> Logprobs:
     """Of the model's own distribution, before penalties, temperature and filters."""
-    logprobs = row.log_softmax(-1)
+    logprobs = row.float().log_softmax(-1)
     values, ids = logprobs.topk(min(sequence.params.logprobs or 0, row.shape[0]))
     top = zip(ids.tolist(), values.tolist(), strict=True)
     return Logprobs(

@@ -3,28 +3,57 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
 
-from serve_app.engine.sequence import Advance, Sampled, Sequence, Step
-from serve_app.engine.slots import SlotPool
+from serve_app.engine.arena import Arena, Copy
+from serve_app.engine.pace import Pace
+from serve_app.engine.sequence import Advance, Outcome, Sequence, Step
 from serve_app.errors import DeadlineExceeded, QueueFull, ServeAppError
 from serve_app.types import TokenEvent
 
+# Beyond these rows a step takes longer, so that guesses would cost those who guess nothing.
+_FREE_ROWS = 8
+# A prompt advances by this much at least, however short the steps beside it are.
+_LEAST_CHUNK = 16
+
+
+@dataclass(slots=True)
+class Counts:
+    """Since the start. `cached_tokens` of `prompt_tokens` were there already; of `drafted` guesses `accepted` were."""
+
+    preemptions: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    drafted: int = 0
+    accepted: int = 0
+
 
 class Scheduler:
-    """First come, first served, over a fixed number of slots.
+    """First come, first served, over the slots and the memory of an arena.
 
     Every step decodes all sequences whose prompt is in the arena, and fills what is left of
-    `max_step_tokens` with chunks of prompts, oldest first. A late arrival joins at the next step;
-    a finished, expired or abandoned sequence leaves before it.
+    `max_step_tokens` with chunks of prompts, oldest first: as many as keep the step within STRETCH
+    of what it usually takes with everybody decoding. A late arrival joins at the next step; a
+    finished, expired or abandoned sequence leaves before it. When memory runs out, the youngest
+    sequence gives its slot back, and is computed again in its turn. While few rows decode, each
+    sequence's next tokens are guessed, at most `draft_tokens`, and checked in the same step.
     """
 
-    def __init__(self, slots: int, max_step_tokens: int, max_waiting: int) -> None:
-        self._pool = SlotPool(slots)
+    def __init__(
+        self, arena: Arena, max_step_tokens: int, max_waiting: int, pace: Pace | None = None, draft_tokens: int = 0
+    ) -> None:
+        self._arena = arena
         # Decode takes a row a sequence and always runs; prompts must be able to advance beside it.
-        self._max_step_tokens = max(max_step_tokens, slots + 1)
+        self._max_step_tokens = max(max_step_tokens, arena.size + 1)
         self._max_waiting = max_waiting
+        self._pace = pace
+        self._draft_tokens = draft_tokens
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
+        self._arrivals = 0
+        self._crowded = False
+        self.counts = Counts()
 
     @property
     def waiting(self) -> int:
@@ -46,8 +75,10 @@ class Scheduler:
     def add(self, sequence: Sequence) -> ServeAppError | None:
         """Queue a sequence, or say why not."""
         # A free slot is nobody's to wait for: those in front of the queue take it before the next step.
-        if len(self._waiting) >= self._max_waiting + self._pool.free:
+        if len(self._waiting) >= self._max_waiting + self._arena.free:
             return QueueFull(f"{self._max_waiting} requests wait for a slot already; try again later", retry_after_s=1)
+        sequence.order = self._arrivals
+        self._arrivals += 1
         self._waiting.append(sequence)
         return None
 
@@ -62,10 +93,11 @@ class Scheduler:
 
     def plan(self, now: float) -> Step:
         """The next step; empty when there is nothing to do."""
+        self._make_room()
         self._admit()
         decoding = sorted((s for s in self._running if s.pending == 1), key=_slot)
-        budget = self._max_step_tokens - len(decoding)
-        advances = [Advance(s, 1) for s in decoding]
+        advances = [self._decode(sequence, len(decoding)) for sequence in decoding]
+        budget = self._rows(len(decoding)) - sum(advance.rows for advance in advances)
         for sequence in self._running:
             if sequence.pending > 1 and budget > 0:
                 count = min(sequence.pending, budget)
@@ -74,31 +106,44 @@ class Scheduler:
         for advance in advances:
             if advance.sequence.stream.started is None:
                 advance.sequence.stream.started = now
-        return Step(tuple(advances))
+        return Step(tuple(advances), self._arena.orders())
 
     def commit(
-        self, step: Step, sampled: list[Sampled | ServeAppError], now: float
+        self, step: Step, outcomes: list[Outcome], now: float
     ) -> list[tuple[Sequence, TokenEvent | ServeAppError]]:
         """Take a step's tokens in; sequences that ended give their slot back."""
-        outcomes = iter(sampled)
-        news = []
+        left = iter(outcomes)
+        news: list[tuple[Sequence, TokenEvent | ServeAppError]] = []
         for advance in step.advances:
             sequence, samples = advance.sequence, advance.samples
             sequence.computed += advance.count
             if samples:
-                outcome = next(outcomes)
-                told = outcome if isinstance(outcome, ServeAppError) else sequence.accept(outcome, now)
-                news.append((sequence, told))
-                if isinstance(told, ServeAppError) or told.finish_reason is not None:
-                    self._release(sequence)
-        assert next(outcomes, None) is None, "the runner sampled more tokens than the step asked for"
+                news += [(sequence, told) for told in self._accept(advance, next(left), now)]
+        assert next(left, None) is None, "the runner sampled for more sequences than the step asked for"
         return news
 
-    def fail(self, sequences: list[Sequence]) -> None:
-        """Let go of the sequences of a step that could not be run or taken in; some may have ended in it."""
-        for sequence in sequences:
+    def record(self, step: Step, seconds: float) -> None:
+        """Learn how long steps take."""
+        if self._pace is not None:
+            self._pace.record(step.rows, seconds)
+
+    def fail(self, step: Step) -> list[Sequence]:
+        """Let go of the sequences of a step that could not be run or taken in, and say which.
+
+        Some may have ended in it; those whose beginning it was to copy are among them. What their slots hold now,
+        nobody knows.
+        """
+        members = [advance.sequence for advance in step.advances]
+        targets = {order.target for order in step.orders if isinstance(order, Copy)}
+        members += [s for s in self._running if s.slot in targets and s not in members]
+        for sequence in members:
             if sequence.slot is not None:
-                self._release(sequence)
+                self._running.remove(sequence)
+                self._arena.drop(sequence.slot)
+                sequence.slot = None
+        self._arena.undone(step.orders)
+        self._crowded = False
+        return members
 
     def drain(self) -> list[Sequence]:
         """Let go of everything, for the end of the engine."""
@@ -110,21 +155,94 @@ class Scheduler:
 
     def check(self) -> None:
         """The slots in use are exactly those of the running sequences."""
-        self._pool.check()
-        assert self._pool.taken == len(self._running), "slot without a sequence"
+        self._arena.check()
+        assert self._arena.taken == len(self._running), "slot without a sequence"
         assert len({s.slot for s in self._running}) == len(self._running), "two sequences in one slot"
 
+    def _make_room(self) -> None:
+        """Memory for every decoding sequence's next token, the oldest first, at the cost of the youngest."""
+        for sequence in sorted(self._running, key=_order):
+            while sequence.slot is not None and not self._arena.grow(sequence.slot, len(sequence.tokens) + 1):
+                self._preempt(max(self._running, key=_order))
+
+    def _preempt(self, sequence: Sequence) -> None:
+        assert sequence.slot is not None
+        self._running.remove(sequence)
+        self._arena.drop(sequence.slot)
+        sequence.slot, sequence.computed = None, 0
+        self._waiting.appendleft(sequence)
+        self._crowded = True
+        self.counts.preemptions += 1
+
     def _admit(self) -> None:
-        while self._waiting and self._pool.free:
-            sequence = self._waiting.popleft()
-            sequence.slot = self._pool.take()
+        """As long as there are slots and memory.
+
+        After a preemption not before somebody has left, or the same would be computed again and again.
+        """
+        while self._waiting and not (self._crowded and self._running):
+            sequence = self._waiting[0]
+            taken = self._arena.take(sequence.tokens, sequence.stream.request.cache_salt)
+            if taken is None:
+                return
+            self._waiting.popleft()
+            sequence.slot, sequence.computed = taken
             self._running.append(sequence)
+            if sequence.stream.started is None:
+                sequence.stream.cached_tokens = sequence.computed
+                self.counts.prompt_tokens += sequence.prompt_len
+                self.counts.cached_tokens += sequence.computed
+
+    def _decode(self, sequence: Sequence, decoding: int) -> Advance:
+        guesses = min(self._draft_tokens, _FREE_ROWS // decoding - 1)
+        if guesses <= 0:
+            return Advance(sequence, 1)
+        drafts = sequence.drafts(guesses)
+        if drafts and not self._arena.grow(_slot(sequence), len(sequence.tokens) + len(drafts)):
+            drafts = ()
+        return Advance(sequence, 1, drafts)
+
+    def _rows(self, decoding: int) -> int:
+        """The most rows of the next step."""
+        if self._pace is None or not decoding:
+            return self._max_step_tokens
+        rows = self._pace.most_rows(len(self._running)) or self._max_step_tokens
+        return min(self._max_step_tokens, max(rows, decoding + _LEAST_CHUNK))
+
+    def _accept(self, advance: Advance, outcome: Outcome, now: float) -> Iterator[TokenEvent | ServeAppError]:
+        """The step's tokens of one sequence, as far as its drafts were right."""
+        sequence = advance.sequence
+        if isinstance(outcome, ServeAppError):
+            self._release(sequence)
+            yield outcome
+            return
+        right = 0
+        for number, sampled in enumerate(outcome):
+            event = sequence.accept(sampled, now)
+            yield event
+            if event.finish_reason is not None:
+                self._release(sequence)
+                break
+            if advance.drafts[number : number + 1] != (sampled.token_id,):
+                break
+            sequence.computed += 1
+            right += 1
+        if advance.drafts:
+            sequence.drafter.learn(len(advance.drafts), right, len(sequence.tokens))
+            self.counts.drafted += len(advance.drafts)
+            self.counts.accepted += right
+        if sequence.slot is not None and sequence.generated == right + 1:
+            self._arena.publish(sequence.slot, sequence.tokens, sequence.prompt_len)
 
     def _release(self, sequence: Sequence) -> None:
         assert sequence.slot is not None
         self._running.remove(sequence)
-        self._pool.give_back(sequence.slot)
+        self._arena.give_back(sequence.slot, sequence.tokens, sequence.computed)
         sequence.slot = None
+        self._crowded = False
+
+
+def _order(sequence: Sequence) -> int:
+    return sequence.order
 
 
 def _slot(sequence: Sequence) -> int:

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from random import getrandbits
 from typing import Protocol
 
+from serve_app.engine.arena import Copy, Trim
 from serve_app.engine.detokenizer import Decoder, Detokenizer
+from serve_app.engine.drafts import Drafter
 from serve_app.engine.stream import TokenStream
 from serve_app.errors import ServeAppError
 from serve_app.types import FinishReason, Logprobs, Prompt, SamplingParams, TokenEvent
@@ -25,15 +27,17 @@ class Sequence:
     """Token ids so far, how many of them are in the KV arena, and where.
 
     `tokens` is the prompt and then the answer. `computed` counts the tokens whose keys and values
-    are in slot `slot`; the sequence decodes when only its newest token is not.
+    are in slot `slot`; the sequence decodes when only its newest token is not. `order` counts arrivals.
     """
 
     __slots__ = (
         "_detokenizer",
         "computed",
         "deadline",
+        "drafter",
         "end_ids",
         "limit",
+        "order",
         "params",
         "prompt_len",
         "seed",
@@ -52,6 +56,8 @@ class Sequence:
         self.tokens = list(prompt)
         self.prompt_len = len(self.tokens)
         self.computed = 0
+        self.order = 0
+        self.drafter = Drafter()
         self.slot: int | None = None
         self.deadline = stream.arrived + stream.request.timeout_s
         self.end_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else end_ids)
@@ -69,6 +75,14 @@ class Sequence:
     def pending(self) -> int:
         """Tokens that are not in the KV arena yet: 1 while decoding."""
         return len(self.tokens) - self.computed
+
+    def drafts(self, count: int) -> tuple[int, ...]:
+        """At most `count` guesses at its next tokens; none where a token's choice depends on more than its place."""
+        p = self.params
+        plain = p.repetition_penalty == 1 and p.presence_penalty == 0 and p.frequency_penalty == 0
+        if not plain or p.logprobs is not None or (self.end_ids and self.generated < p.min_tokens):
+            return ()
+        return self.drafter.propose(self.tokens, min(count, self.limit - self.generated - 1))
 
     def accept(self, sampled: Sampled, now: float) -> TokenEvent:
         """Append a sampled token and say what it means for the reader; sets the finish reason."""
@@ -92,26 +106,37 @@ class Sequence:
 class Advance:
     """Feed the next `count` tokens of a sequence to the model; sample one when that completes its tokens.
 
-    Prefill, chunk and decode differ only in the number.
+    Prefill, chunk and decode differ only in the number. `drafts` are fed after them: each is right if it is what
+    the row before it samples, and then its own row gives one token more.
     """
 
     sequence: Sequence
     count: int
+    drafts: tuple[int, ...] = ()
 
     @property
     def samples(self) -> bool:
         return self.count == self.sequence.pending
 
+    @property
+    def rows(self) -> int:
+        return self.count + len(self.drafts)
+
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One forward pass: decoding sequences by slot, then prompt chunks."""
+    """One forward pass: decoding sequences by slot, then prompt chunks. `orders` come before it."""
 
     advances: tuple[Advance, ...]
+    orders: tuple[Copy | Trim, ...] = ()
 
     @property
     def rows(self) -> int:
-        return sum(advance.count for advance in self.advances)
+        return sum(advance.rows for advance in self.advances)
+
+
+# What a step chose for a sequence: a token, and one more for every draft that may be right; or why it has none.
+Outcome = tuple[Sampled, ...] | ServeAppError
 
 
 class Text(Protocol):
@@ -141,6 +166,11 @@ class Runner(Protocol):
     def slots(self) -> int: ...
 
     @property
+    def kv_tokens(self) -> int:
+        """How many tokens all slots together may hold."""
+        ...
+
+    @property
     def context(self) -> int:
         """The longest sequence, prompt and answer, in tokens."""
         ...
@@ -148,6 +178,6 @@ class Runner(Protocol):
     @property
     def text(self) -> Text: ...
 
-    def run(self, step: Step) -> list[Sampled | ServeAppError]:
-        """One forward pass; for each advance that samples, in order, its token or why it can have none."""
+    def run(self, step: Step) -> list[Outcome]:
+        """Carry out the orders, then one forward pass; for each advance that samples, in order, its outcome."""
         ...

@@ -13,19 +13,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-# Read once to see which channels are large. Which they are hardly depends on the text.
-TEXT = (
-    "Question: A train leaves at 9:40 and arrives at 12:05. How long is the journey?\nAnswer: 2 hours 25 minutes.\n\n"
-    "def area(width, height):\n    return width * height\n\nThe river froze in January, and by the end of the "
-    "people crossed it on foot. «Wie weit ist es noch?», fragte sie; nobody answered. Dear Sir or Madam, thank you "
-    "for your letter of 3 May. 1. Mix the flour with two eggs. 2. Add 250 ml of milk."
-)
+from serve_app.engine import calibration
+
 _ALPHA = 0.5
 
 
 def smooth(model: PreTrainedModel, ids: Seq[int]) -> None:
-    """Rescale channels in place, by powers of two, so that no weight is rounded. `ids`: TEXT in the model's tokens."""
-    largest = _largest_inputs(model, ids)
+    """Rescale channels in place, by powers of two, so that no weight is rounded. `ids`: a text to see them on."""
+    largest = calibration.inputs(model, ids, calibration.largest)
     layers: Any = model.model.layers
     for layer in layers:
         attention, mlp = layer.self_attn, layer.mlp
@@ -45,25 +40,24 @@ def smooth(model: PreTrainedModel, ids: Seq[int]) -> None:
         scale = grouped.amax(1)
         _make(attention.v_proj, scale.reshape(shared))
         _read([attention.o_proj], scale[:, None].expand_as(grouped).reshape(-1))
+    _smooth_head(model, largest)
+
+
+def smooth_head(model: PreTrainedModel, ids: Seq[int]) -> None:
+    """Only what the head reads, for a model of which only the head is int8."""
+    _smooth_head(model, calibration.inputs(model, ids, calibration.largest))
+
+
+def _smooth_head(model: PreTrainedModel, largest: dict[torch.nn.Module, torch.Tensor]) -> None:
+    head, norm = model.get_output_embeddings(), model.model.norm
+    scale = _scale(largest[head], [head])
+    norm.weight.data /= scale
+    # A weight of its own: it may have been the embedding's, which stays as it is.
+    head.weight = torch.nn.Parameter(head.weight.detach() * scale.to(head.weight.dtype), requires_grad=False)
 
 
 def _group(attention: Any) -> int:
     return int(attention.o_proj.in_features // attention.v_proj.out_features)
-
-
-def _largest_inputs(model: PreTrainedModel, ids: Seq[int]) -> dict[torch.nn.Module, torch.Tensor]:
-    """The largest magnitude of every input channel of every linear layer."""
-    largest: dict[torch.nn.Module, torch.Tensor] = {}
-
-    def look(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], _: object) -> None:
-        largest[module] = inputs[0].detach().float().abs().flatten(0, -2).amax(0)
-
-    linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
-    hooks = [linear.register_forward_hook(look) for linear in linears]
-    model(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=False)
-    for hook in hooks:
-        hook.remove()
-    return largest
 
 
 def _scale(largest: torch.Tensor, readers: Seq[torch.nn.Linear]) -> torch.Tensor:

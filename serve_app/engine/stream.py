@@ -23,6 +23,7 @@ class TokenStream:
         self.request = request
         self.arrived = arrived
         self.prompt_tokens = 0
+        self.cached_tokens = 0
         self.started: float | None = None
         self.closed = False
         self.loop = asyncio.get_running_loop()
@@ -80,7 +81,7 @@ class TokenStream:
     def _take(self) -> Chunk:
         events = tuple(self._events.popleft() for _ in range(len(self._events)))
         started = self.arrived if self.started is None else self.started
-        return Chunk(events, self.prompt_tokens, started - self.arrived)
+        return Chunk(events, self.prompt_tokens, started - self.arrived, self.cached_tokens)
 
 
 def wake_all(streams: Iterable[TokenStream]) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence as Seq
 from urllib.parse import parse_qsl, urlsplit
 
 from serve_app.config import Engine
-from serve_app.engine.sequence import Sampled, Step
+from serve_app.engine.sequence import Advance, Outcome, Sampled, Step
 from serve_app.errors import InvalidRequest, ServeAppError
 from serve_app.types import ChatPrompt, Logprobs, Prompt, TextPrompt, TokenLogprob
 
@@ -49,6 +49,8 @@ class ToyText:
 class ToyRunner:
     """Token n of an answer is token n of the prompt, counted round; each step takes `step_ms`.
 
+    It keeps nothing, so that `kv_memory_bytes` counts tokens here.
+
     With `log`, a line is appended to that file for each token made: monotonic seconds, and the request's id.
     """
 
@@ -57,6 +59,7 @@ class ToyRunner:
         self.kind = "toy"
         self.slots = config.max_running
         self.context = config.max_context
+        self.kv_tokens = config.kv_memory_bytes or self.slots * self.context
         self.text = ToyText()
         self._step_s = step_ms / 1e3
         self._log = None if log is None else open(log, "a", buffering=1)  # noqa: SIM115 (as long as the process)
@@ -67,16 +70,17 @@ class ToyRunner:
         options = dict(parse_qsl(urlsplit(source).query))
         return cls(config, float(options.get("step_ms", 0)), float(options.get("load_s", 0)), options.get("log"))
 
-    def run(self, step: Step) -> list[Sampled | ServeAppError]:
+    def run(self, step: Step) -> list[Outcome]:
         if self._step_s:
             time.sleep(self._step_s)
-        sampled: list[Sampled | ServeAppError] = []
-        for advance in step.advances:
-            if advance.samples:
-                sequence = advance.sequence
-                token = sequence.tokens[sequence.generated % sequence.prompt_len]
-                chosen = TokenLogprob(token, chr(token), 0.0)
-                if self._log is not None:
-                    self._log.write(f"{time.monotonic():.6f} {sequence.stream.request.id}\n")
-                sampled.append(Sampled(token, None if sequence.params.logprobs is None else Logprobs(chosen, ())))
-        return sampled
+        return [self._outcome(advance) for advance in step.advances if advance.samples]
+
+    def _outcome(self, advance: Advance) -> Outcome:
+        sequence, sampled = advance.sequence, []
+        for ahead in range(1 + len(advance.drafts)):
+            token = sequence.tokens[(sequence.generated + ahead) % sequence.prompt_len]
+            chosen = TokenLogprob(token, chr(token), 0.0)
+            sampled.append(Sampled(token, None if sequence.params.logprobs is None else Logprobs(chosen, ())))
+            if self._log is not None:
+                self._log.write(f"{time.monotonic():.6f} {sequence.stream.request.id}\n")
+        return tuple(sampled)

@@ -64,7 +64,12 @@ async def test_the_whole_call_has_usage_and_metrics(gateway: ScriptedGateway) ->
     app = create_app(gateway, app_config(), clock=lambda: next(instants))
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
         body = await batch(client, prompts=["a b", "c", ""])
-    assert body["usage"] == {"prompt_tokens": 6, "completion_tokens": 3, "total_tokens": 9}
+    assert body["usage"] == {
+        "prompt_tokens": 6,
+        "prompt_tokens_details": {"cached_tokens": 0},
+        "completion_tokens": 3,
+        "total_tokens": 9,
+    }
     assert body["metrics"] == {"elapsed_ms": 2000.0, "tokens_per_second": 1.5}
 
 

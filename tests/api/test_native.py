@@ -18,7 +18,12 @@ async def test_generate_answers_text_usage_and_metrics(client: httpx.AsyncClient
         "model": "small",
         "text": "andbrightand",
         "finish_reason": "stop",
-        "usage": {"prompt_tokens": 3, "completion_tokens": 3, "total_tokens": 6},
+        "usage": {
+            "prompt_tokens": 3,
+            "prompt_tokens_details": {"cached_tokens": 0},
+            "completion_tokens": 3,
+            "total_tokens": 6,
+        },
         "metrics": {
             "ttft_ms": 50.0,
             "tpot_ms": 10.0,

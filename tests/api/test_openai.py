@@ -25,7 +25,7 @@ from serve_app.types import (
 
 from .scripted import BEAT, ScriptedGateway, app_config, chunk, frames
 
-USAGE = {"prompt_tokens": 3, "completion_tokens": 3, "total_tokens": 6}
+USAGE = {"prompt_tokens": 3, "prompt_tokens_details": {"cached_tokens": 0}, "completion_tokens": 3, "total_tokens": 6}
 HI: ChatCompletionUserMessageParam = {"role": "user", "content": "hi"}
 COMPLETION: dict[str, object] = {"prompt": "a b c"}
 CHAT: dict[str, object] = {"messages": [HI]}

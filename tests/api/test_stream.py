@@ -63,7 +63,12 @@ async def test_frames_of_a_stream(client: httpx.AsyncClient, gateway: ScriptedGa
     assert second["metrics"]["tpot_ms"] == 10.0
     assert last["finished"] is True
     assert last["finish_reason"] == "length"
-    assert last["usage"] == {"prompt_tokens": 3, "completion_tokens": 3, "total_tokens": 6}
+    assert last["usage"] == {
+        "prompt_tokens": 3,
+        "prompt_tokens_details": {"cached_tokens": 0},
+        "completion_tokens": 3,
+        "total_tokens": 6,
+    }
     assert gateway.completed == 1
     assert gateway.refusals == []
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from serve_app.engine.arena import Copy, Trim
 from serve_app.engine.attention import (
     IMPLEMENTATION,
     LayerCache,
@@ -187,3 +188,19 @@ def test_the_modules_that_attend_are_those_that_know_their_layer() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Linear(1, 1))
     model[1].layer_idx = 0  # type: ignore[assignment]
     assert attention_modules(model) == [model[1]]
+
+
+def test_a_beginning_is_copied_and_what_is_given_back_reads_as_zeros() -> None:
+    cache = LayerCache(3, 2, 256, 64, 64, torch.float32, torch.device("cpu"))
+    for arena in (cache.keys, cache.values):
+        arena.copy_(torch.arange(3 * 2 * 256 * 64).view(3, 2, 256, 64))
+    kept = cache.values.clone()
+    cache.carry_out(Trim(0, 128))
+    assert cache.values[0, :, :128].equal(kept[0, :, :128])
+    assert cache.values[0, :, 128:].eq(0).all()
+    cache.carry_out(Trim(1, 0))
+    assert cache.keys[1].eq(0).all()
+    assert cache.values[2].equal(kept[2])
+    cache.carry_out(Copy(2, 0, 96))
+    assert cache.values[0, :, :96].equal(kept[2, :, :96])
+    assert cache.values[0, :, 96:128].equal(kept[0, :, 96:128])

@@ -10,7 +10,7 @@ from hypothesis import given, settings, strategies as st
 
 from serve_app.config import Engine as EngineConfig
 from serve_app.engine.engine import Engine, EngineStalled
-from serve_app.engine.sequence import Sampled, Step
+from serve_app.engine.sequence import Outcome, Sampled, Step
 from serve_app.engine.toy import END, ToyRunner, ToyText
 from serve_app.errors import (
     DeadlineExceeded,
@@ -19,7 +19,6 @@ from serve_app.errors import (
     NotReady,
     PromptTooLong,
     QueueFull,
-    ServeAppError,
 )
 from serve_app.types import FinishReason, GenerationRequest, Prompt, SamplingParams
 
@@ -316,17 +315,17 @@ class Miscounting(ToyRunner):
         super().__init__(config)
         self._extra = extra
 
-    def run(self, step: Step) -> list[Sampled | ServeAppError]:
+    def run(self, step: Step) -> list[Outcome]:
         sampled = super().run(step)
         if all(advance.sequence.limit != 9 for advance in step.advances):
             return sampled
-        return [*sampled, *[Sampled(1)] * self._extra][: len(sampled) + self._extra]
+        return [*sampled, *[(Sampled(1),)] * self._extra][: len(sampled) + self._extra]
 
 
 class Speechless(ToyRunner):
     """Has no third token for whoever asked for nine."""
 
-    def run(self, step: Step) -> list[Sampled | ServeAppError]:
+    def run(self, step: Step) -> list[Outcome]:
         asking = [advance.sequence for advance in step.advances if advance.samples]
         return [
             InternalError("no numbers") if one.limit == 9 and one.generated == 2 else outcome
@@ -401,7 +400,7 @@ async def test_when_the_thread_dies_everyone_is_told_and_nobody_gets_in() -> Non
 
 
 class Dying(SteppedRunner):
-    def run(self, step: Step) -> list[Sampled | ServeAppError]:
+    def run(self, step: Step) -> list[Outcome]:
         super().run(step)
         raise KeyboardInterrupt
 

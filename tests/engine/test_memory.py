@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from serve_app.config import Engine as EngineConfig
-from serve_app.engine.memory import NotEnoughMemory, available_bytes, slots_that_fit
+from serve_app.engine.memory import NotEnoughMemory, available_bytes, kv_tokens_that_fit
 
 MIB = 2**20
 
@@ -114,20 +114,18 @@ def test_a_machine_that_does_not_tell_is_an_error_with_the_file(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("config", "slots"),
-    [
-        (EngineConfig(kv_memory_fraction=0.5), 5),
-        (EngineConfig(kv_memory_fraction=0.5, max_running=2), 2),
-        (EngineConfig(kv_memory_bytes=30 * MIB), 3),
-    ],
+    ("config", "tokens"),
+    [(EngineConfig(kv_memory_fraction=0.5), 5), (EngineConfig(kv_memory_bytes=30 * MIB), 3)],
 )
-def test_as_many_slots_as_the_budget_and_the_configuration_allow(config: EngineConfig, slots: int) -> None:
-    assert slots_that_fit(config, free_bytes=100 * MIB, slot_bytes=10 * MIB) == slots
+def test_as_many_tokens_as_the_budget_holds(config: EngineConfig, tokens: int) -> None:
+    assert kv_tokens_that_fit(config, free_bytes=100 * MIB, token_bytes=10 * MIB, longest=3) == tokens
 
 
-def test_when_not_one_slot_fits_the_numbers_are_told() -> None:
+def test_when_not_one_sequence_fits_the_numbers_are_told() -> None:
     with pytest.raises(NotEnoughMemory) as caught:
-        slots_that_fit(EngineConfig(max_context=4096), free_bytes=100 * MIB, slot_bytes=60 * MIB)
+        kv_tokens_that_fit(EngineConfig(), free_bytes=100 * MIB, token_bytes=MIB // 2, longest=120)
     assert str(caught.value).startswith(
-        "one sequence of 4096 tokens needs 60 MiB of KV memory, the budget is 50 MiB (100 MiB free); lower"
+        "one sequence of 120 tokens needs 60 MiB of KV memory, the budget is 50 MiB (100 MiB free); lower"
     )
+    with pytest.raises(NotEnoughMemory, match=r"the budget is 0\.5 MiB; lower"):
+        kv_tokens_that_fit(EngineConfig(kv_memory_bytes=MIB // 2), free_bytes=0, token_bytes=MIB, longest=1)

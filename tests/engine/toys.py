@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from serve_app.config import Engine as EngineConfig
+from serve_app.engine.arena import BLOCK, Copy
 from serve_app.engine.engine import Engine
-from serve_app.engine.sequence import Runner, Sampled, Sequence, Step
+from serve_app.engine.sequence import Advance, Outcome, Runner, Sampled, Sequence, Step
 from serve_app.engine.stream import TokenStream
 from serve_app.engine.toy import ToyRunner, ToyText
 from serve_app.errors import ServeAppError
@@ -109,11 +110,44 @@ def sequence(
     return sequences([request(prompt, timeout_s, params)], context=context)[0]
 
 
-def tokens_of(outcomes: Seq[Sampled | ServeAppError]) -> list[Sampled]:
-    """The outcomes of a step in which every sequence got a token."""
-    tokens = [outcome for outcome in outcomes if isinstance(outcome, Sampled)]
+def tokens_of(outcomes: Seq[Sampled | Outcome]) -> list[Sampled]:
+    """The outcomes of a step in which every sequence got one token."""
+    tokens = [one for outcome in outcomes for one in (outcome if isinstance(outcome, tuple) else (outcome,))]
     assert len(tokens) == len(outcomes)
-    return tokens
+    return [token for token in tokens if isinstance(token, Sampled)]
+
+
+def successor(tokens: Seq[int]) -> int:
+    """The next token of a text, in a language of few words that often repeats itself."""
+    return (tokens[-1] + len(tokens) // 7 + sum(tokens[-9:-4])) % 4 + 1
+
+
+class Keeper:
+    """Holds tokens where a model holds keys and values, and answers from what is really there."""
+
+    def __init__(self, slots: int) -> None:
+        self._held: list[dict[int, int]] = [{} for _ in range(slots)]
+
+    def run(self, step: Step) -> list[Outcome]:
+        for order in step.orders:
+            if isinstance(order, Copy):
+                source = self._held[order.source]
+                self._held[order.target] |= {position: source[position] for position in range(order.count)}
+            else:
+                self._held[order.slot] = {p: token for p, token in self._held[order.slot].items() if p < order.keep}
+        return [outcome for advance in step.advances for outcome in self._advance(advance)]
+
+    def memory(self, blocks: Seq[int]) -> bool:
+        """Whether no slot holds more than it may."""
+        return all(max(held, default=-1) < n * BLOCK for held, n in zip(self._held, blocks, strict=True))
+
+    def _advance(self, advance: Advance) -> list[Outcome]:
+        asked = advance.sequence
+        assert asked.slot is not None
+        held, start, end = self._held[asked.slot], asked.computed, asked.computed + advance.count
+        held |= dict(enumerate((*asked.tokens[start:end], *advance.drafts), start=start))
+        texts = [[held[position] for position in range(end + ahead)] for ahead in range(1 + len(advance.drafts))]
+        return [tuple(Sampled(successor(text)) for text in texts)] if advance.samples else []
 
 
 class SteppedRunner(ToyRunner):
@@ -126,7 +160,7 @@ class SteppedRunner(ToyRunner):
         self._permits = threading.Semaphore(0)
         self._free = False
 
-    def run(self, step: Step) -> list[Sampled | ServeAppError]:
+    def run(self, step: Step) -> list[Outcome]:
         self.rows.append(step.rows)
         self.begun.append([advance.sequence for advance in step.advances])
         assert self._free or self._permits.acquire(timeout=PATIENCE_S), "the test forgot to let the runner go"
@@ -151,7 +185,7 @@ class FaultyRunner(ToyRunner):
         super().__init__(config)
         self._script = list(script)
 
-    def run(self, step: Step) -> list[Sampled | ServeAppError]:
+    def run(self, step: Step) -> list[Outcome]:
         fault = self._script.pop(0) if self._script else None
         if fault is not None:
             raise fault
@@ -162,7 +196,7 @@ class FaultyRunner(ToyRunner):
 def running(
     make: Callable[[EngineConfig], Runner] = ToyRunner, clock: Callable[[], float] = time.monotonic, **config: int
 ) -> Iterator[Engine]:
-    settings = EngineConfig(**config)
+    settings = EngineConfig(**{"draft_tokens": 0, **config})
     engine = Engine(lambda: make(settings), settings, clock)
     engine.start()
     try:

@@ -25,7 +25,12 @@ async def test_a_stream_says_what_the_whole_answer_says(client: httpx.AsyncClien
     assert whole["text"] == frames[-1]["text"] == "".join(frame["token"] for frame in frames) == TEXT
     assert [frame["finished"] for frame in frames] == [False] * (SIZE - 1) + [True]
     assert frames[-1]["usage"] == whole["usage"]
-    assert whole["usage"] == {"prompt_tokens": SIZE, "completion_tokens": SIZE, "total_tokens": 2 * SIZE}
+    assert whole["usage"] == {
+        "prompt_tokens": SIZE,
+        "prompt_tokens_details": {"cached_tokens": 0},
+        "completion_tokens": SIZE,
+        "total_tokens": 2 * SIZE,
+    }
 
 
 async def test_the_first_token_comes_before_the_last_is_made(client: httpx.AsyncClient) -> None:

@@ -36,8 +36,15 @@ def model_config(source: str | Path, **engine: int) -> Model:
 
 
 @contextmanager
-def running(model: Model) -> Iterator[Engine]:
-    engine = Engine(lambda: TorchRunner.from_config(model, lambda stage: None), model.engine)
+def running(model: Model, kv_tokens: int | None = None) -> Iterator[Engine]:
+    """With less memory than the configuration gives, if told so."""
+
+    def make() -> TorchRunner:
+        runner = TorchRunner.from_config(model, lambda stage: None)
+        runner.kv_tokens = kv_tokens or runner.kv_tokens
+        return runner
+
+    engine = Engine(make, model.engine)
     engine.start()
     try:
         yield engine
@@ -67,7 +74,7 @@ async def greedy(engine: Engine, asked: Ask) -> list[int]:
     return [e.token_id for e in await ask(engine, TokenPrompt(asked.prompt), params, asked.leaves_after)]
 
 
-async def crowd(engine: Engine, asks: list[Ask], seed: int) -> list[list[int]]:
+async def crowd(engine: Engine, asks: list[Ask], seed: int, within_s: float = 0.05) -> list[list[int]]:
     """All of them at random moments of the same few steps."""
     rng = random.Random(seed)
 
@@ -75,15 +82,18 @@ async def crowd(engine: Engine, asks: list[Ask], seed: int) -> list[list[int]]:
         await asyncio.sleep(delay_s)
         return await greedy(engine, asked)
 
-    return await asyncio.gather(*(later(asked, rng.random() * 0.15) for asked in asks))
+    return await asyncio.gather(*(later(asked, rng.random() * within_s) for asked in asks))
 
 
 def random_asks(count: int, vocabulary: int, longest_prompt: int, longest_answer: int, seed: int) -> list[Ask]:
-    """Every fourth reader leaves early."""
+    """Every fourth reader leaves early. Of three prompts one begins as its kind does, for most of it; one is short."""
     rng = random.Random(seed)
+    beginning = tuple(rng.randrange(vocabulary) for _ in range(longest_prompt - longest_prompt // 8))
     asks = []
     for i in range(count):
-        prompt = tuple(rng.randrange(vocabulary) for _ in range(rng.randint(1, longest_prompt)))
+        prompt = beginning if i % 3 == 0 else ()
+        longest = longest_prompt // 4 if i % 3 == 1 else longest_prompt - len(prompt)
+        prompt += tuple(rng.randrange(vocabulary) for _ in range(rng.randint(1, longest)))
         tokens = rng.randint(2, longest_answer)
         asks.append(Ask(prompt, tokens, rng.randint(1, tokens) if i % 4 == 3 else None))
     return asks

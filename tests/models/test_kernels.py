@@ -11,6 +11,12 @@ import pytest
 import torch
 
 from serve_app.engine import kernels
+from serve_app.engine.lean import LeanModel
+from serve_app.engine.linear import Quantization
+from serve_app.engine.rows import Rows
+from serve_app.engine.runner import TorchRunner
+from tests.models import tiny
+from tests.models.crowd import model_config
 
 pytestmark = pytest.mark.model
 
@@ -167,6 +173,45 @@ def assert_scaled(out: torch.Tensor, multipliers: torch.Tensor, plain: torch.Ten
     assert torch.allclose(out[:-1].abs().amax(-1), torch.ones(len(plain)), rtol=1e-6)
     assert close(out[:-1] * multipliers[:, None], plain.double())
     assert out[-1].tolist() == [-1.0, 1.0] * (out.shape[1] // 2)
+
+
+@every_type
+@pytest.mark.parametrize("width", [1, 15, 16, 1000])
+def test_the_largest_of_every_row(dtype: torch.dtype, width: int) -> None:
+    rows = (noise(40, width, dtype=dtype) * 4).round()  # so that many are equally large
+    rows[1, width // 2], rows[2, width - 1], rows[3] = torch.inf, -torch.inf, -torch.inf
+    rows[4, width // 2] = torch.nan
+    values, places = torch.ops.serve_app.largest_of_rows(rows)
+    assert values[4].isnan()
+    whole = [row for row in range(40) if row != 4]
+    assert torch.equal(values[whole], rows[whole].float().amax(-1))
+    assert torch.equal(places[whole], rows[whole].float().eq(values[whole][:, None]).int().argmax(-1))
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+@every_type
+@pytest.mark.parametrize("family", tiny.LEAN)
+def test_the_loop_over_the_layers_is_the_one_in_python(
+    family: str, dtype: torch.dtype, quantization: Quantization, tmp_path: Path
+) -> None:
+    """Bit for bit, for decoding rows and chunks in one step, also where nothing is to be sampled."""
+    folder = tiny.save(family, tmp_path, tiny.LEAN)
+    name = {FLOAT: "float32", BFLOAT: "bfloat16"}[dtype]
+    config = model_config(folder, max_running=4, max_context=64)
+    config = config.model_copy(update={"quantization": quantization, "dtype": name})
+    runner = TorchRunner.from_config(config, lambda stage: None)
+    model = runner._model
+    assert isinstance(model, LeanModel)
+    assert model._native is not None
+    answers = []
+    with torch.inference_mode():
+        for native in (model._native, None):
+            model._native = native
+            for wanted in ([], [2, 6]):
+                rows = Rows([5, 6, 7, 8, 9, 10, 11], [0, 2, 3, 3, 3, 3, 3], [0, 0, 0, 1, 2, 3, 4], wanted, [], [])
+                answers.append(model.forward(rows))
+    assert torch.equal(answers[1], answers[3])
+    assert len(answers[0]) == len(answers[2]) == 0
 
 
 def test_rows_outside_the_arena_are_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -24,6 +25,7 @@ from serve_app.engine.loader import (
     convert_gguf,
     cpu_multiplies_bfloat16,
     load,
+    quantized_on_gpu,
 )
 from tests.models import tiny
 from tests.models.hub import COMMIT, hub_of
@@ -110,6 +112,55 @@ def test_a_folder_is_loaded(folder: Path) -> None:
     assert loaded.text.end_ids == {256}
     assert not loaded.model.training
     assert loaded.model.dtype == torch.float32
+
+
+def pretend_a_gpu(monkeypatch: pytest.MonkeyPatch, bitsandbytes: object) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr("serve_app.engine.loader.choose_device", lambda *_: torch.device("cuda"))
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name, *more: bitsandbytes if name == "bitsandbytes" else find(name, *more)
+    )
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_quantisation_on_a_gpu_needs_its_package(
+    folder: Path, quantization: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend_a_gpu(monkeypatch, bitsandbytes=None)
+    told = refusal(folder, quantization=quantization)
+    assert told.startswith(f"quantization: {quantization} on a GPU needs bitsandbytes, which is not installed here: ")
+    assert "pip install 'serve_app[cuda-quant]'" in told
+
+
+@pytest.mark.parametrize(
+    ("quantization", "dtype", "told"),
+    [
+        ("int8", "auto", {"load_in_8bit": True, "llm_int8_threshold": 0.0}),
+        ("int4", "auto", {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "bfloat16"}),
+        ("int4", "float16", {"bnb_4bit_compute_dtype": "float16"}),
+    ],
+)
+def test_a_gpus_weights_are_quantised_as_they_load(
+    folder: Path, quantization: str, dtype: str, told: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing here has a GPU: what transformers is told is what can be looked at."""
+    asked: dict[str, Any] = {}
+
+    def from_pretrained(source: str, **options: Any) -> None:
+        asked.update(options)
+        raise ValueError("seen enough")
+
+    pretend_a_gpu(monkeypatch, bitsandbytes=object())
+    monkeypatch.setattr("serve_app.engine.loader.AutoModelForCausalLM.from_pretrained", from_pretrained)
+    model = config(folder, quantization=quantization).model_copy(update={"dtype": dtype})
+    with pytest.raises(SourceError, match="seen enough"):
+        load(model, lambda stage: None)
+    assert asked["device_map"] == {"": 0}
+    assert asked["quantization_config"].to_dict().items() >= told.items()
+
+
+def test_nothing_is_said_of_quantisation_where_there_is_none() -> None:
+    assert quantized_on_gpu("none", torch.bfloat16) == {}
 
 
 @pytest.mark.parametrize("placement", ["auto", {"": "cpu"}, {"model": "cpu", "lm_head": "cpu"}], ids=str)

@@ -67,16 +67,20 @@ def test_attention_that_chooses_what_it_looks_at_is_refused(tmp_path: Path) -> N
         made(model_config(folder, max_context=64))
 
 
-def test_an_arena_takes_as_many_slots_as_its_budget_holds(tmp_path: Path) -> None:
+def test_an_arena_holds_as_many_tokens_as_its_budget(tmp_path: Path) -> None:
+    """On CPU no slot takes memory before it is used, so there are as many as may run."""
     folder = tiny.save("llama", tmp_path)
-    for slots in (1, 5, 8):
-        budget = (slots + 1) * 64 * TOKEN_BYTES - 1
-        assert made(model_config(folder, max_running=8, max_context=64, kv_memory_bytes=budget)).slots == min(slots, 8)
+    for tokens in (64, 500, 8 * 64):
+        runner = made(model_config(folder, max_running=8, max_context=64, kv_memory_bytes=tokens * TOKEN_BYTES + 5))
+        assert (runner.slots, runner.kv_tokens) == (8, tokens)
+    assert made(model_config(folder, max_running=8, max_context=64)).kv_tokens == 8 * 64
 
 
 def test_no_slot_at_all_is_refused_with_the_numbers(tmp_path: Path) -> None:
     folder = tiny.save("llama", tmp_path)
-    with pytest.raises(NotEnoughMemory, match=r"64 tokens needs 0 MiB of KV memory, the budget is 0 MiB.*max_context"):
+    with pytest.raises(
+        NotEnoughMemory, match=r"64 tokens needs 0\.0352 MiB of KV memory, the budget is 0\.0352 MiB.*max_context"
+    ):
         made(model_config(folder, max_context=64, kv_memory_bytes=64 * TOKEN_BYTES - 1))
 
 

@@ -10,10 +10,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from serve_app.engine.arena import BLOCK
 from serve_app.engine.engine import Engine
 from serve_app.engine.loader import builtin_gguf, convert_gguf
 from serve_app.types import ChatMessage, ChatPrompt, FinishReason, SamplingParams, TextPrompt, TokenEvent
-from tests.models.crowd import agree, ask, crowd, generated, greedy, idle, model_config, random_asks, running
+from tests.models.crowd import Ask, agree, ask, crowd, generated, greedy, idle, model_config, random_asks, running
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(240)]
 
@@ -43,6 +44,21 @@ async def test_alone_is_a_crowd_is_generate(engine: Engine, folder: Path) -> Non
     agree([await greedy(engine, asked) for asked in asks[:6]], references[:6], asks[:6])
     agree(await crowd(engine, asks, seed=1), references, asks)
     await idle(engine)
+
+
+async def test_guesses_and_kept_beginnings_change_nothing(engine: Engine, folder: Path) -> None:
+    """A text that goes on as it began, asked for twice."""
+    encoded = engine._runner.text.encode([TextPrompt("one two three four five six seven eight nine ten. " * 6)])[0]
+    assert isinstance(encoded, list)
+    asks = [Ask(tuple(encoded), 40)]
+    before = engine.stats()
+    references = generated(folder, asks)
+    for _ in range(2):
+        agree([await greedy(engine, asks[0])], references, asks)
+    after = engine.stats()
+    assert after.accepted - before.accepted > 20
+    assert after.cached_tokens - before.cached_tokens >= len(encoded) - BLOCK
+    assert after.steps - before.steps < 2 * 40
 
 
 async def test_the_chat_template_leads_to_paris(engine: Engine) -> None:
