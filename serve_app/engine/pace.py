@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-# A running stream may wait this much longer than usual for a newcomer's prompt; the promise is 2.
-STRETCH = 1.7
+# A running stream may wait this much longer than usual for a newcomer's long prompt; the promise is 2.
+STRETCH = 1.9
 _NEWEST = 0.2
 
 

@@ -27,7 +27,8 @@ class Sequence:
     """Token ids so far, how many of them are in the KV arena, and where.
 
     `tokens` is the prompt and then the answer. `computed` counts the tokens whose keys and values
-    are in slot `slot`; the sequence decodes when only its newest token is not. `order` counts arrivals.
+    are in slot `slot`; the sequence decodes when only its newest token is not. `order` counts arrivals;
+    `long` is a prompt that may only advance as far as nobody notices.
     """
 
     __slots__ = (
@@ -37,6 +38,7 @@ class Sequence:
         "drafter",
         "end_ids",
         "limit",
+        "long",
         "order",
         "params",
         "prompt_len",
@@ -56,6 +58,7 @@ class Sequence:
         self.tokens = list(prompt)
         self.prompt_len = len(self.tokens)
         self.computed = 0
+        self.long = False
         self.order = 0
         self.drafter = Drafter()
         self.slot: int | None = None
