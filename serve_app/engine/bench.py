@@ -22,7 +22,7 @@ from serve_app.config import ConfigError, Model, load_serve_file
 from serve_app.engine.engine import Engine, EngineStats
 from serve_app.engine.linear import pack
 from serve_app.engine.loader import SourceError
-from serve_app.engine.memory import NotEnoughMemory
+from serve_app.engine.machine import NotEnoughMemory
 from serve_app.engine.runner import TorchRunner
 from serve_app.engine.stream import TokenStream
 from serve_app.types import GenerationRequest, SamplingParams, TokenPrompt

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from serve_app.engine.attention import LayerCache
 from serve_app.engine.lean import LeanModel, why_not
 from serve_app.engine.linear import Quantization, mark
 from serve_app.engine.loader import Loaded, Report, SourceError, load, return_memory
-from serve_app.engine.memory import NotEnoughMemory, available_bytes, kv_tokens_that_fit
+from serve_app.engine.machine import NotEnoughMemory, available_bytes, kv_tokens_that_fit, usable_cores
 from serve_app.engine.packed import LayerShape, PackedModel, layer_shapes, unmasked_context
 from serve_app.engine.rows import Rows, rows_of, span
 from serve_app.engine.sampler import sample
@@ -196,11 +195,6 @@ def _outcome(sampled: list[Sampled | ServeAppError]) -> Outcome:
     """All tokens before the first that is none; that one's error if there are no others."""
     tokens = tuple(takewhile(lambda one: isinstance(one, Sampled), sampled))
     return tokens or sampled[0]  # type: ignore[return-value]
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _free_bytes(device: torch.device) -> int:

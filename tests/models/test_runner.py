@@ -8,7 +8,7 @@ import pytest
 
 from serve_app.config import Model
 from serve_app.engine.loader import SourceError
-from serve_app.engine.memory import NotEnoughMemory
+from serve_app.engine.machine import NotEnoughMemory
 from serve_app.engine.runner import TorchRunner
 from tests.models import tiny
 from tests.models.crowd import model_config

@@ -85,7 +85,6 @@ async def test_the_openai_client_hears_paris(service: Shipped) -> None:
     assert last.prompt_tokens_details.cached_tokens == 32
 
 
-
 async def test_32_streams_at_once_all_end_and_memory_stays_what_the_readme_says(service: Shipped) -> None:
     idle = memory_mib(service)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from serve_app.config import Engine as EngineConfig
-from serve_app.engine.memory import NotEnoughMemory, available_bytes, kv_tokens_that_fit
+from serve_app.engine.machine import NotEnoughMemory, available_bytes, kv_tokens_that_fit, usable_cores
 
 MIB = 2**20
 
@@ -129,3 +129,20 @@ def test_when_not_one_sequence_fits_the_numbers_are_told() -> None:
     )
     with pytest.raises(NotEnoughMemory, match=r"the budget is 0\.5 MiB; lower"):
         kv_tokens_that_fit(EngineConfig(kv_memory_bytes=MIB // 2), free_bytes=0, token_bytes=MIB, longest=1)
+
+
+ALL = usable_cores(Path("/nowhere"), Path("/nowhere"))
+
+
+@pytest.mark.parametrize(("limit", "cores"), [("max 100000", ALL), ("100000 100000", 1), ("5000 100000", 1), ("", ALL)])
+def test_no_more_cores_than_the_group_pays_for(tmp_path: Path, limit: str, cores: int) -> None:
+    written(tmp_path / "pod" / "cpu.max", limit)
+    own = written(tmp_path / "own", "0::/pod/app\n")
+    assert usable_cores(tmp_path, own) == cores
+
+
+@pytest.mark.parametrize(("quota", "cores"), [(-1, ALL), (100_000, 1), (100_000 * 10_000, ALL)])
+def test_the_older_groups_too(tmp_path: Path, quota: int, cores: int) -> None:
+    written(tmp_path / "cpu" / "app" / "cpu.cfs_quota_us", quota)
+    written(tmp_path / "cpu" / "app" / "cpu.cfs_period_us", 100_000)
+    assert usable_cores(tmp_path, written(tmp_path / "own", "4:cpu,cpuacct:/app\n")) == cores

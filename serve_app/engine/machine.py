@@ -1,7 +1,9 @@
-"""How much memory this process may still take, by the limit that really holds."""
+"""How much memory and how many cores this process may take, by the limits that really hold."""
 
 from __future__ import annotations
 
+import math
+import os
 from pathlib import Path
 
 from serve_app.config import Engine
@@ -34,6 +36,28 @@ def available_bytes(meminfo: Path = _PROC_MEMINFO, cgroup: Path = _CGROUP, own: 
             if limit is not None and usage is not None:
                 free = min(free, limit - usage + _stat(folder / "memory.stat", cache_key))
     return max(free, 0)
+
+
+def usable_cores(cgroup: Path = _CGROUP, own: Path = _PROC_CGROUP) -> int:
+    """Cores that this process may run on: of its affinity, no more than a control group lets it use at a time.
+
+    Reads cgroup v2 (`cpu.max`) and v1 (`cpu.cfs_quota_us`, `cpu.cfs_period_us`). A thread more than the quota pays for
+    would stop all of them for the rest of every period.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    groups = _own_groups(own)
+    for folder in _from_the_top(cgroup, groups.get("", "")):
+        quota, _, period = _text(folder / "cpu.max").partition(" ")
+        cores = _within(cores, quota, period)
+    for folder in _from_the_top(cgroup / "cpu", groups.get("cpu", "")):
+        cores = _within(cores, _text(folder / "cpu.cfs_quota_us"), _text(folder / "cpu.cfs_period_us"))
+    return cores
+
+
+def _within(cores: int, quota: str, period: str) -> int:
+    if not (quota.isdigit() and period.isdigit() and int(period)):
+        return cores
+    return max(1, min(cores, math.floor(int(quota) / int(period))))
 
 
 def kv_tokens_that_fit(engine: Engine, free_bytes: int, token_bytes: int, longest: int) -> int:
@@ -83,11 +107,16 @@ def _from_the_top(top: Path, group: str) -> list[Path]:
 
 
 def _number(path: Path) -> int | None:
-    try:
-        text = path.read_text().strip()
-    except OSError:
-        return None
+    text = _text(path)
     return int(text) if text.isdigit() else None
+
+
+def _text(path: Path) -> str:
+    """Of a file that may not be there: "" then."""
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
 
 
 def _stat(path: Path, key: str) -> int:
