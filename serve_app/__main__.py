@@ -77,6 +77,9 @@ class Address:
         return f"http://{host}:{self.port}{route_prefix.rstrip('/')}"
 
 
+_interrupted = threading.Event()
+
+
 def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     _on_signals(_interrupt)
@@ -86,13 +89,17 @@ def main(argv: list[str] | None = None) -> int:
         address = Address(arguments.host or file.http_options.host, arguments.port or file.http_options.port)
         address.check()
         return _serve(arguments.ray_address, address, file, progress)
-    except (ConfigError, ClusterError, StartError) as error:
-        progress.end()
-        print(f"serve_app: {error}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         progress.end()
         return 130
+    except Exception as error:
+        progress.end()
+        if _interrupted.is_set():  # other people's code, interrupted, fails as it likes
+            return 130
+        if not isinstance(error, ConfigError | ClusterError | StartError):
+            raise
+        print(f"serve_app: {error}", file=sys.stderr)
+        return 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -177,6 +184,8 @@ def _deploy(address: Address, file: ServeFile, progress: Progress) -> None:
     url = address.url(file.route_prefix)
     stages: list[str] | None = None
     while deployment.is_alive() or stages is None or stages or not _ready(url, file):
+        if _interrupted.is_set():  # and may have been swallowed by other people's code
+            raise KeyboardInterrupt
         time.sleep(_LOOK_S)
         failed = bool(failure)
         stages = watch.waiting()
@@ -212,6 +221,7 @@ def _on_signals(handler: Callable[[int, FrameType | None], None] | signal.Handle
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:
+    _interrupted.set()
     raise KeyboardInterrupt
 
 

@@ -42,10 +42,13 @@ DEPLOYMENT: Config = {
 def model(name: str, source: str = "builtin:toy", deployment: Config | None = None, **sections: Any) -> Config:
     """A model of the configuration file, on a sliver of a core so that many fit on a small machine."""
     resources = {"num_cpus": 0.01, **sections.pop("resources", {})}
+    # A toy repeats its prompt, so that every guess would be right and no stream would take its time.
+    engine = {"draft_tokens": 0, **sections.pop("engine", {})}
     return {
         "name": name,
         "source": source,
         "resources": resources,
+        "engine": engine,
         "batching": {"max_batch_size": 1},
         "deployment": {**DEPLOYMENT, **(deployment or {})},
         **sections,
