@@ -32,11 +32,7 @@ def build(config: AppConfig) -> Application:
         (model,) = config.models
         return _model(FusedReplica, model, _callers(model.deployment)).bind(config, hub)
     assert config.ingress.deployment is not None, "an ingress that is not fused has a deployment"
-    models = [
-        # The ingress has an access log, by request.
-        _model(Replica, model, {"logging_config": {"enable_access_log": False}}).bind(model, hub)
-        for model in config.models
-    ]
+    models = [_model(Replica, model, _called(model.deployment)).bind(model, hub) for model in config.models]
     ingress = Ingress.options(  # type: ignore[attr-defined]
         **_serve_options(config.ingress.deployment), ray_actor_options={"num_cpus": config.ingress.num_cpus}
     )
@@ -50,6 +46,18 @@ def _model(kind: Any, model: Model, options: dict[str, Any]) -> Any:
         ray_actor_options=_actor_options(model.resources),
         **(_serve_options(model.deployment) | options),
     )
+
+
+def _called(deployment: Deployment) -> dict[str, Any]:
+    """Let Ray's queue hold also those who are only on their way to a replica.
+
+    Ray counts them as waiting until it has asked the replica, so that after a pause it would refuse whom the gateway,
+    which counts exactly, has let in. The ingress has an access log, by request.
+    """
+    scale = deployment.autoscaling
+    replicas = scale.max_replicas if scale is not None else deployment.num_replicas or 1
+    queue = deployment.max_queued_requests + replicas * deployment.max_ongoing_requests
+    return {"max_queued_requests": queue, "logging_config": {"enable_access_log": False}}
 
 
 def _callers(deployment: Deployment) -> dict[str, Any]:

@@ -13,8 +13,10 @@ pytestmark = pytest.mark.ray
 
 
 async def test_a_full_queue_refuses_and_loses_nobody(client: httpx.AsyncClient) -> None:
-    """One at a time, two may wait."""
+    """One at a time, two may wait; also after a pause, when Ray asks a replica before it sends somebody there."""
     body = {"model": "narrow", "prompt": "abc", "max_tokens": 30}
+    assert (await client.post("/generate", json=body)).status_code == 200
+    await asyncio.sleep(12)
     answers = await asyncio.gather(*(client.post("/generate", json=body) for _ in range(12)))
     statuses = sorted(answer.status_code for answer in answers)
     assert set(statuses) == {200, 429}
