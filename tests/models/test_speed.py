@@ -1,7 +1,7 @@
 """A step of the embedded model against plain torch on the same shapes, in turn: a machine's speed cancels out.
 
 The stored ratios are what was measured when they were written (two cores, AVX-512 with BF16 and VNNI); a change that
-makes a step a third slower fails here, on whatever machine.
+makes a step half as slow again fails here, on whatever machine.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ STORED: dict[tuple[int, Quantization], float] = {
     (1, "int8"): 0.50,
     (8, "int8"): 0.60,
 }
-SLACK = 1.33
+SLACK = 1.5
 # Output and input of the embedded model's linear layers, of which each of its 30 layers has the first four.
 SHAPES = [(960, 576), (576, 576), (3072, 576), (576, 1536)]
 HEAD = (49152, 576)
 
 
-def best_of_each(works: list[Callable[[], object]], rounds: int = 25) -> list[float]:
+def best_of_each(works: list[Callable[[], object]], rounds: int = 60) -> list[float]:
     """In turn, so that what disturbs one disturbs all; the best, which is what nobody disturbed."""
     best = [float("inf")] * len(works)
     for _ in range(rounds):
