@@ -141,11 +141,8 @@ class Scheduler:
         members += [s for s in self._running if s.slot in targets and s not in members]
         for sequence in members:
             if sequence.slot is not None:
-                self._running.remove(sequence)
-                self._arena.drop(sequence.slot)
-                sequence.slot = None
+                self._release(sequence, keep=False)
         self._arena.undone(step.orders)
-        self._crowded = False
         return members
 
     def drain(self) -> list[Sequence]:
@@ -169,10 +166,8 @@ class Scheduler:
                 self._preempt(max(self._running, key=_order))
 
     def _preempt(self, sequence: Sequence) -> None:
-        assert sequence.slot is not None
-        self._running.remove(sequence)
-        self._arena.drop(sequence.slot)
-        sequence.slot, sequence.computed = None, 0
+        self._release(sequence, keep=False)
+        sequence.computed = 0
         self._waiting.appendleft(sequence)
         self._crowded = True
         self.counts.preemptions += 1
@@ -237,10 +232,14 @@ class Scheduler:
         if sequence.slot is not None and sequence.generated == right + 1:
             self._arena.publish(sequence.slot, sequence.tokens, sequence.prompt_len)
 
-    def _release(self, sequence: Sequence) -> None:
-        assert sequence.slot is not None
+    def _release(self, sequence: Sequence, keep: bool = True) -> None:
+        """Take the slot back; `keep` what it holds for prompts that begin alike."""
+        slot = _slot(sequence)
         self._running.remove(sequence)
-        self._arena.give_back(sequence.slot, sequence.tokens, sequence.computed)
+        if keep:
+            self._arena.give_back(slot, sequence.tokens, sequence.computed)
+        else:
+            self._arena.drop(slot)
         sequence.slot = None
         self._crowded = False
 

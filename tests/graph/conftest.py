@@ -6,7 +6,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.graph.house import Service, model, sleeper
+from tests.graph.house import Service, caller, model, sleeper
 
 
 @pytest.fixture(scope="session")
@@ -37,6 +37,5 @@ def toys(token_log: Path) -> Iterator[Service]:
 
 @pytest.fixture
 async def client(toys: Service) -> AsyncIterator[httpx.AsyncClient]:
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-    async with httpx.AsyncClient(base_url=toys.url, timeout=60, limits=limits) as client:
+    async with caller(toys) as client:
         yield client

@@ -83,6 +83,12 @@ def serve_file(
     return {"http_options": {"host": "127.0.0.1", "port": port}, "applications": [application]}
 
 
+def caller(service: Service) -> httpx.AsyncClient:
+    """A client without bounds of its own, and a connection for every request."""
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+    return httpx.AsyncClient(base_url=service.url, timeout=60, limits=limits)
+
+
 def free_port() -> int:
     """Between the ports that Ray's workers take and those that the system hands out, to Ray among others."""
     while True:

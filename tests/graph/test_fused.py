@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.graph.house import FRONTS, Service, frames_of, idle, lines, made_after, metrics, model, until
+from tests.graph.house import FRONTS, Service, caller, frames_of, idle, lines, made_after, metrics, model, until
 
 pytestmark = pytest.mark.ray
 
@@ -42,8 +42,7 @@ def service(request: pytest.FixtureRequest, log: Path) -> Iterator[Service]:
 
 @pytest.fixture
 async def client(service: Service) -> AsyncIterator[httpx.AsyncClient]:
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-    async with httpx.AsyncClient(base_url=service.url, timeout=60, limits=limits) as client:
+    async with caller(service) as client:
         yield client
 
 
