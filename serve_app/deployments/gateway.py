@@ -177,12 +177,8 @@ class ReplicaGateway:
             raise self._not_ready(status)
 
     def _refuse_when_full(self, model: Model) -> None:
-        """Ray looks before it counts, so that a burst passes its own bound; here nothing comes between.
-
-        A model that answers has a replica, also when that one was too busy to tell the hub.
-        """
-        answers = self._statuses[model.name].state is ModelState.READY
-        room = max(self._replicas[model.name], int(answers)) * model.deployment.max_ongoing_requests
+        """Ray looks before it counts, so that a burst passes its own bound; here nothing comes between."""
+        room = self._replicas[model.name] * model.deployment.max_ongoing_requests
         if self._in_flight[model.name] >= room + model.deployment.max_queued_requests:
             raise self._full(model.name)
 
