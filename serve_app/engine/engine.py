@@ -148,7 +148,8 @@ class Engine:
             refusal = ids if isinstance(ids, ServeAppError) else _too_long(len(ids), runner.context)
             outcomes.append(refusal)
             if refusal is None and not isinstance(ids, ServeAppError):
-                arrivals.append(Sequence(stream, ids, runner.text.decoder(ids), runner.text.end_ids, runner.context))
+                stream.open(len(ids), runner.text.decoder(ids))
+                arrivals.append(Sequence(stream, ids, runner.text.end_ids, runner.context))
         with self._changed:
             if self._stopping:
                 return [outcome or NotReady("this replica is shutting down", retry_after_s=1) for outcome in outcomes]

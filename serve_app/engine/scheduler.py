@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from serve_app.engine.arena import Arena, Copy
 from serve_app.engine.pace import Pace
 from serve_app.engine.sequence import Advance, Outcome, Sequence, Step
+from serve_app.engine.stream import Token
 from serve_app.errors import DeadlineExceeded, QueueFull, ServeAppError
-from serve_app.types import TokenEvent
 
 # Beyond these rows a step takes longer, so that guesses would cost those who guess nothing.
 _FREE_ROWS = 8
@@ -111,12 +111,10 @@ class Scheduler:
                 advance.sequence.stream.started = now
         return Step(tuple(advances), self._arena.orders())
 
-    def commit(
-        self, step: Step, outcomes: list[Outcome], now: float
-    ) -> list[tuple[Sequence, TokenEvent | ServeAppError]]:
+    def commit(self, step: Step, outcomes: list[Outcome], now: float) -> list[tuple[Sequence, Token | ServeAppError]]:
         """Take a step's tokens in; sequences that ended give their slot back."""
         left = iter(outcomes)
-        news: list[tuple[Sequence, TokenEvent | ServeAppError]] = []
+        news: list[tuple[Sequence, Token | ServeAppError]] = []
         for advance in step.advances:
             sequence, samples = advance.sequence, advance.samples
             sequence.computed += advance.count
@@ -207,7 +205,7 @@ class Scheduler:
         rows = self._pace.most_rows(len(self._running)) or self._max_step_tokens
         return min(self._max_step_tokens, max(rows, decoding + _LEAST_CHUNK))
 
-    def _accept(self, advance: Advance, outcome: Outcome, now: float) -> Iterator[TokenEvent | ServeAppError]:
+    def _accept(self, advance: Advance, outcome: Outcome, now: float) -> Iterator[Token | ServeAppError]:
         """The step's tokens of one sequence, as far as its drafts were right."""
         sequence = advance.sequence
         if isinstance(outcome, ServeAppError):
@@ -216,9 +214,9 @@ class Scheduler:
             return
         right = 0
         for number, sampled in enumerate(outcome):
-            event = sequence.accept(sampled, now)
-            yield event
-            if event.finish_reason is not None:
+            token = sequence.accept(sampled, now)
+            yield token
+            if token.finish_reason is not None:
                 self._release(sequence)
                 break
             if advance.drafts[number : number + 1] != (sampled.token_id,):

@@ -8,11 +8,11 @@ from random import getrandbits
 from typing import Protocol
 
 from serve_app.engine.arena import Copy, Trim
-from serve_app.engine.detokenizer import Decoder, Detokenizer
+from serve_app.engine.detokenizer import Decoder
 from serve_app.engine.drafts import Drafter
-from serve_app.engine.stream import TokenStream
+from serve_app.engine.stream import Token, TokenStream
 from serve_app.errors import ServeAppError
-from serve_app.types import FinishReason, Logprobs, Prompt, SamplingParams, TokenEvent
+from serve_app.types import FinishReason, Logprobs, Prompt, SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,6 @@ class Sequence:
     """
 
     __slots__ = (
-        "_detokenizer",
         "computed",
         "deadline",
         "drafter",
@@ -48,9 +47,7 @@ class Sequence:
         "tokens",
     )
 
-    def __init__(
-        self, stream: TokenStream, prompt: Seq[int], decoder: Decoder, end_ids: frozenset[int], context: int
-    ) -> None:
+    def __init__(self, stream: TokenStream, prompt: Seq[int], end_ids: frozenset[int], context: int) -> None:
         assert prompt, "a sequence without tokens would never advance"
         params = stream.request.params
         self.stream = stream
@@ -67,8 +64,6 @@ class Sequence:
         self.seed = getrandbits(63) if params.seed is None else params.seed
         room = context - self.prompt_len
         self.limit = room if params.max_tokens is None else min(room, params.max_tokens)
-        self._detokenizer = Detokenizer(decoder, params.stop)
-        stream.prompt_tokens = self.prompt_len
 
     @property
     def generated(self) -> int:
@@ -87,22 +82,15 @@ class Sequence:
             return ()
         return self.drafter.propose(self.tokens, min(count, self.limit - self.generated - 1))
 
-    def accept(self, sampled: Sampled, now: float) -> TokenEvent:
-        """Append a sampled token and say what it means for the reader; sets the finish reason."""
+    def accept(self, sampled: Sampled, now: float) -> Token:
+        """Append a sampled token; say when it came, and whether the answer ends with it."""
         self.tokens.append(sampled.token_id)
-        text, reason = self._read(sampled.token_id)
-        if reason is not None:
-            text += self._detokenizer.flush()
-        return TokenEvent(sampled.token_id, text, now - self.stream.arrived, reason, sampled.logprobs)
-
-    def _read(self, token_id: int) -> tuple[str, FinishReason | None]:
-        may_stop = self.generated >= self.params.min_tokens
-        if token_id in self.end_ids and may_stop:
-            return "", FinishReason.STOP
-        text, stopped = self._detokenizer.push(token_id, may_stop)
-        if stopped:
-            return text, FinishReason.STOP
-        return text, FinishReason.LENGTH if self.generated >= self.limit else None
+        reason = None
+        if sampled.token_id in self.end_ids and self.generated >= self.params.min_tokens:
+            reason = FinishReason.STOP
+        elif self.generated >= self.limit:
+            reason = FinishReason.LENGTH
+        return Token(sampled.token_id, now - self.stream.arrived, reason, sampled.logprobs)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,20 +3,35 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import AsyncGenerator, Iterable
+from typing import NamedTuple
 
-from serve_app.errors import ServeAppError
-from serve_app.types import Chunk, GenerationRequest, TokenEvent
+from serve_app.engine.detokenizer import Decoder, Detokenizer
+from serve_app.errors import InternalError, ServeAppError
+from serve_app.types import Chunk, FinishReason, GenerationRequest, Logprobs, TokenEvent
+
+logger = logging.getLogger(__name__)
+
+
+class Token(NamedTuple):
+    """A token as the model chose it, before it is text. Stop strings can still end the answer earlier."""
+
+    token_id: int
+    elapsed_s: float
+    finish_reason: FinishReason | None = None
+    logprobs: Logprobs | None = None
 
 
 class TokenStream:
     """One request's tokens on their way to its consumer.
 
-    The engine's thread calls `put` and `fail`, then wakes all streams of a step at once; the
-    event loop that made the stream reads `chunks` and calls `close`. The engine looks at `closed`
-    before every step, so a consumer that leaves has its slot freed before the next one. What waits
-    here is bounded by the request's own max_tokens.
+    The engine's thread calls `put` and `fail`, then wakes all streams of a step at once. Everything else happens on
+    the event loop that made the stream: `wake` makes text of the tokens and looks for stop strings, so that the model
+    waits for neither; the consumer reads `chunks` and calls `close`. The engine looks at `closed` before every step,
+    so that whoever leaves, or met a stop string, has its slot freed before the next one. What waits here is bounded
+    by the request's own max_tokens.
     """
 
     def __init__(self, request: GenerationRequest, arrived: float) -> None:
@@ -27,22 +42,30 @@ class TokenStream:
         self.started: float | None = None
         self.closed = False
         self.loop = asyncio.get_running_loop()
-        self._events: deque[TokenEvent] = deque()
+        self._detokenizer: Detokenizer | None = None
+        self._told: deque[Token | ServeAppError] = deque()
+        self._tokens = 0
+        self._events: list[TokenEvent] = []
         self._error: ServeAppError | None = None
         self._ended = False
         self._arrival = asyncio.Event()
         self._end = asyncio.Event()
 
-    def put(self, event: TokenEvent) -> None:
-        self._events.append(event)
-        self._ended = self._ended or event.finish_reason is not None
+    def open(self, prompt_tokens: int, decoder: Decoder) -> None:
+        """At admission, before any token: what its prompt comes to, and how its answer becomes text."""
+        self.prompt_tokens = prompt_tokens
+        self._detokenizer = Detokenizer(decoder, self.request.params.stop)
+
+    def put(self, token: Token) -> None:
+        self._told.append(token)
 
     def fail(self, error: ServeAppError) -> None:
-        self._error = error
-        self._ended = True
+        self._told.append(error)
 
     def wake(self) -> None:
-        """On the event loop only: let the consumer look."""
+        """On the event loop only: take in what the engine told, and let the consumer look."""
+        while self._told and not self._ended:
+            self._take_in(self._told.popleft())
         self._arrival.set()
         if self._ended:
             self._end.set()
@@ -61,11 +84,10 @@ class TokenStream:
             await self._arrival.wait()
             await self._gather(flush_at - loop.time())
             self._arrival.clear()
-            ended = self._ended  # read before the events: nothing is put after the end
             if self._events:
                 yield self._take()
                 flush_at = loop.time() + flush_interval_s
-            if ended:
+            if self._ended and not self._events:
                 if self._error is not None:
                     raise self._error
                 return
@@ -78,8 +100,35 @@ class TokenStream:
             except TimeoutError:
                 pass
 
+    def _take_in(self, told: Token | ServeAppError) -> None:
+        if isinstance(told, ServeAppError):
+            self._error, self._ended = told, True
+            return
+        try:
+            event = self._event(told)
+        except Exception:
+            logger.exception("no text can be made of the answer to request %s", self.request.id)
+            self._error = InternalError("the answer could not be turned into text")
+            self._ended = self.closed = True
+            return
+        self._events.append(event)
+        self._ended = event.finish_reason is not None
+
+    def _event(self, token: Token) -> TokenEvent:
+        assert self._detokenizer is not None, "a stream is opened before its first token"
+        self._tokens += 1
+        text, reason = "", token.finish_reason
+        if reason is not FinishReason.STOP:  # of a token that ends an answer nothing is shown
+            text, stopped = self._detokenizer.push(token.token_id, self._tokens >= self.request.params.min_tokens)
+            if stopped:
+                reason = FinishReason.STOP
+                self.closed = True
+        if reason is not None:
+            text += self._detokenizer.flush()
+        return TokenEvent(token.token_id, text, token.elapsed_s, reason, token.logprobs)
+
     def _take(self) -> Chunk:
-        events = tuple(self._events.popleft() for _ in range(len(self._events)))
+        events, self._events = tuple(self._events), []
         started = self.arrived if self.started is None else self.started
         return Chunk(events, self.prompt_tokens, started - self.arrived, self.cached_tokens)
 

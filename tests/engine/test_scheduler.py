@@ -11,9 +11,10 @@ from serve_app.engine.arena import BLOCK, Arena
 from serve_app.engine.pace import Pace
 from serve_app.engine.scheduler import Scheduler
 from serve_app.engine.sequence import Sampled, Sequence, Step
+from serve_app.engine.stream import Token
 from serve_app.engine.toy import ToyRunner
 from serve_app.errors import DeadlineExceeded, QueueFull, ServeAppError
-from serve_app.types import SamplingParams, TokenEvent
+from serve_app.types import SamplingParams
 
 from .toys import Keeper, request, sequence, sequences, successor
 
@@ -40,7 +41,7 @@ def queued(scheduler: Scheduler, *added: Sequence) -> None:
     assert [scheduler.add(s) for s in added] == [None] * len(added)
 
 
-def turn(scheduler: Scheduler, now: float = 0.0) -> tuple[Step, list[tuple[Sequence, TokenEvent | ServeAppError]]]:
+def turn(scheduler: Scheduler, now: float = 0.0) -> tuple[Step, list[tuple[Sequence, Token | ServeAppError]]]:
     step = scheduler.plan(now)
     return step, scheduler.commit(step, RUNNER.run(step), now)
 
@@ -321,7 +322,7 @@ class AnyHistory(RuleBasedStateMachine):
             self.ends[late] += 1
         step = self.planned()
         for done, event in self.scheduler.commit(step, self.runner.run(step), self.now):
-            assert isinstance(event, TokenEvent)
+            assert isinstance(event, Token)
             self.ends[done] += event.finish_reason is not None
         self.scheduler.record(step, 0.01 + 0.001 * step.rows)
         for asked in self.accepted:

@@ -5,24 +5,26 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from hypothesis import given, strategies as st
 
-from serve_app.engine.stream import TokenStream, wake_all
+from serve_app.engine.stream import Token, TokenStream, wake_all
+from serve_app.engine.toy import END, ToyDecoder
 from serve_app.errors import InternalError
-from serve_app.types import Chunk, FinishReason, TokenEvent
+from serve_app.types import Chunk, FinishReason, Logprobs, SamplingParams, TokenLogprob
 
-from .toys import read, request, streams
+from .toys import Answer, read, request, streams
 
 FOREVER_S = 1000.0
 
 
-def event(letter: str, reason: FinishReason | None = None) -> TokenEvent:
-    return TokenEvent(ord(letter), letter, 0.0, reason)
+def token(letter: str, reason: FinishReason | None = None) -> Token:
+    return Token(ord(letter), 0.0, reason)
 
 
 def say(stream: TokenStream, *letters: str, end: bool = False) -> None:
     """Put each letter; the last one ends the stream when told so."""
     for number, letter in enumerate(letters, start=1):
-        stream.put(event(letter, FinishReason.STOP if end and number == len(letters) else None))
+        stream.put(token(letter, FinishReason.LENGTH if end and number == len(letters) else None))
     stream.wake()
 
 
@@ -30,8 +32,10 @@ def letters(chunk: Chunk) -> str:
     return "".join(e.text for e in chunk.events)
 
 
-def made() -> TokenStream:
-    return TokenStream(request(), arrived=10.0)
+def made(params: SamplingParams | None = None) -> TokenStream:
+    stream = TokenStream(request(params=params), arrived=10.0)
+    stream.open(3, ToyDecoder())
+    return stream
 
 
 async def test_the_first_token_comes_at_once() -> None:
@@ -100,7 +104,7 @@ async def test_an_answer_that_was_ready_comes_whole() -> None:
     say(stream, "a", "b", "c", end=True)
     answer = await read(stream, FOREVER_S)
     assert [letters(chunk) for chunk in answer.chunks] == ["abc"]
-    assert answer.reason == FinishReason.STOP
+    assert answer.reason == FinishReason.LENGTH
 
 
 async def test_an_error_comes_after_the_tokens_before_it() -> None:
@@ -139,11 +143,11 @@ async def test_a_wake_without_news_yields_nothing() -> None:
     assert letters(await waiting) == "a"
 
 
-async def test_an_end_put_before_its_wake_is_not_lost() -> None:
-    """The engine's thread puts at any moment: here between a wake and the reader's look."""
+async def test_an_end_that_comes_between_a_wake_and_the_readers_look_is_not_lost() -> None:
     stream = made()
     say(stream, "a")
-    stream.put(event("b", FinishReason.STOP))
+    stream.put(token("b", FinishReason.LENGTH))
+    stream.wake()
     chunks = stream.chunks(FOREVER_S)
     assert letters(await anext(chunks)) == "ab"
     with pytest.raises(StopAsyncIteration):
@@ -152,7 +156,6 @@ async def test_an_end_put_before_its_wake_is_not_lost() -> None:
 
 async def test_a_chunk_says_how_long_the_request_queued() -> None:
     stream = made()
-    stream.prompt_tokens = 3
     chunks = stream.chunks(0.0)
     say(stream, "a")
     assert (await anext(chunks)).queue_s == 0
@@ -161,6 +164,76 @@ async def test_a_chunk_says_how_long_the_request_queued() -> None:
     later = await anext(chunks)
     assert (later.queue_s, later.prompt_tokens) == (2.5, 3)
     await chunks.aclose()
+
+
+# Text
+
+
+async def heard(said: bytes | list[int], end: FinishReason | None = None, **params: Any) -> tuple[Answer, TokenStream]:
+    """What a reader makes of the tokens; the last of them ends the answer if told so."""
+    stream = made(SamplingParams(**params))
+    for number, token_id in enumerate(said, start=1):
+        stream.put(Token(token_id, 1.0, end if number == len(said) else None))
+    stream.wake()
+    return await read(stream, leave_after=None if end else len(said)), stream
+
+
+async def test_the_token_that_ends_an_answer_has_no_text() -> None:
+    answer, _ = await heard([ord("a"), END], FinishReason.STOP)
+    assert [(event.text, event.finish_reason) for event in answer.events] == [("a", None), ("", FinishReason.STOP)]
+    answer, _ = await heard(b"a!", FinishReason.STOP)
+    assert answer.text == "a"
+
+
+async def test_a_stop_string_ends_it_across_tokens_and_sends_the_engine_away() -> None:
+    answer, stream = await heard(b"fine ENDless", FinishReason.LENGTH, stop=("END",))
+    assert (answer.text, len(answer.events), answer.reason) == ("fine ", 8, FinishReason.STOP)
+    assert stream.closed
+
+
+async def test_a_stop_string_counts_from_min_tokens_on() -> None:
+    answer, _ = await heard(b".a.b", FinishReason.LENGTH, stop=(".",), min_tokens=2)
+    assert (answer.text, answer.reason) == (".a", FinishReason.STOP)
+
+
+@pytest.mark.parametrize("ending", [ord("x"), END])
+async def test_the_last_event_carries_what_was_held_back(ending: int) -> None:
+    reason = FinishReason.STOP if ending == END else FinishReason.LENGTH
+    answer, _ = await heard([*b"EN", ending], reason, stop=("NDX",))
+    assert answer.text == ("EN" if ending == END else "ENx")
+    assert [event.text for event in answer.events[:2]] == ["E", ""]
+
+
+async def test_a_character_cut_over_tokens_comes_with_its_last_one() -> None:
+    answer, _ = await heard("é€".encode(), FinishReason.LENGTH)
+    assert [event.text for event in answer.events] == ["", "é", "", "", "€"]
+
+
+@given(st.text(min_size=1, max_size=12), st.lists(st.text("abc", min_size=1, max_size=3), max_size=2))
+async def test_the_joined_events_are_the_full_text(text: str, stop: list[str]) -> None:
+    answer, _ = await heard(text.encode(), FinishReason.LENGTH, stop=tuple(stop))
+    met = next((text[:n] for n in range(1, len(text) + 1) if text[:n].endswith(tuple(stop))), None)
+    assert answer.text == (text if met is None else met[: min(met.find(s) for s in stop if s in met)])
+
+
+async def test_an_event_says_when_and_how_likely() -> None:
+    likely = Logprobs(TokenLogprob(97, "a", -0.5), ())
+    stream = made()
+    stream.put(Token(97, 2.5, FinishReason.LENGTH, likely))
+    stream.wake()
+    (event,) = (await read(stream)).events
+    assert (event.token_id, event.elapsed_s, event.logprobs) == (97, 2.5, likely)
+
+
+async def test_a_decoder_that_breaks_ends_its_own_answer() -> None:
+    stream = made()
+    stream.put(token("a"))
+    stream.put(Token(-1, 0.0))
+    stream.put(token("b"))
+    stream.wake()
+    answer = await read(stream)
+    assert (answer.text, stream.closed) == ("a", True)
+    assert isinstance(answer.error, InternalError)
 
 
 class CountingLoop(asyncio.SelectorEventLoop):
@@ -193,7 +266,7 @@ def test_a_step_makes_one_call_into_each_loop() -> None:
         groups = [(one, one.run(some(5))), (other, other.run(some(2)))]
         everyone = [stream for _, members in groups for stream in members]
         for stream in everyone:
-            stream.put(event("a", FinishReason.STOP))
+            stream.put(token("a", FinishReason.LENGTH))
         before = calls(one, other)
         wake_all(everyone)
         assert calls(one, other) == [count + 1 for count in before]

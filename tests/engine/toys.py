@@ -13,7 +13,7 @@ from serve_app.config import Engine as EngineConfig
 from serve_app.engine.arena import BLOCK, Copy
 from serve_app.engine.engine import Engine
 from serve_app.engine.sequence import Advance, Outcome, Runner, Sampled, Sequence, Step
-from serve_app.engine.stream import TokenStream
+from serve_app.engine.stream import Token, TokenStream
 from serve_app.engine.toy import ToyRunner, ToyText
 from serve_app.errors import ServeAppError
 from serve_app.types import Chunk, FinishReason, GenerationRequest, SamplingParams, TextPrompt, TokenEvent, TokenPrompt
@@ -36,12 +36,12 @@ class Witness(TokenStream):
 
     def __init__(self, request: GenerationRequest, arrived: float) -> None:
         super().__init__(request, arrived)
-        self.seen: list[TokenEvent] = []
+        self.seen: list[Token] = []
         self.errors: list[ServeAppError] = []
 
-    def put(self, event: TokenEvent) -> None:
-        self.seen.append(event)
-        super().put(event)
+    def put(self, token: Token) -> None:
+        self.seen.append(token)
+        super().put(token)
 
     def fail(self, error: ServeAppError) -> None:
         self.errors.append(error)
@@ -50,7 +50,7 @@ class Witness(TokenStream):
     @property
     def ends(self) -> int:
         """Terminal events: exactly one for whoever was admitted and stayed."""
-        return len(self.errors) + sum(event.finish_reason is not None for event in self.seen)
+        return len(self.errors) + sum(token.finish_reason is not None for token in self.seen)
 
 
 @dataclass
@@ -98,7 +98,7 @@ def sequences(requests: Seq[GenerationRequest], arrived: float = 0.0, context: i
     text = ToyText()
     prompts = text.encode([r.prompt for r in requests])
     return [
-        Sequence(stream, ids, text.decoder(ids), text.end_ids, context)
+        Sequence(stream, ids, text.end_ids, context)
         for stream, ids in zip(streams(requests, arrived), prompts, strict=True)
         if not isinstance(ids, ServeAppError)
     ]
