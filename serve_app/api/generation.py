@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import logging
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
@@ -64,25 +63,6 @@ async def collect(gateway: Gateway, request: GenerationRequest, warm_wait_s: flo
     return tally
 
 
-async def pulse(chunks: AsyncGenerator[Chunk, None], every_s: float) -> AsyncGenerator[Chunk | None, None]:
-    """Chunks as they come, and None whenever `every_s` goes by without one. Closes `chunks` at its end."""
-    # The steps of one generator and its end share one context, as if a single task ran it.
-    context = contextvars.copy_context()
-    step = asyncio.create_task(_step(chunks), context=context)
-    try:
-        while True:
-            while not (await asyncio.wait({step}, timeout=every_s))[0]:
-                yield None
-            chunk = step.result()
-            if chunk is None:
-                return
-            yield chunk
-            step = asyncio.create_task(_step(chunks), context=context)
-    finally:
-        await stop(step)
-        await asyncio.create_task(_close(chunks), context=context)
-
-
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     """Do the work, or stop it when the client leaves. Raises ClientDisconnect."""
     task = asyncio.create_task(work)
@@ -101,14 +81,6 @@ async def stop(*tasks: asyncio.Task[Any]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def _step(chunks: AsyncGenerator[Chunk, None]) -> Chunk | None:
-    return await anext(chunks, None)
-
-
-async def _close(chunks: AsyncGenerator[Chunk, None]) -> None:
-    await chunks.aclose()
 
 
 async def _gone(receive: Receive) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Protocol
 
@@ -11,19 +11,21 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from serve_app.api.gateway import Gateway
-from serve_app.api.generation import answer, pulse, unless_gone
+from serve_app.api.generation import answer, stop, unless_gone
 from serve_app.errors import ServeAppError
 from serve_app.types import Chunk, GenerationRequest
 
 # Legal inside JSON and inside SSE, but clients that split lines as Python's str.splitlines does would break there.
 LINE_BREAKS = str.maketrans({"\x85": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"})
 
+_JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
 DONE = b"data: [DONE]\n\n"
 
 
 def data(document: object) -> bytes:
     """One frame. JSON escapes every line break that SSE knows."""
-    text = json.dumps(document, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    text = _JSON.encode(document)
     return f"data: {text if text.isascii() else text.translate(LINE_BREAKS)}\n\n".encode()
 
 
@@ -65,34 +67,50 @@ class EventStream(Response):
         self._request = request
         self._frames = frames
         self._every_s = every_s
+        self._started = False
         self._finished = False
+        self._wrote_at = 0.0
+        self._writing = asyncio.Lock()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await unless_gone(receive, self._run(send))
 
     async def _run(self, send: Send) -> None:
-        async with aclosing(pulse(answer(self._gateway, self._request), self._every_s)) as beats:
-            first = self._written(await anext(beats))
-            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            await _write(send, first)
-            await self._follow(beats, send)
+        self._wrote_at = asyncio.get_running_loop().time()
+        pulse = asyncio.create_task(self._pulse(send))
+        try:
+            await self._answer(send)
+        finally:
+            await stop(pulse)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _follow(self, beats: AsyncGenerator[Chunk | None, None], send: Send) -> None:
+    async def _answer(self, send: Send) -> None:
         try:
-            async for beat in beats:
-                if not self._finished:  # nothing follows the terminal frame, no comment either
-                    await _write(send, self._written(beat))
+            async with aclosing(answer(self._gateway, self._request)) as chunks:
+                async for chunk in chunks:
+                    self._finished = chunk.events[-1].finish_reason is not None
+                    await self._write(send, self._frames.chunk(chunk))
         except ServeAppError as error:
+            if not self._started:
+                raise
+            self._finished = True
             self._gateway.refused(error, self._request.model)
-            await _write(send, self._frames.failure(error))
+            await self._write(send, self._frames.failure(error))
 
-    def _written(self, beat: Chunk | None) -> bytes:
-        if beat is None:
-            return comment(self._gateway.waiting_on(self._request.model))
-        self._finished = beat.events[-1].finish_reason is not None
-        return self._frames.chunk(beat)
+    async def _pulse(self, send: Send) -> None:
+        """A comment whenever nothing was written for `every_s`; nothing follows the terminal frame."""
+        loop = asyncio.get_running_loop()
+        while not self._finished:
+            silence_s = loop.time() - self._wrote_at
+            if silence_s < self._every_s:
+                await asyncio.sleep(self._every_s - silence_s)
+            else:
+                await self._write(send, comment(self._gateway.waiting_on(self._request.model)))
 
-
-async def _write(send: Send, body: bytes) -> None:
-    await send({"type": "http.response.body", "body": body, "more_body": True})
+    async def _write(self, send: Send, body: bytes) -> None:
+        async with self._writing:  # the start comes first, whoever writes
+            if not self._started:
+                self._started = True
+                await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            await send({"type": "http.response.body", "body": body, "more_body": True})
+            self._wrote_at = asyncio.get_running_loop().time()

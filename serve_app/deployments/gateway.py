@@ -8,7 +8,6 @@ import math
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing, suppress
-from dataclasses import replace
 from typing import TypeAlias
 
 from ray.exceptions import RayError, RayTaskError
@@ -19,7 +18,7 @@ from serve_app.config import AppConfig, Model
 from serve_app.deployments.hub import Board, Notice, Pusher
 from serve_app.deployments.metrics import IngressMetrics, exposition
 from serve_app.errors import DeadlineExceeded, InternalError, NotReady, QueueFull, ServeAppError
-from serve_app.types import Chunk, GenerationRequest, ModelState, ModelStatus
+from serve_app.types import Chunk, GenerationRequest, ModelState, ModelStatus, TokenEvent
 
 logger = logging.getLogger("ray.serve")
 
@@ -61,6 +60,7 @@ class ReplicaGateway:
         arrived = time.monotonic()
         outcome, tokens, ttft_s = "cancelled", 0, 0.0
         self._metrics.began(request)
+        sent = self._metrics.tokens(request)
         try:
             async with aclosing(self._chunks(request, arrived, warm_wait_s)) as chunks:
                 async for chunk in chunks:
@@ -68,7 +68,7 @@ class ReplicaGateway:
                         ttft_s = chunk.events[0].elapsed_s
                         self._metrics.first(request, chunk)
                     tokens += len(chunk.events)
-                    self._metrics.sent(request, chunk)
+                    sent.inc(len(chunk.events))
                     reason = chunk.events[-1].finish_reason
                     if reason is not None:
                         outcome = reason.value
@@ -232,5 +232,7 @@ class ReplicaGateway:
 
 def _later(chunk: Chunk, offset_s: float) -> Chunk:
     """A chunk as seen from a door that the request passed `offset_s` earlier."""
-    events = tuple(replace(event, elapsed_s=event.elapsed_s + offset_s) for event in chunk.events)
-    return replace(chunk, events=events, queue_s=chunk.queue_s + offset_s)
+    events = tuple(
+        TokenEvent(e.token_id, e.text, e.elapsed_s + offset_s, e.finish_reason, e.logprobs) for e in chunk.events
+    )
+    return Chunk(events, chunk.prompt_tokens, chunk.queue_s + offset_s, chunk.cached_tokens)

@@ -83,8 +83,9 @@ class IngressMetrics:
         self._queue.labels(*labels).observe(chunk.queue_s)
         self._prompt_tokens.labels(*labels).inc(chunk.prompt_tokens)
 
-    def sent(self, request: GenerationRequest, chunk: Chunk) -> None:
-        self._tokens.labels(request.model, self._replica).inc(len(chunk.events))
+    def tokens(self, request: GenerationRequest) -> Counter:
+        """The counter of its tokens, which is looked up once for all of them."""
+        return self._tokens.labels(request.model, self._replica)
 
     def ended(self, request: GenerationRequest, outcome: str, tokens: int, ttft_s: float, elapsed_s: float) -> None:
         """`outcome` is a finish reason, `cancelled`, or an error's code; the times matter for finished requests."""
