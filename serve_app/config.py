@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 
 class ConfigError(Exception):
@@ -61,11 +61,18 @@ class Deployment(Section):
 
 
 class Resources(Section):
-    """What one replica reserves of a Ray node. `num_gpus` may be a fraction."""
+    """What one replica reserves of a Ray node. `num_gpus` may be a fraction of one, or whole ones."""
 
     num_cpus: float = Field(1, ge=0)
     num_gpus: float = Field(0, ge=0)
     accelerator_type: str | None = None
+
+    @field_validator("num_gpus")
+    @classmethod
+    def _one_is_shared_or_whole(cls, count: float) -> float:
+        if count > 1 and count != int(count):
+            raise ValueError(f"{count:g} is neither a part of one GPU nor a whole number of them")
+        return count
 
 
 class Batching(Section):

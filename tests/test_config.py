@@ -307,6 +307,10 @@ def test_what_is_no_serve_file_of_one_application_is_refused(tmp_path: Path, doc
     ("model", "told"),
     [
         ({"batching": {"max_batch_size": 33}}, "models.0: Value error, batching.max_batch_size 33 can never fill with"),
+        (
+            {"resources": {"num_gpus": 1.5}},
+            "models.0.resources.num_gpus: Value error, 1.5 is neither a part of one GPU",
+        ),
         ({"device": "cuda"}, "models.0: Value error, device: cuda needs resources.num_gpus above 0"),
         ({"name": "-x"}, "models.0.name: String should match pattern"),
         ({"name": "x\n"}, "models.0.name: String should match pattern"),

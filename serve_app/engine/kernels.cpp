@@ -394,12 +394,12 @@ std::tuple<Tensor, Tensor> largest_of_rows(const Tensor& rows) {
   return {values, places};
 }
 
-// One of three kinds of linear layer by number: int8 with its scaled rows, packed by oneDNN, or as it came.
+// One of four kinds of linear layer by number: int8 with its scaled rows, int4, packed by oneDNN, or as it came.
 struct Linears {
   using Packed = c10::List<c10::intrusive_ptr<LinearPackedParamsBase>>;
   using Pointwise = Tensor(const Tensor&, const Tensor&, const Optional&, std::string_view,
                            c10::List<std::optional<at::Scalar>>, std::optional<std::string_view>);
-  const at::TensorList weights;
+  const at::TensorList weights, int4_lines;
   const c10::List<Optional> biases;
   const Packed packed;
   const c10::TypedOperatorHandle<Pointwise> pointwise =
@@ -414,20 +414,26 @@ struct Linears {
       y.narrow(0, 0, scale->size(0)).mul_(scale->unsqueeze(1)).add_(*bias);
       return {y, std::nullopt};
     }
+    if (int4_lines.size()) {
+      const int64_t group = rows.size(1) / int4_lines[i].size(0);
+      Tensor y = at::_weight_int4pack_mm_for_cpu(rows.to(at::kBFloat16), weights[i], group, int4_lines[i]);
+      if (bias) y.add_(*bias);
+      return {y.to(rows.scalar_type()), std::nullopt};
+    }
     if (!weights[i].is_mkldnn()) return {at::linear(rows, weights[i], bias), std::nullopt};
     return {pointwise.call(rows, weights[i], bias, "none", c10::List<std::optional<at::Scalar>>(), ""), std::nullopt};
   }
 };
 
-// All layers and the head: lean.py's loop without a word of Python, so that other threads have the interpreter.
+// All layers: lean.py's loop without a word of Python, so that other threads have the interpreter.
 // `norms` are those before attention and before the MLP in turn, and the last one; linear layers are four a layer
-// (queries, keys and values; out; gate and up; down), and the head. Returns what Linears returns, of the wanted rows.
+// (queries, keys and values; out; gate and up; down). Returns what the head reads, of the wanted rows.
 std::tuple<Tensor, Optional> layers(
-    Tensor x, at::TensorList norms, at::TensorList weights, const c10::List<Optional>& biases,
-    const Linears::Packed& packed, const c10::List<Optional>& query_norms, const c10::List<Optional>& key_norms,
+    Tensor x, at::TensorList norms, at::TensorList weights, at::TensorList int4_lines,
+    const c10::List<Optional>& biases, const Linears::Packed& packed, const c10::List<Optional>& query_norms, const c10::List<Optional>& key_norms,
     at::IntArrayRef windows, int64_t heads, double eps, const Tensor& cos, const Tensor& sin, Tensor slots,
     Tensor positions, const Tensor& wanted, at::TensorList keys, at::TensorList values) {
-  const Linears linear{weights, biases, packed};
+  const Linears linear{weights, int4_lines, biases, packed};
   const int64_t count = windows.size(), dim = keys[0].size(3), int8 = packed.size() ? 1 : 0;
   auto room = [&](int64_t width) -> std::pair<Tensor, Optional> {
     Tensor place = at::empty({x.size(0) + int8, width}, x.options());
@@ -445,7 +451,6 @@ std::tuple<Tensor, Optional> layers(
       // Whatever is not sampled from has done its part when its keys and values are kept.
       x = x.index_select(0, wanted), qkv = qkv.index_select(0, wanted);
       slots = slots.index_select(0, wanted), positions = positions.index_select(0, wanted);
-      if (!wanted.numel()) return {x.new_empty({0, 1}), std::nullopt};
       normed = room(x.size(1));
     }
     auto [attended, attended_scale] = room(heads * dim);
@@ -458,7 +463,7 @@ std::tuple<Tensor, Optional> layers(
     y = linear(4 * i + 3, active, active_scale);
   }
   norm(2 * count);
-  return linear(4 * count, normed.first, normed.second);
+  return normed;
 }
 
 }  // namespace
@@ -479,7 +484,7 @@ TORCH_LIBRARY(serve_app, library) {
       &attend);
   library.def("largest_of_rows(Tensor rows) -> (Tensor, Tensor)", &largest_of_rows);
   library.def(
-      "layers(Tensor(a!) x, Tensor[] norms, Tensor[] weights, Tensor?[] biases, "
+      "layers(Tensor(a!) x, Tensor[] norms, Tensor[] weights, Tensor[] int4_lines, Tensor?[] biases, "
       "__torch__.torch.classes.quantized.LinearPackedParamsBase[] packed, Tensor?[] query_norms, Tensor?[] key_norms, "
       "int[] windows, int heads, float eps, Tensor cos, Tensor sin, Tensor slots, Tensor positions, Tensor wanted, "
       "Tensor(b!)[] keys, Tensor(c!)[] values) -> (Tensor, Tensor?)",

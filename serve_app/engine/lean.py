@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from serve_app.engine.attention import LayerCache
-from serve_app.engine.linear import NATIVE, Linear, Quantization, importance_of, of_head, pack
+from serve_app.engine.linear import Int4Linear, Int8Linear, Linear, Quantization, importance_of, of_head, pack
 from serve_app.engine.rows import Rows
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -69,6 +69,7 @@ class LeanModel:
         self._head = pack(model.get_output_embeddings().weight, None, of_head(quantization))
         self._cos, self._sin = _rotations(model, length)
         self._native = self._for_native()
+        self._arenas = [cache.keys for cache in caches], [cache.values for cache in caches]
 
     @property
     def weight_bytes(self) -> int:
@@ -82,20 +83,22 @@ class LeanModel:
         wanted = torch.tensor(rows.wanted, dtype=torch.long)
         x = F.embedding(torch.tensor(rows.tokens), self._embedding).to(self._dtype)
         if self._native is None:
-            logits, scale = self.layers(x, slots, positions, wanted)
+            normed = self.layers(x, slots, positions, wanted)
         else:
-            logits, scale = torch.ops.serve_app.layers(
-                x, *self._native, self._heads, self._eps, self._cos, self._sin, slots, positions, wanted,
-                [cache.keys for cache in self._caches], [cache.values for cache in self._caches],
-            )  # fmt: skip
+            normed = torch.ops.serve_app.layers(
+                x, *self._native, self._heads, self._eps, self._cos, self._sin, slots, positions, wanted, *self._arenas
+            )
+        if not len(wanted):
+            return x.new_empty(0, self._head.out_features)
+        logits, scale = self._head.scaled(*normed)
         return logits if scale is None else logits[:-1].mul_(scale[:, None])
 
     def layers(
         self, x: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor, wanted: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """All layers and the head, for linear layers that the native loop does not know, and as its reference.
+        """All layers, for linear layers that the native loop does not know, and as its reference.
 
-        Logits of the wanted rows, and what they are still to be multiplied with.
+        What the head reads of the wanted rows, and what that is still to be multiplied with.
         """
         native = torch.ops.serve_app
         y: Scaled = (None, None)
@@ -108,8 +111,6 @@ class LeanModel:
             if layer is self._layers[-1]:
                 # Whatever is not sampled from has done its part when its keys and values are kept.
                 x, qkv, slots, positions = x[wanted], qkv[wanted], slots[wanted], positions[wanted]
-                if not len(wanted):
-                    return x.new_empty(0, self._head.out_features), None
             attended, scale = self._room(x.shape[0], self._heads * self._dim)
             native.attend(
                 qkv, self._heads, self._dim**-0.5, layer.window, slots, positions, cache.keys, cache.values,
@@ -120,20 +121,21 @@ class LeanModel:
             active, active_scale = self._room(x.shape[0], gate_up.shape[1] // 2)
             native.silu_mul(gate_up, scale, active, active_scale)
             y = layer.down.scaled(active, active_scale)
-        return self._head.scaled(*self._normed(x, y, self._norm))
+        return self._normed(x, y, self._norm)
 
     def _for_native(self) -> tuple[Any, ...] | None:
         """What the native loop needs of the layers, in its order; None if it does not know one of them."""
         linears = [linear for layer in self._layers for linear in (layer.qkv, layer.out, layer.gate_up, layer.down)]
-        linears.append(self._head)
-        if len({type(linear) for linear in linears}) > 1 or type(self._head) not in NATIVE:
+        (kind, *others) = {type(linear) for linear in linears}
+        if others:
             return None
         weights = [linear.weight for linear in linears]
         return (
             [norm for layer in self._layers for norm in (layer.norm, layer.mlp_norm)] + [self._norm],
-            [] if self._int8 else weights,
+            [] if kind is Int8Linear else weights,
+            [linear.lines for linear in linears if isinstance(linear, Int4Linear)],
             [linear.bias for linear in linears],
-            weights if self._int8 else [],
+            weights if kind is Int8Linear else [],
             [layer.query_norm for layer in self._layers],
             [layer.key_norm for layer in self._layers],
             [layer.window for layer in self._layers],

@@ -98,17 +98,17 @@ class Int4Linear(torch.nn.Module):
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, importance: torch.Tensor | None) -> None:
         super().__init__()
         self.out_features = weight.shape[0]
-        levels, self._lines = int4.quantize(weight, importance)
-        self._levels = torch.ops.aten._convert_weight_to_int4pack_for_cpu(levels, 1)
-        self._bias = None if bias is None else bias.bfloat16()
-        self.weight_bytes = self._levels.nbytes + self._lines.nbytes
+        levels, self.lines = int4.quantize(weight, importance)
+        self.weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(levels, 1)
+        self.bias = None if bias is None else bias.bfloat16()
+        self.weight_bytes = self.weight.nbytes + self.lines.nbytes
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., K]` -> `[..., M]`, in the type of `x`."""
         rows = x.reshape(-1, x.shape[-1]).to(torch.bfloat16).contiguous()
-        y: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self._levels, int4.GROUP, self._lines)
-        if self._bias is not None:
-            y.add_(self._bias)
+        y: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.weight, int4.GROUP, self.lines)
+        if self.bias is not None:
+            y.add_(self.bias)
         return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
 
     def scaled(self, rows: torch.Tensor, scales: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -135,8 +135,6 @@ class PlainLinear(torch.nn.Module):
 
 
 Linear = PackedLinear | Int8Linear | Int4Linear | PlainLinear
-# Kinds that kernels.cpp's loop over the layers can call.
-NATIVE = (PackedLinear, Int8Linear, PlainLinear)
 
 
 def pack(

@@ -54,8 +54,10 @@ def load(config: Model, report: Report) -> Loaded:
     device = choose_device(config.device, config.resources.num_gpus)
     placement = config.device_map or ({"": device.index or 0} if device.type == "cuda" else None)
     dtype = choose_dtype(config.dtype, device)
-    quantized = quantized_on_gpu(config.quantization, dtype) if device.type == "cuda" else {}
     options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+    quantized: dict[str, Any] = {}
+    if config.quantization != "none" and device.type == "cuda":
+        quantized["quantization_config"] = quantized_by_bitsandbytes(config.quantization, dtype)
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -101,24 +103,25 @@ def choose_dtype(wanted: str, device: torch.device) -> torch.dtype | str:
     return torch.bfloat16 if cpu_multiplies_bfloat16() else torch.float32
 
 
-def quantized_on_gpu(quantization: str, dtype: torch.dtype | str) -> dict[str, Any]:
+def quantized_by_bitsandbytes(quantization: str, dtype: torch.dtype | str) -> BitsAndBytesConfig:
     """What from_pretrained is told so that bitsandbytes quantises the linear layers, except the head, as they load.
 
     int8 without LLM.int8's outlier columns: they are looked for over all rows of a batch, so that a neighbour could
     change a text. int4 is NF4 (QLoRA, arXiv 2305.14314). Raises SourceError where bitsandbytes is not installed.
     """
-    if quantization == "none":
-        return {}
     if importlib.util.find_spec("bitsandbytes") is None:
         raise SourceError(
             f"quantization: {quantization} on a GPU needs bitsandbytes, which is not installed here: "
             "pip install 'serve_app[cuda-quant]', or set quantization: none"
         )
+    return bitsandbytes_config(quantization, dtype)
+
+
+def bitsandbytes_config(quantization: str, dtype: torch.dtype | str) -> BitsAndBytesConfig:
     if quantization == "int8":
-        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)}
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
     compute = dtype if isinstance(dtype, torch.dtype) else torch.bfloat16  # float32 if it were left out
-    four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
-    return {"quantization_config": four_bits}
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
 
 
 def cpu_multiplies_bfloat16() -> bool:

@@ -69,16 +69,13 @@ class TorchRunner:
         model = loaded.model
         self.weight_count = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
         with _in_a_sentence(model), torch.inference_mode():
-            tokens = _test_tokens(model.get_input_embeddings().weight.shape[0], self.context)
-            ids = torch.tensor([tokens], device=model.device)
-            reference: torch.Tensor = model(input_ids=ids, use_cache=False).logits[0, -1]
-            reason = why_not(model)
+            test = _SelfTest(model, self.context, quantization)
             if quantization != "none" and model.device.type == "cpu":
-                _calibrate(loaded, quantization, smoothable=reason is None)
+                _calibrate(loaded, quantization, smoothable=why_not(model) is None)
             shapes = layer_shapes(model)
             self.context = min(self.context, unmasked_context(model, shapes) or self.context)
             self._caches = caches = self._make_caches(shapes, engine, model.dtype)
-            self._model, self.kind = self._fastest(model, caches, shapes, reason, tokens, reference, report)
+            self._model, self.kind = self._fastest(model, caches, shapes, test, report)
 
     @classmethod
     def from_config(cls, model: Model, report: Report) -> TorchRunner:
@@ -127,43 +124,49 @@ class TorchRunner:
         model: PreTrainedModel,
         caches: list[LayerCache],
         shapes: list[LayerShape],
-        reason: str | None,
-        tokens: list[int],
-        reference: torch.Tensor,
+        test: _SelfTest,
         report: Report,
     ) -> tuple[ForwardPass, str]:
-        """The lean model if it can be had and gives what the model's own code gives; the packed one otherwise.
-
-        `reason` is why it cannot be had, if the model's kind already says so.
-        """
-        name = type(model).__name__
+        """The lean model if it can be had and gives what the model's own code gives; the packed one otherwise."""
+        name, reason = type(model).__name__, why_not(model)
         if reason is None and kernels.available(report):
             lean = LeanModel(model, caches, [shape.window for shape in shapes], self._quantization)
-            error = self._self_test(lean, tokens, reference)
+            error = test.fault(lean)
             if error is None:
                 return lean, "lean"
             logger.warning("%s runs packed, not lean: %s", name, error)
         elif reason is not None:
             logger.info("%s runs packed, not lean: %s", name, reason)
         packed = PackedModel(model, caches, self._quantization)
-        error = self._self_test(packed, tokens, reference)
+        error = test.fault(packed)
         if error is not None:
             raise SourceError(f"{name} {error}; this architecture is not supported")
         return packed, "packed"
 
-    def _self_test(self, model: ForwardPass, tokens: list[int], reference: torch.Tensor) -> str | None:
+
+class _SelfTest:
+    """A few tokens, and what the model's own code says after them; seen before its weights are changed."""
+
+    def __init__(self, model: PreTrainedModel, context: int, quantization: Quantization) -> None:
+        vocabulary = model.get_input_embeddings().weight.shape[0]
+        self._tokens = [(i + 1) * 7919 % vocabulary for i in range(min(_SELF_TEST_TOKENS, context))]
+        ids = torch.tensor([self._tokens], device=model.device)
+        self._reference: torch.Tensor = model(input_ids=ids, use_cache=False).logits[0, -1]
+        self._like = _LIKE_QUANTIZED.get(quantization) or _LIKE[self._reference.dtype]
+
+    def fault(self, model: ForwardPass) -> str | None:
         """What is wrong if two chunks and a decode step do not give what the model's own attention gives.
 
         This finds an attention that wants more than keys and values of earlier tokens, and an operation that does not
         compute here what it should.
         """
-        last = len(tokens) - 1
+        last = len(self._tokens) - 1
         for start, end in ((0, last // 2), (last // 2, last), (last, last + 1)):
-            logits = model.forward(span(tokens[start:end], slot=0, start=start))
+            logits = model.forward(span(self._tokens[start:end], slot=0, start=start))
             if len(logits) != 1:
                 return f"gives logits of {len(logits)} rows when one is wanted"
-        likeness = torch.cosine_similarity(logits[0].float(), reference.float(), dim=0).item()
-        if likeness >= (_LIKE_QUANTIZED.get(self._quantization) or _LIKE[reference.dtype]):
+        likeness = torch.cosine_similarity(logits[0].float(), self._reference.float(), dim=0).item()
+        if likeness >= self._like:
             return None
         return f"does not give its own answers when run packed (their cosine is {likeness:.3f})"
 
@@ -199,7 +202,3 @@ def _outcome(sampled: list[Sampled | ServeAppError]) -> Outcome:
 
 def _free_bytes(device: torch.device) -> int:
     return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else available_bytes()
-
-
-def _test_tokens(vocabulary: int, context: int) -> list[int]:
-    return [(i + 1) * 7919 % vocabulary for i in range(min(_SELF_TEST_TOKENS, context))]

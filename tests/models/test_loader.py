@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import signal
@@ -19,13 +18,14 @@ from transformers import AutoModelForCausalLM, BertConfig, BertModel
 from serve_app.config import Deployment, Engine, Model, Resources
 from serve_app.engine.loader import (
     SourceError,
+    bitsandbytes_config,
     builtin_gguf,
     choose_device,
     choose_dtype,
     convert_gguf,
     cpu_multiplies_bfloat16,
     load,
-    quantized_on_gpu,
+    quantized_by_bitsandbytes,
 )
 from tests.models import tiny
 from tests.models.hub import COMMIT, hub_of
@@ -114,20 +114,12 @@ def test_a_folder_is_loaded(folder: Path) -> None:
     assert loaded.model.dtype == torch.float32
 
 
-def pretend_a_gpu(monkeypatch: pytest.MonkeyPatch, bitsandbytes: object) -> None:
-    find = importlib.util.find_spec
-    monkeypatch.setattr("serve_app.engine.loader.choose_device", lambda *_: torch.device("cuda"))
-    monkeypatch.setattr(
-        "importlib.util.find_spec", lambda name, *more: bitsandbytes if name == "bitsandbytes" else find(name, *more)
-    )
-
-
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
-def test_quantisation_on_a_gpu_needs_its_package(
-    folder: Path, quantization: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pretend_a_gpu(monkeypatch, bitsandbytes=None)
-    told = refusal(folder, quantization=quantization)
+def test_quantisation_on_a_gpu_needs_its_package(quantization: str) -> None:
+    """Which is not here."""
+    with pytest.raises(SourceError) as refused:
+        quantized_by_bitsandbytes(quantization, "auto")
+    told = str(refused.value)
     assert told.startswith(f"quantization: {quantization} on a GPU needs bitsandbytes, which is not installed here: ")
     assert "pip install 'serve_app[cuda-quant]'" in told
 
@@ -137,30 +129,14 @@ def test_quantisation_on_a_gpu_needs_its_package(
     [
         ("int8", "auto", {"load_in_8bit": True, "llm_int8_threshold": 0.0}),
         ("int4", "auto", {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "bfloat16"}),
-        ("int4", "float16", {"bnb_4bit_compute_dtype": "float16"}),
+        ("int4", torch.float16, {"bnb_4bit_compute_dtype": "float16"}),
     ],
 )
 def test_a_gpus_weights_are_quantised_as_they_load(
-    folder: Path, quantization: str, dtype: str, told: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    quantization: str, dtype: torch.dtype | str, told: dict[str, Any]
 ) -> None:
     """Nothing here has a GPU: what transformers is told is what can be looked at."""
-    asked: dict[str, Any] = {}
-
-    def from_pretrained(source: str, **options: Any) -> None:
-        asked.update(options)
-        raise ValueError("seen enough")
-
-    pretend_a_gpu(monkeypatch, bitsandbytes=object())
-    monkeypatch.setattr("serve_app.engine.loader.AutoModelForCausalLM.from_pretrained", from_pretrained)
-    model = config(folder, quantization=quantization).model_copy(update={"dtype": dtype})
-    with pytest.raises(SourceError, match="seen enough"):
-        load(model, lambda stage: None)
-    assert asked["device_map"] == {"": 0}
-    assert asked["quantization_config"].to_dict().items() >= told.items()
-
-
-def test_nothing_is_said_of_quantisation_where_there_is_none() -> None:
-    assert quantized_on_gpu("none", torch.bfloat16) == {}
+    assert bitsandbytes_config(quantization, dtype).to_dict().items() >= told.items()
 
 
 @pytest.mark.parametrize("placement", ["auto", {"": "cpu"}, {"model": "cpu", "lm_head": "cpu"}], ids=str)
