@@ -13,6 +13,8 @@
 #include <ATen/native/quantized/PackedParams.h>
 #include <torch/library.h>
 
+#include "matmul.h"
+
 #include <cmath>
 #include <cstring>
 
@@ -394,12 +396,13 @@ std::tuple<Tensor, Tensor> largest_of_rows(const Tensor& rows) {
   return {values, places};
 }
 
-// One of four kinds of linear layer by number: int8 with its scaled rows, int4, packed by oneDNN, or as it came.
+// One of six kinds of linear layer by number: in strips for dot products (int8 by its scales, bfloat16);
+// fbgemm's int8 with its scaled rows; int4 by its lines; packed by oneDNN; or as it came.
 struct Linears {
   using Packed = c10::List<c10::intrusive_ptr<LinearPackedParamsBase>>;
   using Pointwise = Tensor(const Tensor&, const Tensor&, const Optional&, std::string_view,
                            c10::List<std::optional<at::Scalar>>, std::optional<std::string_view>);
-  const at::TensorList weights, int4_lines;
+  const at::TensorList weights, lines;
   const c10::List<Optional> biases;
   const Packed packed;
   const c10::TypedOperatorHandle<Pointwise> pointwise =
@@ -414,12 +417,14 @@ struct Linears {
       y.narrow(0, 0, scale->size(0)).mul_(scale->unsqueeze(1)).add_(*bias);
       return {y, std::nullopt};
     }
-    if (int4_lines.size()) {
-      const int64_t group = rows.size(1) / int4_lines[i].size(0);
-      Tensor y = at::_weight_int4pack_mm_for_cpu(rows.to(at::kBFloat16), weights[i], group, int4_lines[i]);
+    if (scale) return {matmul::int8(rows, weights[i], lines[i], bias, *scale), std::nullopt};
+    if (lines.size()) {
+      const int64_t group = rows.size(1) / lines[i].size(0);
+      Tensor y = at::_weight_int4pack_mm_for_cpu(rows.to(at::kBFloat16), weights[i], group, lines[i]);
       if (bias) y.add_(*bias);
       return {y.to(rows.scalar_type()), std::nullopt};
     }
+    if (weights[i].dim() == 4) return {matmul::bfloat16(rows, weights[i], bias), std::nullopt};
     if (!weights[i].is_mkldnn()) return {at::linear(rows, weights[i], bias), std::nullopt};
     return {pointwise.call(rows, weights[i], bias, "none", c10::List<std::optional<at::Scalar>>(), ""), std::nullopt};
   }
@@ -429,12 +434,12 @@ struct Linears {
 // `norms` are those before attention and before the MLP in turn, and the last one; linear layers are four a layer
 // (queries, keys and values; out; gate and up; down). Returns what the head reads, of the wanted rows.
 std::tuple<Tensor, Optional> layers(
-    Tensor x, at::TensorList norms, at::TensorList weights, at::TensorList int4_lines,
+    Tensor x, at::TensorList norms, at::TensorList weights, at::TensorList lines,
     const c10::List<Optional>& biases, const Linears::Packed& packed, const c10::List<Optional>& query_norms, const c10::List<Optional>& key_norms,
     at::IntArrayRef windows, int64_t heads, double eps, const Tensor& cos, const Tensor& sin, Tensor slots,
     Tensor positions, const Tensor& wanted, at::TensorList keys, at::TensorList values) {
-  const Linears linear{weights, int4_lines, biases, packed};
-  const int64_t count = windows.size(), dim = keys[0].size(3), int8 = packed.size() ? 1 : 0;
+  const Linears linear{weights, lines, biases, packed};
+  const int64_t count = windows.size(), dim = keys[0].size(3), int8 = packed.size() || weights[0].scalar_type() == at::kByte && weights[0].dim() == 4;
   auto room = [&](int64_t width) -> std::pair<Tensor, Optional> {
     Tensor place = at::empty({x.size(0) + int8, width}, x.options());
     return {place, int8 ? Optional(at::empty({x.size(0)}, at::kFloat)) : std::nullopt};
@@ -482,9 +487,15 @@ TORCH_LIBRARY(serve_app, library) {
       "attend(Tensor qkv, int heads, float scale, int window, Tensor slots, Tensor positions, Tensor keys, "
       "Tensor values, Tensor(a!) out, Tensor(b!)? out_scale) -> ()",
       &attend);
+  library.def("has_dots() -> bool", [] { return matmul::available; });
+  library.def("strips(Tensor weight) -> Tensor", &matmul::packed);
+  library.def("linear_bfloat16(Tensor rows, Tensor weight, Tensor? bias) -> Tensor", &matmul::bfloat16);
+  library.def(
+      "linear_int8(Tensor rows, Tensor weight, Tensor scales, Tensor? bias, Tensor row_scales) -> Tensor",
+      &matmul::int8);
   library.def("largest_of_rows(Tensor rows) -> (Tensor, Tensor)", &largest_of_rows);
   library.def(
-      "layers(Tensor(a!) x, Tensor[] norms, Tensor[] weights, Tensor[] int4_lines, Tensor?[] biases, "
+      "layers(Tensor(a!) x, Tensor[] norms, Tensor[] weights, Tensor[] lines, Tensor?[] biases, "
       "__torch__.torch.classes.quantized.LinearPackedParamsBase[] packed, Tensor?[] query_norms, Tensor?[] key_norms, "
       "int[] windows, int heads, float eps, Tensor cos, Tensor sin, Tensor slots, Tensor positions, Tensor wanted, "
       "Tensor(b!)[] keys, Tensor(c!)[] values) -> (Tensor, Tensor?)",

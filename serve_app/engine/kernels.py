@@ -19,6 +19,7 @@ from serve_app.engine.loader import Report
 logger = logging.getLogger(__name__)
 
 _SOURCE = Path(__file__).with_name("kernels.cpp")
+_INCLUDED = Path(__file__).with_name("matmul.h")
 # No -ffast-math: it would make the whole process flush denormals. ABI notes about vectors do not matter within a file.
 _FLAGS = ("-std=c++20", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-Wno-psabi")
 _MATH_FLAGS = ("-fno-math-errno", "-fno-trapping-math")
@@ -31,7 +32,7 @@ def available(report: Report) -> bool:
 
     They are not where there is no C++ compiler, on other systems than Linux, or with SERVE_APP_NATIVE_KERNELS=0.
     """
-    if hasattr(torch.ops.serve_app, "attend"):
+    if loaded():
         return True
     try:
         torch.ops.load_library(_built(report))  # type: ignore[no-untyped-call]
@@ -39,6 +40,10 @@ def available(report: Report) -> bool:
         logger.warning("native kernels are not used, steps are slower: %s", error)
         return False
     return True
+
+
+def loaded() -> bool:
+    return hasattr(torch.ops.serve_app, "attend")
 
 
 class _Unavailable(Exception):
@@ -66,7 +71,15 @@ def _key() -> str:
     """Of everything that the machine code depends on: -march=native reads the processor's flags."""
     described = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
     processor = [line for line in described.splitlines() if line.startswith(("model name", "flags", "Features"))]
-    parts = [_SOURCE.read_text(), torch.__version__, *_FLAGS, *_MATH_FLAGS, platform.machine(), *processor]
+    parts = [
+        _SOURCE.read_text(),
+        _INCLUDED.read_text(),
+        torch.__version__,
+        *_FLAGS,
+        *_MATH_FLAGS,
+        platform.machine(),
+        *processor,
+    ]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 

@@ -16,7 +16,16 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from serve_app.engine.attention import LayerCache
-from serve_app.engine.linear import Int4Linear, Int8Linear, Linear, Quantization, importance_of, of_head, pack
+from serve_app.engine.linear import (
+    Int4Linear,
+    Int8DotLinear,
+    Int8Linear,
+    Linear,
+    Quantization,
+    importance_of,
+    of_head,
+    pack,
+)
 from serve_app.engine.rows import Rows
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -133,7 +142,7 @@ class LeanModel:
         return (
             [norm for layer in self._layers for norm in (layer.norm, layer.mlp_norm)] + [self._norm],
             [] if kind is Int8Linear else weights,
-            [linear.lines for linear in linears if isinstance(linear, Int4Linear)],
+            [linear.lines for linear in linears if isinstance(linear, Int4Linear | Int8DotLinear)],
             [linear.bias for linear in linears],
             weights if kind is Int8Linear else [],
             [layer.query_norm for layer in self._layers],

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from serve_app.engine import int4
+from serve_app.engine import int4, kernels
 
 Quantization = Literal["none", "int8", "int4"]
 
@@ -31,6 +31,30 @@ class PackedLinear(torch.nn.Module):
         """`[..., K]` -> `[..., M]`."""
         y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return y
+
+    def scaled(self, rows: torch.Tensor, scales: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        assert scales is None, "these rows are what they are"
+        return self(rows), None
+
+
+class DotLinear(torch.nn.Module):
+    """bfloat16 through matmul.h: a half to two thirds of oneDNN's time at one to eight rows, no more at any number.
+
+    For processors with dot products of bfloat16 vectors; where there are tiles (AMX) oneDNN uses them.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        super().__init__()
+        self.out_features = weight.shape[0]
+        self.weight = torch.ops.serve_app.strips(weight)
+        self.bias = bias
+        self.weight_bytes = weight.numel() * weight.itemsize
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., K]` -> `[..., M]`."""
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        y: torch.Tensor = torch.ops.serve_app.linear_bfloat16(rows, self.weight, self.bias)
+        return y.reshape(*x.shape[:-1], self.out_features)
 
     def scaled(self, rows: torch.Tensor, scales: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         assert scales is None, "these rows are what they are"
@@ -88,6 +112,34 @@ class Int8Linear(torch.nn.Module):
         return y, None
 
 
+class Int8DotLinear(torch.nn.Module):
+    """As Int8Linear, through matmul.h, where every row has a scale of its own and so needs none to pin it."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        super().__init__()
+        self.out_features = weight.shape[0]
+        weight = weight.float()
+        scales = (weight.abs().amax(1) / 127).clamp_min(1e-12)
+        levels = (weight / scales[:, None]).round_().add_(128).to(torch.uint8)
+        self.weight = torch.ops.serve_app.strips(levels)
+        self.lines = scales / 127  # rows in [-1, 1] are read as whole numbers up to 127
+        self.bias = None if bias is None else bias.float()
+        self.weight_bytes = weight.numel() + self.lines.nbytes
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., K]` -> `[..., M]`, in the type of `x`."""
+        rows = x.reshape(-1, x.shape[-1]).float()
+        scales = rows.abs().amax(-1).clamp_min_(1e-20)
+        y, _ = self.scaled(rows / scales[:, None], scales)
+        return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
+
+    def scaled(self, rows: torch.Tensor, scales: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Rows in [-1, 1], `[>= N, K]`, and N multipliers -> `[N, M]`, with nothing left to multiply."""
+        if scales is None:
+            return self(rows), None
+        return torch.ops.serve_app.linear_int8(rows, self.weight, self.lines, self.bias, scales), None
+
+
 class Int4Linear(torch.nn.Module):
     """Weights in 4 bits by groups (int4.py), rows in bfloat16, sums in float32; a row's result is its own.
 
@@ -134,7 +186,7 @@ class PlainLinear(torch.nn.Module):
         return self(rows), None
 
 
-Linear = PackedLinear | Int8Linear | Int4Linear | PlainLinear
+Linear = DotLinear | PackedLinear | Int8DotLinear | Int8Linear | Int4Linear | PlainLinear
 
 
 def pack(
@@ -150,8 +202,11 @@ def pack(
     weight, bias = weight.detach(), None if bias is None else bias.detach()
     if quantization == "int4" and int4.takes(weight.shape) and _packs_int4():
         return Int4Linear(weight, bias, importance)
+    in_strips = _has_dots() and weight.shape[0] % 16 == 0 and weight.shape[1] % 16 == 0
     if quantization != "none":
-        return Int8Linear(weight, bias)
+        return Int8DotLinear(weight, bias) if in_strips else Int8Linear(weight, bias)
+    if in_strips and weight.dtype == torch.bfloat16:
+        return DotLinear(weight, bias)
     if weight.dtype == torch.bfloat16 and _packs_bfloat16():
         return PackedLinear(weight, bias)
     return PlainLinear(weight, bias)
@@ -181,6 +236,12 @@ def swap(model: torch.nn.Module, quantization: Quantization, head: torch.nn.Modu
             setattr(model, name, pack(child.weight, child.bias, wanted, importance_of(child)))
         else:
             swap(child, quantization, head)
+
+
+def _has_dots() -> bool:
+    """Whether matmul.h has code for this processor, and oneDNN has nothing better (AMX's tiles)."""
+    compiled = kernels.loaded() and torch.ops.serve_app.has_dots()
+    return bool(compiled) and not torch.cpu._is_amx_tile_supported()
 
 
 @cache

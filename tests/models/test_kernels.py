@@ -12,7 +12,7 @@ import torch
 
 from serve_app.engine import kernels
 from serve_app.engine.lean import LeanModel
-from serve_app.engine.linear import Quantization
+from serve_app.engine.linear import DotLinear, Int8DotLinear, Quantization
 from serve_app.engine.rows import Rows
 from serve_app.engine.runner import TorchRunner
 from tests.models import tiny
@@ -38,6 +38,53 @@ def noise(*shape: int, dtype: torch.dtype = FLOAT, seed: int = 0) -> torch.Tenso
 def close(got: torch.Tensor, wanted: torch.Tensor) -> bool:
     error = (got.double() - wanted).abs().max() / wanted.abs().max()
     return bool(error <= ROUNDING[got.dtype])
+
+
+ROW_COUNTS = [0, 1, 2, 5, 8, 15, 64, 131]
+WIDTHS = [(16, 32), (48, 64), (80, 96), (208, 576)]
+
+
+@pytest.fixture
+def dots() -> None:
+    if not torch.ops.serve_app.has_dots():
+        pytest.skip("this processor has no dot products of bytes and bfloat16")
+
+
+@pytest.mark.usefixtures("dots")
+@pytest.mark.parametrize("rows", ROW_COUNTS)
+@pytest.mark.parametrize(("outputs", "inputs"), WIDTHS)
+@pytest.mark.parametrize("biased", [True, False])
+def test_rows_times_bfloat16(rows: int, outputs: int, inputs: int, biased: bool) -> None:
+    x, weight = noise(rows, inputs, dtype=BFLOAT), noise(outputs, inputs, dtype=BFLOAT, seed=1)
+    bias = noise(outputs, dtype=BFLOAT, seed=2) if biased else None
+    layer = DotLinear(weight, bias)
+    y = layer(x)
+    assert y.shape == (rows, outputs)
+    assert rows == 0 or close(y, x.double() @ weight.double().T + (bias.double() if bias is not None else 0))
+    assert torch.equal(y, torch.cat([y[:0], *(layer(row[None]) for row in x)])), "alone as in company"
+
+
+@pytest.mark.usefixtures("dots")
+@pytest.mark.parametrize("rows", ROW_COUNTS)
+@pytest.mark.parametrize(("outputs", "inputs"), WIDTHS)
+@pytest.mark.parametrize("biased", [True, False])
+def test_rows_times_int8(rows: int, outputs: int, inputs: int, biased: bool) -> None:
+    """Exact on what 8 bits can say: whole numbers, and weights that use the whole range."""
+    x = (noise(rows, inputs) * 40).round().clamp(-127, 127)
+    weight = (noise(outputs, inputs, seed=1) * 40).round().clamp(-127, 127)
+    x[:, 0], weight[:, 1] = -127, 127
+    bias = noise(outputs, seed=2).round() if biased else None
+    layer = Int8DotLinear(weight, bias)
+    y = layer(x)
+    assert y.shape == (rows, outputs)
+    assert rows == 0 or close(y, x.double() @ weight.double().T + (bias.double() if bias is not None else 0))
+    assert torch.equal(y, torch.cat([y[:0], *(layer(row[None]) for row in x)])), "alone as in company"
+
+
+def test_what_does_not_fit_into_strips_is_refused() -> None:
+    for shape in ((20, 32), (16, 33)):
+        with pytest.raises(RuntimeError, match=f"weights of {shape[0]} times {shape[1]}"):
+            torch.ops.serve_app.strips(noise(*shape, dtype=BFLOAT))
 
 
 @every_type
@@ -188,7 +235,7 @@ def test_the_largest_of_every_row(dtype: torch.dtype, width: int) -> None:
     assert torch.equal(places[whole], rows[whole].float().eq(values[whole][:, None]).int().argmax(-1))
 
 
-@pytest.mark.parametrize("quantization", ["none", "int8"])
+@pytest.mark.parametrize("quantization", ["none", "int8", "int4"])
 @every_type
 @pytest.mark.parametrize("family", tiny.LEAN)
 def test_the_loop_over_the_layers_is_the_one_in_python(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,8 +11,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from serve_app.engine import int4
-from serve_app.engine.linear import Int4Linear, Int8Linear, Quantization, pack
+from serve_app.engine import int4, kernels
+from serve_app.engine.linear import Int4Linear, Int8DotLinear, Int8Linear, pack
 from serve_app.engine.loader import load
 from serve_app.engine.rows import span
 from serve_app.engine.runner import TorchRunner
@@ -121,12 +122,27 @@ def shuffle(model: Any) -> None:
         out.copy_(out.view(hidden, -1, dim)[:, :, within].reshape(out.shape))
 
 
-@pytest.mark.parametrize("quantization", ["int8", "int4"])
+Make = Callable[[torch.Tensor, torch.Tensor | None], torch.nn.Module]
+
+every_quantised = pytest.mark.parametrize(
+    "make",
+    [partial(pack, quantization="int8"), Int8Linear, partial(Int4Linear, importance=None)],
+    ids=["int8", "int8 by fbgemm", "int4"],
+)
+
+
+def test_int8_is_what_is_best_here() -> None:
+    assert kernels.available(lambda stage: None)
+    layer = pack(torch.randn(48, 64), None, "int8")
+    assert isinstance(layer, Int8DotLinear if torch.ops.serve_app.has_dots() else Int8Linear)
+    assert isinstance(pack(torch.randn(20, 64), None, "int8"), Int8Linear)
+
+
+@every_quantised
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_quantised_rows_do_not_depend_on_an_outlier_beside_them(quantization: Quantization, dtype: torch.dtype) -> None:
+def test_quantised_rows_do_not_depend_on_an_outlier_beside_them(make: Make, dtype: torch.dtype) -> None:
     noise = torch.Generator().manual_seed(0)
-    layer = pack(torch.randn(48, 64, generator=noise), torch.randn(48, generator=noise), quantization)
-    assert isinstance(layer, {"int8": Int8Linear, "int4": Int4Linear}[quantization])
+    layer = make(torch.randn(48, 64, generator=noise), torch.randn(48, generator=noise))
     rows = torch.randn(5, 64, generator=noise).to(dtype)
     alone = torch.cat([layer(row[None]) for row in rows])
     rows[2] *= 1e6
@@ -135,11 +151,11 @@ def test_quantised_rows_do_not_depend_on_an_outlier_beside_them(quantization: Qu
         assert torch.equal(beside[row], alone[row])
 
 
-@pytest.mark.parametrize("quantization", ["int8", "int4"])
-def test_a_row_is_the_same_in_any_number_of_rows(quantization: Quantization) -> None:
+@every_quantised
+def test_a_row_is_the_same_in_any_number_of_rows(make: Make) -> None:
     """Of those that a decode step and a prompt's chunk have; none at all is none."""
     noise = torch.Generator().manual_seed(1)
-    layer = pack(torch.randn(80, 96, generator=noise), None, quantization)
+    layer = make(torch.randn(80, 96, generator=noise), None)
     rows = torch.randn(70, 96, generator=noise).to(torch.bfloat16)
     alone = torch.cat([layer(row[None]) for row in rows])
     for count in (0, 1, 2, 3, 4, 5, 8, 31, 33, 70):
@@ -150,7 +166,7 @@ def test_a_row_is_the_same_in_any_number_of_rows(quantization: Quantization) -> 
 def test_what_the_int4_kernel_does_not_take_is_int8(rows: int, columns: int) -> None:
     weight, x = torch.randn(rows, columns), torch.randn(3, columns)
     layer = pack(weight, None, "int4")
-    assert isinstance(layer, Int8Linear)
+    assert isinstance(layer, Int8Linear | Int8DotLinear)
     y, scales = layer.scaled(x, None)
     assert scales is None
     assert torch.cosine_similarity(y, x @ weight.T).min() > 0.999
