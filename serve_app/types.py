@@ -69,6 +69,10 @@ class GenerationRequest:
     """One prompt for one model. `timeout_s` is what is left of the request's time at the receiver's door.
 
     Requests share what is computed of a common beginning only if their `cache_salt` is the same.
+
+    Requests for several answers to one prompt have the same `group`, a name that nobody else has, and count themselves
+    by `index` from 0: the prompt is computed once for all of them, and number i draws with seed + i, as a request of
+    its own with that seed would.
     """
 
     id: str
@@ -77,6 +81,8 @@ class GenerationRequest:
     params: SamplingParams
     timeout_s: float
     cache_salt: str = ""
+    group: str = ""
+    index: int = 0
 
 
 @dataclass(frozen=True, slots=True)

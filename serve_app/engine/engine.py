@@ -245,8 +245,10 @@ class Engine:
 
 
 def _scheduler(runner: Runner, config: EngineConfig) -> Scheduler:
-    arena = Arena(runner.slots, runner.kv_tokens, config.prefix_cache)
-    return Scheduler(arena, config.max_step_tokens, config.max_waiting, Pace(), config.draft_tokens)
+    arena = Arena(runner.slots, runner.kv_tokens)
+    return Scheduler(
+        arena, config.max_step_tokens, config.max_waiting, Pace(), config.draft_tokens, config.prefix_cache
+    )
 
 
 def _too_long(tokens: int, context: int) -> ServeAppError | None:

@@ -61,7 +61,7 @@ class Sequence:
         self.slot: int | None = None
         self.deadline = stream.arrived + stream.request.timeout_s
         self.end_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else end_ids)
-        self.seed = getrandbits(63) if params.seed is None else params.seed
+        self.seed = getrandbits(63) if params.seed is None else params.seed + stream.request.index
         room = context - self.prompt_len
         self.limit = room if params.max_tokens is None else min(room, params.max_tokens)
 
