@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Literal
 
 
 class FinishReason(StrEnum):
@@ -14,12 +15,29 @@ class FinishReason(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Grammar:
+    """What an answer must look like, to its last character.
+
+    `text` is nothing for a `json_object`, a JSON schema (an object), a regular expression for the whole answer
+    (Rust's syntax, without looking around), a JSON list of strings to choose from, or a grammar in llguidance's
+    dialect of Lark.
+    """
+
+    kind: Literal["json_object", "json_schema", "regex", "choice", "lark"]
+    text: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How one request wants its tokens chosen.
 
     `temperature` 0 is greedy. `max_tokens` None means up to the model's context.
     `top_k` 0, `top_p` 1 and `min_p` 0 switch the filter off. `logprobs` is how many
     alternatives to report beside the chosen token; None reports nothing.
+
+    `grammar` comes before everything else that is asked for: penalties and filters choose among the tokens that it
+    allows, `min_tokens` and `ignore_eos` keep an answer going only while it can go on, and an answer that can not ends
+    there with `stop`. Stop strings, stop tokens and `max_tokens` still end an answer before it is complete.
     """
 
     max_tokens: int | None = None
@@ -36,6 +54,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True, slots=True)

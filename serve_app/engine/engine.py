@@ -140,22 +140,31 @@ class Engine:
         )
 
     def _admit(self, streams: Seq[TokenStream]) -> list[ServeAppError | None]:
-        runner = self._runner
-        encoded = runner.text.encode([stream.request.prompt for stream in streams])
-        outcomes: list[ServeAppError | None] = []
-        arrivals = []
-        for stream, ids in zip(streams, encoded, strict=True):
-            refusal = ids if isinstance(ids, ServeAppError) else _too_long(len(ids), runner.context)
-            outcomes.append(refusal)
-            if refusal is None and not isinstance(ids, ServeAppError):
-                stream.open(len(ids), runner.text.decoder(ids))
-                arrivals.append(Sequence(stream, ids, runner.text.end_ids, runner.context))
+        encoded = self._runner.text.encode([stream.request.prompt for stream in streams])
+        made = [
+            ids if isinstance(ids, ServeAppError) else self._sequence(stream, ids)
+            for stream, ids in zip(streams, encoded, strict=True)
+        ]
+        outcomes = [one if isinstance(one, ServeAppError) else None for one in made]
+        arrivals = [one for one in made if isinstance(one, Sequence)]
         with self._changed:
             if self._stopping:
                 return [outcome or NotReady("this replica is shutting down", retry_after_s=1) for outcome in outcomes]
             self._inbox.extend(arrivals)
             self._changed.notify()
         return outcomes
+
+    def _sequence(self, stream: TokenStream, ids: list[int]) -> Sequence | ServeAppError:
+        """A sequence for a prompt, its stream opened; or why there can be none."""
+        text, context, params = self._runner.text, self._runner.context, stream.request.params
+        refusal = _too_long(len(ids), context)
+        if refusal is not None:
+            return refusal
+        constraint = None if params.grammar is None else text.constraint(params.grammar, params.ignore_eos)
+        if isinstance(constraint, ServeAppError):
+            return constraint
+        stream.open(len(ids), text.decoder(ids))
+        return Sequence(stream, ids, text.end_ids, context, constraint)
 
     def _main(self) -> None:
         try:

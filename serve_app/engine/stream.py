@@ -16,12 +16,16 @@ logger = logging.getLogger(__name__)
 
 
 class Token(NamedTuple):
-    """A token as the model chose it, before it is text. Stop strings can still end the answer earlier."""
+    """A token as the model chose it, before it is text. Stop strings can still end the answer earlier.
+
+    `complete` says that it ends an answer as the last of its text, not as a sign of its end.
+    """
 
     token_id: int
     elapsed_s: float
     finish_reason: FinishReason | None = None
     logprobs: Logprobs | None = None
+    complete: bool = False
 
 
 class TokenStream:
@@ -118,7 +122,7 @@ class TokenStream:
         assert self._detokenizer is not None, "a stream is opened before its first token"
         self._tokens += 1
         text, reason = "", token.finish_reason
-        if reason is not FinishReason.STOP:  # of a token that ends an answer nothing is shown
+        if reason is not FinishReason.STOP or token.complete:  # of a token that is a sign of the end nothing is shown
             text, stopped = self._detokenizer.push(token.token_id, self._tokens >= self.request.params.min_tokens)
             if stopped:
                 reason = FinishReason.STOP

@@ -10,8 +10,9 @@ import jinja2
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
+from serve_app.engine.grammar import Constraint, Grammars
 from serve_app.errors import InternalError, InvalidRequest, ServeAppError
-from serve_app.types import ChatPrompt, Prompt, TextPrompt, TokenPrompt
+from serve_app.types import ChatPrompt, Grammar, Prompt, TextPrompt, TokenPrompt
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +67,7 @@ class HFText:
         self._rust.no_truncation()
         self._vocabulary = vocabulary
         self.end_ids = end_ids
+        self._grammars = Grammars(self._rust, end_ids, vocabulary)
 
     def encode(self, prompts: Seq[Prompt]) -> list[list[int] | ServeAppError]:
         results: list[list[int] | ServeAppError] = [InvalidRequest("the prompt is empty", param="prompt")] * len(
@@ -93,6 +95,9 @@ class HFText:
 
     def decoder(self, prompt: Seq[int]) -> StreamDecoder:
         return StreamDecoder(self._rust, prompt)
+
+    def constraint(self, grammar: Grammar, ignore_eos: bool) -> Constraint | ServeAppError:
+        return self._grammars.constraint(grammar, ignore_eos)
 
     def token_text(self, token_id: int) -> str:
         """One token by itself, special tokens by name."""

@@ -10,7 +10,7 @@ from urllib.parse import parse_qsl, urlsplit
 from serve_app.config import Engine
 from serve_app.engine.sequence import Advance, Outcome, Sampled, Step
 from serve_app.errors import InvalidRequest, ServeAppError
-from serve_app.types import ChatPrompt, Logprobs, Prompt, TextPrompt, TokenLogprob
+from serve_app.types import ChatPrompt, Grammar, Logprobs, Prompt, TextPrompt, TokenLogprob
 
 END = 256
 
@@ -35,6 +35,10 @@ class ToyText:
 
     def decoder(self, prompt: Seq[int]) -> ToyDecoder:
         return ToyDecoder()
+
+    def constraint(self, grammar: Grammar, ignore_eos: bool) -> InvalidRequest:
+        """It repeats its prompt, whatever the grammar."""
+        return InvalidRequest("the toy model follows no grammar; ask a real one", param="grammar")
 
     def _encode(self, prompt: Prompt) -> list[int] | ServeAppError:
         if isinstance(prompt, TextPrompt):
