@@ -35,6 +35,9 @@ class SamplingParams:
     `top_k` 0, `top_p` 1 and `min_p` 0 switch the filter off. `logprobs` is how many
     alternatives to report beside the chosen token; None reports nothing.
 
+    `logit_bias` is pairs of a token id and what is added to its logit, before penalties, temperature and filters, also
+    for a greedy choice; the logprobs that are reported are without it.
+
     `grammar` comes before everything else that is asked for: penalties and filters choose among the tokens that it
     allows, `min_tokens` and `ignore_eos` keep an answer going only while it can go on, and an answer that can not ends
     there with `stop`. Stop strings, stop tokens and `max_tokens` still end an answer before it is complete.
@@ -54,6 +57,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    logit_bias: tuple[tuple[int, float], ...] = ()
     grammar: Grammar | None = None
 
 

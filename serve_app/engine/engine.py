@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence as Seq
 from dataclasses import asdict, dataclass
+from math import isfinite
 
 from serve_app.config import Engine as EngineConfig
 from serve_app.engine.arena import Arena
@@ -14,7 +15,7 @@ from serve_app.engine.pace import Pace
 from serve_app.engine.scheduler import Scheduler
 from serve_app.engine.sequence import Runner, Sequence, Step
 from serve_app.engine.stream import TokenStream, wake_all
-from serve_app.errors import InternalError, NotReady, PromptTooLong, ServeAppError
+from serve_app.errors import InternalError, InvalidRequest, NotReady, PromptTooLong, ServeAppError
 
 logger = logging.getLogger(__name__)
 
@@ -157,7 +158,7 @@ class Engine:
     def _sequence(self, stream: TokenStream, ids: list[int]) -> Sequence | ServeAppError:
         """A sequence for a prompt, its stream opened; or why there can be none."""
         text, context, params = self._runner.text, self._runner.context, stream.request.params
-        refusal = _too_long(len(ids), context)
+        refusal = _too_long(len(ids), context) or _wrong_bias(params.logit_bias, text.vocabulary)
         if refusal is not None:
             return refusal
         constraint = None if params.grammar is None else text.constraint(params.grammar, params.ignore_eos)
@@ -258,6 +259,15 @@ def _scheduler(runner: Runner, config: EngineConfig) -> Scheduler:
     return Scheduler(
         arena, config.max_step_tokens, config.max_waiting, Pace(), config.draft_tokens, config.prefix_cache
     )
+
+
+def _wrong_bias(biases: Seq[tuple[int, float]], vocabulary: int) -> ServeAppError | None:
+    for token, bias in biases:
+        if not 0 <= token < vocabulary:
+            return InvalidRequest(f"token id {token} is outside 0 to {vocabulary - 1}", param="logit_bias")
+        if not isfinite(bias):
+            return InvalidRequest(f"the bias of token {token} is not a finite number", param="logit_bias")
+    return None
 
 
 def _too_long(tokens: int, context: int) -> ServeAppError | None:

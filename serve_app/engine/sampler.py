@@ -72,7 +72,7 @@ def _largest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _adjust(logits: torch.Tensor, sequences: list[Sequence]) -> tuple[torch.Tensor, dict[int, ServeAppError]]:
-    """Penalties, no end before min_tokens, then grammars; and the rows whose grammar fails.
+    """Biases, penalties, no end before min_tokens, then grammars; and the rows whose grammar fails.
 
     Copies only when a row asks for something.
     """
@@ -81,6 +81,7 @@ def _adjust(logits: torch.Tensor, sequences: list[Sequence]) -> tuple[torch.Tens
     if not asking:
         return logits, failed
     logits = logits.to(torch.float32, copy=True)
+    _bias(logits, asking)
     for row, sequence in asking:
         _adjust_row(logits[row], sequence)
         error = _constrain(logits[row], sequence)
@@ -92,7 +93,15 @@ def _adjust(logits: torch.Tensor, sequences: list[Sequence]) -> tuple[torch.Tens
 def _asks(sequence: Sequence) -> bool:
     p = sequence.params
     penalised = p.repetition_penalty != 1 or p.presence_penalty != 0 or p.frequency_penalty != 0
-    return penalised or sequence.generated < p.min_tokens or sequence.constraint is not None
+    return penalised or sequence.generated < p.min_tokens or bool(p.logit_bias) or sequence.constraint is not None
+
+
+def _bias(logits: torch.Tensor, asking: list[tuple[int, Sequence]]) -> None:
+    """In place, all rows in one pass."""
+    biases = [(row, *bias) for row, s in asking for bias in s.params.logit_bias if bias[0] < logits.shape[1]]
+    if biases:
+        rows, tokens, values = (torch.tensor(column, device=logits.device) for column in zip(*biases, strict=True))
+        logits.index_put_((rows, tokens), values.to(logits.dtype), accumulate=True)
 
 
 def _adjust_row(row: torch.Tensor, sequence: Sequence) -> None:
@@ -195,7 +204,7 @@ def _pick(weights: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
 
 
 def _logprobs(row: torch.Tensor, token: int, sequence: Sequence, token_text: Callable[[int], str]) -> Logprobs:
-    """Of the model's own distribution, before penalties, temperature and filters."""
+    """Of the model's own distribution, before biases, penalties, temperature and filters."""
     logprobs = row.float().log_softmax(-1)
     values, ids = logprobs.topk(min(sequence.params.logprobs or 0, row.shape[0]))
     top = zip(ids.tolist(), values.tolist(), strict=True)

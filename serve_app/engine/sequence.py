@@ -162,6 +162,11 @@ class Text(Protocol):
     @property
     def end_ids(self) -> frozenset[int]: ...
 
+    @property
+    def vocabulary(self) -> int:
+        """Token ids are below it."""
+        ...
+
     def encode(self, prompts: Seq[Prompt]) -> list[list[int] | ServeAppError]:
         """Token ids of each prompt, tokenised together; an error in the place of one that cannot be."""
         ...

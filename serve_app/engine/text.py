@@ -65,7 +65,7 @@ class HFText:
         self._rust: Tokenizer = tokenizer.backend_tokenizer
         self._rust.no_padding()
         self._rust.no_truncation()
-        self._vocabulary = vocabulary
+        self.vocabulary = vocabulary
         self.end_ids = end_ids
         self._grammars = Grammars(self._rust, end_ids, vocabulary)
 
@@ -104,9 +104,9 @@ class HFText:
         return str(self._rust.decode([token_id], skip_special_tokens=False))
 
     def _known(self, prompt: TokenPrompt) -> list[int] | ServeAppError:
-        wrong = next((token for token in prompt.token_ids if not 0 <= token < self._vocabulary), None)
+        wrong = next((token for token in prompt.token_ids if not 0 <= token < self.vocabulary), None)
         if wrong is not None:
-            return InvalidRequest(f"token id {wrong} is outside 0 to {self._vocabulary - 1}", param="prompt")
+            return InvalidRequest(f"token id {wrong} is outside 0 to {self.vocabulary - 1}", param="prompt")
         return list(prompt.token_ids) or InvalidRequest("the prompt is empty", param="prompt")
 
     def _render(self, prompt: ChatPrompt) -> str | ServeAppError:

@@ -29,6 +29,7 @@ class ToyText:
     """One token a byte of UTF-8; 256 ends an answer."""
 
     end_ids = frozenset({END})
+    vocabulary = END + 1
 
     def encode(self, prompts: Seq[Prompt]) -> list[list[int] | ServeAppError]:
         return [self._encode(prompt) or InvalidRequest("the prompt is empty", param="prompt") for prompt in prompts]

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
+import time
 from collections.abc import Sequence as Seq
 from functools import partial
 
@@ -151,6 +153,20 @@ async def test_the_longest_prompt_leaves_room_for_one_token() -> None:
     with running(max_context=16) as engine:
         answer = await ask(engine, request("x" * 15, params=SamplingParams()))
     assert (answer.text, answer.reason) == ("x", FinishReason.LENGTH)
+
+
+async def test_a_bias_for_what_is_no_token_is_refused() -> None:
+    biases = [((END, 1.0),), ((END + 1, 1.0),), ((3, 1.0), (-1, 1.0)), ((3, math.nan),), ()]
+    made = [Witness(request(params=SamplingParams(max_tokens=1, logit_bias=bias)), time.monotonic()) for bias in biases]
+    with running() as engine:
+        outcomes = engine.admit(made)
+    assert [None if o is None else (o.message, o.param) for o in outcomes] == [
+        None,
+        ("token id 257 is outside 0 to 256", "logit_bias"),
+        ("token id -1 is outside 0 to 256", "logit_bias"),
+        ("the bias of token 3 is not a finite number", "logit_bias"),
+        None,
+    ]
 
 
 class Unreadable(ToyText):
