@@ -35,6 +35,9 @@ class SamplingParams:
     `top_k` 0, `top_p` 1 and `min_p` 0 switch the filter off. `logprobs` is how many
     alternatives to report beside the chosen token; None reports nothing.
 
+    `skip_special_tokens` false shows special tokens in the text. `include_stop_str_in_output` leaves what ended the
+    answer at its end: the stop string, the stop token, or, if special tokens are shown, the model's end token.
+
     `logit_bias` is pairs of a token id and what is added to its logit, before penalties, temperature and filters, also
     for a greedy choice; the logprobs that are reported are without it.
 
@@ -57,6 +60,8 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
     logit_bias: tuple[tuple[int, float], ...] = ()
     grammar: Grammar | None = None
 

@@ -164,7 +164,7 @@ class Engine:
         constraint = None if params.grammar is None else text.constraint(params.grammar, params.ignore_eos)
         if isinstance(constraint, ServeAppError):
             return constraint
-        stream.open(len(ids), text.decoder(ids))
+        stream.open(len(ids), text.decoder(ids, params.skip_special_tokens))
         return Sequence(stream, ids, text.end_ids, context, constraint)
 
     def _main(self) -> None:

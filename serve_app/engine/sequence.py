@@ -171,8 +171,8 @@ class Text(Protocol):
         """Token ids of each prompt, tokenised together; an error in the place of one that cannot be."""
         ...
 
-    def decoder(self, prompt: Seq[int]) -> Decoder:
-        """A decoder for what follows this prompt."""
+    def decoder(self, prompt: Seq[int], skip_special_tokens: bool) -> Decoder:
+        """A decoder for what follows this prompt, which shows special tokens or not."""
         ...
 
     def constraint(self, grammar: Grammar, ignore_eos: bool) -> Constraint | ServeAppError:

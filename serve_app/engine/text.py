@@ -21,14 +21,15 @@ _CONTEXT_TOKENS = 8
 
 
 class StreamDecoder:
-    """Incremental decoding by the tokenizers library: whole characters only, special tokens left out."""
+    """Incremental decoding by the tokenizers library: whole characters only, special tokens left out or by name."""
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Seq[int]) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompt: Seq[int], skip_special_tokens: bool = True) -> None:
         self._tokenizer = tokenizer
+        self._skip = skip_special_tokens
         context = list(prompt[-_CONTEXT_TOKENS:])
-        self._stream = DecodeStream(ids=context, skip_special_tokens=True)
+        self._stream = DecodeStream(ids=context, skip_special_tokens=self._skip)
         # What ends in half a character, or in U+FFFD, the stream takes for text that it still has to give.
-        text = tokenizer.decode(context, skip_special_tokens=True)
+        text = tokenizer.decode(context, skip_special_tokens=self._skip)
         self._prompt_text = text if text.endswith("\ufffd") else ""
 
     def step(self, token_id: int) -> str:
@@ -43,7 +44,7 @@ class StreamDecoder:
         except Exception:  # noqa: BLE001 - the library raises no other
             # A tokenizer that falls back to bytes decodes a row of them together: one that does not fit makes those
             # before it wrong, which were given already. What is held back is lost, and the text goes on from here.
-            self._stream = DecodeStream(skip_special_tokens=True)
+            self._stream = DecodeStream(skip_special_tokens=self._skip)
             self._prompt_text = ""
             return self._stream.step(self._tokenizer, token_id) or ""
 
@@ -93,8 +94,8 @@ class HFText:
                     results[i] = encoding.ids
         return results
 
-    def decoder(self, prompt: Seq[int]) -> StreamDecoder:
-        return StreamDecoder(self._rust, prompt)
+    def decoder(self, prompt: Seq[int], skip_special_tokens: bool = True) -> StreamDecoder:
+        return StreamDecoder(self._rust, prompt, skip_special_tokens)
 
     def constraint(self, grammar: Grammar, ignore_eos: bool) -> Constraint | ServeAppError:
         return self._grammars.constraint(grammar, ignore_eos)

@@ -16,13 +16,14 @@ END = 256
 
 
 class ToyDecoder:
-    """Bytes to text; an incomplete character is held back."""
+    """Bytes to text; an incomplete character is held back. The end token is special: no text, or its name."""
 
-    def __init__(self) -> None:
+    def __init__(self, skip_special_tokens: bool = True) -> None:
         self._utf8 = getincrementaldecoder("utf-8")(errors="replace")
+        self._end = "" if skip_special_tokens else "<end>"
 
     def step(self, token_id: int) -> str:
-        return self._utf8.decode(bytes([token_id])) if token_id < END else ""
+        return self._utf8.decode(bytes([token_id])) if token_id < END else self._end
 
 
 class ToyText:
@@ -34,8 +35,8 @@ class ToyText:
     def encode(self, prompts: Seq[Prompt]) -> list[list[int] | ServeAppError]:
         return [self._encode(prompt) or InvalidRequest("the prompt is empty", param="prompt") for prompt in prompts]
 
-    def decoder(self, prompt: Seq[int]) -> ToyDecoder:
-        return ToyDecoder()
+    def decoder(self, prompt: Seq[int], skip_special_tokens: bool = True) -> ToyDecoder:
+        return ToyDecoder(skip_special_tokens)
 
     def constraint(self, grammar: Grammar, ignore_eos: bool) -> InvalidRequest:
         """It repeats its prompt, whatever the grammar."""

@@ -5,6 +5,7 @@ import math
 import threading
 import time
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -68,6 +69,15 @@ async def test_an_end_token_ends_the_answer() -> None:
     with running() as engine:
         answer = await ask(engine, asking([104, 105, END], 50))
     assert (answer.text, answer.reason) == ("hi", FinishReason.STOP)
+
+
+async def test_special_tokens_and_what_ended_the_answer_are_shown_when_asked_for() -> None:
+    params = SamplingParams(max_tokens=50, skip_special_tokens=False, include_stop_str_in_output=True)
+    with running() as engine:
+        ended = await ask(engine, request([104, 105, END], params=params))
+        ignored = await ask(engine, request([104, END], params=replace(params, max_tokens=4, ignore_eos=True)))
+    assert (ended.text, ended.reason) == ("hi<end>", FinishReason.STOP)
+    assert (ignored.text, ignored.reason) == ("h<end>h<end>", FinishReason.LENGTH)
 
 
 async def test_characters_of_many_bytes_arrive_whole() -> None:
