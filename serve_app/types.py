@@ -101,6 +101,9 @@ class GenerationRequest:
     Requests for several answers to one prompt have the same `group`, a name that nobody else has, and count themselves
     by `index` from 0: the prompt is computed once for all of them, and number i draws with seed + i, as a request of
     its own with that seed would.
+
+    Of a prompt only the last `truncate_prompt_tokens` tokens are kept, special tokens and a chat's template counted;
+    -1 keeps as many as the model takes, None all.
     """
 
     id: str
@@ -111,6 +114,7 @@ class GenerationRequest:
     cache_salt: str = ""
     group: str = ""
     index: int = 0
+    truncate_prompt_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -158,6 +158,12 @@ class Engine:
     def _sequence(self, stream: TokenStream, ids: list[int]) -> Sequence | ServeAppError:
         """A sequence for a prompt, its stream opened; or why there can be none."""
         text, context, params = self._runner.text, self._runner.context, stream.request.params
+        keep = stream.request.truncate_prompt_tokens
+        if keep is not None:
+            if keep < 1 and keep != -1:
+                message = "truncate_prompt_tokens is at least 1, or -1 for as many as the model takes"
+                return InvalidRequest(message, param="truncate_prompt_tokens")
+            ids = ids[-(context - 1 if keep == -1 else keep) :]
         refusal = _too_long(len(ids), context) or _wrong_bias(params.logit_bias, text.vocabulary)
         if refusal is not None:
             return refusal

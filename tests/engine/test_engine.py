@@ -23,7 +23,7 @@ from serve_app.errors import (
     PromptTooLong,
     QueueFull,
 )
-from serve_app.types import FinishReason, GenerationRequest, Prompt, SamplingParams
+from serve_app.types import ChatMessage, ChatPrompt, FinishReason, GenerationRequest, Prompt, SamplingParams
 
 from .toys import (
     PATIENCE_S,
@@ -163,6 +163,35 @@ async def test_the_longest_prompt_leaves_room_for_one_token() -> None:
     with running(max_context=16) as engine:
         answer = await ask(engine, request("x" * 15, params=SamplingParams()))
     assert (answer.text, answer.reason) == ("x", FinishReason.LENGTH)
+
+
+@pytest.mark.parametrize(
+    ("keep", "prompt"), [(None, "abcdefg"), (1, "g"), (3, "efg"), (7, "abcdefg"), (100, "abcdefg"), (-1, "abcdefg")]
+)
+async def test_of_a_prompt_the_last_tokens_can_be_kept(keep: int | None, prompt: str) -> None:
+    with running(max_context=16) as engine:
+        answer = await ask(engine, replace(asking("abcdefg", len(prompt)), truncate_prompt_tokens=keep))
+    assert (answer.text, answer.chunks[0].prompt_tokens) == (prompt, len(prompt))
+
+
+async def test_of_a_chat_too_its_last_tokens_are_kept() -> None:
+    chat = ChatPrompt((ChatMessage("user", "a long story"),))
+    with running() as engine:
+        answer = await ask(engine, replace(asking("", 9), prompt=chat, truncate_prompt_tokens=5))
+    assert answer.text == "storystor"
+
+
+async def test_a_prompt_that_is_too_long_fits_when_it_is_cut() -> None:
+    long = request("x" * 15 + "y" * 15, params=SamplingParams())
+    made = [Witness(replace(long, truncate_prompt_tokens=keep), time.monotonic()) for keep in (None, 16, 15, -1, 0, -2)]
+    with running(max_context=16) as engine:
+        outcomes = engine.admit(made)
+        answers = [await read(stream) for stream, refusal in zip(made, outcomes, strict=True) if refusal is None]
+    kinds = [PromptTooLong, PromptTooLong, type(None), type(None), InvalidRequest, InvalidRequest]
+    assert [type(outcome) for outcome in outcomes] == kinds
+    assert [(answer.text, answer.reason) for answer in answers] == [("y", FinishReason.LENGTH)] * 2
+    assert isinstance(outcomes[4], InvalidRequest)
+    assert outcomes[4].param == "truncate_prompt_tokens"
 
 
 async def test_a_bias_for_what_is_no_token_is_refused() -> None:
