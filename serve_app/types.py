@@ -104,6 +104,9 @@ class GenerationRequest:
 
     Of a prompt only the last `truncate_prompt_tokens` tokens are kept, special tokens and a chat's template counted;
     -1 keeps as many as the model takes, None all.
+
+    Of those who wait, the lowest `priority` is served first, and of equals who came first. Whoever runs goes on, except
+    when memory runs out: then the highest is put off first.
     """
 
     id: str
@@ -115,6 +118,7 @@ class GenerationRequest:
     group: str = ""
     index: int = 0
     truncate_prompt_tokens: int | None = None
+    priority: int = 0
 
 
 @dataclass(frozen=True, slots=True)

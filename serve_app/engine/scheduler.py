@@ -32,13 +32,13 @@ class Counts:
 
 
 class Scheduler:
-    """First come, first served, over the slots and the memory of an arena.
+    """By priority, then first come, first served, over the slots and the memory of an arena.
 
     Every step decodes all sequences whose prompt is in the arena, and fills what is left of
     `max_step_tokens` with chunks of prompts, oldest first: of long ones as much as keeps the step
     within STRETCH of what it usually takes with everybody decoding. A late arrival joins at the next step; a
-    finished, expired or abandoned sequence leaves before it. When memory runs out, the youngest
-    sequence gives its slot back, and is computed again in its turn. While few rows decode, each
+    finished, expired or abandoned sequence leaves before it. When memory runs out, of the sequences with the highest
+    priority value the youngest gives its slot back, and is computed again in its turn. While few rows decode, each
     sequence's next tokens are guessed, at most `draft_tokens`, and checked in the same step.
 
     A prompt that is being computed is not computed a second time beside it: whoever has the same one waits until it
@@ -91,7 +91,7 @@ class Scheduler:
             return QueueFull(f"{self._max_waiting} requests wait for a slot already; try again later", retry_after_s=1)
         sequence.order = self._arrivals
         self._arrivals += 1
-        insort(self._waiting, sequence, key=_order)
+        insort(self._waiting, sequence, key=_turn)
         return None
 
     def sweep(self, now: float) -> list[tuple[Sequence, ServeAppError]]:
@@ -168,15 +168,15 @@ class Scheduler:
         assert len({s.slot for s in self._running}) == len(self._running), "two sequences in one slot"
 
     def _make_room(self) -> None:
-        """Memory for every decoding sequence's next token, the oldest first, at the cost of the youngest."""
-        for sequence in sorted(self._running, key=_order):
+        """Memory for every decoding sequence's next token, whose turn is first first, at the cost of the last."""
+        for sequence in sorted(self._running, key=_turn):
             while sequence.slot is not None and not self._arena.grow(sequence.slot, len(sequence.tokens) + 1):
-                self._preempt(max(self._running, key=_order))
+                self._preempt(max(self._running, key=_turn))
 
     def _preempt(self, sequence: Sequence) -> None:
         self._release(sequence, keep=False)
         sequence.computed = 0
-        insort(self._waiting, sequence, key=_order)
+        insort(self._waiting, sequence, key=_turn)
         self._crowded = True
         self.counts.preemptions += 1
 
@@ -277,8 +277,9 @@ class Scheduler:
         self._crowded = False
 
 
-def _order(sequence: Sequence) -> int:
-    return sequence.order
+def _turn(sequence: Sequence) -> tuple[int, int]:
+    """Who comes first: the lowest priority value, then whoever arrived first."""
+    return sequence.stream.request.priority, sequence.order
 
 
 def _slot(sequence: Sequence) -> int:

@@ -9,7 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from serve_app.config import Engine as EngineConfig
 from serve_app.engine.arena import BLOCK, Arena
 from serve_app.engine.pace import Pace
-from serve_app.engine.scheduler import Scheduler
+from serve_app.engine.scheduler import Scheduler, _turn
 from serve_app.engine.sequence import Sampled, Sequence, Step
 from serve_app.engine.stream import Token
 from serve_app.engine.toy import ToyRunner
@@ -23,7 +23,12 @@ LEAST = 16
 # Prompts that begin alike, and one that does not.
 TEXTS = ["abc" * 50, "abc" * 20 + "dea" * 30, "cab" * 50]
 SHAPES = st.tuples(
-    st.integers(0, 2), st.integers(1, 110), st.integers(1, 40), st.integers(3, 90), st.sampled_from(["", "", "salt"])
+    st.integers(0, 2),
+    st.integers(1, 110),
+    st.integers(1, 40),
+    st.integers(3, 90),
+    st.sampled_from(["", "", "salt"]),
+    st.sampled_from([0, 0, -1, 2]),
 )
 
 
@@ -41,6 +46,11 @@ def made(
     prefix_cache: bool = True,
 ) -> Scheduler:
     return Scheduler(Arena(slots, tokens or slots * 1024), rows, queue, pace, draft_tokens, prefix_cache)
+
+
+def prioritised(prompt: str, priority: int, tokens: int = 1) -> Sequence:
+    asked = request(prompt, params=SamplingParams(max_tokens=tokens))
+    return sequences([replace(asked, priority=priority)], context=1000)[0]
 
 
 def siblings(prompt: str, tokens: int, count: int, group: str = "g", salt: str = "") -> list[Sequence]:
@@ -292,6 +302,34 @@ def test_nobody_guesses_while_many_run() -> None:
     assert [advance.drafts for advance in scheduler.plan(0).advances] == [()] * 5
 
 
+def test_the_lowest_priority_is_served_first_and_of_equals_who_came_first() -> None:
+    scheduler = made(1, 64, 8)
+    waiting = [prioritised(letter, priority) for letter, priority in zip("abcdef", (0, 5, -1, 0, 5, -1), strict=True)]
+    running = asking("x", 3)
+    queued(scheduler, running)
+    turn(scheduler)
+    queued(scheduler, *waiting)
+    order = []
+    while not scheduler.idle:
+        order += [s for s, told in turn(scheduler)[1] if isinstance(told, Token) and told.finish_reason]
+    a, b, c, d, e, f = waiting
+    assert order == [running, c, f, a, d, b, e], "whoever runs goes on"
+
+
+def test_when_memory_runs_out_the_highest_priority_is_put_off_before_the_youngest() -> None:
+    scheduler, runner = made(3, 512, 8, tokens=4 * BLOCK), Keeper(3)
+    later, first, urgent = prioritised("a" * 30, 3, 40), asking("b" * 30, 40), prioritised("c" * 30, -3, 40)
+    queued(scheduler, later, first, urgent)
+    order = []
+    while not scheduler.idle:
+        step = scheduler.plan(0)
+        order += [s for s, told in scheduler.commit(step, runner.run(step), 0) if told.finish_reason]  # type: ignore[union-attr]
+        scheduler.check()
+    assert order == [urgent, first, later]
+    assert scheduler.counts.preemptions > 0
+    assert all(s.tokens[n] == successor(s.tokens[:n]) for s in order for n in range(30, 70))
+
+
 # Several answers to one prompt
 
 
@@ -382,7 +420,7 @@ class AnyHistory(RuleBasedStateMachine):
         self.ends: dict[Sequence, int] = {}
 
     @rule(shapes=st.lists(SHAPES, min_size=1, max_size=3), answers=st.integers(1, 3))
-    def arrive(self, shapes: list[tuple[int, int, int, int, str]], answers: int) -> None:
+    def arrive(self, shapes: list[tuple[int, int, int, int, str, int]], answers: int) -> None:
         group = str(len(self.accepted)) if answers > 1 else ""
         asked = [
             replace(
@@ -390,8 +428,9 @@ class AnyHistory(RuleBasedStateMachine):
                 cache_salt=salt,
                 group=f"{group}/{number}" if group else "",
                 index=index,
+                priority=priority,
             )
-            for number, (i, n, m, timeout, salt) in enumerate(shapes)
+            for number, (i, n, m, timeout, salt, priority) in enumerate(shapes)
             for index in range(answers)
         ]
         for new in sequences(asked, arrived=self.now, context=5 * BLOCK):
@@ -435,10 +474,12 @@ class AnyHistory(RuleBasedStateMachine):
     def planned(self) -> Step:
         before = {*self.scheduler._running}
         step = self.scheduler.plan(self.now)
+        staying = [_turn(s) for s in before if s.slot is not None]
+        put_off = [_turn(s) for s in before if s.slot is None]
+        assert not staying or all(max(staying) < turn for turn in put_off), "the last give way"
         for new in {*self.scheduler._running} - before:
-            assert all(self.computed_by_another(s) for s in self.scheduler._waiting if s.order < new.order), (
-                "first come"
-            )
+            passed_by = [s for s in self.scheduler._waiting if _turn(s) < _turn(new)]
+            assert all(self.computed_by_another(s) for s in passed_by), "first come, first served"
         inside = [advance.sequence for advance in step.advances]
         decoding = [s for s in self.scheduler._running if s.pending == 1]
         assert bool(inside) != self.scheduler.idle, "there is a step exactly when there is work"
