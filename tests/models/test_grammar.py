@@ -8,6 +8,7 @@ import random
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -17,6 +18,7 @@ from hypothesis import given, settings, strategies as st
 
 from serve_app.engine.engine import Engine
 from serve_app.engine.grammar import Constraint
+from serve_app.engine.loader import load
 from serve_app.engine.sampler import sample
 from serve_app.engine.sequence import Sequence
 from serve_app.engine.stream import TokenStream
@@ -171,6 +173,12 @@ def test_a_tokenizer_that_cannot_be_used_is_refused_in_a_sentence() -> None:
     assert "this model's tokenizer" in refusal.message
 
 
+def test_the_tokenizer_is_ready_for_grammars_before_anybody_is_served(tmp_path: Path) -> None:
+    loaded = load(model_config(tiny.save("llama", tmp_path)), lambda stage: None)
+    assert "_trie" in vars(loaded.text._grammars)
+    assert loaded.text._grammars._compiled.cache_info().currsize == 1
+
+
 # Sampling
 
 
@@ -249,6 +257,16 @@ def test_logprobs_are_the_models_own_whatever_the_grammar(text: HFText) -> None:
     own = rows[0].log_softmax(-1)
     assert sampled.logprobs.top[0].token_id == int(rows.argmax())
     assert sampled.logprobs.chosen.logprob == pytest.approx(own[sampled.token_id].item())
+
+
+@pytest.mark.parametrize("number", range(40))
+def test_any_walk_through_a_schema_is_a_valid_document(text: HFText, number: int) -> None:
+    """Bytes by the roll of a die: all escapes and characters that are allowed anywhere."""
+    asked = schema(1000 + number)
+    params = SamplingParams(seed=number, grammar=Grammar("json_schema", json.dumps(asked)))
+    document, reason = said(text, asking(text, params), torch.zeros(5000, tiny.VOCABULARY))
+    assert reason is FinishReason.STOP
+    jsonschema.validate(json.loads(document), asked, jsonschema.Draft202012Validator)
 
 
 # The embedded model
