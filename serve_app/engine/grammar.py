@@ -27,10 +27,8 @@ _LIMITS = LLParserLimits(step_lexer_fuel=100_000, step_max_items=20_000, max_lex
 class Constraint:
     """Where one answer is in its grammar. Belongs to one sequence, and is used by one thread at a time."""
 
-    def __init__(self, matcher: LLMatcher, eos: int, end_ids: frozenset[int], ignore_eos: bool) -> None:
-        """`eos` is the end token that the matcher knows, `end_ids` are all there are: none, or `eos` among them."""
+    def __init__(self, matcher: LLMatcher, end_ids: frozenset[int], ignore_eos: bool) -> None:
         self._matcher = matcher
-        self._eos = eos
         self._end_ids = end_ids
         self._ignore_eos = ignore_eos
 
@@ -43,10 +41,9 @@ class Constraint:
         bits = bytearray(self._matcher.compute_bitmask())
         if self._matcher.is_error():
             return InvalidRequest(f"the grammar cannot be followed: {_why(self._matcher)}", param=_PARAM)
-        if self._end_ids:
-            may_end = bits[self._eos // 8] >> self._eos % 8 & (not self._ignore_eos or self._matcher.is_stopped())
-            for token in self._end_ids:
-                bits[token // 8] = bits[token // 8] & ~(1 << token % 8) | may_end << token % 8
+        may_end = self._matcher.is_stopped() or (self._matcher.is_accepting() and not self._ignore_eos)
+        for token in self._end_ids:
+            bits[token // 8] = bits[token // 8] & ~(1 << token % 8) | may_end << token % 8
         return bits
 
     def accept(self, token_id: int) -> bool:
@@ -76,9 +73,8 @@ class Grammars:
             return InvalidRequest(compiled, param=_PARAM)
         tokenizer = self._trie
         assert isinstance(tokenizer, LLTokenizer), "what was compiled was compiled for it"
-        eos = tokenizer.eos_token
-        ends = self._end_ids or frozenset({eos} if eos < self._vocabulary else ())
-        return Constraint(compiled.deep_copy(), eos, ends, ignore_eos)
+        ends = self._end_ids or frozenset(token for token in [tokenizer.eos_token] if token < self._vocabulary)
+        return Constraint(compiled.deep_copy(), ends, ignore_eos)
 
     def _compile(self, grammar: Grammar) -> LLMatcher | str:
         """A matcher at its beginning, to be copied; or a sentence why not."""

@@ -400,6 +400,21 @@ def test_when_whoever_computes_the_prompt_ends_the_next_one_does(end: str) -> No
     assert (second.generated, third.generated) == (3, 3)
 
 
+def test_nobody_waits_for_one_that_is_computed_again() -> None:
+    """It has its first token, and will not say a second time that its prompt is there."""
+    scheduler = made(3, 512, 8)
+    short, again = asking("x", 3), siblings("a" * 100, 9, 1)[0]
+    (newcomer,) = siblings("a" * 100, 9, 1)
+    queued(scheduler, short, again)
+    turn(scheduler)
+    scheduler._preempt(again)
+    while short.slot is not None:
+        turn(scheduler)
+    queued(scheduler, newcomer)
+    scheduler.plan(0)
+    assert scheduler._running == [again, newcomer]
+
+
 SLOTS, ROWS, QUEUE, BLOCKS = 3, 5, 4, 5
 
 

@@ -101,6 +101,16 @@ def test_with_ignore_eos_the_end_may_come_only_where_nothing_else_can(text: HFTe
     assert complete
 
 
+def test_all_end_tokens_of_a_model_may_come_where_one_may() -> None:
+    tilde = tiny.tokenizer().convert_tokens_to_ids("~")
+    several = HFText(tiny.tokenizer(), frozenset({END, tilde}), tiny.VOCABULARY)
+    constraint = begun(several, Grammar("regex", "[!-~]{1,2}"))
+    assert not {"<end>", "~"} & may_come(constraint, several)
+    constraint.accept(*spelt(several, "a"))
+    assert {"<end>", "~"} <= may_come(constraint, several)
+    assert constraint.accept(END)
+
+
 @pytest.mark.parametrize(
     ("grammar", "complete", "unfinished", "wrong"),
     [
@@ -242,6 +252,13 @@ def test_the_grammar_comes_before_min_tokens_penalties_and_ignore_eos(text: HFTe
     assert (len(answer), reason) == (2, FinishReason.STOP)
     answer, reason = said(text, asking(text, replace(GREEDY, grammar=DIGITS)), row)
     assert (len(answer), reason) == (1, FinishReason.STOP)
+
+
+def test_a_stop_token_counts_from_min_tokens_on_but_for_what_the_grammar_wants(text: HFText) -> None:
+    wish = replace(GREEDY, grammar=Grammar("regex", "a(b|c)b"), stop_token_ids=tuple(spelt(text, "b")), min_tokens=9)
+    row = torch.zeros(5, tiny.VOCABULARY)
+    row[:, spelt(text, "b")] = 50.0
+    assert said(text, asking(text, wish), row) == ("acb", FinishReason.STOP)
 
 
 def test_the_token_that_completes_an_answer_is_told(text: HFText) -> None:
