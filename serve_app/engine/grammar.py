@@ -19,8 +19,8 @@ _MOST_CHARACTERS = 65_536
 _COMPILED = 32
 # Between the parts of a JSON document; without a bound an unsure model writes spaces until its tokens are used up.
 _SPACE = r" |\r?\n[ \t]{0,24}"
-# Half and less of llguidance's own bounds: found by grammars made to be slow, whose worst masks took some 30 ms, and
-# which may take some 20 MB each.
+# Half and less of llguidance's own bounds. Of grammars made to be slow the worst mask took 48 ms then; its states may
+# take 1 to 2 kB each, says the library.
 _LIMITS = LLParserLimits(step_lexer_fuel=100_000, step_max_items=20_000, max_lexer_states=50_000, verbose_errors=False)
 
 
