@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Literal
 
 
 class FinishReason(StrEnum):
@@ -14,12 +15,35 @@ class FinishReason(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Grammar:
+    """What an answer must look like, to its last character.
+
+    `text` is nothing for a `json_object`, a JSON schema (an object), a regular expression for the whole answer
+    (Rust's syntax, without looking around), a JSON list of strings to choose from, or a grammar in llguidance's
+    dialect of Lark.
+    """
+
+    kind: Literal["json_object", "json_schema", "regex", "choice", "lark"]
+    text: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How one request wants its tokens chosen.
 
     `temperature` 0 is greedy. `max_tokens` None means up to the model's context.
     `top_k` 0, `top_p` 1 and `min_p` 0 switch the filter off. `logprobs` is how many
     alternatives to report beside the chosen token; None reports nothing.
+
+    `skip_special_tokens` false shows special tokens in the text. `include_stop_str_in_output` leaves what ended the
+    answer at its end: the stop string, the stop token, or, if special tokens are shown, the model's end token.
+
+    `logit_bias` is pairs of a token id and what is added to its logit, before penalties, temperature and filters, also
+    for a greedy choice; the logprobs that are reported are without it.
+
+    `grammar` comes before everything else that is asked for: penalties and filters choose among the tokens that it
+    allows, `min_tokens` and `ignore_eos` keep an answer going only while it can go on, and an answer that can not ends
+    there with `stop`. Stop strings, stop tokens and `max_tokens` still end an answer before it is complete.
     """
 
     max_tokens: int | None = None
@@ -36,6 +60,10 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +97,16 @@ class GenerationRequest:
     """One prompt for one model. `timeout_s` is what is left of the request's time at the receiver's door.
 
     Requests share what is computed of a common beginning only if their `cache_salt` is the same.
+
+    Requests for several answers to one prompt have the same `group`, a name that nobody else has, and count themselves
+    by `index` from 0: the prompt is computed once for all of them, and number i draws with seed + i, as a request of
+    its own with that seed would.
+
+    Of a prompt only the last `truncate_prompt_tokens` tokens are kept, special tokens and a chat's template counted;
+    -1 keeps as many as the model takes, None all.
+
+    Of those who wait, the lowest `priority` is served first, and of equals who came first. Whoever runs goes on, except
+    when memory runs out: then the highest is put off first.
     """
 
     id: str
@@ -77,6 +115,10 @@ class GenerationRequest:
     params: SamplingParams
     timeout_s: float
     cache_salt: str = ""
+    group: str = ""
+    index: int = 0
+    truncate_prompt_tokens: int | None = None
+    priority: int = 0
 
 
 @dataclass(frozen=True, slots=True)

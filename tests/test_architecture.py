@@ -16,7 +16,7 @@ HOUSE = ROOT / "serve_app"
 MAP = ROOT / "docs/architecture.md"
 SOURCES = sorted(path.relative_to(HOUSE).as_posix() for path in HOUSE.rglob("*.py"))
 
-TORCH = {"torch", "transformers", "accelerate", "safetensors", "tokenizers", "huggingface_hub"}
+TORCH = {"torch", "transformers", "accelerate", "safetensors", "tokenizers", "huggingface_hub", "llguidance"}
 PLAIN = {"serve_app.types", "serve_app.errors", "serve_app.config"}
 
 
@@ -44,8 +44,9 @@ def allowed(path: str) -> set[str]:
             return modules(DECIDING) | PLAIN
         case "engine":
             hub = {"huggingface_hub", "tqdm"} if name == "loader.py" else set()
+            grammars = {"llguidance"} if name == "grammar.py" else set()
             tensors = {"torch", "transformers", "accelerate", "safetensors", "tokenizers", "numpy"}
-            return {*tensors, "jinja2", "filelock", *hub, "serve_app.engine", *PLAIN}
+            return {*tensors, "jinja2", "filelock", *hub, *grammars, "serve_app.engine", *PLAIN}
         case "deployments":
             metrics = {"prometheus_client"} if name in ("metrics.py", "hub.py") else set()
             late = {"serve_app.engine.runner"} if name == "worker.py" else set()

@@ -39,7 +39,7 @@ class _Content:
 
     def __init__(self) -> None:
         self.tokens: Seq[int] = ()
-        self.salt = ""
+        self.salt: str | None = None
         self.chain: list[int] = []
         self.blocks = 0  # of memory that was written to since it was last given back
         self.needed = 0  # of them, while the slot is taken
@@ -50,14 +50,14 @@ class Arena:
 
     What may be shared is found by a chain of hashes, one a block, each over the block and all before it, and then
     compared token by token: a collision costs time, never an answer. Copies and trims are to be done by the runner
-    before the next step, in order; `orders` hands them out.
+    before the next step, in order; `orders` hands them out. Content is shared among those who name the same salt;
+    whoever names none shares nothing.
     """
 
-    def __init__(self, slots: int, tokens: int, share: bool = True) -> None:
+    def __init__(self, slots: int, tokens: int) -> None:
         assert slots > 0
         self.size = slots
         self._limit = tokens // BLOCK
-        self._share = share
         self._contents = [_Content() for _ in range(slots)]
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(slots))  # what was used last comes last
         self._index: dict[int, list[int]] = {}
@@ -72,13 +72,17 @@ class Arena:
     def taken(self) -> int:
         return self.size - len(self._free)
 
-    def take(self, tokens: Seq[int], salt: str) -> tuple[int, int] | None:
+    def shared(self, tokens: Seq[int], salt: str) -> int:
+        """How many tokens of a sequence are there already, for whoever has this salt."""
+        return self._longest(tokens[:-1], salt)[1]
+
+    def take(self, tokens: Seq[int], salt: str | None) -> tuple[int, int] | None:
         """A free slot for a sequence, and how many of its tokens are there already.
 
         None when all are taken, or when there is no memory for one token more than `tokens`. At least one token is
         left to compute, for its logits.
         """
-        source, shared = self._longest(tokens[:-1], salt) if self._share else (None, 0)
+        source, shared = (None, 0) if salt is None else self._longest(tokens[:-1], salt)
         needed = _blocks(len(tokens) + 1)
         for slot in self._choices(source, shared):
             missing = max(0, needed - self._contents[slot].blocks)
@@ -100,7 +104,7 @@ class Arena:
         """The first `count` of `tokens` are computed in this slot: from now on others may have them."""
         content = self._contents[slot]
         content.tokens = tokens
-        if not self._share:
+        if content.salt is None:
             return
         for hashed in list(_chain(tokens, content.salt, count // BLOCK))[len(content.chain) :]:
             content.chain.append(hashed)
@@ -135,7 +139,8 @@ class Arena:
         for slot, content in enumerate(self._contents):
             assert content.needed <= content.blocks, "written beyond what is counted"
             assert (content.needed == 0) == (slot in self._free), "taken without need"
-            assert content.chain == list(_chain(content.tokens, content.salt, len(content.chain))), "chain broken"
+            chain = [] if content.salt is None else list(_chain(content.tokens, content.salt, len(content.chain)))
+            assert content.chain == chain, "chain broken"
             assert all(slot in self._index[hashed] for hashed in content.chain), "content without index"
         assert sum(map(len, self._index.values())) == sum(len(c.chain) for c in self._contents), "index of nothing"
 
@@ -164,7 +169,7 @@ class Arena:
         alone = len(self._contents[source].chain) - shared // BLOCK <= 1
         return [source] if alone or oldest == source else [oldest, source]
 
-    def _settle(self, slot: int, source: int | None, shared: int, salt: str) -> None:
+    def _settle(self, slot: int, source: int | None, shared: int, salt: str | None) -> None:
         """Take a slot for a sequence that shares tokens with `source`."""
         del self._free[slot]
         if source is not None and source != slot:

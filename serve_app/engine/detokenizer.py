@@ -9,23 +9,25 @@ class Decoder(Protocol):
     """Incremental decoding of one sequence; keeps incomplete characters back."""
 
     def step(self, token_id: int) -> str:
-        """The text that this token completes; "" while a character is incomplete or the token is special."""
+        """The text that this token completes; "" while a character is incomplete or the token not to be shown."""
         ...
 
 
 class Detokenizer:
     """Decodes one sequence and looks for its stop strings across token borders.
 
-    Text is held back only while it can still become a stop string.
+    Text is held back only while it can still become a stop string. With `include_stop` the one that ends the text is
+    its end, of several that begin at the same place the shortest.
     """
 
-    def __init__(self, decoder: Decoder, stop: tuple[str, ...]) -> None:
+    def __init__(self, decoder: Decoder, stop: tuple[str, ...], include_stop: bool = False) -> None:
         self._decoder = decoder
         self._stop = stop
+        self._include_stop = include_stop
         self._held = ""
 
     def push(self, token_id: int, may_stop: bool = True) -> tuple[str, bool]:
-        """The text to send now, and whether a stop string was met (it and all after it are dropped).
+        """The text to send now, and whether a stop string was met (all after it is dropped, and it as well or not).
 
         With `may_stop` false, a stop string is text like any other.
         """
@@ -34,9 +36,10 @@ class Detokenizer:
         if not self._stop:
             return text, False
         if may_stop:
-            found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
+            found = [(text.find(stop), len(stop)) for stop in self._stop if stop in text]
             if found:
-                return text[: min(found)], True
+                at, length = min(found)
+                return text[: at + length if self._include_stop else at], True
         keep = max(overlap(text, stop) for stop in self._stop)
         if keep:
             self._held = text[-keep:]

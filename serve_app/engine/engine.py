@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence as Seq
 from dataclasses import asdict, dataclass
+from math import isfinite
 
 from serve_app.config import Engine as EngineConfig
 from serve_app.engine.arena import Arena
@@ -14,7 +15,7 @@ from serve_app.engine.pace import Pace
 from serve_app.engine.scheduler import Scheduler
 from serve_app.engine.sequence import Runner, Sequence, Step
 from serve_app.engine.stream import TokenStream, wake_all
-from serve_app.errors import InternalError, NotReady, PromptTooLong, ServeAppError
+from serve_app.errors import InternalError, InvalidRequest, NotReady, PromptTooLong, ServeAppError
 
 logger = logging.getLogger(__name__)
 
@@ -140,22 +141,37 @@ class Engine:
         )
 
     def _admit(self, streams: Seq[TokenStream]) -> list[ServeAppError | None]:
-        runner = self._runner
-        encoded = runner.text.encode([stream.request.prompt for stream in streams])
-        outcomes: list[ServeAppError | None] = []
-        arrivals = []
-        for stream, ids in zip(streams, encoded, strict=True):
-            refusal = ids if isinstance(ids, ServeAppError) else _too_long(len(ids), runner.context)
-            outcomes.append(refusal)
-            if refusal is None and not isinstance(ids, ServeAppError):
-                stream.open(len(ids), runner.text.decoder(ids))
-                arrivals.append(Sequence(stream, ids, runner.text.end_ids, runner.context))
+        encoded = self._runner.text.encode([stream.request.prompt for stream in streams])
+        made = [
+            ids if isinstance(ids, ServeAppError) else self._sequence(stream, ids)
+            for stream, ids in zip(streams, encoded, strict=True)
+        ]
+        outcomes = [one if isinstance(one, ServeAppError) else None for one in made]
+        arrivals = [one for one in made if isinstance(one, Sequence)]
         with self._changed:
             if self._stopping:
                 return [outcome or NotReady("this replica is shutting down", retry_after_s=1) for outcome in outcomes]
             self._inbox.extend(arrivals)
             self._changed.notify()
         return outcomes
+
+    def _sequence(self, stream: TokenStream, ids: list[int]) -> Sequence | ServeAppError:
+        """A sequence for a prompt, its stream opened; or why there can be none."""
+        text, context, params = self._runner.text, self._runner.context, stream.request.params
+        keep = stream.request.truncate_prompt_tokens
+        if keep is not None:
+            if keep < 1 and keep != -1:
+                message = "truncate_prompt_tokens is at least 1, or -1 for as many as the model takes"
+                return InvalidRequest(message, param="truncate_prompt_tokens")
+            ids = ids[-(context - 1 if keep == -1 else keep) :]
+        refusal = _too_long(len(ids), context) or _wrong_bias(params.logit_bias, text.vocabulary)
+        if refusal is not None:
+            return refusal
+        constraint = None if params.grammar is None else text.constraint(params.grammar, params.ignore_eos)
+        if isinstance(constraint, ServeAppError):
+            return constraint
+        stream.open(len(ids), text.decoder(ids, params.skip_special_tokens))
+        return Sequence(stream, ids, text.end_ids, context, constraint)
 
     def _main(self) -> None:
         try:
@@ -245,8 +261,19 @@ class Engine:
 
 
 def _scheduler(runner: Runner, config: EngineConfig) -> Scheduler:
-    arena = Arena(runner.slots, runner.kv_tokens, config.prefix_cache)
-    return Scheduler(arena, config.max_step_tokens, config.max_waiting, Pace(), config.draft_tokens)
+    arena = Arena(runner.slots, runner.kv_tokens)
+    return Scheduler(
+        arena, config.max_step_tokens, config.max_waiting, Pace(), config.draft_tokens, config.prefix_cache
+    )
+
+
+def _wrong_bias(biases: Seq[tuple[int, float]], vocabulary: int) -> ServeAppError | None:
+    for token, bias in biases:
+        if not 0 <= token < vocabulary:
+            return InvalidRequest(f"token id {token} is outside 0 to {vocabulary - 1}", param="logit_bias")
+        if not isfinite(bias):
+            return InvalidRequest(f"the bias of token {token} is not a finite number", param="logit_bias")
+    return None
 
 
 def _too_long(tokens: int, context: int) -> ServeAppError | None:

@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from serve_app.config import Model, cache_dir
 from serve_app.engine.text import HFText
+from serve_app.types import Grammar
 
 Report = Callable[[str], None]
 
@@ -83,6 +84,8 @@ def load(config: Model, report: Report) -> Loaded:
     except (TypeError, ValueError) as error:
         raise SourceError(f"{config.source}: the eos_token_id of its generation_config.json is no token id") from error
     text = HFText(tokenizer, ends, model.get_input_embeddings().weight.shape[0])
+    # Whatever becomes of it: made later, what grammars need of the tokenizer would hold up those who are served.
+    text.constraint(Grammar("json_object"), ignore_eos=False)
     return Loaded(model, text, _longest_context(model))
 
 

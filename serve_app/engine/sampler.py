@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 
 from serve_app.engine.sequence import Sampled, Sequence
@@ -22,12 +23,12 @@ def sample(
     token_text: Callable[[int], str],
     ahead: list[int] | None = None,
 ) -> list[Sampled | ServeAppError]:
-    """One token for each row of `[R, V]` logits; an error for a row that holds no numbers.
+    """One token for each row of `[R, V]` logits; an error for a row that holds no numbers, or whose grammar fails.
 
     A row is its sequence's next token, or the one that comes `ahead` tokens after it.
     """
     ahead = ahead or [0] * len(sequences)
-    adjusted = _adjust(logits, sequences)
+    adjusted, failed = _adjust(logits, sequences)
     likeliest, ids = _largest(adjusted)
     tokens, broken = ids.tolist(), likeliest.isnan().tolist()
     drawn = [row for row, sequence in enumerate(sequences) if sequence.params.temperature > 0]
@@ -36,11 +37,15 @@ def sample(
         rows = adjusted.float() if every else adjusted[drawn].float()
         for row, token in zip(drawn, _draw(rows, [(sequences[row], ahead[row]) for row in drawn]), strict=True):
             tokens[row] = token
+    for row, nan in enumerate(broken):
+        if nan:
+            failed[row] = InternalError(
+                "the model computed no numbers for this request; its text may be too unusual for its precision"
+            )
     return [
-        InternalError("the model computed no numbers for this request; its text may be too unusual for its precision")
-        if nan
-        else Sampled(token, None if sequence.params.logprobs is None else _logprobs(row, token, sequence, token_text))
-        for row, token, nan, sequence in zip(logits, tokens, broken, sequences, strict=True)
+        failed.get(row)
+        or Sampled(token, None if s.params.logprobs is None else _logprobs(logits[row], token, s, token_text))
+        for row, (token, s) in enumerate(zip(tokens, sequences, strict=True))
     ]
 
 
@@ -66,21 +71,37 @@ def _largest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return largest.values, largest.indices
 
 
-def _adjust(logits: torch.Tensor, sequences: list[Sequence]) -> torch.Tensor:
-    """Penalties, and no end before min_tokens. Copies only when a row asks for something."""
+def _adjust(logits: torch.Tensor, sequences: list[Sequence]) -> tuple[torch.Tensor, dict[int, ServeAppError]]:
+    """Biases, penalties, no end before min_tokens, then grammars; and the rows whose grammar fails.
+
+    Copies only when a row asks for something.
+    """
+    failed: dict[int, ServeAppError] = {}
     asking = [(row, s) for row, s in enumerate(sequences) if _asks(s)]
     if not asking:
-        return logits
+        return logits, failed
     logits = logits.to(torch.float32, copy=True)
+    _bias(logits, asking)
     for row, sequence in asking:
         _adjust_row(logits[row], sequence)
-    return logits
+        error = _constrain(logits[row], sequence)
+        if error is not None:
+            failed[row] = error
+    return logits, failed
 
 
 def _asks(sequence: Sequence) -> bool:
     p = sequence.params
     penalised = p.repetition_penalty != 1 or p.presence_penalty != 0 or p.frequency_penalty != 0
-    return penalised or sequence.generated < p.min_tokens
+    return penalised or sequence.generated < p.min_tokens or bool(p.logit_bias) or sequence.constraint is not None
+
+
+def _bias(logits: torch.Tensor, asking: list[tuple[int, Sequence]]) -> None:
+    """In place, all rows in one pass."""
+    biases = [(row, *bias) for row, s in asking for bias in s.params.logit_bias if bias[0] < logits.shape[1]]
+    if biases:
+        rows, tokens, values = (torch.tensor(column, device=logits.device) for column in zip(*biases, strict=True))
+        logits.index_put_((rows, tokens), values.to(logits.dtype), accumulate=True)
 
 
 def _adjust_row(row: torch.Tensor, sequence: Sequence) -> None:
@@ -94,8 +115,31 @@ def _adjust_row(row: torch.Tensor, sequence: Sequence) -> None:
         answer = torch.tensor(sequence.tokens[sequence.prompt_len :], device=row.device)
         said, times = torch.unique(answer, return_counts=True)
         row[said] -= p.presence_penalty + p.frequency_penalty * times
-    if sequence.generated < p.min_tokens:
-        row[[token for token in sequence.end_ids if token < row.shape[0]]] = -torch.inf
+    if sequence.generated < p.min_tokens and sequence.constraint is None:
+        row[_ends(row, sequence)] = -torch.inf
+
+
+def _constrain(row: torch.Tensor, sequence: Sequence) -> ServeAppError | None:
+    """In place: minus infinity for what the sequence's grammar does not allow; or why it cannot be told.
+
+    An end before min_tokens is allowed where the grammar allows nothing else.
+    """
+    if sequence.constraint is None:
+        return None
+    bits = sequence.constraint.allowed()
+    if isinstance(bits, ServeAppError):
+        return bits
+    allowed = np.unpackbits(np.frombuffer(bits, np.uint8), count=row.shape[0], bitorder="little").view(np.bool_)
+    if sequence.generated < sequence.params.min_tokens:
+        longer = allowed.copy()
+        longer[_ends(row, sequence)] = False
+        allowed = longer if longer.any() else allowed
+    row.masked_fill_(torch.from_numpy(~allowed).to(row.device), -torch.inf)
+    return None
+
+
+def _ends(row: torch.Tensor, sequence: Sequence) -> list[int]:
+    return [token for token in sequence.end_ids if token < row.shape[0]]
 
 
 def _draw(logits: torch.Tensor, places: list[tuple[Sequence, int]]) -> list[int]:
@@ -160,7 +204,7 @@ def _pick(weights: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
 
 
 def _logprobs(row: torch.Tensor, token: int, sequence: Sequence, token_text: Callable[[int], str]) -> Logprobs:
-    """Of the model's own distribution, before penalties, temperature and filters."""
+    """Of the model's own distribution, before biases, penalties, temperature and filters."""
     logprobs = row.float().log_softmax(-1)
     values, ids = logprobs.topk(min(sequence.params.logprobs or 0, row.shape[0]))
     top = zip(ids.tolist(), values.tolist(), strict=True)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections import deque
+from bisect import insort
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from serve_app.engine.arena import Arena, Copy
+from serve_app.engine.arena import BLOCK, Arena, Copy
 from serve_app.engine.pace import Pace
 from serve_app.engine.sequence import Advance, Outcome, Sequence, Step
 from serve_app.engine.stream import Token
@@ -32,18 +32,27 @@ class Counts:
 
 
 class Scheduler:
-    """First come, first served, over the slots and the memory of an arena.
+    """By priority, then first come, first served, over the slots and the memory of an arena.
 
     Every step decodes all sequences whose prompt is in the arena, and fills what is left of
     `max_step_tokens` with chunks of prompts, oldest first: of long ones as much as keeps the step
     within STRETCH of what it usually takes with everybody decoding. A late arrival joins at the next step; a
-    finished, expired or abandoned sequence leaves before it. When memory runs out, the youngest
-    sequence gives its slot back, and is computed again in its turn. While few rows decode, each
+    finished, expired or abandoned sequence leaves before it. When memory runs out, of the sequences with the highest
+    priority value the youngest gives its slot back, and is computed again in its turn. While few rows decode, each
     sequence's next tokens are guessed, at most `draft_tokens`, and checked in the same step.
+
+    A prompt that is being computed is not computed a second time beside it: whoever has the same one waits until it
+    is there to be copied, and is passed by meanwhile. Without `prefix_cache` only members of a group share.
     """
 
     def __init__(
-        self, arena: Arena, max_step_tokens: int, max_waiting: int, pace: Pace | None = None, draft_tokens: int = 0
+        self,
+        arena: Arena,
+        max_step_tokens: int,
+        max_waiting: int,
+        pace: Pace | None = None,
+        draft_tokens: int = 0,
+        prefix_cache: bool = True,
     ) -> None:
         self._arena = arena
         # Decode takes a row a sequence and always runs; prompts must be able to advance beside it.
@@ -51,7 +60,8 @@ class Scheduler:
         self._max_waiting = max_waiting
         self._pace = pace
         self._draft_tokens = draft_tokens
-        self._waiting: deque[Sequence] = deque()
+        self._prefix_cache = prefix_cache
+        self._waiting: list[Sequence] = []
         self._running: list[Sequence] = []
         self._arrivals = 0
         self._crowded = False
@@ -81,7 +91,7 @@ class Scheduler:
             return QueueFull(f"{self._max_waiting} requests wait for a slot already; try again later", retry_after_s=1)
         sequence.order = self._arrivals
         self._arrivals += 1
-        self._waiting.append(sequence)
+        insort(self._waiting, sequence, key=_turn)
         return None
 
     def sweep(self, now: float) -> list[tuple[Sequence, ServeAppError]]:
@@ -90,7 +100,7 @@ class Scheduler:
         gone = {id(s) for s in expired}
         for sequence in [s for s in self._running if s.stream.closed or id(s) in gone]:
             self._release(sequence)
-        self._waiting = deque(s for s in self._waiting if not s.stream.closed and id(s) not in gone)
+        self._waiting = [s for s in self._waiting if not s.stream.closed and id(s) not in gone]
         return [(s, DeadlineExceeded(_timeout_message(s))) for s in expired]
 
     def plan(self, now: float) -> Step:
@@ -158,15 +168,15 @@ class Scheduler:
         assert len({s.slot for s in self._running}) == len(self._running), "two sequences in one slot"
 
     def _make_room(self) -> None:
-        """Memory for every decoding sequence's next token, the oldest first, at the cost of the youngest."""
-        for sequence in sorted(self._running, key=_order):
+        """Memory for every decoding sequence's next token, whose turn is first first, at the cost of the last."""
+        for sequence in sorted(self._running, key=_turn):
             while sequence.slot is not None and not self._arena.grow(sequence.slot, len(sequence.tokens) + 1):
-                self._preempt(max(self._running, key=_order))
+                self._preempt(max(self._running, key=_turn))
 
     def _preempt(self, sequence: Sequence) -> None:
         self._release(sequence, keep=False)
         sequence.computed = 0
-        self._waiting.appendleft(sequence)
+        insort(self._waiting, sequence, key=_turn)
         self._crowded = True
         self.counts.preemptions += 1
 
@@ -175,12 +185,15 @@ class Scheduler:
 
         After a preemption not before somebody has left, or the same would be computed again and again.
         """
-        while self._waiting and not (self._crowded and self._running):
-            sequence = self._waiting[0]
-            taken = self._arena.take(sequence.tokens, sequence.stream.request.cache_salt)
+        for sequence in tuple(self._waiting):
+            if not self._arena.free or (self._crowded and self._running):
+                return
+            if self._awaits_another(sequence):
+                continue
+            taken = self._arena.take(sequence.tokens, self._salt(sequence))
             if taken is None:
                 return
-            self._waiting.popleft()
+            self._waiting.remove(sequence)
             sequence.slot, sequence.computed = taken
             sequence.long = sequence.pending > _SHORT
             self._running.append(sequence)
@@ -188,6 +201,28 @@ class Scheduler:
                 sequence.stream.cached_tokens = sequence.computed
                 self.counts.prompt_tokens += sequence.prompt_len
                 self.counts.cached_tokens += sequence.computed
+
+    def _awaits_another(self, sequence: Sequence) -> bool:
+        """Whether its prompt is being computed by another right now, and will be there further than it is.
+
+        Ends with the other's first token, or when that one leaves in whatever way: then the next computes it.
+        """
+        salt, length = self._salt(sequence), sequence.prompt_len
+        if salt is None:
+            return False
+        same = any(
+            not other.generated
+            and other.prompt_len == length
+            and self._salt(other) == salt
+            and other.tokens[:length] == sequence.tokens[:length]
+            for other in self._running
+        )
+        return same and self._arena.shared(sequence.tokens, salt) < (length - 1) // BLOCK * BLOCK
+
+    def _salt(self, sequence: Sequence) -> str | None:
+        """Those who have the same may share what is computed; None shares nothing."""
+        request = sequence.stream.request
+        return request.cache_salt if self._prefix_cache else request.group or None
 
     def _decode(self, sequence: Sequence, decoding: int) -> Advance:
         guesses = min(self._draft_tokens, _FREE_ROWS // decoding - 1)
@@ -242,8 +277,9 @@ class Scheduler:
         self._crowded = False
 
 
-def _order(sequence: Sequence) -> int:
-    return sequence.order
+def _turn(sequence: Sequence) -> tuple[int, int]:
+    """Who comes first: the lowest priority value, then whoever arrived first."""
+    return sequence.stream.request.priority, sequence.order
 
 
 def _slot(sequence: Sequence) -> int:

@@ -12,7 +12,7 @@ from serve_app.engine.detokenizer import Decoder
 from serve_app.engine.drafts import Drafter
 from serve_app.engine.stream import Token, TokenStream
 from serve_app.errors import ServeAppError
-from serve_app.types import FinishReason, Logprobs, Prompt, SamplingParams
+from serve_app.types import FinishReason, Grammar, Logprobs, Prompt, SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +21,21 @@ class Sampled:
 
     token_id: int
     logprobs: Logprobs | None = None
+
+
+class Constraint(Protocol):
+    """Where one answer is in the grammar that it follows."""
+
+    def allowed(self) -> bytes | bytearray | ServeAppError:
+        """One bit for each token of the vocabulary, lowest first in a byte: whether it may come next.
+
+        An error when that cannot be told; it ends the request.
+        """
+        ...
+
+    def accept(self, token_id: int) -> bool:
+        """Take in the answer's next token; whether the answer is complete, and nothing more can follow."""
+        ...
 
 
 class Sequence:
@@ -33,6 +48,7 @@ class Sequence:
 
     __slots__ = (
         "computed",
+        "constraint",
         "deadline",
         "drafter",
         "end_ids",
@@ -47,11 +63,19 @@ class Sequence:
         "tokens",
     )
 
-    def __init__(self, stream: TokenStream, prompt: Seq[int], end_ids: frozenset[int], context: int) -> None:
+    def __init__(
+        self,
+        stream: TokenStream,
+        prompt: Seq[int],
+        end_ids: frozenset[int],
+        context: int,
+        constraint: Constraint | None = None,
+    ) -> None:
         assert prompt, "a sequence without tokens would never advance"
         params = stream.request.params
         self.stream = stream
         self.params: SamplingParams = params
+        self.constraint = constraint
         self.tokens = list(prompt)
         self.prompt_len = len(self.tokens)
         self.computed = 0
@@ -61,7 +85,7 @@ class Sequence:
         self.slot: int | None = None
         self.deadline = stream.arrived + stream.request.timeout_s
         self.end_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else end_ids)
-        self.seed = getrandbits(63) if params.seed is None else params.seed
+        self.seed = getrandbits(63) if params.seed is None else params.seed + stream.request.index
         room = context - self.prompt_len
         self.limit = room if params.max_tokens is None else min(room, params.max_tokens)
 
@@ -78,19 +102,21 @@ class Sequence:
         """At most `count` guesses at its next tokens; none where a token's choice depends on more than its place."""
         p = self.params
         plain = p.repetition_penalty == 1 and p.presence_penalty == 0 and p.frequency_penalty == 0
-        if not plain or p.logprobs is not None or (self.end_ids and self.generated < p.min_tokens):
+        if not plain or p.logprobs is not None or (self.end_ids and self.generated < p.min_tokens) or self.constraint:
             return ()
         return self.drafter.propose(self.tokens, min(count, self.limit - self.generated - 1))
 
     def accept(self, sampled: Sampled, now: float) -> Token:
         """Append a sampled token; say when it came, and whether the answer ends with it."""
         self.tokens.append(sampled.token_id)
-        reason = None
+        reason, complete = None, False
         if sampled.token_id in self.end_ids and self.generated >= self.params.min_tokens:
             reason = FinishReason.STOP
+        elif self.constraint is not None and self.constraint.accept(sampled.token_id):
+            reason, complete = FinishReason.STOP, True
         elif self.generated >= self.limit:
             reason = FinishReason.LENGTH
-        return Token(sampled.token_id, now - self.stream.arrived, reason, sampled.logprobs)
+        return Token(sampled.token_id, now - self.stream.arrived, reason, sampled.logprobs, complete)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,12 +162,21 @@ class Text(Protocol):
     @property
     def end_ids(self) -> frozenset[int]: ...
 
+    @property
+    def vocabulary(self) -> int:
+        """Token ids are below it."""
+        ...
+
     def encode(self, prompts: Seq[Prompt]) -> list[list[int] | ServeAppError]:
         """Token ids of each prompt, tokenised together; an error in the place of one that cannot be."""
         ...
 
-    def decoder(self, prompt: Seq[int]) -> Decoder:
-        """A decoder for what follows this prompt."""
+    def decoder(self, prompt: Seq[int], skip_special_tokens: bool) -> Decoder:
+        """A decoder for what follows this prompt, which shows special tokens or not."""
+        ...
+
+    def constraint(self, grammar: Grammar, ignore_eos: bool) -> Constraint | ServeAppError:
+        """The beginning of an answer in this grammar; an error if there can be none."""
         ...
 
 

@@ -16,12 +16,16 @@ logger = logging.getLogger(__name__)
 
 
 class Token(NamedTuple):
-    """A token as the model chose it, before it is text. Stop strings can still end the answer earlier."""
+    """A token as the model chose it, before it is text. Stop strings can still end the answer earlier.
+
+    `complete` says that it ends an answer as the last of its text, not as a sign of its end.
+    """
 
     token_id: int
     elapsed_s: float
     finish_reason: FinishReason | None = None
     logprobs: Logprobs | None = None
+    complete: bool = False
 
 
 class TokenStream:
@@ -54,7 +58,8 @@ class TokenStream:
     def open(self, prompt_tokens: int, decoder: Decoder) -> None:
         """At admission, before any token: what its prompt comes to, and how its answer becomes text."""
         self.prompt_tokens = prompt_tokens
-        self._detokenizer = Detokenizer(decoder, self.request.params.stop)
+        params = self.request.params
+        self._detokenizer = Detokenizer(decoder, params.stop, params.include_stop_str_in_output)
 
     def put(self, token: Token) -> None:
         self._told.append(token)
@@ -117,9 +122,10 @@ class TokenStream:
     def _event(self, token: Token) -> TokenEvent:
         assert self._detokenizer is not None, "a stream is opened before its first token"
         self._tokens += 1
-        text, reason = "", token.finish_reason
-        if reason is not FinishReason.STOP:  # of a token that ends an answer nothing is shown
-            text, stopped = self._detokenizer.push(token.token_id, self._tokens >= self.request.params.min_tokens)
+        params, text, reason = self.request.params, "", token.finish_reason
+        # Of a token that is a sign of the end nothing is shown, unless asked for.
+        if reason is not FinishReason.STOP or token.complete or params.include_stop_str_in_output:
+            text, stopped = self._detokenizer.push(token.token_id, self._tokens >= params.min_tokens)
             if stopped:
                 reason = FinishReason.STOP
                 self.closed = True

@@ -10,8 +10,9 @@ import jinja2
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
+from serve_app.engine.grammar import Constraint, Grammars
 from serve_app.errors import InternalError, InvalidRequest, ServeAppError
-from serve_app.types import ChatPrompt, Prompt, TextPrompt, TokenPrompt
+from serve_app.types import ChatPrompt, Grammar, Prompt, TextPrompt, TokenPrompt
 
 logger = logging.getLogger(__name__)
 
@@ -20,14 +21,15 @@ _CONTEXT_TOKENS = 8
 
 
 class StreamDecoder:
-    """Incremental decoding by the tokenizers library: whole characters only, special tokens left out."""
+    """Incremental decoding by the tokenizers library: whole characters only, special tokens left out or by name."""
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Seq[int]) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompt: Seq[int], skip_special_tokens: bool = True) -> None:
         self._tokenizer = tokenizer
+        self._skip = skip_special_tokens
         context = list(prompt[-_CONTEXT_TOKENS:])
-        self._stream = DecodeStream(ids=context, skip_special_tokens=True)
+        self._stream = DecodeStream(ids=context, skip_special_tokens=self._skip)
         # What ends in half a character, or in U+FFFD, the stream takes for text that it still has to give.
-        text = tokenizer.decode(context, skip_special_tokens=True)
+        text = tokenizer.decode(context, skip_special_tokens=self._skip)
         self._prompt_text = text if text.endswith("\ufffd") else ""
 
     def step(self, token_id: int) -> str:
@@ -42,7 +44,7 @@ class StreamDecoder:
         except Exception:  # noqa: BLE001 - the library raises no other
             # A tokenizer that falls back to bytes decodes a row of them together: one that does not fit makes those
             # before it wrong, which were given already. What is held back is lost, and the text goes on from here.
-            self._stream = DecodeStream(skip_special_tokens=True)
+            self._stream = DecodeStream(skip_special_tokens=self._skip)
             self._prompt_text = ""
             return self._stream.step(self._tokenizer, token_id) or ""
 
@@ -64,8 +66,9 @@ class HFText:
         self._rust: Tokenizer = tokenizer.backend_tokenizer
         self._rust.no_padding()
         self._rust.no_truncation()
-        self._vocabulary = vocabulary
+        self.vocabulary = vocabulary
         self.end_ids = end_ids
+        self._grammars = Grammars(self._rust, end_ids, vocabulary)
 
     def encode(self, prompts: Seq[Prompt]) -> list[list[int] | ServeAppError]:
         results: list[list[int] | ServeAppError] = [InvalidRequest("the prompt is empty", param="prompt")] * len(
@@ -91,17 +94,20 @@ class HFText:
                     results[i] = encoding.ids
         return results
 
-    def decoder(self, prompt: Seq[int]) -> StreamDecoder:
-        return StreamDecoder(self._rust, prompt)
+    def decoder(self, prompt: Seq[int], skip_special_tokens: bool = True) -> StreamDecoder:
+        return StreamDecoder(self._rust, prompt, skip_special_tokens)
+
+    def constraint(self, grammar: Grammar, ignore_eos: bool) -> Constraint | ServeAppError:
+        return self._grammars.constraint(grammar, ignore_eos)
 
     def token_text(self, token_id: int) -> str:
         """One token by itself, special tokens by name."""
         return str(self._rust.decode([token_id], skip_special_tokens=False))
 
     def _known(self, prompt: TokenPrompt) -> list[int] | ServeAppError:
-        wrong = next((token for token in prompt.token_ids if not 0 <= token < self._vocabulary), None)
+        wrong = next((token for token in prompt.token_ids if not 0 <= token < self.vocabulary), None)
         if wrong is not None:
-            return InvalidRequest(f"token id {wrong} is outside 0 to {self._vocabulary - 1}", param="prompt")
+            return InvalidRequest(f"token id {wrong} is outside 0 to {self.vocabulary - 1}", param="prompt")
         return list(prompt.token_ids) or InvalidRequest("the prompt is empty", param="prompt")
 
     def _render(self, prompt: ChatPrompt) -> str | ServeAppError:

@@ -10,31 +10,37 @@ from urllib.parse import parse_qsl, urlsplit
 from serve_app.config import Engine
 from serve_app.engine.sequence import Advance, Outcome, Sampled, Step
 from serve_app.errors import InvalidRequest, ServeAppError
-from serve_app.types import ChatPrompt, Logprobs, Prompt, TextPrompt, TokenLogprob
+from serve_app.types import ChatPrompt, Grammar, Logprobs, Prompt, TextPrompt, TokenLogprob
 
 END = 256
 
 
 class ToyDecoder:
-    """Bytes to text; an incomplete character is held back."""
+    """Bytes to text; an incomplete character is held back. The end token is special: no text, or its name."""
 
-    def __init__(self) -> None:
+    def __init__(self, skip_special_tokens: bool = True) -> None:
         self._utf8 = getincrementaldecoder("utf-8")(errors="replace")
+        self._end = "" if skip_special_tokens else "<end>"
 
     def step(self, token_id: int) -> str:
-        return self._utf8.decode(bytes([token_id])) if token_id < END else ""
+        return self._utf8.decode(bytes([token_id])) if token_id < END else self._end
 
 
 class ToyText:
     """One token a byte of UTF-8; 256 ends an answer."""
 
     end_ids = frozenset({END})
+    vocabulary = END + 1
 
     def encode(self, prompts: Seq[Prompt]) -> list[list[int] | ServeAppError]:
         return [self._encode(prompt) or InvalidRequest("the prompt is empty", param="prompt") for prompt in prompts]
 
-    def decoder(self, prompt: Seq[int]) -> ToyDecoder:
-        return ToyDecoder()
+    def decoder(self, prompt: Seq[int], skip_special_tokens: bool = True) -> ToyDecoder:
+        return ToyDecoder(skip_special_tokens)
+
+    def constraint(self, grammar: Grammar, ignore_eos: bool) -> InvalidRequest:
+        """It repeats its prompt, whatever the grammar."""
+        return InvalidRequest("the toy model follows no grammar; ask a real one", param="grammar")
 
     def _encode(self, prompt: Prompt) -> list[int] | ServeAppError:
         if isinstance(prompt, TextPrompt):

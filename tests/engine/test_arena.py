@@ -5,7 +5,7 @@ from serve_app.engine.arena import BLOCK, Arena, Copy, Trim
 A, B = list(range(4 * BLOCK)), list(range(500, 500 + 4 * BLOCK))
 
 
-def used(arena: Arena, tokens: list[int], salt: str = "") -> int:
+def used(arena: Arena, tokens: list[int], salt: str | None = "") -> int:
     """A sequence that came, was computed whole, and left."""
     taken = arena.take(tokens, salt)
     assert taken is not None
@@ -69,12 +69,23 @@ def test_salts_do_not_share() -> None:
     assert arena.take(A, "one") == (taken[0], 3 * BLOCK)
 
 
-def test_sharing_can_be_switched_off() -> None:
-    arena = Arena(2, 1000, share=False)
-    used(arena, A)
-    taken = arena.take(A, "")
-    assert taken is not None
-    assert taken[1] == 0
+def test_whoever_names_no_salt_shares_nothing() -> None:
+    arena = Arena(2, 1000)
+    used(arena, A, None)
+    for salt in ("", None):
+        taken = arena.take(A, salt)
+        assert taken is not None
+        assert taken[1] == 0
+    arena.check()
+
+
+def test_it_knows_what_could_be_shared() -> None:
+    arena = Arena(2, 1000)
+    arena.take(A, "")
+    assert arena.shared(A, "") == 0
+    arena.publish(0, A, len(A))
+    assert [arena.shared(tokens, "") for tokens in (A, [*A, 1], A[:BLOCK], B)] == [3 * BLOCK, 4 * BLOCK, 0, 0]
+    assert arena.shared(A, "salt") == 0
 
 
 def test_what_was_left_alone_longest_goes_first() -> None:

@@ -16,9 +16,9 @@ class Pieces:
         return self._pieces[token_id]
 
 
-def told(pieces: list[str], *stop: str) -> tuple[list[str], bool]:
+def told(pieces: list[str], *stop: str, include_stop: bool = False) -> tuple[list[str], bool]:
     """What each token released, then the flush; and whether a stop string ended it."""
-    detokenizer, released = Detokenizer(Pieces(pieces), stop), []
+    detokenizer, released = Detokenizer(Pieces(pieces), stop, include_stop), []
     for token in range(len(pieces)):
         text, stopped = detokenizer.push(token)
         released.append(text)
@@ -63,16 +63,28 @@ def test_a_stop_string_may_begin_before_it_counts_and_end_when_it_does() -> None
     assert detokenizer.push(1) == ("", True)
 
 
-@given(st.lists(st.text("ab", max_size=3), max_size=12), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3))
-def test_what_is_sent_is_the_text_before_the_first_stop_string(pieces: list[str], stop: list[str]) -> None:
+def test_a_stop_string_can_be_left_at_the_end() -> None:
+    assert told(["one ST", "O", "P two"], "STOP", include_stop=True) == (["one ", "", "STOP", ""], True)
+    assert told(["x aab"], "aa", "a", "ab", include_stop=True) == (["x a", ""], True)
+
+
+@given(
+    st.lists(st.text("ab", max_size=3), max_size=12),
+    st.lists(st.text("ab", min_size=1, max_size=4), max_size=3),
+    st.booleans(),
+)
+def test_what_is_sent_is_the_text_up_to_the_first_stop_string(
+    pieces: list[str], stop: list[str], include_stop: bool
+) -> None:
     """Whatever the cuts: the reference looks at every token's whole text."""
-    released, stopped = told(pieces, *stop)
+    released, stopped = told(pieces, *stop, include_stop=include_stop)
     whole = expected = ""
     for piece in pieces:
         whole = expected = whole + piece
-        found = [whole.find(s) for s in stop if s in whole]
+        found = [(whole.find(s), len(s)) for s in stop if s in whole]
         if found:
-            expected = whole[: min(found)]
+            at, length = min(found)
+            expected = whole[: at + length * include_stop]
             break
     assert stopped == any(s in whole for s in stop)
     assert "".join(released) == expected

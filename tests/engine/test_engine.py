@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
+import time
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -20,7 +23,7 @@ from serve_app.errors import (
     PromptTooLong,
     QueueFull,
 )
-from serve_app.types import FinishReason, GenerationRequest, Prompt, SamplingParams
+from serve_app.types import ChatMessage, ChatPrompt, FinishReason, GenerationRequest, Prompt, SamplingParams
 
 from .toys import (
     PATIENCE_S,
@@ -66,6 +69,15 @@ async def test_an_end_token_ends_the_answer() -> None:
     with running() as engine:
         answer = await ask(engine, asking([104, 105, END], 50))
     assert (answer.text, answer.reason) == ("hi", FinishReason.STOP)
+
+
+async def test_special_tokens_and_what_ended_the_answer_are_shown_when_asked_for() -> None:
+    params = SamplingParams(max_tokens=50, skip_special_tokens=False, include_stop_str_in_output=True)
+    with running() as engine:
+        ended = await ask(engine, request([104, 105, END], params=params))
+        ignored = await ask(engine, request([104, END], params=replace(params, max_tokens=4, ignore_eos=True)))
+    assert (ended.text, ended.reason) == ("hi<end>", FinishReason.STOP)
+    assert (ignored.text, ignored.reason) == ("h<end>h<end>", FinishReason.LENGTH)
 
 
 async def test_characters_of_many_bytes_arrive_whole() -> None:
@@ -151,6 +163,49 @@ async def test_the_longest_prompt_leaves_room_for_one_token() -> None:
     with running(max_context=16) as engine:
         answer = await ask(engine, request("x" * 15, params=SamplingParams()))
     assert (answer.text, answer.reason) == ("x", FinishReason.LENGTH)
+
+
+@pytest.mark.parametrize(
+    ("keep", "prompt"), [(None, "abcdefg"), (1, "g"), (3, "efg"), (7, "abcdefg"), (100, "abcdefg"), (-1, "abcdefg")]
+)
+async def test_of_a_prompt_the_last_tokens_can_be_kept(keep: int | None, prompt: str) -> None:
+    with running(max_context=16) as engine:
+        answer = await ask(engine, replace(asking("abcdefg", len(prompt)), truncate_prompt_tokens=keep))
+    assert (answer.text, answer.chunks[0].prompt_tokens) == (prompt, len(prompt))
+
+
+async def test_of_a_chat_too_its_last_tokens_are_kept() -> None:
+    chat = ChatPrompt((ChatMessage("user", "a long story"),))
+    with running() as engine:
+        answer = await ask(engine, replace(asking("", 9), prompt=chat, truncate_prompt_tokens=5))
+    assert answer.text == "storystor"
+
+
+async def test_a_prompt_that_is_too_long_fits_when_it_is_cut() -> None:
+    long = request("x" * 15 + "y" * 15, params=SamplingParams())
+    made = [Witness(replace(long, truncate_prompt_tokens=keep), time.monotonic()) for keep in (None, 16, 15, -1, 0, -2)]
+    with running(max_context=16) as engine:
+        outcomes = engine.admit(made)
+        answers = [await read(stream) for stream, refusal in zip(made, outcomes, strict=True) if refusal is None]
+    kinds = [PromptTooLong, PromptTooLong, type(None), type(None), InvalidRequest, InvalidRequest]
+    assert [type(outcome) for outcome in outcomes] == kinds
+    assert [(answer.text, answer.reason) for answer in answers] == [("y", FinishReason.LENGTH)] * 2
+    assert isinstance(outcomes[4], InvalidRequest)
+    assert outcomes[4].param == "truncate_prompt_tokens"
+
+
+async def test_a_bias_for_what_is_no_token_is_refused() -> None:
+    biases = [((END, 1.0),), ((END + 1, 1.0),), ((3, 1.0), (-1, 1.0)), ((3, math.nan),), ()]
+    made = [Witness(request(params=SamplingParams(max_tokens=1, logit_bias=bias)), time.monotonic()) for bias in biases]
+    with running() as engine:
+        outcomes = engine.admit(made)
+    assert [None if o is None else (o.message, o.param) for o in outcomes] == [
+        None,
+        ("token id 257 is outside 0 to 256", "logit_bias"),
+        ("token id -1 is outside 0 to 256", "logit_bias"),
+        ("the bias of token 3 is not a finite number", "logit_bias"),
+        None,
+    ]
 
 
 class Unreadable(ToyText):

@@ -259,6 +259,53 @@ def test_penalties_are_those_of_a_naive_reference() -> None:
     assert torch.equal(logits, before), "the model's logits are left as they were"
 
 
+def test_biases_are_added_first_whatever_the_temperature() -> None:
+    """Seven rows in one pass, with and without; penalties see the sum."""
+    rows = noise(7, 50, spread=1.0)
+    biases = [
+        ((3, 50.0),),
+        (),
+        ((4, 50.0), (5, 60.0)),
+        ((int(rows[3].argmax()), -100.0),),
+        ((6, 30.0), (6, 30.0)),
+        (),
+        (),
+    ]
+    params = [
+        SamplingParams(temperature=0.0 if i % 2 else 1.0, seed=i, logit_bias=bias) for i, bias in enumerate(biases)
+    ]
+    plain = [SamplingParams(temperature=0.0 if i % 2 else 1.0, seed=i) for i in range(7)]
+    before = rows.clone()
+    tokens = chosen(rows, [sequence(params=p) for p in params])
+    unbiased = chosen(rows, [sequence(params=p) for p in plain])
+    assert [tokens[i] for i in (0, 2, 4)] == [3, 5, 6]
+    assert tokens[3] == int(rows[3].argsort(descending=True)[1])
+    assert [tokens[i] for i in (1, 5, 6)] == [unbiased[i] for i in (1, 5, 6)]
+    assert torch.equal(rows, before)
+    penalised = SamplingParams(temperature=0.0, logit_bias=((1, 40.0), (2, 30.0)), repetition_penalty=2.0)
+    assert chosen(rows[:1], [sequence([1], penalised)]) == [2]
+
+
+def test_draws_with_a_bias_follow_the_shifted_softmax() -> None:
+    row, params = noise(30), replace(WARM, logit_bias=((3, 1.5), (7, -2.0)))
+    shifted = row.clone()
+    shifted[3] += 1.5
+    shifted[7] -= 2.0
+    tokens = draws(row, params, 2000)
+    assert agrees(tokens, reference(shifted, WARM))
+    assert not agrees(tokens, reference(row, WARM))
+
+
+def test_logprobs_are_without_the_bias() -> None:
+    row = noise(50)
+    asked = [sequence(params=replace(GREEDY, logprobs=1, logit_bias=((3, 100.0),)))]
+    (sampled,) = tokens_of(sample(row[None], asked, str))
+    assert sampled.logprobs is not None
+    assert sampled.token_id == 3
+    assert sampled.logprobs.chosen.logprob == pytest.approx(row.log_softmax(-1)[3].item())
+    assert sampled.logprobs.top[0].token_id == int(row.argmax())
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_no_end_before_min_tokens(temperature: float) -> None:
     """Token 256, the toy's end, is by far the likeliest; ids beyond the vocabulary are let be."""

@@ -9,7 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from serve_app.config import Engine as EngineConfig
 from serve_app.engine.arena import BLOCK, Arena
 from serve_app.engine.pace import Pace
-from serve_app.engine.scheduler import Scheduler
+from serve_app.engine.scheduler import Scheduler, _turn
 from serve_app.engine.sequence import Sampled, Sequence, Step
 from serve_app.engine.stream import Token
 from serve_app.engine.toy import ToyRunner
@@ -23,7 +23,12 @@ LEAST = 16
 # Prompts that begin alike, and one that does not.
 TEXTS = ["abc" * 50, "abc" * 20 + "dea" * 30, "cab" * 50]
 SHAPES = st.tuples(
-    st.integers(0, 2), st.integers(1, 110), st.integers(1, 40), st.integers(3, 90), st.sampled_from(["", "", "salt"])
+    st.integers(0, 2),
+    st.integers(1, 110),
+    st.integers(1, 40),
+    st.integers(3, 90),
+    st.sampled_from(["", "", "salt"]),
+    st.sampled_from([0, 0, -1, 2]),
 )
 
 
@@ -32,9 +37,26 @@ def asking(prompt: str, tokens: int) -> Sequence:
 
 
 def made(
-    slots: int, rows: int, queue: int, tokens: int | None = None, pace: Pace | None = None, draft_tokens: int = 0
+    slots: int,
+    rows: int,
+    queue: int,
+    tokens: int | None = None,
+    pace: Pace | None = None,
+    draft_tokens: int = 0,
+    prefix_cache: bool = True,
 ) -> Scheduler:
-    return Scheduler(Arena(slots, tokens or slots * 1024), rows, queue, pace, draft_tokens)
+    return Scheduler(Arena(slots, tokens or slots * 1024), rows, queue, pace, draft_tokens, prefix_cache)
+
+
+def prioritised(prompt: str, priority: int, tokens: int = 1) -> Sequence:
+    asked = request(prompt, params=SamplingParams(max_tokens=tokens))
+    return sequences([replace(asked, priority=priority)], context=1000)[0]
+
+
+def siblings(prompt: str, tokens: int, count: int, group: str = "g", salt: str = "") -> list[Sequence]:
+    """Several answers to one prompt."""
+    asked = replace(request(prompt, params=SamplingParams(max_tokens=tokens)), group=group, cache_salt=salt)
+    return sequences([replace(asked, index=index) for index in range(count)], context=1000)
 
 
 def queued(scheduler: Scheduler, *added: Sequence) -> None:
@@ -280,27 +302,151 @@ def test_nobody_guesses_while_many_run() -> None:
     assert [advance.drafts for advance in scheduler.plan(0).advances] == [()] * 5
 
 
+def test_the_lowest_priority_is_served_first_and_of_equals_who_came_first() -> None:
+    scheduler = made(1, 64, 8)
+    waiting = [prioritised(letter, priority) for letter, priority in zip("abcdef", (0, 5, -1, 0, 5, -1), strict=True)]
+    running = asking("x", 3)
+    queued(scheduler, running)
+    turn(scheduler)
+    queued(scheduler, *waiting)
+    order = []
+    while not scheduler.idle:
+        order += [s for s, told in turn(scheduler)[1] if isinstance(told, Token) and told.finish_reason]
+    a, b, c, d, e, f = waiting
+    assert order == [running, c, f, a, d, b, e], "whoever runs goes on"
+
+
+def test_when_memory_runs_out_the_highest_priority_is_put_off_before_the_youngest() -> None:
+    scheduler, runner = made(3, 512, 8, tokens=4 * BLOCK), Keeper(3)
+    later, first, urgent = prioritised("a" * 30, 3, 40), asking("b" * 30, 40), prioritised("c" * 30, -3, 40)
+    queued(scheduler, later, first, urgent)
+    order = []
+    while not scheduler.idle:
+        step = scheduler.plan(0)
+        order += [s for s, told in scheduler.commit(step, runner.run(step), 0) if told.finish_reason]  # type: ignore[union-attr]
+        scheduler.check()
+    assert order == [urgent, first, later]
+    assert scheduler.counts.preemptions > 0
+    assert all(s.tokens[n] == successor(s.tokens[:n]) for s in order for n in range(30, 70))
+
+
+# Several answers to one prompt
+
+
+def rows_until_idle(scheduler: Scheduler, runner: Keeper) -> list[int]:
+    """The rows of every step, on a runner that holds what it is given."""
+    rows = []
+    while not scheduler.idle:
+        step = scheduler.plan(0)
+        scheduler.commit(step, runner.run(step), 0)
+        scheduler.check()
+        rows.append(step.rows)
+    return rows
+
+
+@pytest.mark.parametrize(("prefix_cache", "group"), [(True, "g"), (True, ""), (False, "g")])
+def test_four_answers_to_one_prompt_cost_one_prefill(prefix_cache: bool, group: str) -> None:
+    """And what is left of 200 tokens after whole blocks, for each of the other three."""
+    scheduler = made(4, 512, 8, prefix_cache=prefix_cache)
+    members = siblings("abcde" * 40, 5, 4, group)
+    queued(scheduler, *members)
+    assert rows_until_idle(scheduler, Keeper(4)) == [200, 1 + 3 * (200 % BLOCK), 4, 4, 4, 3]
+    for asked in members:
+        assert all(asked.tokens[n] == successor(asked.tokens[:n]) for n in range(200, 205))
+
+
+def test_without_a_prefix_cache_strangers_share_nothing_and_wait_for_nobody() -> None:
+    scheduler = made(4, 1024, 8, prefix_cache=False)
+    queued(scheduler, *siblings("abcde" * 40, 1, 2, "g"), *siblings("abcde" * 40, 1, 2, ""))
+    assert rows_until_idle(scheduler, Keeper(4)) == [3 * 200, 200 % BLOCK]
+
+
+def test_different_salts_and_short_prompts_are_computed_side_by_side() -> None:
+    """Of a prompt within one block nothing could be copied."""
+    scheduler = made(4, 1024, 8)
+    queued(scheduler, *siblings("a" * 40, 1, 1, salt="one"), *siblings("a" * 40, 1, 1, salt="two"))
+    queued(scheduler, *siblings("a" * BLOCK, 1, 2))
+    assert rows_until_idle(scheduler, Keeper(4)) == [2 * 40 + 2 * BLOCK]
+
+
+def test_whoever_waits_for_a_prompt_is_passed_by_and_keeps_its_place() -> None:
+    scheduler = made(3, 64, 8)
+    leader, follower = siblings("a" * 100, 9, 2)
+    others = [asking(letter, 9) for letter in "bcd"]
+    queued(scheduler, leader, follower, *others)
+    turn(scheduler)
+    assert scheduler._running == [leader, *others[:2]]
+    assert scheduler._waiting == [follower, others[2]]
+
+
+@pytest.mark.parametrize("end", ["leaves", "fails", "is late"])
+def test_when_whoever_computes_the_prompt_ends_the_next_one_does(end: str) -> None:
+    scheduler, runner = made(3, 64, 8), Keeper(3)
+    first, second, third = siblings("a" * 100, 3, 3)
+    queued(scheduler, first, second, third)
+    step = scheduler.plan(0)
+    scheduler.commit(step, runner.run(step), 0)
+    assert [advance.sequence for advance in step.advances] == [first]
+    if end == "leaves":
+        first.stream.close()
+        scheduler.sweep(0)
+    elif end == "fails":
+        scheduler.fail(scheduler.plan(0))
+    else:
+        first.deadline = 1.0
+        scheduler.sweep(2.0)
+    # What the first has computed is kept, unless nobody knows what is left of it.
+    assert rows_until_idle(scheduler, runner)[:2] == ([64, 36] if end == "fails" else [36, 1 + 4])
+    assert (second.generated, third.generated) == (3, 3)
+
+
+def test_nobody_waits_for_one_that_is_computed_again() -> None:
+    """It has its first token, and will not say a second time that its prompt is there."""
+    scheduler = made(3, 512, 8)
+    short, again = asking("x", 3), siblings("a" * 100, 9, 1)[0]
+    (newcomer,) = siblings("a" * 100, 9, 1)
+    queued(scheduler, short, again)
+    turn(scheduler)
+    scheduler._preempt(again)
+    while short.slot is not None:
+        turn(scheduler)
+    queued(scheduler, newcomer)
+    scheduler.plan(0)
+    assert scheduler._running == [again, newcomer]
+
+
 SLOTS, ROWS, QUEUE, BLOCKS = 3, 5, 4, 5
 
 
 class AnyHistory(RuleBasedStateMachine):
     """Arrivals, steps, failures, departures and the clock, in any order, with little memory and much in common."""
 
+    prefix_cache = True
+
     def __init__(self) -> None:
         super().__init__()
-        self.scheduler = made(SLOTS, ROWS, QUEUE, tokens=BLOCKS * BLOCK, pace=Pace(), draft_tokens=3)
+        self.scheduler = made(
+            SLOTS, ROWS, QUEUE, tokens=BLOCKS * BLOCK, pace=Pace(), draft_tokens=3, prefix_cache=self.prefix_cache
+        )
         self.runner = Keeper(SLOTS)
         self.now = 0.0
         self.failed = False
         self.accepted: list[Sequence] = []
-        self.begun: list[Sequence] = []
         self.ends: dict[Sequence, int] = {}
 
-    @rule(shapes=st.lists(SHAPES, min_size=1, max_size=3))
-    def arrive(self, shapes: list[tuple[int, int, int, int, str]]) -> None:
+    @rule(shapes=st.lists(SHAPES, min_size=1, max_size=3), answers=st.integers(1, 3))
+    def arrive(self, shapes: list[tuple[int, int, int, int, str, int]], answers: int) -> None:
+        group = str(len(self.accepted)) if answers > 1 else ""
         asked = [
-            replace(request(TEXTS[i][:n], timeout, SamplingParams(max_tokens=m)), cache_salt=salt)
-            for i, n, m, timeout, salt in shapes
+            replace(
+                request(TEXTS[i][:n], timeout, SamplingParams(max_tokens=m)),
+                cache_salt=salt,
+                group=f"{group}/{number}" if group else "",
+                index=index,
+                priority=priority,
+            )
+            for number, (i, n, m, timeout, salt, priority) in enumerate(shapes)
+            for index in range(answers)
         ]
         for new in sequences(asked, arrived=self.now, context=5 * BLOCK):
             if self.scheduler.add(new) is None:
@@ -341,15 +487,30 @@ class AnyHistory(RuleBasedStateMachine):
             self.accepted[choice % len(self.accepted)].stream.close()
 
     def planned(self) -> Step:
+        before = {*self.scheduler._running}
         step = self.scheduler.plan(self.now)
+        staying = [_turn(s) for s in before if s.slot is not None]
+        put_off = [_turn(s) for s in before if s.slot is None]
+        assert not staying or all(max(staying) < turn for turn in put_off), "the last give way"
+        for new in {*self.scheduler._running} - before:
+            passed_by = [s for s in self.scheduler._waiting if _turn(s) < _turn(new)]
+            assert all(self.computed_by_another(s) for s in passed_by), "first come, first served"
         inside = [advance.sequence for advance in step.advances]
         decoding = [s for s in self.scheduler._running if s.pending == 1]
         assert bool(inside) != self.scheduler.idle, "there is a step exactly when there is work"
         assert step.rows <= max(ROWS, 8 + LEAST)
         assert len(set(inside)) == len(inside)
         assert set(decoding) <= set(inside), "whoever decodes is in every step"
-        self.begun += [s for s in self.scheduler._running if s not in self.begun]
         return step
+
+    def computed_by_another(self, waiting: Sequence) -> bool:
+        """Whether somebody who may share computes its prompt: then others may pass it by."""
+
+        def known(asked: Sequence) -> tuple[list[int], str]:
+            one = asked.stream.request
+            return asked.tokens[: asked.prompt_len], one.cache_salt if self.prefix_cache else one.group
+
+        return any(not s.generated and known(s) == known(waiting) for s in self.scheduler._running)
 
     @invariant()
     def slots_and_queue_are_sound(self) -> None:
@@ -367,11 +528,19 @@ class AnyHistory(RuleBasedStateMachine):
         assert self.scheduler.idle
         self.scheduler.check()
         assert self.scheduler._arena.free == SLOTS
-        order = [self.accepted.index(s) for s in self.begun]
-        assert order == sorted(order), "first come, first served"
         for asked in self.accepted:
             assert self.ends[asked] == 1 or (asked.stream.closed and self.ends[asked] == 0)
 
 
+class AnyHistoryOfGroups(AnyHistory):
+    """Nothing is kept but for the members of a group."""
+
+    prefix_cache = False
+
+
 class TestAnyHistory(AnyHistory.TestCase):  # type: ignore[valid-type, misc]
     settings = settings(max_examples=40, stateful_step_count=30)
+
+
+class TestAnyHistoryOfGroups(AnyHistoryOfGroups.TestCase):  # type: ignore[valid-type, misc]
+    settings = settings(max_examples=20, stateful_step_count=30)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from serve_app.engine.sequence import Advance, Sampled, Sequence, Step
@@ -7,7 +9,7 @@ from serve_app.engine.stream import Token
 from serve_app.engine.toy import END
 from serve_app.types import FinishReason, Logprobs, SamplingParams, TokenLogprob
 
-from .toys import sequence
+from .toys import request, sequence, sequences
 
 
 def speak(spoken: Sequence, tokens: bytes | list[int]) -> list[Token]:
@@ -76,6 +78,11 @@ def test_a_token_says_when_and_how_likely() -> None:
 def test_a_given_seed_is_kept_and_a_missing_one_is_made() -> None:
     assert sequence(params=SamplingParams(seed=7)).seed == 7
     assert sequence().seed != sequence().seed
+
+
+def test_every_answer_to_one_prompt_has_a_seed_of_its_own() -> None:
+    asked = request(params=SamplingParams(seed=7))
+    assert [s.seed for s in sequences([replace(asked, index=index) for index in range(3)])] == [7, 8, 9]
 
 
 def test_a_step_counts_rows_and_an_advance_samples_only_at_the_end_of_its_tokens() -> None:

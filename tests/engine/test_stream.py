@@ -185,6 +185,29 @@ async def test_the_token_that_ends_an_answer_has_no_text() -> None:
     assert answer.text == "a"
 
 
+@pytest.mark.parametrize(("skip", "text"), [(True, "a"), (False, "a<end>")])
+async def test_what_ended_an_answer_is_shown_when_asked_for(skip: bool, text: str) -> None:
+    wish = SamplingParams(include_stop_str_in_output=True, skip_special_tokens=skip, stop=("END",))
+    for said, told in (([ord("a"), END], text), ([*b"a!"], "a!")):
+        stream = TokenStream(request(params=wish), arrived=10.0)
+        stream.open(3, ToyDecoder(skip))
+        for token_id, reason in zip(said, (None, FinishReason.STOP), strict=True):
+            stream.put(Token(token_id, 1.0, reason))
+        stream.wake()
+        answer = await read(stream)
+        assert (answer.text, answer.reason) == (told, FinishReason.STOP)
+    answer, _ = await heard(b"fine ENDless", FinishReason.LENGTH, stop=("END",), include_stop_str_in_output=True)
+    assert answer.text == "fine END"
+
+
+async def test_the_token_that_completes_an_answer_is_text() -> None:
+    stream = made()
+    stream.put(Token(ord("a"), 1.0))
+    stream.put(Token(ord("}"), 1.0, FinishReason.STOP, complete=True))
+    stream.wake()
+    assert (await read(stream)).text == "a}"
+
+
 async def test_a_stop_string_ends_it_across_tokens_and_sends_the_engine_away() -> None:
     answer, stream = await heard(b"fine ENDless", FinishReason.LENGTH, stop=("END",))
     assert (answer.text, len(answer.events), answer.reason) == ("fine ", 8, FinishReason.STOP)

@@ -32,6 +32,7 @@ def test_every_character_comes_with_its_last_byte(text: str) -> None:
 
 def test_the_end_token_says_nothing() -> None:
     assert ToyDecoder().step(END) == ""
+    assert ToyDecoder(skip_special_tokens=False).step(END) == "<end>"
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,17 @@ from transformers import AutoModelForCausalLM
 from serve_app.engine.arena import BLOCK
 from serve_app.engine.engine import Engine
 from serve_app.engine.loader import builtin_gguf, convert_gguf
-from serve_app.types import ChatMessage, ChatPrompt, FinishReason, SamplingParams, TextPrompt, TokenEvent
+from serve_app.engine.stream import TokenStream
+from serve_app.types import (
+    ChatMessage,
+    ChatPrompt,
+    FinishReason,
+    GenerationRequest,
+    SamplingParams,
+    TextPrompt,
+    TokenEvent,
+    TokenPrompt,
+)
 from tests.models.crowd import Ask, agree, ask, crowd, generated, greedy, idle, model_config, random_asks, running
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(240)]
@@ -78,6 +90,24 @@ async def test_a_seeded_request_says_the_same_alone_and_in_a_crowd(engine: Engin
     alone = [await say(seed) for seed in range(4)]
     assert len(set(alone)) == 4
     assert (await asyncio.gather(*(say(seed) for seed in range(16))))[:4] == alone
+
+
+async def test_four_answers_to_one_prompt_are_those_of_four_requests_and_cost_one_prefill(engine: Engine) -> None:
+    """Of 200 tokens, 8 are left over by whole blocks for each of the other three."""
+    (ids,) = engine._runner.text.encode([TextPrompt("What was said about the sea, by those who sailed it? " * 20)])
+    assert isinstance(ids, list)
+    prompt, params = TokenPrompt(tuple(ids[:200])), SamplingParams(max_tokens=12, ignore_eos=True, seed=7)
+    asked = GenerationRequest("id", "m", prompt, params, timeout_s=60, cache_salt="four", group="g")
+    before = engine.stats()
+    streams = [TokenStream(replace(asked, index=index), time.monotonic()) for index in range(4)]
+    assert await asyncio.to_thread(engine.admit, streams) == [None] * 4
+    together = [[event.token_id async for chunk in s.chunks(0.0) for event in chunk.events] for s in streams]
+    after = engine.stats()
+    prefilled = after.rows - before.rows - (after.decode_rows - before.decode_rows) - (after.drafted - before.drafted)
+    assert prefilled <= 200 + 3 * 8
+    apart = [[e.token_id for e in await ask(engine, prompt, replace(params, seed=7 + i))] for i in range(4)]
+    assert together == apart
+    assert len({*map(tuple, together)}) == 4
 
 
 async def test_logprobs_are_those_of_the_reference(engine: Engine, folder: Path) -> None:

@@ -125,6 +125,12 @@ def test_special_tokens_are_no_text(text: HFText) -> None:
     assert text.token_text(2) == "<|im_end|>"
 
 
+def test_special_tokens_are_text_when_asked_for(text: HFText, tokenizer: Any) -> None:
+    ids = tokenizer("<|im_start|>Grüße<|im_end|>", add_special_tokens=False)["input_ids"]
+    decoder = text.decoder([5, 2], skip_special_tokens=False)
+    assert "".join(decoder.step(token) for token in ids) == "<|im_start|>Grüße<|im_end|>"
+
+
 @pytest.mark.parametrize("prompt", [TextPrompt(""), TokenPrompt(())])
 def test_an_empty_prompt_is_refused_among_good_ones(text: HFText, prompt: Prompt) -> None:
     bad, good = text.encode([prompt, TextPrompt("good")])
