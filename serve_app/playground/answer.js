@@ -105,11 +105,9 @@ export class AnswerView {
       ["rate", "tok/s", "tokens a second after the first", rate === null ? "–" : rate.toFixed(1)],
       ["count", "tokens", "tokens of the answer", String(count)],
       ["prompt", "prompt", "tokens of the prompt", promptTokens === null ? "–" : String(promptTokens)],
-    ].map(([name, label, title, value]) => {
-      return el("div", { className: name }, el("dt", {}, el("abbr", { title }, label)), el("dd", {}, value));
-    });
-    const how = ENDS[end] ? [el("div", { className: "end" }, el("dt", { className: "unseen" }, "ended"), el("dd", {}, ENDS[end]))] : [];
-    this._figures.replaceChildren(...figures, ...how);
+    ].map(([name, label, title, value]) => figure(name, el("abbr", { title }, label), value));
+    if (ENDS[end]) figures.push(figure("end", el("span", { className: "unseen" }, "ended"), ENDS[end]));
+    this._figures.replaceChildren(...figures);
   }
 
   _showFailure() {
@@ -139,6 +137,10 @@ export class AnswerView {
     });
     return button;
   }
+}
+
+function figure(className, label, value) {
+  return el("div", { className }, el("dt", {}, label), el("dd", {}, value));
 }
 
 /** The clipboard is there on https and localhost only; elsewhere the old way still works. */

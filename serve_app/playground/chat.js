@@ -17,7 +17,8 @@ export class Chat {
       state.settings = values;
       save();
     });
-    this._composer = new Composer(root.querySelector(".composer"), (text) => this._say(text), () => this._leaving.abort());
+    const stop = () => this._leaving.abort();
+    this._composer = new Composer(root.querySelector(".composer"), (text) => this._say(text), stop);
     this._clear.addEventListener("click", () => this._begin());
     this._empty.addEventListener("click", ({ target }) => target.matches("button") && this._say(target.textContent));
     state.turns.forEach((turn) => this._turns.append(this._item(turn)));
@@ -25,13 +26,18 @@ export class Chat {
     this._follow();
   }
 
-  /** Keep the end in sight while it is written, unless the reader has scrolled away from it. */
+  /** Keep the end in sight, unless the reader has scrolled away from it. */
   _follow() {
     const page = document.documentElement;
     let atEnd = true;
-    addEventListener("scroll", () => (atEnd = page.scrollHeight - innerHeight - scrollY < 60));
+    let before = 0;
+    addEventListener("scroll", () => {
+      const near = page.scrollHeight - innerHeight - scrollY < 60;
+      atEnd = near || (atEnd && scrollY >= before); // only going up is going away: the end moves by itself
+      before = scrollY;
+    });
     new ResizeObserver(() => {
-      if (this._composer.busy && atEnd) scrollTo(0, page.scrollHeight);
+      if (atEnd && this._state.turns.length && this._turns.checkVisibility()) scrollTo(0, page.scrollHeight);
     }).observe(this._turns);
   }
 

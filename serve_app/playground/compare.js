@@ -12,7 +12,8 @@ export class Compare {
     this._sides = [...root.querySelectorAll(".side")].map((place, i) => {
       return new Side(place, state.sides[i], save, () => this._run([this._sides[i]]));
     });
-    this._composer = new Composer(root.querySelector(".composer"), (text) => this._say(text), () => this._leaving.abort());
+    const stop = () => this._leaving.abort();
+    this._composer = new Composer(root.querySelector(".composer"), (text) => this._say(text), stop);
     this._composer.field.value = state.prompt;
   }
 

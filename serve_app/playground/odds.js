@@ -74,7 +74,8 @@ function key(event) {
 
 function entry({ token: text, logprob, top }) {
   const others = top.filter((other) => other.token !== text);
-  return el("div", { className: "place" }, row(text, logprob, "chosen"), ...others.map((o) => row(o.token, o.logprob, "")));
+  const rows = others.map((other) => row(other.token, other.logprob, ""));
+  return el("div", { className: "place" }, row(text, logprob, "chosen"), ...rows);
 }
 
 function row(text, logprob, className) {

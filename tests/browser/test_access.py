@@ -139,12 +139,12 @@ async def test_the_scheme_follows_the_system_until_one_is_chosen(visitor: Visito
     dark = await visitor.page.evaluate(ground)
     assert light != dark
     scheme = visitor.page.get_by_role("combobox", name="Colour scheme")
-    await scheme.select_option("Light")
+    await scheme.select_option("Light theme")
     assert await visitor.page.evaluate(ground) == light
     await visitor.page.reload()
     assert await visitor.page.evaluate(ground) == light
     await expect(scheme).to_have_value("light")
-    await scheme.select_option("System")
+    await scheme.select_option("System theme")
     assert await visitor.page.evaluate(ground) == dark
 
 
