@@ -34,13 +34,20 @@ function route() {
   document.getElementById("skip").hash = name === "chat" ? "#message" : "#compare-message";
 }
 
+/** Answers that are under way are kept as far as they are. */
+function leave() {
+  chat.stop();
+  compare.stop();
+  keep();
+}
+
 function unfold() {
   chat.settings.details.open = WIDE.matches;
 }
 
 if (damaged) notify("What this browser kept could not be read. A new conversation was begun.");
 addEventListener("hashchange", route);
-addEventListener("pagehide", keep); // an answer that is under way is kept as far as it is
+addEventListener("pagehide", leave);
 WIDE.addEventListener("change", unfold);
 watch();
 route();

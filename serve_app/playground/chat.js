@@ -17,8 +17,7 @@ export class Chat {
       state.settings = values;
       save();
     });
-    const stop = () => this._leaving.abort();
-    this._composer = new Composer(root.querySelector(".composer"), (text) => this._say(text), stop);
+    this._composer = new Composer(root.querySelector(".composer"), (text) => this._say(text), () => this.stop());
     this._clear.addEventListener("click", () => this._begin());
     this._empty.addEventListener("click", ({ target }) => target.matches("button") && this._say(target.textContent));
     state.turns.forEach((turn) => this._turns.append(this._item(turn)));
@@ -39,6 +38,10 @@ export class Chat {
     new ResizeObserver(() => {
       if (atEnd && this._state.turns.length && this._turns.checkVisibility()) scrollTo(0, page.scrollHeight);
     }).observe(this._turns);
+  }
+
+  stop() {
+    this._leaving.abort();
   }
 
   _say(prompt) {
@@ -86,7 +89,7 @@ export class Chat {
   }
 
   _begin() {
-    this._leaving.abort();
+    this.stop();
     this._state.turns.length = 0;
     this._turns.replaceChildren();
     this._showEmpty();

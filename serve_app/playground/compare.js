@@ -12,14 +12,17 @@ export class Compare {
     this._sides = [...root.querySelectorAll(".side")].map((place, i) => {
       return new Side(place, state.sides[i], save, () => this._run([this._sides[i]]));
     });
-    const stop = () => this._leaving.abort();
-    this._composer = new Composer(root.querySelector(".composer"), (text) => this._say(text), stop);
+    this._composer = new Composer(root.querySelector(".composer"), (text) => this._say(text), () => this.stop());
     this._composer.field.value = state.prompt;
   }
 
   /** The second side begins with the second model, if there is one and nobody has chosen. */
   offer(models) {
     this._sides.forEach((side, i) => side.settings.offer(models, models[i] ?? models[0]));
+  }
+
+  stop() {
+    this._leaving.abort();
   }
 
   _say(prompt) {

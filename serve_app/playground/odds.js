@@ -17,7 +17,11 @@ export function token({ text, odds }) {
 }
 
 export function watch() {
-  document.addEventListener("pointerover", ({ target }) => known.has(target) ? show(target) : leave(target));
+  // By moves: a pointer at rest, under which the text passes, asks for nothing. A finger only taps.
+  for (const asking of ["pointermove", "pointerdown"]) {
+    document.addEventListener(asking, ({ target }) => target !== shown && known.has(target) && show(target));
+  }
+  document.addEventListener("pointerover", ({ target }) => target !== shown && leave(target));
   document.addEventListener("focusin", ({ target }) => known.has(target) ? show(target) : hide());
   document.addEventListener("keydown", key);
   document.addEventListener("scroll", place, true);
@@ -96,5 +100,5 @@ function percent(logprob) {
 }
 
 function likely(logprob) {
-  return logprob > Math.log(0.5) ? "high" : logprob > Math.log(0.1) ? "middle" : "low";
+  return logprob > Math.log(1 / 3) ? "high" : logprob > Math.log(0.1) ? "middle" : "low";
 }

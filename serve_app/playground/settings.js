@@ -12,6 +12,7 @@ const NUMBERS = [
   "repetition_penalty",
 ];
 const ALTERNATIVES = 5;
+const WORDS = { system: "system prompt", stop: "stop strings", odds: "no probabilities" };
 
 /** One form of model and sampling controls. `changed` gets all values after each change. */
 export class Settings {
@@ -82,12 +83,21 @@ export class Settings {
       if (name === "odds") field.checked = value;
       else field.value = value;
     }
+    this._sum();
   }
 
   _read() {
     const { odds, ...others } = DEFAULTS;
     for (const name of Object.keys(others)) this._values[name] = this.form.elements[name].value;
     this._values.odds = this.form.elements.odds.checked;
+    this._sum();
     this._changed(this._values);
+  }
+
+  /** What differs from the defaults, so that two sides can be told apart while their settings are folded. */
+  _sum() {
+    const changed = Object.keys(DEFAULTS).filter((name) => name !== "model" && this._values[name] !== DEFAULTS[name]);
+    const words = changed.map((name) => WORDS[name] ?? `${name.replaceAll("_", " ")} ${this._values[name] || "open"}`);
+    this.details.querySelector(".sum").textContent = words.length ? `: ${words.join(", ")}` : "";
   }
 }

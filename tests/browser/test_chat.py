@@ -206,6 +206,7 @@ async def test_a_reload_in_the_middle_keeps_what_was_there(visitor: Visitor) -> 
     await visitor.page.reload()
     await visitor.ended()
     assert (await visitor.texts.text_content() or "").startswith(before)
+    await expect(visitor.page.locator(".failure")).to_be_hidden()
     await expect(visitor.page.get_by_role("button", name="Regenerate")).to_be_visible()
 
 

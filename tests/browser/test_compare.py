@@ -22,7 +22,7 @@ async def run(visitor: Visitor, prompt: str, max_tokens: int) -> None:
 
 
 async def test_both_write_at_the_same_time_and_are_kept(visitor: Visitor) -> None:
-    await run(visitor, "hello", 200)
+    await run(visitor, "hello", 66)
     await visitor.grown(2, 0)
     await visitor.grown(2, 1)
     await expect(visitor.page.locator(".answer[aria-busy]")).to_have_count(2)
@@ -37,7 +37,7 @@ async def test_both_write_at_the_same_time_and_are_kept(visitor: Visitor) -> Non
     rates = [float(text) for text in await visitor.page.locator(".figures .rate dd").all_text_contents()]
     assert rates[0] > 2 * rates[1]
     texts = await visitor.texts.all_text_contents()
-    assert texts[0] == texts[1] == ("user: hello" * 20)[:200]
+    assert texts[0] == texts[1] == "user: hello" * 6
     await visitor.page.reload()
     await visitor.open("compare")
     assert await visitor.texts.all_text_contents() == texts
@@ -65,6 +65,8 @@ async def test_one_model_with_two_settings_and_one_side_again(visitor: Visitor) 
     sides = visitor.page.locator("#compare-view .side")
     await sides.nth(1).locator("[name=model]").select_option("quick")
     await sides.nth(1).locator("[name=system]").fill("Be kind.")
+    await expect(sides.nth(0).locator("summary")).to_have_text("Settings: max tokens 5")
+    await expect(sides.nth(1).locator("summary")).to_have_text("Settings: system prompt, max tokens 5")
     await sides.nth(1).get_by_role("button", name="Regenerate").click()
     await expect(visitor.texts.nth(1)).to_have_text("syste")
     await visitor.ended(2)
