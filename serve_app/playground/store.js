@@ -59,8 +59,11 @@ function side(found) {
 }
 
 function settings(found) {
-  const kept = Object.entries(object(found)).filter(([name, value]) => typeof value === typeof DEFAULTS[name]);
-  return { ...DEFAULTS, ...Object.fromEntries(kept) };
+  const given = object(found);
+  const whole = Object.entries(DEFAULTS).map(([name, usual]) => {
+    return [name, typeof given[name] === typeof usual ? given[name] : usual];
+  });
+  return Object.fromEntries(whole);
 }
 
 function turn({ prompt, answer: given }) {

@@ -144,6 +144,7 @@ async def test_alternatives_are_listed_with_their_shares(guest: Visitor, gateway
     await expect(guest.tip.locator("p")).to_have_text([re.compile(r"␣then\s+60\.7 %"), re.compile(r"é\s+0\.0 %")])
 
 
+@pytest.mark.timeout(300)  # the service is started twice
 async def test_a_restart_of_the_service_is_survived(chromium: Browser) -> None:
     port = free_port()
     here = ("--ray-address", "local", "--port", str(port))
