@@ -237,6 +237,7 @@ def _banner(url: str, file: ServeFile, cluster: Cluster) -> str:
     return (
         f"\nserve_app answers on {url}   (Ctrl-C stops it)\n"
         f"Models: {', '.join(m.name for m in file.args.models)}{dashboard}\n"
+        f"Playground, in a browser: {url}/\n"
         f"\nStream tokens:\n  {_curl(url + '/generate_stream', stream)}\n"
         f"\nChat:\n  {_curl(url + '/v1/chat/completions', chat)}\n"
     )

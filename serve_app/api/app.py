@@ -14,6 +14,7 @@ from serve_app.api.door import Door
 from serve_app.api.gateway import Gateway
 from serve_app.api.middleware import BodyLimit, LastResort, RequestId
 from serve_app.api.openai import OpenAIRoutes
+from serve_app.api.pages import PageRoutes
 from serve_app.api.refusal import Refusals
 from serve_app.api.routes import NativeRoutes, OperatorRoutes
 from serve_app.config import AppConfig
@@ -38,6 +39,7 @@ def create_app(gateway: Gateway, config: AppConfig, clock: Callable[[], float] =
 
 def _routes(door: Door) -> list[Route]:
     native, operator, openai = NativeRoutes(door), OperatorRoutes(door), OpenAIRoutes(door)
+    pages = PageRoutes()
     return [
         Route("/generate", native.generate, methods=["POST"]),
         Route("/generate_stream", native.generate_stream, methods=["POST"]),
@@ -49,4 +51,6 @@ def _routes(door: Door) -> list[Route]:
         Route("/health", operator.health, methods=["GET"]),
         Route("/ready", operator.ready, methods=["GET"]),
         Route("/metrics", operator.metrics, methods=["GET"]),
+        Route("/", pages.index, methods=["GET"]),
+        Route("/playground/{file}", pages.file, methods=["GET"]),
     ]

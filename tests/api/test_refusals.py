@@ -73,7 +73,7 @@ async def test_a_late_error_is_still_a_status_without_streaming(
     assert len(gateway.refusals) == 1
 
 
-@pytest.mark.parametrize("path", ["/", "/nope", "/generate/", "/generate/x", "/v1", "/v1/nope"])
+@pytest.mark.parametrize("path", ["/nope", "/generate/", "/generate/x", "/v1", "/v1/nope"])
 async def test_an_unknown_path_is_named(client: httpx.AsyncClient, gateway: ScriptedGateway, path: str) -> None:
     answer = await client.post(path, json={"prompt": "hi"})
     assert answer.status_code == 404

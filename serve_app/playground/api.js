@@ -1,0 +1,56 @@
+import { Failure } from "./failure.js";
+import { events } from "./stream.js";
+
+const BASE = new URL("..", import.meta.url); // the service may live under a prefix
+
+async function call(path, options) {
+  try {
+    return await fetch(new URL(path, BASE), options);
+  } catch (error) {
+    throw options?.signal?.aborted ? error : new Failure("unreachable");
+  }
+}
+
+/** Every model with its state: ready, loading, asleep or failed. */
+export async function models() {
+  const [list, ready] = await Promise.all([call("v1/models"), call("ready")]);
+  if (!list.ok) throw await Failure.response(list);
+  const states = ready.ok || ready.status === 503 ? await ready.json().catch(() => ({})) : {};
+  const known = new Map(states.models?.map((model) => [model.name, model]));
+  return (await list.json()).data.map(({ id }) => ({ id, state: "loading", detail: "", ...known.get(id) }));
+}
+
+/** Parts of one answer: {waiting}, {text, odds}, {end}, {usage}. Throws Failure; an abort stops the model too. */
+export async function* complete(body, signal) {
+  const response = await call("v1/chat/completions", {
+    method: "POST",
+    headers: { "content-type": "application/json" },
+    body: JSON.stringify({ ...body, stream: true, stream_options: { include_usage: true } }),
+    signal,
+  });
+  if (!response.ok) throw await Failure.response(response);
+  try {
+    for await (const { comment, data } of events(response.body)) {
+      if (data === "[DONE]") return;
+      if (comment === undefined) yield* parts(JSON.parse(data));
+      else yield { waiting: comment };
+    }
+  } catch (error) {
+    throw signal.aborted || error instanceof Failure ? error : new Failure("broken");
+  }
+  throw new Failure("broken"); // it ended without its end mark
+}
+
+function* parts({ error, choices, usage }) {
+  if (error) throw Failure.envelope(error);
+  for (const { delta, logprobs, finish_reason } of choices) {
+    if (delta.role === undefined) yield { text: delta.content, odds: (logprobs?.content ?? []).map(odds) };
+    if (finish_reason) yield { end: finish_reason };
+  }
+  if (usage) yield { usage };
+}
+
+/** A token, its log probability, and the likeliest tokens of its place. */
+function odds({ token, logprob, top_logprobs }) {
+  return { token, logprob, top: top_logprobs.map((other) => ({ token: other.token, logprob: other.logprob })) };
+}

@@ -1,0 +1,68 @@
+import { AnswerView, ask } from "./answer.js";
+import { Composer } from "./composer.js";
+import { Settings } from "./settings.js";
+import { answer } from "./store.js";
+
+/** One prompt on two models or settings at the same time. */
+export class Compare {
+  constructor(root, state, save) {
+    this._state = state;
+    this._save = save;
+    this._leaving = new AbortController();
+    this._sides = [...root.querySelectorAll(".side")].map((place, i) => {
+      return new Side(place, state.sides[i], save, () => this._run([this._sides[i]]));
+    });
+    this._composer = new Composer(root.querySelector(".composer"), (text) => this._say(text), () => this.stop());
+    this._composer.field.value = state.prompt;
+  }
+
+  /** The second side begins with the second model, if there is one and nobody has chosen. */
+  offer(models) {
+    this._sides.forEach((side, i) => side.settings.offer(models, models[i] ?? models[0]));
+  }
+
+  stop() {
+    this._leaving.abort();
+  }
+
+  _say(prompt) {
+    this._state.prompt = prompt;
+    this._run(this._sides);
+  }
+
+  async _run(sides) {
+    if (this._composer.busy || !sides.every((side) => side.settings.check())) return;
+    this._leaving = new AbortController();
+    this._composer.busy = true;
+    this._save();
+    await Promise.all(sides.map((side) => side.answer(this._state.prompt, this._leaving.signal)));
+    this._composer.busy = false;
+    this._save();
+  }
+}
+
+class Side {
+  constructor(place, state, save, again) {
+    this._place = place;
+    this._state = state;
+    this._again = again;
+    this.settings = new Settings(place, state.settings, (values) => {
+      state.settings = values;
+      save();
+    });
+    if (state.answer) this._show();
+  }
+
+  async answer(prompt, signal) {
+    this._state.answer = answer({ model: this.settings.model });
+    this._show();
+    const failure = await ask(this.settings.request([{ role: "user", content: prompt }]), signal, this._view);
+    if (failure?.param) this.settings.blame(failure.param);
+  }
+
+  _show() {
+    this._view?.element.remove();
+    this._view = new AnswerView(this._state.answer, this._again);
+    this._place.append(this._view.element);
+  }
+}

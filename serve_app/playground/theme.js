@@ -1,0 +1,29 @@
+// Not a module: it runs before the page is painted, so that no one sees the other scheme first.
+(() => {
+  const key = "serve_app.theme";
+  const root = document.documentElement;
+
+  function saved() {
+    try {
+      return localStorage.getItem(key);
+    } catch {
+      return null; // storage is switched off
+    }
+  }
+
+  function choose(theme) {
+    root.dataset.theme = theme;
+    try {
+      localStorage.setItem(key, theme);
+    } catch {
+      // it holds until the page is left
+    }
+  }
+
+  root.dataset.theme = ["light", "dark"].includes(saved()) ? saved() : "";
+  document.addEventListener("DOMContentLoaded", () => {
+    const select = document.getElementById("theme");
+    select.value = root.dataset.theme;
+    select.addEventListener("change", () => choose(select.value));
+  });
+})();

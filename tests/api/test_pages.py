@@ -1,0 +1,72 @@
+"""The playground's page and files, as HTTP delivers them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import httpx
+import pytest
+
+import serve_app
+
+from .scripted import told
+
+FOLDER = Path(serve_app.__file__).parent / "playground"
+FILES = sorted(path.name for path in FOLDER.iterdir() if path.name != "index.html")
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+TYPES = {"css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
+
+
+@pytest.mark.parametrize("path", ["/", *(f"/playground/{name}" for name in FILES)])
+async def test_every_file_comes_with_its_type_and_a_strict_policy(client: httpx.AsyncClient, path: str) -> None:
+    answer = await client.get(path)
+    assert answer.status_code == 200
+    assert answer.headers["content-type"].split(";")[0] == TYPES.get(path.rpartition(".")[2], "text/html")
+    assert answer.headers["content-security-policy"] == POLICY
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    assert answer.headers["referrer-policy"] == "no-referrer"
+    assert answer.content == (FOLDER / (path.rpartition("/")[2] or "index.html")).read_bytes()
+
+
+async def test_a_browser_asks_every_time_and_is_told_that_nothing_changed(client: httpx.AsyncClient) -> None:
+    first = await client.get("/playground/app.js")
+    assert first.headers["cache-control"] == "no-cache"
+    etag = first.headers["etag"]
+    for known in (etag, f"W/{etag}", f'"other", {etag}'):
+        again = await client.get("/playground/app.js", headers={"if-none-match": known})
+        assert (again.status_code, again.content, again.headers["etag"]) == (304, b"", etag)
+    changed = await client.get("/playground/app.js", headers={"if-none-match": '"other"'})
+    assert (changed.status_code, changed.content) == (200, first.content)
+    assert (await client.get("/")).headers["etag"] != etag
+
+
+@pytest.mark.parametrize("name", ["nope.js", "index.html", "", "..%2fapi%2fpages.py", "a/b.js", "../api/pages.py"])
+async def test_nothing_else_is_served(client: httpx.AsyncClient, name: str) -> None:
+    answer = await client.get(f"/playground/{name}")
+    assert (answer.status_code, told(answer)["code"]) == (404, "not_found")
+
+
+async def test_the_page_is_only_read(client: httpx.AsyncClient) -> None:
+    assert (await client.head("/")).status_code == 200
+    answer = await client.post("/", json={})
+    assert answer.status_code == 405
+    assert set(answer.headers["allow"].split(", ")) == {"GET", "HEAD"}
+
+
+def test_the_page_names_only_files_of_its_own_and_has_no_code_inside() -> None:
+    page = (FOLDER / "index.html").read_text()
+    named = set(re.findall(r'(?:src|href)="([^"#][^"]*)"', page))
+    assert named == {f"playground/{name}" for name in ("app.js", "icon.svg", "style.css", "theme.js")}
+    assert re.findall(r"<style|\sstyle=|\son\w+=|<script(?![^>]*src=)", page) == []
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name.endswith(".js")])
+def test_no_module_writes_markup_and_each_is_reached(name: str) -> None:
+    source = (FOLDER / name).read_text()
+    assert re.findall(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|new Function", source) == []
+    imported = set(re.findall(r'from "\./([\w.]+)"', "".join((FOLDER / other).read_text() for other in FILES)))
+    assert name in imported | {"app.js", "theme.js"}
