@@ -51,9 +51,7 @@ class Batch:
             served = self._door.model(body.model)
             model = served.name
             params = body.params(served.sampling_defaults)
-            request = self._door.request(
-                f"{self._id}-{index}", served, TextPrompt(body.prompt), params, body.cache_salt
-            )
+            request = self._door.request(f"{self._id}-{index}", served, TextPrompt(body.prompt), params, body)
             tally = await collect(self._door.gateway, request, self._door.config.limits.warm_wait_s)
         except ServeAppError as error:
             self._door.gateway.refused(error, model)

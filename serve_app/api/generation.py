@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Coroutine, Iterable
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -61,6 +61,20 @@ async def collect(gateway: Gateway, request: GenerationRequest, warm_wait_s: flo
             for event in chunk.events:
                 tally.count(event)
     return tally
+
+
+async def side_by_side(works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """Their results in order. The first that fails stops the others, and its error is raised as it is."""
+    first, *others = works
+    if not others:
+        return [await first]
+    tasks: list[asyncio.Task[T]] = []
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks += [group.create_task(work) for work in (first, *others)]
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+    return [task.result() for task in tasks]
 
 
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from serve_app.types import Chunk, FinishReason, TokenEvent
@@ -64,6 +65,11 @@ def usage(prompt_tokens: int, cached_tokens: int, completion_tokens: int) -> Usa
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
     }
+
+
+def together(tallies: Sequence[Tally]) -> Usage:
+    """Of several answers to one prompt, which counts once; what the first did not compute, it found computed."""
+    return usage(tallies[0].prompt_tokens, tallies[0].cached_tokens, sum(tally.tokens for tally in tallies))
 
 
 def milliseconds(seconds: float) -> float:
