@@ -22,11 +22,13 @@ class OpenAIFrames(ABC):
     whole_object: str
     chunk_object: str
 
-    def __init__(self, request: GenerationRequest, created: int, include_usage: bool, answers: int = 1) -> None:
-        self._request = request
+    def __init__(self, id: str, requests: Sequence[GenerationRequest], created: int, include_usage: bool) -> None:
+        self._id = id
+        self._request = requests[0]
         self._created = created
         self._include_usage = include_usage
-        self._tallies = [Tally() for _ in range(answers)]
+        self._firsts = [number for number, request in enumerate(requests) if request.index == 0]
+        self._tallies = [Tally() for _ in requests]
 
     @abstractmethod
     def answer(self, tally: Tally) -> Json:
@@ -49,7 +51,7 @@ class OpenAIFrames(ABC):
             self._choice(index, self.answer(tally), tally.events, 0, tally.finish_reason)
             for index, tally in enumerate(tallies)
         ]
-        return self._body(self.whole_object, choices) | {"usage": together(tallies)}
+        return self._body(self.whole_object, choices) | {"usage": together(tallies, self._firsts)}
 
     def chunk(self, chunk: Chunk, index: int = 0) -> bytes:
         tally = self._tallies[index]
@@ -58,7 +60,7 @@ class OpenAIFrames(ABC):
         return opening + b"".join(self._frame(event, index) for event in chunk.events)
 
     def end(self) -> bytes:
-        usage = self._body(self.chunk_object, []) | {"usage": together(self._tallies)}
+        usage = self._body(self.chunk_object, []) | {"usage": together(self._tallies, self._firsts)}
         return (data(usage) if self._include_usage else b"") + DONE
 
     def failure(self, error: ServeAppError) -> bytes:
@@ -84,7 +86,7 @@ class OpenAIFrames(ABC):
 
     def _body(self, kind: str, choices: list[Json]) -> Json:
         return {
-            "id": self.prefix + self._request.id,
+            "id": self.prefix + self._id,
             "object": kind,
             "created": self._created,
             "model": self._request.model,

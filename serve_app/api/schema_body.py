@@ -12,8 +12,8 @@ from serve_app.errors import InvalidRequest
 
 LONGEST_NAME = 64
 
-# How a field that takes a string or a list tells its two forms apart.
-TEXT, LIST = TAGS = ("<text>", "<list>")
+# How a field that takes a string or a list, or several of either, tells its forms apart.
+TEXT, LIST, TEXTS, LISTS = TAGS = ("<text>", "<list>", "<texts>", "<lists>")
 
 
 Nested: TypeAlias = "Mapping[str, type[Body]]"

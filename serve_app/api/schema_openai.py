@@ -8,8 +8,8 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
-from serve_app.api.schema import SamplingFields, TokenCount, TokenId
-from serve_app.api.schema_body import LIST, TEXT, Body, Nested
+from serve_app.api.schema import SamplingFields, Text, TokenCount, TokenId
+from serve_app.api.schema_body import LIST, LISTS, TEXT, TEXTS, Body, Nested
 from serve_app.config import SamplingDefaults
 from serve_app.errors import InvalidRequest
 from serve_app.types import ChatMessage, ChatPrompt, Grammar, Prompt, SamplingParams, TextPrompt, TokenPrompt
@@ -21,6 +21,13 @@ MOST_ANSWERS = 16
 def _text_or_list(value: object) -> str | None:
     """Choose by the JSON type, so that a fault is reported for the member the caller meant."""
     return TEXT if isinstance(value, str) else LIST if isinstance(value, list) else None
+
+
+def _kind_of_prompts(value: object) -> str | None:
+    """By the first one: several texts, several lists of token ids, or one of either."""
+    if isinstance(value, list) and value and isinstance(value[0], str | list):
+        return TEXTS if isinstance(value[0], str) else LISTS
+    return _text_or_list(value)
 
 
 class StreamOptions(Body):
@@ -87,13 +94,16 @@ class OpenAIFields(SamplingFields):
         return self.sampling(defaults, max_tokens, logprobs)
 
 
+TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 CompletionPrompt = Annotated[
-    Annotated[str, Field(min_length=1), Tag(TEXT)]
-    | Annotated[list[TokenId], Field(min_length=1, fail_fast=True), Tag(LIST)],
+    Annotated[Text, Tag(TEXT)]
+    | Annotated[TokenIds, Tag(LIST)]
+    | Annotated[list[Text], Field(fail_fast=True), Tag(TEXTS)]
+    | Annotated[list[TokenIds], Field(fail_fast=True), Tag(LISTS)],
     Discriminator(
-        _text_or_list,
+        _kind_of_prompts,
         custom_error_type="prompt_type",
-        custom_error_message="Input should be a string or a list of token ids",
+        custom_error_message="Input should be a string or a list of token ids, or a list of either",
     ),
 ]
 
@@ -103,8 +113,13 @@ class CompletionBody(OpenAIFields):
     max_tokens: TokenCount = 16
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
 
-    def asked(self) -> Prompt:
-        return TextPrompt(self.prompt) if isinstance(self.prompt, str) else TokenPrompt(tuple(self.prompt))
+    def asked(self) -> list[Prompt]:
+        prompt = self.prompt
+        several = isinstance(prompt, list) and isinstance(prompt[0], str | list)
+        return [
+            TextPrompt(one) if isinstance(one, str) else TokenPrompt(tuple(one))  # type: ignore[arg-type]
+            for one in (prompt if several else [prompt])
+        ]
 
     def params(self, defaults: SamplingDefaults) -> SamplingParams:
         return self.checked(defaults, self.max_tokens, self.logprobs)
@@ -147,8 +162,8 @@ class ChatBody(OpenAIFields):
         "content": TextPart,
     }
 
-    def asked(self) -> Prompt:
-        return ChatPrompt(tuple(message.plain() for message in self.messages))
+    def asked(self) -> list[Prompt]:
+        return [ChatPrompt(tuple(message.plain() for message in self.messages))]
 
     def params(self, defaults: SamplingDefaults) -> SamplingParams:
         if self.top_logprobs is not None and not self.logprobs:

@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import Sequence
 from contextlib import aclosing
+from functools import partial
 from typing import Protocol
 
 from starlette.responses import Response
@@ -93,7 +94,7 @@ class EventStream(Response):
 
     async def _answer(self, send: Send) -> None:
         try:
-            await side_by_side(self._follow(send, index) for index in range(len(self._requests)))
+            await side_by_side(partial(self._follow, send, index) for index in range(len(self._requests)))
         except ServeAppError as error:
             if not self._started:
                 raise

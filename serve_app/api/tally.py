@@ -67,9 +67,13 @@ def usage(prompt_tokens: int, cached_tokens: int, completion_tokens: int) -> Usa
     }
 
 
-def together(tallies: Sequence[Tally]) -> Usage:
-    """Of several answers to one prompt, which counts once; what the first did not compute, it found computed."""
-    return usage(tallies[0].prompt_tokens, tallies[0].cached_tokens, sum(tally.tokens for tally in tallies))
+def together(tallies: Sequence[Tally], firsts: Sequence[int]) -> Usage:
+    """Of all answers of a call. A prompt counts once, with the first of its answers, which are numbered `firsts`."""
+    return usage(
+        sum(tallies[first].prompt_tokens for first in firsts),
+        sum(tallies[first].cached_tokens for first in firsts),
+        sum(tally.tokens for tally in tallies),
+    )
 
 
 def milliseconds(seconds: float) -> float:

@@ -178,7 +178,7 @@ async def test_even_a_field_without_a_name_is_named(client: httpx.AsyncClient) -
         ({"prompt": []}, "prompt", "at least 1 item"),
         ({"prompt": None}, "prompt", "a string or a list of token ids"),
         ({"prompt": {}}, "prompt", "a string or a list of token ids"),
-        ({"prompt": ["a"]}, "prompt[0]", "valid integer"),
+        ({"prompt": [1, "a"]}, "prompt[1]", "valid integer"),
         ({"prompt": [1, -1]}, "prompt[1]", "greater than or equal to 0"),
         ({"prompt": [2**31]}, "prompt[0]", "less than or equal to 2147483647"),
         ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),

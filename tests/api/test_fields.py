@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from serve_app.errors import InvalidRequest, QueueFull
-from serve_app.types import Chunk, FinishReason, GenerationRequest, Grammar
+from serve_app.types import Chunk, FinishReason, GenerationRequest, Grammar, Prompt, TextPrompt, TokenPrompt
 
 from .scripted import POSTS, ScriptedGateway, chunk, frames, told
 from .test_openai import both
@@ -184,6 +184,46 @@ async def test_several_answers_are_streamed_as_they_come_and_end_together(
         ended += [choice["index"]] if choice["finish_reason"] else []
     assert said == {0: "00", 1: "111", 2: "2222"}
     assert sorted(ended) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "prompts"),
+    [
+        (["a", "b"], [TextPrompt("a"), TextPrompt("b")]),
+        ([[1, 2], [3]], [TokenPrompt((1, 2)), TokenPrompt((3,))]),
+        (["a"], [TextPrompt("a")]),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("n", [1, 2])
+async def test_a_list_of_prompts_has_their_answers_in_order(
+    client: httpx.AsyncClient, gateway: ScriptedGateway, prompt: object, prompts: list[Prompt], n: int
+) -> None:
+    gateway.script = by_number
+    answer = (await client.post("/v1/completions", json={"prompt": prompt, "n": n})).json()
+    assert [request.prompt for request in gateway.requests] == [one for one in prompts for _ in range(n)]
+    assert [choice["index"] for choice in answer["choices"]] == list(range(n * len(prompts)))
+    assert [choice["text"] for choice in answer["choices"]] == ["00", "111"][:n] * len(prompts)
+    assert answer["usage"]["prompt_tokens"] == 3 * len(prompts)
+    assert len({request.group for request in gateway.requests}) == (1 if n == 1 else len(prompts))
+    assert len({request.id for request in gateway.requests}) == len(gateway.requests)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "param"), [([], "prompt"), (["a", 1], "prompt[1]"), ([[1], []], "prompt[1]"), ([["a"]], "prompt[0][0]")]
+)
+async def test_a_list_that_is_none_of_prompts_is_refused(client: httpx.AsyncClient, prompt: object, param: str) -> None:
+    named, _ = await refused(client, "/v1/completions", {"prompt": prompt})
+    assert named == param
+
+
+async def test_a_call_asks_for_so_many_answers_and_no_more(client: httpx.AsyncClient, gateway: ScriptedGateway) -> None:
+    named, message = await refused(client, "/v1/completions", {"prompt": ["a"] * 17, "n": 3})
+    assert (named, gateway.requests) == ("prompt", [])
+    assert "51 answers; ask for at most 50" in message
+    answer = (await client.post("/v1/completions", json={"prompt": ["a"] * 10, "n": 5})).json()
+    assert len(answer["choices"]) == 50
+    assert gateway.most_running <= 32
 
 
 @both
