@@ -14,17 +14,21 @@ class FinishReason(StrEnum):
     LENGTH = "length"
 
 
+GrammarKind = Literal["json_object", "json_schema", "regex", "choice", "lark"]
+
+
 @dataclass(frozen=True, slots=True)
 class Grammar:
     """What an answer must look like, to its last character.
 
     `text` is nothing for a `json_object`, a JSON schema (an object), a regular expression for the whole answer
     (Rust's syntax, without looking around), a JSON list of strings to choose from, or a grammar in llguidance's
-    dialect of Lark.
+    dialect of Lark. `field` is what the caller calls it, for a refusal.
     """
 
-    kind: Literal["json_object", "json_schema", "regex", "choice", "lark"]
+    kind: GrammarKind
     text: str = ""
+    field: str = "grammar"
 
 
 @dataclass(frozen=True, slots=True)

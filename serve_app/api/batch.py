@@ -9,15 +9,12 @@ from starlette.requests import Request
 
 from serve_app.api.door import Door, generation_id
 from serve_app.api.frames import whole
-from serve_app.api.generation import collect
+from serve_app.api.generation import MOST_IN_FLIGHT, collect
 from serve_app.api.refusal import native_error
 from serve_app.api.schema import GenerateBody
 from serve_app.api.tally import Tally, milliseconds, rate, usage
 from serve_app.errors import InvalidRequest, ServeAppError
 from serve_app.types import TextPrompt
-
-# One call may not fill every queue behind the door by itself.
-MOST_IN_FLIGHT = 32
 
 
 class Batch:
@@ -51,9 +48,7 @@ class Batch:
             served = self._door.model(body.model)
             model = served.name
             params = body.params(served.sampling_defaults)
-            request = self._door.request(
-                f"{self._id}-{index}", served, TextPrompt(body.prompt), params, body.cache_salt
-            )
+            request = self._door.request(f"{self._id}-{index}", served, TextPrompt(body.prompt), params, body)
             tally = await collect(self._door.gateway, request, self._door.config.limits.warm_wait_s)
         except ServeAppError as error:
             self._door.gateway.refused(error, model)

@@ -9,6 +9,7 @@ from uuid import uuid4
 from starlette.requests import Request
 
 from serve_app.api.gateway import Gateway
+from serve_app.api.schema import SamplingFields
 from serve_app.config import AppConfig, Model
 from serve_app.errors import ModelNotFound
 from serve_app.types import GenerationRequest, Prompt, SamplingParams
@@ -34,9 +35,18 @@ class Door:
         raise ModelNotFound(f"there is no model {name[:128]!r}; the models here are: {known}", param="model")
 
     def request(
-        self, id: str, model: Model, prompt: Prompt, params: SamplingParams, cache_salt: str
+        self, id: str, model: Model, prompt: Prompt, params: SamplingParams, body: SamplingFields
     ) -> GenerationRequest:
-        return GenerationRequest(id, model.name, prompt, params, self.config.limits.request_timeout_s, cache_salt)
+        return GenerationRequest(
+            id,
+            model.name,
+            prompt,
+            params,
+            self.config.limits.request_timeout_s,
+            body.cache_salt,
+            truncate_prompt_tokens=body.truncate_prompt_tokens,
+            priority=body.priority,
+        )
 
 
 def generation_id(http: Request) -> str:

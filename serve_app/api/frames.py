@@ -21,9 +21,12 @@ class NativeFrames:
         self._logprobs = request.params.logprobs is not None
         self._tally = Tally()
 
-    def chunk(self, chunk: Chunk) -> bytes:
+    def chunk(self, chunk: Chunk, index: int = 0) -> bytes:
         self._tally.arrived(chunk)
         return b"".join(data(self._frame(event)) for event in chunk.events)
+
+    def end(self) -> bytes:
+        return b""
 
     def failure(self, error: ServeAppError) -> bytes:
         return named("error", {"error": native_error(error, self._request_id), "finished": True})

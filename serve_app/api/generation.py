@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -20,6 +20,9 @@ from serve_app.types import Chunk, GenerationRequest
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+# One call may not fill every queue behind the door by itself.
+MOST_IN_FLIGHT = 32
 
 
 async def answer(
@@ -61,6 +64,29 @@ async def collect(gateway: Gateway, request: GenerationRequest, warm_wait_s: flo
             for event in chunk.events:
                 tally.count(event)
     return tally
+
+
+async def side_by_side(works: Iterable[Callable[[], Coroutine[Any, Any, T]]]) -> list[T]:
+    """Their results in order, MOST_IN_FLIGHT at a time.
+
+    The first that fails stops the others, and its error is raised as it is.
+    """
+    first, *others = works
+    if not others:
+        return [await first()]
+    room = asyncio.Semaphore(MOST_IN_FLIGHT)
+
+    async def in_turn(work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        async with room:
+            return await work()
+
+    tasks: list[asyncio.Task[T]] = []
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks += [group.create_task(in_turn(work)) for work in (first, *others)]
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+    return [task.result() for task in tasks]
 
 
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
+from functools import partial
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from serve_app.api.document import read_document
 from serve_app.api.door import Door, generation_id
-from serve_app.api.generation import collect, unless_gone
+from serve_app.api.generation import collect, side_by_side, unless_gone
 from serve_app.api.openai_frames import ChatFrames, CompletionFrames, OpenAIFrames
 from serve_app.api.schema_openai import ChatBody, CompletionBody
 from serve_app.api.sse import EventStream
+from serve_app.config import Model
+from serve_app.errors import InvalidRequest
+from serve_app.types import GenerationRequest, SamplingParams
 
 
 class OpenAIRoutes:
@@ -37,17 +42,42 @@ class OpenAIRoutes:
         model = self._door.model(body.model)
         http.state.model = model.name
         params = body.params(model.sampling_defaults)
-        request = self._door.request(generation_id(http), model, body.asked(), params, body.cache_salt)
-        frames = kind(request, _now(), body.include_usage)
+        name, limits = generation_id(http), self._door.config.limits
+        requests = self._requests(name, model, body, params)
+        frames = kind(name, requests, _now(), body.include_usage)
         if body.stream:
-            return EventStream(self._door.gateway, request, frames, self._door.config.limits.heartbeat_s)
-        tally = await unless_gone(
-            http.receive, collect(self._door.gateway, request, self._door.config.limits.warm_wait_s)
+            return EventStream(self._door.gateway, requests, frames, limits.heartbeat_s)
+        answers = side_by_side(
+            partial(collect, self._door.gateway, request, limits.warm_wait_s) for request in requests
         )
-        return JSONResponse(frames.whole(tally))
+        return JSONResponse(frames.whole(await unless_gone(http.receive, answers)))
+
+    def _requests(
+        self, name: str, model: Model, body: CompletionBody | ChatBody, params: SamplingParams
+    ) -> list[GenerationRequest]:
+        """One for each answer, in the order of the choices. Raises InvalidRequest when there are too many."""
+        prompts, most = body.asked(), self._door.config.limits.max_batch_items
+        if len(prompts) * body.n > most:
+            raise InvalidRequest(
+                f"{len(prompts)} prompts with n = {body.n} are {len(prompts) * body.n} answers; "
+                f"ask for at most {most} in one call",
+                param="prompt",
+            )
+        names = [name] if len(prompts) == 1 else [f"{name}-{number}" for number in range(len(prompts))]
+        requests = [
+            self._door.request(each, model, prompt, params, body) for each, prompt in zip(names, prompts, strict=True)
+        ]
+        return [fork for request in requests for fork in _forks(request, body.n)]
 
     def _card(self, name: str) -> dict[str, object]:
         return {"id": name, "object": "model", "created": self._began, "owned_by": "serve_app"}
+
+
+def _forks(request: GenerationRequest, count: int) -> list[GenerationRequest]:
+    """Requests for several answers to one prompt, which is computed once for all of them."""
+    if count == 1:
+        return [request]
+    return [replace(request, id=f"{request.id}-{i}", group=request.id, index=i) for i in range(count)]
 
 
 def _now() -> int:

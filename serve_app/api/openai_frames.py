@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from serve_app.api.frames import finite
 from serve_app.api.refusal import openai_error
 from serve_app.api.sse import DONE, data
-from serve_app.api.tally import Tally
+from serve_app.api.tally import Tally, together
 from serve_app.errors import ServeAppError
 from serve_app.types import Chunk, FinishReason, GenerationRequest, Logprobs, TokenEvent, TokenLogprob
 
@@ -22,37 +22,46 @@ class OpenAIFrames(ABC):
     whole_object: str
     chunk_object: str
 
-    def __init__(self, request: GenerationRequest, created: int, include_usage: bool) -> None:
-        self._request = request
+    def __init__(self, id: str, requests: Sequence[GenerationRequest], created: int, include_usage: bool) -> None:
+        self._id = id
+        self._request = requests[0]
         self._created = created
         self._include_usage = include_usage
-        self._tally = Tally()
+        self._firsts = [number for number, request in enumerate(requests) if request.index == 0]
+        self._tallies = [Tally() for _ in requests]
 
     @abstractmethod
     def answer(self, tally: Tally) -> Json:
-        """What the only choice of a whole answer says."""
+        """What a choice of a whole answer says."""
 
     @abstractmethod
     def piece(self, event: TokenEvent) -> Json:
-        """What the only choice of a chunk says."""
+        """What a choice of a chunk says."""
 
     @abstractmethod
     def logprobs(self, events: Sequence[TokenEvent], offset: int) -> Json:
         """`offset` is where the text of the first event begins."""
 
-    def opening(self) -> bytes:
-        """Frames before the first token."""
+    def opening(self, index: int) -> bytes:
+        """Frames before a choice's first token."""
         return b""
 
-    def whole(self, tally: Tally) -> Json:
-        choice = self._choice(self.answer(tally), tally.events, 0, tally.finish_reason)
-        return self._body(self.whole_object, [choice]) | {"usage": tally.usage()}
+    def whole(self, tallies: Sequence[Tally]) -> Json:
+        choices = [
+            self._choice(index, self.answer(tally), tally.events, 0, tally.finish_reason)
+            for index, tally in enumerate(tallies)
+        ]
+        return self._body(self.whole_object, choices) | {"usage": together(tallies, self._firsts)}
 
-    def chunk(self, chunk: Chunk) -> bytes:
-        opening = self.opening() if self._tally.tokens == 0 else b""
-        self._tally.arrived(chunk)
-        frames = b"".join(self._frame(event) for event in chunk.events)
-        return opening + frames + (self._end() if self._tally.finish_reason else b"")
+    def chunk(self, chunk: Chunk, index: int = 0) -> bytes:
+        tally = self._tallies[index]
+        opening = self.opening(index) if tally.tokens == 0 else b""
+        tally.arrived(chunk)
+        return opening + b"".join(self._frame(event, index) for event in chunk.events)
+
+    def end(self) -> bytes:
+        usage = self._body(self.chunk_object, []) | {"usage": together(self._tallies, self._firsts)}
+        return (data(usage) if self._include_usage else b"") + DONE
 
     def failure(self, error: ServeAppError) -> bytes:
         return data({"error": openai_error(error)}) + DONE
@@ -62,23 +71,22 @@ class OpenAIFrames(ABC):
         body = self._body(self.chunk_object, [choice])
         return data(body | {"usage": None} if self._include_usage else body)
 
-    def _frame(self, event: TokenEvent) -> bytes:
-        offset = len(self._tally.text)
-        self._tally.count(event)
-        return self.data(self._choice(self.piece(event), [event], offset, event.finish_reason))
+    def _frame(self, event: TokenEvent, index: int) -> bytes:
+        tally = self._tallies[index]
+        offset = len(tally.text)
+        tally.count(event)
+        return self.data(self._choice(index, self.piece(event), [event], offset, event.finish_reason))
 
-    def _end(self) -> bytes:
-        usage = self._body(self.chunk_object, []) | {"usage": self._tally.usage()}
-        return (data(usage) if self._include_usage else b"") + DONE
-
-    def _choice(self, said: Json, events: Sequence[TokenEvent], offset: int, finish: FinishReason | None) -> Json:
+    def _choice(
+        self, index: int, said: Json, events: Sequence[TokenEvent], offset: int, finish: FinishReason | None
+    ) -> Json:
         asked = self._request.params.logprobs is not None
         logprobs = self.logprobs(events, offset) if asked else None
-        return {"index": 0, **said, "logprobs": logprobs, "finish_reason": finish}
+        return {"index": index, **said, "logprobs": logprobs, "finish_reason": finish}
 
     def _body(self, kind: str, choices: list[Json]) -> Json:
         return {
-            "id": self.prefix + self._request.id,
+            "id": self.prefix + self._id,
             "object": kind,
             "created": self._created,
             "model": self._request.model,
@@ -117,9 +125,9 @@ class ChatFrames(OpenAIFrames):
     whole_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
-    def opening(self) -> bytes:
+    def opening(self, index: int) -> bytes:
         delta: Json = {"role": "assistant", "content": ""}
-        return self.data({"index": 0, "delta": delta, "logprobs": None, "finish_reason": None})
+        return self.data({"index": index, "delta": delta, "logprobs": None, "finish_reason": None})
 
     def answer(self, tally: Tally) -> Json:
         return {"message": {"role": "assistant", "content": tally.text}}

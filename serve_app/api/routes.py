@@ -35,7 +35,7 @@ class NativeRoutes:
         body = StreamBody.parse(await read_document(http))
         request = self._request(http, body)
         frames = NativeFrames(request, http.state.request_id, body.include_text)
-        return EventStream(self._door.gateway, request, frames, self._door.config.limits.heartbeat_s)
+        return EventStream(self._door.gateway, [request], frames, self._door.config.limits.heartbeat_s)
 
     async def generate_batch(self, http: Request) -> Response:
         body = BatchBody.parse(await read_document(http))
@@ -49,7 +49,7 @@ class NativeRoutes:
         model = self._door.model(body.model)
         http.state.model = model.name
         params = body.params(model.sampling_defaults)
-        return self._door.request(generation_id(http), model, TextPrompt(body.prompt), params, body.cache_salt)
+        return self._door.request(generation_id(http), model, TextPrompt(body.prompt), params, body)
 
 
 class OperatorRoutes:

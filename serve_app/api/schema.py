@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, field_validator
 from pydantic_core import PydanticCustomError
 
 from serve_app.api.schema_body import Body
 from serve_app.config import SamplingDefaults
 from serve_app.errors import InvalidRequest
-from serve_app.types import SamplingParams
+from serve_app.types import Grammar, GrammarKind, SamplingParams
 
 MOST_TOKENS = 2**31 - 1  # far above any context; keeps what crosses borders within 32 bits
 
@@ -28,10 +29,23 @@ StopString = Annotated[str, Field(min_length=1, max_length=256)]
 StopStrings = Annotated[list[StopString], Field(max_length=16, fail_fast=True), BeforeValidator(_one_or_many)]
 
 
+Text = Annotated[str, Field(min_length=1)]
+Bias = dict[Annotated[str, Field(pattern=r"^[0-9]{1,10}$")], Annotated[float, Field(ge=-100, le=100)]]
+# What an answer may look like, by vLLM's names, and what the engine calls it.
+GUIDES: dict[str, GrammarKind] = {
+    "guided_json": "json_schema",
+    "guided_regex": "regex",
+    "guided_choice": "choice",
+    "guided_grammar": "lark",
+}
+
+
 class SamplingFields(Body):
     """How tokens are chosen. What is absent comes from the model's defaults, or switches its rule off.
 
-    `cache_salt` keeps what is computed of a prompt among the requests that carry the same one.
+    `cache_salt` keeps what is computed of a prompt among the requests that carry the same one. Of a prompt only the
+    last `truncate_prompt_tokens` tokens are kept; -1 keeps as many as the model takes. Of requests that wait, the
+    lowest `priority` is served first.
     """
 
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -46,7 +60,40 @@ class SamplingFields(Body):
     stop_token_ids: Annotated[list[TokenId], Field(max_length=64, fail_fast=True, default_factory=list)]
     ignore_eos: bool = False
     min_tokens: Annotated[int, Field(ge=0, le=MOST_TOKENS)] = 0
+    logit_bias: Annotated[Bias, Field(max_length=1024, default_factory=dict)]
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+    guided_json: dict[str, object] | None = None
+    guided_regex: Text | None = None
+    guided_choice: Annotated[list[Text], Field(min_length=1, max_length=1024, fail_fast=True)] | None = None
+    guided_grammar: Text | None = None
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=MOST_TOKENS)] | None = None
+    priority: Annotated[int, Field(ge=-(2**31), le=2**31 - 1)] = 0
     cache_salt: Annotated[str, Field(max_length=128)] = ""
+
+    @field_validator("truncate_prompt_tokens")
+    @classmethod
+    def _something_is_left(cls, count: int | None) -> int | None:
+        if count == 0:
+            raise PydanticCustomError("nothing_left", "Input should be 1 or more, or -1 for as many as the model takes")
+        return count
+
+    def grammars(self) -> list[Grammar]:
+        """What the answer must look like, by each field that says so."""
+        asked = [(name, getattr(self, name)) for name in GUIDES]
+        return [
+            Grammar(GUIDES[name], value if isinstance(value, str) else json.dumps(value), name)
+            for name, value in asked
+            if value is not None
+        ]
+
+    def _grammar(self) -> Grammar | None:
+        """Raises InvalidRequest."""
+        grammars = self.grammars()
+        if len(grammars) > 1:
+            names = " and ".join(grammar.field for grammar in grammars)
+            raise InvalidRequest(f"{names} each say what the answer looks like; send one", param=grammars[1].field)
+        return grammars[0] if grammars else None
 
     def sampling(
         self, defaults: SamplingDefaults, max_tokens: int | None, logprobs: int | None, greedy: bool = False
@@ -72,6 +119,10 @@ class SamplingFields(Body):
             stop_token_ids=tuple(self.stop_token_ids),
             ignore_eos=self.ignore_eos,
             logprobs=logprobs,
+            skip_special_tokens=self.skip_special_tokens,
+            include_stop_str_in_output=self.include_stop_str_in_output,
+            logit_bias=tuple((int(token), bias) for token, bias in self.logit_bias.items()),
+            grammar=self._grammar(),
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
@@ -12,8 +12,11 @@ from serve_app.errors import InvalidRequest
 
 LONGEST_NAME = 64
 
-# How a field that takes a string or a list tells its two forms apart.
-TEXT, LIST = TAGS = ("<text>", "<list>")
+# How a field that takes a string or a list, or several of either, tells its forms apart.
+TEXT, LIST, TEXTS, LISTS = TAGS = ("<text>", "<list>", "<texts>", "<lists>")
+
+
+Nested: TypeAlias = "Mapping[str, type[Body]]"
 
 
 class Body(BaseModel):
@@ -21,18 +24,23 @@ class Body(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
-    nested: ClassVar[Mapping[str, type[Body]]] = {}
+    nested: ClassVar[Nested] = {}
 
     @classmethod
     def parse(cls, document: object) -> Self:
         """Raises InvalidRequest, which names the first wrong field and counts the others."""
         if not isinstance(document, dict):
-            raise InvalidRequest(f"expected a JSON object with the fields {_listed(cls.model_fields)}")
+            raise InvalidRequest(f"expected a JSON object with the fields {_listed(cls.names())}")
         try:
             return cls.model_validate(document)
         except ValidationError as error:
             faults = error.errors(include_url=False, include_input=False)
             raise cls._refusal(faults) from None
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """Its fields, as a caller writes them."""
+        return [field.alias or name for name, field in cls.model_fields.items()]
 
     @model_validator(mode="before")
     @classmethod
@@ -56,7 +64,7 @@ class Body(BaseModel):
     @classmethod
     def _unknown(cls, location: Sequence[str | int]) -> str:
         owners = [part for part in location[:-1] if isinstance(part, str)]
-        fields = (cls.nested[owners[-1]] if owners else cls).model_fields
+        fields = (cls.nested[owners[-1]] if owners else cls).names()
         near = difflib.get_close_matches(str(location[-1])[:LONGEST_NAME], fields, n=1)
         remedy = f"did you mean {near[0]}?" if near else f"the fields are {_listed(fields)}"
         return f"{_path(location)} is not a field here; {remedy}"

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal
+import json
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic_core import PydanticCustomError
 
-from serve_app.api.schema import SamplingFields, TokenCount, TokenId
-from serve_app.api.schema_body import LIST, TEXT, Body
+from serve_app.api.schema import SamplingFields, Text, TokenCount, TokenId
+from serve_app.api.schema_body import LIST, LISTS, TEXT, TEXTS, Body, Nested
 from serve_app.config import SamplingDefaults
 from serve_app.errors import InvalidRequest
-from serve_app.types import ChatMessage, ChatPrompt, Prompt, SamplingParams, TextPrompt, TokenPrompt
+from serve_app.types import ChatMessage, ChatPrompt, Grammar, Prompt, SamplingParams, TextPrompt, TokenPrompt
+
+# Answers to one prompt; each takes a slot.
+MOST_ANSWERS = 16
 
 
 def _text_or_list(value: object) -> str | None:
@@ -19,18 +23,63 @@ def _text_or_list(value: object) -> str | None:
     return TEXT if isinstance(value, str) else LIST if isinstance(value, list) else None
 
 
+def _kind_of_prompts(value: object) -> str | None:
+    """By the first one: several texts, several lists of token ids, or one of either."""
+    if isinstance(value, list) and value and isinstance(value[0], str | list):
+        return TEXTS if isinstance(value[0], str) else LISTS
+    return _text_or_list(value)
+
+
 class StreamOptions(Body):
     include_usage: bool = False
 
 
+class JsonSchema(Body):
+    """`strict` is always so here: what the schema does not allow cannot be said."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+    definition: Annotated[dict[str, object], Field(alias="schema")]
+    description: str | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(Body):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    nested: ClassVar[Nested] = {"json_schema": JsonSchema}
+
+    @model_validator(mode="after")
+    def _schema_goes_with_its_type(self) -> Self:
+        if (self.json_schema is not None) != (self.type == "json_schema"):
+            raise PydanticCustomError(
+                "schema_type", "Input should have json_schema exactly when its type is json_schema"
+            )
+        return self
+
+    def grammar(self) -> Grammar | None:
+        if self.json_schema is not None:
+            return Grammar("json_schema", json.dumps(self.json_schema.definition), "response_format")
+        return Grammar("json_object", field="response_format") if self.type == "json_object" else None
+
+
 class OpenAIFields(SamplingFields):
     model: str | None = None
-    n: int = 1
+    n: Annotated[int, Field(ge=1, le=MOST_ANSWERS)] = 1
+    response_format: ResponseFormat | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: str | None = None
 
-    nested: ClassVar[Mapping[str, type[Body]]] = {"stream_options": StreamOptions}
+    nested: ClassVar[Nested] = {
+        "stream_options": StreamOptions,
+        "response_format": ResponseFormat,
+        "json_schema": JsonSchema,
+    }
+
+    def grammars(self) -> list[Grammar]:
+        formatted = self.response_format.grammar() if self.response_format is not None else None
+        return [*([formatted] if formatted is not None else []), *super().grammars()]
 
     @property
     def include_usage(self) -> bool:
@@ -38,8 +87,6 @@ class OpenAIFields(SamplingFields):
 
     def checked(self, defaults: SamplingDefaults, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
         """Raises InvalidRequest."""
-        if self.n != 1:
-            raise InvalidRequest("n can only be 1; send several requests for several answers", param="n")
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest(
                 "stream_options goes with stream: true; leave it out or stream", param="stream_options"
@@ -47,13 +94,16 @@ class OpenAIFields(SamplingFields):
         return self.sampling(defaults, max_tokens, logprobs)
 
 
+TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 CompletionPrompt = Annotated[
-    Annotated[str, Field(min_length=1), Tag(TEXT)]
-    | Annotated[list[TokenId], Field(min_length=1, fail_fast=True), Tag(LIST)],
+    Annotated[Text, Tag(TEXT)]
+    | Annotated[TokenIds, Tag(LIST)]
+    | Annotated[list[Text], Field(fail_fast=True), Tag(TEXTS)]
+    | Annotated[list[TokenIds], Field(fail_fast=True), Tag(LISTS)],
     Discriminator(
-        _text_or_list,
+        _kind_of_prompts,
         custom_error_type="prompt_type",
-        custom_error_message="Input should be a string or a list of token ids",
+        custom_error_message="Input should be a string or a list of token ids, or a list of either",
     ),
 ]
 
@@ -63,8 +113,13 @@ class CompletionBody(OpenAIFields):
     max_tokens: TokenCount = 16
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
 
-    def asked(self) -> Prompt:
-        return TextPrompt(self.prompt) if isinstance(self.prompt, str) else TokenPrompt(tuple(self.prompt))
+    def asked(self) -> list[Prompt]:
+        prompt = self.prompt
+        several = isinstance(prompt, list) and isinstance(prompt[0], str | list)
+        return [
+            TextPrompt(one) if isinstance(one, str) else TokenPrompt(tuple(one))  # type: ignore[arg-type]
+            for one in (prompt if several else [prompt])
+        ]
 
     def params(self, defaults: SamplingDefaults) -> SamplingParams:
         return self.checked(defaults, self.max_tokens, self.logprobs)
@@ -101,14 +156,14 @@ class ChatBody(OpenAIFields):
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
-    nested: ClassVar[Mapping[str, type[Body]]] = {
-        "stream_options": StreamOptions,
+    nested: ClassVar[Nested] = {
+        **OpenAIFields.nested,
         "messages": Message,
         "content": TextPart,
     }
 
-    def asked(self) -> Prompt:
-        return ChatPrompt(tuple(message.plain() for message in self.messages))
+    def asked(self) -> list[Prompt]:
+        return [ChatPrompt(tuple(message.plain() for message in self.messages))]
 
     def params(self, defaults: SamplingDefaults) -> SamplingParams:
         if self.top_logprobs is not None and not self.logprobs:

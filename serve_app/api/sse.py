@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Sequence
 from contextlib import aclosing
+from functools import partial
 from typing import Protocol
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from serve_app.api.gateway import Gateway
-from serve_app.api.generation import answer, stop, unless_gone
+from serve_app.api.generation import answer, side_by_side, stop, unless_gone
 from serve_app.errors import ServeAppError
 from serve_app.types import Chunk, GenerationRequest
 
@@ -38,10 +40,14 @@ def comment(word: str) -> bytes:
 
 
 class Frames(Protocol):
-    """One dialect's frames for one generation."""
+    """One dialect's frames for the answers to one call."""
 
-    def chunk(self, chunk: Chunk) -> bytes:
-        """The frames of every event, and after a finish reason whatever ends the stream."""
+    def chunk(self, chunk: Chunk, index: int) -> bytes:
+        """The frames of every event of answer `index`."""
+        ...
+
+    def end(self) -> bytes:
+        """What ends the stream after the last token of every answer."""
         ...
 
     def failure(self, error: ServeAppError) -> bytes:
@@ -50,22 +56,24 @@ class Frames(Protocol):
 
 
 class EventStream(Response):
-    """Streams one generation. An error before anything was sent is raised, and so keeps its own status.
+    """Streams the answers to one call as they come.
 
+    An error before anything was sent is raised, and so keeps its own status.
     A model that stays silent for `every_s` seconds makes the response begin, or go on, with a comment:
     from then on errors travel in band.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, gateway: Gateway, request: GenerationRequest, frames: Frames, every_s: float) -> None:
+    def __init__(self, gateway: Gateway, requests: Sequence[GenerationRequest], frames: Frames, every_s: float) -> None:
         self.status_code = 200
         self.background = None
         headers = {"content-type": "text/event-stream", "cache-control": "no-cache", "x-accel-buffering": "no"}
         self.init_headers(headers)
         self._gateway = gateway
-        self._request = request
+        self._requests = requests
         self._frames = frames
+        self._unfinished = len(requests)
         self._every_s = every_s
         self._started = False
         self._finished = False
@@ -86,16 +94,21 @@ class EventStream(Response):
 
     async def _answer(self, send: Send) -> None:
         try:
-            async with aclosing(answer(self._gateway, self._request)) as chunks:
-                async for chunk in chunks:
-                    self._finished = chunk.events[-1].finish_reason is not None
-                    await self._write(send, self._frames.chunk(chunk))
+            await side_by_side(partial(self._follow, send, index) for index in range(len(self._requests)))
         except ServeAppError as error:
             if not self._started:
                 raise
             self._finished = True
-            self._gateway.refused(error, self._request.model)
+            self._gateway.refused(error, self._requests[0].model)
             await self._write(send, self._frames.failure(error))
+
+    async def _follow(self, send: Send, index: int) -> None:
+        async with aclosing(answer(self._gateway, self._requests[index])) as chunks:
+            async for chunk in chunks:
+                frames = self._frames.chunk(chunk, index)
+                self._unfinished -= chunk.events[-1].finish_reason is not None
+                self._finished = self._unfinished == 0
+                await self._write(send, frames + self._frames.end() if self._finished else frames)
 
     async def _pulse(self, send: Send) -> None:
         """A comment whenever nothing was written for `every_s`; nothing follows the terminal frame."""
@@ -105,7 +118,7 @@ class EventStream(Response):
             if silence_s < self._every_s:
                 await asyncio.sleep(self._every_s - silence_s)
             else:
-                await self._write(send, comment(self._gateway.waiting_on(self._request.model)))
+                await self._write(send, comment(self._gateway.waiting_on(self._requests[0].model)))
 
     async def _write(self, send: Send, body: bytes) -> None:
         async with self._writing:  # the start comes first, whoever writes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from serve_app.types import Chunk, FinishReason, TokenEvent
@@ -64,6 +65,15 @@ def usage(prompt_tokens: int, cached_tokens: int, completion_tokens: int) -> Usa
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
     }
+
+
+def together(tallies: Sequence[Tally], firsts: Sequence[int]) -> Usage:
+    """Of all answers of a call. A prompt counts once, with the first of its answers, which are numbered `firsts`."""
+    return usage(
+        sum(tallies[first].prompt_tokens for first in firsts),
+        sum(tallies[first].cached_tokens for first in firsts),
+        sum(tally.tokens for tally in tallies),
+    )
 
 
 def milliseconds(seconds: float) -> float:

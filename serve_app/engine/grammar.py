@@ -14,7 +14,6 @@ from serve_app.types import Grammar
 
 logger = logging.getLogger(__name__)
 
-_PARAM = "grammar"
 _MOST_CHARACTERS = 65_536
 _COMPILED = 32
 # Between the parts of a JSON document; without a bound an unsure model writes spaces until its tokens are used up.
@@ -27,8 +26,9 @@ _LIMITS = LLParserLimits(step_lexer_fuel=100_000, step_max_items=20_000, max_lex
 class Constraint:
     """Where one answer is in its grammar. Belongs to one sequence, and is used by one thread at a time."""
 
-    def __init__(self, matcher: LLMatcher, end_ids: frozenset[int], ignore_eos: bool) -> None:
+    def __init__(self, matcher: LLMatcher, end_ids: frozenset[int], ignore_eos: bool, field: str) -> None:
         self._matcher = matcher
+        self._field = field
         self._end_ids = end_ids
         self._ignore_eos = ignore_eos
 
@@ -40,7 +40,7 @@ class Constraint:
         """
         bits = bytearray(self._matcher.compute_bitmask())
         if self._matcher.is_error():
-            return InvalidRequest(f"the grammar cannot be followed: {_why(self._matcher)}", param=_PARAM)
+            return InvalidRequest(f"the grammar cannot be followed: {_why(self._matcher)}", param=self._field)
         may_end = self._matcher.is_stopped() or (self._matcher.is_accepting() and not self._ignore_eos)
         for token in self._end_ids:
             bits[token // 8] = bits[token // 8] & ~(1 << token % 8) | may_end << token % 8
@@ -70,11 +70,11 @@ class Grammars:
         """The beginning of an answer in this grammar; InvalidRequest if there can be none."""
         compiled = self._compiled(grammar)
         if isinstance(compiled, str):
-            return InvalidRequest(compiled, param=_PARAM)
+            return InvalidRequest(compiled, param=grammar.field)
         tokenizer = self._trie
         assert isinstance(tokenizer, LLTokenizer), "what was compiled was compiled for it"
         ends = self._end_ids or frozenset(token for token in [tokenizer.eos_token] if token < self._vocabulary)
-        return Constraint(compiled.deep_copy(), ends, ignore_eos)
+        return Constraint(compiled.deep_copy(), ends, ignore_eos, grammar.field)
 
     def _compile(self, grammar: Grammar) -> LLMatcher | str:
         """A matcher at its beginning, to be copied; or a sentence why not."""

@@ -40,7 +40,7 @@ class ToyText:
 
     def constraint(self, grammar: Grammar, ignore_eos: bool) -> InvalidRequest:
         """It repeats its prompt, whatever the grammar."""
-        return InvalidRequest("the toy model follows no grammar; ask a real one", param="grammar")
+        return InvalidRequest("the toy model follows no grammar; ask a real one", param=grammar.field)
 
     def _encode(self, prompt: Prompt) -> list[int] | ServeAppError:
         if isinstance(prompt, TextPrompt):

@@ -304,6 +304,14 @@ async def test_the_official_client_sends_an_answer_back(official: openai.AsyncOp
     assert tuple(message.role for message in gateway.requests[1].prompt.messages) == said
 
 
+async def test_the_official_client_asks_for_several(official: openai.AsyncOpenAI, gateway: ScriptedGateway) -> None:
+    answer = await official.chat.completions.create(
+        model="small", messages=[HI], n=2, response_format={"type": "json_object"}, logit_bias={"7": 1}
+    )
+    assert [choice.index for choice in answer.choices] == [0, 1]
+    assert [choice.message.content for choice in answer.choices] == ["some words"] * 2
+
+
 async def test_the_official_client_streams_a_chat(official: openai.AsyncOpenAI, gateway: ScriptedGateway) -> None:
     gateway.plays(BEAT, chunk(["Par"], None), chunk(["is"], start=1))
     stream = await official.chat.completions.create(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import shlex
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import jsonschema
 import openai
 import psutil
 import pytest
@@ -83,6 +85,56 @@ async def test_the_openai_client_hears_paris(service: Shipped) -> None:
     # Of the second one's prompt most was there already.
     assert last.prompt_tokens_details is not None
     assert last.prompt_tokens_details.cached_tokens == 32
+
+
+async def test_an_answer_has_the_shape_that_was_asked_for(service: Shipped) -> None:
+    """Whatever is sampled: the schema leaves nothing else to say."""
+    schema: dict[str, Any] = {
+        "type": "object",
+        "properties": {
+            "city": {"type": "string", "maxLength": 20},
+            "people": {"type": "integer", "minimum": 1, "maximum": 9999},
+            "kind": {"enum": ["town", "village"]},
+        },
+        "required": ["city", "people", "kind"],
+        "additionalProperties": False,
+    }
+    shape: Any = {"type": "json_schema", "json_schema": {"name": "place", "schema": schema}}
+    async with openai.AsyncOpenAI(base_url=service.url + "/v1", api_key="none") as client:
+        answer = await client.chat.completions.create(
+            model=MODEL, messages=FRANCE, temperature=1, seed=3, n=3, max_tokens=120, response_format=shape
+        )
+        shape["json_schema"]["schema"] = {"type": "nothing"}
+        with pytest.raises(openai.UnprocessableEntityError) as refused:
+            await client.chat.completions.create(model=MODEL, messages=FRANCE, response_format=shape)
+    assert refused.value.param == "response_format"
+    said = [choice.message.content or "" for choice in answer.choices]
+    assert len(set(said)) > 1, "each answer draws for itself"
+    for text in said:
+        jsonschema.validate(json.loads(text), schema)
+
+
+async def test_four_answers_cost_one_prefill(service: Shipped) -> None:
+    async def computed(client: httpx.AsyncClient) -> float:
+        page = (await client.get("/metrics")).text
+        lines = [line for line in page.splitlines() if line.startswith("serve_app_prefix_cache_")]
+        asked, found = (
+            sum(float(x.split()[-1]) for x in lines if word in x)
+            for word in ("queried_tokens_total", "hit_tokens_total")
+        )
+        return asked - found
+
+    prompt = "The lighthouse keeper wrote down every ship that passed. " * 20
+    async with httpx.AsyncClient(base_url=service.url, timeout=60) as client:
+        before = await computed(client)
+        body = {"prompt": prompt, "n": 4, "seed": 1, "max_tokens": 8, "temperature": 1, "cache_salt": "four"}
+        answer = (await client.post("/v1/completions", json=body)).json()
+        await asyncio.sleep(2.5)  # the hub hears of it once a second
+        after = await computed(client)
+    tokens = answer["usage"]["prompt_tokens"]
+    assert len(answer["choices"]) == 4
+    assert answer["usage"]["completion_tokens"] == 32
+    assert tokens <= after - before <= tokens + 3 * 32, "whole blocks are copied, the rest of a block is not"
 
 
 async def test_32_streams_at_once_all_end_and_memory_stays_what_the_readme_says(service: Shipped) -> None:
