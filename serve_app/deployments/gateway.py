@@ -200,18 +200,24 @@ class ReplicaGateway:
             retry_after_s=max(1.0, usual - ran),
         )
 
+    async def look(self) -> None:
+        """See what the models do. An ingress does so before it serves: it may be the next of one that knew."""
+        try:
+            async with asyncio.timeout(_BOARD_S):
+                board = await self._board()
+        except Exception:
+            # The hub may be starting or moving; replicas go on serving, so the last look still holds.
+            logger.debug("cannot read the board", exc_info=True)
+            return
+        for model in self._models.values():
+            status = board.status(model)
+            if status is not None:
+                self._note(status)
+                self._replicas[model.name] = board.ready(model.name)
+
     async def _look_for_ever(self) -> None:
         while True:
-            try:
-                board = await self._board()
-                for model in self._models.values():
-                    status = board.status(model)
-                    if status is not None:
-                        self._note(status)
-                        self._replicas[model.name] = board.ready(model.name)
-            except Exception:
-                # The hub may be starting or moving; replicas go on serving, so the last look still holds.
-                logger.debug("cannot read the board", exc_info=True)
+            await self.look()
             await asyncio.sleep(_LOOK_S)
 
     def _note(self, status: ModelStatus) -> None:

@@ -27,6 +27,7 @@ class Ingress:
         backends = {model.name: _remote(handle) for model, handle in zip(config.models, handles, strict=True)}
         self._config = config
         self._gateway = ReplicaGateway(config, backends, hub, replica, here=False)
+        await self._gateway.look()
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return create_app(self._gateway, self._config)

@@ -134,7 +134,7 @@ every_quantised = pytest.mark.parametrize(
 def test_int8_is_what_is_best_here() -> None:
     assert kernels.available(lambda stage: None)
     layer = pack(torch.randn(48, 64), None, "int8")
-    assert isinstance(layer, Int8DotLinear if torch.ops.serve_app.has_dots() else Int8Linear)
+    assert isinstance(layer, Int8Linear)
     assert isinstance(pack(torch.randn(20, 64), None, "int8"), Int8Linear)
 
 
