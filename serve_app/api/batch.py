@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
 
 from starlette.requests import Request
 
 from serve_app.api.door import Door, generation_id
 from serve_app.api.frames import whole
-from serve_app.api.generation import MOST_IN_FLIGHT, collect
+from serve_app.api.generation import collect, side_by_side
 from serve_app.api.refusal import native_error
 from serve_app.api.schema import GenerateBody
 from serve_app.api.tally import Tally, milliseconds, rate, usage
@@ -25,21 +25,13 @@ class Batch:
         self._request_id: str = http.state.request_id
         self._id = generation_id(http)
         self._items = items
-        self._results: list[dict[str, object]] = [{} for _ in items]
         self._tallies: list[Tally] = []
 
     async def run(self) -> dict[str, object]:
         """The body of the answer. Cancelled, it leaves no generator open."""
         began = self._door.clock()
-        waiting = iter(range(len(self._items)))
-        async with asyncio.TaskGroup() as group:
-            for _ in range(min(MOST_IN_FLIGHT, len(self._items))):
-                group.create_task(self._work(waiting))
-        return self._body(self._door.clock() - began)
-
-    async def _work(self, waiting: Iterator[int]) -> None:
-        for index in waiting:
-            self._results[index] = {"index": index, **await self._result(index)}
+        results = await side_by_side(partial(self._result, index) for index in range(len(self._items)))
+        return self._body(results, self._door.clock() - began)
 
     async def _result(self, index: int) -> dict[str, object]:
         model: str | None = None
@@ -52,14 +44,14 @@ class Batch:
             tally = await collect(self._door.gateway, request, self._door.config.limits.warm_wait_s)
         except ServeAppError as error:
             self._door.gateway.refused(error, model)
-            return {"error": native_error(error, self._request_id)}
+            return {"index": index, "error": native_error(error, self._request_id)}
         self._tallies.append(tally)
-        return whole(request, tally)
+        return {"index": index, **whole(request, tally)}
 
-    def _body(self, elapsed_s: float) -> dict[str, object]:
+    def _body(self, results: list[dict[str, object]], elapsed_s: float) -> dict[str, object]:
         tokens = sum(tally.tokens for tally in self._tallies)
         return {
-            "results": self._results,
+            "results": results,
             "usage": usage(
                 sum(tally.prompt_tokens for tally in self._tallies),
                 sum(tally.cached_tokens for tally in self._tallies),

@@ -21,7 +21,7 @@ class NativeFrames:
         self._logprobs = request.params.logprobs is not None
         self._tally = Tally()
 
-    def chunk(self, chunk: Chunk, index: int = 0) -> bytes:
+    def chunk(self, chunk: Chunk, index: int) -> bytes:
         self._tally.arrived(chunk)
         return b"".join(data(self._frame(event)) for event in chunk.events)
 

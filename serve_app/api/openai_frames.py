@@ -53,7 +53,7 @@ class OpenAIFrames(ABC):
         ]
         return self._body(self.whole_object, choices) | {"usage": together(tallies, self._firsts)}
 
-    def chunk(self, chunk: Chunk, index: int = 0) -> bytes:
+    def chunk(self, chunk: Chunk, index: int) -> bytes:
         tally = self._tallies[index]
         opening = self.opening(index) if tally.tokens == 0 else b""
         tally.arrived(chunk)

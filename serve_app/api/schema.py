@@ -143,7 +143,7 @@ class NativeFields(SamplingFields):
 
 
 class GenerateBody(NativeFields):
-    prompt: Annotated[str, Field(min_length=1)]
+    prompt: Text
 
 
 class StreamBody(GenerateBody):

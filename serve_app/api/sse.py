@@ -76,7 +76,6 @@ class EventStream(Response):
         self._unfinished = len(requests)
         self._every_s = every_s
         self._started = False
-        self._finished = False
         self._wrote_at = 0.0
         self._writing = asyncio.Lock()
 
@@ -98,7 +97,7 @@ class EventStream(Response):
         except ServeAppError as error:
             if not self._started:
                 raise
-            self._finished = True
+            self._unfinished = 0
             self._gateway.refused(error, self._requests[0].model)
             await self._write(send, self._frames.failure(error))
 
@@ -107,13 +106,12 @@ class EventStream(Response):
             async for chunk in chunks:
                 frames = self._frames.chunk(chunk, index)
                 self._unfinished -= chunk.events[-1].finish_reason is not None
-                self._finished = self._unfinished == 0
-                await self._write(send, frames + self._frames.end() if self._finished else frames)
+                await self._write(send, frames if self._unfinished else frames + self._frames.end())
 
     async def _pulse(self, send: Send) -> None:
         """A comment whenever nothing was written for `every_s`; nothing follows the terminal frame."""
         loop = asyncio.get_running_loop()
-        while not self._finished:
+        while self._unfinished:
             silence_s = loop.time() - self._wrote_at
             if silence_s < self._every_s:
                 await asyncio.sleep(self._every_s - silence_s)
