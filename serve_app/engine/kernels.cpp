@@ -434,12 +434,13 @@ struct Linears {
 // `norms` are those before attention and before the MLP in turn, and the last one; linear layers are four a layer
 // (queries, keys and values; out; gate and up; down). Returns what the head reads, of the wanted rows.
 std::tuple<Tensor, Optional> layers(
-    Tensor x, at::TensorList norms, at::TensorList weights, at::TensorList lines,
-    const c10::List<Optional>& biases, const Linears::Packed& packed, const c10::List<Optional>& query_norms, const c10::List<Optional>& key_norms,
+    Tensor x, at::TensorList norms, at::TensorList weights, at::TensorList lines, const c10::List<Optional>& biases,
+    const Linears::Packed& packed, const c10::List<Optional>& query_norms, const c10::List<Optional>& key_norms,
     at::IntArrayRef windows, int64_t heads, double eps, const Tensor& cos, const Tensor& sin, Tensor slots,
     Tensor positions, const Tensor& wanted, at::TensorList keys, at::TensorList values) {
   const Linears linear{weights, lines, biases, packed};
-  const int64_t count = windows.size(), dim = keys[0].size(3), int8 = packed.size() || weights[0].scalar_type() == at::kByte && weights[0].dim() == 4;
+  const int64_t count = windows.size(), dim = keys[0].size(3);
+  const bool int8 = packed.size() || (weights[0].scalar_type() == at::kByte && weights[0].dim() == 4);
   auto room = [&](int64_t width) -> std::pair<Tensor, Optional> {
     Tensor place = at::empty({x.size(0) + int8, width}, x.options());
     return {place, int8 ? Optional(at::empty({x.size(0)}, at::kFloat)) : std::nullopt};

@@ -32,7 +32,7 @@ def available(report: Report) -> bool:
 
     They are not where there is no C++ compiler, on other systems than Linux, or with SERVE_APP_NATIVE_KERNELS=0.
     """
-    if loaded():
+    if hasattr(torch.ops.serve_app, "attend"):
         return True
     try:
         torch.ops.load_library(_built(report))  # type: ignore[no-untyped-call]
@@ -40,10 +40,6 @@ def available(report: Report) -> bool:
         logger.warning("native kernels are not used, steps are slower: %s", error)
         return False
     return True
-
-
-def loaded() -> bool:
-    return hasattr(torch.ops.serve_app, "attend")
 
 
 class _Unavailable(Exception):

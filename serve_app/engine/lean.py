@@ -63,7 +63,7 @@ class LeanModel:
         quantization: Quantization,
     ) -> None:
         config, length = model.config, caches[0].length
-        self._caches = caches
+        self._keys, self._values = [cache.keys for cache in caches], [cache.values for cache in caches]
         self._heads = config.num_attention_heads
         self._dim = _head_size(model)
         self._eps = float(config.rms_norm_eps)
@@ -78,7 +78,6 @@ class LeanModel:
         self._head = pack(model.get_output_embeddings().weight, None, of_head(quantization))
         self._cos, self._sin = _rotations(model, length)
         self._native = self._for_native()
-        self._arenas = [cache.keys for cache in caches], [cache.values for cache in caches]
 
     @property
     def weight_bytes(self) -> int:
@@ -95,8 +94,9 @@ class LeanModel:
             normed = self.layers(x, slots, positions, wanted)
         else:
             normed = torch.ops.serve_app.layers(
-                x, *self._native, self._heads, self._eps, self._cos, self._sin, slots, positions, wanted, *self._arenas
-            )
+                x, *self._native, self._heads, self._eps, self._cos, self._sin, slots, positions, wanted,
+                self._keys, self._values,
+            )  # fmt: skip
         if not len(wanted):
             return x.new_empty(0, self._head.out_features)
         logits, scale = self._head.scaled(*normed)
@@ -111,18 +111,18 @@ class LeanModel:
         """
         native = torch.ops.serve_app
         y: Scaled = (None, None)
-        for layer, cache in zip(self._layers, self._caches, strict=True):
+        for layer, keys, values in zip(self._layers, self._keys, self._values, strict=True):
             qkv, scale = layer.qkv.scaled(*self._normed(x, y, layer.norm))
             native.rope_store(
                 qkv, scale, self._heads, self._cos, self._sin, layer.query_norm, layer.key_norm, self._eps,
-                slots, positions, cache.keys, cache.values,
+                slots, positions, keys, values,
             )  # fmt: skip
             if layer is self._layers[-1]:
                 # Whatever is not sampled from has done its part when its keys and values are kept.
                 x, qkv, slots, positions = x[wanted], qkv[wanted], slots[wanted], positions[wanted]
             attended, scale = self._room(x.shape[0], self._heads * self._dim)
             native.attend(
-                qkv, self._heads, self._dim**-0.5, layer.window, slots, positions, cache.keys, cache.values,
+                qkv, self._heads, self._dim**-0.5, layer.window, slots, positions, keys, values,
                 attended, scale,
             )  # fmt: skip
             y = layer.out.scaled(attended, scale)

@@ -14,7 +14,15 @@ from serve_app.engine import int4
 Quantization = Literal["none", "int8", "int4"]
 
 
-class PackedLinear(torch.nn.Module):
+class _AsItIs(torch.nn.Module):
+    """A layer that reads rows as they are, where Int8Linear wants scaled ones."""
+
+    def scaled(self, rows: torch.Tensor, scales: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        assert scales is None, "these rows are what they are"
+        return self(rows), None
+
+
+class PackedLinear(_AsItIs):
     """bfloat16 through oneDNN with weights laid out beforehand: 1.7 times F.linear at one row, 1.25 at 32.
 
     The operations are those that torch's compiler calls; `pack` uses them only after a trial.
@@ -32,12 +40,8 @@ class PackedLinear(torch.nn.Module):
         y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return y
 
-    def scaled(self, rows: torch.Tensor, scales: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        assert scales is None, "these rows are what they are"
-        return self(rows), None
 
-
-class DotLinear(torch.nn.Module):
+class DotLinear(_AsItIs):
     """bfloat16 through matmul.h: a half to two thirds of oneDNN's time at one to eight rows, no more at any number.
 
     For processors with dot products of bfloat16 vectors; where there are tiles (AMX) oneDNN uses them.
@@ -55,10 +59,6 @@ class DotLinear(torch.nn.Module):
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         y: torch.Tensor = torch.ops.serve_app.linear_bfloat16(rows, self.weight, self.bias)
         return y.reshape(*x.shape[:-1], self.out_features)
-
-    def scaled(self, rows: torch.Tensor, scales: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        assert scales is None, "these rows are what they are"
-        return self(rows), None
 
 
 class Int8Linear(torch.nn.Module):
@@ -140,7 +140,7 @@ class Int8DotLinear(torch.nn.Module):
         return torch.ops.serve_app.linear_int8(rows, self.weight, self.lines, self.bias, scales), None
 
 
-class Int4Linear(torch.nn.Module):
+class Int4Linear(_AsItIs):
     """Weights in 4 bits by groups (int4.py), rows in bfloat16, sums in float32; a row's result is its own.
 
     torch's kernel has vector code for bfloat16 rows only: float32 ones take 60 times as long, so they are rounded.
@@ -163,12 +163,8 @@ class Int4Linear(torch.nn.Module):
             y.add_(self.bias)
         return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
 
-    def scaled(self, rows: torch.Tensor, scales: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        assert scales is None, "these rows are what they are"
-        return self(rows), None
 
-
-class PlainLinear(torch.nn.Module):
+class PlainLinear(_AsItIs):
     """As it came."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
@@ -180,10 +176,6 @@ class PlainLinear(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.weight, self.bias)
-
-    def scaled(self, rows: torch.Tensor, scales: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        assert scales is None, "these rows are what they are"
-        return self(rows), None
 
 
 Linear = DotLinear | PackedLinear | Int8DotLinear | Int8Linear | Int4Linear | PlainLinear
@@ -239,7 +231,7 @@ def swap(model: torch.nn.Module, quantization: Quantization, head: torch.nn.Modu
 
 
 def _has_dots() -> bool:
-    """Off: through matmul.h the embedded model's chat answers go wrong, though its layers pass their tests alone."""
+    """Off: they round otherwise than oneDNN, and "The capital of France is Paris" hangs on that (docs/decisions.md)."""
     return False
 
 
