@@ -178,6 +178,7 @@ async def roll_out(head: Head, client: httpx.AsyncClient, **options: Any) -> Non
         began = time.monotonic()
         answer = await client.post("/generate", json={"model": "rolling", "prompt": "abc", "max_tokens": 6})
         assert answer.status_code == 200, answer.text
+        assert answer.json()["text"] == "abcabc"
         slowest = max(slowest, time.monotonic() - began)
     frames = await running
     assert frames[-1]["finished"] is True
