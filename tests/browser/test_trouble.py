@@ -13,7 +13,7 @@ from serve_app.errors import DeadlineExceeded, InternalError, InvalidRequest, No
 from serve_app.types import ModelState, ModelStatus
 from tests.api.scripted import BEAT, ScriptedGateway, Step, chunk
 from tests.browser.visitor import Visitor
-from tests.graph.house import Service, free_port, model
+from tests.graph.house import Service, free_port, model, until
 
 pytestmark = [pytest.mark.browser, pytest.mark.asyncio(loop_scope="session")]
 
@@ -65,7 +65,12 @@ async def test_waiting_is_said(guest: Visitor, gateway: ScriptedGateway, word: s
     await expect(guest.page.locator(".waiting")).to_contain_text(said)
     await guest.stop.click()
     await guest.ended()
-    assert gateway.running == 0
+
+    async def nobody() -> bool:
+        return gateway.running == 0
+
+    # The page lets go before the service has heard that it did.
+    await until(nobody, every_s=0.01)
 
 
 async def test_silence_between_tokens_leaves_the_text_in_sight(guest: Visitor, gateway: ScriptedGateway) -> None:
