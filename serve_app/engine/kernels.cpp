@@ -424,7 +424,7 @@ struct Linears {
       if (bias) y.add_(*bias);
       return {y.to(rows.scalar_type()), std::nullopt};
     }
-    if (weights[i].dim() == 4) return {matmul::bfloat16(rows, weights[i], bias), std::nullopt};
+    if (weights[i].dim() == 4) return {matmul::bfloat16(rows, weights[i], bias, weights[i].size(0) * 16), std::nullopt};
     if (!weights[i].is_mkldnn()) return {at::linear(rows, weights[i], bias), std::nullopt};
     return {pointwise.call(rows, weights[i], bias, "none", c10::List<std::optional<at::Scalar>>(), ""), std::nullopt};
   }
@@ -490,7 +490,7 @@ TORCH_LIBRARY(serve_app, library) {
       &attend);
   library.def("has_dots() -> bool", [] { return matmul::available; });
   library.def("strips(Tensor weight) -> Tensor", &matmul::packed);
-  library.def("linear_bfloat16(Tensor rows, Tensor weight, Tensor? bias) -> Tensor", &matmul::bfloat16);
+  library.def("linear_bfloat16(Tensor rows, Tensor weight, Tensor? bias, int outputs) -> Tensor", &matmul::bfloat16);
   library.def(
       "linear_int8(Tensor rows, Tensor weight, Tensor scales, Tensor? bias, Tensor row_scales) -> Tensor",
       &matmul::int8);

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from serve_app.engine.attention import LayerCache
 from serve_app.engine.linear import (
+    DotLinear,
     Int4Linear,
     Int8DotLinear,
     Int8Linear,
@@ -67,15 +68,16 @@ class LeanModel:
         self._heads = config.num_attention_heads
         self._dim = _head_size(model)
         self._eps = float(config.rms_norm_eps)
-        # int8 layers take and give float rows; rounding between them to bfloat16 would only lose digits.
         self._int8 = quantization == "int8"
-        self._dtype = torch.float32 if self._int8 else model.dtype
         self._embedding = model.get_input_embeddings().weight.detach()
         self._layers = [
             _layer(layer, window or 0, quantization) for layer, window in zip(model.model.layers, windows, strict=True)
         ]
         self._norm = model.model.norm.weight.detach().float()
         self._head = pack(model.get_output_embeddings().weight, None, of_head(quantization))
+        # Layers that take and give floats: rounding between them to bfloat16 would only lose digits.
+        floats = self._int8 or isinstance(self._head, DotLinear)
+        self._dtype = torch.float32 if floats else model.dtype
         self._cos, self._sin = _rotations(model, length)
         self._native = self._for_native()
 
