@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Literal
+from typing import Generic, Literal, TypeVar
 
 
 class FinishReason(StrEnum):
@@ -145,7 +145,8 @@ class TokenEvent:
     """One generated token.
 
     `text` is what this token released: "" while a stop string or half a character is held back.
-    `elapsed_s` counts from the request's arrival. `finish_reason` is set on the last event only.
+    `elapsed_s` counts from the request's arrival. `finish_reason` is set on the last event only. `stopped_by` is the
+    stop string or the stop token id of the request that ended it, None where the model ended by itself.
     """
 
     token_id: int
@@ -153,6 +154,7 @@ class TokenEvent:
     elapsed_s: float
     finish_reason: FinishReason | None = None
     logprobs: Logprobs | None = None
+    stopped_by: str | int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,3 +187,55 @@ class ModelStatus:
     name: str
     state: ModelState
     detail: str = ""
+
+
+A = TypeVar("A", covariant=True)
+
+
+class Question(Generic[A]):
+    """What can be asked of a model besides an answer, and takes no step of it; `A` is the type of what is said."""
+
+    __slots__ = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A token of a text: its id, what it looks like by itself, and which characters of the text it covers."""
+
+    token_id: int
+    text: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenize(Question[tuple[Piece, ...]]):
+    """The tokens of a prompt, with those that the tokenizer puts around a text or without.
+
+    A chat's template writes its own. What is no character of the prompt covers none.
+    """
+
+    prompt: Prompt
+    special_tokens: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Detokenize(Question[str]):
+    """The text of tokens, special ones by name or left out."""
+
+    token_ids: tuple[int, ...]
+    skip_special_tokens: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What is known of a model once it is loaded. `context` is the most tokens of a prompt and its answer."""
+
+    context: int
+    vocabulary: int
+    special_ids: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Describe(Question[ModelInfo]):
+    """What the model is."""

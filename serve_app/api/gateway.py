@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator
 from typing import Protocol
 
 from serve_app.errors import ServeAppError
-from serve_app.types import Chunk, GenerationRequest, ModelStatus
+from serve_app.types import A, Chunk, GenerationRequest, ModelStatus, Question
 
 
 class Gateway(Protocol):
@@ -19,6 +19,13 @@ class Gateway(Protocol):
 
         Raises ServeAppError, before the first chunk or between chunks. Closing the generator
         early cancels the request: its slot is free before the model's next step.
+        """
+        ...
+
+    async def ask(self, model: str, question: Question[A], warm_wait_s: float) -> A:
+        """Ask a model something that takes no step of it; it has `warm_wait_s` to wake and to answer.
+
+        Raises ServeAppError.
         """
         ...
 

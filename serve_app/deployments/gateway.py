@@ -6,9 +6,10 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import aclosing, suppress
-from typing import TypeAlias
+from dataclasses import dataclass
+from typing import Any, TypeAlias, TypeVar
 
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
@@ -18,7 +19,7 @@ from serve_app.config import AppConfig, Model
 from serve_app.deployments.hub import Board, Notice, Pusher
 from serve_app.deployments.metrics import IngressMetrics, exposition
 from serve_app.errors import DeadlineExceeded, InternalError, NotReady, QueueFull, ServeAppError
-from serve_app.types import Chunk, GenerationRequest, ModelState, ModelStatus, TokenEvent
+from serve_app.types import A, Chunk, GenerationRequest, ModelState, ModelStatus, Question, TokenEvent
 
 logger = logging.getLogger("ray.serve")
 
@@ -28,9 +29,18 @@ _BOARD_S = 2.0
 # A request that reached its model sooner than this did not wait.
 _NOW_S = 0.001
 
+T = TypeVar("T")
+
 # One model's tokens for one request. An error is the last thing it yields; closing it cancels the request.
 Items: TypeAlias = AsyncGenerator[Chunk | ServeAppError, None]
-Backend: TypeAlias = Callable[[GenerationRequest], Items]
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """The ways to one model."""
+
+    generate: Callable[[GenerationRequest], Items]
+    ask: Callable[[Question[Any]], Awaitable[Any]]
 
 
 class ReplicaGateway:
@@ -82,6 +92,17 @@ class ReplicaGateway:
             if outcome in ("stop", "length"):
                 self._mean_s[request.model] += 0.1 * (elapsed_s - self._mean_s[request.model])
 
+    async def ask(self, model: str, question: Question[A], warm_wait_s: float) -> A:
+        """See Gateway.ask."""
+        arrived = time.monotonic()
+        self._refuse_while_loading(self._models[model])
+        answer = self._backends[model].ask(question)
+        told = self._told(answer, model, arrived + warm_wait_s + _GRACE_S)
+        item: A | ServeAppError = await self._once_awake(told, model, arrived, warm_wait_s)
+        if isinstance(item, ServeAppError):
+            raise item
+        return item
+
     def waiting_on(self, model: str) -> str:
         return "queued" if self._statuses[model].state is ModelState.READY else "warming"
 
@@ -111,8 +132,9 @@ class ReplicaGateway:
         deadline = arrived + request.timeout_s + _GRACE_S
         self._in_flight[model.name] += 1
         try:
-            async with aclosing(self._backends[model.name](request)) as items:
-                item = await self._first(items, request, arrived, warm_wait_s)
+            async with aclosing(self._backends[model.name].generate(request)) as items:
+                first = self._told(anext(items), model.name, deadline)
+                item = await self._once_awake(first, model.name, arrived, warm_wait_s)
                 offset = 0.0
                 if isinstance(item, Chunk):
                     self._note(ModelStatus(model.name, ModelState.READY))  # no news is better than an answer
@@ -121,20 +143,20 @@ class ReplicaGateway:
                     yield _later(item, offset) if offset > _NOW_S else item
                     if item.events[-1].finish_reason is not None:
                         return
-                    item = await self._next(items, request, deadline)
+                    item = await self._told(anext(items), model.name, deadline)
                 raise item
         finally:
             self._in_flight[model.name] -= 1
 
-    async def _first(
-        self, items: Items, request: GenerationRequest, arrived: float, limit_s: float | None
-    ) -> Chunk | ServeAppError:
-        """The first item. While there is no replica to send it, look up now and then whether one will come."""
-        task = asyncio.ensure_future(self._next(items, request, arrived + request.timeout_s + _GRACE_S))
+    async def _once_awake(
+        self, told: Coroutine[Any, Any, T], model: str, arrived: float, limit_s: float | None
+    ) -> T | ServeAppError:
+        """What a model says first. While there is no replica to say it, look up now and then whether one will come."""
+        task = asyncio.ensure_future(told)
         try:
             while not task.done():
                 await asyncio.wait({task}, timeout=_LOOK_S)
-                status = self._statuses[request.model]
+                status = self._statuses[model]
                 too_long = limit_s is not None and time.monotonic() - arrived >= limit_s
                 if task.done() or status.state is ModelState.READY:
                     continue
@@ -145,27 +167,27 @@ class ReplicaGateway:
             task.cancel()
             await asyncio.wait({task})  # a generator that still runs cannot be closed
 
-    async def _next(self, items: Items, request: GenerationRequest, deadline: float) -> Chunk | ServeAppError:
-        """The next item, or an error of ours for whatever happened.
+    async def _told(self, item: Awaitable[T], model: str, deadline: float) -> T | ServeAppError:
+        """What a model says, or an error of ours for whatever happened.
 
         A model ends a request that is out of time by itself; this is for one that cannot.
         """
         try:
             async with asyncio.timeout(deadline - time.monotonic()):
-                return await anext(items)
+                return await item
         except TimeoutError:
-            return DeadlineExceeded(f"the request was not finished after {request.timeout_s:.0f} s")
+            return DeadlineExceeded("the request was not finished in the time that it may take")
         except StopAsyncIteration:
             return InternalError("the model ended this request without an answer")
         except BackPressureError:
-            return self._full(request.model)
+            return self._full(model)
         except DeploymentUnavailableError:
-            return NotReady(f"{request.model} is not available: its deployment failed", retry_after_s=30)
+            return NotReady(f"{model} is not available: its deployment failed", retry_after_s=30)
         except Exception as error:
             if isinstance(error, RayError) and not isinstance(error, RayTaskError):
-                logger.error("replica lost with request %s: %s", request.id, error)
+                logger.error("a replica of %s was lost with a request: %s", model, error)
                 return NotReady("the replica that served this request was lost; send it again", retry_after_s=1)
-            logger.exception("the model failed on request %s", request.id)
+            logger.exception("%s failed on a request", model)
             return InternalError("the model failed on this request")
 
     def _refuse_while_loading(self, model: Model) -> None:
@@ -239,6 +261,7 @@ class ReplicaGateway:
 def _later(chunk: Chunk, offset_s: float) -> Chunk:
     """A chunk as seen from a door that the request passed `offset_s` earlier."""
     events = tuple(
-        TokenEvent(e.token_id, e.text, e.elapsed_s + offset_s, e.finish_reason, e.logprobs) for e in chunk.events
+        TokenEvent(e.token_id, e.text, e.elapsed_s + offset_s, e.finish_reason, e.logprobs, e.stopped_by)
+        for e in chunk.events
     )
     return Chunk(events, chunk.prompt_tokens, chunk.queue_s + offset_s, chunk.cached_tokens)

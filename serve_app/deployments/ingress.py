@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator
 
 from ray import serve
-from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
+from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentResponseGenerator
 from starlette.types import ASGIApp
 
 from serve_app.api.app import create_app
 from serve_app.config import AppConfig
 from serve_app.deployments.gateway import Backend, ReplicaGateway
 from serve_app.errors import ServeAppError
-from serve_app.types import Chunk, GenerationRequest
+from serve_app.types import A, Chunk, GenerationRequest, Question
 
 
 @serve.deployment
@@ -49,4 +50,12 @@ def _remote(handle: DeploymentHandle) -> Backend:
             if not ended:
                 responses.cancel()
 
-    return generate
+    async def ask(question: Question[A]) -> A | ServeAppError:
+        response: DeploymentResponse = handle.ask.remote(question)
+        try:
+            return await response  # type: ignore[no-any-return]  # Ray's answers have no type
+        except asyncio.CancelledError:
+            response.cancel()
+            raise
+
+    return Backend(generate, ask)

@@ -12,7 +12,7 @@ from starlette.types import ASGIApp
 
 from serve_app.api.app import create_app
 from serve_app.config import AppConfig
-from serve_app.deployments.gateway import ReplicaGateway
+from serve_app.deployments.gateway import Backend, ReplicaGateway
 from serve_app.deployments.worker import Worker
 from serve_app.errors import ServeAppError
 from serve_app.types import Chunk, GenerationRequest
@@ -39,7 +39,7 @@ class FusedReplica(Worker):
         self._config = config
         # Behind an ingress Ray lets no more than these in; here it lets everybody in who wants to speak to the app.
         self._room = asyncio.Semaphore(model.deployment.max_ongoing_requests)
-        self._gateway = ReplicaGateway(config, {model.name: self._in_turn}, hub, self._id, here=True)
+        self._gateway = ReplicaGateway(config, {model.name: Backend(self._in_turn, self.ask)}, hub, self._id, here=True)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return create_app(self._gateway, self._config)

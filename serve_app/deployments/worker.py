@@ -19,7 +19,7 @@ from serve_app.engine.sequence import Runner
 from serve_app.engine.stream import TokenStream
 from serve_app.engine.toy import ToyRunner
 from serve_app.errors import ServeAppError
-from serve_app.types import Chunk, GenerationRequest
+from serve_app.types import A, Chunk, GenerationRequest, Question
 
 # Ray Serve's logger: what is written here stands in the replica's log, with its ids.
 logger = logging.getLogger("ray.serve")
@@ -69,6 +69,10 @@ class Worker:
             yield error
         finally:
             stream.close()
+
+    async def ask(self, question: Question[A]) -> A | ServeAppError:
+        """What the question's class promises; an error is returned, never raised, so that none loses its type."""
+        return await asyncio.to_thread(self._engine.answer, question)
 
     @serve.batch(max_batch_size=1, batch_wait_timeout_s=0)  # both are set from the configuration
     async def _admit(self, streams: list[TokenStream]) -> list[ServeAppError | None]:

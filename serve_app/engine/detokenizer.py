@@ -26,25 +26,26 @@ class Detokenizer:
         self._include_stop = include_stop
         self._held = ""
 
-    def push(self, token_id: int, may_stop: bool = True) -> tuple[str, bool]:
-        """The text to send now, and whether a stop string was met (all after it is dropped, and it as well or not).
+    def push(self, token_id: int, may_stop: bool = True) -> tuple[str, str | None]:
+        """The text to send now, and the stop string if one was met (all after it is dropped, and it as well or not).
 
         With `may_stop` false, a stop string is text like any other.
         """
         text = self._held + self._decoder.step(token_id)
         self._held = ""
         if not self._stop:
-            return text, False
+            return text, None
         if may_stop:
             found = [(text.find(stop), len(stop)) for stop in self._stop if stop in text]
             if found:
                 at, length = min(found)
-                return text[: at + length if self._include_stop else at], True
+                end = at + length
+                return text[: end if self._include_stop else at], text[at:end]
         keep = max(overlap(text, stop) for stop in self._stop)
         if keep:
             self._held = text[-keep:]
             text = text[:-keep]
-        return text, False
+        return text, None
 
     def flush(self) -> str:
         """The text still held back, once no stop string can follow."""

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence as Seq
 from dataclasses import asdict, dataclass
 from math import isfinite
+from typing import cast
 
 from serve_app.config import Engine as EngineConfig
 from serve_app.engine.arena import Arena
@@ -16,6 +17,7 @@ from serve_app.engine.scheduler import Scheduler
 from serve_app.engine.sequence import Runner, Sequence, Step
 from serve_app.engine.stream import TokenStream, wake_all
 from serve_app.errors import InternalError, InvalidRequest, NotReady, PromptTooLong, ServeAppError
+from serve_app.types import A, Describe, Detokenize, ModelInfo, Question, Tokenize
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +110,14 @@ class Engine:
             logger.exception("admission failed")
             return [InternalError("the request could not be read") for _ in streams]
 
+    def answer(self, question: Question[A]) -> A | ServeAppError:
+        """What the question's class promises, or why it cannot be had. Takes no step; never raises."""
+        try:
+            return cast("A | ServeAppError", self._answer(question))
+        except Exception:
+            logger.exception("the question %s failed", type(question).__name__)
+            return InternalError("the question could not be answered")
+
     def check(self) -> None:
         """Raises EngineStalled when steps fail one after another or the thread has ended."""
         if not self._thread.is_alive():
@@ -139,6 +149,17 @@ class Engine:
             telling_s=self._seconds["telling_s"],
             **self._counts,
         )
+
+    def _answer(self, question: Question[A]) -> object:
+        text = self._runner.text
+        match question:
+            case Tokenize(prompt, special_tokens):
+                return text.tokenize(prompt, special_tokens)
+            case Detokenize(token_ids, skip_special_tokens):
+                return text.detokenize(token_ids, skip_special_tokens)
+            case Describe():
+                return ModelInfo(self._runner.context, text.vocabulary, text.special_ids)
+        raise TypeError(f"{question!r} is no question to a model")
 
     def _admit(self, streams: Seq[TokenStream]) -> list[ServeAppError | None]:
         encoded = self._runner.text.encode([stream.request.prompt for stream in streams])

@@ -12,7 +12,7 @@ from serve_app.engine.detokenizer import Decoder
 from serve_app.engine.drafts import Drafter
 from serve_app.engine.stream import Token, TokenStream
 from serve_app.errors import ServeAppError
-from serve_app.types import FinishReason, Grammar, Logprobs, Prompt, SamplingParams
+from serve_app.types import FinishReason, Grammar, Logprobs, Piece, Prompt, SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,8 +167,21 @@ class Text(Protocol):
         """Token ids are below it."""
         ...
 
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Tokens that are signs rather than text."""
+        ...
+
     def encode(self, prompts: Seq[Prompt]) -> list[list[int] | ServeAppError]:
         """Token ids of each prompt, tokenised together; an error in the place of one that cannot be."""
+        ...
+
+    def tokenize(self, prompt: Prompt, special_tokens: bool) -> tuple[Piece, ...] | ServeAppError:
+        """See Tokenize."""
+        ...
+
+    def detokenize(self, token_ids: Seq[int], skip_special_tokens: bool) -> str | ServeAppError:
+        """See Detokenize."""
         ...
 
     def decoder(self, prompt: Seq[int], skip_special_tokens: bool) -> Decoder:

@@ -123,15 +123,17 @@ class TokenStream:
         assert self._detokenizer is not None, "a stream is opened before its first token"
         self._tokens += 1
         params, text, reason = self.request.params, "", token.finish_reason
+        is_sign = reason is FinishReason.STOP and not token.complete
+        stopped_by: str | int | None = token.token_id if is_sign and token.token_id in params.stop_token_ids else None
         # Of a token that is a sign of the end nothing is shown, unless asked for.
-        if reason is not FinishReason.STOP or token.complete or params.include_stop_str_in_output:
-            text, stopped = self._detokenizer.push(token.token_id, self._tokens >= params.min_tokens)
-            if stopped:
-                reason = FinishReason.STOP
+        if not is_sign or params.include_stop_str_in_output:
+            text, met = self._detokenizer.push(token.token_id, self._tokens >= params.min_tokens)
+            if met is not None:
+                reason, stopped_by = FinishReason.STOP, met
                 self.closed = True
         if reason is not None:
             text += self._detokenizer.flush()
-        return TokenEvent(token.token_id, text, token.elapsed_s, reason, token.logprobs)
+        return TokenEvent(token.token_id, text, token.elapsed_s, reason, token.logprobs, stopped_by)
 
     def _take(self) -> Chunk:
         events, self._events = tuple(self._events), []

@@ -12,7 +12,7 @@ from tokenizers.decoders import DecodeStream
 
 from serve_app.engine.grammar import Constraint, Grammars
 from serve_app.errors import InternalError, InvalidRequest, ServeAppError
-from serve_app.types import ChatPrompt, Grammar, Prompt, TextPrompt, TokenPrompt
+from serve_app.types import ChatPrompt, Grammar, Piece, Prompt, TextPrompt, TokenPrompt
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +68,8 @@ class HFText:
         self._rust.no_truncation()
         self.vocabulary = vocabulary
         self.end_ids = end_ids
+        added = self._rust.get_added_tokens_decoder()
+        self.special_ids = frozenset(token for token, about in added.items() if about.special)
         self._grammars = Grammars(self._rust, end_ids, vocabulary)
 
     def encode(self, prompts: Seq[Prompt]) -> list[list[int] | ServeAppError]:
@@ -93,6 +95,25 @@ class HFText:
                 if encoding.ids:
                     results[i] = encoding.ids
         return results
+
+    def tokenize(self, prompt: Prompt, special_tokens: bool) -> tuple[Piece, ...] | ServeAppError:
+        if isinstance(prompt, TokenPrompt):
+            known = self._known(prompt)
+            if isinstance(known, ServeAppError):
+                return known
+            return tuple(Piece(token, self.token_text(token), 0, 0) for token in known)
+        text = self._render(prompt) if isinstance(prompt, ChatPrompt) else prompt.text
+        if isinstance(text, ServeAppError):
+            return text
+        encoding = self._rust.encode(text, add_special_tokens=special_tokens and isinstance(prompt, TextPrompt))
+        return tuple(
+            Piece(token, self.token_text(token), *span)
+            for token, span in zip(encoding.ids, encoding.offsets, strict=True)
+        )
+
+    def detokenize(self, token_ids: Seq[int], skip_special_tokens: bool) -> str | ServeAppError:
+        known = self._known(TokenPrompt(tuple(token_ids)))
+        return known if isinstance(known, ServeAppError) else self._rust.decode(known, skip_special_tokens)
 
     def decoder(self, prompt: Seq[int], skip_special_tokens: bool = True) -> StreamDecoder:
         return StreamDecoder(self._rust, prompt, skip_special_tokens)

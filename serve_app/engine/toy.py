@@ -10,7 +10,7 @@ from urllib.parse import parse_qsl, urlsplit
 from serve_app.config import Engine
 from serve_app.engine.sequence import Advance, Outcome, Sampled, Step
 from serve_app.errors import InvalidRequest, ServeAppError
-from serve_app.types import ChatPrompt, Grammar, Logprobs, Prompt, TextPrompt, TokenLogprob
+from serve_app.types import ChatPrompt, Grammar, Logprobs, Piece, Prompt, TextPrompt, TokenLogprob, TokenPrompt
 
 END = 256
 
@@ -29,11 +29,21 @@ class ToyDecoder:
 class ToyText:
     """One token a byte of UTF-8; 256 ends an answer."""
 
-    end_ids = frozenset({END})
+    end_ids = special_ids = frozenset({END})
     vocabulary = END + 1
 
     def encode(self, prompts: Seq[Prompt]) -> list[list[int] | ServeAppError]:
         return [self._encode(prompt) or InvalidRequest("the prompt is empty", param="prompt") for prompt in prompts]
+
+    def tokenize(self, prompt: Prompt, special_tokens: bool) -> tuple[Piece, ...] | ServeAppError:
+        ids = self._encode(prompt)
+        if isinstance(ids, ServeAppError):
+            return ids
+        return tuple(Piece(token, self._text([token]), at, at + 1) for at, token in enumerate(ids))
+
+    def detokenize(self, token_ids: Seq[int], skip_special_tokens: bool) -> str | ServeAppError:
+        ids = self._encode(TokenPrompt(tuple(token_ids)))
+        return ids if isinstance(ids, ServeAppError) else self._text(ids, skip_special_tokens)
 
     def decoder(self, prompt: Seq[int], skip_special_tokens: bool = True) -> ToyDecoder:
         return ToyDecoder(skip_special_tokens)
@@ -41,6 +51,10 @@ class ToyText:
     def constraint(self, grammar: Grammar, ignore_eos: bool) -> InvalidRequest:
         """It repeats its prompt, whatever the grammar."""
         return InvalidRequest("the toy model follows no grammar; ask a real one", param=grammar.field)
+
+    def _text(self, ids: Seq[int], skip_special_tokens: bool = False) -> str:
+        decoder = ToyDecoder(skip_special_tokens)
+        return "".join(decoder.step(token) for token in ids)
 
     def _encode(self, prompt: Prompt) -> list[int] | ServeAppError:
         if isinstance(prompt, TextPrompt):

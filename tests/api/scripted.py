@@ -14,14 +14,21 @@ import httpx
 from serve_app.config import AppConfig, Deployment, Ingress, Limits, Model, SamplingDefaults
 from serve_app.errors import ServeAppError
 from serve_app.types import (
+    A,
     Chunk,
+    Describe,
+    Detokenize,
     FinishReason,
     GenerationRequest,
     Logprobs,
+    ModelInfo,
     ModelState,
     ModelStatus,
+    Piece,
+    Question,
     TextPrompt,
     TokenEvent,
+    Tokenize,
     TokenLogprob,
 )
 
@@ -32,6 +39,14 @@ POSTS: dict[str, dict[str, object]] = {
     "/generate_batch": {"prompts": ["hi"]},
     "/v1/completions": {"prompt": "hi"},
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "hi"}]},
+}
+
+
+# What a model says when it is asked.
+ANSWERS: dict[type[Question[Any]], Any] = {
+    Describe: ModelInfo(context=2048, vocabulary=300, special_ids=frozenset({2})),
+    Tokenize: (Piece(5, "so", 0, 2), Piece(6, "me", 2, 4)),
+    Detokenize: "some",
 }
 
 
@@ -85,6 +100,8 @@ class ScriptedGateway:
     requests: list[GenerationRequest] = field(default_factory=list)
     warm_waits: list[float | None] = field(default_factory=list)
     refusals: list[tuple[ServeAppError, str | None]] = field(default_factory=list)
+    questions: list[tuple[str, Question[Any]]] = field(default_factory=list)
+    answers: dict[type[Question[Any]], Any] = field(default_factory=lambda: dict(ANSWERS))
     closed: list[str] = field(default_factory=list)
     completed: int = 0
     running: int = 0
@@ -115,6 +132,13 @@ class ScriptedGateway:
         finally:
             self.running -= 1
             self.closed.append(request.id)
+
+    async def ask(self, model: str, question: Question[A], warm_wait_s: float) -> A:
+        self.questions.append((model, question))
+        answer = self.answers[type(question)]
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer  # type: ignore[no-any-return]
 
     def waiting_on(self, model: str) -> str:
         self.beaten.set()

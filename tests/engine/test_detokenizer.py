@@ -53,14 +53,14 @@ def test_the_earliest_of_several_stop_strings_wins() -> None:
 
 def test_before_it_may_stop_a_stop_string_is_text_like_any_other() -> None:
     detokenizer = Detokenizer(Pieces(["a.", "b.c"]), (".",))
-    assert detokenizer.push(0, may_stop=False) == ("a.", False)
-    assert detokenizer.push(1) == ("b", True)
+    assert detokenizer.push(0, may_stop=False) == ("a.", None)
+    assert detokenizer.push(1) == ("b", ".")
 
 
 def test_a_stop_string_may_begin_before_it_counts_and_end_when_it_does() -> None:
     detokenizer = Detokenizer(Pieces(["aEN", "D"]), ("END",))
-    assert detokenizer.push(0, may_stop=False) == ("a", False)
-    assert detokenizer.push(1) == ("", True)
+    assert detokenizer.push(0, may_stop=False) == ("a", None)
+    assert detokenizer.push(1) == ("", "END")
 
 
 def test_a_stop_string_can_be_left_at_the_end() -> None:

@@ -23,7 +23,21 @@ from serve_app.errors import (
     PromptTooLong,
     QueueFull,
 )
-from serve_app.types import ChatMessage, ChatPrompt, FinishReason, GenerationRequest, Prompt, SamplingParams
+from serve_app.types import (
+    ChatMessage,
+    ChatPrompt,
+    Describe,
+    Detokenize,
+    FinishReason,
+    GenerationRequest,
+    ModelInfo,
+    Piece,
+    Prompt,
+    Question,
+    SamplingParams,
+    TextPrompt,
+    Tokenize,
+)
 
 from .toys import (
     PATIENCE_S,
@@ -52,6 +66,25 @@ def asking(prompt: str | Seq[int], tokens: int) -> GenerationRequest:
 def idle(engine: Engine) -> bool:
     stats = engine.stats()
     return stats.running == stats.waiting == 0
+
+
+# What takes no step
+
+
+def test_questions_are_answered_beside_the_loop() -> None:
+    with running(ToyRunner, max_context=64) as engine:
+        pieces = engine.answer(Tokenize(TextPrompt("hi"), special_tokens=True))
+        assert pieces == (Piece(ord("h"), "h", 0, 1), Piece(ord("i"), "i", 1, 2))
+        assert engine.answer(Detokenize((*b"hi", END))) == "hi<end>"
+        assert engine.answer(Detokenize((*b"hi", END), skip_special_tokens=True)) == "hi"
+        assert engine.answer(Describe()) == ModelInfo(context=64, vocabulary=END + 1, special_ids=frozenset({END}))
+        assert isinstance(engine.answer(Detokenize((END + 1,))), InvalidRequest)
+        assert engine.stats().steps == 0
+
+
+def test_a_question_that_fails_is_an_error_of_ours() -> None:
+    with running(ToyRunner) as engine:
+        assert isinstance(engine.answer(Question()), InternalError)
 
 
 # What a request gets

@@ -200,6 +200,20 @@ async def test_what_ended_an_answer_is_shown_when_asked_for(skip: bool, text: st
     assert answer.text == "fine END"
 
 
+@pytest.mark.parametrize(
+    ("said", "wish", "by"),
+    [
+        ([ord("a"), END], {}, None),
+        (b"a!", {"stop_token_ids": (ord("!"),)}, ord("!")),
+        (b"a!", {"stop_token_ids": (7,)}, None),
+        (b"fine END!", {"stop": ("X", "END")}, "END"),
+    ],
+)
+async def test_what_of_the_request_ended_it_is_told(said: bytes | list[int], wish: Any, by: str | int | None) -> None:
+    answer, _ = await heard(said, FinishReason.STOP, **wish)
+    assert [event.stopped_by for event in answer.events] == [None] * (len(answer.events) - 1) + [by]
+
+
 async def test_the_token_that_completes_an_answer_is_text() -> None:
     stream = made()
     stream.put(Token(ord("a"), 1.0))

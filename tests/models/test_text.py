@@ -57,6 +57,33 @@ def test_text_is_what_the_tokenizer_makes_of_it(text: HFText, tokenizer: Any) ->
     assert text.encode([TextPrompt(WILD)]) == [tokenizer(WILD)["input_ids"]]
 
 
+def test_pieces_cover_the_text_and_know_their_ids(text: HFText, tokenizer: Any) -> None:
+    pieces = text.tokenize(TextPrompt("Hello big world"), special_tokens=True)
+    assert isinstance(pieces, tuple)
+    assert [piece.token_id for piece in pieces] == tokenizer("Hello big world")["input_ids"]
+    assert [piece.text for piece in pieces] == ["Hello", " big", " world"]
+    assert [(piece.start, piece.end) for piece in pieces] == [(0, 5), (5, 9), (9, 15)]
+
+
+def test_a_chats_pieces_are_those_of_its_prompt(text: HFText) -> None:
+    pieces = text.tokenize(chat("Hello"), special_tokens=True)
+    assert isinstance(pieces, tuple)
+    assert [[piece.token_id for piece in pieces]] == text.encode([chat("Hello")])
+    assert pieces[0].text == "<|im_start|>"
+    assert pieces[0].token_id in text.special_ids
+
+
+def test_a_text_comes_back_from_its_tokens(text: HFText) -> None:
+    (ids,) = text.encode([TextPrompt(WILD)])
+    assert isinstance(ids, list)
+    assert text.detokenize(ids, skip_special_tokens=False) == WILD
+    assert text.detokenize([1, *ids, 2], skip_special_tokens=True) == WILD
+    assert text.detokenize([1, *ids], skip_special_tokens=False) == "<|im_start|>" + WILD
+    refusal = text.detokenize([VOCABULARY], skip_special_tokens=False)
+    assert isinstance(refusal, InvalidRequest)
+    assert refusal.param == "prompt"
+
+
 def test_messages_are_what_the_models_template_makes_of_them(text: HFText, tokenizer: Any) -> None:
     messages = [{"role": "user", "content": "Hello"}]
     rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
