@@ -187,6 +187,7 @@ def test_a_cluster_that_does_not_answer_is_said() -> None:
 def test_ctrl_c_at_any_moment_of_the_start_leaves_nothing(after_s: float) -> None:
     with Service([model("loading", "builtin:toy?load_s=1000")]) as service:
         time.sleep(after_s)
-        assert service.interrupt(signal.SIGINT) in (0, 130)
+        # Before it can do anything about it, it ends by the signal as any program: 130 to a shell as well.
+        assert service.interrupt(signal.SIGINT) in (0, 130, -signal.SIGINT)
         assert gone(service), [process.cmdline() for process in service.left()]
         assert "Traceback" not in service.said()
