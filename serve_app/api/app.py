@@ -10,11 +10,11 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.routing import Route
 
+from serve_app.api import openapi, pages
 from serve_app.api.door import Door
 from serve_app.api.gateway import Gateway
 from serve_app.api.middleware import BodyLimit, LastResort, RequestId
 from serve_app.api.openai import OpenAIRoutes
-from serve_app.api.pages import PageRoutes
 from serve_app.api.refusal import Refusals
 from serve_app.api.routes import NativeRoutes, OperatorRoutes
 from serve_app.config import AppConfig
@@ -39,7 +39,8 @@ def create_app(gateway: Gateway, config: AppConfig, clock: Callable[[], float] =
 
 def _routes(door: Door) -> list[Route]:
     native, operator, openai = NativeRoutes(door), OperatorRoutes(door), OpenAIRoutes(door)
-    pages = PageRoutes()
+    playground, reference = pages.playground(), pages.reference()
+    document = pages.document(openapi.document([model.name for model in door.config.models]))
     return [
         Route("/generate", native.generate, methods=["POST"]),
         Route("/generate_stream", native.generate_stream, methods=["POST"]),
@@ -51,6 +52,9 @@ def _routes(door: Door) -> list[Route]:
         Route("/health", operator.health, methods=["GET"]),
         Route("/ready", operator.ready, methods=["GET"]),
         Route("/metrics", operator.metrics, methods=["GET"]),
-        Route("/", pages.index, methods=["GET"]),
-        Route("/playground/{file}", pages.file, methods=["GET"]),
+        Route("/openapi.json", document.answer, methods=["GET"]),
+        Route("/docs", reference.index, methods=["GET"]),
+        Route("/docs/{file}", reference.file, methods=["GET"]),
+        Route("/", playground.index, methods=["GET"]),
+        Route("/playground/{file}", playground.file, methods=["GET"]),
     ]

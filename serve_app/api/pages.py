@@ -1,21 +1,28 @@
-"""The playground: one page and its files, read once when the service starts."""
+"""The pages for people: the playground and the API's reference, read once when the service starts."""
 
 from __future__ import annotations
 
 import hashlib
+import json
+from importlib.util import find_spec
 from pathlib import Path
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-FOLDER = Path(__file__).parents[1] / "playground"
+from serve_app.api.openapi import Json
+
+HOUSE = Path(__file__).parents[1]
+PLAYGROUND, REFERENCE = HOUSE / "playground", HOUSE / "reference"
+SWAGGER_FILES = ("swagger-ui.css", "swagger-ui-bundle.js")
 
 TYPES = {
     ".html": "text/html; charset=utf-8",
     ".css": "text/css; charset=utf-8",
     ".js": "text/javascript; charset=utf-8",
     ".svg": "image/svg+xml",
+    ".json": "application/json",
 }
 
 POLICY = {
@@ -28,39 +35,64 @@ POLICY = {
     "form-action": "'none'",
     "frame-ancestors": "'none'",
 }
-
-HEADERS = {
-    "cache-control": "no-cache",  # kept, but asked for every time: a new release is seen at once
-    "content-security-policy": "; ".join(f"{what} {whence}" for what, whence in POLICY.items()),
-    "referrer-policy": "no-referrer",
-    "x-content-type-options": "nosniff",
-}
+# Swagger UI writes styles into its elements, and has icons in its style sheet.
+REFERENCE_POLICY = {**POLICY, "style-src": "'self' 'unsafe-inline'", "img-src": "'self' data:"}
 
 
 class File:
-    def __init__(self, path: Path) -> None:
-        self._body = path.read_bytes()
-        etag = f'"{hashlib.sha256(self._body).hexdigest()[:32]}"'
-        self._headers = {**HEADERS, "etag": etag}
-        self._type = TYPES[path.suffix]
+    """What a path answers with: bytes that never change while the service runs."""
 
-    def answer(self, http: Request) -> Response:
+    def __init__(self, body: bytes, suffix: str, policy: dict[str, str] = POLICY) -> None:
+        self._body = body
+        self._headers = {
+            "cache-control": "no-cache",  # kept, but asked for every time: a new release is seen at once
+            "content-security-policy": "; ".join(f"{what} {whence}" for what, whence in policy.items()),
+            "referrer-policy": "no-referrer",
+            "x-content-type-options": "nosniff",
+            "etag": f'"{hashlib.sha256(body).hexdigest()[:32]}"',
+        }
+        self._type = TYPES[suffix]
+
+    async def answer(self, http: Request) -> Response:
         known = http.headers.get("if-none-match", "")
         if self._headers["etag"] in (tag.strip().removeprefix("W/") for tag in known.split(",")):
             return Response(status_code=304, headers=self._headers)
         return Response(self._body, headers={**self._headers, "content-type": self._type})
 
 
-class PageRoutes:
-    def __init__(self) -> None:
-        self._files = {path.name: File(path) for path in FOLDER.iterdir() if path.suffix in TYPES}
+class Folder:
+    """A page, and the files that it asks for by name."""
+
+    def __init__(self, paths: list[Path], policy: dict[str, str] = POLICY) -> None:
+        self._files = {path.name: File(path.read_bytes(), path.suffix, policy) for path in paths}
         self._index = self._files.pop("index.html")
 
     async def index(self, http: Request) -> Response:
-        return self._index.answer(http)
+        return await self._index.answer(http)
 
     async def file(self, http: Request) -> Response:
         file = self._files.get(http.path_params["file"])
         if file is None:
             raise HTTPException(404)
-        return file.answer(http)
+        return await file.answer(http)
+
+
+def playground() -> Folder:
+    return Folder(_pages(PLAYGROUND))
+
+
+def reference() -> Folder:
+    """With Swagger UI as its package brings it, of which only the files are used."""
+    package = find_spec("swagger_ui")
+    assert package is not None, "swagger-ui-py is among the dependencies"
+    assert package.submodule_search_locations
+    static = Path(package.submodule_search_locations[0]) / "static"
+    return Folder([*_pages(REFERENCE), *(static / name for name in SWAGGER_FILES)], REFERENCE_POLICY)
+
+
+def document(openapi: Json) -> File:
+    return File(json.dumps(openapi).encode(), ".json")
+
+
+def _pages(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if path.suffix in TYPES]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import BeforeValidator, ConfigDict, Field, field_validator
 from pydantic_core import PydanticCustomError
 
 from serve_app.api.schema_body import Body
@@ -26,11 +26,15 @@ TokenCount = Annotated[int, Field(ge=1, le=MOST_TOKENS)]
 TokenId = Annotated[int, Field(ge=0, le=MOST_TOKENS)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
-StopStrings = Annotated[list[StopString], Field(max_length=16, fail_fast=True), BeforeValidator(_one_or_many)]
+_StopStrings = Annotated[list[StopString], Field(max_length=16, fail_fast=True)]
+StopStrings = Annotated[_StopStrings, BeforeValidator(_one_or_many, json_schema_input_type=StopString | _StopStrings)]
 
 
 Text = Annotated[str, Field(min_length=1)]
-Bias = dict[Annotated[str, Field(pattern=r"^[0-9]{1,10}$")], Annotated[float, Field(ge=-100, le=100)]]
+Bias = Annotated[
+    dict[Annotated[str, Field(pattern=r"^[0-9]{1,10}$")], Annotated[float, Field(ge=-100, le=100)]],
+    Field(max_length=1024, json_schema_extra={"additionalProperties": False}),
+]
 # What an answer may look like, by vLLM's names, and what the engine calls it.
 GUIDES: dict[str, GrammarKind] = {
     "guided_json": "json_schema",
@@ -60,14 +64,16 @@ class SamplingFields(Body):
     stop_token_ids: Annotated[list[TokenId], Field(max_length=64, fail_fast=True, default_factory=list)]
     ignore_eos: bool = False
     min_tokens: Annotated[int, Field(ge=0, le=MOST_TOKENS)] = 0
-    logit_bias: Annotated[Bias, Field(max_length=1024, default_factory=dict)]
+    logit_bias: Annotated[Bias, Field(default_factory=dict)]
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
     guided_json: dict[str, object] | None = None
     guided_regex: Text | None = None
     guided_choice: Annotated[list[Text], Field(min_length=1, max_length=1024, fail_fast=True)] | None = None
     guided_grammar: Text | None = None
-    truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=MOST_TOKENS)] | None = None
+    truncate_prompt_tokens: (
+        Annotated[int, Field(ge=-1, le=MOST_TOKENS, json_schema_extra={"not": {"const": 0}})] | None
+    ) = None
     priority: Annotated[int, Field(ge=-(2**31), le=2**31 - 1)] = 0
     cache_salt: Annotated[str, Field(max_length=128)] = ""
 
@@ -150,8 +156,20 @@ class StreamBody(GenerateBody):
     include_text: bool = True
 
 
+def _one_way(schema: dict[str, Any]) -> None:
+    """What BatchBody.items refuses, as a JSON schema."""
+    nothing = {name: {"type": "null"} for name in schema["properties"]}
+    several = {"type": "array", "minItems": 1}
+    schema["oneOf"] = [
+        {"required": ["prompts"], "properties": {"prompts": several, "requests": {"type": "null"}}},
+        {"required": ["requests"], "properties": {**nothing, "requests": several}},
+    ]
+
+
 class BatchBody(NativeFields):
     """Prompts that share their fields, or requests that bring their own. Items are judged one by one, later."""
+
+    model_config = ConfigDict(json_schema_extra=_one_way)
 
     prompts: list[object] | None = None
     requests: list[object] | None = None

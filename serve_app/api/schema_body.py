@@ -6,7 +6,9 @@ import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Self, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler, ValidationError, model_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from serve_app.errors import InvalidRequest
 
@@ -52,6 +54,16 @@ class Body(BaseModel):
         return {name: value for name, value in document.items() if value is not None or name not in optional}
 
     @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """With null for every field that can be left out."""
+        reference = handler(core)
+        schema = handler.resolve_ref_schema(reference)
+        for name, field in schema["properties"].items():
+            if name not in schema.get("required", ()):
+                schema["properties"][name] = _or_null(field)
+        return reference
+
+    @classmethod
     def _refusal(cls, faults: Sequence[Mapping[str, Any]]) -> InvalidRequest:
         first, others = faults[0], len(faults) - 1
         unknown = first["type"] == "extra_forbidden"
@@ -68,6 +80,17 @@ class Body(BaseModel):
         near = difflib.get_close_matches(str(location[-1])[:LONGEST_NAME], fields, n=1)
         remedy = f"did you mean {near[0]}?" if near else f"the fields are {_listed(fields)}"
         return f"{_path(location)} is not a field here; {remedy}"
+
+
+def _or_null(field: JsonSchemaValue) -> JsonSchemaValue:
+    """A field's schema with null beside its own values; what is said of the field stays outside."""
+    about = {key: value for key, value in field.items() if key in ("title", "default", "description")}
+    own = {key: value for key, value in field.items() if key not in about}
+    if about.get("default", 0) is None:
+        del about["default"]
+    members = own["anyOf"] if set(own) == {"anyOf"} else [own]
+    nulls = [] if {"type": "null"} in members else [{"type": "null"}]
+    return {**about, "anyOf": [*members, *nulls]}
 
 
 def _sentence(param: str, fault: Mapping[str, Any]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
 from serve_app.api.schema import SamplingFields, Text, TokenCount, TokenId
@@ -44,6 +44,14 @@ class JsonSchema(Body):
 
 
 class ResponseFormat(Body):
+    model_config = ConfigDict(
+        json_schema_extra={
+            "if": {"properties": {"type": {"const": "json_schema"}}},
+            "then": {"required": ["json_schema"], "properties": {"json_schema": {"type": "object"}}},
+            "else": {"properties": {"json_schema": {"type": "null"}}},
+        }
+    )
+
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
@@ -98,8 +106,8 @@ TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 CompletionPrompt = Annotated[
     Annotated[Text, Tag(TEXT)]
     | Annotated[TokenIds, Tag(LIST)]
-    | Annotated[list[Text], Field(fail_fast=True), Tag(TEXTS)]
-    | Annotated[list[TokenIds], Field(fail_fast=True), Tag(LISTS)],
+    | Annotated[list[Text], Field(min_length=1, fail_fast=True), Tag(TEXTS)]
+    | Annotated[list[TokenIds], Field(min_length=1, fail_fast=True), Tag(LISTS)],
     Discriminator(
         _kind_of_prompts,
         custom_error_type="prompt_type",

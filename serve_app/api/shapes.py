@@ -1,0 +1,279 @@
+"""What the endpoints say, as types: for mypy, and for the OpenAPI document."""
+
+from __future__ import annotations
+
+from typing import Literal, NotRequired
+
+from pydantic import ConfigDict, with_config
+from typing_extensions import TypedDict
+
+exact = with_config(ConfigDict(extra="forbid"))
+
+FinishReasonText = Literal["stop", "length"]
+
+
+@exact
+class CachedTokens(TypedDict):
+    cached_tokens: int
+
+
+@exact
+class Usage(TypedDict):
+    """`prompt_tokens_details` says how much of the prompt was computed already."""
+
+    prompt_tokens: int
+    prompt_tokens_details: CachedTokens
+    completion_tokens: int
+    total_tokens: int
+
+
+@exact
+class Metrics(TypedDict):
+    """Times in milliseconds since the request's arrival; null for an instant that did not happen."""
+
+    ttft_ms: float | None
+    tpot_ms: float | None
+    queue_ms: float
+    tokens_generated: int
+    tokens_per_second: float
+    elapsed_ms: float
+
+
+@exact
+class NativeToken(TypedDict):
+    token_id: int
+    token: str
+    logprob: float
+
+
+class NativeLogprobs(NativeToken):
+    """The chosen token, and the most likely ones in its place."""
+
+    top: list[NativeToken]
+
+
+@exact
+class NativeError(TypedDict):
+    """`param` names the field at fault; the log has the rest under `request_id`."""
+
+    code: str
+    message: str
+    param: str | None
+    request_id: str
+
+
+@exact
+class NativeRefusal(TypedDict):
+    error: NativeError
+
+
+@exact
+class NativeAnswer(TypedDict):
+    id: str
+    model: str
+    text: str
+    finish_reason: FinishReasonText
+    usage: Usage
+    metrics: Metrics
+    logprobs: NotRequired[list[NativeLogprobs]]
+
+
+@exact
+class NativeFrame(TypedDict):
+    """One token, and with `text` all text so far. The last frame has `finish_reason` and `usage`."""
+
+    token: str
+    text: NotRequired[str]
+    finished: bool
+    metrics: Metrics
+    logprobs: NotRequired[NativeLogprobs | None]
+    finish_reason: NotRequired[FinishReasonText]
+    usage: NotRequired[Usage]
+
+
+@exact
+class NativeFailure(TypedDict):
+    error: NativeError
+    finished: Literal[True]
+
+
+class BatchItem(NativeAnswer):
+    index: int
+
+
+@exact
+class BatchRefusal(TypedDict):
+    index: int
+    error: NativeError
+
+
+@exact
+class BatchMetrics(TypedDict):
+    elapsed_ms: float
+    tokens_per_second: float
+
+
+@exact
+class BatchAnswer(TypedDict):
+    """Each item answered or refused by itself, in the order of the call."""
+
+    results: list[BatchItem | BatchRefusal]
+    usage: Usage
+    metrics: BatchMetrics
+
+
+@exact
+class OpenAIError(TypedDict):
+    message: str
+    type: Literal["invalid_request_error", "rate_limit_error", "server_error"]
+    param: str | None
+    code: str
+
+
+@exact
+class OpenAIRefusal(TypedDict):
+    error: OpenAIError
+
+
+@exact
+class ModelCard(TypedDict):
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+
+
+@exact
+class ModelList(TypedDict):
+    object: Literal["list"]
+    data: list[ModelCard]
+
+
+@exact
+class CompletionLogprobs(TypedDict):
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
+@exact
+class CompletionChoice(TypedDict):
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: FinishReasonText
+
+
+@exact
+class Completion(TypedDict):
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage
+
+
+@exact
+class CompletionChunkChoice(TypedDict):
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: FinishReasonText | None
+
+
+@exact
+class CompletionChunk(TypedDict):
+    """The last one may have no choices but the usage, which the others then have as null."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[CompletionChunkChoice]
+    usage: NotRequired[Usage | None]
+
+
+@exact
+class ChatToken(TypedDict):
+    token: str
+    bytes: list[int]
+    logprob: float
+
+
+class ChatChoiceToken(ChatToken):
+    top_logprobs: list[ChatToken]
+
+
+@exact
+class ChatLogprobs(TypedDict):
+    content: list[ChatChoiceToken]
+
+
+@exact
+class AssistantMessage(TypedDict):
+    role: Literal["assistant"]
+    content: str
+
+
+@exact
+class ChatChoice(TypedDict):
+    index: int
+    message: AssistantMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReasonText
+
+
+@exact
+class ChatCompletion(TypedDict):
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+@exact
+class ChatDelta(TypedDict):
+    role: NotRequired[Literal["assistant"]]
+    content: str
+
+
+@exact
+class ChatChunkChoice(TypedDict):
+    index: int
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReasonText | None
+
+
+@exact
+class ChatChunk(TypedDict):
+    """The last one may have no choices but the usage, which the others then have as null."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: NotRequired[Usage | None]
+
+
+@exact
+class Health(TypedDict):
+    status: Literal["alive"]
+
+
+@exact
+class ModelReadiness(TypedDict):
+    name: str
+    state: Literal["ready", "loading", "asleep", "failed"]
+    detail: str
+
+
+@exact
+class Readiness(TypedDict):
+    status: Literal["ready", "not ready"]
+    models: list[ModelReadiness]
