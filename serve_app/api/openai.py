@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from collections.abc import Sequence
 from functools import partial
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from serve_app.api.answers import best, forks, measured
 from serve_app.api.document import read_document
 from serve_app.api.door import Door, generation_id
 from serve_app.api.generation import collect, side_by_side, unless_gone
 from serve_app.api.openai_frames import ChatFrames, CompletionFrames, OpenAIFrames
 from serve_app.api.schema_openai import ChatBody, CompletionBody
 from serve_app.api.sse import EventStream
+from serve_app.api.tally import Tally
 from serve_app.config import Model
 from serve_app.errors import InvalidRequest
 from serve_app.types import GenerationRequest, SamplingParams
@@ -47,19 +49,23 @@ class OpenAIRoutes:
         frames = kind(name, requests, _now(), body.include_usage)
         if body.stream:
             return EventStream(self._door.gateway, requests, frames, limits.heartbeat_s)
+        chooses = body.drawn > body.n
         answers = side_by_side(
-            partial(collect, self._door.gateway, request, limits.warm_wait_s) for request in requests
+            partial(collect, self._door.gateway, measured(request) if chooses else request, limits.warm_wait_s)
+            for request in requests
         )
-        return JSONResponse(frames.whole(await unless_gone(http.receive, answers)))
+        tallies = await unless_gone(http.receive, answers)
+        kept = _best_of_each(tallies, body.drawn, body.n) if chooses else range(len(tallies))
+        return JSONResponse(frames.whole(tallies, kept))
 
     def _requests(
         self, name: str, model: Model, body: CompletionBody | ChatBody, params: SamplingParams
     ) -> list[GenerationRequest]:
         """One for each answer, in the order of the choices. Raises InvalidRequest when there are too many."""
         prompts, most = body.asked(), self._door.config.limits.max_batch_items
-        if len(prompts) * body.n > most:
+        if len(prompts) * body.drawn > most:
             raise InvalidRequest(
-                f"{len(prompts)} prompts with n = {body.n} are {len(prompts) * body.n} answers; "
+                f"{len(prompts)} prompts with n = {body.drawn} are {len(prompts) * body.drawn} answers; "
                 f"ask for at most {most} in one call",
                 param="prompt",
             )
@@ -67,17 +73,15 @@ class OpenAIRoutes:
         requests = [
             self._door.request(each, model, prompt, params, body) for each, prompt in zip(names, prompts, strict=True)
         ]
-        return [fork for request in requests for fork in _forks(request, body.n)]
+        return [fork for request in requests for fork in forks(request, body.drawn)]
 
     def _card(self, name: str) -> dict[str, object]:
         return {"id": name, "object": "model", "created": self._began, "owned_by": "serve_app"}
 
 
-def _forks(request: GenerationRequest, count: int) -> list[GenerationRequest]:
-    """Requests for several answers to one prompt, which is computed once for all of them."""
-    if count == 1:
-        return [request]
-    return [replace(request, id=f"{request.id}-{i}", group=request.id, index=i) for i in range(count)]
+def _best_of_each(tallies: Sequence[Tally], drawn: int, n: int) -> list[int]:
+    """The numbers of the best n of every `drawn` answers, which are those to one prompt."""
+    return [at + number for at in range(0, len(tallies), drawn) for number in best(tallies[at : at + drawn], n)]
 
 
 def _now() -> int:
