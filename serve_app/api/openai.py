@@ -65,7 +65,7 @@ class OpenAIRoutes:
         prompts, most = body.asked(), self._door.config.limits.max_batch_items
         if len(prompts) * body.drawn > most:
             raise InvalidRequest(
-                f"{len(prompts)} prompts with n = {body.drawn} are {len(prompts) * body.drawn} answers; "
+                f"{len(prompts)} prompts with {body.drawn} answers each are {len(prompts) * body.drawn} answers; "
                 f"ask for at most {most} in one call",
                 param="prompt",
             )
