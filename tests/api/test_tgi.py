@@ -10,10 +10,21 @@ from typing import Any
 import httpx
 import pytest
 from huggingface_hub import TextGenerationOutput, TextGenerationStreamOutput
+from hypothesis import assume, given, strategies as st
 
 from serve_app import __version__
 from serve_app.api.app import create_app
-from serve_app.errors import DeadlineExceeded, InternalError, ModelNotFound, NotReady, QueueFull, ServeAppError
+from serve_app.api.document import parse_document
+from serve_app.api.schema_tgi import GrammarField, Parameters, TgiBody
+from serve_app.errors import (
+    DeadlineExceeded,
+    InternalError,
+    InvalidRequest,
+    ModelNotFound,
+    NotReady,
+    QueueFull,
+    ServeAppError,
+)
 from serve_app.types import (
     Chunk,
     Describe,
@@ -31,6 +42,7 @@ from serve_app.types import (
 )
 
 from .scripted import BEAT, ScriptedGateway, Wire, app_config, chunk, frames
+from .test_bodies import CHARACTERS, DOCUMENTS, anything
 
 INPUTS = {"inputs": "a b c"}
 END = 2  # the scripted model's only special token
@@ -582,3 +594,48 @@ async def test_info_tells_what_is_pinned() -> None:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
             answer = (await client.get("/info")).json()
         assert {name: answer[name] for name in expected} == expected
+
+
+NAMES = st.sampled_from([*TgiBody.names(), *Parameters.names(), *GrammarField.names(), "schema", "name"])
+FIELDS = st.dictionaries(NAMES | CHARACTERS, DOCUMENTS, max_size=3)
+
+
+def is_readable(text: str) -> bool:
+    """Else nobody knows which dialect it is."""
+    try:
+        parse_document(text.encode())
+    except InvalidRequest:
+        return False
+    return True
+
+
+def is_answered(answer: httpx.Response, gateway: ScriptedGateway) -> bool:
+    """With success and nothing refused, or with one whole error that was counted once."""
+    counted = len(gateway.refusals)
+    if answer.status_code == 200:
+        return counted == 0
+    return answer.status_code in (404, 422) and error(answer)[1] == "validation" and counted == 1
+
+
+@anything
+@given(document=DOCUMENTS | FIELDS)
+async def test_any_document_is_answered(client: httpx.AsyncClient, gateway: ScriptedGateway, document: object) -> None:
+    gateway.refusals.clear()
+    assert is_answered(await client.post("/", content=json.dumps(document)), gateway)
+
+
+@anything
+@given(path=st.sampled_from(["/generate", "/generate_stream", "/"]), parameters=FIELDS, grammar=FIELDS, more=FIELDS)
+async def test_any_near_miss_is_answered(
+    client: httpx.AsyncClient,
+    gateway: ScriptedGateway,
+    path: str,
+    parameters: dict[str, object],
+    grammar: dict[str, object],
+    more: dict[str, object],
+) -> None:
+    gateway.refusals.clear()
+    shape = {"grammar": {"type": "json", **grammar}} if grammar else {}
+    body = json.dumps(more | INPUTS | {"parameters": parameters | shape})
+    assume(is_readable(body))
+    assert is_answered(await client.post(path, content=body), gateway)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import httpx
 import pytest
@@ -37,7 +38,7 @@ def test_the_client_has_the_details(hub: InferenceClient) -> None:
     assert [token.id for token in told.details.tokens] == list(TEXT.encode())
     assert "".join(token.text for token in told.details.tokens) == TEXT
     events = list(hub.text_generation(TEXT, max_new_tokens=SIZE, details=True, stream=True))
-    assert [event.token for event in events] == told.details.tokens
+    assert [dict(event.token) for event in events] == [dict(token) for token in told.details.tokens]
     assert [event.index for event in events] == list(range(1, SIZE + 1))
     last = events[-1].details
     assert last is not None
@@ -57,8 +58,9 @@ def test_the_client_hears_what_is_wrong(hub: InferenceClient) -> None:
         hub.text_generation(TEXT, typical_p=0.5)
     with pytest.raises(ValidationError, match="2048"):
         hub.text_generation("x" * 3000)
+    grammar: Any = {"type": "regex", "value": "a"}
     with pytest.raises(ValidationError, match="no grammar"):
-        list(hub.text_generation(TEXT, grammar={"type": "regex", "value": "a"}, stream=True))  # type: ignore[arg-type]
+        list(hub.text_generation(TEXT, grammar=grammar, stream=True))
 
 
 async def test_many_clients_at_once_have_their_own_answers(toys: Service) -> None:
