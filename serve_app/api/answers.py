@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from serve_app.api.frames import finite
 from serve_app.api.tally import Tally
@@ -27,6 +28,17 @@ def measured(request: GenerationRequest) -> GenerationRequest:
 def best(tallies: Sequence[Tally], count: int) -> list[int]:
     """The numbers of the answers with the highest mean log probability a token, the best first, of equals the first."""
     return sorted(range(len(tallies)), key=lambda number: -_mean_logprob(tallies[number]))[:count]
+
+
+def best_of_each(tallies: Sequence[Tally], drawn: int, count: int) -> list[int]:
+    """The numbers of the best of every `drawn` answers, which are those to one prompt."""
+    return [at + number for at in range(0, len(tallies), drawn) for number in best(tallies[at : at + drawn], count)]
+
+
+def kept(body: dict[str, object], numbers: Sequence[int]) -> dict[str, object]:
+    """OpenAI's answer with these of its choices, numbered anew; its usage is still of all."""
+    choices: Any = body["choices"]
+    return body | {"choices": [choices[number] | {"index": index} for index, number in enumerate(numbers)]}
 
 
 def _mean_logprob(tally: Tally) -> float:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from serve_app.api.answers import best, forks, measured
+from serve_app.api.answers import best_of_each, kept, measured
 from serve_app.api.document import read_document
 from serve_app.api.door import Door, generation_id
 from serve_app.api.generation import collect, side_by_side, unless_gone
 from serve_app.api.openai_frames import ChatFrames, CompletionFrames, OpenAIFrames
 from serve_app.api.schema_openai import ChatBody, CompletionBody
 from serve_app.api.sse import EventStream
-from serve_app.api.tally import Tally
 from serve_app.config import Model
 from serve_app.errors import InvalidRequest
 from serve_app.types import GenerationRequest, SamplingParams
@@ -55,8 +54,8 @@ class OpenAIRoutes:
             for request in requests
         )
         tallies = await unless_gone(http.receive, answers)
-        kept = _best_of_each(tallies, body.drawn, body.n) if chooses else range(len(tallies))
-        return JSONResponse(frames.whole(tallies, kept))
+        whole = frames.whole(tallies)
+        return JSONResponse(kept(whole, best_of_each(tallies, body.drawn, body.n)) if chooses else whole)
 
     def _requests(
         self, name: str, model: Model, body: CompletionBody | ChatBody, params: SamplingParams
@@ -73,15 +72,17 @@ class OpenAIRoutes:
         requests = [
             self._door.request(each, model, prompt, params, body) for each, prompt in zip(names, prompts, strict=True)
         ]
-        return [fork for request in requests for fork in forks(request, body.drawn)]
+        return [fork for request in requests for fork in _forks(request, body.drawn)]
 
     def _card(self, name: str) -> dict[str, object]:
         return {"id": name, "object": "model", "created": self._began, "owned_by": "serve_app"}
 
 
-def _best_of_each(tallies: Sequence[Tally], drawn: int, n: int) -> list[int]:
-    """The numbers of the best n of every `drawn` answers, which are those to one prompt."""
-    return [at + number for at in range(0, len(tallies), drawn) for number in best(tallies[at : at + drawn], n)]
+def _forks(request: GenerationRequest, count: int) -> list[GenerationRequest]:
+    """Requests for several answers to one prompt, which is computed once for all of them."""
+    if count == 1:
+        return [request]
+    return [replace(request, id=f"{request.id}-{i}", group=request.id, index=i) for i in range(count)]
 
 
 def _now() -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from serve_app.api.frames import finite
 from serve_app.api.refusal import openai_error
@@ -46,11 +46,10 @@ class OpenAIFrames(ABC):
         """Frames before a choice's first token."""
         return b""
 
-    def whole(self, tallies: Sequence[Tally], kept: Iterable[int]) -> Json:
-        """Tells the answers that are kept; all of them were made."""
+    def whole(self, tallies: Sequence[Tally]) -> Json:
         choices = [
             self._choice(index, self.answer(tally), tally.events, 0, tally.finish_reason)
-            for index, tally in enumerate(tallies[number] for number in kept)
+            for index, tally in enumerate(tallies)
         ]
         return self._body(self.whole_object, choices) | {"usage": together(tallies, self._firsts)}
 
