@@ -39,7 +39,8 @@ def allowed(path: str) -> set[str]:
     room, _, name = path.rpartition("/")
     match room:
         case "api":
-            return {"starlette", "pydantic", "pydantic_core", "typing_extensions", "serve_app.api", *PLAIN}
+            ours = {"serve_app.__version__", "serve_app.api", *PLAIN}
+            return {"starlette", "pydantic", "pydantic_core", "typing_extensions", *ours}
         case "engine" if path in DECIDING:
             return modules(DECIDING) | PLAIN
         case "engine":

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response
 from starlette.routing import Route
 
 from serve_app.api import openapi, pages
@@ -17,6 +19,8 @@ from serve_app.api.middleware import BodyLimit, LastResort, RequestId
 from serve_app.api.openai import OpenAIRoutes
 from serve_app.api.refusal import Refusals
 from serve_app.api.routes import NativeRoutes, OperatorRoutes
+from serve_app.api.tgi import TgiRoutes
+from serve_app.api.tokens import TokenRoutes
 from serve_app.config import AppConfig
 from serve_app.errors import ServeAppError
 
@@ -38,9 +42,15 @@ def create_app(gateway: Gateway, config: AppConfig, clock: Callable[[], float] =
 
 
 def _routes(door: Door) -> list[Route]:
-    native, operator, openai = NativeRoutes(door), OperatorRoutes(door), OpenAIRoutes(door)
-    playground, reference = pages.playground(), pages.reference()
+    tgi = TgiRoutes(door)
+    native, operator, openai = NativeRoutes(door, tgi), OperatorRoutes(door), OpenAIRoutes(door)
+    tokens, playground, reference = TokenRoutes(door), pages.playground(), pages.reference()
     document = pages.document(openapi.document([model.name for model in door.config.models]))
+
+    async def root(http: Request) -> Response:
+        # One route, so that a wrong method is told all the right ones.
+        return await (tgi.root if http.method == "POST" else playground.index)(http)
+
     return [
         Route("/generate", native.generate, methods=["POST"]),
         Route("/generate_stream", native.generate_stream, methods=["POST"]),
@@ -52,9 +62,12 @@ def _routes(door: Door) -> list[Route]:
         Route("/health", operator.health, methods=["GET"]),
         Route("/ready", operator.ready, methods=["GET"]),
         Route("/metrics", operator.metrics, methods=["GET"]),
+        Route("/tokenize", tokens.tokenize, methods=["POST"]),
+        Route("/detokenize", tokens.detokenize, methods=["POST"]),
+        Route("/info", tgi.info, methods=["GET"]),
         Route("/openapi.json", document.answer, methods=["GET"]),
         Route("/docs", reference.index, methods=["GET"]),
         Route("/docs/{file}", reference.file, methods=["GET"]),
-        Route("/", playground.index, methods=["GET"]),
+        Route("/", root, methods=["GET", "POST"]),
         Route("/playground/{file}", playground.file, methods=["GET"]),
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from uuid import uuid4
 
 from starlette.requests import Request
@@ -12,16 +12,23 @@ from serve_app.api.gateway import Gateway
 from serve_app.api.schema import SamplingFields
 from serve_app.config import AppConfig, Model
 from serve_app.errors import ModelNotFound
-from serve_app.types import GenerationRequest, Prompt, SamplingParams
+from serve_app.types import Describe, GenerationRequest, ModelInfo, Prompt, SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
 class Door:
-    """`clock` gives monotonic seconds."""
+    """`clock` gives monotonic seconds; `infos` is what models said of themselves so far."""
 
     gateway: Gateway
     config: AppConfig
     clock: Callable[[], float]
+    infos: dict[str, ModelInfo] = field(default_factory=dict)
+
+    async def info(self, model: str) -> ModelInfo:
+        """What a model says of itself, asked once. Raises ServeAppError."""
+        if model not in self.infos:
+            self.infos[model] = await self.gateway.ask(model, Describe(), self.config.limits.warm_wait_s)
+        return self.infos[model]
 
     def model(self, name: str | None) -> Model:
         """The named model, or the first of the configuration. Raises ModelNotFound."""

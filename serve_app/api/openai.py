@@ -9,6 +9,7 @@ from functools import partial
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from serve_app.api.answers import best_of_each, kept, measured
 from serve_app.api.document import read_document
 from serve_app.api.door import Door, generation_id
 from serve_app.api.generation import collect, side_by_side, unless_gone
@@ -47,19 +48,23 @@ class OpenAIRoutes:
         frames = kind(name, requests, _now(), body.include_usage)
         if body.stream:
             return EventStream(self._door.gateway, requests, frames, limits.heartbeat_s)
+        chooses = body.drawn > body.n
         answers = side_by_side(
-            partial(collect, self._door.gateway, request, limits.warm_wait_s) for request in requests
+            partial(collect, self._door.gateway, measured(request) if chooses else request, limits.warm_wait_s)
+            for request in requests
         )
-        return JSONResponse(frames.whole(await unless_gone(http.receive, answers)))
+        tallies = await unless_gone(http.receive, answers)
+        whole = frames.whole(tallies)
+        return JSONResponse(kept(whole, best_of_each(tallies, body.drawn, body.n)) if chooses else whole)
 
     def _requests(
         self, name: str, model: Model, body: CompletionBody | ChatBody, params: SamplingParams
     ) -> list[GenerationRequest]:
         """One for each answer, in the order of the choices. Raises InvalidRequest when there are too many."""
         prompts, most = body.asked(), self._door.config.limits.max_batch_items
-        if len(prompts) * body.n > most:
+        if len(prompts) * body.drawn > most:
             raise InvalidRequest(
-                f"{len(prompts)} prompts with n = {body.n} are {len(prompts) * body.n} answers; "
+                f"{len(prompts)} prompts with {body.drawn} answers each are {len(prompts) * body.drawn} answers; "
                 f"ask for at most {most} in one call",
                 param="prompt",
             )
@@ -67,7 +72,7 @@ class OpenAIRoutes:
         requests = [
             self._door.request(each, model, prompt, params, body) for each, prompt in zip(names, prompts, strict=True)
         ]
-        return [fork for request in requests for fork in _forks(request, body.n)]
+        return [fork for request in requests for fork in _forks(request, body.drawn)]
 
     def _card(self, name: str) -> dict[str, object]:
         return {"id": name, "object": "model", "created": self._began, "owned_by": "serve_app"}

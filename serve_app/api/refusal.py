@@ -15,6 +15,9 @@ from serve_app.errors import InternalError, MethodNotAllowed, NotFound, ServeApp
 
 log = logging.getLogger(__name__)
 
+# Whatever else is refused is the request's fault.
+TGI_TYPES = {429: "overloaded", 503: "overloaded", 504: "incomplete_generation", 500: "generation"}
+
 
 class Refusals:
     """Answers with an error before a response has begun. Starlette runs these only if they are coroutines."""
@@ -43,8 +46,11 @@ class Refusals:
     def _answer(self, http: Request, error: ServeAppError) -> Response:
         self._gateway.refused(error, getattr(http.state, "model", None))
         request_id = http.state.request_id
-        body = openai_error(error) if is_openai(http.scope) else native_error(error, request_id)
-        return JSONResponse({"error": body}, status_code=error.status, headers=retry_after(error))
+        if getattr(http.state, "tgi", False):
+            body: object = tgi_error(error)
+        else:
+            body = {"error": openai_error(error) if is_openai(http.scope) else native_error(error, request_id)}
+        return JSONResponse(body, status_code=error.status, headers=retry_after(error))
 
 
 def opaque(error: BaseException, id: str) -> InternalError:
@@ -66,6 +72,11 @@ def openai_error(error: ServeAppError) -> dict[str, str | None]:
     kind = "server_error" if error.status >= 500 else "invalid_request_error"
     kind = "rate_limit_error" if error.status == 429 else kind
     return {"message": error.message, "type": kind, "param": error.param, "code": error.code}
+
+
+def tgi_error(error: ServeAppError) -> dict[str, str]:
+    """Text Generation Inference's shape, in the words that its clients know."""
+    return {"error": error.message, "error_type": TGI_TYPES.get(error.status, "validation")}
 
 
 def retry_after(error: ServeAppError) -> dict[str, str]:

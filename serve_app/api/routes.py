@@ -12,6 +12,7 @@ from serve_app.api.frames import NativeFrames, whole
 from serve_app.api.generation import collect, unless_gone
 from serve_app.api.schema import BatchBody, GenerateBody, StreamBody
 from serve_app.api.sse import EventStream
+from serve_app.api.tgi import TgiRoutes, is_tgi
 from serve_app.types import GenerationRequest, ModelState, ModelStatus, TextPrompt
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -21,18 +22,27 @@ READY_RETRY_S = 5
 
 
 class NativeRoutes:
-    def __init__(self, door: Door) -> None:
+    """Two of its paths are TGI's as well: a body with `inputs` is its."""
+
+    def __init__(self, door: Door, tgi: TgiRoutes) -> None:
         self._door = door
+        self._tgi = tgi
 
     async def generate(self, http: Request) -> Response:
-        request = self._request(http, GenerateBody.parse(await read_document(http)))
+        document = await read_document(http)
+        if is_tgi(document):
+            return await self._tgi.generate(http, document)
+        request = self._request(http, GenerateBody.parse(document))
         tally = await unless_gone(
             http.receive, collect(self._door.gateway, request, self._door.config.limits.warm_wait_s)
         )
         return JSONResponse(whole(request, tally))
 
     async def generate_stream(self, http: Request) -> Response:
-        body = StreamBody.parse(await read_document(http))
+        document = await read_document(http)
+        if is_tgi(document):
+            return await self._tgi.generate_stream(http, document)
+        body = StreamBody.parse(document)
         request = self._request(http, body)
         frames = NativeFrames(request, http.state.request_id, body.include_text)
         return EventStream(self._door.gateway, [request], frames, self._door.config.limits.heartbeat_s)

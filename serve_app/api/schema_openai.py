@@ -90,6 +90,11 @@ class OpenAIFields(SamplingFields):
         return [*([formatted] if formatted is not None else []), *super().grammars()]
 
     @property
+    def drawn(self) -> int:
+        """How many answers are made to one prompt; n of them are told."""
+        return self.n
+
+    @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
@@ -120,6 +125,11 @@ class CompletionBody(OpenAIFields):
     prompt: CompletionPrompt
     max_tokens: TokenCount = 16
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    best_of: Annotated[int, Field(ge=1, le=MOST_ANSWERS)] | None = None
+
+    @property
+    def drawn(self) -> int:
+        return self.n if self.best_of is None else self.best_of
 
     def asked(self) -> list[Prompt]:
         prompt = self.prompt
@@ -130,6 +140,14 @@ class CompletionBody(OpenAIFields):
         ]
 
     def params(self, defaults: SamplingDefaults) -> SamplingParams:
+        if self.drawn < self.n:
+            raise InvalidRequest(f"best_of {self.drawn} is below n {self.n}; raise it or lower n", param="best_of")
+        if self.drawn > self.n and self.stream:
+            raise InvalidRequest(
+                f"best_of {self.drawn} above n {self.n} is known when all answers have ended; do not stream, or leave "
+                "it out",
+                param="best_of",
+            )
         return self.checked(defaults, self.max_tokens, self.logprobs)
 
 

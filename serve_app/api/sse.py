@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from functools import partial
 from typing import Protocol
@@ -82,6 +82,10 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await unless_gone(receive, self._run(send))
 
+    def chunks(self, index: int) -> AsyncGenerator[Chunk, None]:
+        """The tokens of answer `index`."""
+        return answer(self._gateway, self._requests[index])
+
     async def _run(self, send: Send) -> None:
         self._wrote_at = asyncio.get_running_loop().time()
         pulse = asyncio.create_task(self._pulse(send))
@@ -102,7 +106,7 @@ class EventStream(Response):
             await self._write(send, self._frames.failure(error))
 
     async def _follow(self, send: Send, index: int) -> None:
-        async with aclosing(answer(self._gateway, self._requests[index])) as chunks:
+        async with aclosing(self.chunks(index)) as chunks:
             async for chunk in chunks:
                 frames = self._frames.chunk(chunk, index)
                 self._unfinished -= chunk.events[-1].finish_reason is not None

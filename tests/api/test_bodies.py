@@ -185,7 +185,7 @@ async def test_even_a_field_without_a_name_is_named(client: httpx.AsyncClient) -
         ({"min_tokens": 17}, "min_tokens", "above max_tokens 16"),
         ({"logprobs": 6}, "logprobs", "less than or equal to 5"),
         ({"logprobs": True}, "logprobs", "valid integer"),
-        ({"best_of": 2}, "best_of", "not a field here"),
+        ({"suffix": "x"}, "suffix", "not a field here"),
         ({"max_token": 2}, "max_token", "did you mean max_tokens?"),
         ({"do_sample": True}, "do_sample", "not a field here"),
     ],

@@ -52,7 +52,7 @@ async def test_nothing_else_is_served(client: httpx.AsyncClient, name: str) -> N
 
 async def test_the_page_is_only_read(client: httpx.AsyncClient) -> None:
     assert (await client.head("/")).status_code == 200
-    answer = await client.post("/", json={})
+    answer = await client.post("/playground/app.js", json={})
     assert answer.status_code == 405
     assert set(answer.headers["allow"].split(", ")) == {"GET", "HEAD"}
 

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import huggingface_hub
 import jsonschema
 import openai
 import psutil
 import pytest
+from huggingface_hub.errors import ValidationError
 
 from tests.graph.house import ROOT, frames_of
 from tests.system.conftest import Shipped
@@ -114,6 +116,102 @@ async def test_an_answer_has_the_shape_that_was_asked_for(service: Shipped) -> N
         jsonschema.validate(json.loads(text), schema)
 
 
+def test_huggingface_hub_is_told_what_tgi_would_tell(service: Shipped) -> None:
+    client, prompt = huggingface_hub.InferenceClient(service.url), "The capital of France is"
+    whole = client.text_generation(prompt, max_new_tokens=12)
+    assert "Paris" in whole
+    assert "".join(client.text_generation(prompt, max_new_tokens=12, stream=True)) == whole
+
+    told = client.text_generation(prompt, max_new_tokens=12, details=True, top_n_tokens=2)
+    assert told.generated_text == whole
+    assert told.details is not None
+    assert (told.details.finish_reason, told.details.generated_tokens, told.details.seed) == ("length", 12, None)
+    assert "".join(token.text for token in told.details.tokens) == whole
+    assert told.details.top_tokens is not None
+    for token, top in zip(told.details.tokens, told.details.top_tokens, strict=True):
+        first, second = (dict(one) for one in top)
+        assert first["logprob"] >= second["logprob"]
+        assert (token.id, token.logprob) == (first["id"], first["logprob"]), "a greedy choice is the likeliest"
+
+    events = list(client.text_generation(prompt, max_new_tokens=12, details=True, stream=True))
+    assert [event.token.id for event in events] == [token.id for token in told.details.tokens]
+    assert [event.index for event in events] == list(range(1, 13))
+    assert (events[-1].generated_text, [event.generated_text for event in events[:-1]]) == (whole, [None] * 11)
+    assert events[-1].details is not None
+    assert (events[-1].details.finish_reason, events[-1].details.generated_tokens) == ("length", 12)
+    pieces = httpx.post(service.url + "/tokenize", json={"inputs": prompt}).json()
+    assert events[-1].details.input_length == len(pieces)
+    assert [prompt[piece["start"] : piece["stop"]] for piece in pieces] == [piece["text"] for piece in pieces]
+
+
+def test_huggingface_hub_decides_how_tokens_are_chosen_and_when_they_end(service: Shipped) -> None:
+    client, prompt = huggingface_hub.InferenceClient(service.url), "Once upon a time"
+    stopped = client.text_generation(prompt, max_new_tokens=60, stop=["."], details=True, return_full_text=True)
+    assert stopped.details is not None
+    assert stopped.details.finish_reason == "stop_sequence"
+    assert stopped.generated_text.startswith(prompt)
+    assert stopped.generated_text.endswith(".")
+    assert stopped.generated_text.count(".") == 1
+
+    drawn = client.text_generation(prompt, max_new_tokens=16, do_sample=True, temperature=1.5, details=True)
+    assert drawn.details is not None
+    assert drawn.details.seed is not None
+    again = client.text_generation(prompt, max_new_tokens=16, do_sample=True, temperature=1.5, seed=drawn.details.seed)
+    assert again == drawn.generated_text, "the seed that was told says the same again"
+
+    schema = {"type": "object", "properties": {"age": {"type": "integer", "maximum": 99}}, "required": ["age"]}
+    shape: Any = {"type": "json", "value": schema}
+    shaped = client.text_generation(prompt, max_new_tokens=60, grammar=shape)
+    jsonschema.validate(json.loads(shaped), schema)
+    choice: Any = {"type": "regex", "value": "yes|no"}
+    ended = client.text_generation(prompt, max_new_tokens=8, grammar=choice, details=True)
+    assert ended.generated_text in ("yes", "no")
+    assert ended.details is not None
+    assert ended.details.finish_reason == "eos_token"
+
+
+def test_huggingface_hub_has_the_likeliest_of_several(service: Shipped) -> None:
+    client = huggingface_hub.InferenceClient(service.url)
+    told = client.text_generation(
+        "Once upon a time", max_new_tokens=12, do_sample=True, temperature=1.5, best_of=4, seed=3, details=True
+    )
+    assert told.details is not None
+    assert told.details.best_of_sequences is not None
+    others = told.details.best_of_sequences
+    assert sorted([told.details.seed or 0, *(other.seed or 0 for other in others)]) == [3, 4, 5, 6]
+    answers: list[Any] = [told.details, *others]
+    means = [sum(token.logprob for token in answer.tokens) / len(answer.tokens) for answer in answers]
+    assert len(means) == 4
+    assert means[0] == max(means)
+    assert len({told.generated_text, *(other.generated_text for other in others)}) > 1
+
+
+def test_huggingface_hub_hears_what_is_wrong(service: Shipped) -> None:
+    client = huggingface_hub.InferenceClient(service.url)
+    with pytest.raises(ValidationError, match="typical_p is not honoured"):
+        client.text_generation("hi", typical_p=0.9)
+    with pytest.raises(ValidationError, match="2048"):
+        client.text_generation("word " * 4000)
+
+
+async def test_a_text_is_its_tokens_and_back(service: Shipped) -> None:
+    async with httpx.AsyncClient(base_url=service.url, timeout=60) as client:
+        info = (await client.get("/info")).json()
+        for text in ("Grüße, 世界 🌍!", " two  spaces", ""):
+            answer = (await client.post("/tokenize", json={"prompt": text, "return_token_strs": True})).json()
+            assert (answer["count"], answer["max_model_len"]) == (len(answer["tokens"]), info["max_total_tokens"])
+            assert len(answer["token_strs"]) == answer["count"]
+            if text:
+                back = await client.post("/detokenize", json={"tokens": answer["tokens"]})
+                assert back.json() == {"prompt": text}
+        chat = (await client.post("/tokenize", json={"messages": FRANCE})).json()
+        said = await client.post("/v1/chat/completions", json={"messages": FRANCE, "max_tokens": 1})
+        assert chat["count"] == said.json()["usage"]["prompt_tokens"]
+        unknown = await client.post("/detokenize", json={"tokens": [10**6]})
+    assert (unknown.status_code, unknown.json()["error"]["param"]) == (422, "tokens")
+    assert (info["model_id"], info["model_device_type"], info["max_input_tokens"]) == (MODEL, "cpu", 2047)
+
+
 async def test_four_answers_cost_one_prefill(service: Shipped) -> None:
     async def computed(client: httpx.AsyncClient) -> float:
         page = (await client.get("/metrics")).text
@@ -181,7 +279,9 @@ def test_the_readmes_commands_work(service: Shipped, command: str) -> None:
         assert done.stdout
 
 
-@pytest.mark.parametrize("program", readme_commands("python"), ids=["openai", "aiohttp"])
+@pytest.mark.parametrize(
+    "program", readme_commands("python"), ids=["openai", "aiohttp", "huggingface_hub", "aiohttp_tgi"]
+)
 def test_the_readmes_programs_work(service: Shipped, program: str) -> None:
     program = program.replace("localhost:8000", f"localhost:{service.port}")
     command = [sys.executable, "-c", program]

@@ -1,0 +1,166 @@
+"""The body of Text Generation Inference's endpoints: the parameters this service honours, and those it refuses."""
+
+from __future__ import annotations
+
+import json
+from random import getrandbits
+from typing import Annotated, ClassVar, Literal, Self
+
+from pydantic import BeforeValidator, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from serve_app.api.schema import MOST_TOKENS, Penalty, StopString, Text, TokenCount
+from serve_app.api.schema_body import Body, Nested
+from serve_app.api.schema_openai import MOST_ANSWERS
+from serve_app.config import SamplingDefaults
+from serve_app.errors import InvalidRequest
+from serve_app.types import Grammar, GrammarKind, SamplingParams
+
+MOST_STOPS = 16
+# A seed of ours is told to the caller, who may read it as a double.
+SEED_BITS = 48
+
+KINDS: dict[str, GrammarKind] = {
+    "json": "json_schema",
+    "json_object": "json_schema",
+    "json_schema": "json_schema",
+    "regex": "regex",
+}
+
+
+def _refused(why: str) -> BeforeValidator:
+    """For a parameter of TGI's that is not honoured; false says the same as leaving it out."""
+
+    def refuse(value: object) -> None:
+        if value is not False:
+            raise PydanticCustomError("not_honoured", "Input {why}", {"why": why})
+
+    return BeforeValidator(refuse)
+
+
+class GrammarField(Body):
+    """`value` is a JSON schema (an object, or its text), a regular expression, or {"name", "schema"}."""
+
+    type: Literal["json", "json_object", "regex", "json_schema"]
+    value: object
+
+    @model_validator(mode="after")
+    def _value_goes_with_its_type(self) -> Self:
+        if self.type == "regex":
+            fits, wanted = isinstance(self.value, str) and self.value != "", "a regular expression"
+        elif self.type == "json_schema":
+            fits, wanted = _is_named_schema(self.value), 'an object with "schema", and "name" or not'
+        else:
+            fits, wanted = _is_schema(self.value), "a JSON schema"
+        if not fits:
+            message = "Input should have {wanted} as its value when its type is {type}"
+            raise PydanticCustomError("grammar_value", message, {"wanted": wanted, "type": self.type})
+        return self
+
+    def grammar(self) -> Grammar:
+        value = self.value
+        if self.type == "json_schema":
+            assert isinstance(value, dict), "it was judged so"
+            value = value["schema"]
+        text = value if isinstance(value, str) else json.dumps(value)
+        return Grammar(KINDS[self.type], text, "parameters.grammar")
+
+
+def _is_schema(value: object) -> bool:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return False
+    return isinstance(value, dict)
+
+
+def _is_named_schema(value: object) -> bool:
+    if not isinstance(value, dict) or not value.keys() <= {"name", "schema", "strict"}:
+        return False
+    return isinstance(value.get("schema"), dict) and isinstance(value.get("name", ""), str)
+
+
+class Parameters(Body):
+    """TGI's names. What is absent switches its rule off. Where nothing says whether to sample, a temperature or a
+    filter does, as in TGI.
+    """
+
+    max_new_tokens: TokenCount = 100
+    do_sample: bool | None = None
+    temperature: Annotated[float, Field(gt=0, le=100)] | None = None
+    top_k: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None = None
+    top_p: Annotated[float, Field(gt=0, lt=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=100)] = 1.0
+    frequency_penalty: Penalty = 0.0
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] | None = None
+    stop: Annotated[list[StopString], Field(max_length=MOST_STOPS, fail_fast=True, default_factory=list)]
+    truncate: TokenCount | None = None
+    return_full_text: bool = False
+    details: bool = False
+    best_of: Annotated[int, Field(ge=1, le=MOST_ANSWERS)] = 1
+    top_n_tokens: Annotated[int, Field(ge=0, le=20)] = 0
+    grammar: GrammarField | None = None
+    typical_p: Annotated[None, _refused("is not honoured here; leave it out, or use top_p")] = None
+    watermark: Annotated[None, _refused("is not honoured here; leave it out or send false")] = None
+    adapter_id: Annotated[None, _refused("is not honoured here: the model serves without adapters; leave it out")] = (
+        None
+    )
+    decoder_input_details: Annotated[
+        None, _refused("is not honoured here: a prompt's log probabilities are not told; leave it out or send false")
+    ] = None
+
+    @property
+    def samples(self) -> bool:
+        if self.do_sample is not None:
+            return self.do_sample
+        return self.temperature not in (None, 1.0) or self.top_k is not None or self.top_p is not None
+
+    def sampling(self, defaults: SamplingDefaults, logprobs: int | None) -> SamplingParams:
+        """With a seed that can be told, where it matters."""
+        samples = self.samples
+        return SamplingParams(
+            max_tokens=self.max_new_tokens,
+            temperature=(self.temperature or defaults.temperature or 1.0) if samples else 0.0,
+            top_p=defaults.top_p if self.top_p is None else self.top_p,
+            top_k=self.top_k or 0,
+            repetition_penalty=self.repetition_penalty,
+            frequency_penalty=self.frequency_penalty,
+            seed=getrandbits(SEED_BITS) if samples and self.seed is None else self.seed,
+            stop=tuple(self.stop),
+            logprobs=logprobs,
+            include_stop_str_in_output=True,
+            grammar=None if self.grammar is None else self.grammar.grammar(),
+        )
+
+
+class TgiBody(Body):
+    """`stream` decides at `/` only; elsewhere the path does, and it must not say otherwise."""
+
+    model: str | None = None
+    inputs: Text
+    parameters: Annotated[Parameters, Field(default_factory=lambda: Parameters())]
+    stream: bool | None = None
+
+    nested: ClassVar[Nested] = {"parameters": Parameters, "grammar": GrammarField}
+
+    @property
+    def prefix(self) -> str:
+        """What the text of an answer begins with."""
+        return self.inputs if self.parameters.return_full_text else ""
+
+    def params(self, defaults: SamplingDefaults, streams: bool) -> SamplingParams:
+        """Raises InvalidRequest when fields contradict each other."""
+        asked = self.parameters
+        if asked.best_of > 1 and streams:
+            raise InvalidRequest(
+                f"parameters.best_of {asked.best_of} is known when all answers have ended; do not stream, or send 1",
+                param="parameters.best_of",
+            )
+        if asked.best_of > 1 and not asked.samples:
+            raise InvalidRequest(
+                f"parameters.best_of {asked.best_of} would be the same greedy answer again; set parameters.do_sample",
+                param="parameters.best_of",
+            )
+        told = streams or asked.details or asked.best_of > 1
+        return asked.sampling(defaults, asked.top_n_tokens if told else None)

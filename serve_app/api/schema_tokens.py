@@ -1,0 +1,52 @@
+"""The bodies of /tokenize and /detokenize: vLLM's, and Text Generation Inference's for the first."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar
+
+from pydantic import Field
+
+from serve_app.api.schema import TokenId
+from serve_app.api.schema_body import Body, Nested
+from serve_app.api.schema_openai import Message, TextPart
+from serve_app.errors import InvalidRequest
+from serve_app.types import ChatPrompt, Prompt, TextPrompt, Tokenize
+
+
+class TokenizeBody(Body):
+    """`add_special_tokens` goes with a prompt: a chat's template writes its own."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)] | None = None
+    add_special_tokens: bool | None = None
+    return_token_strs: bool = False
+
+    nested: ClassVar[Nested] = {"messages": Message, "content": TextPart}
+
+    def question(self) -> Tokenize:
+        """Raises InvalidRequest when fields contradict each other."""
+        prompt = self._prompt()
+        if isinstance(prompt, ChatPrompt) and self.add_special_tokens:
+            raise InvalidRequest(
+                "add_special_tokens goes with prompt; a chat's template writes its own, leave it out",
+                param="add_special_tokens",
+            )
+        return Tokenize(prompt, self.add_special_tokens is not False)
+
+    def _prompt(self) -> Prompt:
+        if self.messages is None and self.prompt is not None:
+            return TextPrompt(self.prompt)
+        if self.messages is None or self.prompt is not None:
+            raise InvalidRequest("send exactly one of prompt and messages", param="prompt")
+        return ChatPrompt(tuple(message.plain() for message in self.messages))
+
+
+class TokenizeInputsBody(Body):
+    model: str | None = None
+    inputs: str
+
+
+class DetokenizeBody(Body):
+    model: str | None = None
+    tokens: Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]

@@ -1,0 +1,60 @@
+"""Text to tokens and back, without a step of the model: vLLM's endpoints, and TGI's form of the first."""
+
+from __future__ import annotations
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from serve_app.api.document import read_document
+from serve_app.api.door import Door
+from serve_app.api.generation import unless_gone
+from serve_app.api.schema_tokens import DetokenizeBody, TokenizeBody, TokenizeInputsBody
+from serve_app.api.tgi import is_tgi
+from serve_app.errors import InvalidRequest
+from serve_app.types import A, Detokenize, Piece, Question, TextPrompt, Tokenize
+
+
+class TokenRoutes:
+    def __init__(self, door: Door) -> None:
+        self._door = door
+
+    async def tokenize(self, http: Request) -> Response:
+        document = await read_document(http)
+        if is_tgi(document):
+            return await self._inputs(http, TokenizeInputsBody.parse(document))
+        body = TokenizeBody.parse(document)
+        question, model = body.question(), self._model(http, body.model)
+        pieces = await self._asked(http, model, question)
+        info = await unless_gone(http.receive, self._door.info(model))
+        return JSONResponse(
+            {
+                "count": len(pieces),
+                "max_model_len": info.context,
+                "tokens": [piece.token_id for piece in pieces],
+                "token_strs": [piece.text for piece in pieces] if body.return_token_strs else None,
+            }
+        )
+
+    async def detokenize(self, http: Request) -> Response:
+        body = DetokenizeBody.parse(await read_document(http))
+        question, model = Detokenize(tuple(body.tokens)), self._model(http, body.model)
+        try:
+            return JSONResponse({"prompt": await self._asked(http, model, question)})
+        except InvalidRequest as error:  # the model knows them as a prompt
+            raise InvalidRequest(error.message, param="tokens") from None
+
+    async def _inputs(self, http: Request, body: TokenizeInputsBody) -> Response:
+        pieces = await self._asked(http, self._model(http, body.model), Tokenize(TextPrompt(body.inputs)))
+        return JSONResponse([_simple_token(piece) for piece in pieces])
+
+    async def _asked(self, http: Request, model: str, question: Question[A]) -> A:
+        waits_s = self._door.config.limits.warm_wait_s
+        return await unless_gone(http.receive, self._door.gateway.ask(model, question, waits_s))
+
+    def _model(self, http: Request, name: str | None) -> str:
+        http.state.model = model = self._door.model(name).name
+        return model
+
+
+def _simple_token(piece: Piece) -> dict[str, object]:
+    return {"id": piece.token_id, "text": piece.text, "start": piece.start, "stop": piece.end}
