@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias, get_args
+from types import UnionType
+from typing import Any, TypeAlias, Union, get_args, get_origin
 
 from pydantic import TypeAdapter
 from pydantic.json_schema import JsonSchemaMode, JsonSchemaValue
@@ -12,8 +13,9 @@ from pydantic.json_schema import JsonSchemaMode, JsonSchemaValue
 from serve_app import __version__
 from serve_app.api import shapes
 from serve_app.api.schema import BatchBody, GenerateBody, StreamBody
-from serve_app.api.schema_body import Body
 from serve_app.api.schema_openai import ChatBody, CompletionBody
+from serve_app.api.schema_tgi import TgiBody
+from serve_app.api.schema_tokens import DetokenizeBody, TokenizeBody, TokenizeInputsBody
 
 Json: TypeAlias = dict[str, Any]
 
@@ -35,15 +37,16 @@ _LATER = (429, 503)
 @dataclass(frozen=True, slots=True)
 class Operation:
     """One endpoint. `body` is what it takes, with an `example`; `says` its JSON answer, `events` what the data of its
-    events is, `text` if it answers in plain text. `model` is where else than in the body a model may be named: in a
-    query or a path. `not_ready` is what it says in place of a refusal while no model can answer.
+    events is, `text` if it answers in plain text: types, or unions of them. `model` is where else than in the body a
+    model may be named, in a query or a path. `not_ready` is what it says in place of a refusal while no model can
+    answer.
     """
 
     method: str
     path: str
     tag: str
     summary: str
-    body: tuple[type[Body], ...] = ()
+    body: Any = None
     example: Json | None = None
     says: Any = None
     events: Any = None
@@ -55,45 +58,60 @@ class Operation:
     @property
     def id(self) -> str:
         words = self.path.replace("{", "").replace("}", "").strip("/").split("/")
-        return "_".join([self.method, *words])
+        return "_".join([self.method, *(word for word in words if word)])
 
 
 _PROMPT = {"prompt": "The future of artificial intelligence is", "max_tokens": 32}
+_INPUTS = {"inputs": "The future of artificial intelligence is", "parameters": {"max_new_tokens": 32}}
+_CHAT = {"messages": [{"role": "user", "content": "What is the capital of France?"}], "max_tokens": 32}
+_BATCH = {"prompts": ["The sea is", "The sky is"], "max_tokens": 16}
+_BOTH = shapes.NativeRefusal | shapes.TgiRefusal
+_OURS, _OPENAI, _TGI, _OPERATION = "Native", "OpenAI", "Text Generation Inference", "Operation"
 
 OPERATIONS = (
     Operation(
-        "post", "/generate", "Native", "One prompt, the whole answer", (GenerateBody,), _PROMPT, shapes.NativeAnswer,
+        "post", "/generate", _OURS, "One prompt, the whole answer", GenerateBody | TgiBody, _PROMPT,
+        shapes.NativeAnswer | shapes.TgiAnswer, model="query", refusal=_BOTH,
     ),
     Operation(
-        "post", "/generate_stream", "Native", "One prompt, an event for every token", (StreamBody,), _PROMPT,
-        events=shapes.NativeFrame | shapes.NativeFailure,
+        "post", "/generate_stream", _OURS, "One prompt, an event for every token", StreamBody | TgiBody, _PROMPT,
+        events=shapes.NativeFrame | shapes.NativeFailure | shapes.TgiFrame | shapes.TgiRefusal, model="query",
+        refusal=_BOTH,
     ),
     Operation(
-        "post", "/generate_batch", "Native", "Many prompts in one call", (BatchBody,),
-        {"prompts": ["The sea is", "The sky is"], "max_tokens": 16}, shapes.BatchAnswer,
+        "post", "/generate_batch", _OURS, "Many prompts in one call", BatchBody, _BATCH, shapes.BatchAnswer,
     ),
     Operation(
-        "post", "/v1/completions", "OpenAI", "Go on with a text", (CompletionBody,), _PROMPT, shapes.Completion,
-        events=shapes.CompletionChunk | shapes.OpenAIRefusal, refusal=shapes.OpenAIRefusal,
+        "post", "/v1/completions", _OPENAI, "Go on with a text", CompletionBody, _PROMPT, shapes.Completion,
+        shapes.CompletionChunk | shapes.OpenAIRefusal, refusal=shapes.OpenAIRefusal,
     ),
     Operation(
-        "post", "/v1/chat/completions", "OpenAI", "Answer a conversation", (ChatBody,),
-        {"messages": [{"role": "user", "content": "What is the capital of France?"}], "max_tokens": 32},
-        shapes.ChatCompletion, events=shapes.ChatChunk | shapes.OpenAIRefusal, refusal=shapes.OpenAIRefusal,
+        "post", "/v1/chat/completions", _OPENAI, "Answer a conversation", ChatBody, _CHAT, shapes.ChatCompletion,
+        shapes.ChatChunk | shapes.OpenAIRefusal, refusal=shapes.OpenAIRefusal,
     ),
+    Operation("get", "/v1/models", _OPENAI, "The models here", says=shapes.ModelList, refusal=shapes.OpenAIRefusal),
     Operation(
-        "get", "/v1/models", "OpenAI", "The models here", says=shapes.ModelList, refusal=shapes.OpenAIRefusal
-    ),
-    Operation(
-        "get", "/v1/models/{id}", "OpenAI", "One model", says=shapes.ModelCard, model="path",
+        "get", "/v1/models/{id}", _OPENAI, "One model", says=shapes.ModelCard, model="path",
         refusal=shapes.OpenAIRefusal,
     ),
-    Operation("get", "/health", "Operation", "Whether the process lives", says=shapes.Health),
     Operation(
-        "get", "/ready", "Operation", "Whether any model can answer, or one", says=shapes.Readiness, model="query",
+        "post", "/tokenize", _OURS, "The tokens of a text or a conversation", TokenizeBody | TokenizeInputsBody,
+        {"prompt": "The sea is"}, shapes.Tokens | list[shapes.TgiPiece],
+    ),
+    Operation(
+        "post", "/detokenize", _OURS, "The text of tokens", DetokenizeBody, {"tokens": [504, 4837, 314]}, shapes.Text
+    ),
+    Operation(
+        "post", "/", _TGI, "One prompt, the answer whole or in events", TgiBody, _INPUTS, list[shapes.TgiAnswer],
+        shapes.TgiFrame | shapes.TgiRefusal, model="query", refusal=shapes.TgiRefusal,
+    ),
+    Operation("get", "/info", _TGI, "What a model is and takes", says=shapes.TgiInfo, model="query"),
+    Operation("get", "/health", _OPERATION, "Whether the process lives", says=shapes.Health),
+    Operation(
+        "get", "/ready", _OPERATION, "Whether any model can answer, or one", says=shapes.Readiness, model="query",
         not_ready=shapes.Readiness,
     ),
-    Operation("get", "/metrics", "Operation", "The whole service's metrics for Prometheus", text=True),
+    Operation("get", "/metrics", _OPERATION, "The whole service's metrics for Prometheus", text=True),
 )  # fmt: skip
 
 
@@ -136,12 +154,17 @@ class _Components:
         self.schemas: Json = {}
         self.model_names: Json = {"type": "string", "enum": list(models)}
 
-    def refer(self, type_: Any, mode: JsonSchemaMode) -> JsonSchemaValue:
-        """A reference to the type's schema."""
+    def any_of(self, types: Any, mode: JsonSchemaMode) -> JsonSchemaValue:
+        """The schema of a type or of a union, by references."""
+        members = get_args(types) if isinstance(types, UnionType) or get_origin(types) is Union else [types]
+        schemas = [self._refer(member, mode) for member in members]
+        return schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
+
+    def _refer(self, type_: Any, mode: JsonSchemaMode) -> JsonSchemaValue:
         schema = TypeAdapter(type_).json_schema(mode=mode, ref_template=_COMPONENTS + "{model}")
         for name, definition in schema.pop("$defs", {}).items():
             self._keep(name, definition)
-        if "$ref" in schema:
+        if "title" not in schema:  # a reference, or a list of one
             return schema
         self._keep(schema["title"], schema)
         return {"$ref": _COMPONENTS + schema["title"]}
@@ -162,15 +185,10 @@ def _operation(operation: Operation, components: _Components) -> Json:
         "parameters": _parameters(operation, components),
         "responses": _responses(operation, components),
     }
-    if operation.body:
-        content = {"schema": _any(operation.body, components), "example": operation.example}
+    if operation.body is not None:
+        content = {"schema": components.any_of(operation.body, "validation"), "example": operation.example}
         described["requestBody"] = {"required": True, "content": {JSON: content}}
     return described
-
-
-def _any(bodies: Iterable[type[Body]], components: _Components) -> Json:
-    schemas = [components.refer(body, "validation") for body in bodies]
-    return schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
 
 
 def _parameters(operation: Operation, components: _Components) -> list[Json]:
@@ -186,17 +204,17 @@ def _parameters(operation: Operation, components: _Components) -> list[Json]:
 def _responses(operation: Operation, components: _Components) -> Json:
     good: Json = {}
     if operation.says is not None:
-        good[JSON] = {"schema": components.refer(operation.says, "serialization")}
+        good[JSON] = {"schema": components.any_of(operation.says, "serialization")}
     if operation.events is not None:
         good[EVENTS] = {"schema": _events(operation, components)}
     if operation.text:
         good[TEXT] = {"schema": {"type": "string"}}
-    refusal = {JSON: {"schema": components.refer(operation.refusal, "serialization")}}
+    refusal = {JSON: {"schema": components.any_of(operation.refusal, "serialization")}}
     responses = {"200": _response("The answer.", good)}
     for status, sentence in _faults(operation).items():
         responses[str(status)] = _response(sentence, refusal, later=status in _LATER)
     if operation.not_ready is not None:
-        schema = {JSON: {"schema": components.refer(operation.not_ready, "serialization")}}
+        schema = {JSON: {"schema": components.any_of(operation.not_ready, "serialization")}}
         responses["503"] = _response(_FAULTS[503], schema, later=True)
     return responses
 
@@ -207,13 +225,13 @@ def _events(operation: Operation, components: _Components) -> Json:
     return {
         "description": f"Server-sent events; the data of each is this{end}. An error ends the stream.",
         "contentMediaType": JSON,
-        "contentSchema": {"anyOf": [components.refer(one, "serialization") for one in get_args(operation.events)]},
+        "contentSchema": components.any_of(operation.events, "serialization"),
     }
 
 
 def _faults(operation: Operation) -> dict[int, str]:
-    faults = dict(_FAULTS) if operation.body else {500: _FAULTS[500]}
-    if operation.body or operation.model:
+    faults = dict(_FAULTS) if operation.body is not None else {500: _FAULTS[500]}
+    if operation.body is not None or operation.model:
         faults[404] = _MODEL
     return dict(sorted(faults.items()))
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from random import getrandbits
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from serve_app.api.schema import MOST_TOKENS, Penalty, StopString, Text, TokenCount
@@ -35,11 +35,29 @@ def _refused(why: str) -> BeforeValidator:
         if value is not False:
             raise PydanticCustomError("not_honoured", "Input {why}", {"why": why})
 
-    return BeforeValidator(refuse)
+    return BeforeValidator(refuse, json_schema_input_type=Literal[False] | None)
+
+
+_NAMED = {
+    "type": "object",
+    "required": ["schema"],
+    "properties": {"schema": {"type": "object"}, "name": {"type": "string"}, "strict": {}},
+    "additionalProperties": False,
+}
+# What GrammarField judges, as a JSON schema.
+_FORMS: Any = {
+    "oneOf": [
+        {"properties": {"type": {"const": "regex"}, "value": {"type": "string", "minLength": 1}}},
+        {"properties": {"type": {"const": "json_schema"}, "value": _NAMED}},
+        {"properties": {"type": {"enum": ["json", "json_object"]}, "value": {"type": ["object", "string"]}}},
+    ]
+}
 
 
 class GrammarField(Body):
     """`value` is a JSON schema (an object, or its text), a regular expression, or {"name", "schema"}."""
+
+    model_config = ConfigDict(json_schema_extra=_FORMS)
 
     type: Literal["json", "json_object", "regex", "json_schema"]
     value: object
@@ -51,14 +69,17 @@ class GrammarField(Body):
         elif self.type == "json_schema":
             fits, wanted = _is_named_schema(self.value), 'an object with "schema", and "name" or not'
         else:
-            fits, wanted = _is_schema(self.value), "a JSON schema"
+            fits, wanted = isinstance(self.value, dict | str), "a JSON schema"
         if not fits:
             message = "Input should have {wanted} as its value when its type is {type}"
             raise PydanticCustomError("grammar_value", message, {"wanted": wanted, "type": self.type})
         return self
 
     def grammar(self) -> Grammar:
+        """Raises InvalidRequest when a schema's text is none."""
         value = self.value
+        if self.type in ("json", "json_object") and isinstance(value, str):
+            _check_schema(value, self.type)
         if self.type == "json_schema":
             assert isinstance(value, dict), "it was judged so"
             value = value["schema"]
@@ -66,13 +87,14 @@ class GrammarField(Body):
         return Grammar(KINDS[self.type], text, "parameters.grammar")
 
 
-def _is_schema(value: object) -> bool:
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            return False
-    return isinstance(value, dict)
+def _check_schema(text: str, type_: str) -> None:
+    try:
+        fits = isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        fits = False
+    if not fits:
+        message = f"parameters.grammar should have a JSON schema as its value when its type is {type_}"
+        raise InvalidRequest(message, param="parameters.grammar")
 
 
 def _is_named_schema(value: object) -> bool:

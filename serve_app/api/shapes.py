@@ -10,6 +10,7 @@ from typing_extensions import TypedDict
 exact = with_config(ConfigDict(extra="forbid"))
 
 FinishReasonText = Literal["stop", "length"]
+TgiFinishReason = Literal["length", "eos_token", "stop_sequence"]
 
 
 @exact
@@ -259,6 +260,120 @@ class ChatChunk(TypedDict):
     model: str
     choices: list[ChatChunkChoice]
     usage: NotRequired[Usage | None]
+
+
+@exact
+class Tokens(TypedDict):
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+@exact
+class Text(TypedDict):
+    prompt: str
+
+
+@exact
+class TgiPiece(TypedDict):
+    """`start` and `stop` are characters of the text."""
+
+    id: int
+    text: str
+    start: int
+    stop: int
+
+
+@exact
+class TgiToken(TypedDict):
+    id: int
+    text: str
+    logprob: float | None
+    special: bool
+
+
+@exact
+class TgiEnding(TypedDict):
+    finish_reason: TgiFinishReason
+    generated_tokens: int
+    seed: int | None
+    input_length: int
+
+
+@exact
+class TgiFrame(TypedDict):
+    """One token; the last frame has `generated_text`, and `details` if they were asked for."""
+
+    index: int
+    token: TgiToken
+    top_tokens: NotRequired[list[TgiToken]]
+    generated_text: str | None
+    details: TgiEnding | None
+
+
+@exact
+class TgiSequence(TypedDict):
+    generated_text: str
+    finish_reason: TgiFinishReason
+    generated_tokens: int
+    seed: int | None
+    prefill: list[TgiPrefill]
+    tokens: list[TgiToken]
+    top_tokens: NotRequired[list[list[TgiToken]]]
+
+
+@exact
+class TgiPrefill(TypedDict):
+    """A token of the prompt; the first one has no log probability."""
+
+    id: int
+    text: str
+    logprob: float | None
+
+
+@exact
+class TgiDetails(TypedDict):
+    finish_reason: TgiFinishReason
+    generated_tokens: int
+    seed: int | None
+    prefill: list[TgiPrefill]
+    tokens: list[TgiToken]
+    top_tokens: NotRequired[list[list[TgiToken]]]
+    best_of_sequences: NotRequired[list[TgiSequence]]
+
+
+@exact
+class TgiAnswer(TypedDict):
+    generated_text: str
+    details: NotRequired[TgiDetails]
+
+
+@exact
+class TgiRefusal(TypedDict):
+    error: str
+    error_type: str
+
+
+@exact
+class TgiInfo(TypedDict):
+    """What only a loaded model knows is null while it sleeps."""
+
+    model_id: str
+    model_sha: str | None
+    model_dtype: str | None
+    model_device_type: str
+    model_pipeline_tag: str
+    max_concurrent_requests: int
+    max_best_of: int
+    max_stop_sequences: int
+    max_input_tokens: int | None
+    max_total_tokens: int | None
+    max_client_batch_size: int
+    router: str
+    version: str
+    sha: None
+    docker_label: None
 
 
 @exact
