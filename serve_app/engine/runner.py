@@ -55,11 +55,17 @@ class TorchRunner:
     token, `kv_tokens` how many tokens all slots together may hold, `weight_count` how many weights a row is multiplied
     with, `sampling_s` the time that sampling took so far. Make and use it on one thread: torch's thread pool belongs to
     the thread that first used it.
-    Raises SourceError when the architecture does not run packed, NotEnoughMemory when no slot fits.
+    Raises SourceError when the architecture does not run packed, or is to give `embeddings` and does not tell its
+    hidden states; NotEnoughMemory when no slot fits.
     """
 
     def __init__(
-        self, loaded: Loaded, engine: Engine, quantization: Quantization = "none", report: Report = lambda stage: None
+        self,
+        loaded: Loaded,
+        engine: Engine,
+        quantization: Quantization = "none",
+        report: Report = lambda stage: None,
+        embeddings: bool = False,
     ) -> None:
         self.text = loaded.text
         self.sampling_s = 0.0
@@ -71,7 +77,7 @@ class TorchRunner:
         model = loaded.model
         self.weight_count = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
         with _in_a_sentence(model), torch.inference_mode():
-            test = _SelfTest(model, self.context, quantization)
+            test = _SelfTest(model, self.context, quantization, embeddings)
             if quantization != "none" and model.device.type == "cpu":
                 self._divided = _calibrate(loaded, quantization, smoothable=why_not(model) is None)
             shapes = layer_shapes(model)
@@ -85,7 +91,7 @@ class TorchRunner:
         torch.set_num_threads(model.engine.threads or usable_cores())
         loaded = load(model, report)
         report("preparing the KV arena")
-        runner = cls(loaded, model.engine, model.quantization, report)
+        runner = cls(loaded, model.engine, model.quantization, report, model.embeddings)
         del loaded  # a lean model has weights of its own
         return_memory()
         return runner
@@ -174,11 +180,14 @@ class TorchRunner:
 class _SelfTest:
     """A few tokens, and what the model's own code says after them; seen before its weights are changed."""
 
-    def __init__(self, model: PreTrainedModel, context: int, quantization: Quantization) -> None:
+    def __init__(self, model: PreTrainedModel, context: int, quantization: Quantization, embeddings: bool) -> None:
         vocabulary = model.get_input_embeddings().weight.shape[0]
         self._tokens = [(i + 1) * 7919 % vocabulary for i in range(min(_SELF_TEST_TOKENS, context))]
         ids = torch.tensor([self._tokens], device=model.device)
-        self._reference: torch.Tensor = model(input_ids=ids, use_cache=False).logits[0, -1]
+        output = model(input_ids=ids, use_cache=False, output_hidden_states=embeddings)
+        if embeddings and not output.hidden_states:
+            raise SourceError(f"{type(model).__name__} tells no hidden states to embed with; set embeddings: false")
+        self._reference: torch.Tensor = output.logits[0, -1]
         self._like = _LIKE_QUANTIZED.get(quantization) or _LIKE[self._reference.dtype]
 
     def fault(self, model: ForwardPass) -> str | None:

@@ -8,16 +8,19 @@ import time
 from collections.abc import Iterator, Sequence as Seq
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from serve_app.config import Model
 from serve_app.engine import kernels, linear
 from serve_app.engine.arena import BLOCK
 from serve_app.engine.engine import Engine
 from serve_app.engine.lean import LeanModel
 from serve_app.engine.linear import Int8DotLinear, Int8Linear
+from serve_app.engine.loader import Loaded, SourceError, load
 from serve_app.engine.rows import span
 from serve_app.engine.runner import TorchRunner
 from serve_app.engine.stream import TokenStream
@@ -156,6 +159,25 @@ async def test_quantised(family: str, quantization: str, dtype: str, tmp_path: P
     for prompt, wanted, (first, _), again in zip(asked, logprobs, alone, crowd, strict=True):
         assert len(first) == len(wanted) == len(prompt) - 1
         assert [one.chosen for one in first] == [one.chosen for one in again] or family not in tiny.LEAN
+
+
+def silent(config: Model) -> Loaded:
+    """A model that keeps its hidden states to itself."""
+    loaded = load(config, lambda stage: None)
+    forward = loaded.model.forward
+
+    def without(*given: Any, output_hidden_states: bool = False, **named: Any) -> Any:
+        return forward(*given, **named)
+
+    loaded.model.forward = without
+    return loaded
+
+
+def test_a_model_that_cannot_embed_is_refused_where_it_is_to(tmp_path: Path) -> None:
+    config = model_config(tiny.save("gpt2", tmp_path), max_running=2, max_context=64)
+    assert TorchRunner(silent(config), config.engine).kind == "packed"
+    with pytest.raises(SourceError, match=r"GPT2LMHeadModel tells no hidden states.*embeddings: false"):
+        TorchRunner(silent(config), config.engine, embeddings=True)
 
 
 @pytest.mark.parametrize("dots", [True, False])
