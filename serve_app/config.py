@@ -113,7 +113,8 @@ class SamplingDefaults(Section):
 class Model(Section):
     """One model: one deployment with an engine of its own.
 
-    `source` is `builtin:smollm2-135m`, a folder, a GGUF file, or a hub id (pinned by `revision`).
+    `source` is `builtin:smollm2-135m`, a folder, a GGUF file, or a hub id (pinned by `revision`). `embeddings` has
+    /v1/embeddings answer for it.
     """
 
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]*$")
@@ -124,6 +125,7 @@ class Model(Section):
     quantization: Literal["none", "int8", "int4"] = "none"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     device_map: str | dict[str, int | str] | None = None
+    embeddings: bool = False
     sampling_defaults: SamplingDefaults = SamplingDefaults()
     resources: Resources = Resources()
     batching: Batching = Batching()

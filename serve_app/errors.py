@@ -4,7 +4,7 @@ ServeAppError
 ├── InvalidRequest      422  a field is wrong; `param` names it
 ├── PromptTooLong       422  the prompt does not fit the model's context
 ├── ModelNotFound       404  no such model
-├── NotFound            404  no such path
+├── NotFound            404  no such path, or one that this model is not switched on for
 ├── MethodNotAllowed    405  the path exists, the method does not
 ├── BodyTooLarge        413  the body is over the limit
 ├── QueueFull           429  too many requests wait already

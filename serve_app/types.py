@@ -45,6 +45,9 @@ class SamplingParams:
     `logit_bias` is pairs of a token id and what is added to its logit, before penalties, temperature and filters, also
     for a greedy choice; the logprobs that are reported are without it.
 
+    `prompt_logprobs` is how many alternatives to report for each token of the prompt but the first, which nothing
+    foretells; None reports nothing. Such a prompt is computed afresh.
+
     `grammar` comes before everything else that is asked for: penalties and filters choose among the tokens that it
     allows, `min_tokens` and `ignore_eos` keep an answer going only while it can go on, and an answer that can not ends
     there with `stop`. Stop strings, stop tokens and `max_tokens` still end an answer before it is complete.
@@ -68,6 +71,7 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     logit_bias: tuple[tuple[int, float], ...] = ()
     grammar: Grammar | None = None
+    prompt_logprobs: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +115,9 @@ class GenerationRequest:
 
     Of those who wait, the lowest `priority` is served first, and of equals who came first. Whoever runs goes on, except
     when memory runs out: then the highest is put off first.
+
+    `show_prompt` has the first chunk tell the prompt's tokens and text. `embed` asks for the prompt's embedding instead
+    of an answer: the mean of the model's last hidden states over all tokens, of length 1.
     """
 
     id: str
@@ -123,6 +130,8 @@ class GenerationRequest:
     index: int = 0
     truncate_prompt_tokens: int | None = None
     priority: int = 0
+    show_prompt: bool = False
+    embed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,8 +145,11 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class Logprobs:
+    """`rank` is 1 and how many tokens are likelier than the chosen one; it is told of a prompt's tokens only."""
+
     chosen: TokenLogprob
     top: tuple[TokenLogprob, ...]
+    rank: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,17 +170,47 @@ class TokenEvent:
 
 
 @dataclass(frozen=True, slots=True)
+class Piece:
+    """A token of a text: its id, what it looks like by itself, and which characters of the text it covers."""
+
+    token_id: int
+    text: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class ShownPrompt:
+    """What a request asked to be told of its prompt: `pieces` of `text`, and `logprobs` of every token but the first.
+
+    A text is as it was sent, from the first token that was kept; anything else is as it is decoded.
+    """
+
+    pieces: tuple[Piece, ...] = ()
+    text: str = ""
+    logprobs: tuple[Logprobs, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Chunk:
     """The tokens of one flush, oldest first, with what is known of the request since admission.
 
     `queue_s` is the time before the model began with this request's prompt, of which `cached_tokens` were computed
-    already.
+    already. The first chunk has the `prompt` if that was asked for. An `embedding`, of length 1 and in numbers that
+    float32 holds, comes without tokens in the only chunk.
     """
 
     events: tuple[TokenEvent, ...]
     prompt_tokens: int
     queue_s: float
     cached_tokens: int = 0
+    prompt: ShownPrompt | None = None
+    embedding: tuple[float, ...] | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether it is the request's last."""
+        return self.embedding is not None or (bool(self.events) and self.events[-1].finish_reason is not None)
 
 
 class ModelState(StrEnum):
@@ -196,16 +238,6 @@ class Question(Generic[A]):
     """What can be asked of a model besides an answer, and takes no step of it; `A` is the type of what is said."""
 
     __slots__ = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """A token of a text: its id, what it looks like by itself, and which characters of the text it covers."""
-
-    token_id: int
-    text: str
-    start: int
-    end: int
 
 
 @dataclass(frozen=True, slots=True)

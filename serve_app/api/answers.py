@@ -11,11 +11,17 @@ from serve_app.api.tally import Tally
 from serve_app.types import GenerationRequest
 
 
-def forks(request: GenerationRequest, count: int) -> list[GenerationRequest]:
-    """Requests for several answers to one prompt, which is computed once for all of them."""
+def forks(request: GenerationRequest, count: int, each_tells: bool = False) -> list[GenerationRequest]:
+    """Requests for several answers to one prompt, which is computed once for all of them.
+
+    What a prompt tells is told by the first, unless each has to say it: then each computes it.
+    """
     if count == 1:
         return [request]
-    return [replace(request, id=f"{request.id}-{i}", group=request.id, index=i) for i in range(count)]
+    silent = replace(request, params=replace(request.params, prompt_logprobs=None), show_prompt=False)
+    others = request if each_tells else silent
+    each = (request, *[others] * (count - 1))
+    return [replace(one, id=f"{request.id}-{i}", group=request.id, index=i) for i, one in enumerate(each)]
 
 
 def measured(request: GenerationRequest) -> GenerationRequest:

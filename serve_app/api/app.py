@@ -14,6 +14,7 @@ from starlette.routing import Route
 
 from serve_app.api import openapi, pages
 from serve_app.api.door import Door
+from serve_app.api.embeddings import EmbeddingRoutes
 from serve_app.api.gateway import Gateway
 from serve_app.api.middleware import BodyLimit, LastResort, RequestId
 from serve_app.api.openai import OpenAIRoutes
@@ -57,6 +58,7 @@ def _routes(door: Door) -> list[Route]:
         Route("/generate_batch", native.generate_batch, methods=["POST"]),
         Route("/v1/completions", openai.completions, methods=["POST"]),
         Route("/v1/chat/completions", openai.chat, methods=["POST"]),
+        Route("/v1/embeddings", EmbeddingRoutes(door).embeddings, methods=["POST"]),
         Route("/v1/models", openai.models, methods=["GET"]),
         Route("/v1/models/{id:path}", openai.model, methods=["GET"]),
         Route("/health", operator.health, methods=["GET"]),

@@ -15,6 +15,8 @@ class Gateway(Protocol):
     def stream(self, request: GenerationRequest, warm_wait_s: float | None = None) -> AsyncGenerator[Chunk, None]:
         """Yield the tokens of one request; the last event of the last chunk has a finish reason.
 
+        A request for an embedding has one chunk without tokens.
+
         `warm_wait_s` is how long it may wait for a model that is scaled to zero; None: as long as the request may take.
 
         Raises ServeAppError, before the first chunk or between chunks. Closing the generator

@@ -28,13 +28,13 @@ MOST_IN_FLIGHT = 32
 async def answer(
     gateway: Gateway, request: GenerationRequest, warm_wait_s: float | None = None
 ) -> AsyncGenerator[Chunk, None]:
-    """The gateway's stream held to its contract: it ends in one finish reason, or raises ServeAppError."""
+    """The gateway's stream held to its contract: it ends in one finish reason or embedding, or raises ServeAppError."""
     finished = False
     try:
         async with aclosing(gateway.stream(request, warm_wait_s)) as chunks:
             async for chunk in chunks:
-                if not finished and chunk.events:
-                    finished = chunk.events[-1].finish_reason is not None
+                if not finished and (chunk.events or chunk.finished):
+                    finished = chunk.finished
                     yield chunk
         if not finished:
             raise RuntimeError("the model's stream ended without a finish reason")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import replace
 from functools import partial
@@ -9,7 +10,7 @@ from functools import partial
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from serve_app.api.answers import best_of_each, kept, measured
+from serve_app.api.answers import best_of_each, forks, kept, measured
 from serve_app.api.document import read_document
 from serve_app.api.door import Door, generation_id
 from serve_app.api.generation import collect, side_by_side, unless_gone
@@ -19,6 +20,8 @@ from serve_app.api.sse import EventStream
 from serve_app.config import Model
 from serve_app.errors import InvalidRequest
 from serve_app.types import GenerationRequest, SamplingParams
+
+log = logging.getLogger(__name__)
 
 
 class OpenAIRoutes:
@@ -45,7 +48,8 @@ class OpenAIRoutes:
         params = body.params(model.sampling_defaults)
         name, limits = generation_id(http), self._door.config.limits
         requests = self._requests(name, model, body, params)
-        frames = kind(name, requests, _now(), body.include_usage)
+        log_user(name, model, body.user)
+        frames = kind(name, requests, _now(), body.include_usage, body.show)
         if body.stream:
             return EventStream(self._door.gateway, requests, frames, limits.heartbeat_s)
         chooses = body.drawn > body.n
@@ -72,17 +76,16 @@ class OpenAIRoutes:
         requests = [
             self._door.request(each, model, prompt, params, body) for each, prompt in zip(names, prompts, strict=True)
         ]
-        return [fork for request in requests for fork in _forks(request, body.drawn)]
+        requests = [replace(each, show_prompt=body.show.echo or body.show.token_ids) for each in requests]
+        return [fork for request in requests for fork in forks(request, body.drawn, body.stream)]
 
     def _card(self, name: str) -> dict[str, object]:
         return {"id": name, "object": "model", "created": self._began, "owned_by": "serve_app"}
 
 
-def _forks(request: GenerationRequest, count: int) -> list[GenerationRequest]:
-    """Requests for several answers to one prompt, which is computed once for all of them."""
-    if count == 1:
-        return [request]
-    return [replace(request, id=f"{request.id}-{i}", group=request.id, index=i) for i in range(count)]
+def log_user(name: str, model: Model, user: str | None) -> None:
+    if user is not None:
+        log.info("request %s to %s is for user %r", name, model.name, user)
 
 
 def _now() -> int:

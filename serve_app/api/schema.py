@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
 from serve_app.api.schema_body import Body
@@ -22,8 +22,20 @@ def _one_or_many(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
+def _something_is_left(count: int) -> int:
+    if count == 0:
+        raise PydanticCustomError("nothing_left", "Input should be 1 or more, or -1 for as many as the model takes")
+    return count
+
+
 TokenCount = Annotated[int, Field(ge=1, le=MOST_TOKENS)]
 TokenId = Annotated[int, Field(ge=0, le=MOST_TOKENS)]
+KeptTokens = Annotated[
+    int,
+    Field(ge=-1, le=MOST_TOKENS, json_schema_extra={"not": {"const": 0}}),
+    AfterValidator(_something_is_left),
+]
+Priority = Annotated[int, Field(ge=-(2**31), le=2**31 - 1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
 _StopStrings = Annotated[list[StopString], Field(max_length=16, fail_fast=True)]
@@ -71,18 +83,9 @@ class SamplingFields(Body):
     guided_regex: Text | None = None
     guided_choice: Annotated[list[Text], Field(min_length=1, max_length=1024, fail_fast=True)] | None = None
     guided_grammar: Text | None = None
-    truncate_prompt_tokens: (
-        Annotated[int, Field(ge=-1, le=MOST_TOKENS, json_schema_extra={"not": {"const": 0}})] | None
-    ) = None
-    priority: Annotated[int, Field(ge=-(2**31), le=2**31 - 1)] = 0
+    truncate_prompt_tokens: KeptTokens | None = None
+    priority: Priority = 0
     cache_salt: Annotated[str, Field(max_length=128)] = ""
-
-    @field_validator("truncate_prompt_tokens")
-    @classmethod
-    def _something_is_left(cls, count: int | None) -> int | None:
-        if count == 0:
-            raise PydanticCustomError("nothing_left", "Input should be 1 or more, or -1 for as many as the model takes")
-        return count
 
     def grammars(self) -> list[Grammar]:
         """What the answer must look like, by each field that says so."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
@@ -28,6 +29,15 @@ def _kind_of_prompts(value: object) -> str | None:
     if isinstance(value, list) and value and isinstance(value[0], str | list):
         return TEXTS if isinstance(value[0], str) else LISTS
     return _text_or_list(value)
+
+
+@dataclass(frozen=True, slots=True)
+class Show:
+    """What answers show beside their text. `prompt_logprobs` is how many alternatives to each token of the prompt."""
+
+    echo: bool = False
+    token_ids: bool = False
+    prompt_logprobs: int | None = None
 
 
 class StreamOptions(Body):
@@ -71,13 +81,19 @@ class ResponseFormat(Body):
         return Grammar("json_object", field="response_format") if self.type == "json_object" else None
 
 
+# Whom a call is made for, which is only written to the log.
+User = Annotated[str, Field(max_length=128)]
+
+
 class OpenAIFields(SamplingFields):
     model: str | None = None
     n: Annotated[int, Field(ge=1, le=MOST_ANSWERS)] = 1
     response_format: ResponseFormat | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
-    user: str | None = None
+    user: User | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    return_token_ids: bool = False
 
     nested: ClassVar[Nested] = {
         "stream_options": StreamOptions,
@@ -98,13 +114,18 @@ class OpenAIFields(SamplingFields):
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
+    @property
+    def show(self) -> Show:
+        return Show(False, self.return_token_ids, self.prompt_logprobs)
+
     def checked(self, defaults: SamplingDefaults, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
         """Raises InvalidRequest."""
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest(
                 "stream_options goes with stream: true; leave it out or stream", param="stream_options"
             )
-        return self.sampling(defaults, max_tokens, logprobs)
+        params = self.sampling(defaults, max_tokens, logprobs)
+        return params if self.prompt_logprobs is None else replace(params, prompt_logprobs=self.prompt_logprobs)
 
 
 TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
@@ -121,23 +142,31 @@ CompletionPrompt = Annotated[
 ]
 
 
+def prompts(given: CompletionPrompt) -> list[Prompt]:
+    several = isinstance(given, list) and isinstance(given[0], str | list)
+    return [
+        TextPrompt(one) if isinstance(one, str) else TokenPrompt(tuple(one))  # type: ignore[arg-type]
+        for one in (given if several else [given])
+    ]
+
+
 class CompletionBody(OpenAIFields):
     prompt: CompletionPrompt
     max_tokens: TokenCount = 16
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     best_of: Annotated[int, Field(ge=1, le=MOST_ANSWERS)] | None = None
+    echo: bool = False
 
     @property
     def drawn(self) -> int:
         return self.n if self.best_of is None else self.best_of
 
+    @property
+    def show(self) -> Show:
+        return replace(super().show, echo=self.echo)
+
     def asked(self) -> list[Prompt]:
-        prompt = self.prompt
-        several = isinstance(prompt, list) and isinstance(prompt[0], str | list)
-        return [
-            TextPrompt(one) if isinstance(one, str) else TokenPrompt(tuple(one))  # type: ignore[arg-type]
-            for one in (prompt if several else [prompt])
-        ]
+        return prompts(self.prompt)
 
     def params(self, defaults: SamplingDefaults) -> SamplingParams:
         if self.drawn < self.n:
@@ -148,7 +177,10 @@ class CompletionBody(OpenAIFields):
                 "it out",
                 param="best_of",
             )
-        return self.checked(defaults, self.max_tokens, self.logprobs)
+        params = self.checked(defaults, self.max_tokens, self.logprobs)
+        if not self.echo or self.logprobs is None:
+            return params
+        return replace(params, prompt_logprobs=max(self.logprobs, params.prompt_logprobs or 0))
 
 
 class TextPart(Body):

@@ -109,7 +109,7 @@ class EventStream(Response):
         async with aclosing(self.chunks(index)) as chunks:
             async for chunk in chunks:
                 frames = self._frames.chunk(chunk, index)
-                self._unfinished -= chunk.events[-1].finish_reason is not None
+                self._unfinished -= chunk.finished
                 await self._write(send, frames if self._unfinished else frames + self._frames.end())
 
     async def _pulse(self, send: Send) -> None:

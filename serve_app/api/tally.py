@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from serve_app.types import Chunk, FinishReason, TokenEvent
+from serve_app.types import Chunk, FinishReason, ShownPrompt, TokenEvent
 
 Metrics = dict[str, float | int | None]
 Usage = dict[str, int | dict[str, int]]
@@ -23,18 +23,25 @@ class Tally:
     first_s: float | None = None
     last_s: float = 0.0
     finish_reason: FinishReason | None = None
+    stopped_by: str | int | None = None
+    token_ids: list[int] = field(default_factory=list)
+    prompt: ShownPrompt | None = None
+    embedding: tuple[float, ...] | None = None
     events: list[TokenEvent] = field(default_factory=list)
 
     def arrived(self, chunk: Chunk) -> None:
         self.prompt_tokens, self.cached_tokens = chunk.prompt_tokens, chunk.cached_tokens
         self.queue_s = chunk.queue_s
+        self.prompt = self.prompt or chunk.prompt
+        self.embedding = chunk.embedding
 
     def count(self, event: TokenEvent) -> None:
         self.first_s = event.elapsed_s if self.first_s is None else self.first_s
         self.last_s = event.elapsed_s
         self.tokens += 1
         self.text += event.text
-        self.finish_reason = event.finish_reason
+        self.finish_reason, self.stopped_by = event.finish_reason, event.stopped_by
+        self.token_ids.append(event.token_id)
         if event.logprobs is not None:
             self.events.append(event)
 

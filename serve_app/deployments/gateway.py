@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import aclosing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias, TypeVar
 
 from ray.exceptions import RayError, RayTaskError
@@ -17,7 +17,7 @@ from ray.serve.handle import DeploymentHandle
 
 from serve_app.config import AppConfig, Model
 from serve_app.deployments.hub import Board, Notice, Pusher
-from serve_app.deployments.metrics import IngressMetrics, exposition
+from serve_app.deployments.metrics import EMBEDDED, FINISHED, IngressMetrics, exposition
 from serve_app.errors import DeadlineExceeded, InternalError, NotReady, QueueFull, ServeAppError
 from serve_app.types import A, Chunk, GenerationRequest, ModelState, ModelStatus, Question, TokenEvent
 
@@ -75,13 +75,12 @@ class ReplicaGateway:
             async with aclosing(self._chunks(request, arrived, warm_wait_s)) as chunks:
                 async for chunk in chunks:
                     if tokens == 0:
-                        ttft_s = chunk.events[0].elapsed_s
+                        ttft_s = chunk.events[0].elapsed_s if chunk.events else 0.0
                         self._metrics.first(request, chunk)
                     tokens += len(chunk.events)
                     sent.inc(len(chunk.events))
-                    reason = chunk.events[-1].finish_reason
-                    if reason is not None:
-                        outcome = reason.value
+                    if chunk.finished:
+                        outcome = _outcome(chunk)
                     yield chunk
         except ServeAppError as error:
             outcome = error.code
@@ -89,7 +88,7 @@ class ReplicaGateway:
         finally:
             elapsed_s = time.monotonic() - arrived
             self._metrics.ended(request, outcome, tokens, ttft_s, elapsed_s)
-            if outcome in ("stop", "length"):
+            if outcome in FINISHED:
                 self._mean_s[request.model] += 0.1 * (elapsed_s - self._mean_s[request.model])
 
     async def ask(self, model: str, question: Question[A], warm_wait_s: float) -> A:
@@ -138,10 +137,10 @@ class ReplicaGateway:
                 offset = 0.0
                 if isinstance(item, Chunk):
                     self._note(ModelStatus(model.name, ModelState.READY))  # no news is better than an answer
-                    offset = time.monotonic() - arrived - item.events[-1].elapsed_s
+                    offset = time.monotonic() - arrived - item.events[-1].elapsed_s if item.events else 0.0
                 while isinstance(item, Chunk):
                     yield _later(item, offset) if offset > _NOW_S else item
-                    if item.events[-1].finish_reason is not None:
+                    if item.finished:
                         return
                     item = await self._told(anext(items), model.name, deadline)
                 raise item
@@ -258,10 +257,22 @@ class ReplicaGateway:
         return board
 
 
+def log_to_serve() -> None:
+    """Let the records of the other rooms go where the replica's go."""
+    ours = logging.getLogger("serve_app")
+    ours.handlers, ours.propagate = logger.handlers, False
+    ours.setLevel(logging.INFO)
+
+
 def _later(chunk: Chunk, offset_s: float) -> Chunk:
     """A chunk as seen from a door that the request passed `offset_s` earlier."""
     events = tuple(
         TokenEvent(e.token_id, e.text, e.elapsed_s + offset_s, e.finish_reason, e.logprobs, e.stopped_by)
         for e in chunk.events
     )
-    return Chunk(events, chunk.prompt_tokens, chunk.queue_s + offset_s, chunk.cached_tokens)
+    return replace(chunk, events=events, queue_s=chunk.queue_s + offset_s)
+
+
+def _outcome(last: Chunk) -> str:
+    reason = last.events[-1].finish_reason if last.events else None
+    return EMBEDDED if reason is None else reason.value

@@ -11,7 +11,7 @@ from starlette.types import ASGIApp
 
 from serve_app.api.app import create_app
 from serve_app.config import AppConfig
-from serve_app.deployments.gateway import Backend, ReplicaGateway
+from serve_app.deployments.gateway import Backend, ReplicaGateway, log_to_serve
 from serve_app.errors import ServeAppError
 from serve_app.types import A, Chunk, GenerationRequest, Question
 
@@ -24,6 +24,7 @@ class Ingress:
     async def __init__(  # type: ignore[misc]  # Ray awaits it
         self, config: AppConfig, handles: list[DeploymentHandle], hub: DeploymentHandle
     ) -> None:
+        log_to_serve()
         replica = serve.get_replica_context().replica_id.unique_id
         backends = {model.name: _remote(handle) for model, handle in zip(config.models, handles, strict=True)}
         self._config = config
@@ -43,7 +44,7 @@ def _remote(handle: DeploymentHandle) -> Backend:
         ended = False
         try:
             async for item in responses:
-                ended = isinstance(item, ServeAppError) or item.events[-1].finish_reason is not None
+                ended = isinstance(item, ServeAppError) or item.finished
                 yield item
             ended = True
         finally:

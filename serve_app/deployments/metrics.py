@@ -14,7 +14,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from serve_app.engine.engine import Engine
-from serve_app.types import Chunk, GenerationRequest
+from serve_app.types import Chunk, FinishReason, GenerationRequest
 
 # A second series for every counter, which nothing here reads.
 disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -24,6 +24,10 @@ _TTFT = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 5, 10, 30, 60)
 _TPOT = (0.0025, 0.005, 0.01, 0.02, 0.035, 0.05, 0.075, 0.1, 0.2, 0.5, 1)
 _QUEUE = (0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2, 5, 10, 30, 60)
 _REQUEST = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+
+# How a request ended that has all of its answer, beside its finish reason.
+EMBEDDED = "embedded"
+FINISHED = frozenset({*(reason.value for reason in FinishReason), EMBEDDED})
 
 
 class IngressMetrics:
@@ -79,7 +83,8 @@ class IngressMetrics:
 
     def first(self, request: GenerationRequest, chunk: Chunk) -> None:
         labels = request.model, self._replica
-        self._ttft.labels(*labels).observe(chunk.events[0].elapsed_s)
+        if chunk.events:
+            self._ttft.labels(*labels).observe(chunk.events[0].elapsed_s)
         self._queue.labels(*labels).observe(chunk.queue_s)
         self._prompt_tokens.labels(*labels).inc(chunk.prompt_tokens)
 
@@ -88,11 +93,11 @@ class IngressMetrics:
         return self._tokens.labels(request.model, self._replica)
 
     def ended(self, request: GenerationRequest, outcome: str, tokens: int, ttft_s: float, elapsed_s: float) -> None:
-        """`outcome` is a finish reason, `cancelled`, or an error's code; the times matter for finished requests."""
+        """`outcome` is one of FINISHED, whose times matter, `cancelled`, or an error's code."""
         labels = request.model, self._replica
         self._active.labels(*labels).dec()
         self._requests.labels(*labels, outcome).inc()
-        if outcome in ("stop", "length"):
+        if outcome in FINISHED:
             self._duration.labels(*labels).observe(elapsed_s)
             if tokens > 1:
                 self._tpot.labels(*labels).observe((elapsed_s - ttft_s) / (tokens - 1))

@@ -12,6 +12,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from serve_app.config import Model
+from serve_app.deployments.gateway import log_to_serve
 from serve_app.deployments.hub import Notice, Pusher
 from serve_app.deployments.metrics import EngineMetrics
 from serve_app.engine.engine import Engine, EngineStalled
@@ -36,7 +37,7 @@ class Worker:
         self._model = model
         self._id = serve.get_replica_context().replica_id.unique_id
         self._stage = "starting"
-        _log_to_serve()
+        log_to_serve()
         self._metrics: EngineMetrics | None = None
         self._pusher = Pusher(hub, self._notice)
         self._admit.set_max_batch_size(model.batching.max_batch_size)
@@ -107,13 +108,6 @@ class Worker:
     def _notice(self) -> Notice:
         families = self._metrics.families() if self._metrics else []
         return Notice(self._id, self._model.name, self._stage, families)
-
-
-def _log_to_serve() -> None:
-    """Let the engine's records go where the replica's go."""
-    ours = logging.getLogger("serve_app")
-    ours.handlers, ours.propagate = logger.handlers, False
-    ours.setLevel(logging.INFO)
 
 
 def _make_runner(model: Model, report: Callable[[str], None]) -> Runner:

@@ -76,13 +76,13 @@ class Arena:
         """How many tokens of a sequence are there already, for whoever has this salt."""
         return self._longest(tokens[:-1], salt)[1]
 
-    def take(self, tokens: Seq[int], salt: str | None) -> tuple[int, int] | None:
-        """A free slot for a sequence, and how many of its tokens are there already.
+    def take(self, tokens: Seq[int], salt: str | None, afresh: bool = False) -> tuple[int, int] | None:
+        """A free slot for a sequence, and how many of its tokens are there already: none if it begins `afresh`.
 
         None when all are taken, or when there is no memory for one token more than `tokens`. At least one token is
         left to compute, for its logits.
         """
-        source, shared = (None, 0) if salt is None else self._longest(tokens[:-1], salt)
+        source, shared = (None, 0) if salt is None or afresh else self._longest(tokens[:-1], salt)
         needed = _blocks(len(tokens) + 1)
         for slot in self._choices(source, shared):
             missing = max(0, needed - self._contents[slot].blocks)

@@ -15,13 +15,16 @@ from serve_app.engine.arena import Arena
 from serve_app.engine.pace import Pace
 from serve_app.engine.scheduler import Scheduler
 from serve_app.engine.sequence import Runner, Sequence, Step
-from serve_app.engine.stream import TokenStream, wake_all
+from serve_app.engine.shown import shown
+from serve_app.engine.stream import Embedded, TokenStream, wake_all
 from serve_app.errors import InternalError, InvalidRequest, NotReady, PromptTooLong, ServeAppError
 from serve_app.types import A, Describe, Detokenize, ModelInfo, Question, Tokenize
 
 logger = logging.getLogger(__name__)
 
 FAILURES_BEFORE_UNHEALTHY = 3
+# Names of tokens and numbers that one request may be told of its prompt.
+MOST_TOLD = 65_536
 
 
 class EngineStalled(Exception):
@@ -185,13 +188,20 @@ class Engine:
                 message = "truncate_prompt_tokens is at least 1, or -1 for as many as the model takes"
                 return InvalidRequest(message, param="truncate_prompt_tokens")
             ids = ids[-(context - 1 if keep == -1 else keep) :]
-        refusal = _too_long(len(ids), context) or _wrong_bias(params.logit_bias, text.vocabulary)
+        refusal = (
+            _too_long(len(ids), context)
+            or _wrong_bias(params.logit_bias, text.vocabulary)
+            or _tells_too_much(len(ids), params.prompt_logprobs)
+        )
         if refusal is not None:
             return refusal
+        prompt = shown(text, stream.request, ids) if stream.request.show_prompt else None
+        if isinstance(prompt, ServeAppError):
+            return prompt
         constraint = None if params.grammar is None else text.constraint(params.grammar, params.ignore_eos)
         if isinstance(constraint, ServeAppError):
             return constraint
-        stream.open(len(ids), text.decoder(ids, params.skip_special_tokens))
+        stream.open(len(ids), text.decoder(ids, params.skip_special_tokens), prompt)
         return Sequence(stream, ids, text.end_ids, context, constraint)
 
     def _main(self) -> None:
@@ -249,7 +259,7 @@ class Engine:
             else:
                 sequence.stream.put(told)
         wake_all(sequence.stream for sequence, _ in news)
-        self._count(step, len(news), done - now)
+        self._count(step, sum(not isinstance(told, Embedded) for _, told in news), done - now)
         self._seconds["planning_s"] += planned - now
         self._seconds["telling_s"] += self._clock() - done
 
@@ -295,6 +305,21 @@ def _wrong_bias(biases: Seq[tuple[int, float]], vocabulary: int) -> ServeAppErro
         if not isfinite(bias):
             return InvalidRequest(f"the bias of token {token} is not a finite number", param="logit_bias")
     return None
+
+
+def _tells_too_much(tokens: int, alternatives: int | None) -> ServeAppError | None:
+    if alternatives is None:
+        return None
+    if alternatives < 0:
+        return InvalidRequest("prompt_logprobs is at least 0", param="prompt_logprobs")
+    most = MOST_TOLD // tokens - 1
+    if alternatives <= most:
+        return None
+    return InvalidRequest(
+        f"{alternatives} alternatives for each of {tokens} tokens are more than one answer tells; "
+        + (f"ask for at most {most}" if most >= 0 else f"prompt_logprobs takes a prompt of at most {MOST_TOLD} tokens"),
+        param="prompt_logprobs",
+    )
 
 
 def _too_long(tokens: int, context: int) -> ServeAppError | None:

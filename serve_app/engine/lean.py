@@ -27,6 +27,7 @@ from serve_app.engine.linear import (
     of_head,
     pack,
 )
+from serve_app.engine.packed import Computed
 from serve_app.engine.rows import Rows
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -87,10 +88,11 @@ class LeanModel:
         linears = [linear for y in self._layers for linear in (y.qkv, y.out, y.gate_up, y.down)]
         return sum(linear.weight_bytes for linear in (*linears, self._head))
 
-    def forward(self, rows: Rows) -> torch.Tensor:
-        """Logits `[S, V]` of the wanted rows; keys and values of all rows go to the arena."""
+    def forward(self, rows: Rows) -> Computed:
+        """See ForwardPass."""
         slots, positions = torch.tensor(rows.slots), torch.tensor(rows.positions)
-        wanted = torch.tensor(rows.wanted, dtype=torch.long)
+        headed = len(rows.wanted) + len(rows.told)
+        wanted = torch.tensor([*rows.wanted, *rows.told, *rows.embedded], dtype=torch.long)
         x = F.embedding(torch.tensor(rows.tokens), self._embedding).to(self._dtype)
         if self._native is None:
             normed = self.layers(x, slots, positions, wanted)
@@ -99,10 +101,14 @@ class LeanModel:
                 x, *self._native, self._heads, self._eps, self._cos, self._sin, slots, positions, wanted,
                 self._keys, self._values,
             )  # fmt: skip
-        if not len(wanted):
-            return x.new_empty(0, self._head.out_features)
-        logits, scale = self._head.scaled(*normed)
-        return logits if scale is None else logits[:-1].mul_(scale[:, None])
+        states, scale = normed
+        count = len(wanted)
+        hidden = states[headed:count]
+        if scale is not None:
+            hidden, scale = hidden * scale[headed:, None], scale[:headed]
+        if rows.embedded:
+            states = torch.cat([states[:headed], states[count:]])
+        return Computed(self._logits(states, scale) if headed else x.new_empty(0, self._head.out_features), hidden)
 
     def layers(
         self, x: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor, wanted: torch.Tensor
@@ -133,6 +139,10 @@ class LeanModel:
             native.silu_mul(gate_up, scale, active, active_scale)
             y = layer.down.scaled(active, active_scale)
         return self._normed(x, y, self._norm)
+
+    def _logits(self, states: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+        logits, left = self._head.scaled(states, scale)
+        return logits if left is None else logits[:-1].mul_(left[:, None])
 
     def _for_native(self) -> tuple[Any, ...] | None:
         """What the native loop needs of the layers, in its order; None if it does not know one of them."""

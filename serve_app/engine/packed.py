@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -13,6 +14,13 @@ from serve_app.engine.attention import LayerCache, Layout, ShapeProbe
 from serve_app.engine.linear import Quantization, swap
 from serve_app.engine.loader import SourceError
 from serve_app.engine.rows import Rows, span
+
+
+class Computed(NamedTuple):
+    """Of a step: `logits` `[S, V]` of the rows wanted and those told, `hidden` states `[E, H]` of those embedded."""
+
+    logits: torch.Tensor
+    hidden: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +56,8 @@ class PackedModel:
         embedding = self._model.get_input_embeddings().weight
         return int(packed + unpacked - embedding.numel() * embedding.itemsize)
 
-    def forward(self, rows: Rows) -> torch.Tensor:
-        """Logits `[S, V]` of the wanted rows; keys and values of all rows go to the arena."""
+    def forward(self, rows: Rows) -> Computed:
+        """See ForwardPass."""
         layouts: dict[torch.device, Layout] = {}
         for cache in self._caches:
             device = cache.keys.device
@@ -106,13 +114,16 @@ def _attending(model: PreTrainedModel) -> list[torch.nn.Module]:
     return [m for m in attention.attention_modules(model) if getattr(m.serve_app_cache, "heads", 0)]
 
 
-def _forward(model: PreTrainedModel, rows: Rows) -> torch.Tensor:
+def _forward(model: PreTrainedModel, rows: Rows) -> Computed:
     device = model.device
     output = model(
         input_ids=torch.tensor([rows.tokens], device=device),
         position_ids=torch.tensor([rows.positions], device=device),
         use_cache=False,
-        logits_to_keep=torch.tensor(rows.wanted, dtype=torch.long, device=device),
+        logits_to_keep=torch.tensor(rows.wanted + rows.told, dtype=torch.long, device=device),
+        output_hidden_states=bool(rows.embedded),
     )
     logits: torch.Tensor = output.logits[0]
-    return logits
+    # The last of them comes after the last norm.
+    hidden = output.hidden_states[-1][0][rows.embedded] if rows.embedded else logits.new_empty(0, 0)
+    return Computed(logits, hidden)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from serve_app.engine.sequence import Step
 
@@ -30,7 +30,8 @@ class PromptChunk:
 class Rows:
     """Lists of N: each row's token, its sequence's slot, its position there. `wanted` are rows to sample from.
 
-    The same rows grouped: `runs` of decoding neighbours, and `chunks` of prompts.
+    The same rows grouped: `runs` of decoding neighbours, and `chunks` of prompts. Of prompts that are read, `told` are
+    rows whose logits say how likely the next token was, and `embedded` rows whose last hidden state is wanted.
     """
 
     tokens: list[int]
@@ -39,6 +40,8 @@ class Rows:
     wanted: list[int]
     runs: list[DecodeRun]
     chunks: list[PromptChunk]
+    told: list[int] = field(default_factory=list)
+    embedded: list[int] = field(default_factory=list)
 
 
 def rows_of(step: Step) -> Rows:
@@ -52,6 +55,9 @@ def rows_of(step: Step) -> Rows:
         rows.positions.extend(range(start, start + advance.rows))
         if advance.samples:
             rows.wanted.extend(range(first + advance.count - 1, first + advance.rows))
+        if sequence.reading is not None:
+            read = rows.embedded if sequence.embeds else rows.told
+            read.extend(first + row for row in advance.reads)
         if advance.rows > 1:
             rows.chunks.append(PromptChunk(first, sequence.slot, start, advance.rows))
         else:

@@ -20,10 +20,10 @@ from serve_app.engine.lean import LeanModel, why_not
 from serve_app.engine.linear import Quantization, mark
 from serve_app.engine.loader import Loaded, Report, SourceError, load, return_memory
 from serve_app.engine.machine import NotEnoughMemory, available_bytes, kv_tokens_that_fit, usable_cores
-from serve_app.engine.packed import LayerShape, PackedModel, layer_shapes, unmasked_context
+from serve_app.engine.packed import Computed, LayerShape, PackedModel, layer_shapes, unmasked_context
 from serve_app.engine.rows import Rows, rows_of, span
-from serve_app.engine.sampler import sample
-from serve_app.engine.sequence import Outcome, Sampled, Step
+from serve_app.engine.sampler import how_likely, sample
+from serve_app.engine.sequence import Advance, Outcome, Reading, Sampled, Step
 from serve_app.engine.smooth import smooth, smooth_head
 from serve_app.errors import ServeAppError
 from serve_app.types import TextPrompt
@@ -43,8 +43,8 @@ class ForwardPass(Protocol):
     @property
     def weight_bytes(self) -> int: ...
 
-    def forward(self, rows: Rows) -> torch.Tensor:
-        """Logits `[S, V]` of the wanted rows; keys and values of all rows go to the arena."""
+    def forward(self, rows: Rows) -> Computed:
+        """What the rows ask for; keys and values of all of them go to the arena."""
         ...
 
 
@@ -55,23 +55,31 @@ class TorchRunner:
     token, `kv_tokens` how many tokens all slots together may hold, `weight_count` how many weights a row is multiplied
     with, `sampling_s` the time that sampling took so far. Make and use it on one thread: torch's thread pool belongs to
     the thread that first used it.
-    Raises SourceError when the architecture does not run packed, NotEnoughMemory when no slot fits.
+    Raises SourceError when the architecture does not run packed, or is to give `embeddings` and does not tell its
+    hidden states; NotEnoughMemory when no slot fits.
     """
 
     def __init__(
-        self, loaded: Loaded, engine: Engine, quantization: Quantization = "none", report: Report = lambda stage: None
+        self,
+        loaded: Loaded,
+        engine: Engine,
+        quantization: Quantization = "none",
+        report: Report = lambda stage: None,
+        embeddings: bool = False,
     ) -> None:
         self.text = loaded.text
         self.sampling_s = 0.0
         self.dtype = loaded.model.dtype
         self.context = min(engine.max_context, loaded.context)
         self._quantization = quantization
+        # What the channels of the last hidden states were divided by, for the sake of the head.
+        self._divided: torch.Tensor | None = None
         model = loaded.model
         self.weight_count = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
         with _in_a_sentence(model), torch.inference_mode():
-            test = _SelfTest(model, self.context, quantization)
+            test = _SelfTest(model, self.context, quantization, embeddings)
             if quantization != "none" and model.device.type == "cpu":
-                _calibrate(loaded, quantization, smoothable=why_not(model) is None)
+                self._divided = _calibrate(loaded, quantization, smoothable=why_not(model) is None)
             shapes = layer_shapes(model)
             self.context = min(self.context, unmasked_context(model, shapes) or self.context)
             self._caches = caches = self._make_caches(shapes, engine, model.dtype)
@@ -83,7 +91,7 @@ class TorchRunner:
         torch.set_num_threads(model.engine.threads or usable_cores())
         loaded = load(model, report)
         report("preparing the KV arena")
-        runner = cls(loaded, model.engine, model.quantization, report)
+        runner = cls(loaded, model.engine, model.quantization, report, model.embeddings)
         del loaded  # a lean model has weights of its own
         return_memory()
         return runner
@@ -97,16 +105,41 @@ class TorchRunner:
         for order in step.orders:
             for cache in self._caches:
                 cache.carry_out(order)
-        logits = self._model.forward(rows_of(step))
+        rows = rows_of(step)
+        logits, hidden = self._model.forward(rows)
         computed = time.perf_counter()
+        self._read(step, logits[len(rows.wanted) :], hidden)
         sampling = [advance for advance in step.advances if advance.samples]
         if not sampling:
             return []
         wanted = [advance.sequence for advance in sampling for _ in range(1 + len(advance.drafts))]
         ahead = [number for advance in sampling for number in range(1 + len(advance.drafts))]
-        sampled = iter(sample(logits, wanted, self.text.token_text, ahead))
+        sampled = iter(sample(logits[: len(rows.wanted)], wanted, self.text.token_text, ahead))
         self.sampling_s += time.perf_counter() - computed
         return [_outcome(list(islice(sampled, 1 + len(advance.drafts)))) for advance in sampling]
+
+    def _read(self, step: Step, logits: torch.Tensor, hidden: torch.Tensor) -> None:
+        """What the step tells of prompts, to those who asked."""
+        for advance in step.advances:
+            count, reading = len(advance.reads), advance.sequence.reading
+            if reading is None or not count:
+                continue
+            if advance.sequence.embeds:
+                self._sum(hidden[:count], reading)
+                hidden = hidden[count:]
+            else:
+                self._tell(logits[:count], advance, reading)
+                logits = logits[count:]
+
+    def _sum(self, hidden: torch.Tensor, reading: Reading) -> None:
+        sums = hidden.double().sum(0)
+        reading.add_states((sums if self._divided is None else sums * self._divided).tolist(), len(hidden))
+
+    def _tell(self, logits: torch.Tensor, advance: Advance, reading: Reading) -> None:
+        sequence = advance.sequence
+        first = sequence.computed + advance.reads.start + 1
+        tokens = sequence.tokens[first : first + len(logits)]
+        reading.add_logprobs(how_likely(logits, tokens, sequence.params.prompt_logprobs or 0, self.text.token_text))
 
     def _make_caches(self, shapes: list[LayerShape], engine: Engine, dtype: torch.dtype) -> list[LayerCache]:
         """All slots on CPU, where only what is written to takes memory; else as many as the memory budget holds."""
@@ -147,11 +180,14 @@ class TorchRunner:
 class _SelfTest:
     """A few tokens, and what the model's own code says after them; seen before its weights are changed."""
 
-    def __init__(self, model: PreTrainedModel, context: int, quantization: Quantization) -> None:
+    def __init__(self, model: PreTrainedModel, context: int, quantization: Quantization, embeddings: bool) -> None:
         vocabulary = model.get_input_embeddings().weight.shape[0]
         self._tokens = [(i + 1) * 7919 % vocabulary for i in range(min(_SELF_TEST_TOKENS, context))]
         ids = torch.tensor([self._tokens], device=model.device)
-        self._reference: torch.Tensor = model(input_ids=ids, use_cache=False).logits[0, -1]
+        output = model(input_ids=ids, use_cache=False, output_hidden_states=embeddings)
+        if embeddings and not output.hidden_states:
+            raise SourceError(f"{type(model).__name__} tells no hidden states to embed with; set embeddings: false")
+        self._reference: torch.Tensor = output.logits[0, -1]
         self._like = _LIKE_QUANTIZED.get(quantization) or _LIKE[self._reference.dtype]
 
     def fault(self, model: ForwardPass) -> str | None:
@@ -162,7 +198,7 @@ class _SelfTest:
         """
         last = len(self._tokens) - 1
         for start, end in ((0, last // 2), (last // 2, last), (last, last + 1)):
-            logits = model.forward(span(self._tokens[start:end], slot=0, start=start))
+            logits, _ = model.forward(span(self._tokens[start:end], slot=0, start=start))
             if len(logits) != 1:
                 return f"gives logits of {len(logits)} rows when one is wanted"
         likeness = torch.cosine_similarity(logits[0].float(), self._reference.float(), dim=0).item()
@@ -171,15 +207,17 @@ class _SelfTest:
         return f"does not give its own answers when run packed (their cosine is {likeness:.3f})"
 
 
-def _calibrate(loaded: Loaded, quantization: Quantization, smoothable: bool) -> None:
-    """Read a text once, to spend the few digits where they count."""
+def _calibrate(loaded: Loaded, quantization: Quantization, smoothable: bool) -> torch.Tensor | None:
+    """Read a text once, to spend the few digits where they count.
+
+    What the channels of the last hidden states are divided by from now on, if they are.
+    """
     (ids,) = loaded.text.encode([TextPrompt(calibration.TEXT)])
     assert isinstance(ids, list)
     ids = ids[: loaded.context]
     if quantization == "int4":
         mark(calibration.inputs(loaded.model, ids, calibration.importance))
-    if smoothable:
-        (smooth if quantization == "int8" else smooth_head)(loaded.model, ids)
+    return (smooth if quantization == "int8" else smooth_head)(loaded.model, ids) if smoothable else None
 
 
 @contextmanager

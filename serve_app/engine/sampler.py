@@ -49,6 +49,22 @@ def sample(
     ]
 
 
+def how_likely(
+    logits: torch.Tensor, tokens: list[int], alternatives: int, token_text: Callable[[int], str]
+) -> list[Logprobs]:
+    """What the model's own distributions, rows `[R, V]`, say of the tokens that came."""
+    logprobs = logits.float().log_softmax(-1)
+    chosen = logprobs.gather(1, torch.tensor(tokens, device=logits.device)[:, None])
+    ranks = (logprobs > chosen).sum(-1) + 1
+    values, ids = logprobs.topk(min(alternatives, logits.shape[1]))
+    return [
+        Logprobs(TokenLogprob(token, token_text(token), logprob), _named(top, best, token_text), rank)
+        for token, logprob, rank, top, best in zip(
+            tokens, chosen[:, 0].tolist(), ranks.tolist(), ids.tolist(), values.tolist(), strict=True
+        )
+    ]
+
+
 def uniform(seed: int, position: int) -> float:
     """A number in [0, 1) with 52 bits that depends on seed and position only.
 
@@ -207,8 +223,9 @@ def _logprobs(row: torch.Tensor, token: int, sequence: Sequence, token_text: Cal
     """Of the model's own distribution, before biases, penalties, temperature and filters."""
     logprobs = row.float().log_softmax(-1)
     values, ids = logprobs.topk(min(sequence.params.logprobs or 0, row.shape[0]))
-    top = zip(ids.tolist(), values.tolist(), strict=True)
-    return Logprobs(
-        TokenLogprob(token, token_text(token), logprobs[token].item()),
-        tuple(TokenLogprob(i, token_text(i), value) for i, value in top),
-    )
+    chosen = TokenLogprob(token, token_text(token), logprobs[token].item())
+    return Logprobs(chosen, _named(ids.tolist(), values.tolist(), token_text))
+
+
+def _named(ids: list[int], logprobs: list[float], token_text: Callable[[int], str]) -> tuple[TokenLogprob, ...]:
+    return tuple(TokenLogprob(i, token_text(i), logprob) for i, logprob in zip(ids, logprobs, strict=True))

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from serve_app.engine.arena import BLOCK, Arena, Copy
 from serve_app.engine.pace import Pace
 from serve_app.engine.sequence import Advance, Outcome, Sequence, Step
-from serve_app.engine.stream import Token
+from serve_app.engine.stream import Embedded, Token
 from serve_app.errors import DeadlineExceeded, QueueFull, ServeAppError
 
+# What a step says to a sequence's reader.
+News = Token | Embedded | ServeAppError
 # Beyond these rows a step takes longer, so that guesses would cost those who guess nothing.
 _FREE_ROWS = 8
 # A prompt advances by this much at least, however short the steps beside it are.
@@ -42,7 +44,8 @@ class Scheduler:
     sequence's next tokens are guessed, at most `draft_tokens`, and checked in the same step.
 
     A prompt that is being computed is not computed a second time beside it: whoever has the same one waits until it
-    is there to be copied, and is passed by meanwhile. Without `prefix_cache` only members of a group share.
+    is there to be copied, and is passed by meanwhile. Without `prefix_cache` only members of a group share. Whoever
+    has rows of its prompt to read computes it afresh; others may have what it computed.
     """
 
     def __init__(
@@ -121,14 +124,17 @@ class Scheduler:
                 advance.sequence.stream.started = now
         return Step(tuple(advances), self._arena.orders())
 
-    def commit(self, step: Step, outcomes: list[Outcome], now: float) -> list[tuple[Sequence, Token | ServeAppError]]:
+    def commit(self, step: Step, outcomes: list[Outcome], now: float) -> list[tuple[Sequence, News]]:
         """Take a step's tokens in; sequences that ended give their slot back."""
         left = iter(outcomes)
-        news: list[tuple[Sequence, Token | ServeAppError]] = []
+        news: list[tuple[Sequence, News]] = []
         for advance in step.advances:
-            sequence, samples = advance.sequence, advance.samples
+            sequence, completes = advance.sequence, advance.completes
             sequence.computed += advance.count
-            if samples:
+            if completes and sequence.embeds:
+                self._release(sequence)
+                news.append((sequence, sequence.embedded()))
+            elif completes:
                 news += [(sequence, told) for told in self._accept(advance, next(left), now)]
         assert next(left, None) is None, "the runner sampled for more sequences than the step asked for"
         return news
@@ -190,7 +196,7 @@ class Scheduler:
                 return
             if self._awaits_another(sequence):
                 continue
-            taken = self._arena.take(sequence.tokens, self._salt(sequence))
+            taken = self._arena.take(sequence.tokens, self._salt(sequence), afresh=sequence.unread)
             if taken is None:
                 return
             self._waiting.remove(sequence)
@@ -208,7 +214,7 @@ class Scheduler:
         Ends with the other's first token, or when that one leaves in whatever way: then the next computes it.
         """
         salt, length = self._salt(sequence), sequence.prompt_len
-        if salt is None:
+        if salt is None or sequence.unread:
             return False
         same = any(
             not other.generated

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from array import array
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from random import getrandbits
@@ -10,8 +12,8 @@ from typing import Protocol
 from serve_app.engine.arena import Copy, Trim
 from serve_app.engine.detokenizer import Decoder
 from serve_app.engine.drafts import Drafter
-from serve_app.engine.stream import Token, TokenStream
-from serve_app.errors import ServeAppError
+from serve_app.engine.stream import Embedded, Token, TokenStream
+from serve_app.errors import InternalError, ServeAppError
 from serve_app.types import FinishReason, Grammar, Logprobs, Piece, Prompt, SamplingParams
 
 
@@ -38,12 +40,45 @@ class Constraint(Protocol):
         ...
 
 
+class Reading:
+    """What is gathered of a prompt's first `rows` rows as they are computed; `done` of them are known.
+
+    A row that is computed again after a preemption is not read again.
+    """
+
+    __slots__ = ("_sums", "done", "logprobs", "rows")
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+        self.done = 0
+        self.logprobs: tuple[Logprobs, ...] = ()
+        self._sums: tuple[float, ...] = ()
+
+    def add_logprobs(self, logprobs: Seq[Logprobs]) -> None:
+        """Of the tokens that come after the next rows."""
+        self.logprobs += tuple(logprobs)
+        self.done += len(logprobs)
+
+    def add_states(self, sums: Seq[float], rows: int) -> None:
+        """The sums of the next rows' last hidden states."""
+        self._sums = tuple(map(sum, zip(self._sums, sums, strict=True))) if self._sums else tuple(sums)
+        self.done += rows
+
+    def embedding(self) -> tuple[float, ...] | ServeAppError:
+        """The mean of all states, of length 1."""
+        length = math.hypot(*self._sums)
+        if not 0 < length < math.inf:
+            return InternalError("the model computed no numbers for this text; it may be too unusual for its precision")
+        return tuple(array("f", (value / length for value in self._sums)))
+
+
 class Sequence:
     """Token ids so far, how many of them are in the KV arena, and where.
 
     `tokens` is the prompt and then the answer. `computed` counts the tokens whose keys and values
     are in slot `slot`; the sequence decodes when only its newest token is not. `order` counts arrivals;
-    `long` is a prompt that may only advance as far as nobody notices.
+    `long` is a prompt that may only advance as far as nobody notices. `reading` is what is to be told of the prompt.
+    One that `embeds` ends with its prompt.
     """
 
     __slots__ = (
@@ -51,12 +86,14 @@ class Sequence:
         "constraint",
         "deadline",
         "drafter",
+        "embeds",
         "end_ids",
         "limit",
         "long",
         "order",
         "params",
         "prompt_len",
+        "reading",
         "seed",
         "slot",
         "stream",
@@ -78,6 +115,8 @@ class Sequence:
         self.constraint = constraint
         self.tokens = list(prompt)
         self.prompt_len = len(self.tokens)
+        self.embeds = stream.request.embed
+        self.reading = self._reading()
         self.computed = 0
         self.long = False
         self.order = 0
@@ -98,11 +137,22 @@ class Sequence:
         """Tokens that are not in the KV arena yet: 1 while decoding."""
         return len(self.tokens) - self.computed
 
+    @property
+    def unread(self) -> bool:
+        """Whether rows of its prompt are still to be read, and so to be computed for it alone."""
+        return self.reading is not None and self.reading.done < self.reading.rows
+
     def drafts(self, count: int) -> tuple[int, ...]:
         """At most `count` guesses at its next tokens; none where a token's choice depends on more than its place."""
         p = self.params
         plain = p.repetition_penalty == 1 and p.presence_penalty == 0 and p.frequency_penalty == 0
-        if not plain or p.logprobs is not None or (self.end_ids and self.generated < p.min_tokens) or self.constraint:
+        if (
+            not plain
+            or self.embeds
+            or p.logprobs is not None
+            or (self.end_ids and self.generated < p.min_tokens)
+            or self.constraint
+        ):
             return ()
         return self.drafter.propose(self.tokens, min(count, self.limit - self.generated - 1))
 
@@ -116,7 +166,19 @@ class Sequence:
             reason, complete = FinishReason.STOP, True
         elif self.generated >= self.limit:
             reason = FinishReason.LENGTH
-        return Token(sampled.token_id, now - self.stream.arrived, reason, sampled.logprobs, complete)
+        told = self.reading.logprobs if self.reading is not None and self.generated == 1 else None
+        return Token(sampled.token_id, now - self.stream.arrived, reason, sampled.logprobs, complete, told)
+
+    def embedded(self) -> Embedded | ServeAppError:
+        """What it ends with, once its whole prompt was read."""
+        assert self.reading is not None
+        vector = self.reading.embedding()
+        return vector if isinstance(vector, ServeAppError) else Embedded(vector)
+
+    def _reading(self) -> Reading | None:
+        if self.embeds:
+            return Reading(self.prompt_len)
+        return None if self.params.prompt_logprobs is None else Reading(self.prompt_len - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +195,20 @@ class Advance:
 
     @property
     def samples(self) -> bool:
+        return self.completes and not self.sequence.embeds
+
+    @property
+    def completes(self) -> bool:
+        """Whether all its tokens are in the arena after this."""
         return self.count == self.sequence.pending
+
+    @property
+    def reads(self) -> range:
+        """Those of its rows that tell of the prompt what is not known yet."""
+        reading, start = self.sequence.reading, self.sequence.computed
+        if reading is None:
+            return range(0)
+        return range(max(0, reading.done - start), min(self.count, reading.rows - start))
 
     @property
     def rows(self) -> int:
@@ -218,5 +293,8 @@ class Runner(Protocol):
     def text(self) -> Text: ...
 
     def run(self, step: Step) -> list[Outcome]:
-        """Carry out the orders, then one forward pass; for each advance that samples, in order, its outcome."""
+        """Carry out the orders, then one forward pass; for each advance that samples, in order, its outcome.
+
+        What each advance `reads` of its prompt goes to its sequence's `reading`.
+        """
         ...

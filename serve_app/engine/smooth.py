@@ -18,8 +18,11 @@ from serve_app.engine import calibration
 _ALPHA = 0.5
 
 
-def smooth(model: PreTrainedModel, ids: Seq[int]) -> None:
-    """Rescale channels in place, by powers of two, so that no weight is rounded. `ids`: a text to see them on."""
+def smooth(model: PreTrainedModel, ids: Seq[int]) -> torch.Tensor:
+    """Rescale channels in place, by powers of two, so that no weight is rounded. `ids`: a text to see them on.
+
+    What the channels of its last hidden states are divided by from now on.
+    """
     largest = calibration.inputs(model, ids, calibration.largest)
     layers: Any = model.model.layers
     for layer in layers:
@@ -40,20 +43,21 @@ def smooth(model: PreTrainedModel, ids: Seq[int]) -> None:
         scale = grouped.amax(1)
         _make(attention.v_proj, scale.reshape(shared))
         _read([attention.o_proj], scale[:, None].expand_as(grouped).reshape(-1))
-    _smooth_head(model, largest)
+    return _smooth_head(model, largest)
 
 
-def smooth_head(model: PreTrainedModel, ids: Seq[int]) -> None:
+def smooth_head(model: PreTrainedModel, ids: Seq[int]) -> torch.Tensor:
     """Only what the head reads, for a model of which only the head is int8."""
-    _smooth_head(model, calibration.inputs(model, ids, calibration.largest))
+    return _smooth_head(model, calibration.inputs(model, ids, calibration.largest))
 
 
-def _smooth_head(model: PreTrainedModel, largest: dict[torch.nn.Module, torch.Tensor]) -> None:
+def _smooth_head(model: PreTrainedModel, largest: dict[torch.nn.Module, torch.Tensor]) -> torch.Tensor:
     head, norm = model.get_output_embeddings(), model.model.norm
     scale = _scale(largest[head], [head])
     norm.weight.data /= scale
     # A weight of its own: it may have been the embedding's, which stays as it is.
     head.weight = torch.nn.Parameter(head.weight.detach() * scale.to(head.weight.dtype), requires_grad=False)
+    return scale
 
 
 def _group(attention: Any) -> int:

@@ -6,11 +6,12 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import AsyncGenerator, Iterable
+from dataclasses import replace
 from typing import NamedTuple
 
 from serve_app.engine.detokenizer import Decoder, Detokenizer
 from serve_app.errors import InternalError, ServeAppError
-from serve_app.types import Chunk, FinishReason, GenerationRequest, Logprobs, TokenEvent
+from serve_app.types import Chunk, FinishReason, GenerationRequest, Logprobs, ShownPrompt, TokenEvent
 
 logger = logging.getLogger(__name__)
 
@@ -18,7 +19,8 @@ logger = logging.getLogger(__name__)
 class Token(NamedTuple):
     """A token as the model chose it, before it is text. Stop strings can still end the answer earlier.
 
-    `complete` says that it ends an answer as the last of its text, not as a sign of its end.
+    `complete` says that it ends an answer as the last of its text, not as a sign of its end. The first one brings what
+    is `told` of the prompt.
     """
 
     token_id: int
@@ -26,6 +28,13 @@ class Token(NamedTuple):
     finish_reason: FinishReason | None = None
     logprobs: Logprobs | None = None
     complete: bool = False
+    told: tuple[Logprobs, ...] | None = None
+
+
+class Embedded(NamedTuple):
+    """A prompt's embedding, which is all of the answer."""
+
+    vector: tuple[float, ...]
 
 
 class TokenStream:
@@ -47,7 +56,9 @@ class TokenStream:
         self.closed = False
         self.loop = asyncio.get_running_loop()
         self._detokenizer: Detokenizer | None = None
-        self._told: deque[Token | ServeAppError] = deque()
+        self._told: deque[Token | Embedded | ServeAppError] = deque()
+        self._prompt: ShownPrompt | None = None
+        self._embedding: tuple[float, ...] | None = None
         self._tokens = 0
         self._events: list[TokenEvent] = []
         self._error: ServeAppError | None = None
@@ -55,14 +66,15 @@ class TokenStream:
         self._arrival = asyncio.Event()
         self._end = asyncio.Event()
 
-    def open(self, prompt_tokens: int, decoder: Decoder) -> None:
+    def open(self, prompt_tokens: int, decoder: Decoder, prompt: ShownPrompt | None = None) -> None:
         """At admission, before any token: what its prompt comes to, and how its answer becomes text."""
         self.prompt_tokens = prompt_tokens
+        self._prompt = prompt
         params = self.request.params
         self._detokenizer = Detokenizer(decoder, params.stop, params.include_stop_str_in_output)
 
-    def put(self, token: Token) -> None:
-        self._told.append(token)
+    def put(self, told: Token | Embedded) -> None:
+        self._told.append(told)
 
     def fail(self, error: ServeAppError) -> None:
         self._told.append(error)
@@ -89,7 +101,7 @@ class TokenStream:
             await self._arrival.wait()
             await self._gather(flush_at - loop.time())
             self._arrival.clear()
-            if self._events:
+            if self._events or self._embedding is not None:
                 yield self._take()
                 flush_at = loop.time() + flush_interval_s
             if self._ended and not self._events:
@@ -105,10 +117,15 @@ class TokenStream:
             except TimeoutError:
                 pass
 
-    def _take_in(self, told: Token | ServeAppError) -> None:
+    def _take_in(self, told: Token | Embedded | ServeAppError) -> None:
         if isinstance(told, ServeAppError):
             self._error, self._ended = told, True
             return
+        if isinstance(told, Embedded):
+            self._embedding, self._ended = told.vector, True
+            return
+        if told.told is not None:
+            self._prompt = replace(self._prompt or ShownPrompt(), logprobs=told.told)
         try:
             event = self._event(told)
         except Exception:
@@ -137,8 +154,10 @@ class TokenStream:
 
     def _take(self) -> Chunk:
         events, self._events = tuple(self._events), []
+        prompt, self._prompt = self._prompt, None
+        embedding, self._embedding = self._embedding, None
         started = self.arrived if self.started is None else self.started
-        return Chunk(events, self.prompt_tokens, started - self.arrived, self.cached_tokens)
+        return Chunk(events, self.prompt_tokens, started - self.arrived, self.cached_tokens, prompt, embedding)
 
 
 def wake_all(streams: Iterable[TokenStream]) -> None:

@@ -69,7 +69,8 @@ class ToyText:
 class ToyRunner:
     """Token n of an answer is token n of the prompt, counted round; each step takes `step_ms`.
 
-    It keeps nothing, so that `kv_memory_bytes` counts tokens here.
+    It keeps nothing, so that `kv_memory_bytes` counts tokens here. It expected every token of its prompt; an embedding
+    counts the tokens of each remainder by 4.
 
     With `log`, a line is appended to that file for each token made: monotonic seconds, and the request's id.
     """
@@ -93,14 +94,28 @@ class ToyRunner:
     def run(self, step: Step) -> list[Outcome]:
         if self._step_s:
             time.sleep(self._step_s)
+        for advance in step.advances:
+            self._read(advance)
         return [self._outcome(advance) for advance in step.advances if advance.samples]
+
+    def _read(self, advance: Advance) -> None:
+        sequence, reading, rows = advance.sequence, advance.sequence.reading, advance.reads
+        if reading is None or not rows:
+            return
+        tokens = sequence.tokens[sequence.computed :]
+        if sequence.embeds:
+            reading.add_states([float(sum(tokens[row] % 4 == n for row in rows)) for n in range(4)], len(rows))
+        else:
+            reading.add_logprobs([self._certain(tokens[row + 1], rank=1) for row in rows])
+
+    def _certain(self, token: int, rank: int | None = None) -> Logprobs:
+        return Logprobs(TokenLogprob(token, chr(token), 0.0), (), rank)
 
     def _outcome(self, advance: Advance) -> Outcome:
         sequence, sampled = advance.sequence, []
         for ahead in range(1 + len(advance.drafts)):
             token = sequence.tokens[(sequence.generated + ahead) % sequence.prompt_len]
-            chosen = TokenLogprob(token, chr(token), 0.0)
-            sampled.append(Sampled(token, None if sequence.params.logprobs is None else Logprobs(chosen, ())))
+            sampled.append(Sampled(token, None if sequence.params.logprobs is None else self._certain(token)))
             if self._log is not None:
                 self._log.write(f"{time.monotonic():.6f} {sequence.stream.request.id}\n")
         return tuple(sampled)

@@ -166,6 +166,7 @@ def app_config(**limits: Any) -> AppConfig:
                 source="toy",
                 deployment=deployment,
                 sampling_defaults=SamplingDefaults(temperature=0.2, top_p=0.9),
+                embeddings=True,
             ),
             Model(
                 name="org/large", source="toy", deployment=deployment, sampling_defaults=SamplingDefaults(temperature=0)

@@ -7,6 +7,7 @@ import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
+from serve_app.api.embeddings import EmbeddingsBody
 from serve_app.api.schema import BatchBody, StreamBody
 from serve_app.api.schema_body import TAGS, Body
 from serve_app.api.schema_openai import (
@@ -273,6 +274,7 @@ async def test_only_a_stream_may_leave_its_text_out(client: httpx.AsyncClient) -
 
 CHARACTERS = st.text(st.characters(exclude_categories=()), max_size=8)
 BODIES: tuple[type[Body], ...] = (
+    EmbeddingsBody,
     StreamBody,
     BatchBody,
     CompletionBody,

@@ -57,13 +57,18 @@ def dated(body: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in body.items() if name != "created"}
 
 
+def ended(reason: str | None) -> dict[str, None]:
+    """What stopped an answer is said with its end only."""
+    return {} if reason is None else {"stop_reason": None}
+
+
 async def test_a_whole_completion(client: httpx.AsyncClient, gateway: ScriptedGateway) -> None:
     body = await whole(client, "/v1/completions", COMPLETION)
     assert dated(body) == {
         "id": f"cmpl-{gateway.requests[0].id}",
         "object": "text_completion",
         "model": "small",
-        "choices": [{"index": 0, "text": "abc", "logprobs": None, "finish_reason": "stop"}],
+        "choices": [{"index": 0, "text": "abc", "logprobs": None, "finish_reason": "stop", "stop_reason": None}],
         "usage": USAGE,
     }
     assert gateway.requests[0].prompt == TextPrompt("a b c")
@@ -78,7 +83,7 @@ async def test_a_streamed_completion(client: httpx.AsyncClient, gateway: Scripte
             "id": f"cmpl-{gateway.requests[0].id}",
             "object": "text_completion",
             "model": "small",
-            "choices": [{"index": 0, "text": text, "logprobs": None, "finish_reason": reason}],
+            "choices": [{"index": 0, "text": text, "logprobs": None, "finish_reason": reason, **ended(reason)}],
         }
         for text, reason in [("a", None), ("b", None), ("", "length")]
     ]
@@ -93,7 +98,7 @@ async def test_a_whole_chat_completion(client: httpx.AsyncClient, gateway: Scrip
         "id": f"chatcmpl-{gateway.requests[0].id}",
         "object": "chat.completion",
         "model": "small",
-        "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": "length"}],
+        "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": "length", "stop_reason": None}],
         "usage": USAGE,
     }
     assert gateway.requests[0].prompt == ChatPrompt((ChatMessage("user", "hi"),))
@@ -112,7 +117,7 @@ async def test_a_streamed_chat_completion_begins_with_the_role(
             "id": f"chatcmpl-{gateway.requests[0].id}",
             "object": "chat.completion.chunk",
             "model": "small",
-            "choices": [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}],
+            "choices": [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason, **ended(reason)}],
         }
         for delta, reason in deltas
     ]

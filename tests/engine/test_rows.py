@@ -3,7 +3,8 @@ from __future__ import annotations
 from hypothesis import given, strategies as st
 
 from serve_app.engine.rows import DecodeRun, PromptChunk, rows_of, span
-from serve_app.engine.sequence import Advance, Step
+from serve_app.engine.sequence import Advance, Reading, Step
+from serve_app.types import Logprobs, TokenLogprob
 
 from .toys import sequence
 
@@ -38,6 +39,17 @@ def test_a_last_token_of_a_prompt_behind_chunks_joins_no_run_of_those_before_the
     rows = rows_of(Step((decode(0, 3), advance(b"abc", 5, 0, 2), advance(b"abc", 1, 0, 1))))
     assert rows.runs == [DecodeRun(0, 0, (2,)), DecodeRun(3, 1, (0,))]
     assert rows.chunks == [PromptChunk(1, 5, 0, 2)]
+
+
+def test_rows_that_tell_of_a_prompt_are_those_that_are_not_known_yet() -> None:
+    """One was computed before, up to its fourth row, and begins again; of the other the last token is sampled too."""
+    again, told = advance(b"abcdef", 2, 0, 5), advance(b"xyz", 0, 1, 2)
+    again.sequence.embeds, again.sequence.reading = True, Reading(6)
+    again.sequence.reading.add_states([1.0], 3)
+    told.sequence.reading = Reading(2)
+    told.sequence.reading.add_logprobs([Logprobs(TokenLogprob(ord("y"), "y", 0.0), ())])
+    rows = rows_of(Step((decode(7, 4), again, told)))
+    assert (rows.wanted, rows.told, rows.embedded) == ([0, 7], [6], [4, 5])
 
 
 def test_a_span_is_what_a_step_of_one_sequence_would_be() -> None:

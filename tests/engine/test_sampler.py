@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from serve_app.engine.sampler import sample, uniform
+from serve_app.engine.sampler import how_likely, sample, uniform
 from serve_app.engine.sequence import Sequence
 from serve_app.errors import InternalError
 from serve_app.types import SamplingParams
@@ -353,3 +353,15 @@ def test_as_many_alternatives_as_asked_for(asked: int, told: int) -> None:
 def test_nobody_is_told_logprobs_unasked() -> None:
     (sampled,) = tokens_of(sample(noise(1, 10), crowd(1, GREEDY), str))
     assert sampled.logprobs is None
+
+
+def test_how_likely_a_token_was_is_the_softmax_and_its_place_among_the_others() -> None:
+    rows, tokens = noise(20, 300, seed=3), list(range(40, 60))
+    rows[1] = 0.0  # all alike
+    for row, token, told in zip(rows, tokens, how_likely(rows, tokens, 5, str), strict=True):
+        logprobs = row.double().log_softmax(-1)
+        assert (told.chosen.token_id, told.chosen.token) == (token, str(token))
+        assert told.chosen.logprob == pytest.approx(logprobs[token].item(), abs=1e-5)
+        assert told.rank == 1 + int((row > row[token]).sum())
+        assert [one.logprob for one in told.top] == pytest.approx(logprobs.topk(5).values.tolist(), abs=1e-5)
+        assert [one.logprob for one in told.top] == pytest.approx([logprobs[one.token_id].item() for one in told.top])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -9,11 +10,11 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from serve_app.config import Engine as EngineConfig
 from serve_app.engine.arena import BLOCK, Arena
 from serve_app.engine.pace import Pace
-from serve_app.engine.scheduler import Scheduler, _turn
+from serve_app.engine.scheduler import News, Scheduler, _turn
 from serve_app.engine.sequence import Sampled, Sequence, Step
-from serve_app.engine.stream import Token
+from serve_app.engine.stream import Embedded, Token
 from serve_app.engine.toy import ToyRunner
-from serve_app.errors import DeadlineExceeded, QueueFull, ServeAppError
+from serve_app.errors import DeadlineExceeded, InternalError, QueueFull
 from serve_app.types import SamplingParams
 
 from .toys import Keeper, request, sequence, sequences, successor
@@ -29,7 +30,9 @@ SHAPES = st.tuples(
     st.integers(3, 90),
     st.sampled_from(["", "", "salt"]),
     st.sampled_from([0, 0, -1, 2]),
+    st.sampled_from(["", "", "told", "embedded"]),
 )
+Shape = tuple[int, int, int, int, str, int, str]
 
 
 def asking(prompt: str, tokens: int) -> Sequence:
@@ -63,7 +66,7 @@ def queued(scheduler: Scheduler, *added: Sequence) -> None:
     assert [scheduler.add(s) for s in added] == [None] * len(added)
 
 
-def turn(scheduler: Scheduler, now: float = 0.0) -> tuple[Step, list[tuple[Sequence, Token | ServeAppError]]]:
+def turn(scheduler: Scheduler, now: float = 0.0) -> tuple[Step, list[tuple[Sequence, News]]]:
     step = scheduler.plan(now)
     return step, scheduler.commit(step, RUNNER.run(step), now)
 
@@ -415,6 +418,68 @@ def test_nobody_waits_for_one_that_is_computed_again() -> None:
     assert scheduler._running == [again, newcomer]
 
 
+def reading(prompt: str, tokens: int = 1, embed: bool = False) -> Sequence:
+    asked = request(prompt, params=SamplingParams(max_tokens=tokens, prompt_logprobs=None if embed else 0))
+    return sequences([replace(asked, embed=embed)], context=1000)[0]
+
+
+@pytest.mark.parametrize("embed", [False, True])
+def test_whoever_reads_its_prompt_computes_it_and_leaves_it_to_others(embed: bool) -> None:
+    scheduler, runner, prompt = made(2, 256, 4), Keeper(2), "a" * 100
+    for asked, rows in (
+        (reading(prompt, embed=embed), 100),
+        (reading(prompt, embed=embed), 100),
+        (asking(prompt, 1), 4),
+    ):
+        queued(scheduler, asked)
+        assert rows_until_idle(scheduler, runner) == [rows]
+    assert scheduler.counts.cached_tokens == 96
+
+
+def test_whoever_reads_its_prompt_waits_for_nobody_but_is_waited_for() -> None:
+    scheduler, prompt = made(3, 64, 4), "a" * 100
+    first, reader, last = asking(prompt, 1), reading(prompt), asking(prompt, 1)
+    queued(scheduler, first, reader, last)
+    step, _ = turn(scheduler)
+    assert [advance.sequence for advance in step.advances] == [first]
+    assert scheduler._running == [first, reader]
+
+
+def test_a_prompt_that_was_read_may_be_copied_when_it_is_computed_again() -> None:
+    scheduler = made(2, 256, 4)
+    other, reader = asking("a" * 100, 9), reading("a" * 100, tokens=9)
+    queued(scheduler, other, reader)
+    _, news = turn(scheduler)
+    assert {sequence for sequence, _ in news} == {other, reader}
+    scheduler._preempt(reader)
+    while other.slot is not None:
+        turn(scheduler)
+    turn(scheduler)
+    assert reader.computed > 96
+    assert reader.reading is not None
+    assert len(reader.reading.logprobs) == 99
+
+
+def test_an_embedding_of_one_token_ends_with_it_and_guesses_nothing() -> None:
+    scheduler = made(2, 64, 4, draft_tokens=4)
+    queued(scheduler, asked := reading("a", embed=True))
+    step, ((done, told),) = turn(scheduler)
+    assert (step.rows, done, scheduler.idle) == (1, asked, True)
+    assert isinstance(told, Embedded)
+    assert told.vector == (0.0, 1.0, 0.0, 0.0)
+
+
+def test_an_embedding_without_numbers_is_an_error() -> None:
+    scheduler = made(1, 64, 4)
+    queued(scheduler, asked := reading("abc", embed=True))
+    step = scheduler.plan(0)
+    assert asked.reading is not None
+    asked.reading.add_states([math.nan, 1.0], 3)
+    ((_, told),) = scheduler.commit(step, [], 0)
+    assert isinstance(told, InternalError)
+    assert scheduler.idle
+
+
 SLOTS, ROWS, QUEUE, BLOCKS = 3, 5, 4, 5
 
 
@@ -435,17 +500,20 @@ class AnyHistory(RuleBasedStateMachine):
         self.ends: dict[Sequence, int] = {}
 
     @rule(shapes=st.lists(SHAPES, min_size=1, max_size=3), answers=st.integers(1, 3))
-    def arrive(self, shapes: list[tuple[int, int, int, int, str, int]], answers: int) -> None:
+    def arrive(self, shapes: list[Shape], answers: int) -> None:
         group = str(len(self.accepted)) if answers > 1 else ""
         asked = [
             replace(
-                request(TEXTS[i][:n], timeout, SamplingParams(max_tokens=m)),
+                request(
+                    TEXTS[i][:n], timeout, SamplingParams(max_tokens=m, prompt_logprobs=0 if read == "told" else None)
+                ),
                 cache_salt=salt,
                 group=f"{group}/{number}" if group else "",
                 index=index,
                 priority=priority,
+                embed=read == "embedded",
             )
-            for number, (i, n, m, timeout, salt, priority) in enumerate(shapes)
+            for number, (i, n, m, timeout, salt, priority, read) in enumerate(shapes)
             for index in range(answers)
         ]
         for new in sequences(asked, arrived=self.now, context=5 * BLOCK):
@@ -468,7 +536,16 @@ class AnyHistory(RuleBasedStateMachine):
             self.ends[late] += 1
         step = self.planned()
         for done, event in self.scheduler.commit(step, self.runner.run(step), self.now):
+            prompt = done.tokens[: done.prompt_len]
+            if isinstance(event, Embedded):
+                length = math.hypot(sum(prompt), len(prompt))
+                assert event.vector == pytest.approx((sum(prompt) / length, len(prompt) / length)), "each token once"
+                self.ends[done] += 1
+                continue
             assert isinstance(event, Token)
+            if event.told is not None:
+                told = [(one.chosen.token_id, one.chosen.logprob) for one in event.told]
+                assert told == [(token, place) for place, token in enumerate(prompt) if place], "each token once"
             self.ends[done] += event.finish_reason is not None
         self.scheduler.record(step, 0.01 + 0.001 * step.rows)
         for asked in self.accepted:

@@ -13,10 +13,20 @@ from serve_app.config import Engine as EngineConfig
 from serve_app.engine.arena import BLOCK, Copy
 from serve_app.engine.engine import Engine
 from serve_app.engine.sequence import Advance, Outcome, Runner, Sampled, Sequence, Step
-from serve_app.engine.stream import Token, TokenStream
+from serve_app.engine.stream import Embedded, Token, TokenStream
 from serve_app.engine.toy import ToyRunner, ToyText
 from serve_app.errors import ServeAppError
-from serve_app.types import Chunk, FinishReason, GenerationRequest, SamplingParams, TextPrompt, TokenEvent, TokenPrompt
+from serve_app.types import (
+    Chunk,
+    FinishReason,
+    GenerationRequest,
+    Logprobs,
+    SamplingParams,
+    TextPrompt,
+    TokenEvent,
+    TokenLogprob,
+    TokenPrompt,
+)
 
 PATIENCE_S = 10.0
 
@@ -37,11 +47,15 @@ class Witness(TokenStream):
     def __init__(self, request: GenerationRequest, arrived: float) -> None:
         super().__init__(request, arrived)
         self.seen: list[Token] = []
+        self.vectors: list[tuple[float, ...]] = []
         self.errors: list[ServeAppError] = []
 
-    def put(self, token: Token) -> None:
-        self.seen.append(token)
-        super().put(token)
+    def put(self, told: Token | Embedded) -> None:
+        if isinstance(told, Token):
+            self.seen.append(told)
+        else:
+            self.vectors.append(told.vector)
+        super().put(told)
 
     def fail(self, error: ServeAppError) -> None:
         self.errors.append(error)
@@ -50,7 +64,7 @@ class Witness(TokenStream):
     @property
     def ends(self) -> int:
         """Terminal events: exactly one for whoever was admitted and stayed."""
-        return len(self.errors) + sum(token.finish_reason is not None for token in self.seen)
+        return len(self.errors) + len(self.vectors) + sum(token.finish_reason is not None for token in self.seen)
 
 
 @dataclass
@@ -146,8 +160,21 @@ class Keeper:
         assert asked.slot is not None
         held, start, end = self._held[asked.slot], asked.computed, asked.computed + advance.count
         held |= dict(enumerate((*asked.tokens[start:end], *advance.drafts), start=start))
+        self._read(advance, held)
         texts = [[held[position] for position in range(end + ahead)] for ahead in range(1 + len(advance.drafts))]
         return [tuple(Sampled(successor(text)) for text in texts)] if advance.samples else []
+
+    def _read(self, advance: Advance, held: dict[int, int]) -> None:
+        """The position of each token of a prompt as its probability; the sum of tokens, and one for each, as states."""
+        asked, reading = advance.sequence, advance.sequence.reading
+        rows = [asked.computed + row for row in advance.reads]
+        if reading is None or not rows:
+            return
+        if asked.embeds:
+            reading.add_states([sum(held[row] for row in rows), len(rows)], len(rows))
+        else:
+            told = [TokenLogprob(asked.tokens[row + 1], "", row + 1) for row in rows]
+            reading.add_logprobs([Logprobs(one, ()) for one in told])
 
 
 class SteppedRunner(ToyRunner):

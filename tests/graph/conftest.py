@@ -19,7 +19,13 @@ def token_log(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def toys(token_log: Path) -> Iterator[Service]:
     """One service for the session, with a model for each kind of trouble."""
     models = [
-        model("toy", "builtin:toy?step_ms=2", engine={"max_running": 16}, batching={"max_batch_size": 16}),
+        model(
+            "toy",
+            "builtin:toy?step_ms=2",
+            engine={"max_running": 16},
+            batching={"max_batch_size": 16},
+            embeddings=True,
+        ),
         model(
             "slow",
             f"builtin:toy?step_ms=100&log={token_log}",

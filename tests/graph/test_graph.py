@@ -52,6 +52,24 @@ async def test_many_at_once_get_their_own_answers(client: httpx.AsyncClient) -> 
     await asyncio.gather(*(ask(i) for i in range(64)))
 
 
+async def test_what_is_asked_of_a_prompt_comes_through(client: httpx.AsyncClient) -> None:
+    """How it was told, and its embedding, which the metrics count."""
+    asked = {"model": "toy", "prompt": "hello", "max_tokens": 2, "echo": True, "logprobs": 0, "user": "somebody"}
+    (choice,) = (await client.post("/v1/completions", json=asked)).json()["choices"]
+    assert choice["text"] == "hellohe"
+    assert choice["logprobs"]["token_logprobs"] == [None, *[0.0] * 6]
+    answer = (await client.post("/v1/embeddings", json={"model": "toy", "input": ["a" * 300, "b"]})).json()
+    assert [one["embedding"] for one in answer["data"]] == [[0, 1, 0, 0], [0, 0, 1, 0]]
+    assert answer["usage"] == {"prompt_tokens": 301, "total_tokens": 301}
+    assert (await client.post("/v1/embeddings", json={"model": "slow", "input": "a"})).status_code == 404
+
+    async def counted() -> bool:
+        return 'outcome="embedded"' in (await client.get("/metrics")).text
+
+    await until(counted)
+    await idle(client, "toy")
+
+
 async def test_a_batch_has_one_outcome_for_each(client: httpx.AsyncClient) -> None:
     good = {"model": "toy", "prompt": "yes", "max_tokens": 3}
     requests = [good, {**good, "model": "nobody"}, {**good, "max_tokens": -1}, {**good, "prompt": "x" * 5000}, good]

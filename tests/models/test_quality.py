@@ -48,7 +48,7 @@ def read(
     rows = span(ids, slot=0, start=0)
     rows.wanted[:] = range(len(ids))
     with torch.inference_mode():
-        logprobs = runner._model.forward(rows).float().log_softmax(-1)
+        logprobs = runner._model.forward(rows).logits.float().log_softmax(-1)
     return logprobs, torch.tensor(ids), runner.weight_bytes / 2**20
 
 
@@ -237,8 +237,8 @@ def chunked(folder: Path, dtype: str, quantization: str, lean: bool) -> torch.Te
     first.wanted.clear()
     second.wanted[:] = range(20)
     with torch.inference_mode():
-        assert len(runner._model.forward(first)) == 0
-        return runner._model.forward(second).float()
+        assert len(runner._model.forward(first).logits) == 0
+        return runner._model.forward(second).logits.float()
 
 
 @pytest.mark.parametrize("family", tiny.LEAN)

@@ -152,3 +152,27 @@ async def test_no_piece_of_a_text_is_half_a_character(engine: Engine) -> None:
     assert any(event.text == "" for event in events), "some token was only a part of a character"
     assert "🌍🎉 世界" in text(events)
     assert not any("\ufffd" in event.text for event in events)
+
+
+async def test_what_is_told_of_a_prompt_is_what_the_model_itself_says(engine: Engine, folder: Path) -> None:
+    """Log probabilities of every token, and the mean of the last hidden states; chunks of 48 tokens."""
+    prompt = TextPrompt("The capital of France is Paris, and that of Italy is Rome. " * 8)
+    params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=2)
+    requests = [
+        GenerationRequest("id", "m", prompt, params, timeout_s=120, show_prompt=True),
+        GenerationRequest("id", "m", prompt, SamplingParams(), timeout_s=120, embed=True),
+    ]
+    streams = [TokenStream(request, time.monotonic()) for request in requests]
+    assert await asyncio.to_thread(engine.admit, streams) == [None, None]
+    ((told,), (embedded,)) = [[chunk async for chunk in stream.chunks(0.0)] for stream in streams]
+    assert told.prompt is not None
+    assert embedded.embedding is not None
+    ids = torch.tensor([[piece.token_id for piece in told.prompt.pieces]])
+    assert ids.shape[1] > 2 * 48
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        output = model(ids, output_hidden_states=True)
+    wanted = output.logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0].tolist()
+    assert [one.chosen.logprob for one in told.prompt.logprobs] == pytest.approx(wanted, abs=2e-3)
+    likeness = torch.cosine_similarity(torch.tensor(embedded.embedding), output.hidden_states[-1][0].mean(0), dim=0)
+    assert likeness > 0.9999

@@ -11,9 +11,19 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import AutoTokenizer
 
 from serve_app.engine.loader import builtin_gguf, convert_gguf
+from serve_app.engine.shown import shown
 from serve_app.engine.text import HFText, StreamDecoder
 from serve_app.errors import InternalError, InvalidRequest
-from serve_app.types import ChatMessage, ChatPrompt, Prompt, TextPrompt, TokenPrompt
+from serve_app.types import (
+    ChatMessage,
+    ChatPrompt,
+    GenerationRequest,
+    Prompt,
+    SamplingParams,
+    ShownPrompt,
+    TextPrompt,
+    TokenPrompt,
+)
 from tests.models import tiny
 
 pytestmark = pytest.mark.model
@@ -198,3 +208,31 @@ def test_a_template_that_breaks_harms_nobody_who_came_in_together(text: HFText, 
     assert isinstance(bad, InternalError)
     assert str(bad) == "the model's chat template failed on these messages"
     assert good == text.encode([TextPrompt("good")])[0]
+
+
+@pytest.mark.parametrize("kept", [None, 7])
+def test_a_prompt_is_shown_as_it_was_sent(text: HFText, kept: int | None) -> None:
+    """Given as text or as its tokens it is the same text, with its pieces in order."""
+    (ids,) = text.encode([TextPrompt(WILD)])
+    assert isinstance(ids, list)
+    for prompt in (TextPrompt(WILD), TokenPrompt(tuple(ids))):
+        asked = GenerationRequest("id", "m", prompt, SamplingParams(), timeout_s=1)
+        found = shown(text, asked, ids if kept is None else ids[-kept:])
+        assert isinstance(found, ShownPrompt)
+        assert WILD.endswith(found.text.removeprefix("\ufffd")), "but for half a character at the cut"
+        assert kept is not None or found.text == WILD
+        assert [piece.token_id for piece in found.pieces] == (ids if kept is None else ids[-kept:])
+        assert [piece.text for piece in found.pieces] == [text.token_text(piece.token_id) for piece in found.pieces]
+        starts = [piece.start for piece in found.pieces]
+        assert starts == sorted(starts)
+        assert found.pieces[-1].end == len(found.text)
+
+
+def test_a_plain_prompt_has_each_piece_at_its_place(text: HFText) -> None:
+    said = "It was the best of times; it was 1859."
+    (ids,) = text.encode([TextPrompt(said)])
+    assert isinstance(ids, list)
+    for prompt in (TextPrompt(said), TokenPrompt(tuple(ids))):
+        found = shown(text, GenerationRequest("id", "m", prompt, SamplingParams(), timeout_s=1), ids)
+        assert isinstance(found, ShownPrompt)
+        assert [said[piece.start : piece.end] for piece in found.pieces] == [piece.text for piece in found.pieces]

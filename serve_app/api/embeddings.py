@@ -1,0 +1,114 @@
+"""OpenAI's embeddings: texts to vectors, for the models that are switched on for it."""
+
+from __future__ import annotations
+
+import struct
+from base64 import b64encode
+from collections.abc import Sequence
+from functools import partial
+from typing import Annotated, Literal
+
+from pydantic import Field
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from serve_app.api.batch import check_size
+from serve_app.api.document import read_document
+from serve_app.api.door import Door, generation_id
+from serve_app.api.generation import collect, side_by_side, unless_gone
+from serve_app.api.openai import log_user
+from serve_app.api.schema import MOST_TOKENS, KeptTokens, Priority
+from serve_app.api.schema_body import Body
+from serve_app.api.schema_openai import CompletionPrompt, User, prompts
+from serve_app.api.tally import Tally
+from serve_app.config import Model
+from serve_app.errors import InternalError, InvalidRequest, NotFound, ServeAppError
+from serve_app.types import GenerationRequest, Prompt, SamplingParams
+
+
+class EmbeddingsBody(Body):
+    """`dimensions` is taken where it is what the model has anyway."""
+
+    model: str | None = None
+    input: CompletionPrompt
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None = None
+    user: User | None = None
+    truncate_prompt_tokens: KeptTokens | None = None
+    priority: Priority = 0
+
+
+class EmbeddingRoutes:
+    def __init__(self, door: Door) -> None:
+        self._door = door
+
+    async def embeddings(self, http: Request) -> Response:
+        body = EmbeddingsBody.parse(await read_document(http))
+        model = self._door.model(body.model)
+        http.state.model = model.name
+        if not model.embeddings:
+            raise NotFound(
+                f"{model.name} gives no embeddings; its operator switches them on with embeddings: true in the "
+                "model's configuration",
+                param="model",
+            )
+        asked = prompts(body.input)
+        check_size(asked, self._door.config.limits.max_batch_items, "input")
+        name = generation_id(http)
+        log_user(name, model, body.user)
+        requests = [self._request(f"{name}-{i}", model, prompt, body) for i, prompt in enumerate(asked)]
+        vectors = side_by_side(partial(self._vector, request, body.dimensions) for request in requests)
+        return JSONResponse(_whole(model, body, await unless_gone(http.receive, vectors)))
+
+    def _request(self, id: str, model: Model, prompt: Prompt, body: EmbeddingsBody) -> GenerationRequest:
+        return GenerationRequest(
+            id,
+            model.name,
+            prompt,
+            SamplingParams(),
+            self._door.config.limits.request_timeout_s,
+            truncate_prompt_tokens=body.truncate_prompt_tokens,
+            priority=body.priority,
+            embed=True,
+        )
+
+    async def _vector(self, request: GenerationRequest, dimensions: int | None) -> tuple[Sequence[float], Tally]:
+        """Raises ServeAppError, which calls the prompt what it is called here."""
+        try:
+            tally = await collect(self._door.gateway, request, self._door.config.limits.warm_wait_s)
+        except ServeAppError as error:
+            if error.param != "prompt":
+                raise
+            raise type(error)(error.message, "input", error.retry_after_s) from None
+        if tally.embedding is None:
+            raise InternalError("the model gave no embedding")
+        size = len(tally.embedding)
+        if dimensions not in (None, size):
+            raise InvalidRequest(
+                f"dimensions is {dimensions}, but the vectors of {request.model} have {size}; send {size} or leave it "
+                "out",
+                param="dimensions",
+            )
+        return tally.embedding, tally
+
+
+def _whole(model: Model, body: EmbeddingsBody, found: Sequence[tuple[Sequence[float], Tally]]) -> dict[str, object]:
+    tokens = sum(tally.prompt_tokens for _, tally in found)
+    return {
+        "object": "list",
+        "model": model.name,
+        "data": [
+            {
+                "object": "embedding",
+                "index": index,
+                "embedding": list(vector) if body.encoding_format == "float" else _base64(vector),
+            }
+            for index, (vector, _) in enumerate(found)
+        ],
+        "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+    }
+
+
+def _base64(vector: Sequence[float]) -> str:
+    """Little-endian float32, as OpenAI's clients read it."""
+    return b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()

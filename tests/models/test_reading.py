@@ -1,0 +1,201 @@
+"""What is told of a prompt, and its embedding, against transformers' own logits and hidden states."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Iterator, Sequence as Seq
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from serve_app.config import Model
+from serve_app.engine import kernels, linear
+from serve_app.engine.arena import BLOCK
+from serve_app.engine.engine import Engine
+from serve_app.engine.lean import LeanModel
+from serve_app.engine.linear import Int8DotLinear, Int8Linear
+from serve_app.engine.loader import Loaded, SourceError, load
+from serve_app.engine.rows import span
+from serve_app.engine.runner import TorchRunner
+from serve_app.engine.stream import TokenStream
+from serve_app.types import Chunk, GenerationRequest, Logprobs, SamplingParams, TokenPrompt
+from tests.models import tiny
+from tests.models.crowd import idle, model_config, running
+
+pytestmark = pytest.mark.model
+
+Prompt = tuple[int, ...]
+TOP = 3
+# Least cosine with float32's: rounding of weights and rows. Three layers of noise have no digits to spare.
+LIKE = {"none": 0.9998, "int8": 0.96, "int4": 0.94}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """On models this small, threads only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def prompts(count: int, longest: int = 60) -> list[Prompt]:
+    """Half of them begin alike; one has a single token."""
+    rng = random.Random(3)
+    beginning = tuple(rng.randrange(tiny.VOCABULARY) for _ in range(longest // 2))
+    made = [
+        (beginning if n % 2 else ())
+        + tuple(rng.randrange(tiny.VOCABULARY) for _ in range(rng.randint(2, longest // 2)))
+        for n in range(count)
+    ]
+    return [*made, (5,)]
+
+
+async def answered(engine: Engine, prompt: Prompt, embed: bool, tokens: int = 4) -> list[Chunk]:
+    params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True, prompt_logprobs=None if embed else TOP)
+    request = GenerationRequest("id", "m", TokenPrompt(prompt), params, timeout_s=120, embed=embed)
+    stream = TokenStream(request, time.monotonic())
+    assert await asyncio.to_thread(engine.admit, [stream]) == [None]
+    return [chunk async for chunk in stream.chunks(0.0)]
+
+
+async def told(engine: Engine, prompt: Prompt, tokens: int = 4) -> tuple[Logprobs, ...]:
+    first, *others = await answered(engine, prompt, embed=False, tokens=tokens)
+    assert first.prompt is not None
+    assert all(chunk.prompt is None for chunk in others)
+    return first.prompt.logprobs
+
+
+async def embedded(engine: Engine, prompt: Prompt) -> torch.Tensor:
+    (chunk,) = await answered(engine, prompt, embed=True)
+    assert chunk.embedding is not None
+    assert (chunk.events, chunk.prompt_tokens, chunk.cached_tokens) == ((), len(prompt), 0)
+    return torch.tensor(chunk.embedding)
+
+
+@torch.inference_mode()
+def reference(folder: Path, asked: Seq[Prompt]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Log probabilities after every token but the last, and embeddings."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    logprobs, embeddings = [], []
+    for prompt in asked:
+        ids = torch.tensor([prompt])
+        logprobs.append(model(ids).logits[0, :-1].log_softmax(-1))
+        states = model.base_model(ids).last_hidden_state[0]
+        embeddings.append(torch.nn.functional.normalize(states.mean(0), dim=0))
+    return logprobs, embeddings
+
+
+def agree(found: tuple[Logprobs, ...], prompt: Prompt, wanted: torch.Tensor, error: float = 2e-4) -> None:
+    assert [one.chosen.token_id for one in found] == list(prompt[1:])
+    for one, row in zip(found, wanted, strict=True):
+        chosen = row[one.chosen.token_id]
+        assert one.chosen.logprob == pytest.approx(chosen.item(), abs=error)
+        assert [top.logprob for top in one.top] == pytest.approx(row.topk(TOP).values.tolist(), abs=error)
+        assert [top.logprob for top in one.top] == pytest.approx(
+            [row[top.token_id].item() for top in one.top], abs=error
+        )
+        assert one.rank is not None
+        assert (row > chosen + error).sum() < one.rank <= (row >= chosen - error).sum()
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+async def test_packed(family: str, tmp_path: Path) -> None:
+    await check(tiny.save(family, tmp_path), "packed")
+
+
+@pytest.mark.parametrize("family", tiny.LEAN)
+async def test_lean(family: str, tmp_path: Path) -> None:
+    await check(tiny.save(family, tmp_path, tiny.LEAN), "lean")
+
+
+async def check(folder: Path, kind: str) -> None:
+    """Prompts in chunks, some computed twice for want of memory, alone and beside those that only answer."""
+    asked = prompts(7)
+    logprobs, embeddings = reference(folder, asked)
+    config = model_config(folder, max_running=5, max_context=96, max_step_tokens=16, threads=1)
+    with running(config, kv_tokens=6 * BLOCK) as engine:
+        assert engine.kind == kind
+        for prompt, wanted, vector in zip(asked[:2], logprobs, embeddings, strict=False):
+            agree(await told(engine, prompt), prompt, wanted)
+            assert torch.cosine_similarity(await embedded(engine, prompt), vector, dim=0) > 0.999
+        crowd = [(told(engine, prompt, tokens=30), embedded(engine, prompt)) for prompt in asked]
+        found = await asyncio.gather(*(one for pair in crowd for one in pair))
+        for prompt, wanted, vector, first, second in zip(
+            asked, logprobs, embeddings, found[::2], found[1::2], strict=True
+        ):
+            assert isinstance(first, tuple)
+            assert isinstance(second, torch.Tensor)
+            agree(first, prompt, wanted)
+            assert torch.cosine_similarity(second, vector, dim=0) > 0.999
+            assert second.norm().item() == pytest.approx(1, abs=1e-5)
+        await idle(engine)
+        assert engine.stats().preemptions > 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("quantization", ["none", "int8", "int4"])
+@pytest.mark.parametrize("family", [*tiny.LEAN, "gpt2"])
+async def test_quantised(family: str, quantization: str, dtype: str, tmp_path: Path) -> None:
+    """Close to what it was, also where channels were moved for the quantisation's sake; alone as in a crowd."""
+    folder = tiny.save(family, tmp_path, tiny.FAMILIES | tiny.LEAN)
+    asked = prompts(4)
+    logprobs, embeddings = reference(folder, asked)
+    config = model_config(folder, max_running=4, max_context=96, max_step_tokens=24, threads=1)
+    config = config.model_copy(update={"dtype": dtype, "quantization": quantization})
+    with running(config) as engine:
+        assert engine.kind == ("lean" if family in tiny.LEAN else "packed")
+        alone = [(await told(engine, prompt), await embedded(engine, prompt)) for prompt in asked]
+        crowd = await asyncio.gather(*(told(engine, prompt) for prompt in asked))
+    vectors = torch.stack([vector for _, vector in alone])
+    likeness = torch.cosine_similarity(vectors, torch.stack(embeddings), dim=-1)
+    assert likeness.min() > LIKE[quantization], likeness
+    for prompt, wanted, (first, _), again in zip(asked, logprobs, alone, crowd, strict=True):
+        assert len(first) == len(wanted) == len(prompt) - 1
+        assert [one.chosen for one in first] == [one.chosen for one in again] or family not in tiny.LEAN
+
+
+def silent(config: Model) -> Loaded:
+    """A model that keeps its hidden states to itself."""
+    loaded = load(config, lambda stage: None)
+    forward = loaded.model.forward
+
+    def without(*given: Any, output_hidden_states: bool = False, **named: Any) -> Any:
+        return forward(*given, **named)
+
+    loaded.model.forward = without
+    return loaded
+
+
+def test_a_model_that_cannot_embed_is_refused_where_it_is_to(tmp_path: Path) -> None:
+    config = model_config(tiny.save("gpt2", tmp_path), max_running=2, max_context=64)
+    assert TorchRunner(silent(config), config.engine).kind == "packed"
+    with pytest.raises(SourceError, match=r"GPT2LMHeadModel tells no hidden states.*embeddings: false"):
+        TorchRunner(silent(config), config.engine, embeddings=True)
+
+
+@pytest.mark.parametrize("dots", [True, False])
+async def test_int8_in_either_kind_of_layer(dots: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows to sample from, told ones and embedded ones of one step go different ways after the last layer."""
+    assert kernels.available(print), "this machine has a compiler"
+    if dots and not torch.ops.serve_app.has_dots():
+        pytest.skip("this processor has no dot products of bytes and bfloat16")
+    monkeypatch.setattr(linear, "_has_dots", lambda: dots)
+    config = model_config(tiny.save("qwen3", tmp_path, tiny.LEAN), max_running=4, max_context=64)
+    runner = TorchRunner.from_config(config.model_copy(update={"quantization": "int8"}), lambda stage: None)
+    assert isinstance(runner._model, LeanModel)
+    assert isinstance(runner._model._head, Int8DotLinear if dots else Int8Linear)
+    rows = span(list(range(20)), slot=0, start=0)
+    with torch.inference_mode():
+        apart = runner._model.forward(replace(rows, wanted=list(range(20)))).logits
+        together = runner._model.forward(replace(rows, told=[4, 2], embedded=[3, 19, 2]))
+        states = runner._model.forward(replace(rows, wanted=[], embedded=list(range(20))))
+    assert torch.equal(together.logits, apart[[19, 4, 2]])
+    assert torch.equal(together.hidden, states.hidden[[3, 19, 2]])
+    assert len(states.logits) == 0
