@@ -9,7 +9,6 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-
 _TEMPLATES = Path(__file__).parent / "templates"
 _OURS = "builtin:"
 

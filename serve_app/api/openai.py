@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -15,21 +16,36 @@ from serve_app.api.generation import collect, side_by_side, unless_gone
 from serve_app.api.openai_frames import ChatFrames, CompletionFrames, OpenAIFrames
 from serve_app.api.schema_openai import ChatBody, CompletionBody
 from serve_app.api.sse import EventStream
+from serve_app.api.tool_frames import ToolFrames
 from serve_app.config import Model
 from serve_app.errors import InvalidRequest
-from serve_app.types import GenerationRequest, SamplingParams
+from serve_app.types import Describe, GenerationRequest, ModelInfo, SamplingParams, ToolSyntax
 
 
 class OpenAIRoutes:
     def __init__(self, door: Door) -> None:
         self._door = door
         self._began = _now()
+        # A replica is loaded once, and the configuration cannot change under this process.
+        self._known: dict[str, ModelInfo] = {}
 
     async def completions(self, http: Request) -> Response:
-        return await self._answer(http, CompletionBody.parse(await read_document(http)), CompletionFrames)
+        body = CompletionBody.parse(await read_document(http))
+        model = self._door.model(body.model)
+        http.state.model = model.name
+        return await self._answer(http, model, body, body.params(model.sampling_defaults), CompletionFrames)
 
     async def chat(self, http: Request) -> Response:
-        return await self._answer(http, ChatBody.parse(await read_document(http)), ChatFrames)
+        body = ChatBody.parse(await read_document(http))
+        model = self._door.model(body.model)
+        http.state.model = model.name
+        params = body.params(model.sampling_defaults)
+        if not body.may_call:
+            return await self._answer(http, model, body, params, ChatFrames)
+        syntax = await self._tool_syntax(model)
+        return await self._answer(
+            http, model, body, body.constrained(params, syntax), partial(ToolFrames, syntax=syntax)
+        )
 
     async def models(self, http: Request) -> Response:
         names = [model.name for model in self._door.config.models]
@@ -38,10 +54,14 @@ class OpenAIRoutes:
     async def model(self, http: Request) -> Response:
         return JSONResponse(self._card(self._door.model(http.path_params["id"]).name))
 
-    async def _answer(self, http: Request, body: CompletionBody | ChatBody, kind: type[OpenAIFrames]) -> Response:
-        model = self._door.model(body.model)
-        http.state.model = model.name
-        params = body.params(model.sampling_defaults)
+    async def _answer(
+        self,
+        http: Request,
+        model: Model,
+        body: CompletionBody | ChatBody,
+        params: SamplingParams,
+        kind: Callable[[str, list[GenerationRequest], int, bool], OpenAIFrames],
+    ) -> Response:
         name, limits = generation_id(http), self._door.config.limits
         requests = self._requests(name, model, body, params)
         frames = kind(name, requests, _now(), body.include_usage)
@@ -68,6 +88,21 @@ class OpenAIRoutes:
             self._door.request(each, model, prompt, params, body) for each, prompt in zip(names, prompts, strict=True)
         ]
         return [fork for request in requests for fork in _forks(request, body.n)]
+
+    async def _tool_syntax(self, model: Model) -> ToolSyntax:
+        """Raises InvalidRequest if the model cannot call tools."""
+        if model.name not in self._known:
+            warm_wait_s = self._door.config.limits.warm_wait_s
+            self._known[model.name] = await self._door.gateway.ask(model.name, Describe(), warm_wait_s)
+        syntax = self._known[model.name].tools
+        if syntax is None:
+            raise InvalidRequest(
+                f"{model.name} calls no tools: its chat template takes none, or writes calls in a way that is not "
+                "understood here; leave tools out, or let its configuration give it one that does, for example "
+                "chat_template: builtin:chatml_tools",
+                param="tools",
+            )
+        return syntax
 
     def _card(self, name: str) -> dict[str, object]:
         return {"id": name, "object": "model", "created": self._began, "owned_by": "serve_app"}

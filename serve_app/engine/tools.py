@@ -140,7 +140,7 @@ class _Writing:
         texts = [before, middle, between or "", after]
         follow = [middle] if name_first else [between or "", after]
         signs = self.signs.within(texts)
-        if not before or not middle or any(_NAME_CHARACTER.match(text) for text in follow):
+        if not before or not middle or not (name_first or after) or any(_NAME_CHARACTER.match(text) for text in follow):
             return None
         if any(token in self.signs.ends for _, token in signs):
             return None

@@ -80,7 +80,7 @@ LLAMA = turns(
 DEEPSEEK = """
 {%- if tools %}{{ tools | tojson }}{% endif -%}
 {%- for m in messages -%}
-{%- if m.role == 'assistant' and m.content is none -%}
+{%- if m.role == 'assistant' and m.content is not defined -%}
   {{- '<|assistant|><|calls|>' -}}
   {%- for c in m.tool_calls -%}
     {{- '\n' if not loop.first -}}
