@@ -165,6 +165,8 @@ class CallParser:
         return []
 
     def _take_object(self, then: State) -> list[News]:
+        if not self._object.begun:  # a grammar may allow space before it
+            self._take(len(self._held) - len(self._held.lstrip()))
         first = self._held and not self._object.begun
         if first and self._held[0] != "{":
             self._state = self._rest

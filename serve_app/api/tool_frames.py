@@ -36,7 +36,7 @@ class ToolFrames(ChatFrames):
     def _frame(self, event: TokenEvent, index: int) -> bytes:
         self._tallies[index].count(event)
         deltas = self._turns[index].deltas(event)
-        if not deltas and event.logprobs is None and event.finish_reason is None:
+        if not deltas and self._request.params.logprobs is None and event.finish_reason is None:
             return b""
         first, *others = deltas or [{}]
         told: list[tuple[Json, list[TokenEvent]]] = [(first, [event]), *((delta, []) for delta in others)]

@@ -20,7 +20,9 @@ NAMES = st.text("abcXYZ019_-", min_size=1, max_size=64)
 # Strings that look like the ends of things, and escapes of every kind.
 STRINGS = st.one_of(
     st.text(max_size=8),
-    st.sampled_from(['"', "\\", "{", "}", "]}", '"}', "</tool_call>", "<tool_call>", "}\n</tool_call>", "[TOOL_CALLS]"]),
+    st.sampled_from(
+        ['"', "\\", "{", "}", "]}", '"}', "</tool_call>", "<tool_call>", "}\n</tool_call>", "[TOOL_CALLS]"]
+    ),
 )
 VALUES = st.recursive(
     STRINGS | st.integers() | st.booleans() | st.none(),
@@ -28,7 +30,7 @@ VALUES = st.recursive(
     max_leaves=6,
 )
 ARGUMENTS = st.builds(
-    lambda value, ascii, indent: json.dumps(value, ensure_ascii=ascii, indent=indent),
+    lambda value, plain, indent: json.dumps(value, ensure_ascii=plain, indent=indent),
     st.dictionaries(STRINGS, VALUES, max_size=3),
     st.booleans(),
     st.sampled_from([None, 1]),
@@ -127,13 +129,14 @@ def test_where_the_name_comes_last_the_call_is_told_at_once() -> None:
         (HERMES, '<tool_call>\n{"name": "f", "arguments": {}}\n</tool', "", [Call("f", "{}")]),
         (HERMES, written(HERMES, ("f", "{}")) + " and so on", " and so on", [Call("f", "{}")]),
         (HERMES, written(HERMES, ("f", "{}")) + "\n<tool_call>\nno", "\n<tool_call>\nno", [Call("f", "{}")]),
-        (HERMES, f"<tool_call>\n{{\"name\": \"{'x' * 65}", f"<tool_call>\n{{\"name\": \"{'x' * 65}", []),
+        (HERMES, f'<tool_call>\n{{"name": "{"x" * 65}', f'<tool_call>\n{{"name": "{"x" * 65}', []),
         (MISTRAL, '[TOOL_CALLS] [{"nam', ' [{"nam', []),
         (MISTRAL, "[TOOL_CALLS] [TOOL_CALLS] hm", "  hm", []),
         (MARKS, "<|calls|><|call|>func", "func", []),
         (LLAMA, 'a {"name": "f", "parameters": {}}', 'a {"name": "f", "parameters": {}}', []),
         (LLAMA, '{"name": "f", "parameters": {}}', "", [Call("f", "{}")]),
         (LLAMA, '{"name', '{"name', []),
+        (NAME_LAST, '<call>{"arguments": \n {"a": 1}, "name": "f"}</call>', "", [Call("f", '{"a": 1}')]),
     ],
 )
 def test_what_is_no_call_is_content(syntax: ToolSyntax, text: str, content: str, calls: list[Any]) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 # Every turn between marks of its own, the end mark of which ends an answer.
 _TURNS = """
-{%- if tools %}{{ '<|im_start|>system\n' }}{% for tool in tools %}{{ tool | tojson }}{% endfor %}{{ '<|im_end|>\n' }}{% endif -%}
+{%- if tools -%}
+{{- '<|im_start|>system\n' }}{% for tool in tools %}{{ tool | tojson }}{% endfor %}{{ '<|im_end|>\n' -}}
+{%- endif -%}
 {%- for m in messages -%}
 {{- '<|im_start|>' + m.role + '\n' -}}
 %s
@@ -26,7 +28,8 @@ QWEN = _TURNS.replace(
     """{%- if m.content %}{{ m.content + ('\n' if m.tool_calls else '') }}{% endif -%}
 {%- for c in m.tool_calls or [] -%}
 {{- '\n' if not loop.first -}}
-{{- '<tool_call>\n{"name": "' + c.function.name + '", "arguments": ' + c.function.arguments | tojson + '}\n</tool_call>' -}}
+{{- '<tool_call>\n{"name": "' + c.function.name + '", "arguments": ' -}}
+{{- c.function.arguments | tojson + '}\n</tool_call>' -}}
 {%- endfor -%}""",
 )
 
@@ -35,7 +38,8 @@ QWEN_3 = turns(
     """{%- if loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif -%}
 {%- for c in m.tool_calls -%}
 {{- '\n' if not loop.first -}}
-{{- '<tool_call>\n{"name": "' + c.function.name + '", "arguments": ' + c.function.arguments | tojson + '}\n</tool_call>' -}}
+{{- '<tool_call>\n{"name": "' + c.function.name + '", "arguments": ' -}}
+{{- c.function.arguments | tojson + '}\n</tool_call>' -}}
 {%- endfor -%}"""
 ).replace("{%- else %}", "{%- else %}{% if loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}")
 
@@ -114,7 +118,9 @@ FUNCTION_TAG = turns(
 PARAMETERS = turns(
     """{%- for c in m.tool_calls -%}
 {{- '<function=' + c.function.name + '>' -}}
-{%- for key, value in c.function.arguments.items() %}{{ '<parameter=' + key + '>' + value + '</parameter>' }}{% endfor -%}
+{%- for key, value in c.function.arguments.items() -%}
+{{- '<parameter=' + key + '>' + value + '</parameter>' -}}
+{%- endfor -%}
 {{- '</function>' -}}
 {%- endfor -%}"""
 )
