@@ -39,7 +39,8 @@ BOTH = [("weather", '{"city": "Łódź"}'), ("clock", "{}")]
 
 
 def info(syntax: ToolSyntax | None) -> ModelInfo:
-    return replace(ANSWERS[Describe], tools=syntax)
+    known: ModelInfo = ANSWERS[Describe]
+    return replace(known, tools=syntax)
 
 
 @pytest.fixture

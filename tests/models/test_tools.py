@@ -127,14 +127,12 @@ def prompt_text(text: HFText, *messages: ChatMessage, tools: tuple[str, ...] = O
 @families
 def test_a_familys_way_is_found(folder: Path, family: str) -> None:
     found, expected = syntax_of(family_text(folder, family)), FAMILIES[family][3]
-    signs = [(sign, found_id) for sign, found_id in found.signs]
     assert replace(found, signs=expected.signs, hidden=expected.hidden, free=()) == expected
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    assert [sign for sign, _ in signs] == [
-        sign for sign in (*FAMILIES[family][1], *FAMILIES[family][2]) if sign in found.before + found.after
-    ]
-    assert all(token >= len(tokenizer) for _, token in signs)
-    assert set(found.hidden) == {sign for sign, _ in signs} & set(FAMILIES[family][2])
+    _, tokens, special, _ = FAMILIES[family]
+    assert [sign for sign, _ in found.signs] == [x for x in (*tokens, *special) if x in found.before + found.after]
+    assert all(token >= len(tokenizer) for _, token in found.signs)
+    assert found.hidden == tuple(sign for sign, _ in found.signs if sign in special)
 
 
 def test_what_may_be_thought_before_a_call_is_free(folder: Path) -> None:
@@ -264,7 +262,7 @@ def test_one_that_has_to_call_says_calls_and_nothing_else(folder: Path, family: 
     assert may_say(text, grammar, written(syntax, GOOD))
     assert may_say(text, grammar, written(syntax, OTHER))
     assert may_say(text, grammar, written(syntax, GOOD, OTHER, GOOD)) is (True if syntax.between else None)
-    assert may_say(text, grammar, written(syntax, GOOD)[:-1]) is False
+    assert may_say(text, grammar, written(syntax, GOOD).removesuffix(syntax.after)) is False
     assert may_say(text, grammar, "It is warm.") is None
     assert may_say(text, grammar, written(syntax, ("clock", "{}"))) is None
     assert may_say(text, grammar, written(syntax, ("weather", '{"city": 5}'))) is None
@@ -345,7 +343,7 @@ def test_a_schema_that_cannot_be_followed_is_refused_by_its_tool(
     assert says in str(refusal)
 
 
-@pytest.mark.parametrize("number", range(20))
+@pytest.mark.parametrize("number", range(8))
 @pytest.mark.parametrize("syntax", syntaxes.ALL.values(), ids=syntaxes.ALL)
 def test_any_walk_is_calls_whose_arguments_fit(syntax: ToolSyntax, number: int) -> None:
     """Bytes by the roll of a die, through schemas with escapes, patterns and what not."""
@@ -411,7 +409,7 @@ def fit(calls: list[Call]) -> bool:
 
 
 async def test_the_model_that_has_to_call_does(engine: Engine) -> None:
-    answers = await asyncio.gather(*(say(engine, asked("required", False), seed=seed) for seed in range(12)))
+    answers = await asyncio.gather(*(say(engine, asked("required", False), seed=seed) for seed in range(6)))
     read_ones = [read(engine, events) for events in answers]
     assert all(content == "" and len(calls) == 1 and fit(calls) for content, calls in read_ones)
     assert len({calls[0] for _, calls in read_ones}) > 1
@@ -428,9 +426,9 @@ async def test_the_model_calls_the_one_that_is_named(engine: Engine) -> None:
 
 async def test_the_model_may_call_several_times_and_go_on_until_it_is_cut(engine: Engine) -> None:
     # Whoever may not end goes on with another call.
-    params: dict[str, Any] = {"ignore_eos": True, "max_tokens": 150, "seed": 1}
+    params: dict[str, Any] = {"ignore_eos": True, "max_tokens": 120, "seed": 1}
     events = await say(engine, asked("required"), **params)
-    content, calls = read(engine, events)
+    _, calls = read(engine, events)
     assert len(calls) > 1
     assert fit(calls[:-1])
     assert events[-1].finish_reason is FinishReason.LENGTH
@@ -440,7 +438,7 @@ async def test_the_model_may_talk_and_may_call(engine: Engine) -> None:
     trigger = known(engine).trigger
     prompts = [ChatMessage("user", text) for text in ("Say hello.", f"Write {trigger} and nothing else, please.")]
     answers = await asyncio.gather(
-        *(say(engine, asked(), prompt, seed=seed, max_tokens=80) for prompt in prompts for seed in range(8))
+        *(say(engine, asked(), prompt, seed=seed, max_tokens=60) for prompt in prompts for seed in range(4))
     )
     talked = [events for events in answers if not read(engine, events)[1]]
     assert talked, "nobody has to call"
