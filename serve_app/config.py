@@ -139,9 +139,9 @@ class Model(Section):
     @field_validator("chat_template")
     @classmethod
     def _one_that_is_there(cls, source: str | None) -> str | None:
-        if source is not None and source.startswith(_OURS) and not template_path(source).is_file():
-            known = ", ".join(f"{_OURS}{path.stem}" for path in sorted(_TEMPLATES.glob("*.jinja")))
-            raise ValueError(f"{source} is not there; it is the path of a Jinja file, or one of {known}")
+        known = [f"{_OURS}{path.stem}" for path in sorted(_TEMPLATES.glob("*.jinja"))]
+        if source is not None and source.startswith(_OURS) and source not in known:
+            raise ValueError(f"{source} is not there; it is the path of a Jinja file, or one of {', '.join(known)}")
         return source
 
     @model_validator(mode="after")
@@ -218,7 +218,7 @@ class AppConfig(Section):
 def template_path(source: str) -> Path:
     """The file that a model's `chat_template` names."""
     if source.startswith(_OURS):
-        return _TEMPLATES / f"{Path(source.removeprefix(_OURS)).name}.jinja"
+        return _TEMPLATES / f"{source.removeprefix(_OURS)}.jinja"
     return Path(source).expanduser()
 
 
