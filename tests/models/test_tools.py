@@ -142,6 +142,24 @@ def test_what_may_be_thought_before_a_call_is_free(folder: Path) -> None:
     assert syntax_of(text).free == ((think[0], think[1]),)
 
 
+def test_ids_that_a_template_shortens_are_no_part_of_a_call(folder: Path) -> None:
+    """As Mistral Small 3.1 does. It is told short ones, then."""
+    shortening = templates.MISTRAL.replace("length != 9", "length < 9").replace("c.id +", "c.id[-9:] +")
+    assert shortening.count("[-9:]") == 1
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["[TOOL_CALLS]", "</s>"], special_tokens=True)
+    tokenizer.chat_template = shortening
+    text = HFText(tokenizer, frozenset({tokenizer.convert_tokens_to_ids("</s>")}), len(tokenizer))
+    assert syntax_of(text) == syntax_of(family_text(folder, "mistral"))
+
+
+def test_ids_elsewhere_than_in_a_calls_object_are_not_understood(folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = templates.FUNCTION_TAG.replace("'<function=' +", "'<function id=' + c.id + ' name=' +")
+    assert "c.id" in tokenizer.chat_template
+    assert HFText(tokenizer, frozenset({END}), len(tokenizer)).tools is None
+
+
 @pytest.mark.parametrize(
     "template", [templates.DEAF, templates.PARAMETERS, "{{ raise_exception('no') }}", "{% if %}", ""]
 )

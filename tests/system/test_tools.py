@@ -63,7 +63,7 @@ async def client(tooled: Shipped) -> AsyncIterator[openai.AsyncOpenAI]:
 
 async def test_a_call_whole_and_streamed_and_what_comes_of_its_result(client: openai.AsyncOpenAI) -> None:
     asked: dict[str, Any] = {"model": MODEL, "tools": TOOLS, "temperature": 0, "max_tokens": 100}
-    whole = await client.chat.completions.create(messages=[USER], tool_choice=FORECAST, **asked)
+    whole: Any = await client.chat.completions.create(messages=[USER], tool_choice=FORECAST, **asked)
     said = whole.choices[0].message
     assert whole.choices[0].finish_reason == "tool_calls"
     assert said.content is None
@@ -72,7 +72,7 @@ async def test_a_call_whole_and_streamed_and_what_comes_of_its_result(client: op
     jsonschema.validate(json.loads(call.function.arguments), PLACE)
 
     async with client.chat.completions.stream(messages=[USER], tool_choice=FORECAST, **asked) as stream:
-        last = (await stream.get_final_completion()).choices[0]
+        last: Any = (await stream.get_final_completion()).choices[0]
     (streamed,) = last.message.tool_calls or []
     assert last.finish_reason == "tool_calls"
     assert (streamed.function.name, streamed.function.arguments) == ("forecast", call.function.arguments)
@@ -87,7 +87,7 @@ async def test_a_call_whole_and_streamed_and_what_comes_of_its_result(client: op
 
 
 async def test_several_answers_that_have_to_call_each_do(client: openai.AsyncOpenAI) -> None:
-    answer = await client.chat.completions.create(
+    answer: Any = await client.chat.completions.create(
         model=MODEL, messages=[USER], tools=TOOLS, tool_choice="required", parallel_tool_calls=False,
         n=3, seed=1, temperature=1, max_tokens=100,
     )  # fmt: skip
