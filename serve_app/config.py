@@ -9,6 +9,9 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+_TEMPLATES = Path(__file__).parent / "templates"
+_OURS = "builtin:"
+
 
 class ConfigError(Exception):
     """The configuration file cannot be used; the text lists every fault with its path."""
@@ -113,14 +116,16 @@ class SamplingDefaults(Section):
 class Model(Section):
     """One model: one deployment with an engine of its own.
 
-    `source` is `builtin:smollm2-135m`, a folder, a GGUF file, or a hub id (pinned by `revision`). `embeddings` has
-    /v1/embeddings answer for it.
+    `source` is `builtin:smollm2-135m`, a folder, a GGUF file, or a hub id (pinned by `revision`). `chat_template` is
+    the path of a Jinja file that is used in place of the model's own template, or `builtin:` and the name of one of
+    ours. `embeddings` has /v1/embeddings answer for it.
     """
 
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]*$")
     source: str = Field(min_length=1)
     revision: str | None = None
     trust_remote_code: bool = False
+    chat_template: str | None = Field(None, min_length=1)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     quantization: Literal["none", "int8", "int4"] = "none"
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -131,6 +136,14 @@ class Model(Section):
     batching: Batching = Batching()
     engine: Engine = Engine()
     deployment: Deployment
+
+    @field_validator("chat_template")
+    @classmethod
+    def _one_that_is_there(cls, source: str | None) -> str | None:
+        known = [f"{_OURS}{path.stem}" for path in sorted(_TEMPLATES.glob("*.jinja"))]
+        if source is not None and source.startswith(_OURS) and source not in known:
+            raise ValueError(f"{source} is not there; it is the path of a Jinja file, or one of {', '.join(known)}")
+        return source
 
     @model_validator(mode="after")
     def _consistent(self) -> Model:
@@ -201,6 +214,13 @@ class AppConfig(Section):
                 "wake it; set min_replicas to 1 or more, or fused to false and state ingress.deployment"
             )
         return self
+
+
+def template_path(source: str) -> Path:
+    """The file that a model's `chat_template` names."""
+    if source.startswith(_OURS):
+        return _TEMPLATES / f"{source.removeprefix(_OURS)}.jinja"
+    return Path(source).expanduser()
 
 
 def deployment_name(model: str) -> str:

@@ -23,12 +23,14 @@ class Grammar:
 
     `text` is nothing for a `json_object`, a JSON schema (an object), a regular expression for the whole answer
     (Rust's syntax, without looking around), a JSON list of strings to choose from, or a grammar in llguidance's
-    dialect of Lark. `field` is what the caller calls it, for a refusal.
+    dialect of Lark. `field` is what the caller calls it, for a refusal. `parts` are what a caller gave of it, each by
+    its own name: if the whole cannot be used, the first of them that cannot either is refused.
     """
 
     kind: GrammarKind
     text: str = ""
     field: str = "grammar"
+    parts: tuple[Grammar, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +77,23 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCall:
+    """What an assistant asked for. `arguments` is the text of a JSON object."""
+
+    id: str
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
 class ChatMessage:
+    """A message of role `tool` is what the tool called `name` said to the call `tool_call_id`."""
+
     role: str
     content: str
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str = ""
+    name: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,9 +108,13 @@ class TokenPrompt:
 
 @dataclass(frozen=True, slots=True)
 class ChatPrompt:
-    """Messages for the model's own chat template, which adds the assistant's turn."""
+    """Messages for the model's own chat template, which adds the assistant's turn.
+
+    `tools` are those that it may call, each as JSON in OpenAI's form.
+    """
 
     messages: tuple[ChatMessage, ...]
+    tools: tuple[str, ...] = ()
 
 
 Prompt = TextPrompt | TokenPrompt | ChatPrompt
@@ -260,12 +280,41 @@ class Detokenize(Question[str]):
 
 
 @dataclass(frozen=True, slots=True)
+class ToolSyntax:
+    """How a model writes calls of tools: `before`, two parts with `middle` between them, `after`.
+
+    The parts are the tool's name and its arguments, a JSON object, in this order if `name_first`. With several calls
+    `between` stands from one's second part to the next one's first; None: a message has one call only. From `trigger`
+    on, a beginning of `before`, an answer is calls and nothing else; if not `anywhere`, only if it begins with that.
+
+    Some of these texts' pieces are tokens of their own, no text to a grammar: `signs`, by text and id. Those that are
+    special are `hidden`, and have to be asked for. `free` are ranges of the other such tokens, first and last id, that
+    may stand in an answer before its calls.
+    """
+
+    before: str
+    middle: str
+    between: str | None
+    after: str
+    name_first: bool
+    trigger: str
+    anywhere: bool
+    signs: tuple[tuple[str, int], ...] = ()
+    hidden: tuple[str, ...] = ()
+    free: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """What is known of a model once it is loaded. `context` is the most tokens of a prompt and its answer."""
+    """What is known of a model once it is loaded. `context` is the most tokens of a prompt and its answer.
+
+    `tools` is how it writes calls; None: its chat template takes no tools, or writes calls in a way of its own.
+    """
 
     context: int
     vocabulary: int
     special_ids: frozenset[int]
+    tools: ToolSyntax | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from serve_app.config import (
     deployment_name,
     describe,
     load_serve_file,
+    template_path,
 )
 
 ROOT = Path(__file__).parents[1]
@@ -219,6 +220,24 @@ def test_a_rule_between_fields_is_told_with_the_place_of_both(tmp_path: Path) ->
 
 def test_a_faulty_model_is_not_also_a_missing_one() -> None:
     assert fault(with_value("models.0.source", "")).startswith("models.0.source: ")
+
+
+@pytest.mark.parametrize("source", [None, "builtin:chatml_tools", "/some/where.jinja", "~/mine.jinja"])
+def test_a_chat_template_is_a_path_or_one_of_ours(source: str | None) -> None:
+    (model,) = AppConfig(**args(chat_template=source)).models
+    assert model.chat_template == source
+
+
+@pytest.mark.parametrize("source", ["builtin:", "builtin:other", "builtin:../templates/chatml_tools", "builtin:/etc/x"])
+def test_a_chat_template_of_ours_that_is_not_there_names_those_that_are(source: str) -> None:
+    told = fault(args(chat_template=source))
+    assert told.startswith("models.0.chat_template: ")
+    assert told.endswith("one of builtin:chatml_tools")
+
+
+def test_a_template_of_ours_is_a_file_of_the_package() -> None:
+    assert template_path("builtin:chatml_tools").read_text().startswith("{#")
+    assert template_path("~/mine.jinja") == Path.home() / "mine.jinja"
 
 
 @pytest.mark.parametrize("section", SECTIONS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -15,11 +16,12 @@ from serve_app.api.document import read_document
 from serve_app.api.door import Door, generation_id
 from serve_app.api.generation import collect, side_by_side, unless_gone
 from serve_app.api.openai_frames import ChatFrames, CompletionFrames, OpenAIFrames
-from serve_app.api.schema_openai import ChatBody, CompletionBody
+from serve_app.api.schema_openai import ChatBody, CompletionBody, Show
 from serve_app.api.sse import EventStream
+from serve_app.api.tool_frames import ToolFrames
 from serve_app.config import Model
 from serve_app.errors import InvalidRequest
-from serve_app.types import GenerationRequest, SamplingParams
+from serve_app.types import GenerationRequest, SamplingParams, ToolSyntax
 
 log = logging.getLogger(__name__)
 
@@ -30,10 +32,22 @@ class OpenAIRoutes:
         self._began = _now()
 
     async def completions(self, http: Request) -> Response:
-        return await self._answer(http, CompletionBody.parse(await read_document(http)), CompletionFrames)
+        body = CompletionBody.parse(await read_document(http))
+        model = self._door.model(body.model)
+        http.state.model = model.name
+        return await self._answer(http, model, body, body.params(model.sampling_defaults), CompletionFrames)
 
     async def chat(self, http: Request) -> Response:
-        return await self._answer(http, ChatBody.parse(await read_document(http)), ChatFrames)
+        body = ChatBody.parse(await read_document(http))
+        model = self._door.model(body.model)
+        http.state.model = model.name
+        params = body.params(model.sampling_defaults)
+        if not body.may_call:
+            return await self._answer(http, model, body, params, ChatFrames)
+        syntax = await self._tool_syntax(model)
+        return await self._answer(
+            http, model, body, body.constrained(params, syntax), partial(ToolFrames, syntax=syntax)
+        )
 
     async def models(self, http: Request) -> Response:
         names = [model.name for model in self._door.config.models]
@@ -42,10 +56,14 @@ class OpenAIRoutes:
     async def model(self, http: Request) -> Response:
         return JSONResponse(self._card(self._door.model(http.path_params["id"]).name))
 
-    async def _answer(self, http: Request, body: CompletionBody | ChatBody, kind: type[OpenAIFrames]) -> Response:
-        model = self._door.model(body.model)
-        http.state.model = model.name
-        params = body.params(model.sampling_defaults)
+    async def _answer(
+        self,
+        http: Request,
+        model: Model,
+        body: CompletionBody | ChatBody,
+        params: SamplingParams,
+        kind: Callable[[str, list[GenerationRequest], int, bool, Show], OpenAIFrames],
+    ) -> Response:
         name, limits = generation_id(http), self._door.config.limits
         requests = self._requests(name, model, body, params)
         log_user(name, model, body.user)
@@ -78,6 +96,18 @@ class OpenAIRoutes:
         ]
         requests = [replace(each, show_prompt=body.show.echo or body.show.token_ids) for each in requests]
         return [fork for request in requests for fork in forks(request, body.drawn, body.stream)]
+
+    async def _tool_syntax(self, model: Model) -> ToolSyntax:
+        """Raises InvalidRequest if the model cannot call tools."""
+        syntax = (await self._door.info(model.name)).tools
+        if syntax is None:
+            raise InvalidRequest(
+                f"{model.name} calls no tools: its chat template takes none, or writes calls in a way that is not "
+                "understood here; leave tools out, or let its configuration give it one that does, for example "
+                "chat_template: builtin:chatml_tools",
+                param="tools",
+            )
+        return syntax
 
     def _card(self, name: str) -> dict[str, object]:
         return {"id": name, "object": "model", "created": self._began, "owned_by": "serve_app"}

@@ -15,7 +15,7 @@ from serve_app.errors import InvalidRequest
 LONGEST_NAME = 64
 
 # How a field that takes a string or a list, or several of either, tells its forms apart.
-TEXT, LIST, TEXTS, LISTS = TAGS = ("<text>", "<list>", "<texts>", "<lists>")
+TEXT, LIST, TEXTS, LISTS, OBJECT = TAGS = ("<text>", "<list>", "<texts>", "<lists>", "<object>")
 
 
 Nested: TypeAlias = "Mapping[str, type[Body]]"
@@ -76,7 +76,10 @@ class Body(BaseModel):
     @classmethod
     def _unknown(cls, location: Sequence[str | int]) -> str:
         owners = [part for part in location[:-1] if isinstance(part, str)]
-        fields = (cls.nested[owners[-1]] if owners else cls).names()
+        body: type[Body] = cls
+        for owner in owners:  # one that does not know its own is known to the whole
+            body = body.nested.get(owner) or cls.nested[owner]
+        fields = body.names()
         near = difflib.get_close_matches(str(location[-1])[:LONGEST_NAME], fields, n=1)
         remedy = f"did you mean {near[0]}?" if near else f"the fields are {_listed(fields)}"
         return f"{_path(location)} is not a field here; {remedy}"

@@ -6,11 +6,12 @@ import json
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import ConfigDict, Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from serve_app.api.schema import SamplingFields, Text, TokenCount, TokenId
 from serve_app.api.schema_body import LIST, LISTS, TEXT, TEXTS, Body, Nested
+from serve_app.api.schema_tools import CallId, ChosenTool, EarlierCall, Name, OfferedTool, ToolFields, with_names
 from serve_app.config import SamplingDefaults
 from serve_app.errors import InvalidRequest
 from serve_app.types import ChatMessage, ChatPrompt, Grammar, Prompt, SamplingParams, TextPrompt, TokenPrompt
@@ -199,15 +200,48 @@ Content = Annotated[
 
 
 class Message(Body):
-    role: Literal["system", "user", "assistant"]
-    content: Content
+    """Only an assistant may call tools, and only then say nothing besides; only a tool answers a call."""
+
+    role: Literal["system", "user", "assistant", "tool"]
+    name: Name | None = None
+    tool_call_id: Annotated[CallId | None, Field(validate_default=True)] = None
+    tool_calls: Annotated[list[EarlierCall], Field(min_length=1, max_length=128, fail_fast=True)] | None = None
+    content: Annotated[Content | None, Field(validate_default=True)] = None
+
+    nested: ClassVar[Nested] = {"tool_calls": EarlierCall, "content": TextPart}
+
+    @field_validator("name", "tool_call_id")
+    @classmethod
+    def _goes_with_a_tool(cls, value: str | None, info: ValidationInfo) -> str | None:
+        role = info.data.get("role")
+        if value is None and role == "tool" and info.field_name == "tool_call_id":
+            raise PydanticCustomError("no_call", "Input is required in a message of role tool")
+        if value is not None and role not in ("tool", None):
+            raise PydanticCustomError("no_tool", "Input goes with role: tool only")
+        return value
+
+    @field_validator("tool_calls")
+    @classmethod
+    def _goes_with_an_assistant(cls, value: list[EarlierCall] | None, info: ValidationInfo) -> list[EarlierCall] | None:
+        if info.data.get("role") not in ("assistant", None):
+            raise PydanticCustomError("no_assistant", "Input goes with role: assistant only")
+        return value
+
+    @field_validator("content")
+    @classmethod
+    def _something_is_said(cls, value: Content | None, info: ValidationInfo) -> Content | None:
+        if value is None and info.data.get("tool_calls", "") is None:
+            raise PydanticCustomError("missing", "Input is required")
+        return value
 
     def plain(self) -> ChatMessage:
-        content = self.content
-        return ChatMessage(self.role, content if isinstance(content, str) else "".join(part.text for part in content))
+        content = self.content or ""
+        text = content if isinstance(content, str) else "".join(part.text for part in content)
+        calls = tuple(call.plain() for call in self.tool_calls or ())
+        return ChatMessage(self.role, text, calls, self.tool_call_id or "", self.name or "")
 
 
-class ChatBody(OpenAIFields):
+class ChatBody(ToolFields, OpenAIFields):
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     max_tokens: TokenCount | None = None
     max_completion_tokens: TokenCount | None = None
@@ -217,16 +251,24 @@ class ChatBody(OpenAIFields):
     nested: ClassVar[Nested] = {
         **OpenAIFields.nested,
         "messages": Message,
-        "content": TextPart,
+        "tools": OfferedTool,
+        "tool_choice": ChosenTool,
     }
 
     def asked(self) -> list[Prompt]:
-        return [ChatPrompt(tuple(message.plain() for message in self.messages))]
+        return [ChatPrompt(with_names([message.plain() for message in self.messages]), self.offered())]
 
     def params(self, defaults: SamplingDefaults) -> SamplingParams:
         if self.top_logprobs is not None and not self.logprobs:
             raise InvalidRequest(
                 "top_logprobs goes with logprobs: true; set it or leave both out", param="top_logprobs"
+            )
+        self.check_tools()
+        shapes = self.grammars()
+        if self.may_call and shapes:
+            raise InvalidRequest(
+                f"{shapes[0].field} and tools each say what the answer looks like; send one, or tool_choice: none",
+                param=shapes[0].field,
             )
         return self.checked(defaults, self._limit(), (self.top_logprobs or 0) if self.logprobs else None)
 

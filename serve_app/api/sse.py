@@ -110,7 +110,9 @@ class EventStream(Response):
             async for chunk in chunks:
                 frames = self._frames.chunk(chunk, index)
                 self._unfinished -= chunk.finished
-                await self._write(send, frames if self._unfinished else frames + self._frames.end())
+                frames += b"" if self._unfinished else self._frames.end()
+                if frames:
+                    await self._write(send, frames)
 
     async def _pulse(self, send: Send) -> None:
         """A comment whenever nothing was written for `every_s`; nothing follows the terminal frame."""

@@ -161,7 +161,7 @@ class Engine:
             case Detokenize(token_ids, skip_special_tokens):
                 return text.detokenize(token_ids, skip_special_tokens)
             case Describe():
-                return ModelInfo(self._runner.context, text.vocabulary, text.special_ids)
+                return ModelInfo(self._runner.context, text.vocabulary, text.special_ids, text.tools)
         raise TypeError(f"{question!r} is no question to a model")
 
     def _admit(self, streams: Seq[TokenStream]) -> list[ServeAppError | None]:

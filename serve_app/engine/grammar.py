@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterable
 from functools import cached_property, lru_cache
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
@@ -70,11 +71,18 @@ class Grammars:
         """The beginning of an answer in this grammar; InvalidRequest if there can be none."""
         compiled = self._compiled(grammar)
         if isinstance(compiled, str):
-            return InvalidRequest(compiled, param=grammar.field)
+            refusals = (self.constraint(part, ignore_eos) for part in grammar.parts)
+            named = next((refusal for refusal in refusals if isinstance(refusal, ServeAppError)), None)
+            return named or InvalidRequest(compiled, param=grammar.field)
         tokenizer = self._trie
         assert isinstance(tokenizer, LLTokenizer), "what was compiled was compiled for it"
         ends = self._end_ids or frozenset(token for token in [tokenizer.eos_token] if token < self._vocabulary)
         return Constraint(compiled.deep_copy(), ends, ignore_eos, grammar.field)
+
+    def signs(self, token_ids: Iterable[int]) -> frozenset[int] | None:
+        """Those of these tokens that are no text to a grammar; None if there are no grammars for this tokenizer."""
+        trie = self._trie
+        return None if isinstance(trie, str) else frozenset(filter(trie.is_special_token, token_ids))
 
     def _compile(self, grammar: Grammar) -> LLMatcher | str:
         """A matcher at its beginning, to be copied; or a sentence why not."""

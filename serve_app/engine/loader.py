@@ -6,12 +6,14 @@ import ctypes
 import gc
 import hashlib
 import importlib.util
+import logging
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import torch
 from filelock import FileLock
 from huggingface_hub import snapshot_download
@@ -19,9 +21,11 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from serve_app.config import Model, cache_dir
+from serve_app.config import Model, cache_dir, template_path
 from serve_app.engine.text import HFText
 from serve_app.types import Grammar
+
+logger = logging.getLogger(__name__)
 
 Report = Callable[[str], None]
 
@@ -77,6 +81,8 @@ def load(config: Model, report: Report) -> Loaded:
         raise SourceError(f"{config.source} lacks weights of a {type(model).__name__}: {', '.join(missing[:3])}")
     if not hasattr(tokenizer, "backend_tokenizer"):
         raise SourceError(f"{config.source}: its tokenizer has no fast (tokenizer.json) form, which streaming needs")
+    if config.chat_template is not None:
+        tokenizer.chat_template = _read_template(config.chat_template, tokenizer)
     model.eval()
     return_memory()
     try:
@@ -86,6 +92,7 @@ def load(config: Model, report: Report) -> Loaded:
     text = HFText(tokenizer, ends, model.get_input_embeddings().weight.shape[0])
     # Whatever becomes of it: made later, what grammars need of the tokenizer would hold up those who are served.
     text.constraint(Grammar("json_object"), ignore_eos=False)
+    logger.info("calls of tools: %s", "none" if text.tools is None else repr(text.tools.before))
     return Loaded(model, text, _longest_context(model))
 
 
@@ -210,6 +217,21 @@ def _resolve(config: Model, report: Report) -> str:
             f"{config.source}: nothing there; a source is builtin:smollm2-135m, a folder, a .gguf file or a hub id"
         )
     return _fetch(config, report)
+
+
+def _read_template(source: str, tokenizer: Any) -> str:
+    """The text of the configuration's chat template. Raises SourceError if it cannot be read, or is no Jinja."""
+    path = template_path(source)
+    try:
+        template = path.read_text(encoding="utf-8")
+        tokenizer.apply_chat_template([{"role": "user", "content": ""}], chat_template=template, tokenize=False)
+    except (OSError, UnicodeDecodeError) as error:
+        raise SourceError(f"chat_template: {path} cannot be read: {error}") from None
+    except jinja2.TemplateSyntaxError as error:
+        raise SourceError(f"chat_template: {path}, line {error.lineno}: {error.message}") from None
+    except Exception:  # noqa: BLE001 - what it takes is its own business, and told to whoever sends something else
+        return template
+    return template
 
 
 def _fetch(config: Model, report: Report) -> str:

@@ -14,7 +14,7 @@ from serve_app.engine.detokenizer import Decoder
 from serve_app.engine.drafts import Drafter
 from serve_app.engine.stream import Embedded, Token, TokenStream
 from serve_app.errors import InternalError, ServeAppError
-from serve_app.types import FinishReason, Grammar, Logprobs, Piece, Prompt, SamplingParams
+from serve_app.types import FinishReason, Grammar, Logprobs, Piece, Prompt, SamplingParams, ToolSyntax
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,6 +245,11 @@ class Text(Protocol):
     @property
     def special_ids(self) -> frozenset[int]:
         """Tokens that are signs rather than text."""
+        ...
+
+    @property
+    def tools(self) -> ToolSyntax | None:
+        """How the model writes calls of tools."""
         ...
 
     def encode(self, prompts: Seq[Prompt]) -> list[list[int] | ServeAppError]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Sequence as Seq
+from functools import cached_property
 from typing import Any
 
 import jinja2
@@ -11,8 +13,9 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from serve_app.engine.grammar import Constraint, Grammars
+from serve_app.engine.tools import Convention, Manner, Signs, learn
 from serve_app.errors import InternalError, InvalidRequest, ServeAppError
-from serve_app.types import ChatPrompt, Grammar, Piece, Prompt, TextPrompt, TokenPrompt
+from serve_app.types import ChatPrompt, Grammar, Piece, Prompt, TextPrompt, TokenPrompt, ToolSyntax
 
 logger = logging.getLogger(__name__)
 
@@ -68,8 +71,8 @@ class HFText:
         self._rust.no_truncation()
         self.vocabulary = vocabulary
         self.end_ids = end_ids
-        added = self._rust.get_added_tokens_decoder()
-        self.special_ids = frozenset(token for token, about in added.items() if about.special)
+        self._added = self._rust.get_added_tokens_decoder()
+        self.special_ids = frozenset(token for token, about in self._added.items() if about.special)
         self._grammars = Grammars(self._rust, end_ids, vocabulary)
 
     def encode(self, prompts: Seq[Prompt]) -> list[list[int] | ServeAppError]:
@@ -121,6 +124,10 @@ class HFText:
     def constraint(self, grammar: Grammar, ignore_eos: bool) -> Constraint | ServeAppError:
         return self._grammars.constraint(grammar, ignore_eos)
 
+    @property
+    def tools(self) -> ToolSyntax | None:
+        return None if self._convention is None else self._convention.syntax
+
     def token_text(self, token_id: int) -> str:
         """One token by itself, special tokens by name."""
         return str(self._rust.decode([token_id], skip_special_tokens=False))
@@ -134,12 +141,39 @@ class HFText:
     def _render(self, prompt: ChatPrompt) -> str | ServeAppError:
         if not self._tokenizer.chat_template:
             return InvalidRequest("this model has no chat template; use /v1/completions or /generate", param="messages")
-        messages = [{"role": message.role, "content": message.content} for message in prompt.messages]
+        refusal = self._without_tools(prompt)
+        if refusal is not None:
+            return refusal
+        manner = Manner() if self._convention is None else self._convention.manner
+        messages = [manner.message(message) for message in prompt.messages]
         try:
-            return str(self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+            return self._written(
+                messages, [json.loads(tool) for tool in prompt.tools] or None, add_generation_prompt=True
+            )
         except jinja2.TemplateError as error:
             return InvalidRequest(f"the model's chat template refuses these messages: {error}", param="messages")
         except Exception:
             # A template is somebody's program; its faults are not those of the others who came in together.
             logger.exception("the chat template failed")
             return InternalError("the model's chat template failed on these messages", param="messages")
+
+    def _without_tools(self, prompt: ChatPrompt) -> InvalidRequest | None:
+        """A refusal of tools and their calls, if there are any and the template takes none."""
+        called = any(message.tool_calls or message.role == "tool" for message in prompt.messages)
+        if not (prompt.tools or called) or self._convention is not None:
+            return None
+        return InvalidRequest(
+            "this model's chat template takes no tools", param="tools" if prompt.tools else "messages"
+        )
+
+    def _written(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, **options: bool) -> str:
+        return str(self._tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **options))
+
+    @cached_property
+    def _convention(self) -> Convention | None:
+        """How the chat template writes calls of tools. Learned best before anybody is served."""
+        signs = self._grammars.signs(self._added)
+        if signs is None or not self._tokenizer.chat_template:
+            return None
+        names = {about.content: token for token, about in self._added.items() if token in signs}
+        return learn(self._written, Signs(names, self.special_ids, self.end_ids))

@@ -10,7 +10,17 @@ from urllib.parse import parse_qsl, urlsplit
 from serve_app.config import Engine
 from serve_app.engine.sequence import Advance, Outcome, Sampled, Step
 from serve_app.errors import InvalidRequest, ServeAppError
-from serve_app.types import ChatPrompt, Grammar, Logprobs, Piece, Prompt, TextPrompt, TokenLogprob, TokenPrompt
+from serve_app.types import (
+    ChatPrompt,
+    Grammar,
+    Logprobs,
+    Piece,
+    Prompt,
+    TextPrompt,
+    TokenLogprob,
+    TokenPrompt,
+    ToolSyntax,
+)
 
 END = 256
 
@@ -31,6 +41,7 @@ class ToyText:
 
     end_ids = special_ids = frozenset({END})
     vocabulary = END + 1
+    tools: ToolSyntax | None = None
 
     def encode(self, prompts: Seq[Prompt]) -> list[list[int] | ServeAppError]:
         return [self._encode(prompt) or InvalidRequest("the prompt is empty", param="prompt") for prompt in prompts]

@@ -208,11 +208,13 @@ async def test_a_wrong_field_of_a_completion_is_named(
         ({"messages": ["hi"]}, "messages[0]", "should be an object"),
         ({"messages": [HI, {}]}, "messages[1].role", "is required (and 1 more fault)"),
         ({"messages": [{"role": "user"}]}, "messages[0].content", "is required"),
-        ({"messages": [{**HI, "role": "tool"}]}, "messages[0].role", "'system', 'user' or 'assistant'"),
-        ({"messages": [{**HI, "content": None}]}, "messages[0].content", "a string or a list of text parts"),
+        ({"messages": [{**HI, "role": "god"}]}, "messages[0].role", "'system', 'user', 'assistant' or 'tool'"),
+        ({"messages": [{**HI, "role": "developer"}]}, "messages[0].role", "'system', 'user', 'assistant' or 'tool'"),
+        ({"messages": [{**HI, "content": None}]}, "messages[0].content", "is required"),
+        ({"messages": [{**HI, "content": 5}]}, "messages[0].content", "a string or a list of text parts"),
         ({"messages": [{**HI, "content": []}]}, "messages[0].content", "at least 1 item"),
         ({"messages": [{**HI, "contents": "x"}]}, "messages[0].contents", "did you mean content?"),
-        ({"messages": [{**HI, "<text>": "x"}]}, "messages[0].<text>", "the fields are role, content"),
+        ({"messages": [{**HI, "<text>": "x"}]}, "messages[0].<text>", "the fields are role, name, tool_call_id"),
         ({"messages": [HI, {**HI, "content": ["x"]}]}, "messages[1].content[0]", "should be an object"),
         (
             {"messages": [{**HI, "content": [{"type": "text", "text": "x", "txt": 1}]}]},
@@ -229,7 +231,7 @@ async def test_a_wrong_field_of_a_completion_is_named(
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "less than or equal to 20"),
         ({"max_tokens": 1, "max_completion_tokens": 2}, "max_completion_tokens", "send one of them"),
         ({"max_completion_tokens": 2, "min_tokens": 3}, "min_tokens", "above max_tokens 2"),
-        ({"tools": []}, "tools", "not a field here"),
+        ({"functions": []}, "functions", "not a field here"),
     ],
 )
 async def test_a_wrong_field_of_a_chat_is_named(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -8,12 +9,12 @@ from tests.graph.house import SHIPPED, Program, free_port
 
 
 class Shipped(Program):
-    """`python -m serve_app` as it comes: the shipped file and its real model, on a port of its own."""
+    """`python -m serve_app` as it comes: the shipped file, or one like it, and its real model, on a port of its own."""
 
-    def __init__(self, **environment: str) -> None:
+    def __init__(self, config: Path = SHIPPED, **environment: str) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        options = ["--config", str(SHIPPED), "--port", str(self.port), "--ray-address", "local"]
+        options = ["--config", str(config), "--port", str(self.port), "--ray-address", "local"]
         super().__init__(["serve_app", *options], **environment)
 
 
