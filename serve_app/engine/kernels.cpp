@@ -10,6 +10,7 @@
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/cpu/Utils.h>
 #include <ATen/native/quantized/PackedParams.h>
 #include <torch/library.h>
 
@@ -396,6 +397,17 @@ std::tuple<Tensor, Tensor> largest_of_rows(const Tensor& rows) {
   return {values, places};
 }
 
+// linear.Int8Linear._product.
+Tensor fbgemm(LinearPackedParamsBase& weight, const Tensor& rows) {
+  if (at::cpu::is_avx512_vnni_supported()) return weight.apply_dynamic(rows);
+  const int64_t count = rows.size(0) - 1;
+  const Tensor plain = rows.narrow(0, 0, count), pin = rows.narrow(0, count, 1);
+  const Tensor high = plain.mul(63.5).round_().clamp_(-63, 63).div_(63.5);
+  const Tensor y = weight.apply_dynamic(at::cat({high, plain.sub(high).mul_(127), pin}), true);
+  y.narrow(0, 0, count).add_(y.narrow(0, count, count), 1. / 127);
+  return y.narrow(0, 0, count + 1);
+}
+
 // One of six kinds of linear layer by number: in strips for dot products (int8 by its scales, bfloat16);
 // fbgemm's int8 with its scaled rows; int4 by its lines; packed by oneDNN; or as it came.
 struct Linears {
@@ -412,7 +424,7 @@ struct Linears {
   std::pair<Tensor, Optional> operator()(int64_t i, const Tensor& rows, const Optional& scale) const {
     const Optional bias = biases.get(i);
     if (packed.size()) {
-      Tensor y = packed.get(i)->apply_dynamic(rows);
+      Tensor y = fbgemm(*packed.get(i), rows);
       if (!bias) return {y, scale};
       y.narrow(0, 0, scale->size(0)).mul_(scale->unsqueeze(1)).add_(*bias);
       return {y, std::nullopt};

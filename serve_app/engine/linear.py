@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -66,7 +66,9 @@ class Int8Linear(torch.nn.Module):
 
     torch's operation takes one scale for all rows of a call, so that one row's outlier would ruin its neighbours.
     Every row is therefore scaled to [-1, 1] first, and a last row of alternating +1 and -1 pins the scale: no row's
-    result depends on another's.
+    result depends on another's. Without VNNI fbgemm adds two products in 16 bits, in which those of 8 bits do not fit
+    (a model's logits then had a median cosine of 0.86 with the exact ones). There every row goes in twice: in 7 bits,
+    and what those leave, again in 7 bits.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
@@ -105,11 +107,22 @@ class Int8Linear(torch.nn.Module):
         """
         if scales is None:
             return self(rows), None
-        y: torch.Tensor = torch.ops.quantized.linear_dynamic(rows, self.weight, False)
+        y = self._product(rows)
         if self.bias is None:
             return y, scales
         y[:-1].mul_(scales[:, None]).add_(self.bias)
         return y, None
+
+    def _product(self, rows: torch.Tensor) -> torch.Tensor:
+        product: Any = torch.ops.quantized.linear_dynamic
+        if torch.cpu._is_vnni_supported():
+            return product(rows, self.weight, False)  # type: ignore[no-any-return]
+        plain, pin = rows[:-1], rows[-1:]
+        # [-1, 1] in 7 bits is steps of 2 / 127.
+        high = (plain * 63.5).round_().clamp_(-63, 63).div_(63.5)
+        y: torch.Tensor = product(torch.cat([high, (plain - high).mul_(127), pin]), self.weight, True)
+        y[: len(plain)].add_(y[len(plain) : -1], alpha=1 / 127)
+        return y[: len(rows)]
 
 
 class Int8DotLinear(torch.nn.Module):
