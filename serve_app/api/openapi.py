@@ -12,6 +12,7 @@ from pydantic.json_schema import JsonSchemaMode, JsonSchemaValue
 
 from serve_app import __version__
 from serve_app.api import shapes
+from serve_app.api.embeddings import EmbeddingsBody
 from serve_app.api.schema import BatchBody, GenerateBody, StreamBody
 from serve_app.api.schema_openai import ChatBody, CompletionBody
 from serve_app.api.schema_tgi import TgiBody
@@ -88,6 +89,10 @@ OPERATIONS = (
     Operation(
         "post", "/v1/chat/completions", _OPENAI, "Answer a conversation", ChatBody, _CHAT, shapes.ChatCompletion,
         shapes.ChatChunk | shapes.OpenAIRefusal, refusal=shapes.OpenAIRefusal,
+    ),
+    Operation(
+        "post", "/v1/embeddings", _OPENAI, "Vectors of texts, from a model that is switched on for it", EmbeddingsBody,
+        {"input": ["The sea is", "The sky is"]}, shapes.Embeddings, refusal=shapes.OpenAIRefusal,
     ),
     Operation("get", "/v1/models", _OPENAI, "The models here", says=shapes.ModelList, refusal=shapes.OpenAIRefusal),
     Operation(

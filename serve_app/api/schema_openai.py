@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import ConfigDict, Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
@@ -199,8 +199,39 @@ Content = Annotated[
 ]
 
 
+_NULL, _GIVEN = {"type": "null"}, {"not": {"type": "null"}}
+# What Message judges, as a JSON schema.
+_ROLES: Any = {
+    "oneOf": [
+        {
+            "properties": {
+                "role": {"enum": ["system", "user"]},
+                "content": _GIVEN,
+                **dict.fromkeys(("name", "tool_call_id", "tool_calls"), _NULL),
+            },
+            "required": ["content"],
+        },
+        {
+            "properties": {"role": {"const": "assistant"}, "name": _NULL, "tool_call_id": _NULL},
+            "anyOf": [
+                {"required": ["content"], "properties": {"content": _GIVEN}},
+                {"required": ["tool_calls"], "properties": {"tool_calls": _GIVEN}},
+            ],
+        },
+        {
+            "properties": {
+                "role": {"const": "tool"}, "content": _GIVEN, "tool_call_id": _GIVEN, "tool_calls": _NULL
+            },
+            "required": ["content", "tool_call_id"],
+        },
+    ]
+}  # fmt: skip
+
+
 class Message(Body):
     """Only an assistant may call tools, and only then say nothing besides; only a tool answers a call."""
+
+    model_config = ConfigDict(json_schema_extra=_ROLES)
 
     role: Literal["system", "user", "assistant", "tool"]
     name: Name | None = None

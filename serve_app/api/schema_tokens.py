@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from serve_app.api.schema import TokenId
 from serve_app.api.schema_body import Body, Nested
@@ -12,9 +12,19 @@ from serve_app.api.schema_openai import Message, TextPart
 from serve_app.errors import InvalidRequest
 from serve_app.types import ChatPrompt, Prompt, TextPrompt, Tokenize
 
+# What TokenizeBody.question refuses, as a JSON schema.
+_ONE_OF_BOTH: Any = {
+    "oneOf": [
+        {"required": [one], "properties": {one: {"not": {"type": "null"}}, other: {"type": "null"}}}
+        for one, other in (("prompt", "messages"), ("messages", "prompt"))
+    ]
+}
+
 
 class TokenizeBody(Body):
     """`add_special_tokens` goes with a prompt: a chat's template writes its own."""
+
+    model_config = ConfigDict(json_schema_extra=_ONE_OF_BOTH)
 
     model: str | None = None
     prompt: str | None = None

@@ -23,19 +23,10 @@ _NOTHING: dict[str, object] = {"type": "object", "properties": {}, "additionalPr
 
 
 class CalledFunction(Body):
+    """`arguments` is the text of a JSON object."""
+
     name: Name
     arguments: str
-
-    @field_validator("arguments")
-    @classmethod
-    def _an_object(cls, text: str) -> str:
-        try:
-            parsed = parse_document(text.encode())
-        except InvalidRequest:
-            parsed = None
-        if not isinstance(parsed, dict):
-            raise PydanticCustomError("arguments", "Input should be the text of a JSON object")
-        return text
 
 
 class EarlierCall(Body):
@@ -49,12 +40,15 @@ class EarlierCall(Body):
         return ToolCall(self.id, self.function.name, self.function.arguments)
 
 
+Parameters = Annotated[dict[str, object], Field(json_schema_extra={"properties": {"type": {"const": "object"}}})]
+
+
 class Function(Body):
     """`strict` is always so here: arguments that do not fit `parameters` cannot be said."""
 
     name: Name
     description: str = ""
-    parameters: dict[str, object] | None = None
+    parameters: Parameters | None = None
     strict: bool | None = None
 
     @field_validator("parameters")
@@ -167,11 +161,16 @@ class ToolFields(Body):
 
 
 def with_names(messages: list[ChatMessage]) -> tuple[ChatMessage, ...]:
-    """Messages of tools know which tool they are from. Raises InvalidRequest for one that answers no call before it."""
+    """Messages of tools know which tool they are from.
+
+    Raises InvalidRequest for one that answers no call before it, and for a call whose arguments are no object.
+    """
     names: dict[str, str] = {}
     told = []
     for number, message in enumerate(messages):
-        names |= {call.id: call.name for call in message.tool_calls}
+        for place, call in enumerate(message.tool_calls):
+            _check_arguments(call.arguments, f"messages[{number}].tool_calls[{place}].function.arguments")
+            names[call.id] = call.name
         if message.role == "tool" and message.tool_call_id not in names:
             raise InvalidRequest(
                 f"messages[{number}].tool_call_id is the id of no call before it; send the assistant's tool_calls too",
@@ -179,3 +178,12 @@ def with_names(messages: list[ChatMessage]) -> tuple[ChatMessage, ...]:
             )
         told.append(replace(message, name=message.name or names.get(message.tool_call_id, "")))
     return tuple(told)
+
+
+def _check_arguments(text: str, param: str) -> None:
+    try:
+        parsed = parse_document(text.encode())
+    except InvalidRequest:
+        parsed = None
+    if not isinstance(parsed, dict):
+        raise InvalidRequest(f"{param} should be the text of a JSON object", param=param)

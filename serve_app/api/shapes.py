@@ -10,6 +10,7 @@ from typing_extensions import TypedDict
 exact = with_config(ConfigDict(extra="forbid"))
 
 FinishReasonText = Literal["stop", "length"]
+ChatFinishReason = Literal["stop", "length", "tool_calls"]
 TgiFinishReason = Literal["length", "eos_token", "stop_sequence"]
 
 
@@ -151,19 +152,40 @@ class ModelList(TypedDict):
 
 
 @exact
+class PromptToken(TypedDict):
+    """`rank` is 1 for the likeliest token."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+# For each token of the prompt what it and the likeliest others had for it, by token id; null for the first.
+PromptLogprobs = list[dict[str, PromptToken] | None]
+
+
+@exact
 class CompletionLogprobs(TypedDict):
+    """Null for the first token of an echoed prompt, which nothing foretells."""
+
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 
 @exact
 class CompletionChoice(TypedDict):
+    """`stop_reason` is the stop string or token of the request that ended the answer."""
+
     index: int
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: FinishReasonText
+    stop_reason: str | int | None
+    token_ids: NotRequired[list[int]]
+    prompt_token_ids: NotRequired[list[int]]
+    prompt_logprobs: NotRequired[PromptLogprobs]
 
 
 @exact
@@ -182,6 +204,10 @@ class CompletionChunkChoice(TypedDict):
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: FinishReasonText | None
+    stop_reason: NotRequired[str | int | None]
+    token_ids: NotRequired[list[int]]
+    prompt_token_ids: NotRequired[list[int]]
+    prompt_logprobs: NotRequired[PromptLogprobs]
 
 
 @exact
@@ -213,17 +239,39 @@ class ChatLogprobs(TypedDict):
 
 
 @exact
+class FunctionCall(TypedDict):
+    """`arguments` is the text of a JSON object."""
+
+    name: str
+    arguments: str
+
+
+@exact
+class ToolCall(TypedDict):
+    id: str
+    type: Literal["function"]
+    function: FunctionCall
+
+
+@exact
 class AssistantMessage(TypedDict):
+    """`content` is null where nothing but calls was said."""
+
     role: Literal["assistant"]
-    content: str
+    content: str | None
+    tool_calls: NotRequired[list[ToolCall]]
 
 
 @exact
 class ChatChoice(TypedDict):
+    """`stop_reason` is the stop string or token of the request that ended the answer."""
+
     index: int
     message: AssistantMessage
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReasonText
+    finish_reason: ChatFinishReason
+    stop_reason: str | int | None
+    token_ids: NotRequired[list[int]]
 
 
 @exact
@@ -234,12 +282,31 @@ class ChatCompletion(TypedDict):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    prompt_token_ids: NotRequired[list[int]]
+    prompt_logprobs: NotRequired[PromptLogprobs]
+
+
+@exact
+class FunctionDelta(TypedDict):
+    name: NotRequired[str]
+    arguments: str
+
+
+@exact
+class ToolCallDelta(TypedDict):
+    """The first piece of a call has its id, its type and the function's name; the others more of the arguments."""
+
+    index: int
+    id: NotRequired[str]
+    type: NotRequired[Literal["function"]]
+    function: FunctionDelta
 
 
 @exact
 class ChatDelta(TypedDict):
     role: NotRequired[Literal["assistant"]]
-    content: str
+    content: NotRequired[str]
+    tool_calls: NotRequired[list[ToolCallDelta]]
 
 
 @exact
@@ -247,7 +314,9 @@ class ChatChunkChoice(TypedDict):
     index: int
     delta: ChatDelta
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReasonText | None
+    finish_reason: ChatFinishReason | None
+    stop_reason: NotRequired[str | int | None]
+    token_ids: NotRequired[list[int]]
 
 
 @exact
@@ -260,6 +329,31 @@ class ChatChunk(TypedDict):
     model: str
     choices: list[ChatChunkChoice]
     usage: NotRequired[Usage | None]
+    prompt_token_ids: NotRequired[list[int]]
+    prompt_logprobs: NotRequired[PromptLogprobs]
+
+
+@exact
+class Embedding(TypedDict):
+    """A list of numbers, or their little-endian float32 in base64."""
+
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+@exact
+class EmbeddingUsage(TypedDict):
+    prompt_tokens: int
+    total_tokens: int
+
+
+@exact
+class Embeddings(TypedDict):
+    object: Literal["list"]
+    model: str
+    data: list[Embedding]
+    usage: EmbeddingUsage
 
 
 @exact
