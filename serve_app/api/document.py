@@ -10,6 +10,10 @@ from starlette.requests import Request
 from serve_app.errors import InvalidRequest
 
 
+# Up to here a double is a whole number as written.
+_EXACT = 2**53
+
+
 async def read_document(http: Request) -> object:
     """The parsed body, whatever its content type says. Raises InvalidRequest, BodyTooLarge."""
     return parse_document(await http.body())
@@ -19,7 +23,7 @@ def parse_document(body: bytes) -> object:
     """Strict JSON in UTF-8; a byte order mark before it is ignored. Raises InvalidRequest."""
     try:
         text = body.decode("utf-8-sig")
-        document: object = json.loads(text, parse_constant=_not_json)
+        document: object = json.loads(text, parse_constant=_not_json, parse_float=_number)
         if "\\u" in text:
             # Half of a surrogate pair passes the parser but can never be tokenised or answered in UTF-8.
             json.dumps(document, ensure_ascii=False).encode("utf-8")
@@ -34,6 +38,12 @@ def parse_document(body: bytes) -> object:
     except ValueError:  # Python's bound on the digits of one integer
         raise InvalidRequest("the body holds an integer of thousands of digits; no field takes that many") from None
     return document
+
+
+def _number(text: str) -> float | int:
+    """A whole number is an integer in JSON Schema, however it is written."""
+    number = float(text)
+    return int(number) if number.is_integer() and abs(number) <= _EXACT else number
 
 
 def _not_json(constant: str) -> NoReturn:

@@ -225,12 +225,12 @@ def _responses(operation: Operation, components: _Components) -> Json:
 
 
 def _events(operation: Operation, components: _Components) -> Json:
-    """OpenAPI 3.1 has no word for the data of one event; JSON Schema has one for what a text contains."""
-    end = ", and `[DONE]` at the end" if operation.path.startswith("/v1") else ""
+    """Of one event, which OpenAPI 3.1 has no word for: the whole body is a text, of which this says nothing."""
+    told: Json = {"contentMediaType": JSON, "contentSchema": components.any_of(operation.events, "serialization")}
+    data = {"anyOf": [{"const": "[DONE]"}, told]} if operation.path.startswith("/v1") else told
     return {
-        "description": f"Server-sent events; the data of each is this{end}. An error ends the stream.",
-        "contentMediaType": JSON,
-        "contentSchema": components.any_of(operation.events, "serialization"),
+        "description": "Server-sent events, each of which is like this. An error ends the stream.",
+        "properties": {"event": {"type": "string"}, "data": data},
     }
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any, get_args
 
 import schemathesis
 
+from serve_app.api.document import parse_document
 from serve_app.api.openapi import OPERATIONS
 from serve_app.api.schema_body import Body
 from serve_app.errors import InvalidRequest
@@ -33,7 +35,7 @@ def documented_body_is_judged_by_its_meaning(ctx: Any, response: Any, case: Any)
 
 def _refusal(kind: type[Body], document: object) -> str | None:
     try:
-        kind.parse(document)
+        kind.parse(parse_document(json.dumps(document).encode()))
     except InvalidRequest as error:
         return error.message
     return None
