@@ -120,6 +120,7 @@ class Parameters(Body):
     truncate: TokenCount | None = None
     return_full_text: bool = False
     details: bool = False
+    decoder_input_details: bool = False
     best_of: Annotated[int, Field(ge=1, le=MOST_ANSWERS)] = 1
     top_n_tokens: Annotated[int, Field(ge=0, le=20)] = 0
     grammar: GrammarField | None = None
@@ -128,9 +129,11 @@ class Parameters(Body):
     adapter_id: Annotated[None, _refused("is not honoured here: the model serves without adapters; leave it out")] = (
         None
     )
-    decoder_input_details: Annotated[
-        None, _refused("is not honoured here: a prompt's log probabilities are not told; leave it out or send false")
-    ] = None
+
+    @property
+    def detailed(self) -> bool:
+        """Who asks for the details of the prompt has those of the answer, as in TGI."""
+        return self.details or self.decoder_input_details
 
     @property
     def samples(self) -> bool:
@@ -153,6 +156,7 @@ class Parameters(Body):
             logprobs=logprobs,
             include_stop_str_in_output=True,
             grammar=None if self.grammar is None else self.grammar.grammar(),
+            prompt_logprobs=0 if self.decoder_input_details else None,
         )
 
 
@@ -174,6 +178,11 @@ class TgiBody(Body):
     def params(self, defaults: SamplingDefaults, streams: bool) -> SamplingParams:
         """Raises InvalidRequest when fields contradict each other."""
         asked = self.parameters
+        if asked.decoder_input_details and streams:
+            raise InvalidRequest(
+                "parameters.decoder_input_details is told with a whole answer; do not stream, or leave it out",
+                param="parameters.decoder_input_details",
+            )
         if asked.best_of > 1 and streams:
             raise InvalidRequest(
                 f"parameters.best_of {asked.best_of} is known when all answers have ended; do not stream, or send 1",
@@ -184,5 +193,5 @@ class TgiBody(Body):
                 f"parameters.best_of {asked.best_of} would be the same greedy answer again; set parameters.do_sample",
                 param="parameters.best_of",
             )
-        told = streams or asked.details or asked.best_of > 1
+        told = streams or asked.detailed or asked.best_of > 1
         return asked.sampling(defaults, asked.top_n_tokens if told else None)

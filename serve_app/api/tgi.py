@@ -64,7 +64,7 @@ class TgiRoutes:
     async def _collected(self, requests: Sequence[GenerationRequest], body: TgiBody) -> Json:
         gateway, warm_wait_s = self._door.gateway, self._door.config.limits.warm_wait_s
         tallies = await side_by_side(partial(collect, gateway, request, warm_wait_s) for request in requests)
-        if not body.parameters.details:
+        if not body.parameters.detailed:
             return whole(tallies, body.prefix)
         special = (await self._door.info(requests[0].model)).special_ids
         return detailed(requests, tallies, body.prefix, special)
@@ -93,6 +93,7 @@ class TgiRoutes:
             params,
             limits.request_timeout_s,
             truncate_prompt_tokens=body.parameters.truncate,
+            show_prompt=body.parameters.decoder_input_details,
         )
         return forks(request, count)
 

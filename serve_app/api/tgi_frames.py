@@ -10,7 +10,7 @@ from serve_app.api.refusal import tgi_error
 from serve_app.api.sse import data
 from serve_app.api.tally import Tally
 from serve_app.errors import ServeAppError
-from serve_app.types import Chunk, FinishReason, GenerationRequest, TokenEvent, TokenLogprob
+from serve_app.types import Chunk, FinishReason, GenerationRequest, ShownPrompt, TokenEvent, TokenLogprob
 
 Json = dict[str, object]
 SpecialIds = frozenset[int]
@@ -65,24 +65,38 @@ def whole(tallies: Sequence[Tally], prefix: str) -> Json:
 def detailed(requests: Sequence[GenerationRequest], tallies: Sequence[Tally], prefix: str, special: SpecialIds) -> Json:
     """The best of the answers, with its tokens and with the other answers."""
     (chosen,) = best(tallies, 1)
-    answers = [_answer(*pair, prefix, special) for pair in zip(requests, tallies, strict=True)]
+    prefill = _prefill(tallies[0].prompt)  # only the first answer tells it, for all
+    answers = [_answer(*pair, prefix, prefill, special) for pair in zip(requests, tallies, strict=True)]
     text, details = answers.pop(chosen)
     if answers:
         details["best_of_sequences"] = [{"generated_text": other, **about} for other, about in answers]
     return {"generated_text": text, "details": details}
 
 
-def _answer(request: GenerationRequest, tally: Tally, prefix: str, special: SpecialIds) -> tuple[str, Json]:
+def _answer(
+    request: GenerationRequest, tally: Tally, prefix: str, prefill: list[Json], special: SpecialIds
+) -> tuple[str, Json]:
     details: Json = {
         "finish_reason": _finish_reason(tally.events[-1]),
         "generated_tokens": tally.tokens,
         "seed": _seed(request),
-        "prefill": [],
+        "prefill": prefill,
         "tokens": [_token(event, special) for event in tally.events],
     }
     if request.params.logprobs:
         details["top_tokens"] = [_top_tokens(event, special) for event in tally.events]
     return prefix + tally.text, details
+
+
+def _prefill(prompt: ShownPrompt | None) -> list[Json]:
+    """The tokens of a prompt that was asked for; nothing foretells the first."""
+    if prompt is None:
+        return []
+    logprobs = [None, *(finite(token.chosen.logprob) for token in prompt.logprobs)]
+    return [
+        {"id": piece.token_id, "text": piece.text, "logprob": logprob}
+        for piece, logprob in zip(prompt.pieces, logprobs, strict=True)
+    ]
 
 
 def _finish_reason(event: TokenEvent) -> str:

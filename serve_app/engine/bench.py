@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import itertools
+import json
 import random
 import statistics
 import sys
@@ -25,7 +26,7 @@ from serve_app.engine.loader import SourceError
 from serve_app.engine.machine import NotEnoughMemory
 from serve_app.engine.runner import TorchRunner
 from serve_app.engine.stream import TokenStream
-from serve_app.types import GenerationRequest, SamplingParams, TokenPrompt
+from serve_app.types import GenerationRequest, Grammar, SamplingParams, TokenPrompt
 
 _READ_BYTES = 256 * 2**20
 _FLOP_SIZE = 1024
@@ -33,6 +34,18 @@ _FLOP_SIZE = 1024
 _RUNNING, _NEWCOMER = 8, 512
 _BEGINNING, _TAIL = 1000, 10
 _PATIENCE_S = 600.0
+# What `response_format` would make of its schema; no answer can end before it is as long as it was asked to be.
+_PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 20},
+        "age": {"type": "integer", "minimum": 0, "maximum": 120},
+        "job": {"enum": ["baker", "miller", "smith"]},
+    },
+    "required": ["name", "age", "job"],
+    "additionalProperties": False,
+}
+_GRAMMAR = Grammar("json_schema", json.dumps({"type": "array", "items": _PERSON, "minItems": 500}))
 
 
 class Limits(NamedTuple):
@@ -74,7 +87,10 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     try:
         print(f"{model.source}, {model.quantization}, {engine.kind}: loaded in {time.monotonic() - began:.1f} s")
-        _measure(engine, *made[0], arguments)
+        if arguments.grammar:
+            _with_grammar(engine, made[0][0], arguments)
+        else:
+            _measure(engine, *made[0], arguments)
     except KeyboardInterrupt:
         return 130
     finally:
@@ -89,6 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--quantization", choices=("none", "int8", "int4"), help="instead of the file's")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="instead of the file's")
     parser.add_argument("--draft", type=int, choices=range(8), help="tokens to guess ahead, instead of the file's")
+    parser.add_argument("--grammar", action="store_true", help="only what a JSON schema adds to the time of a token")
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 8, 32], help="at once (default: 1 8 32)")
     parser.add_argument("--prompt", type=int, default=60, help="tokens in each prompt (default: %(default)s)")
     parser.add_argument("--output", type=int, default=64, help="tokens in each answer (default: %(default)s)")
@@ -139,6 +156,19 @@ def _measure(engine: Engine, runner: TorchRunner, limits: Limits, arguments: arg
         print(f"guessed ahead: {stats.drafted} tokens, {stats.accepted / stats.drafted:.0%} right (--draft 0: none)")
 
 
+def _with_grammar(engine: Engine, runner: TorchRunner, arguments: argparse.Namespace) -> None:
+    """With and without in turn, so that a machine that slows down does so for both."""
+    print(f"{'streams':>7}{'ms/token':>10}{'with JSON schema':>18}{'added':>8}")
+    asyncio.run(_round(engine, runner, 1, arguments, seed=0, grammar=_GRAMMAR))  # warm
+    for streams in arguments.streams:
+        pairs = [
+            [asyncio.run(_round(engine, runner, streams, arguments, seed, each)).tpot_s for each in (None, _GRAMMAR)]
+            for seed in range(arguments.rounds)
+        ]
+        free, shaped = (1e3 * statistics.median(column) for column in zip(*pairs, strict=True))
+        print(f"{streams:>7}{free:>10.2f}{shaped:>18.2f}{shaped - free:>8.2f}")
+
+
 async def _beside(engine: Engine) -> str:
     """What a long prompt does to the gaps of streams that run already."""
     rng = random.Random("beside")
@@ -183,9 +213,11 @@ def _prompt(rng: random.Random, tokens: int) -> tuple[int, ...]:
     return tuple(rng.randrange(1000) for _ in range(tokens))
 
 
-def _admitted(engine: Engine, prompts: list[tuple[int, ...]], tokens: int) -> list[TokenStream]:
+def _admitted(
+    engine: Engine, prompts: list[tuple[int, ...]], tokens: int, grammar: Grammar | None = None
+) -> list[TokenStream]:
     """Streams of requests that come together, each to its full length."""
-    params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
+    params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True, grammar=grammar)
     began = time.monotonic()
     streams = [
         TokenStream(GenerationRequest(str(i), "m", TokenPrompt(prompt), params, _PATIENCE_S), began)
@@ -197,10 +229,18 @@ def _admitted(engine: Engine, prompts: list[tuple[int, ...]], tokens: int) -> li
     return streams
 
 
-async def _round(engine: Engine, runner: TorchRunner, streams: int, arguments: argparse.Namespace, seed: int) -> Round:
+async def _round(
+    engine: Engine,
+    runner: TorchRunner,
+    streams: int,
+    arguments: argparse.Namespace,
+    seed: int,
+    grammar: Grammar | None = None,
+) -> Round:
     """All requests at once, each to its full length."""
     rng = random.Random(f"{streams} {seed}")
-    members = _admitted(engine, [_prompt(rng, arguments.prompt) for _ in range(streams)], arguments.output)
+    prompts = [_prompt(rng, arguments.prompt) for _ in range(streams)]
+    members = _admitted(engine, prompts, arguments.output, grammar)
     begun: list[tuple[EngineStats, float]] = []
     times = await asyncio.gather(
         *(_times(s, lambda: begun.append((engine.stats(), runner.sampling_s))) for s in members)

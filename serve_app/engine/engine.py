@@ -317,7 +317,7 @@ def _tells_too_much(tokens: int, alternatives: int | None) -> ServeAppError | No
         return None
     return InvalidRequest(
         f"{alternatives} alternatives for each of {tokens} tokens are more than one answer tells; "
-        + (f"ask for at most {most}" if most >= 0 else f"prompt_logprobs takes a prompt of at most {MOST_TOLD} tokens"),
+        + (f"ask for at most {most}" if most >= 0 else f"shorten the prompt to at most {MOST_TOLD} tokens"),
         param="prompt_logprobs",
     )
 

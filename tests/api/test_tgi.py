@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -35,7 +36,9 @@ from serve_app.types import (
     ModelInfo,
     ModelState,
     ModelStatus,
+    Piece,
     SamplingParams,
+    ShownPrompt,
     TextPrompt,
     TokenEvent,
     TokenLogprob,
@@ -43,8 +46,10 @@ from serve_app.types import (
 
 from .scripted import BEAT, ScriptedGateway, Wire, app_config, chunk, frames
 from .test_bodies import CHARACTERS, DOCUMENTS, anything
+from .toy import toy
 
 INPUTS = {"inputs": "a b c"}
+READ = {**INPUTS, "parameters": {"decoder_input_details": True}}
 END = 2  # the scripted model's only special token
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
 # How each path says whether it streams.
@@ -338,6 +343,72 @@ async def test_one_answer_has_no_others(client: httpx.AsyncClient) -> None:
     assert "best_of_sequences" not in details
 
 
+def read(request: GenerationRequest) -> Iterable[Chunk]:
+    """Tells of its prompt whatever of it was asked for; the third token cannot occur."""
+    pieces = (Piece(END, "<2>", 0, 0), Piece(20, "a b", 0, 3), Piece(30, " c", 3, 5))
+    logprobs = (Logprobs(TokenLogprob(20, "a b", -0.7), ()), Logprobs(TokenLogprob(30, " c", float("-inf")), ()))
+    known = request.params.prompt_logprobs is not None
+    prompt = ShownPrompt(pieces if request.show_prompt else (), "a b c", logprobs if known else ())
+    told = prompt if known or request.show_prompt else None
+    return [replace(one, prompt=told) for one in by_number(request)]
+
+
+PREFILL = [
+    {"id": END, "text": "<2>", "logprob": None},
+    {"id": 20, "text": "a b", "logprob": -0.7},
+    {"id": 30, "text": " c", "logprob": -9999.0},
+]
+
+
+@pytest.mark.parametrize("path", WHOLE)
+@pytest.mark.parametrize("details", [{}, {"details": True}, {"details": False}], ids=str)
+async def test_the_details_of_the_prompt_come_with_those_of_the_answer(
+    client: httpx.AsyncClient, gateway: ScriptedGateway, path: str, details: dict[str, bool]
+) -> None:
+    gateway.script = read
+    told = (await whole(client, path, {**details, "decoder_input_details": True}))["details"]
+    assert told["prefill"] == PREFILL
+    assert [token["id"] for token in told["tokens"]] == [8]
+    (request,) = gateway.requests
+    assert (request.show_prompt, request.params.prompt_logprobs) == (True, 0)
+
+
+async def test_a_prompt_is_read_once_for_the_best_of_several(
+    client: httpx.AsyncClient, gateway: ScriptedGateway
+) -> None:
+    gateway.script = read
+    asked = {"best_of": 3, "do_sample": True, "decoder_input_details": True}
+    details = (await whole(client, "/generate", asked))["details"]
+    assert [one["prefill"] for one in (details, *details["best_of_sequences"])] == [PREFILL] * 3
+    assert [request.show_prompt for request in gateway.requests] == [True, False, False]
+    assert [request.params.prompt_logprobs for request in gateway.requests] == [0, None, None]
+
+
+@pytest.mark.parametrize("parameters", [{"details": True}, {"details": True, "decoder_input_details": False}], ids=str)
+async def test_nothing_is_told_of_a_prompt_unless_asked(
+    client: httpx.AsyncClient, gateway: ScriptedGateway, parameters: dict[str, bool]
+) -> None:
+    gateway.script = read
+    assert (await whole(client, "/generate", parameters))["details"]["prefill"] == []
+    assert (gateway.requests[0].show_prompt, gateway.requests[0].params.prompt_logprobs) == (False, None)
+
+
+async def test_an_engine_reads_what_is_left_of_the_prompt() -> None:
+    async with toy() as (client, _):
+        body = {"inputs": "abcdef", "parameters": {"max_new_tokens": 2, "truncate": 3, "decoder_input_details": True}}
+        answer = (await client.post("/generate", json=body)).json()
+        best = {"best_of": 2, "do_sample": True, "decoder_input_details": True, "max_new_tokens": 1}
+        several = (await client.post("/generate", json={"inputs": "ab", "parameters": best})).json()["details"]
+    assert answer["generated_text"] == "de"
+    assert answer["details"]["prefill"] == [
+        {"id": ord("d"), "text": "d", "logprob": None},
+        {"id": ord("e"), "text": "e", "logprob": 0.0},
+        {"id": ord("f"), "text": "f", "logprob": 0.0},
+    ]
+    assert several["prefill"] == several["best_of_sequences"][0]["prefill"]
+    assert [token["logprob"] for token in several["prefill"]] == [None, 0.0]
+
+
 REFUSED = [
     ({"max_new_tokens": 0}, "parameters.max_new_tokens should be greater"),
     ({"temperature": 0}, "parameters.temperature should be greater than 0"),
@@ -355,7 +426,7 @@ REFUSED = [
     ({"truncate": 0}, "parameters.truncate should be greater"),
     ({"watermark": True}, "parameters.watermark is not honoured here"),
     ({"adapter_id": "mine"}, "parameters.adapter_id is not honoured here"),
-    ({"decoder_input_details": True}, "parameters.decoder_input_details is not honoured here"),
+    ({"decoder_input_details": 1}, "parameters.decoder_input_details should be a valid boolean"),
     ({"best_of": 17, "do_sample": True}, "parameters.best_of should be less"),
     ({"best_of": 0}, "parameters.best_of should be greater"),
     ({"top_n_tokens": 21}, "parameters.top_n_tokens should be less"),
@@ -395,6 +466,8 @@ async def test_a_wrong_parameter_is_named(
         ("/generate", {**INPUTS, "parameters": []}, "parameters should be an object"),
         ("/", {}, "inputs is required"),
         ("/", [], "expected a JSON object"),
+        ("/generate_stream", READ, "parameters.decoder_input_details is told with a whole answer"),
+        ("/", {**READ, "stream": True}, "parameters.decoder_input_details is told with a whole answer"),
         ("/generate", {**INPUTS, "parameters": {"best_of": 2}}, "parameters.best_of 2 would be the same greedy"),
         ("/generate_stream", {**INPUTS, "parameters": {"best_of": 2, "top_k": 4}}, "parameters.best_of 2 is known"),
         ("/", {**INPUTS, "stream": True, "parameters": {"best_of": 2, "top_k": 4}}, "parameters.best_of 2 is known"),

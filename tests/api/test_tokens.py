@@ -59,6 +59,8 @@ async def test_tokens_become_text(client: httpx.AsyncClient, gateway: ScriptedGa
     answer = await client.post("/detokenize", json={"tokens": [5, 6]})
     assert answer.json() == {"prompt": "some"}
     assert gateway.questions == [("small", Detokenize((5, 6)))]
+    await client.post("/detokenize", json={"tokens": [5], "model": "org/large"})
+    assert gateway.questions[1:] == [("org/large", Detokenize((5,)))]
 
 
 @pytest.mark.parametrize(

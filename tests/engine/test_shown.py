@@ -105,7 +105,7 @@ async def test_an_embedding_is_one_chunk_and_counts_as_no_token() -> None:
         (9, -1, "at least 0"),
         (9, MOST_TOLD // 9, f"ask for at most {MOST_TOLD // 9 - 1}"),
         (MOST_TOLD // 2, 2, "ask for at most 1"),
-        (MOST_TOLD + 1, 0, f"a prompt of at most {MOST_TOLD} tokens"),
+        (MOST_TOLD + 1, 0, f"the prompt to at most {MOST_TOLD} tokens"),
     ],
 )
 def test_more_than_one_answer_tells_is_refused(tokens: int, alternatives: int, says: str) -> None:

@@ -47,6 +47,15 @@ def test_the_client_has_the_details(hub: InferenceClient) -> None:
     )  # fmt: skip
 
 
+def test_the_client_has_the_details_of_its_prompt(hub: InferenceClient) -> None:
+    told = hub.text_generation(TEXT, max_new_tokens=1, details=True, decoder_input_details=True)
+    assert told.details is not None
+    assert [token.id for token in told.details.prefill] == list(TEXT.encode())
+    assert [token.logprob for token in told.details.prefill] == [None, *[0.0] * (SIZE - 1)]
+    with pytest.raises(ValidationError, match=r"parameters\.decoder_input_details is told with a whole answer"):
+        hub.text_generation(TEXT, details=True, decoder_input_details=True, stream=True)
+
+
 def test_the_client_sees_why_an_answer_ended(hub: InferenceClient) -> None:
     stopped = hub.text_generation("one. two.", stop=["."], details=True)
     assert stopped.details is not None

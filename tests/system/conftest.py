@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.graph.house import SHIPPED, Program, free_port
 
@@ -21,5 +22,17 @@ class Shipped(Program):
 @pytest.fixture(scope="session")
 def service() -> Iterator[Shipped]:
     with Shipped() as service:
+        service.wait_for("answers on")
+        yield service
+
+
+@pytest.fixture(scope="session")
+def tooled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shipped]:
+    """The shipped file, with the template that takes tools, and with embeddings."""
+    document = yaml.safe_load(SHIPPED.read_text())
+    document["applications"][0]["args"]["models"][0] |= {"chat_template": "builtin:chatml_tools", "embeddings": True}
+    config = tmp_path_factory.mktemp("tooled") / "serve_config.yaml"
+    config.write_text(yaml.safe_dump(document))
+    with Shipped(config) as service:
         service.wait_for("answers on")
         yield service

@@ -170,6 +170,23 @@ def test_huggingface_hub_decides_how_tokens_are_chosen_and_when_they_end(service
     assert ended.details.finish_reason == "eos_token"
 
 
+def test_huggingface_hub_is_told_how_likely_its_prompt_was(service: Shipped) -> None:
+    client, prompt = huggingface_hub.InferenceClient(service.url), "The capital of France is Paris"
+    told = client.text_generation(prompt, max_new_tokens=1, details=True, decoder_input_details=True)
+    assert told.details is not None
+    first, *others = told.details.prefill
+    assert first.logprob is None
+    pieces = httpx.post(service.url + "/tokenize", json={"inputs": prompt}).json()
+    assert [(token.id, token.text) for token in told.details.prefill] == [
+        (piece["id"], piece["text"]) for piece in pieces
+    ]
+    assert all(token.logprob < 0 for token in others)
+    greedy = client.text_generation(prompt.removesuffix(" Paris"), max_new_tokens=1, details=True)
+    assert greedy.details is not None
+    (chosen,) = greedy.details.tokens
+    assert (others[-1].id, others[-1].logprob) == (chosen.id, pytest.approx(chosen.logprob, abs=0.05))
+
+
 def test_huggingface_hub_has_the_likeliest_of_several(service: Shipped) -> None:
     client = huggingface_hub.InferenceClient(service.url)
     told = client.text_generation(

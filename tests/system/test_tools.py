@@ -6,16 +6,14 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
+from collections.abc import AsyncIterator
 from typing import Any
 
 import jsonschema
 import openai
 import pytest
-import yaml
 
-from tests.graph.house import ROOT, SHIPPED
+from tests.graph.house import ROOT
 from tests.system.conftest import Shipped
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
@@ -36,23 +34,6 @@ TOOLS: Any = [
 ]
 USER: Any = {"role": "user", "content": "What will the weather be in Paris for three days?"}
 FORECAST: Any = {"type": "function", "function": {"name": "forecast"}}
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The shipped file, with the template that takes tools."""
-    document = yaml.safe_load(SHIPPED.read_text())
-    document["applications"][0]["args"]["models"][0]["chat_template"] = "builtin:chatml_tools"
-    path: Path = tmp_path_factory.mktemp("tools") / "serve_config.yaml"
-    path.write_text(yaml.safe_dump(document))
-    return path
-
-
-@pytest.fixture(scope="module")
-def tooled(config: Path) -> Iterator[Shipped]:
-    with Shipped(config) as service:
-        service.wait_for("answers on")
-        yield service
 
 
 @pytest.fixture
