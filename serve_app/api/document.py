@@ -9,7 +9,6 @@ from starlette.requests import Request
 
 from serve_app.errors import InvalidRequest
 
-
 # Up to here a double is a whole number as written.
 _EXACT = 2**53
 

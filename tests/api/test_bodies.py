@@ -106,7 +106,7 @@ async def test_every_character_of_utf8_arrives(client: httpx.AsyncClient, gatewa
         ({"temperature": 10**400}, "temperature", "number"),
         ({"top_p": 0}, "top_p", "greater than 0"),
         ({"top_k": -1}, "top_k", "greater than or equal to 0"),
-        ({"top_k": 1.0}, "top_k", "valid integer"),
+        ({"top_k": 1.5}, "top_k", "valid integer"),
         ({"min_p": 2}, "min_p", "less than or equal to 1"),
         ({"repetition_penalty": 0}, "repetition_penalty", "greater than 0"),
         ({"presence_penalty": 3}, "presence_penalty", "less than or equal to 2"),
@@ -247,7 +247,7 @@ async def test_a_wrong_field_of_a_chat_is_named(
 @pytest.mark.parametrize(
     ("fields", "param", "says"),
     [
-        ({"n": 1.0}, "n", "valid integer"),
+        ({"n": 1.5}, "n", "valid integer"),
         ({"stream": 1}, "stream", "valid boolean"),
         ({"model": 1}, "model", "valid string"),
         ({"stream_options": {}}, "stream_options", "stream: true"),

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from serve_app.api.openapi import OPERATIONS
-from tests.graph.house import Service, model
+from tests.graph.house import Config, Service, model
 
 CASES = 500
 AT_A_TIME = 4
@@ -23,8 +23,8 @@ Run = subprocess.CompletedProcess[str]
 @pytest.fixture(scope="module")
 def service() -> Iterator[Service]:
     """With everything switched on, and a context so short that the longest answer takes a moment."""
-    engine = {"max_context": 24, "max_running": 32}
-    everything = {"embeddings": True, "chat_template": "builtin:chatml_tools"}
+    engine: Config = {"max_context": 24, "max_running": 32}
+    everything: Config = {"embeddings": True, "chat_template": "builtin:chatml_tools"}
     with Service([model("small", "builtin:smollm2-135m", engine=engine, **everything)], fused=True) as service:
         service.wait_for("answers on")
         yield service
@@ -47,7 +47,7 @@ def runs(service: Service, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         )
 
     with ThreadPoolExecutor(AT_A_TIME) as pool:
-        yield {id: pool.submit(run, id) for id in IDS}
+        yield {name: pool.submit(run, name) for name in IDS}
 
 
 @pytest.mark.system
