@@ -30,12 +30,19 @@ class EmbeddingsBody(Body):
     """`dimensions` is taken where it is what the model has anyway."""
 
     model: str | None = None
+    """Left out, the first of the configuration."""
     input: CompletionPrompt
+    """A text or token ids, or several of either."""
     encoding_format: Literal["float", "base64"] = "float"
+    """Numbers, or their little-endian float32 in base64."""
     dimensions: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None = None
+    """Only what the model has anyway."""
     user: User | None = None
+    """Written to the log with the request's id."""
     truncate_prompt_tokens: KeptTokens | None = None
+    """Only so many of the last tokens are kept; -1 for as many as the model takes."""
     priority: Priority = 0
+    """Of requests that wait, the lowest is served first."""
 
 
 class EmbeddingRoutes:

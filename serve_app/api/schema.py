@@ -57,35 +57,52 @@ GUIDES: dict[str, GrammarKind] = {
 
 
 class SamplingFields(Body):
-    """How tokens are chosen. What is absent comes from the model's defaults, or switches its rule off.
-
-    `cache_salt` keeps what is computed of a prompt among the requests that carry the same one. Of a prompt only the
-    last `truncate_prompt_tokens` tokens are kept; -1 keeps as many as the model takes. Of requests that wait, the
-    lowest `priority` is served first.
-    """
+    """How tokens are chosen, what an answer looks like, and how its request is treated."""
 
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    """How far from greedy (0) tokens are drawn. Left out, the model's default."""
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Draw among the likeliest tokens that together have this probability. Left out, the model's default."""
     top_k: Annotated[int, Field(ge=0, le=MOST_TOKENS)] = 0
+    """Draw among so many of the likeliest tokens; 0 among all."""
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Draw among tokens with at least this share of the likeliest one's probability."""
     repetition_penalty: Annotated[float, Field(gt=0, le=2)] = 1.0
+    """Divides the logits of tokens that are in the prompt or the answer already; below 1 favours them."""
     presence_penalty: Penalty = 0.0
+    """Taken from the logits of tokens that are in the answer already."""
     frequency_penalty: Penalty = 0.0
+    """Taken from a token's logit for every time that it is in the answer."""
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)] | None = None
+    """The same request with the same seed gets the same answer, alone or in a crowd."""
     stop: Annotated[StopStrings, Field(default_factory=list)]
+    """A text or several; the answer ends before the first of them."""
     stop_token_ids: Annotated[list[TokenId], Field(max_length=64, fail_fast=True, default_factory=list)]
+    """Tokens that end the answer."""
     ignore_eos: bool = False
+    """Go on where the model would end."""
     min_tokens: Annotated[int, Field(ge=0, le=MOST_TOKENS)] = 0
+    """Nothing ends the answer before it has so many tokens."""
     logit_bias: Annotated[Bias, Field(default_factory=dict)]
+    """By token id, what is added to its logit."""
     skip_special_tokens: bool = True
+    """Whether special tokens are left out of the text."""
     include_stop_str_in_output: bool = False
+    """Whether what ended the answer stays in its text."""
     guided_json: dict[str, object] | None = None
+    """A JSON schema that the answer follows."""
     guided_regex: Text | None = None
+    """A regular expression (Rust's syntax, without looking around) for the whole answer."""
     guided_choice: Annotated[list[Text], Field(min_length=1, max_length=1024, fail_fast=True)] | None = None
+    """The answer is one of these."""
     guided_grammar: Text | None = None
+    """A grammar in llguidance's dialect of Lark that the answer follows."""
     truncate_prompt_tokens: KeptTokens | None = None
+    """Only so many of the prompt's last tokens are kept; -1 for as many as the model takes."""
     priority: Priority = 0
+    """Of requests that wait, the lowest is served first."""
     cache_salt: Annotated[str, Field(max_length=128)] = ""
+    """Only requests with the same one share what is computed of a common beginning."""
 
     def grammars(self) -> list[Grammar]:
         """What the answer must look like, by each field that says so."""
@@ -137,9 +154,13 @@ class SamplingFields(Body):
 
 class NativeFields(SamplingFields):
     model: str | None = None
+    """Left out, the first of the configuration."""
     max_tokens: TokenCount = 128
+    """The answer ends with so many tokens."""
     do_sample: bool | None = None
+    """false is temperature 0."""
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    """How many of the likeliest tokens to tell beside each one, with their log probabilities."""
 
     def params(self, defaults: SamplingDefaults) -> SamplingParams:
         params = self.sampling(defaults, self.max_tokens, self.logprobs, greedy=self.do_sample is False)
@@ -153,10 +174,12 @@ class NativeFields(SamplingFields):
 
 class GenerateBody(NativeFields):
     prompt: Text
+    """The text to go on with."""
 
 
 class StreamBody(GenerateBody):
     include_text: bool = True
+    """Whether every frame has all text so far."""
 
 
 def _one_way(schema: dict[str, Any]) -> None:
@@ -175,7 +198,9 @@ class BatchBody(NativeFields):
     model_config = ConfigDict(json_schema_extra=_one_way)
 
     prompts: list[object] | None = None
+    """Texts that share the other fields."""
     requests: list[object] | None = None
+    """Bodies of /generate."""
 
     def items(self) -> list[object]:
         """One native body each, not yet parsed. Raises InvalidRequest."""

@@ -24,7 +24,9 @@ Nested: TypeAlias = "Mapping[str, type[Body]]"
 class Body(BaseModel):
     """Nothing is converted, nothing is ignored. `nested` gives the body type behind a field that holds objects."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        strict=True, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
     nested: ClassVar[Nested] = {}
 

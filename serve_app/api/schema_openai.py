@@ -43,6 +43,7 @@ class Show:
 
 class StreamOptions(Body):
     include_usage: bool = False
+    """Whether a last chunk tells the usage."""
 
 
 class JsonSchema(Body):
@@ -88,13 +89,21 @@ User = Annotated[str, Field(max_length=128)]
 
 class OpenAIFields(SamplingFields):
     model: str | None = None
+    """Left out, the first of the configuration."""
     n: Annotated[int, Field(ge=1, le=MOST_ANSWERS)] = 1
+    """Answers to each prompt, which is computed once."""
     response_format: ResponseFormat | None = None
+    """What the answer looks like; `guided_json` and the like say it in vLLM's way."""
     stream: bool = False
+    """Whether the answer comes in events."""
     stream_options: StreamOptions | None = None
+    """Goes with `stream`."""
     user: User | None = None
+    """Written to the log with the request's id."""
     prompt_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    """As `logprobs`, for each token of the prompt."""
     return_token_ids: bool = False
+    """Whether the ids of the prompt's and the answer's tokens are told."""
 
     nested: ClassVar[Nested] = {
         "stream_options": StreamOptions,
@@ -153,10 +162,15 @@ def prompts(given: CompletionPrompt) -> list[Prompt]:
 
 class CompletionBody(OpenAIFields):
     prompt: CompletionPrompt
+    """A text or token ids, or several of either."""
     max_tokens: TokenCount = 16
+    """The answer ends with so many tokens."""
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    """How many of the likeliest tokens to tell beside each one, with their log probabilities."""
     best_of: Annotated[int, Field(ge=1, le=MOST_ANSWERS)] | None = None
+    """Draw so many answers, and tell the n whose tokens were the likeliest on average."""
     echo: bool = False
+    """Whether the prompt stands before its answer, with `logprobs` also its tokens."""
 
     @property
     def drawn(self) -> int:
@@ -274,10 +288,15 @@ class Message(Body):
 
 class ChatBody(ToolFields, OpenAIFields):
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
+    """The conversation so far, for the model's own chat template."""
     max_tokens: TokenCount | None = None
+    """The answer ends with so many tokens, or at the model's context."""
     max_completion_tokens: TokenCount | None = None
+    """The newer name of `max_tokens`."""
     logprobs: bool = False
+    """Whether the log probability of each token is told."""
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    """How many of the likeliest tokens to tell beside each one."""
 
     nested: ClassVar[Nested] = {
         **OpenAIFields.nested,

@@ -109,21 +109,36 @@ class Parameters(Body):
     """
 
     max_new_tokens: TokenCount = 100
+    """The answer ends with so many tokens."""
     do_sample: bool | None = None
+    """false is greedy; left out, a temperature or a filter says so."""
     temperature: Annotated[float, Field(gt=0, le=100)] | None = None
+    """How far from greedy tokens are drawn."""
     top_k: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None = None
+    """Draw among so many of the likeliest tokens."""
     top_p: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Draw among the likeliest tokens that together have this probability."""
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] = 1.0
+    """Divides the logits of tokens that are in the prompt or the answer already."""
     frequency_penalty: Penalty = 0.0
+    """Taken from a token's logit for every time that it is in the answer."""
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)] | None = None
+    """The same request with the same seed gets the same answer."""
     stop: Annotated[list[StopString], Field(max_length=MOST_STOPS, fail_fast=True, default_factory=list)]
+    """The answer ends with the first of these."""
     truncate: TokenCount | None = None
+    """Only so many of the prompt's last tokens are kept."""
     return_full_text: bool = False
+    """Whether the prompt stands before its answer."""
     details: bool = False
+    """Whether tokens and their log probabilities, the seed and the reason of the end are told."""
     decoder_input_details: bool = False
     best_of: Annotated[int, Field(ge=1, le=MOST_ANSWERS)] = 1
+    """Draw so many answers, and tell the one whose tokens were the likeliest on average."""
     top_n_tokens: Annotated[int, Field(ge=0, le=20)] = 0
+    """How many of the likeliest tokens to tell beside each one."""
     grammar: GrammarField | None = None
+    """What the answer looks like."""
     typical_p: Annotated[None, _refused("is not honoured here; leave it out, or use top_p")] = None
     watermark: Annotated[None, _refused("is not honoured here; leave it out or send false")] = None
     adapter_id: Annotated[None, _refused("is not honoured here: the model serves without adapters; leave it out")] = (
@@ -164,9 +179,12 @@ class TgiBody(Body):
     """`stream` decides at `/` only; elsewhere the path does, and it must not say otherwise."""
 
     model: str | None = None
+    """Left out, that of `?model=` or the first of the configuration."""
     inputs: Text
+    """The text to go on with."""
     parameters: Annotated[Parameters, Field(default_factory=lambda: Parameters())]
     stream: bool | None = None
+    """Whether the answer comes in events; at /generate and /generate_stream the path decides."""
 
     nested: ClassVar[Nested] = {"parameters": Parameters, "grammar": GrammarField}
 

@@ -28,10 +28,15 @@ class TokenizeBody(Body):
     model_config = ConfigDict(json_schema_extra=_ONE_OF_BOTH)
 
     model: str | None = None
+    """Left out, the first of the configuration."""
     prompt: str | None = None
+    """A text."""
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)] | None = None
+    """A conversation, as the model's chat template writes it."""
     add_special_tokens: bool | None = None
+    """Whether the tokenizer puts its special tokens around a text; left out, it does."""
     return_token_strs: bool = False
+    """Whether the text of each token is told."""
 
     nested: ClassVar[Nested] = {"messages": Message, "content": TextPart}
 
@@ -55,9 +60,13 @@ class TokenizeBody(Body):
 
 class TokenizeInputsBody(Body):
     model: str | None = None
+    """Left out, the first of the configuration."""
     inputs: str
+    """A text."""
 
 
 class DetokenizeBody(Body):
     model: str | None = None
+    """Left out, the first of the configuration."""
     tokens: Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+    """Token ids."""

@@ -107,8 +107,11 @@ class ToolFields(Body):
     """The part of a chat's body that is about tools."""
 
     tools: Annotated[list[OfferedTool], Field(min_length=1, max_length=MOST_TOOLS, fail_fast=True)] | None = None
+    """Functions that the model may call, if its chat template takes them."""
     tool_choice: ToolChoice | None = None
+    """Whether it must, may or must not call, or which one."""
     parallel_tool_calls: bool | None = None
+    """false: at most one call in an answer."""
 
     def offered(self) -> tuple[str, ...]:
         return tuple(tool.told() for tool in self.tools or ())
