@@ -22,9 +22,9 @@ Run = subprocess.CompletedProcess[str]
 
 @pytest.fixture(scope="module")
 def service() -> Iterator[Service]:
-    """With everything switched on, and a context so short that the longest answer takes a moment."""
+    """With everything switched on; in int8 and with a short context, so that the longest answer takes a moment."""
     engine: Config = {"max_context": 24, "max_running": 32}
-    everything: Config = {"embeddings": True, "chat_template": "builtin:chatml_tools"}
+    everything: Config = {"embeddings": True, "chat_template": "builtin:chatml_tools", "quantization": "int8"}
     with Service([model("small", "builtin:smollm2-135m", engine=engine, **everything)], fused=True) as service:
         service.wait_for("answers on")
         yield service
