@@ -56,7 +56,7 @@ class NativeRoutes:
         return JSONResponse(await unless_gone(http.receive, Batch(self._door, http, items).run()))
 
     def _request(self, http: Request, body: GenerateBody) -> GenerationRequest:
-        model = self._door.model(body.model)
+        model = self._door.chosen(http, body.model)
         http.state.model = model.name
         params = body.params(model.sampling_defaults)
         return self._door.request(generation_id(http), model, TextPrompt(body.prompt), params, body)

@@ -77,7 +77,7 @@ class TgiRoutes:
     def _requests(self, http: Request, body: TgiBody, streams: bool) -> list[GenerationRequest]:
         """One for each answer to choose from."""
         # A client of TGI has no field for it, but an address of its own.
-        model = self._door.model(http.query_params.get("model") if body.model is None else body.model)
+        model = self._door.chosen(http, body.model)
         http.state.model = model.name
         limits, count = self._door.config.limits, body.parameters.best_of
         params = body.params(model.sampling_defaults, streams)

@@ -46,3 +46,14 @@ async def test_five_point_zero_is_five(client: httpx.AsyncClient, gateway: Scrip
         answer = await client.post("/generate", content=f'{{"prompt": "hi", "max_tokens": {number}}}')
         assert answer.status_code == status, number
     assert [request.params.max_tokens for request in gateway.requests] == [5, 5]
+
+
+@pytest.mark.parametrize("path", ["/generate", "/generate_stream"])
+async def test_the_address_may_name_the_model_too(
+    client: httpx.AsyncClient, gateway: ScriptedGateway, path: str
+) -> None:
+    for named in ({}, {"model": "org/large"}, {"model": "small"}):
+        answer = await client.post(path + "?model=org/large", json={"prompt": "hi", **named})
+        assert answer.status_code == 200
+    assert [request.model for request in gateway.requests] == ["org/large", "org/large", "small"]
+    assert (await client.post(path + "?model=other", json={"prompt": "hi"})).status_code == 404
