@@ -95,8 +95,8 @@ class ReplicaGateway:
         """See Gateway.ask."""
         arrived = time.monotonic()
         self._refuse_while_loading(self._models[model])
-        answer = self._backends[model].ask(question)
-        told = self._told(answer, model, arrived + warm_wait_s + _GRACE_S)
+        answer, name = self._backends[model].ask(question), type(question).__name__
+        told = self._told(answer, model, name, arrived, warm_wait_s)
         item: A | ServeAppError = await self._once_awake(told, model, arrived, warm_wait_s)
         if isinstance(item, ServeAppError):
             raise item
@@ -128,11 +128,10 @@ class ReplicaGateway:
         model = self._models[request.model]
         self._refuse_while_loading(model)
         self._refuse_when_full(model)
-        deadline = arrived + request.timeout_s + _GRACE_S
         self._in_flight[model.name] += 1
         try:
             async with aclosing(self._backends[model.name].generate(request)) as items:
-                first = self._told(anext(items), model.name, deadline)
+                first = self._told(anext(items), model.name, request.id, arrived, request.timeout_s)
                 item = await self._once_awake(first, model.name, arrived, warm_wait_s)
                 offset = 0.0
                 if isinstance(item, Chunk):
@@ -142,7 +141,7 @@ class ReplicaGateway:
                     yield _later(item, offset) if offset > _NOW_S else item
                     if item.finished:
                         return
-                    item = await self._told(anext(items), model.name, deadline)
+                    item = await self._told(anext(items), model.name, request.id, arrived, request.timeout_s)
                 raise item
         finally:
             self._in_flight[model.name] -= 1
@@ -166,16 +165,18 @@ class ReplicaGateway:
             task.cancel()
             await asyncio.wait({task})  # a generator that still runs cannot be closed
 
-    async def _told(self, item: Awaitable[T], model: str, deadline: float) -> T | ServeAppError:
-        """What a model says, or an error of ours for whatever happened.
+    async def _told(
+        self, item: Awaitable[T], model: str, name: str, arrived: float, timeout_s: float
+    ) -> T | ServeAppError:
+        """What a model says, or an error of ours for whatever happened. `name` is the request's in the log.
 
         A model ends a request that is out of time by itself; this is for one that cannot.
         """
         try:
-            async with asyncio.timeout(deadline - time.monotonic()):
+            async with asyncio.timeout(arrived + timeout_s + _GRACE_S - time.monotonic()):
                 return await item
         except TimeoutError:
-            return DeadlineExceeded("the request was not finished in the time that it may take")
+            return DeadlineExceeded(f"the request was not finished after {timeout_s:.0f} s")
         except StopAsyncIteration:
             return InternalError("the model ended this request without an answer")
         except BackPressureError:
@@ -184,9 +185,9 @@ class ReplicaGateway:
             return NotReady(f"{model} is not available: its deployment failed", retry_after_s=30)
         except Exception as error:
             if isinstance(error, RayError) and not isinstance(error, RayTaskError):
-                logger.error("a replica of %s was lost with a request: %s", model, error)
+                logger.error("replica lost with request %s: %s", name, error)
                 return NotReady("the replica that served this request was lost; send it again", retry_after_s=1)
-            logger.exception("%s failed on a request", model)
+            logger.exception("the model failed on request %s", name)
             return InternalError("the model failed on this request")
 
     def _refuse_while_loading(self, model: Model) -> None:
