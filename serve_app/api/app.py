@@ -46,7 +46,7 @@ def _routes(door: Door) -> list[Route]:
     tgi = TgiRoutes(door)
     native, operator, openai = NativeRoutes(door, tgi), OperatorRoutes(door), OpenAIRoutes(door)
     tokens, playground, reference = TokenRoutes(door), pages.playground(), pages.reference()
-    document = pages.document(openapi.document([model.name for model in door.config.models]))
+    document = pages.document(openapi.document(tuple(model.name for model in door.config.models)))
 
     async def root(http: Request) -> Response:
         # One route, so that a wrong method is told all the right ones.

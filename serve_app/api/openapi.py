@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from types import UnionType
 from typing import Any, TypeAlias, Union, get_args, get_origin
 
@@ -120,8 +121,9 @@ OPERATIONS = (
 )  # fmt: skip
 
 
-def document(models: Sequence[str]) -> Json:
-    """OpenAPI 3.1 of a service with these models."""
+@cache
+def document(models: tuple[str, ...]) -> Json:
+    """OpenAPI 3.1 of a service with these models. Takes 0.15 s, once."""
     components = _Components(models)
     paths: Json = {}
     for operation in OPERATIONS:
@@ -176,8 +178,8 @@ class _Components:
 
     def _keep(self, name: str, schema: JsonSchemaValue) -> None:
         properties = schema.get("properties", {})
-        if mode_of_model := properties.get("model", {}).get("anyOf"):
-            properties["model"] = {**properties["model"], "anyOf": [self.model_names, *mode_of_model[1:]]}
+        if name_or_null := properties.get("model", {}).get("anyOf"):
+            properties["model"] = {**properties["model"], "anyOf": [self.model_names, *name_or_null[1:]]}
         known = self.schemas.setdefault(name, schema)
         assert known == schema, f"two schemas are called {name}"
 
