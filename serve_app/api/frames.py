@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 from serve_app.api.refusal import native_error
 from serve_app.api.sse import data, named
 from serve_app.api.tally import Tally
@@ -12,27 +14,41 @@ from serve_app.types import Chunk, GenerationRequest, Logprobs, TokenEvent, Toke
 LOWEST_LOGPROB = -9999.0
 
 
-class NativeFrames:
-    """One frame per token; `request_id` is what an error quotes."""
+class TokenFrames(ABC):
+    """One answer's frames: one a token, and nothing after the last."""
 
-    def __init__(self, request: GenerationRequest, request_id: str, include_text: bool) -> None:
-        self._request_id = request_id
-        self._include_text = include_text
-        self._logprobs = request.params.logprobs is not None
+    def __init__(self) -> None:
         self._tally = Tally()
+
+    @abstractmethod
+    def frame(self, event: TokenEvent) -> dict[str, object]:
+        """Of a token that is counted already."""
 
     def chunk(self, chunk: Chunk, index: int) -> bytes:
         self._tally.arrived(chunk)
-        return b"".join(data(self._frame(event)) for event in chunk.events)
+        return b"".join(self._next(event) for event in chunk.events)
 
     def end(self) -> bytes:
         return b""
 
+    def _next(self, event: TokenEvent) -> bytes:
+        self._tally.count(event)
+        return data(self.frame(event))
+
+
+class NativeFrames(TokenFrames):
+    """`request_id` is what an error quotes."""
+
+    def __init__(self, request: GenerationRequest, request_id: str, include_text: bool) -> None:
+        super().__init__()
+        self._request_id = request_id
+        self._include_text = include_text
+        self._logprobs = request.params.logprobs is not None
+
     def failure(self, error: ServeAppError) -> bytes:
         return named("error", {"error": native_error(error, self._request_id), "finished": True})
 
-    def _frame(self, event: TokenEvent) -> dict[str, object]:
-        self._tally.count(event)
+    def frame(self, event: TokenEvent) -> dict[str, object]:
         frame: dict[str, object] = {"token": event.text}
         if self._include_text:
             frame["text"] = self._tally.text

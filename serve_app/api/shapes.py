@@ -1,4 +1,4 @@
-"""What the endpoints say, as types: for mypy, and for the OpenAPI document."""
+"""What the endpoints say, as types for the OpenAPI document, to which tests/contract holds every answer."""
 
 from __future__ import annotations
 
@@ -165,6 +165,14 @@ PromptLogprobs = list[dict[str, PromptToken] | None]
 
 
 @exact
+class OfPrompt(TypedDict):
+    """What was asked to be told of a prompt."""
+
+    prompt_token_ids: NotRequired[list[int]]
+    prompt_logprobs: NotRequired[PromptLogprobs]
+
+
+@exact
 class CompletionLogprobs(TypedDict):
     """Null for the first token of an echoed prompt, which nothing foretells."""
 
@@ -174,8 +182,7 @@ class CompletionLogprobs(TypedDict):
     text_offset: list[int]
 
 
-@exact
-class CompletionChoice(TypedDict):
+class CompletionChoice(OfPrompt):
     """`stop_reason` is the stop string or token of the request that ended the answer."""
 
     index: int
@@ -184,8 +191,6 @@ class CompletionChoice(TypedDict):
     finish_reason: FinishReasonText
     stop_reason: str | int | None
     token_ids: NotRequired[list[int]]
-    prompt_token_ids: NotRequired[list[int]]
-    prompt_logprobs: NotRequired[PromptLogprobs]
 
 
 @exact
@@ -198,16 +203,13 @@ class Completion(TypedDict):
     usage: Usage
 
 
-@exact
-class CompletionChunkChoice(TypedDict):
+class CompletionChunkChoice(OfPrompt):
     index: int
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: FinishReasonText | None
     stop_reason: NotRequired[str | int | None]
     token_ids: NotRequired[list[int]]
-    prompt_token_ids: NotRequired[list[int]]
-    prompt_logprobs: NotRequired[PromptLogprobs]
 
 
 @exact
@@ -274,16 +276,13 @@ class ChatChoice(TypedDict):
     token_ids: NotRequired[list[int]]
 
 
-@exact
-class ChatCompletion(TypedDict):
+class ChatCompletion(OfPrompt):
     id: str
     object: Literal["chat.completion"]
     created: int
     model: str
     choices: list[ChatChoice]
     usage: Usage
-    prompt_token_ids: NotRequired[list[int]]
-    prompt_logprobs: NotRequired[PromptLogprobs]
 
 
 @exact
@@ -319,8 +318,7 @@ class ChatChunkChoice(TypedDict):
     token_ids: NotRequired[list[int]]
 
 
-@exact
-class ChatChunk(TypedDict):
+class ChatChunk(OfPrompt):
     """The last one may have no choices but the usage, which the others then have as null."""
 
     id: str
@@ -329,8 +327,6 @@ class ChatChunk(TypedDict):
     model: str
     choices: list[ChatChunkChoice]
     usage: NotRequired[Usage | None]
-    prompt_token_ids: NotRequired[list[int]]
-    prompt_logprobs: NotRequired[PromptLogprobs]
 
 
 @exact
@@ -407,17 +403,6 @@ class TgiFrame(TypedDict):
 
 
 @exact
-class TgiSequence(TypedDict):
-    generated_text: str
-    finish_reason: TgiFinishReason
-    generated_tokens: int
-    seed: int | None
-    prefill: list[TgiPrefill]
-    tokens: list[TgiToken]
-    top_tokens: NotRequired[list[list[TgiToken]]]
-
-
-@exact
 class TgiPrefill(TypedDict):
     """A token of the prompt; the first one has no log probability."""
 
@@ -427,13 +412,22 @@ class TgiPrefill(TypedDict):
 
 
 @exact
-class TgiDetails(TypedDict):
+class TgiTold(TypedDict):
+    """What is told of one answer in detail."""
+
     finish_reason: TgiFinishReason
     generated_tokens: int
     seed: int | None
     prefill: list[TgiPrefill]
     tokens: list[TgiToken]
     top_tokens: NotRequired[list[list[TgiToken]]]
+
+
+class TgiSequence(TgiTold):
+    generated_text: str
+
+
+class TgiDetails(TgiTold):
     best_of_sequences: NotRequired[list[TgiSequence]]
 
 

@@ -5,40 +5,32 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from serve_app.api.answers import best
-from serve_app.api.frames import finite
+from serve_app.api.frames import TokenFrames, finite
 from serve_app.api.refusal import tgi_error
 from serve_app.api.sse import data
 from serve_app.api.tally import Tally
 from serve_app.errors import ServeAppError
-from serve_app.types import Chunk, FinishReason, GenerationRequest, ShownPrompt, TokenEvent, TokenLogprob
+from serve_app.types import FinishReason, GenerationRequest, ShownPrompt, TokenEvent, TokenLogprob
 
 Json = dict[str, object]
 SpecialIds = frozenset[int]
 
 
-class TgiFrames:
+class TgiFrames(TokenFrames):
     """One event a token. `special` is set before the first chunk; `prefix` is what the text begins with."""
 
     special: SpecialIds = frozenset()
 
     def __init__(self, request: GenerationRequest, prefix: str, details: bool) -> None:
+        super().__init__()
         self._request = request
         self._prefix = prefix
         self._details = details
-        self._tally = Tally()
-
-    def chunk(self, chunk: Chunk, index: int) -> bytes:
-        self._tally.arrived(chunk)
-        return b"".join(data(self._frame(event)) for event in chunk.events)
-
-    def end(self) -> bytes:
-        return b""
 
     def failure(self, error: ServeAppError) -> bytes:
         return data(tgi_error(error))
 
-    def _frame(self, event: TokenEvent) -> Json:
-        self._tally.count(event)
+    def frame(self, event: TokenEvent) -> Json:
         frame: Json = {"index": self._tally.tokens, "token": _token(event, self.special)}
         if self._request.params.logprobs:
             frame["top_tokens"] = _top_tokens(event, self.special)
