@@ -41,10 +41,16 @@ class Door:
         known = ", ".join(model.name for model in models)
         raise ModelNotFound(f"there is no model {name[:128]!r}; the models here are: {known}", param="model")
 
+    def asked(self, http: Request, name: str | None) -> Model:
+        """The model that a call names; should the call be refused, the refusal counts as its. Raises ModelNotFound."""
+        model = self.model(name)
+        http.state.model = model.name
+        return model
+
     def chosen(self, http: Request, name: str | None) -> Model:
         """The model that the body names, or else `?model=`, which must exist either way. Raises ModelNotFound."""
-        in_address = self.model(http.query_params.get("model"))
-        return in_address if name is None else self.model(name)
+        in_address = self.model(http.query_params.get("model")).name
+        return self.asked(http, in_address if name is None else name)
 
     def request(
         self, id: str, model: Model, prompt: Prompt, params: SamplingParams, body: SamplingFields

@@ -51,8 +51,7 @@ class EmbeddingRoutes:
 
     async def embeddings(self, http: Request) -> Response:
         body = EmbeddingsBody.parse(await read_document(http))
-        model = self._door.model(body.model)
-        http.state.model = model.name
+        model = self._door.asked(http, body.model)
         if not model.embeddings:
             raise NotFound(
                 f"{model.name} gives no embeddings; its operator switches them on with embeddings: true in the "

@@ -33,14 +33,12 @@ class OpenAIRoutes:
 
     async def completions(self, http: Request) -> Response:
         body = CompletionBody.parse(await read_document(http))
-        model = self._door.model(body.model)
-        http.state.model = model.name
+        model = self._door.asked(http, body.model)
         return await self._answer(http, model, body, body.params(model.sampling_defaults), CompletionFrames)
 
     async def chat(self, http: Request) -> Response:
         body = ChatBody.parse(await read_document(http))
-        model = self._door.model(body.model)
-        http.state.model = model.name
+        model = self._door.asked(http, body.model)
         params = body.params(model.sampling_defaults)
         if not body.may_call:
             return await self._answer(http, model, body, params, ChatFrames)

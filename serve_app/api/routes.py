@@ -57,7 +57,6 @@ class NativeRoutes:
 
     def _request(self, http: Request, body: GenerateBody) -> GenerationRequest:
         model = self._door.chosen(http, body.model)
-        http.state.model = model.name
         params = body.params(model.sampling_defaults)
         return self._door.request(generation_id(http), model, TextPrompt(body.prompt), params, body)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -286,6 +287,11 @@ class Message(Body):
         return ChatMessage(self.role, text, calls, self.tool_call_id or "", self.name or "")
 
 
+def conversation(messages: Sequence[Message], tools: tuple[str, ...] = ()) -> ChatPrompt:
+    """Raises InvalidRequest when messages of tools do not fit those before them."""
+    return ChatPrompt(with_names([message.plain() for message in messages]), tools)
+
+
 class ChatBody(ToolFields, OpenAIFields):
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     """The conversation so far, for the model's own chat template."""
@@ -306,7 +312,7 @@ class ChatBody(ToolFields, OpenAIFields):
     }
 
     def asked(self) -> list[Prompt]:
-        return [ChatPrompt(with_names([message.plain() for message in self.messages]), self.offered())]
+        return [conversation(self.messages, self.offered())]
 
     def params(self, defaults: SamplingDefaults) -> SamplingParams:
         if self.top_logprobs is not None and not self.logprobs:

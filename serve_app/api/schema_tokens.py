@@ -8,8 +8,7 @@ from pydantic import ConfigDict, Field
 
 from serve_app.api.schema import TokenId
 from serve_app.api.schema_body import Body, Nested
-from serve_app.api.schema_openai import Message, TextPart
-from serve_app.api.schema_tools import with_names
+from serve_app.api.schema_openai import Message, TextPart, conversation
 from serve_app.errors import InvalidRequest
 from serve_app.types import ChatPrompt, Prompt, TextPrompt, Tokenize
 
@@ -55,7 +54,7 @@ class TokenizeBody(Body):
             return TextPrompt(self.prompt)
         if self.messages is None or self.prompt is not None:
             raise InvalidRequest("send exactly one of prompt and messages", param="prompt")
-        return ChatPrompt(with_names([message.plain() for message in self.messages]))
+        return conversation(self.messages)
 
 
 class TokenizeInputsBody(Body):

@@ -78,7 +78,6 @@ class TgiRoutes:
         """One for each answer to choose from."""
         # A client of TGI has no field for it, but an address of its own.
         model = self._door.chosen(http, body.model)
-        http.state.model = model.name
         limits, count = self._door.config.limits, body.parameters.best_of
         params = body.params(model.sampling_defaults, streams)
         if count > limits.max_batch_items:

@@ -23,7 +23,7 @@ class TokenRoutes:
         if is_tgi(document):
             return await self._inputs(http, TokenizeInputsBody.parse(document))
         body = TokenizeBody.parse(document)
-        question, model = body.question(), self._model(http, body.model)
+        question, model = body.question(), self._door.asked(http, body.model).name
         pieces = await self._asked(http, model, question)
         info = await unless_gone(http.receive, self._door.info(model))
         return JSONResponse(
@@ -37,23 +37,19 @@ class TokenRoutes:
 
     async def detokenize(self, http: Request) -> Response:
         body = DetokenizeBody.parse(await read_document(http))
-        question, model = Detokenize(tuple(body.tokens)), self._model(http, body.model)
+        question, model = Detokenize(tuple(body.tokens)), self._door.asked(http, body.model).name
         try:
             return JSONResponse({"prompt": await self._asked(http, model, question)})
         except InvalidRequest as error:  # the model knows them as a prompt
             raise InvalidRequest(error.message, param="tokens") from None
 
     async def _inputs(self, http: Request, body: TokenizeInputsBody) -> Response:
-        pieces = await self._asked(http, self._model(http, body.model), Tokenize(TextPrompt(body.inputs)))
+        pieces = await self._asked(http, self._door.asked(http, body.model).name, Tokenize(TextPrompt(body.inputs)))
         return JSONResponse([_simple_token(piece) for piece in pieces])
 
     async def _asked(self, http: Request, model: str, question: Question[A]) -> A:
         waits_s = self._door.config.limits.warm_wait_s
         return await unless_gone(http.receive, self._door.gateway.ask(model, question, waits_s))
-
-    def _model(self, http: Request, name: str | None) -> str:
-        http.state.model = model = self._door.model(name).name
-        return model
 
 
 def _simple_token(piece: Piece) -> dict[str, object]:

@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import openai
 import pytest
 import yaml
 
@@ -17,6 +18,9 @@ class Shipped(Program):
         self.url = f"http://127.0.0.1:{self.port}"
         options = ["--config", str(config), "--port", str(self.port), "--ray-address", "local"]
         super().__init__(["serve_app", *options], **environment)
+
+    def official(self) -> openai.AsyncOpenAI:
+        return openai.AsyncOpenAI(base_url=self.url + "/v1", api_key="none", max_retries=0)
 
 
 @pytest.fixture(scope="session")

@@ -34,7 +34,7 @@ class Town(BaseModel):
 
 @pytest.fixture
 async def client(service: Shipped) -> AsyncIterator[openai.AsyncOpenAI]:
-    async with openai.AsyncOpenAI(base_url=service.url + "/v1", api_key="none", max_retries=0) as client:
+    async with service.official() as client:
         yield client
 
 

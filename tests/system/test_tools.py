@@ -38,7 +38,7 @@ FORECAST: Any = {"type": "function", "function": {"name": "forecast"}}
 
 @pytest.fixture
 async def client(tooled: Shipped) -> AsyncIterator[openai.AsyncOpenAI]:
-    async with openai.AsyncOpenAI(base_url=tooled.url + "/v1", api_key="none", max_retries=0) as client:
+    async with tooled.official() as client:
         yield client
 
 
