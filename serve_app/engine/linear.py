@@ -118,9 +118,10 @@ class Int8Linear(torch.nn.Module):
         if torch.cpu._is_vnni_supported():
             return product(rows, self.weight, False)  # type: ignore[no-any-return]
         plain, pin = rows[:-1], rows[-1:]
-        # [-1, 1] in 7 bits is steps of 2 / 127.
+        # [-1, 1] in 7 bits is steps of 2 / 127. A rest an ulp above 1 would move the scale of the whole call.
         high = (plain * 63.5).round_().clamp_(-63, 63).div_(63.5)
-        y: torch.Tensor = product(torch.cat([high, (plain - high).mul_(127), pin]), self.weight, True)
+        rest = (plain - high).mul_(127).clamp_(-1, 1)
+        y: torch.Tensor = product(torch.cat([high, rest, pin]), self.weight, True)
         y[: len(plain)].add_(y[len(plain) : -1], alpha=1 / 127)
         return y[: len(rows)]
 

@@ -309,6 +309,7 @@ def told(events: list[TokenEvent]) -> str:
     return "".join(event.text for event in events)
 
 
+@pytest.mark.timeout(900)
 async def test_200_answers_are_valid_under_their_200_schemas(engine: Engine) -> None:
     answers = await asyncio.gather(*(record(engine, number) for number in range(200)))
     for number, events in enumerate(answers):

@@ -165,6 +165,19 @@ def test_a_row_is_the_same_in_any_number_of_rows(make: Make) -> None:
         assert torch.equal(layer(rows[None, :count])[0], alone[:count])
 
 
+def test_a_row_that_goes_in_twice_is_the_same_beside_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What 7 bits leave of a number in the middle between two steps reaches past 1, by an ulp."""
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    noise = torch.Generator().manual_seed(3)
+    layer = Int8Linear(torch.randn(80, 96, generator=noise), None)
+    middles = (torch.arange(-63, 63) + 0.5) / 63.5
+    rows, pin = middles[torch.randint(0, 126, (60, 96), generator=noise)], layer._pin[None]
+    rows[::2] *= torch.rand(30, 1, generator=noise)
+    scales = torch.ones(60)
+    alone = torch.cat([layer.scaled(torch.cat([row[None], pin]), scales[:1])[0][:1] for row in rows])
+    assert torch.equal(layer.scaled(torch.cat([rows, pin]), scales)[0][:-1], alone)
+
+
 @pytest.mark.parametrize(("rows", "columns"), [(24, 64), (48, 40)])
 def test_what_the_int4_kernel_does_not_take_is_int8(rows: int, columns: int) -> None:
     weight, x = torch.randn(rows, columns), torch.randn(3, columns)
