@@ -21,7 +21,7 @@ from serve_app.api.schema_tokens import DetokenizeBody, TokenizeBody, TokenizeIn
 
 Json: TypeAlias = dict[str, Any]
 
-JSON, EVENTS, TEXT = "application/json", "text/event-stream", "text/plain"
+JSON, EVENTS, TEXT, PAGE = "application/json", "text/event-stream", "text/plain", "text/html"
 _COMPONENTS = "#/components/schemas/"
 
 _FAULTS = {
@@ -39,9 +39,9 @@ _LATER = (429, 503)
 @dataclass(frozen=True, slots=True)
 class Operation:
     """One endpoint. `body` is what it takes, with an `example`; `says` its JSON answer, `events` what the data of its
-    events is, `text` if it answers in plain text: types, or unions of them. `model` is where else than in the body a
-    model may be named, in a query or a path. `not_ready` is what it says in place of a refusal while no model can
-    answer.
+    events is: types, or unions of them. `text` is the kind of text it answers with, if it is no JSON. `model` is where
+    else than in the body a model may be named, in a query or a path. `not_ready` is what it says in place of a refusal
+    while no model can answer.
     """
 
     method: str
@@ -52,7 +52,7 @@ class Operation:
     example: Json | None = None
     says: Any = None
     events: Any = None
-    text: bool = False
+    text: str | None = None
     model: str | None = None
     refusal: Any = shapes.NativeRefusal
     not_ready: Any = None
@@ -60,7 +60,7 @@ class Operation:
     @property
     def id(self) -> str:
         words = self.path.replace("{", "").replace("}", "").strip("/").split("/")
-        return "_".join([self.method, *(word for word in words if word)])
+        return "_".join([self.method, *([word for word in words if word] or ["root"])])
 
 
 _PROMPT = {"prompt": "The future of artificial intelligence is", "max_tokens": 32}
@@ -117,7 +117,8 @@ OPERATIONS = (
         "get", "/ready", _OPERATION, "Whether any model can answer, or one", says=shapes.Readiness, model="query",
         not_ready=shapes.Readiness,
     ),
-    Operation("get", "/metrics", _OPERATION, "The whole service's metrics for Prometheus", text=True),
+    Operation("get", "/metrics", _OPERATION, "The whole service's metrics for Prometheus", text=TEXT),
+    Operation("get", "/", _OPERATION, "The playground: a page to chat with the models", text=PAGE),
 )  # fmt: skip
 
 
@@ -214,8 +215,8 @@ def _responses(operation: Operation, components: _Components) -> Json:
         good[JSON] = {"schema": components.any_of(operation.says, "serialization")}
     if operation.events is not None:
         good[EVENTS] = {"schema": _events(operation, components)}
-    if operation.text:
-        good[TEXT] = {"schema": {"type": "string"}}
+    if operation.text is not None:
+        good[operation.text] = {"schema": {"type": "string"}}
     refusal = {JSON: {"schema": components.any_of(operation.refusal, "serialization")}}
     responses = {"200": _response("The answer.", good)}
     for status, sentence in _faults(operation).items():
