@@ -1,0 +1,85 @@
+"""Service level objectives: `ttft_p95<500ms,tpot_p95<50ms`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from perf.records import Record
+
+QUANTITIES = ("ttft", "tpot", "itl", "e2e")
+_BOUND = re.compile(r"(\w+?)_p(\d+(?:\.\d+)?)\s*<=?\s*(\d+(?:\.\d+)?)\s*(ms|s)")
+
+
+class SloError(ValueError):
+    """What was written is no objective; the sentence shows one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """That the `percentile`-th percentile of a quantity is below `limit_s`."""
+
+    quantity: str
+    percentile: float
+    limit_s: float
+
+    def __str__(self) -> str:
+        return f"{self.quantity}_p{self.percentile:g}<{self.limit_s * 1e3:g}ms"
+
+    def values(self, record: Record) -> list[float]:
+        """Seconds, of one finished request; an answer of one token has no TPOT, and keeps any bound on it."""
+        if self.quantity == "itl":
+            return record.gaps
+        value: float | None = getattr(record, self.quantity)
+        return [] if value is None else [value]
+
+    def met_by(self, record: Record) -> bool:
+        """Whether this one request is within the limit; one that failed is not."""
+        return record.ok and all(value < self.limit_s for value in self.values(record))
+
+    def measured(self, records: Sequence[Record]) -> float | None:
+        """The percentile in seconds. A request that failed took for ever; None if nobody had such a quantity."""
+        values = [value for record in records if record.ok for value in self.values(record)]
+        values += [np.inf] * sum(not record.ok for record in records)
+        # Between a number and infinity numpy would interpolate to NaN.
+        return float(np.percentile(values, self.percentile, method="higher")) if values else None
+
+
+@dataclass(frozen=True, slots=True)
+class Slo:
+    """All of its bounds."""
+
+    bounds: tuple[Bound, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> Slo:
+        """Raises SloError."""
+        return cls(tuple(_bound(part.strip()) for part in text.split(",")))
+
+    def __str__(self) -> str:
+        return ",".join(map(str, self.bounds))
+
+    def met_by(self, record: Record) -> bool:
+        return all(bound.met_by(record) for bound in self.bounds)
+
+    def missed(self, records: Sequence[Record]) -> list[str]:
+        """What does not hold, in words."""
+        found = []
+        for bound in self.bounds:
+            value = bound.measured(records)
+            if value is None or not value < bound.limit_s:
+                told = "was not measured" if value is None else f"is {value * 1e3:.4g} ms"
+                found.append(f"{bound.quantity}_p{bound.percentile:g} {told}, not below {bound.limit_s * 1e3:g} ms")
+        return found
+
+
+def _bound(text: str) -> Bound:
+    found = _BOUND.fullmatch(text.lower())
+    if found is None or found[1] not in QUANTITIES or not 0 < float(found[2]) <= 100:
+        raise SloError(
+            f"{text!r} is no objective; write one of {', '.join(QUANTITIES)}, a percentile and a limit: ttft_p95<500ms"
+        )
+    return Bound(found[1], float(found[2]), float(found[3]) / (1e3 if found[4] == "ms" else 1))
