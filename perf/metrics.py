@@ -67,11 +67,11 @@ def timeline(records: Sequence[Record], opened: float, closed: float) -> list[Se
     """Second by second, of everybody who was there, the last part of a second left out."""
     count = int(closed - opened)
     edges = opened + np.arange(count + 1)
-    arrivals = [(np.frombuffer(r.chunks), r.tokens / len(r.chunks)) for r in records if r.chunks]
-    whole = [(np.array([r.done]), float(r.tokens)) for r in records if not r.chunks and r.ok]
+    streamed = [(r.chunks, np.array(r.events) * r.tokens_per_event) for r in records if r.chunks]
+    whole = [([r.done], np.array([r.tokens])) for r in records if not r.chunks and r.done is not None]
     tokens = np.zeros(count)
-    for at, each in [*arrivals, *whole]:
-        tokens += np.histogram(at, edges)[0] * each
+    for at, each in [*streamed, *whole]:
+        tokens += np.histogram(at, edges, weights=each)[0]
     sent = np.array([r.sent for r in records if r.sent is not None])
     done = np.array([r.done if r.done is not None else np.inf for r in records if r.sent is not None])
     started = np.histogram(sent, edges)[0]

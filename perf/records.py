@@ -11,9 +11,11 @@ class Record:
     """`due` is when it was to be sent. A client that is late makes it no faster: latency counts from there."""
 
     due: float
+    counts: bool = False  # whether it was due in the window that is measured
     prompts: int = 1
     sent: float | None = None
-    chunks: array[float] = field(default_factory=lambda: array("d"))  # arrivals of chunks with tokens
+    chunks: array[float] = field(default_factory=lambda: array("d"))  # arrivals of reads that brought tokens
+    events: array[int] = field(default_factory=lambda: array("I"))  # how many events with tokens each brought
     done: float | None = None
     prompt_tokens: int = 0
     tokens: int = 0  # as the server counted them
@@ -56,5 +58,13 @@ class Record:
         """How many of its tokens arrived in [start, end); a whole answer arrives at its end."""
         if not self.chunks:
             return self.tokens if self.done is not None and start <= self.done < end else 0
-        within = sum(start <= at < end for at in self.chunks)
-        return within * self.tokens / len(self.chunks)
+        within = sum(events for at, events in zip(self.chunks, self.events, strict=True) if start <= at < end)
+        return within * self.tokens_per_event
+
+    @property
+    def tokens_per_event(self) -> float:
+        return self.tokens / sum(self.events)
+
+    def arrived(self, at: float, events: int) -> None:
+        self.chunks.append(at)
+        self.events.append(events)
