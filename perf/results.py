@@ -133,6 +133,7 @@ class Stage(Tree):
         "Batch: tok/s over those of the smallest batch.",
     )
     goodput: Goodput | None = None
+    missed: list[str] = Field(default=[], description="Bounds of the SLO that did not hold, in words.")
     client: Client
     resources: Resources | None = None
     timeline: list[Second] = []
@@ -231,6 +232,7 @@ class Run(Tree):
     machine: Machine
     slo: str | None
     stages: list[Stage]
+    skipped: dict[str, str] = Field(default={}, description="Scenarios that could not be run, and why.")
     tokens: list[Tokens] = []
     find_max: FindMax | None = None
     batch_advice: BatchAdvice | None = None

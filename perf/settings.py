@@ -1,0 +1,142 @@
+"""What a run does: the command line with everything decided that was left open."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from perf import arrivals
+from perf.arrivals import Traced
+from perf.dialects import Api
+from perf.gate import Window
+from perf.options import DEFAULT_SLO, PROFILE_SIZES, SCENARIOS, USUAL
+from perf.results import Load, Scenario
+from perf.slo import Slo
+
+Arrival = Literal["constant", "poisson", "gamma", "burst", "ramp", "closed", "trace"]
+_RAMP_S = 60.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """`slo` is None where nothing is judged; `skipped` says of what cannot be done why."""
+
+    url: str
+    api: Api
+    model: str | None
+    timeout_s: float
+    prompt: str | None
+    prompt_words: int
+    max_tokens: int
+    seed: int
+    fixed_length: bool
+    scenarios: tuple[Scenario, ...]
+    skipped: dict[str, str]
+    quick: bool
+    num_requests: int
+    duration_s: float | None
+    batch_sizes: tuple[int, ...]
+    profile_sizes: tuple[int, ...]
+    concurrency: tuple[int, ...]
+    rates: tuple[float, ...]
+    arrival: Arrival
+    burstiness: float
+    burst_size: int
+    trace: tuple[Traced, ...]
+    warmup: int | Literal["auto"]
+    repeats: int
+    slo: Slo | None
+    instance_type: str | None
+
+    def told(self) -> dict[str, Any]:
+        """As it goes into results.json."""
+        kept = {
+            name: value for name, value in vars(self).items() if name not in ("url", "api", "model", "trace", "skipped")
+        }
+        return {**kept, "slo": str(self.slo) if self.slo is not None else None, "traced_requests": len(self.trace)}
+
+    def window(self, together: int, requests: int | None = None) -> Window:
+        """Of a level on which so many are under way at a time."""
+        warmup_limit_s = 5.0 if self.quick else 20.0
+        if self.duration_s is not None:
+            return Window(None, self.duration_s, self.warmup, warmup_limit_s)
+        return Window(max(requests or self.num_requests, 2 * together), None, self.warmup, warmup_limit_s)
+
+    def schedule(self, load: Load) -> Iterator[float]:
+        """Of an open loop."""
+        rate = load.rate or 0.0
+        match load.arrival:
+            case "constant":
+                return arrivals.constant(rate)
+            case "poisson":
+                return arrivals.poisson(rate, self.seed)
+            case "gamma":
+                return arrivals.gamma(rate, self.burstiness, self.seed)
+            case "burst":
+                return arrivals.burst(rate, self.burst_size)
+            case "ramp":
+                return arrivals.ramp(rate, self.duration_s or _RAMP_S)
+            case "trace":
+                return iter([one.at_s for one in self.trace])
+            case "closed":
+                raise AssertionError("a closed loop has no schedule")
+
+
+def settings(asked: argparse.Namespace, fail: Callable[[str], Any]) -> Settings:
+    """`fail` is told, in a sentence, of what does not go together. Raises TraceError."""
+    arrival: Arrival = asked.arrival or ("trace" if asked.trace else "poisson")
+    if (arrival == "trace") != (asked.trace is not None):
+        fail("--arrival trace and --trace FILE belong together")
+    if arrival == "closed" and asked.rate:
+        fail("--arrival closed has no --rate: requests are sent when a stream is free; give --concurrency")
+    if arrival == "burst" and asked.duration is None and asked.num_requests and asked.num_requests < asked.burst_size:
+        fail(f"--num-requests {asked.num_requests} is less than one burst of {asked.burst_size}")
+    scenarios = tuple(asked.only or USUAL)
+    if (asked.rate or arrival == "trace") and "rate" not in scenarios and "find-max" not in scenarios:
+        scenarios = (*scenarios, "rate") if asked.only is None else scenarios
+    if asked.find_max and "find-max" not in scenarios:
+        scenarios = (*scenarios, "find-max")
+    if "rate" in scenarios and not asked.rate and arrival != "trace":
+        fail("the scenario rate wants --rate, such as --rate 2 4 8")
+    skipped = {}
+    if asked.api == "tgi":
+        skipped = {
+            name: "TGI has no call for several prompts" for name in ("batch", "batch-profile") if name in scenarios
+        }
+    quick = asked.quick
+    slo = asked.slo or (Slo.parse(DEFAULT_SLO) if "find-max" in scenarios else None)
+    return Settings(
+        url=asked.url,
+        api=asked.api,
+        model=asked.model,
+        timeout_s=asked.timeout,
+        prompt=asked.prompt,
+        prompt_words=asked.prompt_words,
+        max_tokens=asked.max_tokens or (32 if quick else 64),
+        seed=asked.seed,
+        fixed_length=not asked.no_fixed_length and asked.api != "tgi",
+        scenarios=tuple(name for name in SCENARIOS if name in scenarios and name not in skipped),
+        skipped=skipped,
+        quick=quick,
+        num_requests=asked.num_requests or (8 if quick else 20),
+        duration_s=asked.duration,
+        batch_sizes=_ascending(asked.batch_sizes or ((1, 4, 8) if quick else (1, 4, 8, 16))),
+        profile_sizes=_ascending(asked.batch_sizes or PROFILE_SIZES),
+        concurrency=_ascending(asked.concurrency or ((1, 4, 16) if quick else (1, 2, 4, 8, 16, 32))),
+        rates=tuple(sorted(set(asked.rate or ()))),
+        arrival=arrival,
+        burstiness=asked.burstiness,
+        burst_size=asked.burst_size,
+        trace=tuple(arrivals.trace(Path(asked.trace))) if asked.trace is not None else (),
+        warmup=asked.warmup,
+        repeats=asked.repeats,
+        slo=slo,
+        instance_type=asked.instance_type,
+    )
+
+
+def _ascending(numbers: tuple[int, ...] | list[int]) -> tuple[int, ...]:
+    return tuple(sorted(set(numbers)))

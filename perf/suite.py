@@ -1,0 +1,146 @@
+"""`python -m perf.suite`: measures a service over HTTP, says what was found, and writes it down."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import textwrap
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TextIO
+
+from perf import compare, cost, export, machine, server
+from perf.arrivals import TraceError
+from perf.client import Client
+from perf.dialects import DIALECTS
+from perf.exits import Exit
+from perf.options import parser
+from perf.progress import Progress
+from perf.records import Record
+from perf.results import ResultsError, Run, Target
+from perf.scenarios import Bench
+from perf.server import Unreachable
+from perf.settings import Settings, settings
+from perf.table import table
+from perf.verdict import verdict
+from perf.workload import Ask
+
+TOOL = "serve_app perf.suite"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parser()
+    asked = options.parse_args(arguments)
+    command = ["python", "-m", "perf.suite", *(sys.argv[1:] if arguments is None else arguments)]
+    try:
+        chosen = settings(asked, options.error)
+        baseline = Run.read(asked.baseline) if asked.baseline is not None else None
+        key = asked.api_key_file.read_text().strip() if asked.api_key_file is not None else None
+        if chosen.instance_type is not None:
+            cost.find(chosen.instance_type)
+    except (ResultsError, TraceError, cost.UnknownType) as error:
+        options.error(str(error))
+    except OSError as error:
+        options.error(f"{error.filename}: {error.strerror}")
+    try:
+        run = asyncio.run(measure(chosen, command, key, baseline, asked.fail_on))
+    except Unreachable as error:
+        print(f"perf.suite: {error}", file=sys.stderr)
+        return Exit.UNREACHABLE
+    except KeyboardInterrupt:
+        print("stopped; nothing was written", file=sys.stderr)
+        return Exit.INTERRUPTED
+    written = export.write_all(run, asked.output)
+    if asked.json:
+        print(run.model_dump_json(indent=1))
+    show(run, written, sys.stderr if asked.json else sys.stdout)
+    return run.verdict.exit_code
+
+
+async def measure(
+    chosen: Settings, command: list[str], key: str | None, baseline: Run | None = None, fail_on: float = 0.05
+) -> Run:
+    """Raises Unreachable."""
+    started, began = datetime.now(UTC), time.monotonic()
+    client = Client(chosen.url, DIALECTS[chosen.api](chosen.model, chosen.fixed_length), chosen.timeout_s, key)
+    async with client, Progress() as progress:
+        target = await prepare(client, chosen)
+        progress.say(f"{target.url}: {target.server}, {target.model or 'no model named'}, {target.api} API")
+        for scenario, why in chosen.skipped.items():
+            progress.say(f"{scenario}: left out: {why}")
+        bench = Bench(client, chosen, progress)
+        await bench.run()
+    stages = bench.stages
+    run = Run(
+        tool=TOOL,
+        started_at=started.isoformat(timespec="seconds"),
+        seconds=time.monotonic() - began,
+        command=command,
+        commit=machine.commit(),
+        settings=chosen.told(),
+        target=target,
+        machine=machine.describe(),
+        slo=str(chosen.slo) if chosen.slo is not None else None,
+        stages=stages,
+        skipped=chosen.skipped,
+        tokens=bench.tokens,
+        find_max=bench.find_max,
+        batch_advice=bench.batch_advice,
+        cost=cost.cost(chosen.instance_type, stages) if chosen.instance_type is not None else None,
+        verdict=verdict(stages, bench.tokens, bench.find_max, bench.batch_advice),
+    )
+    if baseline is None:
+        return run
+    compared = compare.compare(baseline, run, fail_on=fail_on)
+    judged = verdict(stages, bench.tokens, bench.find_max, bench.batch_advice, compared.worse)
+    return run.model_copy(update={"verdict": judged})
+
+
+async def prepare(client: Client, chosen: Settings) -> Target:
+    """Find out what answers there and whether it takes what will be asked. Raises Unreachable."""
+    identity = await server.identify(client, chosen.url)
+    dialect = client.dialect
+    if dialect.model is None and chosen.api == "openai" and identity.models:
+        dialect.model = identity.models[0]
+    record = await _try(client, chosen)
+    if record.error in ("http 400", "http 422") and dialect.fixed_length:
+        dialect.fixed_length = False
+        record = await _try(client, chosen)
+    if not record.ok:
+        raise Unreachable(
+            f"{chosen.url} answered a first request of the {chosen.api} API with {record.error}: {record.detail}"
+        )
+    return Target(
+        url=chosen.url,
+        api=chosen.api,
+        model=dialect.model or (identity.models[0] if identity.models else None),
+        server=identity.name,
+        on_this_machine=server.is_here(chosen.url),
+        fixed_length=dialect.fixed_length,
+    )
+
+
+async def _try(client: Client, chosen: Settings) -> Record:
+    record = Record(time.monotonic())
+    await client.send(record, Ask((chosen.prompt or "The sea is",), min(4, chosen.max_tokens)))
+    return record
+
+
+def show(run: Run, written: Sequence[Path], out: TextIO) -> None:
+    """The table, and then what matters."""
+    print(f"\n{table(run)}\n", file=out)
+    for sentence in run.verdict.sentences:
+        print(textwrap.fill(sentence, 80), file=out)
+    if run.cost is not None:
+        print(textwrap.fill(cost.sentence(run.cost), 80), file=out)
+    for advice in run.verdict.recommendations:
+        print(textwrap.fill(advice, 80, initial_indent="-> ", subsequent_indent="   "), file=out)
+    for reason in run.verdict.reasons:
+        print(textwrap.fill(reason, 80, initial_indent="!! ", subsequent_indent="   "), file=out)
+    print("\n" + " ".join(map(str, written)), file=out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,43 @@
+"""A run as a table of 80 columns."""
+
+from __future__ import annotations
+
+from perf.results import Distribution, Run, Stage
+
+_HEAD = (
+    f"{'':<23} {'n':>5} {'err':>4} {'TTFT ms':>11} {'TPOT ms':>11} {'e2e s':>11} {'tok/s':>7} {'eff':>4}\n"
+    f"{'':<34} {'p50   p95':>11} {'p50   p95':>11} {'p50   p95':>11}"
+)
+
+
+def table(run: Run) -> str:
+    lines, scenario = [_HEAD], ""
+    for stage in run.stages:
+        if stage.scenario != scenario:
+            scenario = stage.scenario
+            lines.append(f"{scenario} ({stage.load.loop} loop)")
+        lines.append(row(stage))
+    return "\n".join(lines)
+
+
+def row(stage: Stage) -> str:
+    latencies = (_pair(stage.ttft_ms, 1), _pair(stage.tpot_ms, 1), _pair(stage.e2e_ms, 1e-3))
+    efficiency = "" if stage.efficiency is None else f"{stage.efficiency:.2f}"
+    failed = sum(stage.errors.values())
+    limited = " client-limited" if stage.client.limited else ""
+    return (
+        f"  {stage.name[:21]:<21} {stage.requests:>5} {failed or '':>4} "
+        + " ".join(f"{pair:>11}" for pair in latencies)
+        + f" {stage.tokens_per_s:>7.0f} {efficiency:>4}{limited}"
+    ).rstrip()
+
+
+def _pair(of: Distribution | None, unit: float) -> str:
+    return f"{'-':>5} {'-':>5}" if of is None else f"{_short(of.p50 * unit):>5} {_short(of.p95 * unit):>5}"
+
+
+def _short(value: float) -> str:
+    """Three digits that count, in at most five characters."""
+    if value >= 100:
+        return f"{value:.0f}"
+    return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
