@@ -48,7 +48,8 @@ def _next(best: float | None, broke: float | None, highest: float, whole: bool) 
     """None: near enough, or nowhere to go."""
     if broke is None:
         assert best is not None
-        return None if best >= highest else min(best * 2, highest)
+        # A rate begins near an estimate, streams at one.
+        return None if best >= highest else min(best * (4 if whole else 2), highest)
     if best is None:
         lower = broke // 2 if whole else broke / 2
         return lower if lower >= (1 if whole else LOWEST_RATE) else None
