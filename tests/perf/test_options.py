@@ -1,0 +1,114 @@
+"""What the command line takes, and what it says of what it does not."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+
+from perf.options import parser
+from perf.settings import Settings, settings
+from perf.suite import main
+
+
+def chosen(*arguments: str) -> Settings:
+    options = parser()
+    return settings(options.parse_args(arguments), options.error)
+
+
+def test_without_a_word_it_is_the_usual() -> None:
+    usual = chosen()
+    assert usual.scenarios == ("single", "batch", "streaming", "concurrency")
+    assert (usual.concurrency, usual.batch_sizes) == ((1, 2, 4, 8, 16, 32), (1, 4, 8, 16))
+    assert (usual.num_requests, usual.max_tokens, usual.slo, usual.fixed_length) == (20, 64, None, True)
+    assert len(chosen("--quick").concurrency) < len(usual.concurrency)
+
+
+def test_the_command_of_the_guide_is_understood() -> None:
+    words = shlex.split('--prompt "The future of AI is" --max-tokens 128 --num-requests 20 --batch-sizes 1 4 8 16')
+    asked = chosen(*words, "--output", "performance_results.json")
+    assert (asked.prompt, asked.max_tokens, asked.batch_sizes) == ("The future of AI is", 128, (1, 4, 8, 16))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "scenarios"),
+    [
+        (["--rate", "2", "4"], ("single", "batch", "streaming", "concurrency", "rate")),
+        (["--only", "streaming,single"], ("single", "streaming")),
+        (["--only", "batch-profile"], ("batch-profile",)),
+        (["--find-max", "--only", "single"], ("single", "find-max")),
+        (["--api", "tgi"], ("single", "streaming", "concurrency")),
+    ],
+)
+def test_scenarios_are_chosen(arguments: list[str], scenarios: tuple[str, ...]) -> None:
+    assert chosen(*arguments).scenarios == scenarios
+
+
+def test_what_is_left_out_is_said() -> None:
+    assert chosen("--api", "tgi").skipped == {"batch": "TGI has no call for several prompts"}
+
+
+def test_a_search_without_an_objective_has_the_usual_one() -> None:
+    assert str(chosen("--only", "find-max").slo) == "ttft_p95<500ms,tpot_p95<50ms"
+    assert str(chosen("--only", "find-max", "--slo", "e2e_p99<2s").slo) == "e2e_p99<2000ms"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--url", "localhost:8000"], "write http://host:port"),
+        (["--url", "http://key@host"], "--api-key-file"),
+        (["--concurrency", "0"], "whole number above 0"),
+        (["--concurrency", "four"], "whole number above 0"),
+        (["--rate", "-1"], "number above 0"),
+        (["--rate", "nan"], "number above 0"),
+        (["--duration", "soon"], "30s or 2m"),
+        (["--slo", "fast"], "ttft_p95<500ms"),
+        (["--fail-on", "5"], "write 5%"),
+        (["--only", "everything"], "there is no scenario 'everything'"),
+        (["--only", "rate"], "wants --rate"),
+        (["--arrival", "closed", "--rate", "4"], "--concurrency"),
+        (["--arrival", "trace"], "--trace FILE belong together"),
+        (["--trace", "/nowhere/trace.jsonl"], "No such file"),
+        (["--baseline", "/nowhere/results.json"], "No such file"),
+        (["--api-key-file", "/nowhere/key"], "No such file"),
+        (["--instance-type", "g5.xlrge"], "g5.xlarge"),
+        (["--warmup", "long"], "neither auto nor a number"),
+    ],
+)
+def test_what_is_wrong_is_named_with_what_would_work(
+    arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_help_tells_exit_codes_and_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["--help"])
+    assert stopped.value.code == 0
+    told = capsys.readouterr().out
+    assert "exit codes" in told
+    assert "--only batch-profile" in told
+
+
+def test_a_trace_is_read_and_begins_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    lines = [{"timestamp": at, "input_length": 9, "output_length": 4} for at in (3000, 1000, 2500)]
+    path.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    asked = chosen("--trace", str(path), "--only", "rate")
+    assert [one.at_s for one in asked.trace] == [0, 1.5, 2]
+    assert asked.arrival == "trace"
+
+
+@pytest.mark.parametrize("line", ["{}", "[]", "nonsense", '{"timestamp": 1, "input_length": 0, "output_length": 4}'])
+def test_a_line_that_is_no_request_is_named(line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "trace.jsonl"
+    path.write_text('{"timestamp": 1, "input_length": 1, "output_length": 4}\n' + line)
+    with pytest.raises(SystemExit):
+        main(["--trace", str(path)])
+    assert "trace.jsonl:2 is not like {" in capsys.readouterr().err
