@@ -143,12 +143,25 @@ def test_what_is_heavy_is_loaded_only_where_it_works(module: str, kept_out: set[
     assert loaded & kept_out == set()
 
 
-def test_the_map_names_every_file_and_what_it_is_for() -> None:
-    (drawn,) = re.findall(r"```\nserve_app/\n(.*?)```", MAP.read_text(), re.DOTALL)
+BLACK_BOX = {"aiohttp", "jinja2", "numpy", "prometheus_client", "psutil", "pydantic", "pynvml", "rich", "scipy", "yaml"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "perf").glob("*.py")), ids=lambda path: path.name)
+def test_load_tests_know_nothing_of_what_they_measure(path: Path) -> None:
+    names = imports(path.read_text())
+    if path.name == "locustfile.py":  # which Locust runs, in a world of its own
+        assert outside(names, {"locust", "gevent"}) == set()
+    else:
+        assert outside(names, {"perf", *BLACK_BOX}) == set()
+
+
+@pytest.mark.parametrize("room", ["serve_app", "perf"])
+def test_the_map_names_every_file_and_what_it_is_for(room: str) -> None:
+    (drawn,) = re.findall(rf"```\n{room}/\n(.*?)```", MAP.read_text(), re.DOTALL)
     entries = [line.split(maxsplit=1) for line in drawn.splitlines()]
     assert [entry for entry in entries if len(entry) != 2] == [], "a file without a word about it"
-    files = [path for path in HOUSE.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
-    assert sorted(path for path, _ in entries) == sorted(file.relative_to(HOUSE).as_posix() for file in files)
+    files = [path for path in (ROOT / room).rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    assert sorted(path for path, _ in entries) == sorted(file.relative_to(ROOT / room).as_posix() for file in files)
 
 
 def test_the_readme_names_every_room_and_no_folder_that_is_not_there() -> None:
