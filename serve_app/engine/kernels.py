@@ -8,6 +8,8 @@ import os
 import platform
 import shutil
 import subprocess
+import threading
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -42,6 +44,16 @@ def available(report: Report) -> bool:
     return True
 
 
+def begin() -> None:
+    """Have them built, if they are to be, by another process while a model is read; `available` waits for it."""
+
+    def build() -> None:
+        with suppress(OSError, subprocess.SubprocessError, _Unavailable):  # `available` tries again, and says why
+            _built(lambda stage: None)
+
+    threading.Thread(target=build, name="kernels", daemon=True).start()
+
+
 class _Unavailable(Exception):
     pass
 
@@ -54,9 +66,9 @@ def _built(report: Report, root: Path | None = None) -> Path:
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
+    report("compiling for this processor (once)")
     with FileLock(f"{target}.lock"):
         if not target.exists():
-            report("compiling for this processor (once)")
             part = target.with_suffix(".part")
             _compile(part)
             part.replace(target)

@@ -89,6 +89,8 @@ class TorchRunner:
     def from_config(cls, model: Model, report: Report) -> TorchRunner:
         """Load a model as the configuration says, on as many threads as it says."""
         torch.set_num_threads(model.engine.threads or usable_cores())
+        if not model.resources.num_gpus:
+            kernels.begin()
         loaded = load(model, report)
         report("preparing the KV arena")
         runner = cls(loaded, model.engine, model.quantization, report, model.embeddings)

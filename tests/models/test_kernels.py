@@ -279,12 +279,29 @@ print(kernels._built(lambda stage: print(stage, flush=True), Path(sys.argv[1])))
 
 
 def test_two_that_want_them_at_once_build_them_once(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", BUILD, str(tmp_path)]
-    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    said = [process.communicate(timeout=120)[0].splitlines() for process in both]
-    assert sum("compiling for this processor (once)" in lines for lines in said) == 1
-    assert said[0][-1] == said[1][-1]
-    assert [path.suffix for path in sorted(tmp_path.iterdir())] == [".so", ".lock"]
+    calls, compiler, root = tmp_path / "calls", tmp_path / "compiler", tmp_path / "built"
+    compiler.write_text(f'#!/bin/sh\necho called >> {calls}\nexec g++ "$@"\n')
+    compiler.chmod(0o755)
+    command, environment = [sys.executable, "-c", BUILD, str(root)], {**os.environ, "CXX": str(compiler)}
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) for _ in range(2)]
+    said = [process.communicate(timeout=240)[0].splitlines() for process in both]
+    assert calls.read_text().splitlines() == ["called"]
+    assert said[0] == said[1]
+    assert said[0][0] == "compiling for this processor (once)"
+    assert [path.suffix for path in sorted(root.iterdir())] == [".so", ".lock"]
+
+
+def test_they_are_built_beside_other_work(tmp_path: Path) -> None:
+    program = (
+        "import torch, time; from serve_app.engine import kernels;"
+        "kernels.begin(); time.sleep(0.5); said = [];"
+        "assert kernels.available(said.append); assert kernels.available(said.append);"
+        "print(said, hasattr(torch.ops.serve_app, 'attend'))"
+    )
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "['compiling for this processor (once)'] True"
+    assert len(list(tmp_path.rglob("*.so"))) == 1
 
 
 @pytest.mark.parametrize("setting", [{"CXX": "no-such-compiler"}, {"CXX": "false"}, {"SERVE_APP_NATIVE_KERNELS": "0"}])
