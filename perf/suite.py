@@ -11,9 +11,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TextIO
 
-from perf import compare, cost, export, machine, server
+from perf import cost, export, machine, server
 from perf.arrivals import TraceError
 from perf.client import Client
+from perf.comparison import ComparisonError, Row, compare
 from perf.dialects import DIALECTS
 from perf.exits import Exit
 from perf.options import parser
@@ -39,19 +40,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         baseline = Run.read(asked.baseline) if asked.baseline is not None else None
         key = asked.api_key_file.read_text().strip() if asked.api_key_file is not None else None
         if chosen.instance_type is not None:
-            cost.find(chosen.instance_type)
-    except (ResultsError, TraceError, cost.UnknownType) as error:
+            cost.load().find(chosen.instance_type)
+    except (ResultsError, TraceError, cost.CostError) as error:
         options.error(str(error))
     except OSError as error:
         options.error(f"{error.filename}: {error.strerror}")
     try:
-        run = asyncio.run(measure(chosen, command, key, baseline, asked.fail_on))
+        run = asyncio.run(measure(chosen, command, key))
     except Unreachable as error:
         print(f"perf.suite: {error}", file=sys.stderr)
         return Exit.UNREACHABLE
     except KeyboardInterrupt:
         print("stopped; nothing was written", file=sys.stderr)
         return Exit.INTERRUPTED
+    if baseline is not None:
+        run = against(baseline, run, asked.fail_on)
     written = export.write_all(run, asked.output)
     if asked.json:
         print(run.model_dump_json(indent=1))
@@ -59,9 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run.verdict.exit_code
 
 
-async def measure(
-    chosen: Settings, command: list[str], key: str | None, baseline: Run | None = None, fail_on: float = 0.05
-) -> Run:
+async def measure(chosen: Settings, command: list[str], key: str | None) -> Run:
     """Raises Unreachable."""
     started, began = datetime.now(UTC), time.monotonic()
     client = Client(chosen.url, DIALECTS[chosen.api](chosen.model, chosen.fixed_length), chosen.timeout_s, key)
@@ -88,14 +89,45 @@ async def measure(
         tokens=bench.tokens,
         find_max=bench.find_max,
         batch_advice=bench.batch_advice,
-        cost=cost.cost(chosen.instance_type, stages) if chosen.instance_type is not None else None,
         verdict=verdict(stages, bench.tokens, bench.find_max, bench.batch_advice),
     )
-    if baseline is None:
-        return run
-    compared = compare.compare(baseline, run, fail_on=fail_on)
-    judged = verdict(stages, bench.tokens, bench.find_max, bench.batch_advice, compared.worse)
-    return run.model_copy(update={"verdict": judged})
+    return run if chosen.instance_type is None else priced(run, chosen.instance_type)
+
+
+def priced(run: Run, instance_type: str) -> Run:
+    """With what it costs there, or why that cannot be told."""
+    try:
+        found = cost.cost(instance_type, run)
+    except cost.CostError as error:
+        return _saying(run, str(error))
+    told = (
+        f"If a {found.instance_type} delivers this, a million tokens cost ${found.usd_per_million_output_tokens:.3f} "
+        f"({found.stage}; ${found.usd_per_hour:g} an hour as of {found.as_of})."
+    )
+    old = cost.stale(found.as_of, datetime.now(UTC).date())
+    return _saying(run.model_copy(update={"cost": found}), told, *([old] if old is not None else []))
+
+
+def against(baseline: Run, run: Run, fail_on: float) -> Run:
+    """With what a comparison found; a regression fails it."""
+    try:
+        compared = compare(baseline, run, fail_on=fail_on)
+    except ComparisonError as error:
+        return _saying(run, str(error))
+    worse = [_worse(row) for row in compared.regressions]
+    code = Exit.FAILED if worse and run.verdict.exit_code == Exit.OK else run.verdict.exit_code
+    judged = run.verdict.model_copy(update={"exit_code": code, "reasons": [*run.verdict.reasons, *worse]})
+    return _saying(run.model_copy(update={"verdict": judged}), f"Against the baseline: {compared.conclusion}")
+
+
+def _worse(row: Row) -> str:
+    shift = f"{row.shift:+.1%}" if row.shift is not None else "more"
+    return f"worse than the baseline: {row.where}: {row.metric} {row.baseline:.4g} -> {row.candidate:.4g} ({shift})"
+
+
+def _saying(run: Run, *sentences: str) -> Run:
+    told = run.verdict.model_copy(update={"sentences": [*run.verdict.sentences, *sentences]})
+    return run.model_copy(update={"verdict": told})
 
 
 async def prepare(client: Client, chosen: Settings) -> Target:
@@ -133,8 +165,6 @@ def show(run: Run, written: Sequence[Path], out: TextIO) -> None:
     print(f"\n{table(run)}\n", file=out)
     for sentence in run.verdict.sentences:
         print(textwrap.fill(sentence, 80), file=out)
-    if run.cost is not None:
-        print(textwrap.fill(cost.sentence(run.cost), 80), file=out)
     for advice in run.verdict.recommendations:
         print(textwrap.fill(advice, 80, initial_indent="-> ", subsequent_indent="   "), file=out)
     for reason in run.verdict.reasons:

@@ -20,13 +20,11 @@ def verdict(
     tokens: Sequence[Tokens],
     find_max: FindMax | None,
     batch_advice: BatchAdvice | None,
-    worse: Sequence[str] = (),
 ) -> Verdict:
-    """`worse` is what a comparison with a baseline found."""
     loads = [stage for stage in stages if stage.scenario != "find-max"]
     streams = [stage for stage in loads if stage.scenario == "concurrency"]
     limited = [f"{_name(stage)}: {why}" for stage in loads for why in stage.client.limited]
-    failed = [f"{_name(stage)}: {missed}" for stage in loads for missed in stage.missed] + _errors(loads) + list(worse)
+    failed = [f"{_name(stage)}: {missed}" for stage in loads for missed in stage.missed] + _errors(loads)
     if find_max is not None:
         if find_max.limit == "client":
             limited.append("find-max: the client broke before the server did")
