@@ -44,7 +44,7 @@ def allowed(path: str) -> set[str]:
         case "engine" if path in DECIDING:
             return modules(DECIDING) | PLAIN
         case "engine":
-            hub = {"huggingface_hub", "tqdm"} if name == "loader.py" else set()
+            hub = {"gguf", "huggingface_hub", "tqdm"} if name == "loader.py" else set()
             grammars = {"llguidance"} if name == "grammar.py" else set()
             tensors = {"torch", "transformers", "accelerate", "safetensors", "tokenizers", "numpy"}
             return {*tensors, "jinja2", "filelock", *hub, *grammars, "serve_app.engine", *PLAIN}

@@ -8,17 +8,20 @@ import hashlib
 import importlib.util
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import gguf
 import jinja2
 import torch
 from filelock import FileLock
 from huggingface_hub import snapshot_download
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from serve_app.config import Model, cache_dir, template_path
@@ -183,13 +186,28 @@ def convert_gguf(path: Path, report: Report, root: Path | None = None) -> Path:
 
 
 def _convert(path: Path, folder: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    # The file's fields take seconds to read: the configuration is made of them once, for model and tokenizer.
+    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    source = {"gguf_file": path.name, "config": config}
+    with _one_map_of_names():
+        model = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **source)
     # The tensors are plain float32 by now; without this, transformers still takes the model for a GGUF one.
     model.hf_quantizer = None
     model.config.quantization_config = None
     del model.config.quantization_config
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(path.parent, **source).save_pretrained(folder)
+
+
+@contextmanager
+def _one_map_of_names() -> Iterator[None]:
+    """transformers makes the map from GGUF's names anew for every module of a model, here 397 times."""
+    made = gguf.get_tensor_name_map
+    gguf.get_tensor_name_map = cache(made)
+    try:
+        yield
+    finally:
+        gguf.get_tensor_name_map = made
 
 
 def return_memory() -> None:
