@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
-from perf import arrivals, figures, load
+from perf import arrivals, figures, load, loop
 from perf.client import Client
 from perf.dialects import Native
 from perf.exits import Exit
@@ -152,7 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="the figures on standard output as JSON")
     asked = parser.parse_args(arguments)
     try:
-        capacity = asyncio.run(calibrate())
+        capacity = loop.run(calibrate())
     except KeyboardInterrupt:
         return Exit.INTERRUPTED
     if asked.json:

@@ -20,12 +20,10 @@ from typing import Any, TypeAlias
 
 from aiohttp import web
 
+from perf import loop
 from perf.exits import Exit
 
 Json: TypeAlias = dict[str, Any]
-
-# The event loop wakes up to a millisecond late; the last one is waited for awake.
-_TICK_S = 0.0011
 
 KINDS = ("429", "500", "in-band", "cut", "hang")
 
@@ -153,10 +151,8 @@ class Golden:
             begins = self._first_at + self.plan.stall_at_s
             if begins <= due < begins + self.plan.stall_s:
                 due = begins + self.plan.stall_s
-        if (delay := due - self._now() - _TICK_S) > 0:
+        if (delay := due - self._now()) > 0:
             await asyncio.sleep(delay)
-        while self._now() < due:
-            await asyncio.sleep(0)
 
     @staticmethod
     def _now() -> float:
@@ -285,7 +281,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         seed=asked.seed,
     )
     try:
-        asyncio.run(serve(plan, asked.host, asked.port))
+        loop.run(serve(plan, asked.host, asked.port))
     except KeyboardInterrupt:
         return Exit.OK
     except OSError as error:

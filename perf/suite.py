@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
 import textwrap
 import time
@@ -11,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TextIO
 
-from perf import cost, export, machine, server
+from perf import cost, export, loop, machine, server
 from perf.arrivals import TraceError
 from perf.client import Client
 from perf.comparison import ComparisonError, Row, compare
@@ -46,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         options.error(f"{error.filename}: {error.strerror}")
     try:
-        run = asyncio.run(measure(chosen, command, key))
+        run = loop.run(measure(chosen, command, key))
     except Unreachable as error:
         print(f"perf.suite: {error}", file=sys.stderr)
         return Exit.UNREACHABLE
