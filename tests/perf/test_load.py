@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -160,7 +161,8 @@ def test_a_ramp_rises_in_a_straight_line() -> None:
 
 
 def test_the_same_seed_is_the_same_load() -> None:
-    for make in (lambda seed: arrivals.poisson(9, seed), lambda seed: arrivals.gamma(9, 3, seed)):
+    makers: list[Callable[[int], Iterator[float]]] = [partial(arrivals.poisson, 9), partial(arrivals.gamma, 9, 3)]
+    for make in makers:
         first, again, other = (np.array(list(islice(make(seed), 50))) for seed in (1, 1, 2))
         assert (first == again).all()
         assert (first != other).all()
