@@ -23,7 +23,7 @@ _FAILURES = 20
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """How many requests count, or those of how many seconds; and what is let pass before.
+    """How many requests count, or those of how many seconds, whichever is less; and what is let pass before.
 
     `warmup` is a number of requests, or "auto": until the latency has settled, `warmup_limit_s` at most. Without
     `hold` the load ends with the window's last request, as that of a schedule which means something as a whole.
@@ -125,10 +125,10 @@ class Gate:
             self._close_if_done()
 
     def _is_full(self, at: float) -> bool:
-        if self.window.duration_s is not None:
-            return at - self.measured.opened >= self.window.duration_s
-        assert self.window.requests is not None
-        return len(self.measured.records) >= self.window.requests
+        requests, duration_s = self.window.requests, self.window.duration_s
+        if requests is not None and len(self.measured.records) >= requests:
+            return True
+        return duration_s is not None and at - self.measured.opened >= duration_s
 
     def _is_warm(self) -> bool:
         if self.window.warmup != "auto":

@@ -71,7 +71,8 @@ def line_of(name: str, gate: Gate, now: float) -> str:
         return f"{name}: warming up, {len(measured.everybody)} requests, {gate.in_flight} in flight"
     elapsed = max(now - measured.opened, 1e-3)
     done = [record for record in measured.records if record.ok]
-    share = elapsed / window.duration_s if window.duration_s is not None else gate.finished / (window.requests or 1)
+    shares = (elapsed / (window.duration_s or float("inf")), gate.finished / (window.requests or float("inf")))
+    share = max(shares)
     parts = [
         f"{name}: {min(share, 1):.0%}",
         f"{gate.in_flight} in flight",

@@ -18,6 +18,8 @@ from perf.slo import Slo
 
 Arrival = Literal["constant", "poisson", "gamma", "burst", "ramp", "closed", "trace"]
 _RAMP_S = 60.0
+# Of each of the eight levels of --quick, for its warm-up and for its window: a slow machine has fewer requests.
+_QUICK_S = 2.5
 
 
 @dataclass(frozen=True)
@@ -60,10 +62,11 @@ class Settings:
 
     def window(self, together: int, requests: int | None = None) -> Window:
         """Of a level on which so many are under way at a time."""
-        warmup_limit_s = 5.0 if self.quick else 20.0
+        warmup_limit_s = _QUICK_S if self.quick else 20.0
         if self.duration_s is not None:
             return Window(None, self.duration_s, self.warmup, warmup_limit_s)
-        return Window(max(requests or self.num_requests, 2 * together), None, self.warmup, warmup_limit_s)
+        at_most_s = _QUICK_S if self.quick else None
+        return Window(max(requests or self.num_requests, 2 * together), at_most_s, self.warmup, warmup_limit_s)
 
     def schedule(self, load: Load) -> Iterator[float]:
         """Of an open loop."""
