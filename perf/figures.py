@@ -28,6 +28,8 @@ def stage(
     slo: Slo | None = None,
 ) -> Stage:
     """Its efficiency is left to whoever knows the other stages."""
+    if slo is not None and not load.streaming:
+        slo = slo.of_whole_answers()
     records = [record for repeat in repeats for record in repeat.records]
     good = [record for record in records if record.ok]
     window_s = sum(repeat.window_s for repeat in repeats)
@@ -57,7 +59,7 @@ def stage(
         itl_quantiles_ms=metrics.gap_quantiles(good),
         e2e_ms=metrics.distribution(record.e2e for record in good),
         e2e_service_ms=metrics.distribution(record.service for record in good),
-        goodput=_goodput(slo, records, window_s) if slo is not None else None,
+        goodput=_goodput(slo, records, window_s) if slo is not None and slo.bounds else None,
         missed=slo.missed(records) if slo is not None else [],
         client=client(load, repeats),
         resources=resources,

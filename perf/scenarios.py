@@ -106,7 +106,7 @@ class Bench:
         window = self.settings.window(together)
         if asked.arrival == "ramp":  # its beginning is part of it
             window = Window(None, self.settings.duration_s or 60.0, warmup=0)
-        return Level(f"{rate:g}/s {asked.arrival}", asked, window, together)
+        return Level(f"{rate:.4g}/s {asked.arrival}", asked, window, together)
 
     async def _levels(self, scenario: Scenario, levels: Sequence[Level]) -> None:
         """All of them, and all again for every repeat: a machine that changes its pace does so for every level."""

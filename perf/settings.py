@@ -55,10 +55,9 @@ class Settings:
 
     def told(self) -> dict[str, Any]:
         """As it goes into results.json."""
-        kept = {
-            name: value for name, value in vars(self).items() if name not in ("url", "api", "model", "trace", "skipped")
-        }
-        return {**kept, "slo": str(self.slo) if self.slo is not None else None, "traced_requests": len(self.trace)}
+        elsewhere = ("url", "api", "model", "trace", "skipped", "slo")
+        kept = {name: value for name, value in vars(self).items() if name not in elsewhere and value is not None}
+        return {**kept, "traced_requests": len(self.trace)} if self.trace else kept
 
     def window(self, together: int, requests: int | None = None) -> Window:
         """Of a level on which so many are under way at a time."""

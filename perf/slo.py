@@ -62,6 +62,10 @@ class Slo:
     def __str__(self) -> str:
         return ",".join(map(str, self.bounds))
 
+    def of_whole_answers(self) -> Slo:
+        """The bounds that an answer which comes whole can be judged by."""
+        return Slo(tuple(bound for bound in self.bounds if bound.quantity == "e2e"))
+
     def met_by(self, record: Record) -> bool:
         return all(bound.met_by(record) for bound in self.bounds)
 

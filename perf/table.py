@@ -17,6 +17,8 @@ def table(run: Run) -> str:
             scenario = stage.scenario
             lines.append(f"{scenario} ({stage.load.loop} loop)")
         lines.append(row(stage))
+    if any(stage.client.limited for stage in run.stages):
+        lines.append("! the client was the limit")
     return "\n".join(lines)
 
 
@@ -24,7 +26,7 @@ def row(stage: Stage) -> str:
     latencies = (_pair(stage.ttft_ms, 1), _pair(stage.tpot_ms, 1), _pair(stage.e2e_ms, 1e-3))
     efficiency = "" if stage.efficiency is None else f"{stage.efficiency:.2f}"
     failed = sum(stage.errors.values())
-    limited = " client-limited" if stage.client.limited else ""
+    limited = " !" if stage.client.limited else ""
     return (
         f"  {stage.name[:21]:<21} {stage.requests:>5} {failed or '':>4} "
         + " ".join(f"{pair:>11}" for pair in latencies)

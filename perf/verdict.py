@@ -33,7 +33,8 @@ def verdict(
     sentences = [
         *_alone(loads),
         *_streams(streams),
-        *_slo(loads),
+        *_slo(streams),
+        *_slo([stage for stage in loads if stage.scenario == "rate"]),
         *_rates(loads),
         *_found(find_max),
         *_batches(loads),
@@ -90,7 +91,7 @@ def _streams(streams: Sequence[Stage]) -> list[str]:
 
 def _slo(stages: Sequence[Stage]) -> list[str]:
     """Up to where it holds, and what breaks there."""
-    judged = [stage for stage in stages if stage.goodput is not None and stage.scenario in ("concurrency", "rate")]
+    judged = [stage for stage in stages if stage.goodput is not None]
     if not judged or judged[0].goodput is None:
         return []
     slo, broken = judged[0].goodput.slo, [stage for stage in judged if stage.missed]
@@ -158,15 +159,15 @@ def _limit(streams: Sequence[Stage], tokens: Sequence[Tokens]) -> tuple[list[str
         )
     wider = (last.load.concurrency or 1) / (before.load.concurrency or 1)
     grew = last.tokens_per_s / before.tokens_per_s - 1 if before.tokens_per_s else 0.0
-    if grew > _GROWTH * (wider - 1):
-        more = (last.load.concurrency or 1) * 2
-        return [f"More streams still pay: try --concurrency {more} {more * 2}."], (
-            f"No limit was reached: {last.name} made {grew:.0%} more than {before.name}."
-        )
     if _waits(last, before):
         return (
             ["Raise engine.max_running if memory allows, or add replicas."],
             f"The queue was the limit: with {last.name} callers waited for a place; tokens came as fast as before.",
+        )
+    if grew > _GROWTH * (wider - 1):
+        more = (last.load.concurrency or 1) * 2
+        return [f"More streams still pay: try --concurrency {more} {more * 2}."], (
+            f"No limit was reached: {last.name} made {grew:.0%} more than {before.name}."
         )
     return (
         ["Try quantization: int8, a faster processor or a GPU, or more replicas."],
