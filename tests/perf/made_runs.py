@@ -1,0 +1,101 @@
+"""Runs as perf.suite writes them, made of given latencies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from perf.metrics import PERCENTILES
+from perf.results import Client, Distribution, Load, Machine, Run, Samples, Stage, Target, Verdict
+
+Ms = Sequence[float | None]
+CLOSED = Load(loop="closed", arrival="closed", concurrency=8)
+
+
+def distribution(ms: Ms) -> Distribution | None:
+    values = [value for value in ms if value is not None]
+    if not values:
+        return None
+    percentiles = dict(zip(PERCENTILES, np.percentile(values, list(PERCENTILES.values())), strict=True))
+    return Distribution(count=len(values), mean=float(np.mean(values)), min=min(values), max=max(values), **percentiles)
+
+
+def stage(
+    ttft_ms: Ms,
+    *,
+    repeats: int = 1,
+    name: str = "8 streams",
+    tpot_ms: Ms | None = None,
+    e2e_ms: Sequence[float] | None = None,
+    tokens: Sequence[int] | None = None,
+    tokens_per_s: float = 100.0,
+    errors: dict[str, int] | None = None,
+    limited: Sequence[str] = (),
+    **fields: Any,
+) -> Stage:
+    """Requests of `repeats` repeats of equal size, in their order, 0.1 s apart."""
+    count = len(ttft_ms)
+    tpot_ms = [None] * count if tpot_ms is None else tpot_ms
+    e2e = [1000.0] * count if e2e_ms is None else list(e2e_ms)
+    tokens = [10] * count if tokens is None else tokens
+    each = -(-count // repeats)
+    samples = Samples(
+        repeat=[number // each for number in range(count)],
+        due_s=[number % each * 0.1 for number in range(count)],
+        ttft_ms=list(ttft_ms),
+        tpot_ms=list(tpot_ms),
+        e2e_ms=e2e,
+        service_ms=e2e,
+        longest_gap_ms=[None] * count,
+        tokens=list(tokens),
+    )
+    failed = sum((errors or {}).values())
+    given: dict[str, Any] = {
+        "scenario": "concurrency",
+        "name": name,
+        "load": CLOSED,
+        "repeats": repeats,
+        "warmup_requests": 8,
+        "steady": True,
+        "window_s": 10.0,
+        "requests": count + failed,
+        "finished": count,
+        "errors": errors or {},
+        "tokens": sum(tokens),
+        "prompt_tokens": count,
+        "tokens_per_s": tokens_per_s,
+        "requests_per_s": 10.0,
+        "ttft_ms": distribution(ttft_ms),
+        "tpot_ms": distribution(tpot_ms),
+        "e2e_ms": distribution(e2e),
+        "client": Client(
+            cpu=0.1, schedule_delay_p50_ms=0.1, schedule_delay_p99_ms=1, loop_lag_p99_ms=1, limited=list(limited)
+        ),
+        "samples": samples,
+    }
+    return Stage(**(given | fields))
+
+
+def run(*stages: Stage, **fields: Any) -> Run:
+    given: dict[str, Any] = {
+        "tool": "serve_app perf 1.0",
+        "started_at": "2026-11-27T06:00:00Z",
+        "seconds": 60.0,
+        "command": ["python", "-m", "perf.suite"],
+        "commit": "a" * 40,
+        "settings": {"max_tokens": 64, "seed": 7},
+        "target": target(),
+        "machine": Machine(processor="Zen 5", cores=2, memory_gib=24, gpus=[], system="Linux", python="3.11"),
+        "slo": None,
+        "stages": list(stages),
+        "verdict": Verdict(sentences=[], recommendations=[], exit_code=0),
+    }
+    return Run(**(given | fields))
+
+
+def target(api: Literal["native", "openai", "tgi"] = "native", model: str = "smollm2-135m") -> Target:
+    return Target(
+        url="http://localhost:8000", api=api, model=model, server="serve_app", on_this_machine=True, fixed_length=True
+    )
