@@ -1,0 +1,127 @@
+"""What a throughput costs, and that the catalogue says where its prices are from."""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+
+import pytest
+
+from perf.cost import Catalogue, CostError, UnknownInstanceType, best_stage, cost, load, main, stage_cost, stale
+from perf.exits import Exit
+from tests.perf.made_runs import run, stage
+
+
+def test_a_hand_sum() -> None:
+    """g5.xlarge at 1.006 USD an hour, 500 tokens and 10 requests a second: 1.8 M tokens and 36,000 requests an hour."""
+    found = cost("g5.xlarge", run(stage([50.0] * 20, tokens_per_s=500)))
+
+    assert found.usd_per_million_output_tokens == pytest.approx(1.006 / 1.8, rel=1e-6)
+    assert round(found.usd_per_million_output_tokens, 4) == 0.5589
+    assert round(found.usd_per_thousand_requests, 4) == 0.0279
+    assert (found.provider, found.usd_per_hour, found.stage) == ("aws", 1.006, "concurrency, 8 streams")
+
+
+def test_an_anchor() -> None:
+    """data-on-eks: 1,637 tokens a second on g6e.2xlarge are told there as 0.380 USD a million."""
+    found = cost("g6e.2xlarge", run(stage([50.0] * 20, tokens_per_s=1637)))
+
+    assert round(found.usd_per_million_output_tokens, 3) == 0.380
+
+
+def test_the_stage_with_the_most_tokens_a_second_of_those_that_met_the_objective() -> None:
+    slow, fast = stage([50.0] * 20, tokens_per_s=100), stage([900.0] * 20, name="32 streams", tokens_per_s=900)
+    missed = fast.model_copy(update={"missed": ["ttft_p95 is 900 ms, not below 500 ms"]})
+
+    assert best_stage(run(slow, fast)).name == "32 streams"
+    assert best_stage(run(slow, missed, slo="ttft_p95<500ms")).name == "8 streams"
+    with pytest.raises(CostError, match="no stage met ttft_p95<500ms"):
+        best_stage(run(missed, slo="ttft_p95<500ms"))
+
+
+def test_nothing_was_finished() -> None:
+    with pytest.raises(CostError, match="finished nothing"):
+        stage_cost("g5.xlarge", stage([50.0] * 20, tokens_per_s=0))
+    with pytest.raises(CostError, match="has no stage"):
+        cost("g5.xlarge", run())
+
+
+@pytest.mark.parametrize("name", ["g5.xlarge", "G5.XLarge", "aws:g5.xlarge", "aws:us-west-2:g5.xlarge"])
+def test_names_of_a_type(name: str) -> None:
+    assert load().find(name).name == "aws:us-west-2:g5.xlarge"
+
+
+def test_an_unknown_type_names_what_is_close() -> None:
+    with pytest.raises(UnknownInstanceType, match=r"did you mean g5\.(2)?xlarge.*python -m perf\.cost"):
+        load().find("g5.xlarg")
+    with pytest.raises(UnknownInstanceType, match="no instance type 'nothing at all' is known; "):
+        load().find("nothing at all")
+
+
+def test_a_type_in_two_places_is_asked_which() -> None:
+    there = load().find("g5.xlarge")
+    both = Catalogue(instance_types=(there, there.model_copy(update={"region": "eu-west-1", "usd_per_hour": 1.123})))
+
+    with pytest.raises(CostError, match=r"one of several: aws:us-west-2:g5\.xlarge, aws:eu-west-1:g5\.xlarge"):
+        both.find("g5.xlarge")
+    assert both.find("aws:eu-west-1:g5.xlarge").usd_per_hour == 1.123
+
+
+def test_every_row_says_where_its_price_is_from() -> None:
+    types = load().instance_types
+
+    assert len(types) >= 25
+    assert {each.provider for each in types} == {"aws", "gcp", "azure"}
+    assert all(each.usd_per_hour > 0 and each.source and each.as_of <= datetime.date(2026, 11, 27) for each in types)
+    assert all(each.compute_capability for each in types if each.gpu)
+
+
+def test_volta_is_refused() -> None:
+    refused = [each.type for each in load().instance_types if each.refused]
+
+    assert refused == ["p3.2xlarge"]
+    assert refused == [each.type for each in load().instance_types if each.compute_capability == "7.0"]
+
+
+def test_an_old_price_is_told() -> None:
+    assert stale("2026-01-21", datetime.date(2026, 7, 20)) is None
+    told = stale("2026-01-21", datetime.date(2026, 7, 21))
+    assert told is not None
+    assert told.startswith("The price is of 2026-01-21, 181 days ago")
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    [
+        ("instance_types: [{type: x}]", "instance_types.0.provider"),
+        ("a: [", "is not YAML"),
+        ("instance_types: []\nmore: 1", "more"),
+    ],
+)
+def test_another_catalogue_that_is_wrong(tmp_path: Path, text: str, wrong: str) -> None:
+    file = tmp_path / "prices.yaml"
+    file.write_text(text)
+
+    with pytest.raises(CostError, match=wrong):
+        load(file)
+
+
+def test_half_a_gpu_is_wrong() -> None:
+    with pytest.raises(ValueError, match="go together"):
+        Catalogue(instance_types=({**load().find("g5.xlarge").model_dump(), "gpu_count": 0},))
+
+
+def test_the_same_twice_is_wrong() -> None:
+    there = load().find("g5.xlarge")
+
+    with pytest.raises(ValueError, match=r"twice in the catalogue: aws:us-west-2:g5\.xlarge"):
+        Catalogue(instance_types=(there, there))
+
+
+def test_the_list(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == Exit.OK
+
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert any(line.startswith("g5.xlarge") and line.rstrip().endswith("2026-01-21") for line in lines)
+    assert main(["g5.xlarge"]) == Exit.USAGE
