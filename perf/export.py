@@ -1,0 +1,291 @@
+"""The same run for a README, a spreadsheet and a CI server."""
+
+from __future__ import annotations
+
+import csv as csv_writer
+import io
+import os
+import re
+import shlex
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from xml.etree import ElementTree as ET
+
+from perf import stages
+from perf.report import render
+from perf.results import Distribution, Run, Stage
+from perf.slo import Slo
+from perf.words import clean, figure, percent
+
+Cell = str | int | float | None
+Column = tuple[str, str, Callable[[Run, Stage], Cell]]
+
+
+def markdown(run: Run) -> str:
+    """Tables, with the machine, the commit and the command line beside them."""
+    parts = [_conditions(run)]
+    parts += [f"**{group.head}** ({group.loop} loop)\n\n{_table(group.stages)}" for group in stages.groups(run)]
+    parts.append("Latencies are p50 / p95, from the instant at which a request was due.")
+    if run.cost is not None:
+        parts.append(_cost(run))
+    parts.append("\n".join(_escaped(sentence) for sentence in run.verdict.sentences))
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _conditions(run: Run) -> str:
+    machine, target = run.machine, run.target
+    hardware = [machine.processor, f"{machine.cores} cores", f"{figure(machine.memory_gib)} GiB", *machine.gpus]
+    where = "client and server on this machine" if target.on_this_machine else "the client's machine"
+    lines = [
+        f"Model: {_escaped(target.model or 'the server’s default')}; server: {_escaped(target.server)}",
+        f"Machine ({where}): {_escaped(', '.join([*hardware, machine.system]))}",
+        f"Measured {_escaped(run.started_at)}, commit {_escaped(run.commit or 'unknown')}"
+        + (f", objective {_escaped(run.slo)}" if run.slo else ""),
+    ]
+    limited = [_escaped(f"{stage.scenario}, {stage.name}") for stage in stages.limited(run)]
+    lines += [f"Left out: {_escaped(f'{scenario}: {why}')}" for scenario, why in run.skipped.items()]
+    if limited:
+        lines.append(f"**Client-limited, these figures are the client's and not the server's:** {'; '.join(limited)}")
+    return "  \n".join(lines) + "\n\n" + _code(shlex.join(run.command))
+
+
+def _table(rows: Sequence[Stage]) -> str:
+    """Times are p50 / p95; columns of which no row has anything are left out."""
+    columns: list[tuple[str, list[str]]] = [
+        ("Load", [_escaped(stage.name) for stage in rows]),
+        ("Requests", [figure(stage.requests) for stage in rows]),
+        ("Failed", [figure(stages.failed(stage)) for stage in rows]),
+        ("TTFT, ms", [_pair(stage.ttft_ms) for stage in rows]),
+        ("TPOT, ms", [_pair(stage.tpot_ms) for stage in rows]),
+        ("End to end, ms", [_pair(stage.e2e_ms) for stage in rows]),
+        ("Tokens/s", [figure(stage.tokens_per_s) for stage in rows]),
+        ("Requests/s", [figure(stage.requests_per_s) for stage in rows]),
+        ("Efficiency", [stages.efficiency(stage) for stage in rows]),
+        ("Goodput", [percent(stage.goodput.share if stage.goodput else None) for stage in rows]),
+    ]
+    columns = [(head, cells) for head, cells in columns if any(cell != "–" for cell in cells)]
+    heads, cells = zip(*columns, strict=True)
+    lines = [heads, ("---", *["---:"] * (len(heads) - 1)), *zip(*cells, strict=True)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _pair(times: Distribution | None) -> str:
+    return "–" if times is None else f"{figure(times.p50)} / {figure(times.p95)}"
+
+
+def _cost(run: Run) -> str:
+    cost = run.cost
+    assert cost is not None
+    return (
+        f"On {_escaped(cost.instance_type)} ({_escaped(cost.provider)}, ${figure(cost.usd_per_hour)}/h, "
+        f"{_escaped(cost.as_of)}): ${figure(cost.usd_per_million_output_tokens)} per million output tokens, "
+        f"${figure(cost.usd_per_thousand_requests)} per thousand requests, at {_escaped(cost.stage)}."
+    )
+
+
+def _escaped(text: str) -> str:
+    """One line of Markdown that shows this text and does nothing else."""
+    return re.sub(r"([\\`*_{}\[\]<>#|~&])", r"\\\1", " ".join(clean(text).split()))
+
+
+def _code(text: str) -> str:
+    """A block that nothing in the text can end."""
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}bash\n{clean(text)}\n{fence}"
+
+
+def _part(tree: str, name: str) -> Callable[[Run, Stage], Cell]:
+    """Of what may be missing as a whole."""
+
+    def read(run: Run, stage: Stage) -> Cell:
+        value: Cell = getattr(getattr(stage, tree), name, None)
+        return value
+
+    return read
+
+
+def _times(quantity: str, meaning: str) -> list[Column]:
+    """One column each of mean, percentiles and largest."""
+
+    said = {"mean": "mean", "min": "smallest", "max": "largest"}
+    parts = ("count", "mean", "min", "p50", "p90", "p95", "p99", "max")
+    return [
+        (
+            f"{quantity}_count" if part == "count" else f"{quantity}_{part}_ms",
+            f"{meaning}: how many" if part == "count" else f"{meaning}, ms: {said.get(part, part)}",
+            _part(f"{quantity}_ms", part),
+        )
+        for part in parts
+    ]
+
+
+# Name, meaning, and how it is read.
+COLUMNS: list[Column] = [
+    ("started_at", "When the run began, UTC", lambda run, stage: run.started_at),
+    ("commit", "Of the working copy that the suite ran from", lambda run, stage: run.commit),
+    ("url", "Where the server was", lambda run, stage: run.target.url),
+    ("model", "As the requests named it", lambda run, stage: run.target.model),
+    ("scenario", "What kind of load", lambda run, stage: stage.scenario),
+    ("stage", "Which of its levels; scenario and stage name one row", lambda run, stage: stage.name),
+    ("loop", "open: sent on a schedule; closed: sent when a stream is free", lambda run, stage: stage.load.loop),
+    ("arrival", "What the schedule follows", lambda run, stage: stage.load.arrival),
+    ("rate", "Requests due a second, of open loops", lambda run, stage: stage.load.rate),
+    ("concurrency", "Streams at a time, of closed loops", lambda run, stage: stage.load.concurrency),
+    ("batch_size", "Prompts a request", lambda run, stage: stage.load.batch_size),
+    ("streaming", "1: answers came as a stream; 0: whole", lambda run, stage: int(stage.load.streaming)),
+    ("repeats", "How many windows were measured", lambda run, stage: stage.repeats),
+    ("warmup_requests", "Sent before, not counted", lambda run, stage: stage.warmup_requests),
+    ("steady", "1: latency had settled when the warm-up ended", lambda run, stage: int(stage.steady)),
+    ("window_s", "Seconds measured, all repeats", lambda run, stage: stage.window_s),
+    ("requests", "Due in the window", lambda run, stage: stage.requests),
+    ("finished", "Of those, answered to the end", lambda run, stage: stage.finished),
+    ("failed", "Of those, failed", lambda run, stage: stages.failed(stage)),
+    ("errors", "Kinds of failures and how many, by semicolons", lambda run, stage: _kinds(stage)),
+    ("tokens", "In the finished answers", lambda run, stage: stage.tokens),
+    ("prompt_tokens", "In their prompts", lambda run, stage: stage.prompt_tokens),
+    ("tokens_per_s", "Tokens that arrived a second", lambda run, stage: stage.tokens_per_s),
+    ("requests_per_s", "Requests that finished a second", lambda run, stage: stage.requests_per_s),
+    ("tokens_per_chunk", "Tokens an event of a stream", lambda run, stage: stage.tokens_per_chunk),
+    *_times("ttft", "Due to first token"),
+    *_times("ttft_service", "Sent to first token"),
+    *_times("tpot", "Seconds a token after the first, by request"),
+    *_times("itl", "Gap between two events of a stream"),
+    *_times("e2e", "Due to the end of the answer"),
+    *_times("e2e_service", "Sent to the end of the answer"),
+    ("efficiency", "Tokens/s by those of the lowest level, by so many times it", lambda run, stage: stage.efficiency),
+    ("goodput_slo", "The objective that goodput counts by", _part("goodput", "slo")),
+    (
+        "goodput_requests_per_s",
+        "Requests a second that met it",
+        _part("goodput", "requests_per_s"),
+    ),
+    ("goodput_share", "Of all requests, which part met it", _part("goodput", "share")),
+    ("client_cpu", "Share of one core that the client used", lambda run, stage: stage.client.cpu),
+    ("schedule_delay_p50_ms", "Due to sent, ms: p50", lambda run, stage: stage.client.schedule_delay_p50_ms),
+    ("schedule_delay_p99_ms", "Due to sent, ms: p99", lambda run, stage: stage.client.schedule_delay_p99_ms),
+    ("loop_lag_p99_ms", "Lateness of the client's timers, ms: p99", lambda run, stage: stage.client.loop_lag_p99_ms),
+    ("achieved_rate", "Started over due requests", lambda run, stage: stage.client.achieved_rate),
+    ("client_limited", "Why the figures are the client's; empty: they count", lambda run, stage: _limits(stage)),
+    ("cpu_percent", "Of the client's machine", _part("resources", "cpu_percent")),
+    ("memory_mib", "Of the client's machine", _part("resources", "memory_mib")),
+    ("gpu_percent", "Of the client's machine", _part("resources", "gpu_percent")),
+    (
+        "gpu_memory_mib",
+        "Of the client's machine",
+        _part("resources", "gpu_memory_mib"),
+    ),
+]
+
+
+def csv(run: Run) -> str:
+    """One row a stage; COLUMNS says what is in it, and nothing is rounded."""
+    out = io.StringIO()
+    writer = csv_writer.writer(out, lineterminator="\n")
+    writer.writerow([name for name, _, _ in COLUMNS])
+    writer.writerows([[_cell(read(run, stage)) for _, _, read in COLUMNS] for stage in run.stages])
+    return out.getvalue()
+
+
+def _cell(value: Cell) -> Cell:
+    """Text that a spreadsheet would take for a formula gets an apostrophe, as OWASP has it."""
+    if not isinstance(value, str):
+        return value
+    text = clean(value)
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
+
+
+def _kinds(stage: Stage) -> str:
+    return "; ".join(f"{kind}: {count}" for kind, count in stage.errors.items())
+
+
+def _limits(stage: Stage) -> str:
+    return "; ".join(stage.client.limited)
+
+
+def junit(run: Run) -> str:
+    """A suite for each scenario and one for the verdict; each case is something that had to hold."""
+    root = ET.Element("testsuites", name="perf.suite", time=f"{run.seconds:.3f}")
+    slo = stages.objective(run)
+    for group in stages.groups(run):
+        _suite(
+            root, f"{group.scenario}, {group.loop} loop", [case for one in group.stages for case in _cases(one, slo)]
+        )
+    for scenario, why in run.skipped.items():
+        _suite(root, scenario, [_case(f"perf.{scenario}", "the whole scenario", skipped=why)])
+    reasons = [_case("verdict", reason, failure=reason) for reason in run.verdict.reasons]
+    passed = [_case("verdict", " ".join(run.verdict.sentences) or "the run")]
+    if run.verdict.exit_code:
+        passed = [] if reasons else [_case("verdict", "exit code", failure=f"exit code {run.verdict.exit_code}")]
+    _suite(root, "verdict", reasons or passed)
+    for count in ("tests", "failures", "skipped"):
+        root.set(count, str(sum(int(suite.get(count, 0)) for suite in root)))
+    ET.indent(root)
+    return '<?xml version="1.0" encoding="UTF-8"?>\n' + ET.tostring(root, encoding="unicode") + "\n"
+
+
+def _suite(root: ET.Element, name: str, cases: Sequence[ET.Element]) -> None:
+    counts = {kind: str(sum(case.find(tag) is not None for case in cases)) for kind, tag in _OUTCOMES.items()}
+    seconds = sum(float(case.get("time", 0)) for case in cases)
+    said = {"name": name, "tests": str(len(cases)), "errors": "0", "time": f"{seconds:.3f}", **counts}
+    suite = ET.SubElement(root, "testsuite", said)
+    suite.extend(cases)
+
+
+_OUTCOMES = {"failures": "failure", "skipped": "skipped"}
+
+
+def _cases(stage: Stage, slo: Slo | None) -> list[ET.Element]:
+    scenario, name = f"perf.{stage.scenario}", stage.name
+    answered = _case(scenario, f"{name}: every request is answered", seconds=stage.window_s, failure=_failure(stage))
+    slow = "; ".join(stage.client.limited)
+    kept_up = _case(scenario, f"{name}: the client keeps up", failure=f"client-limited: {slow}" if slow else None)
+    return [answered, kept_up, *(_bound(scenario, name, check) for check in stages.checks(stage, slo))]
+
+
+def _failure(stage: Stage) -> str | None:
+    """A search goes on until requests fail."""
+    failed = stages.failed(stage)
+    if not failed or stage.scenario == "find-max":
+        return None
+    return f"{failed} of {stage.requests} requests failed: {_kinds(stage)}"
+
+
+def _bound(scenario: str, name: str, check: stages.Check) -> ET.Element:
+    skipped = None if check.measured else "not measured"
+    return _case(scenario, f"{name}: {check.bound}", failure=check.missed, skipped=skipped)
+
+
+def _case(
+    scenario: str, name: str, seconds: float = 0.0, failure: str | None = None, skipped: str | None = None
+) -> ET.Element:
+    case = ET.Element("testcase", classname=scenario, name=clean(name), time=f"{seconds:.3f}")
+    if failure is not None:
+        ET.SubElement(case, "failure", message=clean(failure)).text = clean(failure)
+    if skipped is not None:
+        ET.SubElement(case, "skipped", message=clean(skipped))
+    return case
+
+
+def write_all(run: Run, folder: Path) -> list[Path]:
+    """All forms of a run. Whoever reads meanwhile finds a whole file, the earlier or this one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = {
+        "results.json": run.model_dump_json(indent=1) + "\n",
+        "report.html": render(run),
+        "report.md": markdown(run),
+        "results.csv": csv(run),
+        "junit.xml": junit(run),
+    }
+    for name, text in texts.items():
+        write(folder / name, text)
+    return [folder / name for name in texts]
+
+
+def write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,116 @@
+"""The report of a run in a browser without a network."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from axe_playwright_python.async_playwright import Axe
+from playwright.async_api import Browser, Page
+
+from perf.report import render
+from tests.perf import sample
+
+pytestmark = [pytest.mark.browser, pytest.mark.asyncio(loop_scope="session")]
+
+DESK = {"width": 1280, "height": 800}
+PHONE = {"width": 390, "height": 844}
+RUNS: dict[str, dict[str, Any]] = {
+    "full": {"open_loop": True, "batch_profile": True, "find_max": True, "cost": True, "errors": True},
+    "limited": {"client_limited": True, "scenarios": ("streaming",)},
+    "bare": {"bare": True, "streaming": False},
+    "hostile": {"hostile": True, "open_loop": True, "find_max": True, "cost": True},
+}
+# Of every chart: texts that reach out of it, and pairs of them one upon the other by more than a hair.
+CLASHES = """() => [...document.querySelectorAll("svg.chart")].flatMap(svg => {
+    const title = svg.querySelector("title").textContent;
+    const edge = svg.getBoundingClientRect();
+    const texts = [...svg.querySelectorAll("text")].map(text => [text.textContent, text.getBoundingClientRect()]);
+    const out = texts.filter(([, box]) => box.left < edge.left - 1 || box.right > edge.right + 1
+        || box.top < edge.top - 2 || box.bottom > edge.bottom + 2).map(([text]) => `${title}: ${text} is cut off`);
+    const upon = texts.flatMap(([one, a], index) => texts.slice(index + 1)
+        .filter(([, b]) => Math.min(a.right, b.right) - Math.max(a.left, b.left) > 1
+            && Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 4)
+        .map(([other]) => `${title}: ${one} is upon ${other}`));
+    return [...out, ...upon];
+})"""
+TOO_WIDE = "document.documentElement.scrollWidth > document.documentElement.clientWidth"
+
+
+@asynccontextmanager
+async def opened(chromium: Browser, folder: Path, kind: str, **options: Any) -> AsyncIterator[tuple[Page, list[str]]]:
+    """The page, and all that was objected to or asked for but the file itself."""
+    path = folder / "report.html"
+    path.write_text(render(sample.run(**RUNS[kind])))
+    context = await chromium.new_context(offline=True, **options)
+    try:
+        page, complaints = await context.new_page(), list[str]()
+        page.on("console", lambda message: complaints.append(message.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("dialog", lambda dialog: complaints.append(f"a dialog: {dialog.message}"))
+        page.on("request", lambda request: complaints.append(request.url) if request.url != path.as_uri() else None)
+        await page.goto(path.as_uri())
+        yield page, complaints
+    finally:
+        await context.close()
+
+
+@pytest.mark.parametrize(
+    ("kind", "scheme", "viewport"),
+    [
+        ("full", "light", DESK),
+        ("full", "dark", PHONE),
+        ("limited", "dark", DESK),
+        ("limited", "light", PHONE),
+        ("bare", "light", DESK),
+        ("bare", "dark", PHONE),
+        ("hostile", "dark", DESK),
+        ("hostile", "light", PHONE),
+    ],
+)
+async def test_the_page_is_whole_without_a_network(
+    chromium: Browser, tmp_path: Path, kind: str, scheme: Any, viewport: Any
+) -> None:
+    async with opened(chromium, tmp_path, kind, color_scheme=scheme, viewport=viewport) as (page, complaints):
+        assert await page.evaluate(TOO_WIDE) is False
+        assert await page.evaluate(CLASHES) == []
+        for summary in await page.locator("summary").all():
+            await summary.click()
+        assert await page.evaluate(TOO_WIDE) is False
+        assert [request for request in complaints if not request.startswith("data:")] == []
+        found = await Axe().run(page)
+        assert [(one["id"], [node["html"] for node in one["nodes"]]) for one in found.response["violations"]] == []
+
+
+async def test_the_scheme_is_the_readers_and_paper_is_white(chromium: Browser, tmp_path: Path) -> None:
+    ground = "getComputedStyle(document.body).backgroundColor"
+    async with opened(chromium, tmp_path, "full", color_scheme="dark") as (page, _):
+        dark = await page.evaluate(ground)
+        await page.emulate_media(color_scheme="light")
+        light = await page.evaluate(ground)
+        await page.emulate_media(color_scheme="dark", media="print")
+        assert len({dark, light, await page.evaluate(ground)}) == 3
+        assert await page.evaluate(ground) == "rgb(255, 255, 255)"
+
+
+async def test_paper_gets_every_table_and_chart(chromium: Browser, tmp_path: Path) -> None:
+    """A4 between its margins, where nothing can be scrolled or unfolded."""
+    paper = {"width": 703, "height": 1000}
+    async with opened(chromium, tmp_path, "full", viewport=paper) as (page, _):
+        await page.emulate_media(media="print")
+        assert await page.evaluate(TOO_WIDE) is False
+        assert await page.evaluate(CLASHES) == []
+        cells = "[...document.querySelectorAll('td')].filter(cell => !cell.checkVisibility()).length"
+        assert await page.evaluate(cells) == 0
+        assert len(await page.pdf(format="A4")) > 50_000
+
+
+async def test_pictures_are_told_to_those_who_hear_them(chromium: Browser, tmp_path: Path) -> None:
+    async with opened(chromium, tmp_path, "full", viewport=DESK) as (page, _):
+        image = page.get_by_role("img", name="Time to first token against load", exact=True).first
+        assert "p95: " in await image.evaluate("svg => svg.querySelector('desc').textContent")
+        assert await page.get_by_role("img").count() == await page.locator("svg.chart").count()
+        assert await page.get_by_role("region", name="Table: All stages").count() == 1
