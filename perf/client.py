@@ -67,13 +67,14 @@ class Client:
                     await self._read_stream(record, response)
                 else:
                     _fill(record, self.dialect.answer(json.loads(await response.read())))
-            record.done = clock()
         except TimeoutError:
             record.error = "timeout"
         except (OSError, aiohttp.ClientError) as error:
             record.error, record.detail = _broken(record, error), str(error)[:_EXCERPT]
         except (NotUnderstood, ValueError, LookupError, TypeError, AttributeError) as error:
             record.error, record.detail = "not understood", f"{type(error).__name__}: {error}"[:_EXCERPT]
+        finally:
+            record.done = clock()
 
     async def _read_stream(self, record: Record, response: aiohttp.ClientResponse) -> None:
         """Arrivals are those of reads: events that came together came at the same instant."""

@@ -16,7 +16,7 @@ class Record:
     sent: float | None = None
     chunks: array[float] = field(default_factory=lambda: array("d"))  # arrivals of reads that brought tokens
     events: array[int] = field(default_factory=lambda: array("I"))  # how many events with tokens each brought
-    done: float | None = None
+    done: float | None = None  # whether well or not
     prompt_tokens: int = 0
     tokens: int = 0  # as the server counted them
     error: str | None = None  # its kind, such as `http 429` or `timeout`

@@ -16,6 +16,8 @@ from perf.exits import Exit
 from perf.results import Load, Machine, Run
 from tests.perf.made_runs import CLOSED, run, stage, target
 
+pytestmark = pytest.mark.perf
+
 
 def measured(seed: int, count: int = 200, slower: float = 1.0, repeats: int = 1, drift: float = 0.0) -> Run:
     """Log-normal latencies; `slower` is the TTFT's alone, `drift` the machine's between repeats."""

@@ -20,6 +20,8 @@ from perf.records import Record
 
 from .golden import client, golden, workload
 
+pytestmark = pytest.mark.perf
+
 
 async def streams(url: str, count: int, window: Window, api: Api = "native", **asked: int) -> Measured:
     async with client(url, api) as one:

@@ -16,6 +16,8 @@ from perf.results import SCHEMA_FILE, Run, schema
 
 from .golden import golden
 
+pytestmark = pytest.mark.perf
+
 
 def suite(folder: Path, url: str, line: str = "") -> tuple[int, Run | None, subprocess.CompletedProcess[str]]:
     command = [sys.executable, "-m", "perf.suite", "--url", url, *shlex.split(line), "--output", str(folder)]
