@@ -79,7 +79,8 @@ async def calibrate() -> Capacity:
             _tell(tried[-1])
             if tried[-1].limited:
                 break
-    carried = [one for one in tried if one.streams is not None and not one.failed and one.cpu > 0]
+    of_streams = [one for one in tried if one.streams is not None]
+    carried = [one for one in of_streams if not one.limited] or of_streams
     dearest = max(carried, key=lambda one: one.events_per_s)
     return Capacity(
         events_per_s_per_core=dearest.events_per_s / max(dearest.cpu, 1e-3),
