@@ -25,6 +25,7 @@ class Counters:
     """What a kind of server calls its counters; sums over all labels. None: it has no such."""
 
     server: str
+    prefix: str  # of all names of its metrics; a counter may not be there before the first request
     tokens: str
     prompt_tokens: str
     requests: str | None
@@ -36,6 +37,7 @@ class Counters:
 KNOWN = (
     Counters(
         "serve_app",
+        "serve_app_",
         "serve_app_generated_tokens_total",
         "serve_app_prompt_tokens_total",
         "serve_app_requests_total",
@@ -52,6 +54,7 @@ KNOWN = (
     ),
     Counters(
         "vLLM",
+        "vllm:",
         "vllm:generation_tokens_total",
         "vllm:prompt_tokens_total",
         "vllm:request_success_total",
@@ -61,9 +64,10 @@ KNOWN = (
             "queued": "vllm:request_queue_time_seconds_count",
         },
     ),
-    Counters("llama.cpp", "llamacpp:tokens_predicted_total", "llamacpp:prompt_tokens_total", None),
+    Counters("llama.cpp", "llamacpp:", "llamacpp:tokens_predicted_total", "llamacpp:prompt_tokens_total", None),
     Counters(
         "TGI",
+        "tgi_",
         "tgi_request_generated_tokens_sum",
         "tgi_request_input_length_sum",
         "tgi_request_success",
@@ -101,7 +105,7 @@ def parse(text: str) -> Reading | None:
     except ValueError:
         return None
     for known in KNOWN:
-        if known.tokens in sums or known.prompt_tokens in sums:
+        if any(name.startswith(known.prefix) for name in sums):
             names = {"tokens": known.tokens, "prompt_tokens": known.prompt_tokens, **known.others}
             if known.requests is not None:
                 names["requests"] = known.requests

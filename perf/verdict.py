@@ -190,7 +190,13 @@ def _batch_size(advice: BatchAdvice | None) -> list[str]:
 
 def _unsteady(stages: Sequence[Stage]) -> list[str]:
     names = [_name(stage) for stage in stages if not stage.steady]
-    return [f"Latency had not settled when these began: {'; '.join(names)}. Give a longer --warmup."] if names else []
+    return (
+        [
+            f"Latency had not settled when these began: {'; '.join(names)}. Give more requests to --warmup, or leave out --quick."
+        ]
+        if names
+        else []
+    )
 
 
 def _late(stages: Sequence[Stage]) -> list[str]:

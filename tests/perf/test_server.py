@@ -38,6 +38,12 @@ def test_counters_are_summed_over_their_labels(text: str, name: str, tokens: int
     assert reading.values.get("requests") == requests
 
 
+def test_a_server_that_has_counted_nothing_yet_is_known() -> None:
+    reading = server.parse("# TYPE serve_app_slots gauge\nserve_app_slots 32\n")
+    assert reading is not None
+    assert (reading.known.server, reading.values["tokens"]) == ("serve_app", 0)
+
+
 @pytest.mark.parametrize("text", ["", "hello there", "# TYPE other counter\nother_total 3\n", "<html></html>"])
 def test_what_is_not_known_is_nothing(text: str) -> None:
     assert server.parse(text) is None
