@@ -139,6 +139,8 @@ async def prepare(client: Client, chosen: Settings) -> Target:
     if record.error in ("http 400", "http 422") and dialect.fixed_length:
         dialect.fixed_length = False
         record = await _try(client, chosen)
+    if identity.metrics is not None:  # these tokens are to be counted before those that count
+        await server.read_after(client, identity.metrics, record.tokens)
     if not record.ok:
         raise Unreachable(
             f"{chosen.url} answered a first request of the {chosen.api} API with {record.error}: {record.detail}"

@@ -190,13 +190,8 @@ def _batch_size(advice: BatchAdvice | None) -> list[str]:
 
 def _unsteady(stages: Sequence[Stage]) -> list[str]:
     names = [_name(stage) for stage in stages if not stage.steady]
-    return (
-        [
-            f"Latency had not settled when these began: {'; '.join(names)}. Give more requests to --warmup, or leave out --quick."
-        ]
-        if names
-        else []
-    )
+    advice = "Give more requests to --warmup, or leave out --quick."
+    return [f"Latency had not settled when these began: {'; '.join(names)}. {advice}"] if names else []
 
 
 def _late(stages: Sequence[Stage]) -> list[str]:
