@@ -233,17 +233,22 @@ class Bench:
 
 
 def judged(at: float, stage: Stage, measured: Measured, slo: Slo) -> tuple[Probe, Limit]:
-    """Whether a load was carried within the SLO by a server that was asked as it should be; and if not, what broke."""
+    """Whether a load was carried within the SLO by a server that was asked as it should be; and if not, what broke.
+
+    A server that misses it even from when it was asked is the one that broke, however late the client was.
+    """
     missed = stage.missed
     limit: Limit = "none"
-    if stage.client.limited:
+    if stage.client.limited and not slo.missed(measured.records, service=True):
         limit = "client"
     elif stage.errors:
         limit = "errors"
     elif missed:
         tpot_missed = any(sentence.startswith(("tpot", "itl")) for sentence in missed)
         limit = "latency" if tpot_missed else "queue"
-    why = "; ".join(stage.client.limited or missed or ([f"errors: {stage.errors}"] if stage.errors else []))
+    why = "; ".join(
+        (stage.client.limited if limit == "client" else missed) or ([f"errors: {stage.errors}"] if stage.errors else [])
+    )
     told = {
         f"{bound.quantity}_p{bound.percentile:g}_ms": value * 1e3
         for bound in slo.bounds

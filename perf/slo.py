@@ -29,20 +29,24 @@ class Bound:
     def __str__(self) -> str:
         return f"{self.quantity}_p{self.percentile:g}<{self.limit_s * 1e3:g}ms"
 
-    def values(self, record: Record) -> list[float]:
-        """Seconds, of one finished request; an answer of one token has no TPOT, and keeps any bound on it."""
+    def values(self, record: Record, service: bool = False) -> list[float]:
+        """Seconds, of one finished request; an answer of one token has no TPOT, and keeps any bound on it.
+
+        `service` counts from when it was sent: what the server took, however late the client was.
+        """
         if self.quantity == "itl":
             return record.gaps
-        value: float | None = getattr(record, self.quantity)
+        in_service = {"ttft": "ttft_service", "e2e": "service"} if service else {}
+        value: float | None = getattr(record, in_service.get(self.quantity, self.quantity))
         return [] if value is None else [value]
 
     def met_by(self, record: Record) -> bool:
         """Whether this one request is within the limit; one that failed is not."""
         return record.ok and all(value < self.limit_s for value in self.values(record))
 
-    def measured(self, records: Sequence[Record]) -> float | None:
+    def measured(self, records: Sequence[Record], service: bool = False) -> float | None:
         """The percentile in seconds. A request that failed took for ever; None if nobody had such a quantity."""
-        values = [value for record in records if record.ok for value in self.values(record)]
+        values = [value for record in records if record.ok for value in self.values(record, service)]
         values += [np.inf] * sum(not record.ok for record in records)
         # Between a number and infinity numpy would interpolate to NaN.
         return float(np.percentile(values, self.percentile, method="higher")) if values else None
@@ -69,11 +73,11 @@ class Slo:
     def met_by(self, record: Record) -> bool:
         return all(bound.met_by(record) for bound in self.bounds)
 
-    def missed(self, records: Sequence[Record]) -> list[str]:
+    def missed(self, records: Sequence[Record], service: bool = False) -> list[str]:
         """What does not hold, in words."""
         found = []
         for bound in self.bounds:
-            value = bound.measured(records)
+            value = bound.measured(records, service)
             if value is None or not value < bound.limit_s:
                 told = "was not measured" if value is None else f"is {value * 1e3:.4g} ms"
                 found.append(f"{bound.quantity}_p{bound.percentile:g} {told}, not below {bound.limit_s * 1e3:g} ms")
