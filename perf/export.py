@@ -267,19 +267,20 @@ def _case(
     return case
 
 
-def write_all(run: Run, folder: Path) -> list[Path]:
-    """All forms of a run. Whoever reads meanwhile finds a whole file, the earlier or this one."""
-    folder.mkdir(parents=True, exist_ok=True)
-    texts = {
-        "results.json": run.model_dump_json(indent=1) + "\n",
-        "report.html": render(run),
-        "report.md": markdown(run),
-        "results.csv": csv(run),
-        "junit.xml": junit(run),
-    }
-    for name, text in texts.items():
-        write(folder / name, text)
-    return [folder / name for name in texts]
+def write_all(run: Run, output: Path) -> list[Path]:
+    """All forms of a run into a folder, or beside a .json file under its name.
+
+    Whoever reads meanwhile finds a whole file, the earlier or this one. Raises OSError.
+    """
+    if output.suffix == ".json":
+        paths = [output, *(output.with_suffix(suffix) for suffix in (".html", ".md", ".csv", ".xml"))]
+    else:
+        paths = [output / name for name in ("results.json", "report.html", "report.md", "results.csv", "junit.xml")]
+    texts = [run.model_dump_json(indent=1) + "\n", render(run), markdown(run), csv(run), junit(run)]
+    paths[0].parent.mkdir(parents=True, exist_ok=True)
+    for path, text in zip(paths, texts, strict=True):
+        write(path, text)
+    return paths
 
 
 def write(path: Path, text: str) -> None:

@@ -96,14 +96,8 @@ def settings(asked: argparse.Namespace, fail: Callable[[str], Any]) -> Settings:
         fail("--arrival closed has no --rate: requests are sent when a stream is free; give --concurrency")
     if arrival == "burst" and asked.duration is None and asked.num_requests and asked.num_requests < asked.burst_size:
         fail(f"--num-requests {asked.num_requests} is less than one burst of {asked.burst_size}")
-    scenarios = tuple(asked.only or USUAL)
-    if (asked.rate or arrival == "trace") and "rate" not in scenarios and "find-max" not in scenarios:
-        scenarios = (*scenarios, "rate") if asked.only is None else scenarios
-    if asked.find_max and "find-max" not in scenarios:
-        scenarios = (*scenarios, "find-max")
-    if "rate" in scenarios and not asked.rate and arrival != "trace":
-        fail("the scenario rate wants --rate, such as --rate 2 4 8")
-    skipped = {}
+    scenarios = _scenarios(asked, arrival, fail)
+    skipped: dict[str, str] = {}
     if asked.api == "tgi":
         skipped = {
             name: "TGI has no call for several prompts" for name in ("batch", "batch-profile") if name in scenarios
@@ -120,7 +114,7 @@ def settings(asked: argparse.Namespace, fail: Callable[[str], Any]) -> Settings:
         max_tokens=asked.max_tokens or (32 if quick else 64),
         seed=asked.seed,
         fixed_length=not asked.no_fixed_length and asked.api != "tgi",
-        scenarios=tuple(name for name in SCENARIOS if name in scenarios and name not in skipped),
+        scenarios=tuple(name for name in scenarios if name not in skipped),
         skipped=skipped,
         quick=quick,
         num_requests=asked.num_requests or (8 if quick else 20),
@@ -138,6 +132,22 @@ def settings(asked: argparse.Namespace, fail: Callable[[str], Any]) -> Settings:
         slo=slo,
         instance_type=asked.instance_type,
     )
+
+
+def _scenarios(asked: argparse.Namespace, arrival: Arrival, fail: Callable[[str], Any]) -> tuple[Scenario, ...]:
+    """Those of --only or the usual ones, and what other options ask for beside them."""
+    chosen: set[Scenario] = set(asked.only or USUAL)
+    if asked.find_max:
+        chosen.add("find-max")
+    if asked.rate or arrival == "trace":
+        if asked.only is not None and "rate" not in chosen:
+            fail("--rate and --trace are for the scenario rate; add it to --only")
+        chosen.add("rate")
+    if "rate" in chosen and not asked.rate and arrival != "trace":
+        fail("the scenario rate wants --rate, such as --rate 2 4 8")
+    if "find-max" in chosen and arrival in ("ramp", "trace"):
+        fail(f"find-max cannot search with --arrival {arrival}; use poisson, constant, gamma, burst or closed")
+    return tuple(name for name in SCENARIOS if name in chosen)
 
 
 def _ascending(numbers: tuple[int, ...] | list[int]) -> tuple[int, ...]:

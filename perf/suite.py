@@ -7,7 +7,6 @@ import textwrap
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TextIO
 
 from perf import cost, export, loop, machine, server
@@ -54,10 +53,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return Exit.INTERRUPTED
     if baseline is not None:
         run = against(baseline, run, asked.fail_on)
-    written = export.write_all(run, asked.output)
     if asked.json:
         print(run.model_dump_json(indent=1))
-    show(run, written, sys.stderr if asked.json else sys.stdout)
+    out = sys.stderr if asked.json else sys.stdout
+    show(run, out)
+    try:
+        written = export.write_all(run, asked.output)
+    except OSError as error:  # what was measured has been said at least
+        print(f"perf.suite: {error.filename}: {error.strerror}; give another --output", file=sys.stderr)
+        return Exit.USAGE
+    print(f"\n{' '.join(map(str, written))}", file=out)
     return run.verdict.exit_code
 
 
@@ -161,7 +166,7 @@ async def _try(client: Client, chosen: Settings) -> Record:
     return record
 
 
-def show(run: Run, written: Sequence[Path], out: TextIO) -> None:
+def show(run: Run, out: TextIO) -> None:
     """The table, and then what matters."""
     print(f"\n{table(run)}\n", file=out)
     for sentence in run.verdict.sentences:
@@ -170,7 +175,6 @@ def show(run: Run, written: Sequence[Path], out: TextIO) -> None:
         print(textwrap.fill(advice, 80, initial_indent="-> ", subsequent_indent="   "), file=out)
     for reason in run.verdict.reasons:
         print(textwrap.fill(reason, 80, initial_indent="!! ", subsequent_indent="   "), file=out)
-    print("\n" + " ".join(map(str, written)), file=out)
 
 
 if __name__ == "__main__":

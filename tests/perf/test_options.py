@@ -75,6 +75,8 @@ def test_a_search_without_an_objective_has_the_usual_one() -> None:
         (["--baseline", "/nowhere/results.json"], "No such file"),
         (["--api-key-file", "/nowhere/key"], "No such file"),
         (["--instance-type", "g5.xlrge"], "g5.xlarge"),
+        (["--only", "single", "--rate", "4"], "add it to --only"),
+        (["--find-max", "--arrival", "ramp"], "cannot search"),
         (["--warmup", "long"], "neither auto nor a number"),
     ],
 )

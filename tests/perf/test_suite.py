@@ -179,6 +179,31 @@ def test_results_on_standard_output_are_nothing_but_results(tmp_path: Path) -> N
     assert told == run.model_dump(mode="json")
 
 
+def test_results_may_have_a_name_of_their_own(tmp_path: Path) -> None:
+    with golden("--ttft-ms", "10", "--itl-ms", "1") as url:
+        made_of = [
+            sys.executable,
+            "-m",
+            "perf.suite",
+            "--url",
+            url,
+            "--only",
+            "single",
+            "--num-requests",
+            "3",
+            "--output",
+        ]
+        path = tmp_path / "baseline_cpu.json"
+        subprocess.run([*made_of, str(path)], check=True, capture_output=True, timeout=60)
+        (tmp_path / "file").write_text("")
+        nowhere = subprocess.run([*made_of, str(tmp_path / "file" / "x")], capture_output=True, text=True, timeout=60)
+    assert {one.suffix for one in tmp_path.glob("baseline_cpu.*")} == {".json", ".html", ".md", ".csv", ".xml"}
+    assert Run.read(path).stage("single", "one at a time") is not None
+    assert nowhere.returncode == 2
+    assert "give another --output" in nowhere.stderr
+    assert "one at a time" in nowhere.stdout, "what was measured is told all the same"
+
+
 def test_nobody_there_is_told_with_what_to_do(tmp_path: Path) -> None:
     code, run, done = suite(tmp_path, "http://127.0.0.1:9")
     assert (code, run) == (3, None)
