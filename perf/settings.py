@@ -56,7 +56,7 @@ class Settings:
     def told(self) -> dict[str, Any]:
         """As it goes into results.json."""
         elsewhere = ("url", "api", "model", "trace", "skipped", "slo")
-        kept = {name: value for name, value in vars(self).items() if name not in elsewhere and value is not None}
+        kept = {name: value for name, value in vars(self).items() if name not in elsewhere and value not in (None, ())}
         return {**kept, "traced_requests": len(self.trace)} if self.trace else kept
 
     def window(self, together: int, requests: int | None = None) -> Window:
