@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import sys
 import time
 from types import TracebackType
@@ -14,7 +15,6 @@ from perf.gate import Gate
 from perf.results import Stage
 
 _LIVE_S, _PLAIN_S = 0.25, 5.0
-_WIDTH = 79
 
 
 class Progress:
@@ -51,13 +51,14 @@ class Progress:
         while True:
             await asyncio.sleep(_LIVE_S if self._live else _PLAIN_S)
             if self._gate is not None:
-                line = line_of(self._name, self._gate, time.monotonic())
-                print(
-                    f"\r\x1b[2K{line[:_WIDTH]}" if self._live else line,
-                    end="" if self._live else "\n",
-                    file=self._out,
-                    flush=True,
-                )
+                self._show(line_of(self._name, self._gate, time.monotonic()))
+
+    def _show(self, line: str) -> None:
+        if self._live:
+            width = shutil.get_terminal_size().columns - 1
+            print(f"\r\x1b[2K{line[:width]}", end="", file=self._out, flush=True)
+        else:
+            print(line, file=self._out, flush=True)
 
     def _clear(self) -> None:
         if self._live:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +204,29 @@ def test_results_may_have_a_name_of_their_own(tmp_path: Path) -> None:
     assert nowhere.returncode == 2
     assert "give another --output" in nowhere.stderr
     assert "one at a time" in nowhere.stdout, "what was measured is told all the same"
+
+
+def test_who_stops_it_is_told_what_became_of_it(tmp_path: Path) -> None:
+    with golden("--ttft-ms", "10", "--itl-ms", "1") as url:
+        command = [
+            sys.executable,
+            "-m",
+            "perf.suite",
+            "--url",
+            url,
+            "--num-requests",
+            "10000",
+            "--output",
+            str(tmp_path),
+        ]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+            assert process.stderr is not None
+            assert "mock" in process.stderr.readline()
+            time.sleep(1)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(timeout=20) == 130
+            assert process.stderr.read().endswith("stopped; nothing was written\n")
+    assert not list(tmp_path.iterdir())
 
 
 def test_nobody_there_is_told_with_what_to_do(tmp_path: Path) -> None:
