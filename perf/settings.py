@@ -19,7 +19,7 @@ from perf.slo import Slo
 Arrival = Literal["constant", "poisson", "gamma", "burst", "ramp", "closed", "trace"]
 _RAMP_S = 60.0
 # Of each of the eight levels of --quick, for its warm-up and for its window: a slow machine has fewer requests.
-_QUICK_S = 2.5
+_QUICK_S = 1.5
 
 
 @dataclass(frozen=True)
