@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
 from math import sqrt
@@ -89,7 +89,3 @@ def _traced(path: Path, number: int, line: str) -> Traced:
         example = '{"timestamp": 1500, "input_length": 60, "output_length": 64}'
         raise TraceError(f"{path}:{number} is not like {example}") from None
     return one
-
-
-Schedule = Callable[[int], Iterator[float]]
-"""From a seed."""

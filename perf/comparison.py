@@ -25,9 +25,12 @@ LEAST_SAMPLES = 10
 LEAST_REPEATS = 3  # for a number that each repeat has once
 
 # What a comparison says about a run rather than about the server, or says elsewhere.
-NOT_CONDITIONS = {"baseline", "fail_on", "instance_type", "json", "output"}
+NOT_CONDITIONS = {"baseline", "fail_on", "instance_type", "json", "output", "salt"}
 # With these another thing was measured than before.
-WEIGHTY = ("api", "model", "server", "fixed length", "processor", "cores", "gpus", "on this machine", "loop")
+WEIGHTY = (
+    *("api", "model", "server", "fixed length", "processor", "cores", "gpus", "on this machine", "loop"),
+    *("max_tokens", "prompt", "prompt_words"),
+)
 
 
 class ComparisonError(ValueError):
@@ -102,7 +105,7 @@ def compare(
     tested = [row for pair in pairs for metric in metrics for row in _row(pair, metric, 1 - alpha, seed)]
     rows = _judged(tested, alpha, fail_on)
     conditions = [*_conditions(baseline, candidate), *_loads(pairs)]
-    limited = [*_limited("baseline", baseline), *_limited("candidate", candidate)]
+    limited = [*_limited("baseline", [pair[0] for pair in pairs]), *_limited("candidate", [pair[1] for pair in pairs])]
     regressed = any(row.regression for row in rows)
     return Comparison(
         fail_on=fail_on,
@@ -117,7 +120,9 @@ def compare(
 
 
 def _pairs(baseline: Run, candidate: Run) -> list[Pair]:
-    pairs = [(ours, theirs) for ours in baseline.stages if (theirs := candidate.stage(ours.scenario, ours.name))]
+    # A probe ends when its verdict is certain: its figures are no sample of anything.
+    compared = [stage for stage in baseline.stages if stage.scenario != "find-max"]
+    pairs = [(ours, theirs) for ours in compared if (theirs := candidate.stage(ours.scenario, ours.name))]
     if not pairs:
         names = ["; ".join(f"{stage.scenario}, {stage.name}" for stage in run.stages) for run in (baseline, candidate)]
         raise ComparisonError(
@@ -154,21 +159,11 @@ def _latency(pair: Pair, metric: Metric, confidence: float, seed: int) -> Iterat
 
 def _throughput(pair: Pair, confidence: float) -> Row:
     """Tokens a second are one number a repeat: below three repeats a side nobody knows how much they vary."""
-    rates = [_rates(stage) for stage in pair]
+    rates = [[rate for rate in stage.tokens_per_s_by_repeat if rate > 0] for stage in pair]
     row = _blank(pair, "tokens_per_s", [stage.tokens_per_s for stage in pair], [len(each) for each in rates])
     if min(row.samples) < LEAST_REPEATS:
         return row.model_copy(update={"shift": row.candidate / row.baseline - 1 if row.baseline else None})
     return _measured(row, stats.rate_difference(rates[0], rates[1], confidence))
-
-
-def _rates(stage: Stage) -> list[float]:
-    """Of each repeat: its tokens, from the opening of its window to the end of its last answer."""
-    samples = stage.samples
-    repeats = np.array(samples.repeat, dtype=int)
-    ends = np.array(samples.due_s) + np.array(samples.e2e_ms) / 1e3
-    tokens = np.array(samples.tokens)
-    of_each = ((tokens[repeats == repeat].sum(), ends[repeats == repeat].max()) for repeat in np.unique(repeats))
-    return [float(made / seconds) for made, seconds in of_each if made and seconds > 0]
 
 
 def _failures(pair: Pair) -> Row:
@@ -248,10 +243,10 @@ def _loads(pairs: Sequence[Pair]) -> Iterator[Condition]:
                 yield Condition(what=name, baseline=_word(before[what]), candidate=_word(after[what]))
 
 
-def _limited(which: str, run: Run) -> list[str]:
+def _limited(which: str, stages: Sequence[Stage]) -> list[str]:
     return [
         f"{which}: {stage.scenario}, {stage.name}: {'; '.join(stage.client.limited)}"
-        for stage in run.stages
+        for stage in stages
         if stage.client.limited
     ]
 
@@ -264,7 +259,7 @@ def _cautions(baseline: Run, candidate: Run, pairs: Sequence[Pair], conditions: 
             "With one repeat a slower machine looks like slower code. Before anybody acts on a change, "
             "run both again, in turn, with --repeats 5."
         )
-    if unsteady := [f"{ours.scenario}, {ours.name}" for ours, theirs in pairs if not (ours.steady and theirs.steady)]:
+    if unsteady := [f"{ours.scenario}, {ours.name}" for ours, theirs in pairs if False in (ours.steady, theirs.steady)]:
         yield f"Not warm yet when it was measured: {'; '.join(unsteady)}."
     names = [{(stage.scenario, stage.name) for stage in run.stages} for run in (baseline, candidate)]
     if lonely := sorted(names[0] ^ names[1]):

@@ -156,9 +156,11 @@ def stage_cost(instance_type: str, stage: Stage, catalogue: Catalogue | None = N
 
 def best_stage(run: Run) -> Stage:
     """Raises CostError."""
-    stages = [stage for stage in run.stages if not stage.missed]
-    if run.stages and not stages:
-        raise CostError(f"no stage met {run.slo}, so there is no throughput to put a price on")
+    stages = [stage for stage in run.stages if not stage.client.limited]
+    if run.slo is not None:  # a stage of which it says nothing, such as of the first token of a batch, did not meet it
+        stages = [stage for stage in stages if stage.goodput is not None and not stage.missed]
+        if run.stages and not stages:
+            raise CostError(f"no stage met {run.slo}, so there is no throughput to put a price on")
     if not stages:
         raise CostError("the run has no stage to put a price on")
     return max(stages, key=lambda stage: stage.tokens_per_s)

@@ -136,7 +136,11 @@ COLUMNS: list[Column] = [
     ("streaming", "1: answers came as a stream; 0: whole", lambda run, stage: int(stage.load.streaming)),
     ("repeats", "How many windows were measured", lambda run, stage: stage.repeats),
     ("warmup_requests", "Sent before, not counted", lambda run, stage: stage.warmup_requests),
-    ("steady", "1: latency had settled when the warm-up ended", lambda run, stage: int(stage.steady)),
+    (
+        "steady",
+        "1: latency had settled when the warm-up ended",
+        lambda run, stage: "" if stage.steady is None else int(stage.steady),
+    ),
     ("window_s", "Seconds measured, all repeats", lambda run, stage: stage.window_s),
     ("requests", "Due in the window", lambda run, stage: stage.requests),
     ("finished", "Of those, answered to the end", lambda run, stage: stage.finished),
@@ -277,10 +281,14 @@ def write_all(run: Run, output: Path) -> list[Path]:
     else:
         paths = [output / name for name in ("results.json", "report.html", "report.md", "results.csv", "junit.xml")]
     texts = [run.model_dump_json(indent=1) + "\n", render(run), markdown(run), csv(run), junit(run)]
-    paths[0].parent.mkdir(parents=True, exist_ok=True)
+    folder_of(output).mkdir(parents=True, exist_ok=True)
     for path, text in zip(paths, texts, strict=True):
         write(path, text)
     return paths
+
+
+def folder_of(output: Path) -> Path:
+    return output.parent if output.suffix == ".json" else output
 
 
 def write(path: Path, text: str) -> None:

@@ -9,7 +9,6 @@ import numpy as np
 
 from perf import metrics
 from perf.gate import Measured
-from perf.records import Record
 from perf.results import Client, Goodput, Load, Resources, Scenario, Stage
 from perf.slo import Slo
 
@@ -33,7 +32,7 @@ def stage(
     records = [record for repeat in repeats for record in repeat.records]
     good = [record for record in records if record.ok]
     window_s = sum(repeat.window_s for repeat in repeats)
-    arrived = sum(r.tokens_within(m.opened, m.closed) for m in repeats for r in m.everybody)
+    arrived = sum(map(arrived_in, repeats))
     finished = sum(m.opened <= (r.done or 0) < m.closed for m in repeats for r in m.everybody if r.ok)
     chunks = sum(len(record.chunks) for record in good)
     return Stage(
@@ -42,7 +41,7 @@ def stage(
         load=load,
         repeats=len(repeats),
         warmup_requests=sum(repeat.warmup_requests for repeat in repeats),
-        steady=all(repeat.steady for repeat in repeats),
+        steady=_steady(repeats),
         window_s=window_s,
         requests=len(records),
         finished=len(good),
@@ -50,6 +49,7 @@ def stage(
         tokens=sum(record.tokens for record in good),
         prompt_tokens=sum(record.prompt_tokens for record in good),
         tokens_per_s=arrived / window_s if window_s else 0.0,
+        tokens_per_s_by_repeat=[arrived_in(repeat) / repeat.window_s for repeat in repeats if repeat.window_s],
         requests_per_s=finished / window_s if window_s else 0.0,
         tokens_per_chunk=sum(record.tokens for record in good if record.chunks) / chunks if chunks else None,
         ttft_ms=metrics.distribution(record.ttft for record in good),
@@ -59,7 +59,7 @@ def stage(
         itl_quantiles_ms=metrics.gap_quantiles(good),
         e2e_ms=metrics.distribution(record.e2e for record in good),
         e2e_service_ms=metrics.distribution(record.service for record in good),
-        goodput=_goodput(slo, records, window_s) if slo is not None and slo.bounds else None,
+        goodput=_goodput(slo, repeats, window_s) if slo is not None and slo.bounds else None,
         missed=slo.missed(records) if slo is not None else [],
         client=client(load, repeats),
         resources=resources,
@@ -97,12 +97,31 @@ def _achieved(repeat: Measured) -> float:
     """In how much time the requests were due over that in which they were sent."""
     sent = [record.sent for record in repeat.records if record.sent is not None]
     due = [record.due for record in repeat.records]
-    if len(sent) < 2 or max(sent) == min(sent):
+    if not due:
         return 1.0
-    return min(1.0, (max(due) - min(due)) / (max(sent) - min(sent))) * len(sent) / len(due)
+    everybody = len(sent) / len(due)
+    # All at once is no rate; how late they were says the delay.
+    if len(sent) < 2 or max(due) == min(due):
+        return everybody
+    return min(1.0, (max(due) - min(due)) / (max(sent) - min(sent))) * everybody
 
 
-def _goodput(slo: Slo, records: Sequence[Record], window_s: float) -> Goodput:
-    good = sum(slo.met_by(record) for record in records)
-    share = good / len(records) if records else 0.0
-    return Goodput(slo=str(slo), requests_per_s=good / window_s if window_s else 0.0, share=share)
+def arrived_in(repeat: Measured) -> float:
+    """Tokens of anybody, within the window."""
+    return sum(record.tokens_within(repeat.opened, repeat.closed) for record in repeat.everybody)
+
+
+def _steady(repeats: Sequence[Measured]) -> bool | None:
+    known = [repeat.steady for repeat in repeats if repeat.steady is not None]
+    return all(known) if known else None
+
+
+def _goodput(slo: Slo, repeats: Sequence[Measured], window_s: float) -> Goodput:
+    """A rate of everybody who finished in the window, as requests_per_s is; a share of those who were due in it."""
+    records = [record for repeat in repeats for record in repeat.records]
+    finished = [r for m in repeats for r in m.everybody if r.done is not None and m.opened <= r.done < m.closed]
+    return Goodput(
+        slo=str(slo),
+        requests_per_s=sum(map(slo.met_by, finished)) / window_s if window_s else 0.0,
+        share=sum(map(slo.met_by, records)) / len(records) if records else 0.0,
+    )

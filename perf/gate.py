@@ -43,7 +43,7 @@ class Measured:
     opened: float = 0.0
     closed: float = 0.0
     cpu_s: float = 0.0  # of this process, while the window was open
-    steady: bool = True
+    steady: bool | None = None  # None: there was no warm-up to tell
     warmup_requests: int = 0
     records: list[Record] = field(default_factory=list)
     everybody: list[Record] = field(default_factory=list)
@@ -55,28 +55,35 @@ class Measured:
 
 
 class Gate:
-    """Asked for every request that is due, told of every one that ended. `watch` is called after each of the latter."""
+    """Asked for every request that is due, told of every one that ended. `watch` is called with each of the latter."""
 
     def __init__(
         self,
         window: Window,
         together: int,
         clock: Callable[[], float] = time.monotonic,
-        watch: Callable[[Gate], None] | None = None,
+        watch: Callable[[Gate, Record], None] | None = None,
     ) -> None:
         """`together` requests are a part of the warm-up: as many as are under way at a time."""
         self.measured = Measured()
         self.window = window
         self.phase: Literal["warm-up", "window", "hold", "over"] = "warm-up"
-        self.in_flight = 0
+        self._open_requests: dict[int, Record] = {}
         self._together = max(2, together)
         self._clock = clock
         self._watch = watch
-        self._began = clock()
+        self._began: float | None = None
         self._warm: list[Record] = []
         self._unfinished = self._failures = 0
-        if window.warmup == 0:
-            self._open()
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._open_requests)
+
+    @property
+    def under_way(self) -> list[Record]:
+        """Those of the window."""
+        return [record for record in self._open_requests.values() if record.counts]
 
     @property
     def finished(self) -> int:
@@ -84,20 +91,24 @@ class Gate:
 
     def due(self, at: float) -> Record | None:
         """The record of a request that is due at this instant; None: no more are wanted."""
+        if self._began is None:
+            self._began = at
+            if self.window.warmup == 0:
+                self._open(at)
         if self.phase == "window" and self._is_full(at):
             self.stop()
         if self.phase == "over" or (self.phase == "hold" and not self.window.hold):
             return None
         record = Record(at, counts=self.phase == "window")
         self.measured.everybody.append(record)
-        self.in_flight += 1
+        self._open_requests[id(record)] = record
         if record.counts:
             self.measured.records.append(record)
             self._unfinished += 1
         return record
 
     def ended(self, record: Record) -> None:
-        self.in_flight -= 1
+        del self._open_requests[id(record)]
         self._failures = 0 if record.ok else self._failures + 1
         if record.counts:
             self._unfinished -= 1
@@ -105,16 +116,16 @@ class Gate:
         elif self.phase == "warm-up":
             self._warm.append(record)
             if self._is_warm():
-                self._open()
+                self._open(self._clock())
         if self._failures >= _FAILURES + self._together:
             self.stop()
         if self._watch is not None:
-            self._watch(self)
+            self._watch(self, record)
 
     def stop(self) -> None:
         """What has been sent is enough; those under way still count."""
         if self.phase == "warm-up":  # nobody counted; what happened to them is all there is to tell
-            self._open(self._began)
+            self._open(self._clock() if self._began is None else self._began)
             self.measured.records = list(self.measured.everybody)
             self.measured.steady, self.measured.warmup_requests = False, 0
             for record in self.measured.records:
@@ -131,9 +142,10 @@ class Gate:
         return duration_s is not None and at - self.measured.opened >= duration_s
 
     def _is_warm(self) -> bool:
+        self.measured.steady = self._has_settled()
         if self.window.warmup != "auto":
             return len(self._warm) >= self.window.warmup
-        self.measured.steady = self._has_settled()
+        assert self._began is not None
         return self.measured.steady or self._clock() - self._began > self.window.warmup_limit_s
 
     def _has_settled(self) -> bool:
@@ -146,10 +158,10 @@ class Gate:
         earlier, later = float(np.median(took[: self._together])), float(np.median(took[self._together :]))
         return abs(later - earlier) <= _SETTLED * earlier
 
-    def _open(self, at: float | None = None) -> None:
+    def _open(self, at: float) -> None:
         self.phase = "window"
         self.measured.warmup_requests = len(self.measured.everybody)
-        self.measured.opened = self._clock() if at is None else at
+        self.measured.opened = at
         self.measured.cpu_s = -time.process_time()
 
     def _close_if_done(self) -> None:

@@ -31,8 +31,8 @@ async def closed(client: Client, gate: Gate, asks: Iterator[Ask], streams: int) 
 async def opened(client: Client, gate: Gate, asks: Iterator[Ask], schedule: Iterable[float]) -> Measured:
     """At the schedule's instants, however many are still under way; a request is late if this client is."""
     clock = asyncio.get_running_loop().time
-    start = clock()
     async with _undisturbed(gate.measured), asyncio.TaskGroup() as group:
+        start = clock()
         for offset in schedule:
             if (delay := start + offset - clock()) > 0:
                 await asyncio.sleep(delay)
@@ -55,6 +55,7 @@ async def _stream(client: Client, gate: Gate, asks: Iterator[Ask]) -> None:
 
 async def _send(client: Client, gate: Gate, record: Record, ask: Ask) -> None:
     if gate.in_flight > MAX_IN_FLIGHT:
+        record.sent = record.done = asyncio.get_running_loop().time()
         record.error = "too many open"
     else:
         await client.send(record, ask)

@@ -6,6 +6,7 @@ import asyncio
 import platform
 import re
 import subprocess
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -79,6 +80,10 @@ class Watch:
     def _sample(self) -> None:
         self.cpu.append(psutil.cpu_percent())
         self.memory.append(psutil.virtual_memory().used / MIB)
+        with suppress(pynvml.NVMLError):  # a part of a GPU does not tell its use
+            self._sample_gpus()
+
+    def _sample_gpus(self) -> None:
         if self._gpus:
             self.gpu.append(fmean(pynvml.nvmlDeviceGetUtilizationRates(gpu).gpu for gpu in self._gpus))
             self.gpu_memory.append(sum(pynvml.nvmlDeviceGetMemoryInfo(gpu).used for gpu in self._gpus) / MIB)

@@ -70,7 +70,11 @@ def _work(group: argparse._ArgumentGroup) -> None:
 def _load(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--only", type=_scenarios, metavar="NAME,...", help=f"some of {', '.join(SCENARIOS)}")
     group.add_argument("--quick", action="store_true", help="fewer levels and requests: under a minute")
-    group.add_argument("--num-requests", type=_positive, help="at a level; at least two for each stream (default: 20)")
+    group.add_argument(
+        "--num-requests",
+        type=_positive,
+        help="at a level (default: 20): at least 2 for each stream, 10 s of a rate; half as many of a batch",
+    )
     group.add_argument("--duration", type=_seconds, help="of a level, in place of a number of requests")
     group.add_argument("--batch-sizes", type=_positive, nargs="+", metavar="N", help="default: 1 4 8 16")
     group.add_argument("--concurrency", type=_positive, nargs="+", metavar="N", help="default: 1 2 4 8 16 32")
@@ -96,7 +100,7 @@ def _judging(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--find-max", action="store_true", help="search for the highest load that meets the SLO")
     group.add_argument("--baseline", type=Path, metavar="FILE", help="a results.json to compare with")
     group.add_argument(
-        "--fail-on", type=_percent, default=0.05, help="a shift for the worse that fails the run (default: 5%%)"
+        "--fail-on", type=_percent, help="a shift for the worse than the baseline that fails the run (default: 5%%)"
     )
     group.add_argument("--instance-type", metavar="TYPE", help="dollars a million tokens if it ran on this one")
 

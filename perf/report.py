@@ -36,9 +36,7 @@ QUANTITIES = {
 }
 STATES: dict[int, tuple[str, str]] = {
     Exit.FAILED: ("Failed", "bad"),
-    Exit.UNREACHABLE: ("Unreachable", "bad"),
     Exit.CLIENT_LIMITED: ("Client-limited", "warn"),
-    Exit.INTERRUPTED: ("Interrupted", "warn"),
 }
 
 

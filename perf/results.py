@@ -94,7 +94,7 @@ class Goodput(Tree):
 
 
 class Resources(Tree):
-    """Of the machine that the client runs on, over the window; the server's as well if that is the same."""
+    """Of the machine that the client runs on, warm-up included; the server's as well if that is the same."""
 
     cpu_percent: float
     memory_mib: float
@@ -110,7 +110,7 @@ class Stage(Tree):
     load: Load
     repeats: Count
     warmup_requests: Count
-    steady: bool = Field(description="Whether the warm-up ended because latency had settled, not because of its limit.")
+    steady: bool | None = Field(description="Whether latency had settled when the warm-up ended; null: there was none.")
     window_s: float = Field(description="All repeats together, warm-up and drain excluded.")
     requests: Count = Field(description="Due in the window.")
     finished: Count
@@ -118,6 +118,7 @@ class Stage(Tree):
     tokens: Count = Field(description="Of the finished requests' answers.")
     prompt_tokens: Count
     tokens_per_s: float = Field(description="Tokens that arrived within the window, whoever's.")
+    tokens_per_s_by_repeat: list[float] = []
     requests_per_s: float = Field(description="Requests that finished within the window.")
     tokens_per_chunk: float | None = None
     ttft_ms: Distribution | None = None

@@ -13,8 +13,9 @@ from typing import Protocol
 from perf import figures, load, machine, server
 from perf.client import Client
 from perf.gate import Gate, Measured, Window
+from perf.records import Record
 from perf.results import BatchAdvice, FindMax, Load, Probe, Scenario, Stage, Tokens
-from perf.search import Limit, find_max, is_hopeless
+from perf.search import Hope, Limit, find_max
 from perf.settings import Settings
 from perf.slo import Slo
 from perf.workload import Ask, Workload
@@ -22,8 +23,9 @@ from perf.workload import Ask, Workload
 # More than the most tok/s by this share is not worth a larger batch.
 _WORTH = 0.9
 _PROBE_S = 10.0
+# A queue that grows takes time to be seen.
+_RATE_S = 10.0
 _HIGHEST_RATE = 2000.0
-_LOOK_INTERVAL_S = 0.25
 
 
 class Progress(Protocol):
@@ -73,12 +75,12 @@ class Bench:
                 case "rate":
                     await self._levels(scenario, self._rates())
                 case "batch":
-                    await self._levels(scenario, [self._batch(size, 4) for size in self.settings.batch_sizes])
+                    await self._levels(scenario, [self._batch(size, 2) for size in self.settings.batch_sizes])
                     self._scale(scenario, lambda stage: 1)
                 case "batch-profile":
                     await self._levels(scenario, [self._batch(size, 1) for size in self.settings.profile_sizes])
                     self._scale(scenario, lambda stage: 1)
-                    self.batch_advice = advice([s for s in self.stages if s.scenario == scenario], self.settings.slo)
+                    self.batch_advice = advice([s for s in self.stages if s.scenario == scenario])
                 case "find-max":
                     await self._search()
 
@@ -103,7 +105,7 @@ class Bench:
     def _rate(self, rate: float) -> Level:
         asked = Load(loop="open", arrival=self.settings.arrival, rate=rate)
         together = min(64, max(2, round(rate)))
-        window = self.settings.window(together)
+        window = self.settings.window(together, max(self.settings.num_requests, round(rate * _RATE_S)))
         if asked.arrival == "ramp":  # its beginning is part of it
             window = Window(None, self.settings.duration_s or 60.0, warmup=0)
         return Level(f"{rate:.4g}/s {asked.arrival}", asked, window, together)
@@ -122,7 +124,7 @@ class Bench:
             self._keep(stage)
 
     async def _measure(
-        self, scenario: Scenario, level: Level, repeat: int, watch: Callable[[Gate], None] | None = None
+        self, scenario: Scenario, level: Level, repeat: int, watch: Callable[[Gate, Record], None] | None = None
     ) -> Measured:
         name = f"{scenario}: {level.name}" + (f", repeat {repeat + 1}" if self.settings.repeats > 1 else "")
         gate = Gate(level.window, level.together, watch=watch)
@@ -131,13 +133,14 @@ class Bench:
         if level.load.loop == "closed":
             measured = await load.closed(self.client, gate, asks, level.load.concurrency or 1)
         else:
-            measured = await load.opened(self.client, gate, asks, self.settings.schedule(level.load))
+            schedule = self.settings.schedule(level.load, f"{level.name} {repeat}")
+            measured = await load.opened(self.client, gate, asks, schedule)
         self._everybody.append(measured)
         return measured
 
     def _asks(self, part: str, asked: Load) -> Iterator[Ask]:
         settings = self.settings
-        workload = Workload(settings.prompt_words, settings.max_tokens, settings.seed, settings.prompt)
+        workload = Workload(settings.prompt_words, settings.max_tokens, settings.seed, settings.prompt, settings.salt)
         if asked.arrival != "trace":
             return workload.asks(part, asked.batch_size, asked.streaming)
         rng = Random(f"{settings.seed} {part}")
@@ -167,6 +170,8 @@ class Bench:
         requests = sum(record.prompts for record in records if record.sent is not None)
         after = await server.read_after(self.client, before, tokens) if before is not None else None
         counted = after.since(before) if after is not None and before is not None else None
+        if counted is not None and min(counted.values()) < 0:  # it was restarted, or a part of it is gone
+            counted = None
         self.tokens.append(
             Tokens(
                 scenario=scenario,
@@ -216,17 +221,8 @@ class Bench:
         """Ends as soon as the SLO cannot be met any more."""
         slo = self.settings.slo
         assert slo is not None
-        clock = asyncio.get_running_loop().time
-        looked = clock()
-
-        def watch(gate: Gate) -> None:
-            nonlocal looked
-            if gate.phase == "window" and clock() > looked + _LOOK_INTERVAL_S:
-                looked = clock()
-                if is_hopeless(gate, slo, planned, looked):
-                    gate.stop()
-
-        measured = await self._measure("find-max", level, 0, watch)
+        hope = Hope(slo, planned, asyncio.get_running_loop().time)
+        measured = await self._measure("find-max", level, 0, hope.ended)
         stage = figures.stage("find-max", level.name, level.load, [measured], None, slo)
         self._keep(stage)
         return judged(at, stage, measured, slo)
@@ -244,8 +240,7 @@ def judged(at: float, stage: Stage, measured: Measured, slo: Slo) -> tuple[Probe
     elif stage.errors:
         limit = "errors"
     elif missed:
-        tpot_missed = any(sentence.startswith(("tpot", "itl")) for sentence in missed)
-        limit = "latency" if tpot_missed else "queue"
+        limit = "queue" if all(sentence.startswith("ttft") for sentence in missed) else "latency"
     why = "; ".join(
         (stage.client.limited if limit == "client" else missed) or ([f"errors: {stage.errors}"] if stage.errors else [])
     )
@@ -259,13 +254,10 @@ def judged(at: float, stage: Stage, measured: Measured, slo: Slo) -> tuple[Probe
     ), limit
 
 
-def advice(stages: Sequence[Stage], slo: Slo | None) -> BatchAdvice | None:
-    """The smallest batch that has nearly all of the tokens a second there are to have."""
+def advice(stages: Sequence[Stage]) -> BatchAdvice | None:
+    """The smallest batch that has nearly all of the tokens a second there are to have within the SLO."""
     usable = [stage for stage in stages if stage.finished]
-    if slo is not None:
-        bounds = [bound for bound in slo.bounds if bound.quantity == "e2e"]
-        within = [s for s in usable if s.e2e_ms is not None and all(s.e2e_ms.p95 < b.limit_s * 1e3 for b in bounds)]
-        usable = within or usable[:1]
+    usable = [stage for stage in usable if not stage.missed] or usable[:1]
     if not usable:
         return None
     most = max(usable, key=lambda stage: stage.tokens_per_s)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from math import sqrt
 from typing import Literal
 
 from perf.gate import Gate
+from perf.records import Record
 from perf.results import FindMax, Probe
 from perf.slo import Slo
 
 MAX_PROBES = 12
 TOLERANCE = 0.05
 LOWEST_RATE = 0.05
+_LOOK_INTERVAL_S = 0.25
 Limit = Literal["latency", "errors", "queue", "client", "none"]
 
 
@@ -59,16 +61,33 @@ def _next(best: float | None, broke: float | None, highest: float, whole: bool) 
     return float(min(max(round(middle), best + 1), broke - 1)) if whole else middle
 
 
-def is_hopeless(gate: Gate, slo: Slo, planned: int, now: float) -> bool:
-    """Whether no answer that may still come can make this probe meet the SLO: too many are too late already."""
-    for bound in slo.bounds:
-        if bound.quantity == "itl":  # of which one request has many
-            continue
-        allowed = planned * (1 - bound.percentile / 100)
-        late = sum(not bound.met_by(record) for record in gate.measured.records if record.done or record.error)
-        if bound.quantity in ("ttft", "e2e"):
-            under_way = [r for r in gate.measured.records if not (r.done or r.error)]
-            late += sum(not r.chunks and now - r.due > bound.limit_s for r in under_way)
-        if late > allowed + 1:
-            return True
-    return False
+class Hope:
+    """Ends a probe as soon as no answer that may still come can make it meet the SLO: too many are too late already.
+
+    It is told every request that ended, and looks at those under way now and then: it works while time is measured.
+    """
+
+    def __init__(self, slo: Slo, planned: int, clock: Callable[[], float]) -> None:
+        # One request has many gaps, so a few late ones of them say little about the others.
+        self._late = {bound: 0 for bound in slo.bounds if bound.quantity != "itl"}
+        self._planned = planned
+        self._clock = clock
+        self._looked = clock()
+
+    def ended(self, gate: Gate, record: Record) -> None:
+        if record.counts:
+            for bound in self._late:
+                self._late[bound] += not bound.met_by(record)
+        if gate.phase == "window" and self._clock() > self._looked + _LOOK_INTERVAL_S:
+            self._looked = self._clock()
+            if self.is_lost(gate.under_way):
+                gate.stop()
+
+    def is_lost(self, under_way: Sequence[Record]) -> bool:
+        now = self._clock()
+        for bound, late in self._late.items():
+            if bound.quantity in ("ttft", "e2e"):
+                late += sum(not record.chunks and now - record.due > bound.limit_s for record in under_way)
+            if late > self._planned * (1 - bound.percentile / 100) + 1:
+                return True
+        return False

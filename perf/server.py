@@ -70,7 +70,7 @@ KNOWN = (
         "tgi_",
         "tgi_request_generated_tokens_sum",
         "tgi_request_input_length_sum",
-        "tgi_request_success",
+        "tgi_request_success_total",
         {"queue_s": "tgi_request_queue_duration_sum", "queued": "tgi_request_queue_duration_count"},
     ),
 )

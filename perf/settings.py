@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+import secrets
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -34,6 +36,7 @@ class Settings:
     prompt_words: int
     max_tokens: int
     seed: int
+    salt: str
     fixed_length: bool
     scenarios: tuple[Scenario, ...]
     skipped: dict[str, str]
@@ -67,16 +70,16 @@ class Settings:
         at_most_s = _QUICK_S if self.quick else None
         return Window(max(requests or self.num_requests, 2 * together), at_most_s, self.warmup, warmup_limit_s)
 
-    def schedule(self, load: Load) -> Iterator[float]:
-        """Of an open loop."""
-        rate = load.rate or 0.0
+    def schedule(self, load: Load, part: str) -> Iterator[float]:
+        """Of an open loop; another part of a run has another one by the same seed."""
+        rate, seed = load.rate or 0.0, self.seed + zlib.crc32(part.encode())
         match load.arrival:
             case "constant":
                 return arrivals.constant(rate)
             case "poisson":
-                return arrivals.poisson(rate, self.seed)
+                return arrivals.poisson(rate, seed)
             case "gamma":
-                return arrivals.gamma(rate, self.burstiness, self.seed)
+                return arrivals.gamma(rate, self.burstiness, seed)
             case "burst":
                 return arrivals.burst(rate, self.burst_size)
             case "ramp":
@@ -92,10 +95,12 @@ def settings(asked: argparse.Namespace, fail: Callable[[str], Any]) -> Settings:
     arrival: Arrival = asked.arrival or ("trace" if asked.trace else "poisson")
     if (arrival == "trace") != (asked.trace is not None):
         fail("--arrival trace and --trace FILE belong together")
+    if arrival == "trace":
+        _refuse(asked, ("rate", "num_requests", "duration", "max_tokens", "prompt"), "a trace says that itself", fail)
+    if asked.fail_on is not None and asked.baseline is None:
+        fail("--fail-on belongs to --baseline FILE")
     if arrival == "closed" and asked.rate:
         fail("--arrival closed has no --rate: requests are sent when a stream is free; give --concurrency")
-    if arrival == "burst" and asked.duration is None and asked.num_requests and asked.num_requests < asked.burst_size:
-        fail(f"--num-requests {asked.num_requests} is less than one burst of {asked.burst_size}")
     scenarios = _scenarios(asked, arrival, fail)
     skipped: dict[str, str] = {}
     if asked.api == "tgi":
@@ -113,6 +118,7 @@ def settings(asked: argparse.Namespace, fail: Callable[[str], Any]) -> Settings:
         prompt_words=asked.prompt_words,
         max_tokens=asked.max_tokens or (32 if quick else 64),
         seed=asked.seed,
+        salt=secrets.token_hex(4),
         fixed_length=not asked.no_fixed_length and asked.api != "tgi",
         scenarios=tuple(name for name in scenarios if name not in skipped),
         skipped=skipped,
@@ -134,6 +140,12 @@ def settings(asked: argparse.Namespace, fail: Callable[[str], Any]) -> Settings:
     )
 
 
+def _refuse(asked: argparse.Namespace, names: Sequence[str], why: str, fail: Callable[[str], Any]) -> None:
+    for name in names:
+        if getattr(asked, name):
+            fail(f"leave out --{name.replace('_', '-')}: {why}")
+
+
 def _scenarios(asked: argparse.Namespace, arrival: Arrival, fail: Callable[[str], Any]) -> tuple[Scenario, ...]:
     """Those of --only or the usual ones, and what other options ask for beside them."""
     chosen: set[Scenario] = set(asked.only or USUAL)
@@ -143,6 +155,8 @@ def _scenarios(asked: argparse.Namespace, arrival: Arrival, fail: Callable[[str]
         if asked.only is not None and "rate" not in chosen:
             fail("--rate and --trace are for the scenario rate; add it to --only")
         chosen.add("rate")
+    if asked.arrival not in (None, "trace") and not chosen & {"rate", "find-max"}:
+        fail("--arrival is how a --rate arrives, or what --find-max searches with; give one of them")
     if "rate" in chosen and not asked.rate and arrival != "trace":
         fail("the scenario rate wants --rate, such as --rate 2 4 8")
     if "find-max" in chosen and arrival in ("ramp", "trace"):

@@ -27,7 +27,7 @@ class Bound:
     limit_s: float
 
     def __str__(self) -> str:
-        return f"{self.quantity}_p{self.percentile:g}<{self.limit_s * 1e3:g}ms"
+        return f"{self.quantity}_p{self.percentile:.12g}<{self.limit_s * 1e3:.12g}ms"
 
     def values(self, record: Record, service: bool = False) -> list[float]:
         """Seconds, of one finished request; an answer of one token has no TPOT, and keeps any bound on it.
@@ -45,11 +45,18 @@ class Bound:
         return record.ok and all(value < self.limit_s for value in self.values(record))
 
     def measured(self, records: Sequence[Record], service: bool = False) -> float | None:
-        """The percentile in seconds. A request that failed took for ever; None if nobody had such a quantity."""
-        values = [value for record in records if record.ok for value in self.values(record, service)]
-        values += [np.inf] * sum(not record.ok for record in records)
+        """The percentile in seconds, as numpy's; None if nobody had such a quantity.
+
+        A request that failed took for ever, and counts as much as one that did not: as many gaps as those had.
+        """
+        good = [self.values(record, service) for record in records if record.ok]
+        values = [value for of_one in good for value in of_one]
+        failed = sum(not record.ok for record in records)
+        if not failed:
+            return float(np.percentile(values, self.percentile)) if values else None
+        values += [np.inf] * (failed * max(1, round(len(values) / max(1, len(good)))))
         # Between a number and infinity numpy would interpolate to NaN.
-        return float(np.percentile(values, self.percentile, method="higher")) if values else None
+        return float(np.percentile(values, self.percentile, method="higher"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +85,13 @@ class Slo:
         found = []
         for bound in self.bounds:
             value = bound.measured(records, service)
+            if value is None and any(record.ok for record in records):
+                continue  # as the TPOT of answers of one token
             if value is None or not value < bound.limit_s:
                 told = "was not measured" if value is None else f"is {value * 1e3:.4g} ms"
-                found.append(f"{bound.quantity}_p{bound.percentile:g} {told}, not below {bound.limit_s * 1e3:g} ms")
+                found.append(
+                    f"{bound.quantity}_p{bound.percentile:.12g} {told}, not below {bound.limit_s * 1e3:.12g} ms"
+                )
         return found
 
 

@@ -12,7 +12,7 @@ from typing import TextIO
 from perf import cost, export, loop, machine, server
 from perf.arrivals import TraceError
 from perf.client import Client
-from perf.comparison import ComparisonError, Row, compare
+from perf.comparison import FAIL_ON, ComparisonError, Row, compare
 from perf.dialects import DIALECTS
 from perf.exits import Exit
 from perf.options import parser
@@ -37,10 +37,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         chosen = settings(asked, options.error)
         baseline = Run.read(asked.baseline) if asked.baseline is not None else None
         key = asked.api_key_file.read_text().strip() if asked.api_key_file is not None else None
+        export.folder_of(asked.output).mkdir(parents=True, exist_ok=True)  # now rather than after an hour
         if chosen.instance_type is not None:
             cost.load().find(chosen.instance_type)
     except (ResultsError, TraceError, cost.CostError) as error:
         options.error(str(error))
+    except UnicodeDecodeError:
+        options.error("a file that was named is no text")
     except OSError as error:
         options.error(f"{error.filename}: {error.strerror}")
     try:
@@ -52,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("stopped; nothing was written", file=sys.stderr)
         return Exit.INTERRUPTED
     if baseline is not None:
-        run = against(baseline, run, asked.fail_on)
+        run = against(baseline, run, FAIL_ON if asked.fail_on is None else asked.fail_on)
     if asked.json:
         print(run.model_dump_json(indent=1))
     out = sys.stderr if asked.json else sys.stdout
@@ -93,7 +96,7 @@ async def measure(chosen: Settings, command: list[str], key: str | None) -> Run:
         tokens=bench.tokens,
         find_max=bench.find_max,
         batch_advice=bench.batch_advice,
-        verdict=verdict(stages, bench.tokens, bench.find_max, bench.batch_advice),
+        verdict=verdict(stages, bench.tokens, bench.find_max, bench.batch_advice, target.server == "serve_app"),
     )
     return run if chosen.instance_type is None else priced(run, chosen.instance_type)
 
@@ -117,16 +120,21 @@ def against(baseline: Run, run: Run, fail_on: float) -> Run:
     try:
         compared = compare(baseline, run, fail_on=fail_on)
     except ComparisonError as error:
-        return _saying(run, str(error))
-    worse = [_worse(row) for row in compared.regressions]
-    code = Exit.FAILED if worse and run.verdict.exit_code == Exit.OK else run.verdict.exit_code
-    judged = run.verdict.model_copy(update={"exit_code": code, "reasons": [*run.verdict.reasons, *worse]})
-    return _saying(run.model_copy(update={"verdict": judged}), f"Against the baseline: {compared.conclusion}")
+        return _failing(run, Exit.USAGE, [f"the baseline was not compared: {error}"])
+    told = _saying(run, f"Against the baseline: {compared.conclusion}", *compared.cautions)
+    reasons = compared.client_limited or [_worse(row) for row in compared.regressions]
+    return _failing(told, compared.exit_code, reasons)
 
 
 def _worse(row: Row) -> str:
     shift = f"{row.shift:+.1%}" if row.shift is not None else "more"
     return f"worse than the baseline: {row.where}: {row.metric} {row.baseline:.4g} -> {row.candidate:.4g} ({shift})"
+
+
+def _failing(run: Run, code: int, reasons: Sequence[str]) -> Run:
+    """What the run itself ended with comes first."""
+    judged = {"exit_code": run.verdict.exit_code or code, "reasons": [*run.verdict.reasons, *reasons]}
+    return run.model_copy(update={"verdict": run.verdict.model_copy(update=judged)})
 
 
 def _saying(run: Run, *sentences: str) -> Run:

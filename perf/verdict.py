@@ -20,11 +20,14 @@ def verdict(
     tokens: Sequence[Tokens],
     find_max: FindMax | None,
     batch_advice: BatchAdvice | None,
+    ours: bool = True,
 ) -> Verdict:
+    """`ours`: it is serve_app, whose options can be named."""
     loads = [stage for stage in stages if stage.scenario != "find-max"]
     streams = [stage for stage in loads if stage.scenario == "concurrency"]
     limited = [f"{_name(stage)}: {why}" for stage in loads for why in stage.client.limited]
     failed = [f"{_name(stage)}: {missed}" for stage in loads for missed in stage.missed] + _errors(loads)
+    failed += [f"{_name(stage)}: no request was due in its window" for stage in loads if not stage.requests]
     if find_max is not None:
         if find_max.limit == "client":
             limited.append("find-max: the client broke before the server did")
@@ -40,7 +43,7 @@ def verdict(
         *_batches(loads),
         *_counted(tokens),
     ]
-    advice, limit = _limit(streams, tokens)
+    advice, limit = _limit(streams, tokens, ours)
     recommendations = [*advice, *_batch_size(batch_advice), *_unsteady(loads), *_late(loads)]
     if limited:
         sentences.insert(0, "CLIENT-LIMITED: some figures are this client's and not the server's.")
@@ -98,7 +101,7 @@ def _slo(stages: Sequence[Stage]) -> list[str]:
     if not broken:
         return [f"{slo} holds at every load that was tried, up to {judged[-1].name}."]
     first = broken[0]
-    held = [stage for stage in judged if not stage.missed]
+    held = judged[: judged.index(first)]
     upto = f"holds up to {held[-1].name} and" if held else "holds nowhere:"
     share = f"{first.goodput.share:.0%} of the requests met it" if first.goodput is not None else ""
     return [f"{slo} {upto} is missed at {first.name}: {first.missed[0]}; {share}."]
@@ -135,7 +138,8 @@ def _batches(stages: Sequence[Stage]) -> list[str]:
 def _counted(tokens: Sequence[Tokens]) -> list[str]:
     known = [one for one in tokens if one.difference is not None]
     if not known:
-        return ["The server exposes no token counter that is known here: only the client counted."] if tokens else []
+        why = "The server has no token counter that is known here, or was restarted: only the client counted."
+        return [why] if tokens else []
     client, difference = sum(one.client for one in known), sum(one.difference or 0 for one in known)
     if difference == 0:
         return [f"Client and server counted the same {client} tokens."]
@@ -145,7 +149,7 @@ def _counted(tokens: Sequence[Tokens]) -> list[str]:
     ]
 
 
-def _limit(streams: Sequence[Stage], tokens: Sequence[Tokens]) -> tuple[list[str], str]:
+def _limit(streams: Sequence[Stage], tokens: Sequence[Tokens], ours: bool) -> tuple[list[str], str]:
     """What to try, and which limit was hit: memory, queue, compute, or none yet."""
     good = [stage for stage in streams if stage.finished]
     if len(good) < 2:
@@ -154,24 +158,32 @@ def _limit(streams: Sequence[Stage], tokens: Sequence[Tokens]) -> tuple[list[str
     counted = next((one.server_metrics for one in tokens if one.scenario == "concurrency"), {})
     if counted.get("preemptions"):
         return (
-            ["Raise engine.kv_memory_fraction, or lower engine.max_running or max_context; or give it more memory."],
+            [
+                "Raise engine.kv_memory_fraction, or lower engine.max_running or max_context; or give it more memory."
+                if ours
+                else "Give its KV cache more memory, or fewer sequences at a time."
+            ],
             f"Memory was the limit: {counted['preemptions']:.0f} sequences were put off for want of KV memory.",
         )
     wider = (last.load.concurrency or 1) / (before.load.concurrency or 1)
     grew = last.tokens_per_s / before.tokens_per_s - 1 if before.tokens_per_s else 0.0
-    if _waits(last, before):
-        return (
-            ["Raise engine.max_running if memory allows, or add replicas."],
-            f"The queue was the limit: with {last.name} callers waited for a place; tokens came as fast as before.",
-        )
     if grew > _GROWTH * (wider - 1):
         more = (last.load.concurrency or 1) * 2
         return [f"More streams still pay: try --concurrency {more} {more * 2}."], (
             f"No limit was reached: {last.name} made {grew:.0%} more than {before.name}."
         )
+    if _waits(last, before):
+        return (
+            [
+                "Raise engine.max_running if memory allows, or add replicas."
+                if ours
+                else "Let it run more sequences at a time if memory allows, or add replicas."
+            ],
+            f"The queue was the limit: with {last.name} callers waited for a place; tokens came as fast as before.",
+        )
     return (
-        ["Try quantization: int8, a faster processor or a GPU, or more replicas."],
-        f"Compute was the limit: {last.name} made {grew:+.0%} tokens a second of what {before.name} made.",
+        [f"Try {'quantization: int8' if ours else 'quantisation'}, a faster processor or a GPU, or more replicas."],
+        f"Compute was the limit: {last.name} made {grew:+.0%} tokens a second against {before.name}.",
     )
 
 

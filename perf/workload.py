@@ -14,6 +14,7 @@ _TEXT = (
     "large spell add even land here must big high such follow act why ask men change went kind off need picture try"
 )
 WORDS = _TEXT.split()
+_OPENING = 5  # 80 words to the fifth: no two prompts of a run begin alike
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,12 +28,16 @@ class Ask:
 
 @dataclass(frozen=True)
 class Workload:
-    """`fixed` is sent as it is by everybody; else prompts are `words` random words, by `seed`."""
+    """`fixed` is sent as it is by everybody; else prompts are `words` random words, by `seed`.
+
+    The first few are by `salt` as well, one a run: a server that was measured before knows no beginning of them.
+    """
 
     words: int
     max_tokens: int
     seed: int
     fixed: str | None = None
+    salt: str = ""
 
     def asks(self, part: str, batch: int = 1, streaming: bool = True) -> Iterator[Ask]:
         """An endless stream of them; another `part` of a run has others, the same ones in every run."""
@@ -42,4 +47,8 @@ class Workload:
             yield Ask(prompts, self.max_tokens, streaming)
 
     def prompt(self, rng: random.Random, words: int | None = None) -> str:
-        return self.fixed if self.fixed is not None else " ".join(rng.choices(WORDS, k=words or self.words))
+        if self.fixed is not None:
+            return self.fixed
+        drawn = rng.choices(WORDS, k=words or self.words)
+        opening = random.Random(f"{self.salt} {drawn}").choices(WORDS, k=min(_OPENING, len(drawn)))
+        return " ".join([*opening, *drawn[len(opening) :]])

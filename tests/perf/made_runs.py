@@ -66,6 +66,7 @@ def stage(
         "tokens": sum(tokens),
         "prompt_tokens": count,
         "tokens_per_s": tokens_per_s,
+        "tokens_per_s_by_repeat": rates(samples),
         "requests_per_s": 10.0,
         "ttft_ms": distribution(ttft_ms),
         "tpot_ms": distribution(tpot_ms),
@@ -76,6 +77,16 @@ def stage(
         "samples": samples,
     }
     return Stage(**(given | fields))
+
+
+def rates(samples: Samples) -> list[float]:
+    """Of each repeat: its tokens, over the time to the end of its last answer."""
+    rows = list(zip(samples.repeat, samples.due_s, samples.e2e_ms, samples.tokens, strict=True))
+    found = []
+    for number in sorted(set(samples.repeat)):
+        own = [row for row in rows if row[0] == number]
+        found.append(sum(row[3] for row in own) / max(row[1] + row[2] / 1e3 for row in own))
+    return found
 
 
 def run(*stages: Stage, **fields: Any) -> Run:

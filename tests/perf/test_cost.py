@@ -9,6 +9,7 @@ import pytest
 
 from perf.cost import Catalogue, CostError, UnknownInstanceType, best_stage, cost, load, main, stage_cost, stale
 from perf.exits import Exit
+from perf.results import Goodput
 from tests.perf.made_runs import run, stage
 
 
@@ -31,10 +32,15 @@ def test_an_anchor() -> None:
 
 def test_the_stage_with_the_most_tokens_a_second_of_those_that_met_the_objective() -> None:
     slow, fast = stage([50.0] * 20, tokens_per_s=100), stage([900.0] * 20, name="32 streams", tokens_per_s=900)
-    missed = fast.model_copy(update={"missed": ["ttft_p95 is 900 ms, not below 500 ms"]})
+    judged = {"goodput": Goodput(slo="ttft_p95<500ms", requests_per_s=1, share=1)}
+    missed = fast.model_copy(update={**judged, "missed": ["ttft_p95 is 900 ms, not below 500 ms"]})
+    late = fast.model_copy(update={"client": fast.client.model_copy(update={"limited": ["it was late"]})})
 
     assert best_stage(run(slow, fast)).name == "32 streams"
-    assert best_stage(run(slow, missed, slo="ttft_p95<500ms")).name == "8 streams"
+    assert best_stage(run(slow, late)).name == "8 streams"
+    held = slow.model_copy(update=judged)
+    assert best_stage(run(held, missed, slo="ttft_p95<500ms")).name == "8 streams"
+    assert best_stage(run(held, fast, slo="ttft_p95<500ms")).name == "8 streams", "of the other it says nothing"
     with pytest.raises(CostError, match="no stage met ttft_p95<500ms"):
         best_stage(run(missed, slo="ttft_p95<500ms"))
 

@@ -17,6 +17,7 @@ from perf import arrivals, load, metrics
 from perf.dialects import Api
 from perf.gate import Gate, Measured, Window
 from perf.records import Record
+from perf.workload import Workload
 
 from .golden import client, golden, workload
 
@@ -248,3 +249,15 @@ async def test_nobody_there_is_told_so() -> None:
         record = Record(0)
         await one.send(record, next(workload().asks("test")))
     assert record.error == "no connection"
+
+
+def test_prompts_of_a_run_begin_as_no_others_and_are_as_long() -> None:
+    def prompts(salt: str) -> list[list[str]]:
+        asks = Workload(60, 16, 7, salt=salt).asks("part")
+        return [next(asks).prompts[0].split() for _ in range(200)]
+
+    first, second, again = prompts("one"), prompts("two"), prompts("one")
+    assert first == again
+    assert {len(prompt) for prompt in first + second} == {60}
+    assert len({tuple(prompt[:5]) for prompt in first + second}) == 400
+    assert [prompt[5:] for prompt in first] == [prompt[5:] for prompt in second]

@@ -77,6 +77,10 @@ def test_a_search_without_an_objective_has_the_usual_one() -> None:
         (["--instance-type", "g5.xlrge"], "g5.xlarge"),
         (["--only", "single", "--rate", "4"], "add it to --only"),
         (["--find-max", "--arrival", "ramp"], "cannot search"),
+        (["--arrival", "gamma"], "is how a --rate arrives"),
+        (["--fail-on", "5%"], "belongs to --baseline"),
+        (["--trace", __file__, "--rate", "4"], "a trace says that itself"),
+        (["--trace", __file__, "--max-tokens", "4"], "leave out --max-tokens"),
         (["--warmup", "long"], "neither auto nor a number"),
     ],
 )

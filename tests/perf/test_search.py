@@ -11,7 +11,7 @@ from perf.gate import Gate, Measured, Window
 from perf.records import Record
 from perf.results import FindMax, Load, Probe, Stage
 from perf.scenarios import advice
-from perf.search import MAX_PROBES, Limit, find_max, is_hopeless
+from perf.search import MAX_PROBES, Hope, Limit, find_max
 from perf.slo import Slo, SloError
 
 SLO = Slo.parse("ttft_p95<100ms")
@@ -62,31 +62,37 @@ async def test_a_client_that_breaks_ends_the_search() -> None:
     assert len(found.probes) == 4
 
 
-def answered(gate: Gate, due: float, first: float) -> None:
+def answered(gate: Gate, hope: Hope, due: float, first: float) -> None:
     record = gate.due(due)
     assert record is not None
     record.sent = due
     record.arrived(first, 1)
     record.done = first
     gate.ended(record)
+    hope.ended(gate, record)
 
 
 def test_a_probe_ends_when_it_is_lost_and_not_before() -> None:
-    gate = Gate(Window(requests=100, warmup=0), 2)
-    for number in range(6):
-        answered(gate, number, number + 0.2)
-    assert not is_hopeless(gate, SLO, planned=100, now=6)
-    answered(gate, 6, 6.2)
-    assert is_hopeless(gate, SLO, planned=100, now=7)
-    assert not is_hopeless(gate, SLO, planned=1000, now=7)
+    now = [0.0]
+    gate, hope = Gate(Window(requests=100, warmup=0), 2), Hope(SLO, 100, lambda: now[0])
+    longer = Hope(SLO, 1000, lambda: now[0])
+    for number in range(7):
+        assert not hope.is_lost(gate.under_way)
+        answered(gate, hope, number, number + 0.2)
+        now[0] = number + 0.2
+    assert hope.is_lost(gate.under_way)
+    assert gate.phase == "over", "it was stopped, and nobody is under way"
+    assert not longer.is_lost(gate.under_way)
 
 
 def test_who_waits_too_long_already_counts() -> None:
-    gate = Gate(Window(requests=100, warmup=0), 2)
+    now = [1.05]
+    gate, hope = Gate(Window(requests=100, warmup=0), 2), Hope(SLO, 100, lambda: now[0])
     for _ in range(8):
         gate.due(1.0)
-    assert not is_hopeless(gate, SLO, planned=100, now=1.05)
-    assert is_hopeless(gate, SLO, planned=100, now=1.2)
+    assert not hope.is_lost(gate.under_way)
+    now[0] = 1.2
+    assert hope.is_lost(gate.under_way)
 
 
 def finished(ttft_s: float, gap_s: float, tokens: int = 3) -> Record:
@@ -104,8 +110,22 @@ def test_an_objective_is_judged_by_all_its_bounds() -> None:
     assert slo.met_by(good)
     assert not slo.met_by(slow)
     assert slo.missed([good] * 5) == []
-    assert slo.missed([good, slow]) == ["tpot_p99 is 55 ms, not below 50 ms"]
+    assert slo.missed([good, slow]) == ["tpot_p99 is 54.85 ms, not below 50 ms"]
     assert "ttft_p50 was not measured, not below 500 ms" in slo.missed([])
+
+
+def test_an_objective_can_be_read_again_as_it_is_written() -> None:
+    for text in ("e2e_p95<1000000ms", "ttft_p99.99<0.5ms", "tpot_p50<12.25ms"):
+        assert str(Slo.parse(str(Slo.parse(text)))) == text
+
+
+def test_answers_of_one_token_have_no_pace_to_miss() -> None:
+    assert Slo.parse("tpot_p95<1ms").missed([finished(0.1, 0, tokens=1)]) == []
+
+
+def test_gaps_of_a_request_that_failed_count_too() -> None:
+    failed = Record(0.0, sent=0.0, done=1.0, error="cut short")
+    assert Slo.parse("itl_p99<50ms").missed([finished(0.1, 0.01, tokens=64)] * 9 + [failed])
 
 
 def test_a_request_that_failed_took_for_ever() -> None:
@@ -136,11 +156,11 @@ def batches(rates: dict[int, int]) -> list[Stage]:
 
 
 def test_the_smallest_batch_that_pays_is_recommended() -> None:
-    found = advice(batches({1: 100, 2: 190, 4: 350, 8: 600, 16: 640, 32: 650}), None)
+    found = advice(batches({1: 100, 2: 190, 4: 350, 8: 600, 16: 640, 32: 650}))
     assert found is not None
     assert found.recommended == 8
     assert "92%" in found.reason
-    growing = advice(batches({1: 100, 2: 200, 4: 400}), None)
+    growing = advice(batches({1: 100, 2: 200, 4: 400}))
     assert growing is not None
     assert growing.recommended == 4
     assert "a larger one may make more" in growing.reason

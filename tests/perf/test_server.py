@@ -23,12 +23,20 @@ vllm:generation_tokens_total{engine="0",model_name="m"} 640.0
 vllm:request_success_total{finished_reason="stop"} 1.0
 vllm:request_success_total{finished_reason="length"} 9.0
 """
+TGI = """\
+# TYPE tgi_request_success counter
+tgi_request_success 7
+# TYPE tgi_request_generated_tokens histogram
+tgi_request_generated_tokens_bucket{le="+Inf"} 7
+tgi_request_generated_tokens_sum 70
+tgi_request_generated_tokens_count 7
+"""
 LLAMA = "# TYPE llamacpp:tokens_predicted_total counter\nllamacpp:tokens_predicted_total 12\n"
 
 
 @pytest.mark.parametrize(
     ("text", "name", "tokens", "requests"),
-    [(OURS, "serve_app", 123, 2), (VLLM, "vLLM", 640, 10), (LLAMA, "llama.cpp", 12, None)],
+    [(OURS, "serve_app", 123, 2), (VLLM, "vLLM", 640, 10), (LLAMA, "llama.cpp", 12, None), (TGI, "TGI", 70, 7)],
 )
 def test_counters_are_summed_over_their_labels(text: str, name: str, tokens: int, requests: int | None) -> None:
     reading = server.parse(text)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -116,13 +117,45 @@ def test_a_missed_objective_fails_the_run(tmp_path: Path) -> None:
 
 def test_a_client_that_cannot_keep_up_says_so(tmp_path: Path) -> None:
     with golden("--ttft-ms", "1", "--itl-ms", "1") as url:
-        code, run, done = suite(
-            tmp_path, url, "--only rate --rate 20000 --arrival constant --max-tokens 2 --num-requests 4000 --warmup 10"
-        )
+        line = "--only rate --rate 20000 --arrival constant --max-tokens 2 --duration 0.2s --warmup 10"
+        code, run, done = suite(tmp_path, url, line)
     assert code == 4, done.stderr
     assert run is not None
     assert run.verdict.sentences[0].startswith("CLIENT-LIMITED")
     assert "perf.calibrate" in run.verdict.recommendations[0]
+
+
+def test_a_burst_is_no_rate_of_its_own(tmp_path: Path) -> None:
+    with golden("--ttft-ms", "10", "--itl-ms", "1") as url:
+        line = "--only rate --rate 40 --arrival burst --burst-size 20 --duration 2s --max-tokens 2 --warmup 20"
+        run = made(tmp_path, url, line)
+    (stage,) = run.stages
+    assert stage.client.achieved_rate == pytest.approx(1, abs=0.02)
+
+
+def test_a_window_without_a_request_is_no_success(tmp_path: Path) -> None:
+    with golden("--ttft-ms", "10", "--itl-ms", "1") as url:
+        run = made(tmp_path, url, "--only rate --rate 0.9 --arrival constant --warmup 1 --duration 0.1s --max-tokens 2")
+    assert run.verdict.exit_code == 1
+    assert "no request was due in its window" in run.verdict.reasons[0]
+
+
+def test_a_run_survives_a_server_that_is_restarted(tmp_path: Path) -> None:
+    with ExitStack() as first:
+        url = first.enter_context(golden("--ttft-ms", "10", "--itl-ms", "1"))
+        command = [sys.executable, "-m", "perf.suite", "--url", url, "--only", "concurrency", "--concurrency", "2"]
+        line = ["--duration", "6s", "--max-tokens", "4", "--output", str(tmp_path)]
+        with subprocess.Popen([*command, *line], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            assert process.stderr is not None
+            process.stderr.readline()
+            time.sleep(3)
+            first.close()
+            with golden("--port", url.rpartition(":")[2], "--ttft-ms", "10", "--itl-ms", "1"):
+                out, _ = process.communicate(timeout=60)
+    run = Run.read(tmp_path / "results.json")
+    assert process.returncode == run.verdict.exit_code == 1, "requests failed meanwhile"
+    assert run.tokens[0].server is None
+    assert "was restarted" in out.replace("\n", " ")
 
 
 def test_an_open_loop_is_told_apart(tmp_path: Path) -> None:
@@ -148,6 +181,9 @@ def test_a_trace_is_played_as_it_was(tmp_path: Path) -> None:
     with golden("--ttft-ms", "10", "--itl-ms", "1") as url:
         run = made(tmp_path / "out", url, f"--only rate --trace {trace}")
     (stage,) = run.stages
+    assert stage.client.schedule_delay_p50_ms < 10
+    assert stage.samples.ttft_ms[0] is not None
+    assert stage.samples.ttft_ms[0] < 60, "nobody waits for the client to begin"
     assert stage.requests == 20
     assert stage.samples.due_s == pytest.approx([at / 1e3 for at in range(0, 2000, 100)], abs=0.05)
     assert stage.tokens == sum(line["output_length"] for line in lines)
@@ -202,8 +238,8 @@ def test_results_may_have_a_name_of_their_own(tmp_path: Path) -> None:
     assert {one.suffix for one in tmp_path.glob("baseline_cpu.*")} == {".json", ".html", ".md", ".csv", ".xml"}
     assert Run.read(path).stage("single", "one at a time") is not None
     assert nowhere.returncode == 2
-    assert "give another --output" in nowhere.stderr
-    assert "one at a time" in nowhere.stdout, "what was measured is told all the same"
+    assert "Not a directory" in nowhere.stderr
+    assert "one at a time" not in nowhere.stderr, "it is said before an hour of measuring, not after"
 
 
 def test_who_stops_it_is_told_what_became_of_it(tmp_path: Path) -> None:
@@ -243,3 +279,27 @@ def test_a_server_of_another_api_is_told_so(tmp_path: Path) -> None:
     assert code == 3
     assert "http 500" in done.stderr
     assert "as planned" in done.stderr
+
+
+def test_a_baseline_gates_as_compare_does(tmp_path: Path) -> None:
+    """Twice the TTFT fails; nothing in common is no success; a stage that measured its client is not trusted."""
+    line = "--only streaming --num-requests 30 --max-tokens 4"
+    with golden("--ttft-ms", "20", "--itl-ms", "1") as url:
+        made(tmp_path / "a", url, line)
+        same = made(tmp_path / "b", url, f"{line} --baseline {tmp_path / 'a' / 'results.json'} --fail-on 50%")
+        other = made(tmp_path / "c", url, f"--only single --baseline {tmp_path / 'a' / 'results.json'}")
+    with golden("--ttft-ms", "40", "--itl-ms", "1") as url:
+        slower = made(tmp_path / "d", url, f"{line} --baseline {tmp_path / 'a' / 'results.json'}")
+    assert same.verdict.exit_code == 0
+    assert any("--repeats 5" in sentence for sentence in same.verdict.sentences)
+    assert other.verdict.exit_code == 2
+    assert "no stage is in both runs" in other.verdict.reasons[0]
+    assert slower.verdict.exit_code == 1
+    assert slower.verdict.reasons[0].startswith("worse than the baseline: streaming, one at a time: ttft 2")
+
+
+def test_every_run_asks_what_nobody_has_asked_before(tmp_path: Path) -> None:
+    with golden("--ttft-ms", "5", "--itl-ms", "1") as url:
+        first, second = (made(tmp_path / name, url, "--only single --num-requests 3") for name in "ab")
+    assert first.settings["salt"] != second.settings["salt"]
+    assert first.settings["seed"] == second.settings["seed"]

@@ -87,7 +87,7 @@ def test_failures_are_told_by_kind_and_fail() -> None:
         ([counted(100, 100)], "Client and server counted the same 100 tokens."),
         ([counted(100, 104)], "The server counted 4 tokens more than the client's 100"),
         ([counted(100, 90)], "The server counted 10 tokens fewer than the client's 100"),
-        ([counted(100, None)], "The server exposes no token counter that is known here"),
+        ([counted(100, None)], "The server has no token counter that is known here, or was restarted"),
     ],
 )
 def test_both_counts_are_held_against_each_other(tokens: list[Tokens], sentence: str) -> None:
