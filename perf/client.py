@@ -33,7 +33,8 @@ class Client:
 
     async def __aenter__(self) -> Self:
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=60),
+            # Below the 5 s after which uvicorn hangs up: a request must not meet a connection that closes.
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=4),
             timeout=self._timeout,
             headers=self._headers,
             # Without any cookie jar, redirects or environment: what is measured is the address that was given.
