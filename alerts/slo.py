@@ -16,8 +16,8 @@ DASHBOARD = "http://localhost:3000/d/serve-app-slo"
 
 # Ended by us: errors with a status of 500 and more, and callers that were turned away for want of room.
 BAD = "deadline_exceeded|internal_error|not_ready|queue_full"
-# Those, and what was answered. Who left, or asked for what cannot be done, says nothing about the service.
-COUNTED = "deadline_exceeded|embedded|internal_error|length|not_ready|queue_full|stop"
+# Says nothing about the service: the caller left, or asked for what cannot be done.
+NOT_COUNTED = "cancelled|invalid_request|prompt_too_long"
 
 SECONDS = {"1h": 3600, "6h": 21600, "1d": 86400, "3d": 259200}
 WINDOWS = ("5m", "30m", "1h", "2h", "6h", "1d", "3d")
@@ -59,8 +59,10 @@ SLOS = (
         minimum=1000,
         fast="critical",
         metric="serve_app_requests_total",
-        bad=f'sum by (model) (rate(serve_app_requests_total{{outcome=~"{BAD}"}}[WINDOW]))',
-        all=f'sum by (model) (rate(serve_app_requests_total{{outcome=~"{COUNTED}"}}[WINDOW]))',
+        bad=f"""sum by (model) (
+              rate(serve_app_requests_total{{outcome=~"{BAD}"}}[WINDOW])
+            )""",
+        all=f'sum by (model) (rate(serve_app_requests_total{{outcome!~"{NOT_COUNTED}"}}[WINDOW]))',
     ),
     Slo(
         name="StreamCompleteness",
@@ -117,8 +119,7 @@ def _recorded(slo: Slo) -> Iterator[str]:
         yield f"""\
       - record: slo:requests:rate{window}
         labels: {{slo: {slo.slug}}}
-        expr: >-
-          {slo.all.replace("WINDOW", window)}
+        expr: {slo.all.replace("WINDOW", window)}
       - record: slo:sli_error:ratio_rate{window}
         labels: {{slo: {slo.slug}}}
         expr: |-
