@@ -1,0 +1,1 @@
+"""Alerting: rules for Prometheus, their unit tests, and a runbook for each."""

@@ -1,0 +1,359 @@
+"""Prometheus' rules: that they are valid, tested each in four ways, explained, and made of metrics that exist."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import yaml
+from prometheus_client.metrics_core import Metric
+
+from alerts import slo
+from alerts.__main__ import main
+from serve_app import errors
+from serve_app.deployments.metrics import FINISHED, EngineMetrics, IngressMetrics
+from serve_app.engine.engine import Engine, EngineStats
+from serve_app.types import GenerationRequest, SamplingParams, TextPrompt
+
+ALERTS = Path(slo.__file__).parent
+RULE_FILES = sorted(ALERTS.glob("rules/*.yml"))
+TEST_FILES = sorted(ALERTS.glob("tests/*.yml"))
+RUNBOOKS = sorted(ALERTS.glob("runbooks/*.md"))
+
+Document = dict[str, Any]
+RULES: list[Document] = [
+    rule for path in RULE_FILES for group in yaml.safe_load(path.read_text())["groups"] for rule in group["rules"]
+]
+BY_NAME: dict[str, Document] = {rule["alert"]: rule for rule in RULES if "alert" in rule}
+RECORDED = {rule["record"] for rule in RULES if "record" in rule}
+GROUPS: dict[str, list[Document]] = {}
+for _path in TEST_FILES:
+    _document = yaml.safe_load(_path.read_text())
+    for _group in _document["tests"]:
+        GROUPS.setdefault(_group["name"], []).append({**_group, "tick": _document["evaluation_interval"]})
+
+# Whoever is called out of bed is called for one of these.
+PAGES = {
+    "AlertmanagerUnreachable",
+    "AvailabilityBudgetBurnsFast",
+    "DeploymentWithoutReplica",
+    "EngineStalled",
+    "ErrorRateVeryHigh",
+    "GPUMemoryNearlyFull",
+    "NotificationsFail",
+    "ServiceDown",
+    "StreamCompletenessBudgetBurnsFast",
+    "TTFTBudgetBurnsFast",
+    "TimeToFirstTokenVeryHigh",
+}
+# For Alertmanager's routes rather than for people.
+NOBODY = {"InfoInhibitor", "Watchdog"}
+DASHBOARDS = {"serve-app-alerting", "serve-app-llm", "serve-app-resources", "serve-app-slo"}
+
+# Exported by Prometheus itself, by Alertmanager 0.25 and by node_exporter.
+STANDARD = {
+    "ALERTS",
+    "up",
+    "alertmanager_config_last_reload_successful",
+    "alertmanager_notifications_failed_total",
+    "alertmanager_notifications_total",
+    "node_filesystem_avail_bytes",
+    "node_filesystem_size_bytes",
+    "prometheus_config_last_reload_successful",
+    "prometheus_notifications_alertmanagers_discovered",
+    "prometheus_rule_evaluation_failures_total",
+}
+# Ray's, and where its package has the name as a literal, without `ray_`.
+RAY = {
+    "ray_node_gpus_utilization": "dashboard/modules/reporter/reporter_agent.py",
+    "ray_node_gram_available": "dashboard/modules/reporter/reporter_agent.py",
+    "ray_node_gram_used": "dashboard/modules/reporter/reporter_agent.py",
+    # Its own is in C++; Ray's dashboard asks for it under this name.
+    "ray_resources": "dashboard/modules/metrics/dashboards/default_dashboard_panels.py",
+    "ray_serve_autoscaling_desired_replicas": "serve/_private/autoscaling_state.py",
+    "ray_serve_deployment_replica_healthy": "serve/_private/deployment_state.py",
+    "ray_serve_deployment_status": "serve/_private/deployment_state.py",
+}
+
+
+def promtool(*arguments: str | Path) -> str:
+    """What it says, when it is content."""
+    binary = shutil.which("promtool")
+    if binary is None:
+        pytest.fail("promtool is missing; install it with: apt-get install -y prometheus")
+    done = subprocess.run([binary, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def families() -> list[Metric]:
+    """All of a replica that has had one request, as in its /metrics."""
+    ingress = IngressMetrics("r1")
+    request = GenerationRequest("1", "m", TextPrompt("hello"), SamplingParams(), 10)
+    ingress.began(request)
+    ingress.tokens(request).inc(2)
+    chunk = SimpleNamespace(events=[SimpleNamespace(elapsed_s=0.1)], queue_s=0.01, prompt_tokens=3)
+    ingress.first(request, cast(Any, chunk))
+    ingress.ended(request, "stop", 2, 0.1, 0.2)
+    ingress.refused("not_found", "")
+    stats = SimpleNamespace(**dict.fromkeys(EngineStats.__slots__, 1))
+    engine = cast(Engine, SimpleNamespace(stats=lambda: stats, kind="toy"))
+    return [*ingress.families(), *EngineMetrics("m", "r1", engine).families()]
+
+
+def bounds() -> dict[str, set[str]]:
+    """The buckets of every histogram, as Prometheus writes them."""
+    found: dict[str, set[str]] = {}
+    for family in families():
+        for sample in family.samples:
+            if "le" in sample.labels:
+                found.setdefault(sample.name, set()).add(sample.labels["le"])
+    # | `name` | histogram, seconds; buckets 1, 2, 5 | ...
+    for name, listed in re.findall(r"^\| `(\w+)` \| histogram[^;|]*; buckets ([^|]*) \|", to_add(), re.MULTILINE):
+        found[f"{name}_bucket"] = {f"{float(bound)}" for bound in listed.split(", ")}
+    return found
+
+
+def to_add() -> str:
+    path = ALERTS / "METRICS_TO_ADD.md"
+    return path.read_text() if path.exists() else ""
+
+
+def announced() -> set[str]:
+    """The names in METRICS_TO_ADD.md, a histogram's with those of its series."""
+    rows = re.findall(r"^\| `(\w+)` \| (\w+)", to_add(), re.MULTILINE)
+    endings = {"histogram": ("_bucket", "_count", "_sum")}
+    return {name + ending for name, kind in rows for ending in endings.get(kind, ("",))}
+
+
+def exported() -> set[str]:
+    return {sample.name for family in families() for sample in family.samples}
+
+
+def metrics_in(expression: str) -> set[str]:
+    """Names of series in PromQL: words that are no function, label, duration or keyword."""
+    rest = re.sub(r'\{[^}]*\}|"[^"]*"|\[[^]]*\]', " ", expression)
+    rest = re.sub(r"\b(by|on|without|ignoring)\s*\([^)]*\)", " ", rest)
+    words: list[str] = re.findall(r"(?<![\w:.])[A-Za-z_][\w:]*(?!\w|:|\s*\()", rest)
+    return set(words) - {"and", "or", "unless"}
+
+
+def problems(rule: Document, runbooks: set[str]) -> Iterator[str]:
+    """What an alert lacks."""
+    name, labels, annotations = rule["alert"], rule.get("labels", {}), rule.get("annotations", {})
+    severities = {"none"} if name in NOBODY else {"critical", "warning", "info"}
+    if labels.get("severity") not in severities:
+        yield f"{name}: severity is one of {', '.join(sorted(severities))}"
+    if not labels.get("symptom"):
+        yield f"{name}: no symptom, by which Alertmanager knows what explains it"
+    if not annotations.get("summary"):
+        yield f"{name}: no summary"
+    if "{{ $value" not in annotations.get("description", ""):
+        yield f"{name}: its description does not say the value"
+    base, _, file = annotations.get("runbook_url", "").rpartition("/")
+    if base != slo.RUNBOOKS or file not in runbooks:
+        yield f"{name}: no runbook"
+    dashboard = re.match(r"http://localhost:3000/d/([\w-]+)", annotations.get("dashboard_url", ""))
+    if dashboard is None or dashboard[1] not in DASHBOARDS:
+        yield f"{name}: no dashboard"
+
+
+def seconds(duration: str) -> int:
+    units = {"h": 3600, "m": 60, "s": 1}
+    return sum(int(number) * units[unit] for number, unit in re.findall(r"(\d+)([hms])", duration))
+
+
+def looks(group: Document, alert: str) -> dict[int, bool]:
+    """Whether an alert is expected, by seconds."""
+    tests = [test for test in group["alert_rule_test"] if test["alertname"] == alert]
+    return {seconds(test["eval_time"]): bool(test["exp_alerts"]) for test in tests}
+
+
+@pytest.mark.system
+@pytest.mark.parametrize("path", RULE_FILES, ids=lambda path: path.name)
+def test_prometheus_takes_the_rules(path: Path) -> None:
+    promtool("check", "rules", "--lint=all", "--lint-fatal", path)
+
+
+@pytest.mark.system
+@pytest.mark.parametrize("path", TEST_FILES, ids=lambda path: path.name)
+def test_alerts_fire_when_they_should_and_only_then(path: Path) -> None:
+    promtool("test", "rules", path)
+
+
+@pytest.mark.parametrize("alert", sorted(BY_NAME.keys() - {"Watchdog"}))
+def test_every_alert_is_tested_four_ways(alert: str) -> None:
+    """Firing at its time, silent a tick before, silent when healthy, and without data."""
+    for group in GROUPS[f"{alert} fires"]:
+        expected = looks(group, alert)
+        (first,) = (at for at, fires in expected.items() if fires)
+        assert expected.get(first - seconds(group["tick"])) is False
+    for group in GROUPS[f"{alert} healthy"]:
+        assert group["input_series"]
+        assert set(looks(group, alert).values()) == {False}
+    (group,) = GROUPS[f"{alert} without data"]
+    assert looks(group, alert)
+    there = {name for series in group["input_series"] for name in metrics_in(series["series"])}
+    assert used(alert) == {"up"} or used(alert) - there, "everything that it needs is there"
+
+
+def used(alert: str) -> set[str]:
+    """The metrics of an alert, and of what is recorded for it."""
+    sources = {rule["record"]: rule["expr"] for rule in RULES if "record" in rule}
+    found, open_ = set[str](), metrics_in(BY_NAME[alert]["expr"])
+    while open_:
+        name = open_.pop()
+        if name not in found:
+            found.add(name)
+            open_ |= metrics_in(sources.get(name, ""))
+    return found - RECORDED
+
+
+def test_the_watchdog_never_sleeps() -> None:
+    """It has no healthy state: it fires from the first look, with data and without."""
+    assert looks(GROUPS["Watchdog fires"][0], "Watchdog") == {0: True, 1800: True}
+    assert looks(GROUPS["Watchdog without data"][0], "Watchdog") == {1800: True}
+
+
+def test_every_test_is_of_an_alert_that_exists() -> None:
+    named = {
+        test["alertname"] for groups in GROUPS.values() for one in groups for test in one.get("alert_rule_test", ())
+    }
+    assert named == BY_NAME.keys()
+
+
+def test_every_alert_says_what_it_is_and_what_to_do() -> None:
+    runbooks = {path.name for path in RUNBOOKS}
+    assert [problem for rule in BY_NAME.values() for problem in problems(rule, runbooks)] == []
+    assert len(BY_NAME) == sum("alert" in rule for rule in RULES), "a name is used twice"
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "problem"),
+    [
+        ("annotations", "runbook_url", "no runbook"),
+        ("annotations", "dashboard_url", "no dashboard"),
+        ("annotations", "summary", "no summary"),
+        ("annotations", "description", "does not say the value"),
+        ("labels", "severity", "severity is one of"),
+        ("labels", "symptom", "no symptom"),
+    ],
+)
+def test_an_alert_that_lacks_something_is_found(part: str, key: str, problem: str) -> None:
+    rule = BY_NAME["EngineStalled"]
+    mutant = {**rule, part: {name: text for name, text in rule[part].items() if name != key}}
+    (found,) = problems(mutant, {path.name for path in RUNBOOKS})
+    assert problem in found
+
+
+def test_an_alert_whose_runbook_was_deleted_is_found() -> None:
+    (found,) = problems(BY_NAME["EngineStalled"], {"ServiceDown.md"})
+    assert found == "EngineStalled: no runbook"
+
+
+def test_few_page() -> None:
+    assert {name for name, rule in BY_NAME.items() if rule["labels"]["severity"] == "critical"} == PAGES
+
+
+def test_every_metric_of_a_rule_is_exported_by_somebody() -> None:
+    known = exported() | STANDARD | RAY.keys() | announced() | RECORDED
+    unknown = {name for rule in RULES for name in metrics_in(rule["expr"])} - known
+    assert unknown == set()
+
+
+def test_a_metric_that_nobody_exports_is_found() -> None:
+    expression = 'sum by (model) (rate(serve_app_nothing_total{outcome=~"a|b"}[5m])) > 0.1 and on (model) up == 0'
+    assert metrics_in(expression) == {"serve_app_nothing_total", "up"}
+    assert "serve_app_nothing_total" not in exported() | announced()
+
+
+@pytest.mark.parametrize(("name", "file"), RAY.items())
+def test_the_installed_ray_has_the_metric(name: str, file: str) -> None:
+    spec = importlib.util.find_spec("ray")
+    assert spec is not None
+    assert spec.origin is not None
+    source = (Path(spec.origin).parent / file).read_text()
+    assert re.search(rf'"{name.removeprefix("ray_")}"|\b{name}\b', source)
+
+
+def test_what_is_to_be_added_is_needed_and_not_there_yet() -> None:
+    everywhere = {name for rule in RULES for name in metrics_in(rule["expr"])}
+    for name in re.findall(r"^\| `(\w+)` \|", to_add(), re.MULTILINE):
+        assert any(one.startswith(name) for one in everywhere), f"no rule uses {name}"
+        assert not any(one.startswith(name) for one in exported()), f"{name} exists: take it off the list"
+
+
+def test_thresholds_are_bounds_of_buckets() -> None:
+    """Between two bounds Prometheus guesses; at one it counts."""
+    known, seen = bounds(), set[str]()
+    for rule in RULES:
+        for name, bound in re.findall(r'(\w+_bucket)\{le="([^"]*)"\}', rule["expr"]):
+            assert bound in known[name], rule
+            seen.add(name)
+        for name, bound in re.findall(r"serve_app:(\w+):p95_5m > (\S+)", rule["expr"]):
+            assert f"{float(bound)}" in known[f"serve_app_{name}_bucket"], rule
+            seen.add(name)
+    assert len(seen) == 5  # TTFT, TPOT, queue and waking, and TTFT's percentile
+
+
+def test_every_outcome_is_good_or_bad_or_not_counted() -> None:
+    kinds = errors.ServeAppError.__subclasses__()
+    ours = {kind.code for kind in kinds if kind.status >= 500 or kind.status == 429}
+    assert set(slo.BAD.split("|")) == ours
+    # These are refused before there is a model to count them for.
+    door = {"body_too_large", "method_not_allowed", "model_not_found", "not_found"}
+    assert set(slo.NOT_COUNTED.split("|")) == {kind.code for kind in kinds} - ours - door | {"cancelled"}
+    assert not FINISHED & {*slo.BAD.split("|"), *slo.NOT_COUNTED.split("|")}
+    used_elsewhere = (ALERTS / "rules/symptoms.yml").read_text()
+    assert f'outcome=~"{slo.BAD}"' in used_elsewhere
+    assert f'outcome!~"{slo.NOT_COUNTED}"' in used_elsewhere
+
+
+def test_the_objectives_rules_are_those_of_the_table() -> None:
+    assert slo.FILE.read_text() == slo.text(), "run: python -m alerts rules"
+
+
+def test_the_command_writes_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slo, "FILE", tmp_path / "slo.yml")
+    assert main(["rules"]) == 0
+    assert (tmp_path / "slo.yml").read_text() == slo.text()
+    assert main([]) == 2
+
+
+@pytest.mark.system
+def test_prometheus_takes_the_runbooks_questions(tmp_path: Path) -> None:
+    blocks = [block for path in RUNBOOKS for block in re.findall(r"```promql\n(.*?)```", path.read_text(), re.DOTALL)]
+    questions = {line for block in blocks for line in block.splitlines() if not line.startswith("#")}
+    assert len(questions) > 40
+    rules = [{"record": f"question:{number}", "expr": text} for number, text in enumerate(sorted(questions))]
+    path = tmp_path / "questions.yml"
+    path.write_text(yaml.safe_dump({"groups": [{"name": "runbooks", "rules": rules}]}))
+    promtool("check", "rules", path)
+
+
+@pytest.mark.parametrize("path", RUNBOOKS, ids=lambda path: path.stem)
+def test_a_runbook_is_complete_and_asks_for_metrics_that_exist(path: Path) -> None:
+    text = path.read_text()
+    assert re.findall(r"^## (.*)$", text, re.MULTILINE) == [
+        "Meaning",
+        "Impact",
+        "Diagnosis",
+        "Mitigation",
+        "How it was tested",
+    ]
+    urls = [rule["annotations"]["runbook_url"] for rule in BY_NAME.values()]
+    assert any(url.endswith(f"/{path.name}") for url in urls), "no alert points here"
+    families_ = {re.sub("_(bucket|count|sum)$", "", name) for name in exported() | announced()}
+    names = {re.sub("_(bucket|count|sum)$", "", name) for name in re.findall(r"\bserve_app_[a-z_]+\b", text)}
+    assert names <= families_ | exported() | announced(), names
+    assert set(re.findall(r"\bray_[a-z_]+\b", text)) <= RAY.keys()
+    # Its head names all of its alerts.
+    mine = {name for name, rule in BY_NAME.items() if rule["annotations"]["runbook_url"].endswith(f"/{path.name}")}
+    assert all(f"`{name}`" in text.split("## Meaning")[0] for name in mine)
