@@ -1,0 +1,1 @@
+"""Alerts: their rules, who is told of them, and the history of when they were."""
