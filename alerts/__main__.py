@@ -60,30 +60,27 @@ Stop it with Ctrl-C or SIGTERM. Exit code 0: stopped; 2: it cannot start.
 
 
 def parser() -> argparse.ArgumentParser:
-    whole = argparse.ArgumentParser(prog="python -m alerts", description=ABOUT, formatter_class=_AsWritten)
+    as_written = argparse.RawDescriptionHelpFormatter
+    whole = argparse.ArgumentParser(prog="python -m alerts", description=ABOUT, formatter_class=as_written)
     commands = whole.add_subparsers(dest="command", required=True, metavar="render | check | history")
 
     one = commands.add_parser(
-        "render", help="settings to alertmanager.yml", description=RENDER, formatter_class=_AsWritten
+        "render", help="settings to alertmanager.yml", description=RENDER, formatter_class=as_written
     )
     one.add_argument("--settings", type=Path, required=True, help=f"a YAML file like {EXAMPLE}")
     one.add_argument("--output", type=Path, required=True, help="a folder, made if it is not there")
     one.add_argument("--production", action="store_true", help="refuse what would reach nobody")
 
-    one = commands.add_parser("check", help="amtool on the result", description=CHECK, formatter_class=_AsWritten)
+    one = commands.add_parser("check", help="amtool on the result", description=CHECK, formatter_class=as_written)
     one.add_argument("--output", type=Path, required=True, help="the folder that `render` wrote")
 
-    one = commands.add_parser("history", help="keep when alerts were", description=HISTORY, formatter_class=_AsWritten)
+    one = commands.add_parser("history", help="keep when alerts were", description=HISTORY, formatter_class=as_written)
     one.add_argument("--database", type=Path, required=True, help="an SQLite file, made if it is not there")
     one.add_argument("--host", default="127.0.0.1", help="where to listen (%(default)s); elsewhere needs a token")
     one.add_argument("--port", type=int, default=9099, help="%(default)s; 0 takes a free one")
     one.add_argument("--token-file", type=Path, help="the bearer token that all but /healthy then need")
     one.add_argument("--keep-days", type=int, default=400, help="forget alerts not told of for so long (%(default)s)")
     return whole
-
-
-class _AsWritten(argparse.RawDescriptionHelpFormatter):
-    pass
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

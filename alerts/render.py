@@ -63,16 +63,19 @@ def obstacles(settings: Settings) -> list[str]:
 
 def _secret_obstacle(key: str, path: Path) -> str | None:
     try:
-        text = path.read_text(encoding="utf-8").strip()
+        written = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not text"
         return f"{key}: {path}: {reason}; write the secret there, on one line, for its user alone (chmod 600)"
+    text = written.strip()
     if not text or len(text.splitlines()) > 1:
         return f"{key}: {path}: expected one line with the secret, found {len(text.splitlines())}"
     if is_placeholder(text):
         return f"{key}: {path}: holds the text of an example; put the secret there"
     if key.endswith("api_url_file") and urlsplit(text).scheme not in ("http", "https"):
         return f"{key}: {path}: expected the whole URL of an incoming webhook, https://hooks.slack.com/services/..."
+    if key == "email.password_file" and written != text:
+        return f"{key}: {path}: ends in a new line, which Alertmanager 0.25 sends as part of the password; printf %s it"
     return None
 
 
