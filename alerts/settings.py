@@ -93,6 +93,12 @@ def _label(text: str) -> str:
     return text
 
 
+def _symptom(text: str) -> str:
+    if not re.fullmatch(r"[a-z0-9-]+", text):
+        raise ValueError(f"{text!r} is no symptom; small letters, digits and - make one")
+    return text
+
+
 Url = Annotated[str, AfterValidator(_url)]
 Duration = Annotated[str, AfterValidator(_duration)]
 Address = Annotated[str, AfterValidator(_address)]
@@ -102,6 +108,7 @@ Location = Annotated[str, AfterValidator(_location)]
 Days = Annotated[str, AfterValidator(_days)]
 Time = Annotated[str, AfterValidator(_time)]
 Name = Annotated[str, AfterValidator(_label)]
+Symptom = Annotated[str, AfterValidator(_symptom)]
 
 
 class Section(BaseModel):
@@ -203,22 +210,15 @@ class Timing(Section):
 class Inhibition(Section):
     """Which alerts keep quiet while another one fires.
 
-    Two alerts are about the same thing if one of the labels in `same` is there in both and equal, and about the same
-    place if all in `place` are equal or missing in both. A more severe alert silences a less severe one about the same
-    thing and place. While an alert in `service_down` fires, all others of its cluster are silent but those in
-    `spared`: what watches the watchers, and what may be the cause.
+    A more severe alert silences a less severe one with the same name or the same label `symptom`, in the same place:
+    all labels in `place` are equal, or missing in both. While an alert in `service_down` fires, all others of its
+    cluster are silent. Alerts with a symptom in `spared` are silenced by neither: what watches the watchers, and what
+    may be the cause.
     """
 
-    same: tuple[Name, ...] = Field(("alertname", "slo"), min_length=1)
     place: tuple[Name, ...] = ("cluster", "model")
     service_down: tuple[Name, ...] = Field(("ServiceDown",), min_length=1)
-    spared: tuple[Name, ...] = (
-        "AlertmanagerNotificationsFailing",
-        "DiskNearFull",
-        "PrometheusNotIngesting",
-        "PrometheusRuleFailures",
-        "RayNodeLost",
-    )
+    spared: tuple[Symptom, ...] = Field(("monitoring", "deploy", "disk", "replicas"), min_length=1)
 
 
 class Settings(Section):

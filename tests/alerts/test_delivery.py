@@ -106,7 +106,7 @@ async def test_outside_business_hours_only_warnings_wait(tmp_path: Path) -> None
 
 async def test_a_severity_that_nobody_knows_is_told_at_any_hour(tmp_path: Path) -> None:
     async with world(tmp_path, business_hours=never_now()) as here:
-        await here.tell(alert("Misspelt", "Critical"), alert("Forgotten", None))
+        await here.tell(alert("Misspelt", "Critical"), alert("Forgotten", None), alert("ForAlertmanager", "none"))
         await until(lambda: len(here.web.slack_warning) == len(here.mail.letters) == 2, "both")
         assert sorted(title(post) for post in here.web.slack_warning) == ["[FIRING:1] Forgotten", "[FIRING:1] Misspelt"]
 
@@ -140,27 +140,29 @@ async def test_the_more_severe_alert_silences_the_less_severe(tmp_path: Path) ->
     async with world(tmp_path) as here:
         await here.tell(
             alert("HighTTFT", "critical", model="a", cluster="x"),
-            alert("TTFTBurnFast", "critical", model="a", cluster="x", slo="ttft"),
+            alert("TTFTBurnFast", "critical", model="a", cluster="x", symptom="ttft"),
         )
         await until(lambda: len(here.web.pages) == 2, "the pages")
         silenced = [
             alert("HighTTFT", "warning", model="a", cluster="x"),
-            alert("TTFTBurnSlow", "warning", model="a", cluster="x", slo="ttft"),
+            alert("TTFTBurnSlow", "warning", model="a", cluster="x", symptom="ttft"),
         ]
+        await here.tell(alert("NotificationsFail", "critical", cluster="x", symptom="monitoring"))
         others = [
+            alert("RulesFail", "warning", cluster="x", symptom="monitoring"),  # which are never silenced
             alert("HighTTFT", "warning", model="b", cluster="x"),  # of another model
             alert("HighTTFT", "warning", model="a", cluster="y"),  # in another place
-            alert("HighQueueWait", "warning", model="a", cluster="x"),  # about something else, without an slo
-            alert("TPOTBurnSlow", "warning", model="a", cluster="x", slo="tpot"),  # of another objective
+            alert("HighQueueWait", "warning", model="a", cluster="x"),  # about something else, without a symptom
+            alert("TPOTBurnSlow", "warning", model="a", cluster="x", symptom="tpot"),  # of another objective
         ]
         await here.tell(*silenced, *others)
-        await until(lambda: len(here.web.slack_warning) == len(here.mail.letters) == 4, "those that are not silenced")
+        await until(lambda: len(here.web.slack_warning) == len(here.mail.letters) == 5, "those that are not silenced")
         await here.resolve(*others)  # a whole group_interval later: the silenced have had their turn as well
-        await until(lambda: len(here.web.slack_warning) == len(here.mail.letters) == 8, "their end")
+        await until(lambda: len(here.web.slack_warning) == len(here.mail.letters) == 10, "their end")
         states = await here.states()
         assert states["HighTTFT warning a"] == states["TTFTBurnSlow warning a"] == "suppressed"
         told = {title(post).split(maxsplit=1)[1] for post in here.web.slack_warning}
-        assert told == {"HighTTFT (a)", "HighTTFT (b)", "HighQueueWait (a)", "TPOTBurnSlow (a)"}
+        assert told == {"HighTTFT (a)", "HighTTFT (b)", "HighQueueWait (a)", "TPOTBurnSlow (a)", "RulesFail"}
         assert one_cluster(here, "HighTTFT (a)") == {"y"}
 
 
@@ -180,7 +182,10 @@ async def test_a_service_that_is_down_silences_the_rest_but_not_what_may_be_the_
         await here.tell(down)
         await until(lambda: here.web.pages, "the page")
         rest = [alert("HighErrorRate", "critical", cluster="x", model="a"), alert("HighTTFT", "warning", cluster="x")]
-        heard = [alert("RayNodeLost", "critical", cluster="x"), alert("HighErrorRate", "critical", cluster="y")]
+        heard = [
+            alert("NodeLost", "critical", cluster="x", symptom="replicas"),
+            alert("HighErrorRate", "critical", cluster="y"),
+        ]
         await here.tell(*rest, *heard, alert("Watchdog", "none", cluster="x"))
         await until(lambda: len(here.web.pages) == 3, "the cause, and what is elsewhere")
         await until(lambda: here.web.at("/dead-man"), "the dead-man's switch")
@@ -188,7 +193,7 @@ async def test_a_service_that_is_down_silences_the_rest_but_not_what_may_be_the_
         await here.resolve(down)
         await until(lambda: len(here.web.pages) == 5, "what is still wrong after the repair, and the end")
         names = sorted(page["payload"]["class"] for page in here.web.pages)
-        assert names == ["HighErrorRate", "HighErrorRate", "RayNodeLost", "ServiceDown", "ServiceDown"]
+        assert names == ["HighErrorRate", "HighErrorRate", "NodeLost", "ServiceDown", "ServiceDown"]
 
 
 async def test_the_dead_mans_switch_hears_of_life_and_never_of_an_end(tmp_path: Path) -> None:

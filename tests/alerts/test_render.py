@@ -148,9 +148,9 @@ def test_what_is_set_arrives(tmp_path: Path) -> None:
         timing={"critical": wait, "dead_man": "7s"},
         group_by=["alertname", "pool"],
         business_hours={"location": "Europe/Berlin", "days": ["monday:thursday", "saturday"], "start": "08:30"},
-        inhibition={"same": ["alertname"], "place": ["pool"], "service_down": ["Gone", "Lost"], "spared": ["Cause"]},
+        inhibition={"place": ["pool"], "service_down": ["Gone", "Lost"], "spared": ["disk", "the-network"]},
     )
-    dead_man, history, critical, *_ = found["route"]["routes"]
+    dead_man, _, history, critical, *_ = found["route"]["routes"]
     assert {key: critical[key] for key in wait} == wait
     assert dead_man["group_interval"] == "7s"
     assert history["continue"] is True
@@ -163,7 +163,7 @@ def test_what_is_set_arrives(tmp_path: Path) -> None:
     }
     *_, down = found["inhibit_rules"]
     assert down["source_matchers"] == ['alertname=~"Gone|Lost"']
-    assert down["target_matchers"] == ['alertname!~"Watchdog|Gone|Lost|Cause"']
+    assert down["target_matchers"] == ['alertname!~"Gone|Lost"', 'severity!="none"', 'symptom!~"disk|the-network"']
     assert found["inhibit_rules"][0]["equal"] == ["alertname", "pool"]
 
 
@@ -208,6 +208,7 @@ def test_odd_texts_stay_texts(tmp_path: Path) -> None:
         ),
         ({"group_by": ["a-b"]}, "group_by.0: 'a-b' is no name of a label"),
         ({"inhibition": {"service_down": ['x"}']}}, "inhibition.service_down.0: "),
+        ({"inhibition": {"spared": [".*"]}}, "inhibition.spared.0: '.*' is no symptom"),
     ],
 )
 def test_a_fault_is_told_with_its_key_and_what_would_work(tmp_path: Path, changes: Json, said: str) -> None:
@@ -285,7 +286,7 @@ def test_check_without_files_or_amtool(
 def test_check_finds_what_amtool_finds(tmp_path: Path) -> None:
     path = render.write(load(EXAMPLE), tmp_path)[0]
     assert main(["check", "--output", str(tmp_path)]) == 0
-    path.write_text(path.read_text().replace("receiver: digest", "receiver: nobody"))
+    path.write_text(path.read_text().replace("receiver: digest", "receiver: no-such"))
     assert main(["check", "--output", str(tmp_path)]) == 1
 
 
