@@ -300,6 +300,8 @@ def _sentence(fault: Any) -> str:
             return f"missing; {EXAMPLE.name} shows it"
         case "extra_forbidden":
             return f"no such key; there are {', '.join(_keys(fault['loc'][:-1]))}"
+        case "string_type":  # 17:00 without quotes is 1020 to YAML
+            return f"{fault['input']!r} is no text; put it in quotes"
         case _:
             return str(fault["msg"]).removeprefix("Value error, ")
 

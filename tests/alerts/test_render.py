@@ -206,6 +206,7 @@ def test_odd_texts_stay_texts(tmp_path: Path) -> None:
             {"business_hours": {"location": "UTC", "start": "22:00", "end": "06:00"}},
             "start 22:00 is not before end 06:00",
         ),
+        ({"business_hours": {"location": "UTC", "end": 1020}}, "business_hours.end: 1020 is no text; put it in quotes"),
         ({"group_by": ["a-b"]}, "group_by.0: 'a-b' is no name of a label"),
         ({"inhibition": {"service_down": ['x"}']}}, "inhibition.service_down.0: "),
         ({"inhibition": {"spared": [".*"]}}, "inhibition.spared.0: '.*' is no symptom"),
