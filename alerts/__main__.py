@@ -53,7 +53,8 @@ Takes Alertmanager's webhooks at POST /webhook and keeps when each alert began, 
 
 Detection is the time from an alert's startsAt, when its rule began to fire (after the rule's `for`), to its first
 notification here: Prometheus's and Alertmanager's share, group_wait among it. Resolution is startsAt to endsAt. Alerts
-that are inhibited or silenced are not told to any receiver, and so not to this one.
+that are inhibited or silenced are not told to any receiver, and so not to this one; if that hides the end of one, it
+is `unheard` after three hours, and no resolution is counted.
 
 Stop it with Ctrl-C or SIGTERM. Exit code 0: stopped; 2: it cannot start.
 """

@@ -22,7 +22,9 @@ from typing import Any, Literal
 from aiohttp import web
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
-from pydantic import AwareDatetime, BaseModel, Field, ValidationError
+from pydantic import AwareDatetime, BaseModel, Field, ValidationError, model_validator
+
+from alerts.settings import HEARD_EVERY_S
 
 MAX_BODY = 8 * 2**20  # some thousands of alerts
 MAX_LISTED = 1000
@@ -63,6 +65,15 @@ class Told(BaseModel):
     ends_at: AwareDatetime = Field(alias="endsAt")
     fingerprint: str = Field(min_length=1, max_length=64)
 
+    @model_validator(mode="after")
+    def _in_our_time(self) -> Told:
+        """Or one row could not be shown, and with it none."""
+        instants = {"startsAt": self.starts_at, **({"endsAt": self.ends_at} if self.status == "resolved" else {})}
+        for name, instant in instants.items():
+            if not 1970 <= instant.year < 2200:
+                raise ValueError(f"{name} {instant} is not between 1970 and 2200")
+        return self
+
 
 class Notification(BaseModel):
     version: Literal["4"]
@@ -88,11 +99,17 @@ class Row:
     def resolution_s(self) -> float | None:
         return None if self.ends_at is None else self.ends_at - self.starts_at
 
-    def document(self) -> dict[str, Any]:
+    def status(self, now: float) -> Literal["firing", "resolved", "unheard"]:
+        """`unheard`: nothing says that it is over, nor, for long, that it still fires."""
+        if self.ends_at is not None:
+            return "resolved"
+        return "firing" if now - self.last_notification <= 3 * HEARD_EVERY_S else "unheard"
+
+    def document(self, now: float) -> dict[str, Any]:
         return {
             "alertname": self.labels.get("alertname", ""),
             "severity": self.labels.get("severity", "none"),
-            "status": "firing" if self.ends_at is None else "resolved",
+            "status": self.status(now),
             "starts_at": _iso(self.starts_at),
             "ends_at": _iso(self.ends_at),
             "first_notification": _iso(self.first_notification),
@@ -267,7 +284,8 @@ class Receiver:
         limit = request.query.get("limit", "100")
         if not (limit.isascii() and limit.isdigit() and len(limit) <= 4 and 1 <= int(limit) <= MAX_LISTED):
             return _error(400, f"limit is a whole number from 1 to {MAX_LISTED}")
-        return web.json_response([row.document() for row in self._store.newest(int(limit))])
+        now = self._now()
+        return web.json_response([row.document(now) for row in self._store.newest(int(limit))])
 
     async def _scrape(self, request: web.Request) -> web.Response:
         return web.Response(body=generate_latest(self._metrics.registry), headers={"Content-Type": CONTENT_TYPE_LATEST})

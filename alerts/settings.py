@@ -14,6 +14,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 EXAMPLE = Path(__file__).with_name("settings.example.yml")
 
+HEARD_EVERY_S = 3600  # at least, the history receiver is told of what still fires
+
 _UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}
 _DURATION = re.compile(r"(\d+)(ms|s|m|h|d)")
 _DAY = "(?:sunday|monday|tuesday|wednesday|thursday|friday|saturday)"
@@ -206,6 +208,15 @@ class Timing(Section):
     history: Wait = _wait("10s", "1m", "1h")
     dead_man: Duration = "30s"
 
+    @model_validator(mode="after")
+    def _history_hears_often(self) -> Timing:
+        if seconds(self.history.repeat_interval) > HEARD_EVERY_S:
+            raise ValueError(
+                f"history.repeat_interval {self.history.repeat_interval} is above 1h: the history takes an alert that "
+                "it has not heard of for three hours for one whose end it was not told"
+            )
+        return self
+
 
 class Inhibition(Section):
     """Which alerts keep quiet while another one fires.
@@ -214,6 +225,9 @@ class Inhibition(Section):
     all labels in `place` are equal, or missing in both. While an alert in `service_down` fires, all others of its
     cluster are silent. Alerts with a symptom in `spared` are silenced by neither: what watches the watchers, and what
     may be the cause.
+
+    Alertmanager keeps back ends too: who was told of an alert that is then silenced so, and resolved meanwhile, is not
+    told that it is over (seen with 0.25).
     """
 
     place: tuple[Name, ...] = ("cluster", "model")

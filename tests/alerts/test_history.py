@@ -200,6 +200,17 @@ async def test_labels_are_a_closed_set(tmp_path: Path) -> None:
         assert len(await samples(client)) == len(found)
 
 
+async def test_an_alert_whose_end_was_not_told_is_not_said_to_fire_for_ever(tmp_path: Path) -> None:
+    clock = Clock()
+    async with receiver(tmp_path / "h.sqlite", clock) as client:
+        await post(client, told("firing"))
+        for hours, status in ((3, "firing"), (3.001, "unheard")):
+            clock.now = T0 + hours * 3600
+            assert [row["status"] for row in await table(client)] == [status]
+        await post(client, told("firing"))
+        assert [row["status"] for row in await table(client)] == ["firing"]
+
+
 async def test_what_was_long_ago_is_forgotten(tmp_path: Path) -> None:
     clock = Clock()
     async with receiver(tmp_path / "h.sqlite", clock) as client:
@@ -222,6 +233,10 @@ BAD = {
     "no status": json.dumps(notification({**told("firing"), "status": "odd"})).encode(),
     "no time": json.dumps(notification(told("firing", start="yesterday"))).encode(),
     "no zone": json.dumps(notification(told("firing", start="2023-11-14T22:13:20"))).encode(),
+    "long ago": json.dumps(notification(told("firing", start="0001-01-01T00:00:00+14:00"))).encode(),
+    "far off": json.dumps(notification(told("firing", start="9999-12-31T23:59:59-14:00"))).encode(),
+    "resolved without an end": json.dumps(notification(told("resolved"))).encode(),
+    "half a letter": rb'{"version": "4", "alerts": [], "receiver": "\ud800"}',
     "labels of numbers": json.dumps(notification({**told("firing"), "labels": {"a": 1}})).encode(),
     "no fingerprint": json.dumps(notification({**told("firing"), "fingerprint": ""})).encode(),
     "a good one and a bad one": json.dumps(notification(told("firing"), {**told("firing"), "status": ""})).encode(),

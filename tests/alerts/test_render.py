@@ -195,6 +195,10 @@ def test_odd_texts_stay_texts(tmp_path: Path) -> None:
             {"timing": {"digest": {"group_wait": "1s", "group_interval": "1h", "repeat_interval": "1m"}}},
             "timing.digest: repeat_interval 1m is below group_interval 1h",
         ),
+        (
+            {"timing": {"history": {"group_wait": "1s", "group_interval": "1m", "repeat_interval": "2h"}}},
+            "timing: history.repeat_interval 2h is above 1h",
+        ),
         ({"dead_man": {"url": "deadman.llm.test", "token_file": "t"}}, "dead_man.url: 'deadman.llm.test' is no URL"),
         ({"history": {"url": "http://127.0.0.1/"}}, "history.token_file: missing; settings.example.yml shows it"),
         ({"business_hours": {"location": "Mars/Base"}}, "business_hours.location: 'Mars/Base' is no time zone"),
