@@ -1,1 +1,1 @@
-"""Alerting: rules for Prometheus, their unit tests, and a runbook for each."""
+"""Alerts: their rules, who is told of them, and the history of when they were."""

@@ -1,20 +1,158 @@
-"""`python -m alerts rules` writes the rules that are made from a table."""
+"""`python -m alerts`: Alertmanager's configuration, and the history of alerts."""
 
 from __future__ import annotations
 
+import argparse
+import shlex
+import shutil
+import sqlite3
+import subprocess
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 
-from alerts import slo
+from alerts import history, render, slo
+from alerts.settings import EXAMPLE, SettingsError, load
+
+ABOUT = f"""\
+Who is told of alerts, and how long it took.
+
+  critical   PagerDuty and Slack, at any hour
+  warning    Slack and e-mail, in business hours
+  info       one digest by e-mail
+  Watchdog   a dead-man's switch, which raises the alarm when it hears nothing
+
+Every alert but Watchdog is told to the history receiver as well. To begin:
+
+  cp {EXAMPLE} settings.yml
+  python -m alerts render --settings settings.yml --output out
+  python -m alerts check --output out
+  python -m alerts history --database alerts.sqlite --token-file secrets/history_token
+"""
+
+RENDER = """\
+Writes alertmanager.yml and the templates of its messages, and says how to start Alertmanager with them. What is not
+filled in yet is listed; with --production it is refused, and nothing is written: addresses of the example, and secret
+files that are missing, empty or hold an example's text. Secrets are never read into what is written.
+
+Exit code 0: written; 2: the settings cannot be used, or not in production.
+"""
+
+CHECK = f"""\
+Runs `amtool check-config` on what `render` wrote.
+
+Exit code 0: clean; 1: amtool found faults; 3: nothing was checked, amtool is missing (Debian: {render.INSTALL}).
+"""
+
+HISTORY = """\
+Takes Alertmanager's webhooks at POST /webhook and keeps when each alert began, was first told of and was resolved.
+
+  GET /alerts?limit=100   the newest first, as JSON; at most 1000
+  GET /metrics            for Prometheus: alerts_received_total, alert_detection_seconds, alert_resolution_seconds
+  GET /healthy            200, without a token
+
+Detection is the time from an alert's startsAt, when its rule began to fire (after the rule's `for`), to its first
+notification here: Prometheus's and Alertmanager's share, group_wait among it. Resolution is startsAt to endsAt. Alerts
+that are inhibited or silenced are not told to any receiver, and so not to this one; if that hides the end of one, it
+is `unheard` after three hours, and no resolution is counted.
+
+Stop it with Ctrl-C or SIGTERM. Exit code 0: stopped; 2: it cannot start.
+"""
 
 
-def main(arguments: list[str]) -> int:
-    if arguments != ["rules"]:
-        print("usage: python -m alerts rules", file=sys.stderr)
-        return 2
-    slo.FILE.write_text(slo.text())
-    print(f"wrote {slo.FILE}")
+def parser() -> argparse.ArgumentParser:
+    as_written = argparse.RawDescriptionHelpFormatter
+    whole = argparse.ArgumentParser(prog="python -m alerts", description=ABOUT, formatter_class=as_written)
+    commands = whole.add_subparsers(dest="command", required=True, metavar="render | check | history | rules")
+
+    one = commands.add_parser(
+        "render", help="settings to alertmanager.yml", description=RENDER, formatter_class=as_written
+    )
+    one.add_argument("--settings", type=Path, required=True, help=f"a YAML file like {EXAMPLE}")
+    one.add_argument("--output", type=Path, required=True, help="a folder, made if it is not there")
+    one.add_argument("--production", action="store_true", help="refuse what would reach nobody")
+
+    one = commands.add_parser("check", help="amtool on the result", description=CHECK, formatter_class=as_written)
+    one.add_argument("--output", type=Path, required=True, help="the folder that `render` wrote")
+
+    one = commands.add_parser("history", help="keep when alerts were", description=HISTORY, formatter_class=as_written)
+    one.add_argument("--database", type=Path, required=True, help="an SQLite file, made if it is not there")
+    one.add_argument("--host", default="127.0.0.1", help="where to listen (%(default)s); elsewhere needs a token")
+    one.add_argument("--port", type=int, default=9099, help="%(default)s; 0 takes a free one")
+    one.add_argument("--token-file", type=Path, help="the bearer token that all but /healthy then need")
+    one.add_argument("--keep-days", type=int, default=400, help="forget alerts not told of for so long (%(default)s)")
+
+    commands.add_parser("rules", help="write rules/slo.yml, which is made of the table in slo.py")
+    return whole
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    asked = parser().parse_args(arguments)
+    match asked.command:
+        case "render":
+            return _render(asked.settings, asked.output, asked.production)
+        case "check":
+            return _check(asked.output)
+        case "rules":
+            slo.FILE.write_text(slo.text())
+            print(f"wrote {slo.FILE}")
+            return 0
+        case _:
+            return _history(asked)
+
+
+def _render(path: Path, folder: Path, production: bool) -> int:
+    try:
+        settings = load(path)
+        obstacles = render.obstacles(settings)
+        if obstacles and production:
+            raise SettingsError(f"{path} is not ready for production:\n" + _lines(obstacles))
+        written = render.write(settings, folder.absolute())
+    except SettingsError as error:
+        return _fail(str(error))
+    except OSError as error:
+        return _fail(f"{error.filename}: {error.strerror}; give another --output")
+    for file in written:
+        print(f"wrote {file}")
+    for title, found in (("not ready for production", obstacles), ("not safe", render.dangers(settings))):
+        if found:
+            print(f"{title}:\n{_lines(found)}", file=sys.stderr)
+    print(f"start it:\n  {shlex.join(render.start_command(settings, folder.absolute()))}")
+    print(f"or, if it runs, let it read them:\n  curl -X POST {settings.external_url.rstrip('/')}/-/reload")
     return 0
 
 
+def _lines(found: list[str]) -> str:
+    return "\n".join(f"  {line}" for line in found)
+
+
+def _check(folder: Path) -> int:
+    file = folder / render.CONFIG
+    if not file.is_file():
+        return _fail(f"{file} is not there; python -m alerts render --settings settings.yml --output {folder}")
+    amtool = shutil.which("amtool")
+    if amtool is None:
+        print(f"nothing was checked: amtool is missing; on Debian: {render.INSTALL}", file=sys.stderr)
+        return 3
+    return 1 if subprocess.run([amtool, "check-config", str(file)], check=False).returncode else 0
+
+
+def _history(asked: argparse.Namespace) -> int:
+    try:
+        history.run(asked.host, asked.port, asked.database, asked.token_file, asked.keep_days)
+    except history.HistoryError as error:
+        return _fail(str(error))
+    except sqlite3.Error as error:
+        return _fail(f"{asked.database}: {error}; give another --database")
+    except OSError as error:
+        return _fail(f"{error.filename or f'{asked.host}:{asked.port}'}: {error.strerror}")
+    return 0
+
+
+def _fail(text: str) -> int:
+    print(f"alerts: {text}", file=sys.stderr)
+    return 2
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

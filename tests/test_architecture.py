@@ -155,6 +155,12 @@ def test_load_tests_know_nothing_of_what_they_measure(path: Path) -> None:
         assert outside(names, {"perf", *BLACK_BOX}) == set()
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "alerts").glob("*.py")), ids=lambda path: path.name)
+def test_alerting_knows_nothing_of_what_it_watches(path: Path) -> None:
+    names = imports(path.read_text())
+    assert outside(names, {"alerts", "aiohttp", "jinja2", "prometheus_client", "pydantic", "yaml"}) == set()
+
+
 @pytest.mark.parametrize("room", ["serve_app", "perf"])
 def test_the_map_names_every_file_and_what_it_is_for(room: str) -> None:
     (drawn,) = re.findall(rf"```\n{room}/\n(.*?)```", MAP.read_text(), re.DOTALL)

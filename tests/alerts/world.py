@@ -1,0 +1,327 @@
+"""A real Alertmanager on loopback, and everybody it tells: PagerDuty, Slack, mail and webhooks, on real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import email
+import email.policy
+import shutil
+import socket
+import time
+from asyncio.subprocess import PIPE, STDOUT
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from email.message import EmailMessage
+from pathlib import Path
+from typing import Any, TypeAlias, TypeVar
+
+import aiohttp
+import pytest
+import yaml
+from aiohttp import web
+
+from alerts import render
+from alerts.settings import load
+
+Json: TypeAlias = dict[str, Any]
+T = TypeVar("T")
+
+EVERY_DAY = {"location": "UTC", "days": ["sunday:saturday"], "start": "00:00", "end": "24:00"}
+
+
+def never_now() -> Json:
+    """Business hours on a day that neither today nor a neighbour of it is."""
+    day = (datetime.now(UTC) + timedelta(days=3)).strftime("%A").lower()
+    return {**EVERY_DAY, "days": [day]}
+
+
+def program(*names: str) -> str:
+    """The first that is there."""
+    found = [path for name in names if (path := shutil.which(name)) is not None]
+    if not found:
+        pytest.fail(f"{names[0]} is missing; install it: {render.INSTALL}")
+    return found[0]
+
+
+def secrets(folder: Path, **texts: str) -> Path:
+    """A folder with the files that `ready` names. All but the password end in a new line, as an editor makes them."""
+    folder.mkdir(exist_ok=True)
+    all_texts = {
+        "pagerduty_routing_key": "0123456789abcdef0123456789abcdef",
+        "slack_critical_url": "https://hooks.slack.com/services/T0/B0/critical",
+        "slack_warning_url": "https://hooks.slack.com/services/T0/B0/warning",
+        "smtp_password": "mail secret",
+        "dead_man_token": "dead-man-secret",
+        "history_token": "history-secret",
+    } | texts
+    for name, text in all_texts.items():
+        (folder / name).write_text(text if name == "smtp_password" else text + "\n")
+        (folder / name).chmod(0o600)
+    return folder
+
+
+def ready(**changes: Any) -> Json:
+    """Settings that can be used in production, as a document. `changes` replace whole sections."""
+    return {
+        "pagerduty": {"routing_key_file": "secrets/pagerduty_routing_key"},
+        "slack": {
+            "critical": {"channel": "#pages", "api_url_file": "secrets/slack_critical_url"},
+            "warning": {"channel": "#warnings", "api_url_file": "secrets/slack_warning_url"},
+        },
+        "email": {
+            "smarthost": "smtp.llm.test:587",
+            "sender": "alerts@llm.test",
+            "recipients": ["team@llm.test", "lead@llm.test"],
+            "digest_recipients": ["digest@llm.test"],
+            "username": "alerts",
+            "password_file": "secrets/smtp_password",
+        },
+        "dead_man": {"url": "https://deadman.llm.test/ping", "token_file": "secrets/dead_man_token"},
+        "history": {"url": "http://127.0.0.1:9099/webhook", "token_file": "secrets/history_token"},
+        "business_hours": EVERY_DAY,
+    } | changes
+
+
+def written(folder: Path, document: Mapping[str, Any]) -> Path:
+    """The settings file."""
+    path = folder / "settings.yml"
+    path.write_text(yaml.safe_dump(dict(document)))
+    return path
+
+
+async def until(probe: Callable[[], T | None], what: str, within_s: float = 10) -> T:
+    """The first that is not nothing."""
+    deadline = time.monotonic() + within_s
+    while not (found := probe()):
+        assert time.monotonic() < deadline, f"not within {within_s} s: {what}"
+        await asyncio.sleep(0.02)
+    return found
+
+
+@dataclass(frozen=True)
+class Post:
+    path: str
+    authorization: str | None
+    body: Json
+
+
+@dataclass
+class Web:
+    """PagerDuty, Slack's two webhooks, the dead-man's switch and the history: all that are told over HTTP.
+
+    `failing` are paths that answer 503.
+    """
+
+    posts: list[Post] = field(default_factory=list)
+    failing: set[str] = field(default_factory=set)
+    url: str = ""
+
+    async def take(self, request: web.Request) -> web.Response:
+        self.posts.append(Post(request.path, request.headers.get("Authorization"), await request.json()))
+        status = 503 if request.path in self.failing else 202 if request.path == "/pagerduty" else 200
+        return web.Response(status=status, text="ok")
+
+    def at(self, path: str) -> list[Json]:
+        return [post.body for post in self.posts if post.path == path]
+
+    @property
+    def pages(self) -> list[Json]:
+        return self.at("/pagerduty")
+
+    @property
+    def slack_critical(self) -> list[Json]:
+        return self.at("/slack/critical")
+
+    @property
+    def slack_warning(self) -> list[Json]:
+        return self.at("/slack/warning")
+
+    @property
+    def history(self) -> list[Json]:
+        return self.at("/history")
+
+    @contextlib.asynccontextmanager
+    async def open(self) -> AsyncIterator[Web]:
+        app = web.Application()
+        app.router.add_post("/{path:.*}", self.take)
+        runner = web.AppRunner(app, shutdown_timeout=0.1)
+        await runner.setup()
+        try:
+            await web.TCPSite(runner, "127.0.0.1", 0).start()
+            self.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+            yield self
+        finally:
+            await runner.cleanup()
+
+
+@dataclass(frozen=True)
+class Letter:
+    recipients: list[str]
+    message: EmailMessage
+
+    @property
+    def subject(self) -> str:
+        return str(self.message["Subject"])
+
+    @property
+    def text(self) -> str:
+        body = self.message.get_body(("plain",))
+        assert body is not None
+        return str(body.get_content()).replace("\r\n", "\n")
+
+
+class Mail:
+    """Takes letters from whoever logs in with `login`."""
+
+    def __init__(self, login: tuple[str, str]) -> None:
+        self.letters: list[Letter] = []
+        self.refused = 0
+        self.port = 0
+        self._login = base64.b64encode("\0".join(("", *login)).encode()).decode()
+
+    @contextlib.asynccontextmanager
+    async def open(self) -> AsyncIterator[Mail]:
+        server = await asyncio.start_server(self._talk, "127.0.0.1", 0)
+        self.port = server.sockets[0].getsockname()[1]
+        try:
+            yield self
+        finally:
+            server.close()
+
+    async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        known, recipients = False, list[str]()
+        writer.write(b"220 mail.llm.test\r\n")
+        while line := (await reader.readline()).decode().strip():
+            verb = line.upper()
+            if verb.startswith("EHLO"):
+                writer.write(b"250-mail.llm.test\r\n250 AUTH PLAIN\r\n")
+            elif verb.startswith("AUTH PLAIN"):
+                known = line.split()[-1] == self._login
+                writer.write(b"235 welcome\r\n" if known else b"535 wrong\r\n")
+            elif not known:
+                self.refused += 1
+                writer.write(b"530 log in\r\n")
+            elif verb.startswith("RCPT TO:"):
+                recipients.append(line[8:].strip("<> "))
+                writer.write(b"250 ok\r\n")
+            elif verb == "DATA":
+                writer.write(b"354 go on\r\n")
+                data = await reader.readuntil(b"\r\n.\r\n")
+                message = email.message_from_bytes(data[:-3], policy=email.policy.default)
+                self.letters.append(Letter(recipients, message))
+                recipients = []
+                writer.write(b"250 taken\r\n")
+            elif verb == "QUIT":
+                writer.write(b"221 bye\r\n")
+                break
+            else:
+                writer.write(b"250 ok\r\n")
+            await writer.drain()
+        writer.close()
+
+
+@dataclass
+class World:
+    """An Alertmanager with everybody it tells. `url` is Alertmanager's."""
+
+    url: str
+    web: Web
+    mail: Mail
+    client: aiohttp.ClientSession
+
+    async def tell(self, *alerts: Json) -> None:
+        """They begin now: for one that began longer ago than group_wait, Alertmanager would not wait."""
+        for one in alerts:
+            one.setdefault("startsAt", _now())
+        async with self.client.post(f"{self.url}/api/v2/alerts", json=list(alerts)) as answer:
+            assert answer.status == 200, await answer.text()
+
+    async def resolve(self, *alerts: Json) -> None:
+        await self.tell(*({**alert, "endsAt": _now()} for alert in alerts))
+
+    async def states(self) -> dict[str, str]:
+        """`active` or `suppressed`, by the name and model of an alert."""
+        async with self.client.get(f"{self.url}/api/v2/alerts") as answer:
+            alerts = await answer.json()
+        return {" ".join(_who(alert["labels"])): alert["status"]["state"] for alert in alerts}
+
+
+def _who(labels: dict[str, str]) -> list[str]:
+    return [labels[name] for name in ("alertname", "severity", "model") if name in labels]
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat()
+
+
+def alert(name: str, severity: str | None, annotations: dict[str, str] | None = None, **labels: str) -> Json:
+    given = {"alertname": name, **({"severity": severity} if severity is not None else {}), **labels}
+    return {"labels": given, "annotations": annotations or {}}
+
+
+FAST = {"group_wait": "300ms", "group_interval": "500ms", "repeat_interval": "1h"}
+TIMING = dict.fromkeys(("critical", "warning", "digest", "history"), FAST) | {"dead_man": "300ms"}
+
+
+@contextlib.asynccontextmanager
+async def world(folder: Path, history_url: str | None = None, **changes: Any) -> AsyncIterator[World]:
+    """Rendered as for production, but that everybody is on loopback, and waits are short."""
+    mail = Mail(("alerts", "mail secret"))
+    async with Web().open() as told, mail.open(), aiohttp.ClientSession() as client:
+        places = {f"slack_{name}_url": f"{told.url}/slack/{name}" for name in ("critical", "warning")}
+        secrets(folder / "secrets", **places)
+        document = ready(timing=TIMING, **changes)
+        document["pagerduty"]["url"] = f"{told.url}/pagerduty"
+        document["email"] |= {"smarthost": f"127.0.0.1:{mail.port}", "require_tls": False}
+        document["dead_man"]["url"] = f"{told.url}/dead-man"
+        document["history"]["url"] = history_url or f"{told.url}/history"
+        settings = load(written(folder, document))
+        assert render.obstacles(settings) == []
+        render.write(settings, folder / "out")
+        async with _running(folder, client) as url:
+            yield World(url, told, mail, client)
+
+
+@contextlib.asynccontextmanager
+async def _running(folder: Path, client: aiohttp.ClientSession) -> AsyncIterator[str]:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    command = [
+        program("prometheus-alertmanager", "alertmanager"),
+        f"--config.file={folder / 'out' / render.CONFIG}",
+        f"--storage.path={folder / 'data'}",
+        f"--web.listen-address={address}",
+        "--web.external-url=http://alerts.llm.test",
+        "--web.route-prefix=/",
+        "--cluster.listen-address=",
+    ]
+    process = await asyncio.create_subprocess_exec(*command, stdout=PIPE, stderr=STDOUT)
+    assert process.stdout is not None
+    output = asyncio.create_task(process.stdout.read())  # or a full pipe would stop it
+    try:
+        await _answers(client, f"http://{address}/-/ready", output)
+        yield f"http://{address}"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.terminate()
+        try:
+            await asyncio.wait_for(process.wait(), 10)
+        except TimeoutError:
+            process.kill()
+            await process.wait()
+        print((await output).decode())  # which pytest shows if the test fails
+
+
+async def _answers(client: aiohttp.ClientSession, url: str, output: asyncio.Task[bytes]) -> None:
+    deadline = time.monotonic() + 20
+    while True:
+        with contextlib.suppress(aiohttp.ClientError):
+            async with client.get(url) as answer:
+                if answer.status == 200:
+                    return
+        assert not output.done(), f"Alertmanager ended: {output.result().decode()}"
+        assert time.monotonic() < deadline, "Alertmanager does not answer"
+        await asyncio.sleep(0.02)
