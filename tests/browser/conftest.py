@@ -17,7 +17,7 @@ from tests.browser.visitor import Visitor
 from tests.graph.house import Service, free_port, model, until
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def service() -> Iterator[Service]:
     """Tokens come slowly enough to be seen one after another."""
     engine = {"max_context": 4096}

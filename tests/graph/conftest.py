@@ -9,15 +9,15 @@ import pytest
 from tests.graph.house import Service, caller, model, sleeper
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def token_log(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the model `slow` writes when it made each token, and for whom."""
     return tmp_path_factory.mktemp("slow") / "tokens"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def toys(token_log: Path) -> Iterator[Service]:
-    """One service for the session, with a model for each kind of trouble."""
+    """One service for the folder, with a model for each kind of trouble."""
     models = [
         model(
             "toy",

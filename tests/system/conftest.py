@@ -23,14 +23,14 @@ class Shipped(Program):
         return openai.AsyncOpenAI(base_url=self.url + "/v1", api_key="none", max_retries=0)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def service() -> Iterator[Shipped]:
     with Shipped() as service:
         service.wait_for("answers on")
         yield service
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def tooled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shipped]:
     """The shipped file, with the template that takes tools, and with embeddings."""
     document = yaml.safe_load(SHIPPED.read_text())

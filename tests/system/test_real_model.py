@@ -8,8 +8,6 @@ import re
 import shlex
 import subprocess
 import sys
-import time
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -31,21 +29,6 @@ STORY = {"prompt": "Once upon a time", "max_tokens": 64, "ignore_eos": True, "in
 MIB = 2**20
 
 
-def first_token_s(**environment: Any) -> float:
-    """Seconds from the command to the first streamed token."""
-    began = time.monotonic()
-    with Shipped(**environment) as service:
-        while time.monotonic() < began + 120:
-            try:
-                with httpx.stream("POST", service.url + "/generate_stream", json=STORY, timeout=60) as response:
-                    if response.status_code == 200 and next(response.iter_lines()).startswith("data: "):
-                        return time.monotonic() - began
-            except httpx.TransportError:
-                pass
-            time.sleep(0.1)
-    raise AssertionError(service.said())
-
-
 def memory_mib(service: Shipped) -> float:
     """Proportional set size of every process of the service: what would come free without it."""
     total = 0
@@ -55,15 +38,6 @@ def memory_mib(service: Shipped) -> float:
         except psutil.NoSuchProcess:
             continue
     return total / MIB
-
-
-def test_the_first_start_takes_under_90_seconds_and_the_next_under_25(tmp_path: Path) -> None:
-    """Packages are there; the model's conversion is not, the first time."""
-    first = first_token_s(XDG_CACHE_HOME=str(tmp_path))
-    later = first_token_s(XDG_CACHE_HOME=str(tmp_path))
-    print(f"first streamed token after {first:.1f} s the first time, {later:.1f} s later")
-    assert first <= 90
-    assert later <= 25
 
 
 async def test_the_openai_client_hears_paris(service: Shipped) -> None:
