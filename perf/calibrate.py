@@ -126,7 +126,7 @@ def _tried(stage: Stage, planned: float) -> Tried:
         cpu=client.cpu,
         lag_ms=client.loop_lag_p99_ms,
         delay_ms=client.schedule_delay_p99_ms,
-        failed=sum(stage.errors.values()),
+        failed=stage.failed,
         limited=bool(client.limited) or bool(stage.errors),
     )
 

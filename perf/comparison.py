@@ -167,7 +167,7 @@ def _throughput(pair: Pair, confidence: float) -> Row:
 
 
 def _failures(pair: Pair) -> Row:
-    counts = [(sum(stage.errors.values()), stage.requests) for stage in pair]
+    counts = [(stage.failed, stage.requests) for stage in pair]
     failed_percent = [100 * failed / total if total else 0.0 for failed, total in counts]
     row = _blank(pair, "errors", failed_percent, [total for _, total in counts])
     return row.model_copy(update={"p": stats.failures_p(counts[0], counts[1])})

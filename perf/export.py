@@ -54,7 +54,7 @@ def _table(rows: Sequence[Stage]) -> str:
     columns: list[tuple[str, list[str]]] = [
         ("Load", [_escaped(stage.name) for stage in rows]),
         ("Requests", [figure(stage.requests) for stage in rows]),
-        ("Failed", [figure(stages.failed(stage)) for stage in rows]),
+        ("Failed", [figure(stage.failed) for stage in rows]),
         ("TTFT, ms", [_pair(stage.ttft_ms) for stage in rows]),
         ("TPOT, ms", [_pair(stage.tpot_ms) for stage in rows]),
         ("End to end, ms", [_pair(stage.e2e_ms) for stage in rows]),
@@ -144,7 +144,7 @@ COLUMNS: list[Column] = [
     ("window_s", "Seconds measured, all repeats", lambda run, stage: stage.window_s),
     ("requests", "Due in the window", lambda run, stage: stage.requests),
     ("finished", "Of those, answered to the end", lambda run, stage: stage.finished),
-    ("failed", "Of those, failed", lambda run, stage: stages.failed(stage)),
+    ("failed", "Of those, failed", lambda run, stage: stage.failed),
     ("errors", "Kinds of failures and how many, by semicolons", lambda run, stage: _kinds(stage)),
     ("tokens", "In the finished answers", lambda run, stage: stage.tokens),
     ("prompt_tokens", "In their prompts", lambda run, stage: stage.prompt_tokens),
@@ -249,7 +249,7 @@ def _cases(stage: Stage, slo: Slo | None) -> list[ET.Element]:
 
 def _failure(stage: Stage) -> str | None:
     """A search goes on until requests fail."""
-    failed = stages.failed(stage)
+    failed = stage.failed
     if not failed or stage.scenario == "find-max":
         return None
     return f"{failed} of {stage.requests} requests failed: {_kinds(stage)}"

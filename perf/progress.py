@@ -43,7 +43,7 @@ class Progress:
 
     def ended(self, stage: Stage) -> None:
         self._gate = None
-        failed = f", {sum(stage.errors.values())} failed" if stage.errors else ""
+        failed = f", {stage.failed} failed" if stage.errors else ""
         figures = f"{stage.finished} of {stage.requests} answers, {stage.tokens_per_s:.0f} tok/s"
         self.say(f"{stage.scenario}: {stage.name}: {figures}{failed}")
 

@@ -86,7 +86,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(figure=figure, percent=percent, load=stages.load, failed=stages.failed)
+    environment.filters.update(figure=figure, percent=percent, load=stages.load)
     environment.filters.update(efficiency=stages.efficiency)
     environment.globals.update(times=_times)
     return environment

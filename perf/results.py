@@ -140,6 +140,10 @@ class Stage(Tree):
     timeline: list[Second] = []
     samples: Samples
 
+    @property
+    def failed(self) -> int:
+        return sum(self.errors.values())
+
 
 class Tokens(Tree):
     """What both sides counted over one scenario, warm-up and drain included."""

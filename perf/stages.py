@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -85,17 +86,12 @@ def efficiency(stage: Stage) -> str:
     return percent(stage.efficiency)
 
 
-def failed(stage: Stage) -> int:
-    return sum(stage.errors.values())
-
-
 def errors(stages: Iterable[Stage]) -> dict[str, int]:
     """By kind, the commonest first."""
-    found: dict[str, int] = {}
+    found: Counter[str] = Counter()
     for stage in stages:
-        for kind, count in stage.errors.items():
-            found[kind] = found.get(kind, 0) + count
-    return dict(sorted(found.items(), key=lambda entry: -entry[1]))
+        found.update(stage.errors)
+    return dict(found.most_common())
 
 
 def objective(run: Run) -> Slo | None:

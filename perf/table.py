@@ -25,10 +25,9 @@ def table(run: Run) -> str:
 def row(stage: Stage) -> str:
     latencies = (_pair(stage.ttft_ms, 1), _pair(stage.tpot_ms, 1), _pair(stage.e2e_ms, 1e-3))
     efficiency = "" if stage.efficiency is None else f"{stage.efficiency:.2f}"
-    failed = sum(stage.errors.values())
     limited = " !" if stage.client.limited else ""
     return (
-        f"  {stage.name[:21]:<21} {stage.requests:>5} {failed or '':>4} "
+        f"  {stage.name[:21]:<21} {stage.requests:>5} {stage.failed or '':>4} "
         + " ".join(f"{pair:>11}" for pair in latencies)
         + f" {stage.tokens_per_s:>7.0f} {efficiency:>4}{limited}"
     ).rstrip()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 
 from perf.exits import Exit
 from perf.results import BatchAdvice, FindMax, Stage, Tokens, Verdict
+from perf.stages import errors
 
 # Twice the streams for less than this share more of tok/s is a limit that was reached.
 _GROWTH = 0.10
@@ -61,13 +61,11 @@ def _name(stage: Stage) -> str:
 
 
 def _errors(stages: Sequence[Stage]) -> list[str]:
-    kinds: Counter[str] = Counter()
-    for stage in stages:
-        kinds.update(stage.errors)
+    kinds = errors(stages)
     if not kinds:
         return []
-    told = ", ".join(f"{kind} ({count})" for kind, count in kinds.most_common())
-    return [f"{kinds.total()} of {sum(stage.requests for stage in stages)} requests failed: {told}"]
+    told = ", ".join(f"{kind} ({count})" for kind, count in kinds.items())
+    return [f"{sum(kinds.values())} of {sum(stage.requests for stage in stages)} requests failed: {told}"]
 
 
 def _alone(stages: Sequence[Stage]) -> list[str]:

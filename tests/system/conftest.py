@@ -9,6 +9,8 @@ import yaml
 
 from tests.graph.house import SHIPPED, Program, free_port
 
+STORY = {"prompt": "Once upon a time", "max_tokens": 64, "ignore_eos": True, "include_text": False}
+
 
 class Shipped(Program):
     """`python -m serve_app` as it comes: the shipped file, or one like it, and its real model, on a port of its own."""

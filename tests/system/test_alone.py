@@ -9,11 +9,9 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.system.conftest import Shipped
+from tests.system.conftest import STORY, Shipped
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
-
-STORY = {"prompt": "Once upon a time", "max_tokens": 64, "ignore_eos": True, "include_text": False}
 
 
 def first_token_s(**environment: Any) -> float:

@@ -19,13 +19,12 @@ import pytest
 from huggingface_hub.errors import ValidationError
 
 from tests.graph.house import ROOT, frames_of
-from tests.system.conftest import Shipped
+from tests.system.conftest import STORY, Shipped
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
 
 MODEL = "smollm2-135m"
 FRANCE: Any = [{"role": "user", "content": "What is the capital of France?"}]
-STORY = {"prompt": "Once upon a time", "max_tokens": 64, "ignore_eos": True, "include_text": False}
 MIB = 2**20
 
 
