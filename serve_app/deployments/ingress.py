@@ -9,9 +9,9 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentResponseGenerator
 from starlette.types import ASGIApp
 
-from serve_app.api.app import create_app
 from serve_app.config import AppConfig
 from serve_app.deployments.gateway import Backend, ReplicaGateway, log_to_serve
+from serve_app.deployments.telemetry import Telemetry
 from serve_app.errors import ServeAppError
 from serve_app.types import A, Chunk, GenerationRequest, Question
 
@@ -27,12 +27,16 @@ class Ingress:
         log_to_serve()
         replica = serve.get_replica_context().replica_id.unique_id
         backends = {model.name: _remote(handle) for model, handle in zip(config.models, handles, strict=True)}
+        self._telemetry = Telemetry(config.telemetry, "", replica)
         self._config = config
         self._gateway = ReplicaGateway(config, backends, hub, replica, here=False)
         await self._gateway.look()
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        return create_app(self._gateway, self._config)
+        return self._telemetry.app(self._gateway, self._config)
+
+    async def __del__(self) -> None:
+        await asyncio.to_thread(self._telemetry.stop)
 
 
 def _remote(handle: DeploymentHandle) -> Backend:

@@ -10,7 +10,6 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
-from serve_app.api.app import create_app
 from serve_app.config import AppConfig
 from serve_app.deployments.gateway import Backend, ReplicaGateway
 from serve_app.deployments.worker import Worker
@@ -35,14 +34,14 @@ class FusedReplica(Worker):
         self, config: AppConfig, hub: DeploymentHandle
     ) -> None:
         (model,) = config.models
-        await super().__init__(model, hub)
+        await super().__init__(model, hub, config.telemetry)
         self._config = config
         # Behind an ingress Ray lets no more than these in; here it lets everybody in who wants to speak to the app.
         self._room = asyncio.Semaphore(model.deployment.max_ongoing_requests)
         self._gateway = ReplicaGateway(config, {model.name: Backend(self._in_turn, self.ask)}, hub, self._id, here=True)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        return create_app(self._gateway, self._config)
+        return self._telemetry.app(self._gateway, self._config)
 
     async def _in_turn(self, request: GenerationRequest) -> AsyncGenerator[Chunk | ServeAppError, None]:
         async with self._room, aclosing(self.generate(request)) as items:

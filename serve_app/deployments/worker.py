@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import AsyncGenerator, Callable
 from functools import partial
 
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from serve_app.config import Model
+from serve_app.config import Model, Telemetry as TelemetrySettings
 from serve_app.deployments.gateway import log_to_serve
 from serve_app.deployments.hub import Notice, Pusher
 from serve_app.deployments.metrics import EngineMetrics
+from serve_app.deployments.telemetry import Telemetry
 from serve_app.engine.engine import Engine, EngineStalled
 from serve_app.engine.sequence import Runner
 from serve_app.engine.stream import TokenStream
@@ -32,17 +32,19 @@ class Worker:
     """What a deployment of a model inherits, whether it is called through handles or hosts the HTTP entrance too."""
 
     async def __init__(  # type: ignore[misc]  # Ray awaits it
-        self, model: Model, hub: DeploymentHandle
+        self, model: Model, hub: DeploymentHandle, telemetry: TelemetrySettings
     ) -> None:
         self._model = model
         self._id = serve.get_replica_context().replica_id.unique_id
         self._stage = "starting"
         log_to_serve()
+        self._telemetry = Telemetry(telemetry, model.name, self._id)
         self._metrics: EngineMetrics | None = None
         self._pusher = Pusher(hub, self._notice)
         self._admit.set_max_batch_size(model.batching.max_batch_size)
         self._admit.set_batch_wait_timeout_s(model.batching.batch_wait_timeout_s)
         self._engine = Engine(partial(_make_runner, model, self._report), model.engine)
+        self._turnstile = self._telemetry.turnstile(self._engine)
         try:
             await asyncio.to_thread(self._engine.start)
         except BaseException as error:
@@ -58,7 +60,7 @@ class Worker:
 
         Closing the generator, or cancelling it at any point, frees the request's slot before the next step.
         """
-        stream = TokenStream(request, time.monotonic())
+        stream = self._turnstile.open(request)
         try:
             refusal = await self._admit(stream)
             if refusal is not None:
@@ -81,7 +83,7 @@ class Worker:
 
         One outcome each, and it never raises: an exception here would hit every request of the batch.
         """
-        return await asyncio.to_thread(self._engine.admit, streams)
+        return await asyncio.to_thread(self._turnstile.admit, streams)
 
     async def check_health(self) -> None:
         """Ray replaces the replica when this raises: engine ended, failing or stalled, or admission dead."""
@@ -98,6 +100,7 @@ class Worker:
     async def __del__(self) -> None:
         self._pusher.stop()
         await asyncio.to_thread(self._engine.stop)
+        await asyncio.to_thread(self._telemetry.stop)
 
     def _report(self, stage: str) -> None:
         """From any thread: what this replica is doing until it can answer."""

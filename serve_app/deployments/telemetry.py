@@ -1,0 +1,91 @@
+"""What one process tells of single requests: traces and JSON log lines. What is off is not even imported."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from starlette.types import ASGIApp
+
+from serve_app.api.app import create_app
+from serve_app.api.gateway import Gateway
+from serve_app.config import AppConfig, ConfigError, Telemetry as Settings
+from serve_app.engine.engine import Engine
+from serve_app.engine.stream import TokenStream
+from serve_app.types import GenerationRequest
+
+if TYPE_CHECKING:
+    from serve_app.deployments.exporter import Exporter
+    from serve_app.deployments.phases import Phases
+
+
+def check(settings: Settings) -> None:
+    """Raises ConfigError if spans are asked for and what sends them is not installed."""
+    if settings.tracing is None:
+        return
+    try:
+        import serve_app.deployments.exporter  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            f"telemetry.tracing needs OpenTelemetry's SDK and its OTLP exporter ({error}); "
+            "pip install 'serve_app[tracing]', or set it to null"
+        ) from None
+
+
+class Telemetry:
+    """Of the replica `replica`, which runs `model` or, if that is "", is an ingress. Raises ConfigError: see check."""
+
+    def __init__(self, settings: Settings, model: str, replica: str) -> None:
+        check(settings)
+        self._settings = settings
+        self._exporter = _exporter(settings, model, replica)
+        if settings.log_format == "json":
+            from serve_app.deployments.logs import write_json
+
+            write_json(model, replica)
+
+    def app(self, gateway: Gateway, config: AppConfig) -> ASGIApp:
+        """The front door with what watches it."""
+        if self._exporter is None and self._settings.log_format == "text":
+            return create_app(gateway, config)
+        from opentelemetry.trace import NoOpTracer
+        from starlette.middleware import Middleware
+
+        from serve_app.api.observe import Observe, ObservedGateway
+
+        tracer = NoOpTracer() if self._exporter is None else self._exporter.tracer
+        capture = self._settings.tracing is not None and self._settings.tracing.capture_content
+        layer = Middleware(Observe, tracer=tracer, access_log=self._settings.log_format == "json")
+        return create_app(ObservedGateway(gateway, tracer, capture), config, around=[layer])
+
+    def turnstile(self, engine: Engine) -> Phases | Turnstile:
+        """The way into an engine."""
+        if self._exporter is None:
+            return Turnstile(engine)
+        from serve_app.deployments.phases import Phases
+
+        return Phases(self._exporter.tracer, engine.admit)
+
+    def stop(self) -> None:
+        """Send what is left; takes two seconds at most."""
+        if self._exporter is not None:
+            self._exporter.stop()
+
+
+class Turnstile:
+    """The way into an engine when nothing is traced."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.admit = engine.admit
+
+    def open(self, request: GenerationRequest) -> TokenStream:
+        """A stream for a request that has just come."""
+        return TokenStream(request, time.monotonic())
+
+
+def _exporter(settings: Settings, model: str, replica: str) -> Exporter | None:
+    if settings.tracing is None:
+        return None
+    from serve_app.deployments.exporter import Exporter
+
+    return Exporter(settings.tracing, model, replica)
