@@ -200,8 +200,12 @@ class Tracing(Section):
 
 
 class Telemetry(Section):
-    """What is told of single requests. `tracing: null` traces nothing."""
+    """What the service tells of itself. `tracing: null` traces nothing.
 
+    `opentelemetry_metrics`: its times by OpenTelemetry's names as well.
+    """
+
+    opentelemetry_metrics: bool = False
     tracing: Tracing | None = None
     log_format: Literal["text", "json"] = "text"
 

@@ -30,7 +30,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serve_app.api.gateway import Gateway
 from serve_app.api.generation_span import CANCELLED, traced
 from serve_app.errors import InternalError, ServeAppError
-from serve_app.types import A, Chunk, GenerationRequest, ModelStatus, Question
+from serve_app.types import A, Chunk, GenerationRequest, HttpCall, ModelStatus, Question
 
 log = logging.getLogger(__name__)
 
@@ -235,3 +235,9 @@ class ObservedGateway:
         if call is not None:
             call.error, call.fault = error.code, error.status >= 500
         self._gateway.refused(error, model)
+
+    def call_began(self) -> None:
+        self._gateway.call_began()
+
+    def call_ended(self, call: HttpCall) -> None:
+        self._gateway.call_ended(call)

@@ -36,6 +36,7 @@ class Ingress:
         return self._telemetry.app(self._gateway, self._config)
 
     async def __del__(self) -> None:
+        await self._gateway.leave()
         await asyncio.to_thread(self._telemetry.stop)
 
 
