@@ -220,7 +220,8 @@ class Chunk:
 
     `queue_s` is the time before the model began with this request's prompt, of which `cached_tokens` were computed
     already. The first chunk has the `prompt` if that was asked for. An `embedding`, of length 1 and in numbers that
-    float32 holds, comes without tokens in the only chunk.
+    float32 holds, comes without tokens in the only chunk. The first chunk of a traced request tells in `began_ns` when
+    that was by the model's clock, since 1970.
     """
 
     events: tuple[TokenEvent, ...]
@@ -229,6 +230,7 @@ class Chunk:
     cached_tokens: int = 0
     prompt: ShownPrompt | None = None
     embedding: tuple[float, ...] | None = None
+    began_ns: int = 0
 
     @property
     def finished(self) -> bool:

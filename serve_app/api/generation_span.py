@@ -67,9 +67,10 @@ class _Generation:
 
     def heard(self, chunk: Chunk) -> None:
         if self._queue is not None:
-            self._queue.end(self._began + int(chunk.queue_s * 1e9))
+            now = time.time_ns()
+            self._queue.end(min(max(self._began, chunk.began_ns), now))  # another machine's clock may be off
             self._queue = None
-            self._span.set_attribute("gen_ai.response.time_to_first_chunk", (time.time_ns() - self._began) / 1e9)
+            self._span.set_attribute("gen_ai.response.time_to_first_chunk", (now - self._began) / 1e9)
         self._last = chunk
         self._tokens += len(chunk.events)
         if self._capture and self._room > 0:

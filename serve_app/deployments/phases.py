@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 
 from opentelemetry.context import Context
 from opentelemetry.trace import Link, SpanContext, Status, StatusCode, Tracer
@@ -83,8 +84,9 @@ class TracedStream(TokenStream):
         try:
             async with aclosing(super().chunks(flush_interval_s)) as chunks:
                 async for chunk in chunks:
+                    first = self._first is None
                     self._keep(chunk)
-                    yield chunk
+                    yield replace(chunk, began_ns=self._ns(self.arrived + chunk.queue_s)) if first else chunk
         except ServeAppError as error:
             self._failure = error.code
             raise
