@@ -15,10 +15,15 @@ from serve_app.api.observe import ids
 
 
 def write_json(model: str, replica: str) -> None:
-    """Have whatever this process logs through Ray Serve's logger, as the records of ours do, written as JSON."""
+    """Have whatever this process logs through Ray Serve's logger, as the records of ours do, written as JSON.
+
+    At once: for throughput Ray keeps lines back until a thousand are there, so that a quiet service says nothing.
+    """
     for handler in logging.getLogger("ray.serve").handlers:
         handler.addFilter(_stamp)
-        writer = handler.target if isinstance(handler, MemoryHandler) else handler
+        writer: logging.Handler | None = handler
+        if isinstance(handler, MemoryHandler):
+            handler.capacity, writer = 1, handler.target
         if writer is not None:
             writer.setFormatter(JsonLines(model, replica))
 

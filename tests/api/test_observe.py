@@ -1,0 +1,258 @@
+"""What a call's span and log line say, and that a call which is not sampled is left alone."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import httpx
+import pytest
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.sdk.trace.sampling import ALWAYS_ON, ParentBased
+from opentelemetry.trace import NoOpTracer, StatusCode, Tracer, format_span_id
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+
+from serve_app.api.app import create_app
+from serve_app.api.generation_span import MOST_CONTENT
+from serve_app.api.observe import Observe, ObservedGateway, arrival
+from serve_app.errors import QueueFull
+
+from .scripted import ScriptedGateway, Wire, app_config, chunk
+
+NOW = 1_700_000_000_123_456_000
+PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-"
+
+
+class Traced:
+    """The front door over a scripted gateway, and the spans of what went through it."""
+
+    def __init__(self, capture: bool = False, tracer: Tracer | None = None, access_log: bool = True) -> None:
+        self.gateway = ScriptedGateway()
+        self._exporter = InMemorySpanExporter()
+        provider = TracerProvider(ParentBased(ALWAYS_ON), shutdown_on_exit=False)
+        provider.add_span_processor(SimpleSpanProcessor(self._exporter))
+        tracer = tracer or provider.get_tracer("test")
+        config = app_config(warm_wait_s=30, heartbeat_s=0.02)
+        layer = Middleware(Observe, tracer=tracer, access_log=access_log)
+        self.app: Starlette = create_app(ObservedGateway(self.gateway, tracer, capture), config, around=[layer])
+
+    async def ask(self, path: str, body: Any = None, method: str = "POST", **headers: str) -> httpx.Response:
+        transport = httpx.ASGITransport(self.app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return await client.request(method, path, json=body, headers=headers)
+
+    def spans(self, name: str) -> Sequence[ReadableSpan]:
+        return [span for span in self._exporter.get_finished_spans() if span.name == name]
+
+    def span(self, name: str) -> ReadableSpan:
+        (span,) = self.spans(name)
+        return span
+
+
+def told(span: ReadableSpan) -> dict[str, Any]:
+    return dict(span.attributes or {})
+
+
+async def test_a_call_is_told_by_the_pattern_of_its_route() -> None:
+    traced = Traced()
+    answer = await traced.ask("/v1/models/org/large?token=secret", method="GET", **{"x-request-id": "mine"})
+    span = traced.span("GET /v1/models/{id:path}")
+    assert told(span) == {
+        "http.request.method": "GET",
+        "http.route": "/v1/models/{id:path}",
+        "http.response.status_code": 200,
+        "url.path": "/v1/models/org/large",
+        "url.scheme": "http",
+        "network.protocol.version": "1.1",
+        "serve_app.request_id": "mine",
+    }
+    context = span.get_span_context()
+    assert context is not None
+    assert answer.headers["traceparent"].split("-")[2] == format_span_id(context.span_id)
+    assert span.status.status_code is StatusCode.UNSET
+
+
+async def test_a_method_that_nobody_knows_makes_no_name() -> None:
+    traced = Traced()
+    assert (await traced.ask("/generate", method="BREW")).status_code == 405
+    assert told(traced.span("_OTHER /generate"))["http.request.method"] == "_OTHER"
+
+
+async def test_a_generation_is_below_the_call_and_what_goes_on_names_it() -> None:
+    traced = Traced()
+    await traced.ask("/generate", {"prompt": "one two", "max_tokens": 5}, traceparent=PARENT + "01")
+    call, generation, queue = (traced.span(n) for n in ("POST /generate", "text_completion small", "queue"))
+    assert call.parent is not None
+    assert format_span_id(call.parent.span_id) == "b7ad6b7169203331"
+    assert generation.parent == call.get_span_context()
+    assert queue.parent == generation.get_span_context()
+    (request,) = traced.gateway.requests
+    context = generation.get_span_context()
+    assert context is not None
+    assert request.traceparent == f"{PARENT[:36]}{format_span_id(context.span_id)}-01"
+
+
+async def test_a_call_that_is_not_sampled_reaches_the_gateway_as_it_came() -> None:
+    traced = Traced()
+    answer = await traced.ask("/generate", {"prompt": "hi"}, traceparent=PARENT + "00")
+    assert "traceparent" not in answer.headers
+    assert traced.gateway.requests[0].traceparent == ""
+    assert traced._exporter.get_finished_spans() == ()
+
+
+async def test_an_error_in_band_is_the_calls() -> None:
+    traced = Traced()
+    traced.gateway.plays(chunk(["a"], None), RuntimeError("a secret"))
+    assert '"code":"internal_error"' in (await traced.ask("/generate_stream", {"prompt": "hi"})).text
+    for name in ("POST /generate_stream", "text_completion small"):
+        span = traced.span(name)
+        assert told(span)["error.type"] == "internal_error"
+        assert span.status.status_code is StatusCode.ERROR
+        assert span.status.description is None
+    assert told(traced.span("text_completion small"))["gen_ai.usage.output_tokens"] == 1
+
+
+async def test_a_refusal_is_no_fault_of_the_servers() -> None:
+    traced = Traced()
+    traced.gateway.plays(QueueFull("later", retry_after_s=1))
+    assert (await traced.ask("/generate", {"prompt": "hi"})).status_code == 429
+    span = traced.span("POST /generate")
+    assert (told(span)["error.type"], span.status.status_code) == ("queue_full", StatusCode.UNSET)
+    assert traced.span("text_completion small").status.status_code is StatusCode.ERROR
+
+
+@pytest.mark.parametrize("path", ["/generate", "/generate_stream"])
+async def test_one_who_leaves_is_seen_to(path: str) -> None:
+    traced = Traced()
+    traced.gateway.plays(chunk(["a"], None), None)
+    wire = Wire(path, {"prompt": "hi"})
+    call = asyncio.create_task(traced.app(wire.scope, wire.receive, wire.send))
+    await asyncio.wait_for(traced.gateway.crowded.wait(), 5)
+    await asyncio.sleep(0.01)
+    wire.leave.set()
+    await asyncio.wait_for(call, 5)
+    for name in (f"POST {path}", "text_completion small"):
+        span = traced.span(name)
+        assert (told(span)["error.type"], span.status.status_code) == ("cancelled", StatusCode.UNSET)
+    assert told(traced.span(f"POST {path}")).get("http.response.status_code") == wire.status
+
+
+async def test_one_who_cannot_be_written_to_has_left() -> None:
+    traced = Traced()
+    wire = Wire("/generate_stream", {"prompt": "one two"}, fail_at=1)
+    await asyncio.wait_for(traced.app(wire.scope, wire.receive, wire.send), 5)
+    assert told(traced.span("POST /generate_stream"))["error.type"] == "cancelled"
+
+
+async def test_a_call_that_is_stopped_from_outside_is_told_too() -> None:
+    traced = Traced()
+    traced.gateway.plays(None)
+    wire = Wire("/generate", {"prompt": "hi"})
+    call = asyncio.create_task(traced.app(wire.scope, wire.receive, wire.send))
+    await asyncio.wait_for(traced.gateway.crowded.wait(), 5)
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    assert told(traced.span("POST /generate"))["error.type"] == "cancelled"
+
+
+async def test_the_proxys_span_is_above_the_calls() -> None:
+    traced = Traced()
+    arrived = time.time_ns() // 1000 - 5000
+    await traced.ask("/health", method="GET", **{"x-request-start": f"t={arrived}"})
+    call, proxy = traced.span("GET /health"), traced.span("proxy")
+    assert call.parent == proxy.get_span_context()
+    assert (proxy.parent, proxy.start_time, proxy.end_time) == (None, arrived * 1000, call.end_time)
+
+
+@pytest.mark.parametrize(
+    ("header", "instant"),
+    [
+        ("t=1700000000123456", NOW),
+        ("t=1700000000123", 1_700_000_000_123_000_000),
+        ("t=1700000000.123", 1_700_000_000_123_000_000),
+        ("t=1700000000", 1_700_000_000_000_000_000),
+        ("t=1699999999", 1_699_999_999_000_000_000),
+        ("", None),
+        ("1700000000123456", None),
+        ("t=1700000000123457", None),  # after now
+        ("t=1699999940", None),  # older than a minute
+        ("t=17000000001234567", None),
+        ("t=-700000000", None),
+        ("t=1700000000123456, t=1", None),
+        ("t=" + "9" * 5000, None),
+    ],
+)
+def test_an_instant_that_cannot_be_is_ignored(header: str, instant: int | None) -> None:
+    assert arrival(header, NOW) == instant
+
+
+async def test_prompts_and_answers_are_told_only_if_asked_for() -> None:
+    silent, open_ = Traced(), Traced(capture=True)
+    messages = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hi there"}]
+    for traced in (silent, open_):
+        await traced.ask("/v1/chat/completions", {"messages": messages})
+    assert [name for name in told(silent.span("chat small")) if name.endswith("messages")] == []
+    span = told(open_.span("chat small"))
+    assert json.loads(span["gen_ai.input.messages"]) == [
+        {"role": "system", "parts": [{"type": "text", "content": "be kind"}]},
+        {"role": "user", "parts": [{"type": "text", "content": "hi there"}]},
+    ]
+    (answer,) = json.loads(span["gen_ai.output.messages"])
+    assert answer == {
+        "role": "assistant",
+        "parts": [{"type": "text", "content": "some words"}],
+        "finish_reason": "stop",
+    }
+
+
+async def test_what_is_told_of_a_prompt_is_bounded_and_the_newest_of_it() -> None:
+    traced = Traced(capture=True)
+    traced.gateway.plays(chunk(["a" * MOST_CONTENT, "b"]))
+    messages = [{"role": "user", "content": letter * (MOST_CONTENT - 10)} for letter in "xyz"]
+    await traced.ask("/v1/chat/completions", {"messages": messages})
+    span = told(traced.span("chat small"))
+    told_messages = json.loads(span["gen_ai.input.messages"])
+    texts = [message["parts"][0]["content"] for message in told_messages]
+    assert texts == ["y" * 10, "z" * (MOST_CONTENT - 10)]
+    (answer,) = json.loads(span["gen_ai.output.messages"])
+    assert answer["parts"][0]["content"] == "a" * MOST_CONTENT
+
+
+async def test_calls_of_tools_are_told_in_the_conventions_form() -> None:
+    traced = Traced(capture=True)
+    call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Paris"}'}}
+    messages = [
+        {"role": "user", "content": "how is it?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "sunny", "tool_call_id": "c1"},
+    ]
+    assert (await traced.ask("/v1/chat/completions", {"messages": messages})).status_code == 200
+    _, asked, told_of = json.loads(told(traced.span("chat small"))["gen_ai.input.messages"])
+    assert asked == {
+        "role": "assistant",
+        "parts": [{"type": "tool_call", "id": "c1", "name": "weather", "arguments": '{"city": "Paris"}'}],
+    }
+    assert told_of == {
+        "role": "tool",
+        "parts": [{"type": "tool_call_response", "id": "c1", "response": "sunny"}],
+    }
+
+
+async def test_a_call_has_a_log_line_without_any_tracing(caplog: pytest.LogCaptureFixture) -> None:
+    traced = Traced(tracer=NoOpTracer())
+    with caplog.at_level(logging.INFO, "serve_app.api.observe"):
+        answer = await traced.ask("/generate", {"prompt": "hi", "max_tokens": -1})
+    assert "traceparent" not in answer.headers
+    (record,) = (record for record in caplog.records if record.name == "serve_app.api.observe")
+    assert record.getMessage() == "POST /generate 422"
+    line: dict[str, Any] = record.__dict__["told"]
+    assert line.pop("duration_ms") > 0
+    assert line == {"method": "POST", "route": "/generate", "status": 422, "error": "invalid_request"}
