@@ -102,13 +102,13 @@ class Hub:
     async def push(self, notice: Notice, families: list[Metric]) -> None:
         now, key = time.monotonic(), (notice.replica, notice.model)
         self._families[key] = (now, families)
-        if notice.failed or notice.leaving:
-            self._notices.pop(key, None)
-        else:
-            self._notices[key] = (now, notice)
         if notice.failed:
             self._failures[notice.model] = (now, notice.stage)
-        elif not notice.stage:
+        if notice.failed or notice.leaving:
+            self._notices.pop(key, None)
+            return
+        self._notices[key] = (now, notice)
+        if not notice.stage:
             self._failures.pop(notice.model, None)
 
     async def board(self) -> Board:
