@@ -54,6 +54,7 @@ BOUNDS: dict[str, list[float]] = {
     "limits.request_timeout_s": [0],
     "limits.warm_wait_s": [0],
     "limits.heartbeat_s": [0, 10.1],
+    "telemetry.tracing.sampling_ratio": [-0.1, 1.1],
     "models.0.sampling_defaults.temperature": [-0.1, 2.1],
     "models.0.sampling_defaults.top_p": [0, 1.1],
     "models.0.resources.num_cpus": [-0.1],
@@ -257,6 +258,30 @@ def test_a_number_out_of_bounds_is_refused_with_its_path(path: str, value: float
 
 def test_every_number_is_bounded() -> None:
     assert sorted(numbers(AppConfig)) == sorted(BOUNDS)
+
+
+@pytest.mark.parametrize("endpoint", ["", "localhost:4318", "http://", "grpc://localhost:4317", "http:///v1/traces"])
+def test_a_collectors_address_is_one_of_http(endpoint: str) -> None:
+    assert fault(with_value("telemetry.tracing.endpoint", endpoint)).startswith("telemetry.tracing.endpoint: ")
+
+
+@pytest.mark.parametrize(
+    ("telemetry", "told"),
+    [
+        ({"tracing": {"headers": {"api-key": "x"}}}, "telemetry.tracing.headers: Extra inputs are not permitted"),
+        ({"log_format": "yaml"}, "telemetry.log_format: Input should be 'text' or 'json'"),
+    ],
+)
+def test_what_telemetry_does_not_know_is_refused(telemetry: dict[str, object], told: str) -> None:
+    assert fault({**args(), "telemetry": telemetry}) == told
+
+
+def test_nothing_is_told_of_single_requests_unless_asked_for() -> None:
+    telemetry = AppConfig(**args()).telemetry
+    assert (telemetry.tracing, telemetry.log_format) == (None, "text")
+    tracing = AppConfig(**args(), telemetry={"tracing": {}}).telemetry.tracing
+    assert tracing is not None
+    assert (tracing.sampling_ratio, tracing.capture_content) == (0.01, False)
 
 
 def test_what_a_file_leaves_out_has_a_default(tmp_path: Path) -> None:
