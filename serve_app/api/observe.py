@@ -109,6 +109,9 @@ class Observe:
             proxy = self._tracer.start_span("proxy", above, start_time=arrived)
             above = set_span_in_context(proxy, above)
         span = self._tracer.start_span(scope["method"], above, SpanKind.SERVER, start_time=began)
+        if not (span.is_recording() or self._access_log):
+            await self.app(scope, receive, send)
+            return
         call = Call(scope, span)
         within, current = _CALL.set(call), context.attach(set_span_in_context(span, above))
         try:
