@@ -14,6 +14,8 @@ from pathlib import Path
 from alerts import history, render, slo
 from alerts.settings import EXAMPLE, SettingsError, load
 
+MONITORING = Path(__file__).parents[1] / "cluster/monitoring"
+
 ABOUT = f"""\
 Who is told of alerts, and how long it took.
 
@@ -59,11 +61,20 @@ is `unheard` after three hours, and no resolution is counted.
 Stop it with Ctrl-C or SIGTERM. Exit code 0: stopped; 2: it cannot start.
 """
 
+DASHBOARDS = """\
+Writes what cluster/monitoring/ has from here: Grafana's dashboards, from the tables in alerts/dashboards/, and the
+rules as a PrometheusRule for Kubernetes. Needs grafana-foundation-sdk: pip install 'serve_app[dashboards]'.
+
+Exit code 0: written; 2: the package is missing, or the folder cannot be written.
+"""
+
 
 def parser() -> argparse.ArgumentParser:
     as_written = argparse.RawDescriptionHelpFormatter
     whole = argparse.ArgumentParser(prog="python -m alerts", description=ABOUT, formatter_class=as_written)
-    commands = whole.add_subparsers(dest="command", required=True, metavar="render | check | history | rules")
+    commands = whole.add_subparsers(
+        dest="command", required=True, metavar="render | check | history | dashboards | rules"
+    )
 
     one = commands.add_parser(
         "render", help="settings to alertmanager.yml", description=RENDER, formatter_class=as_written
@@ -82,6 +93,11 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--token-file", type=Path, help="the bearer token that all but /healthy then need")
     one.add_argument("--keep-days", type=int, default=400, help="forget alerts not told of for so long (%(default)s)")
 
+    one = commands.add_parser(
+        "dashboards", help="write cluster/monitoring/", description=DASHBOARDS, formatter_class=as_written
+    )
+    one.add_argument("--output", type=Path, default=MONITORING, help="a folder, made if it is not there (%(default)s)")
+
     commands.add_parser("rules", help="write rules/slo.yml, which is made of the table in slo.py")
     return whole
 
@@ -93,6 +109,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _render(asked.settings, asked.output, asked.production)
         case "check":
             return _check(asked.output)
+        case "dashboards":
+            return _dashboards(asked.output)
         case "rules":
             slo.FILE.write_text(slo.text())
             print(f"wrote {slo.FILE}")
@@ -135,6 +153,20 @@ def _check(folder: Path) -> int:
         print(f"nothing was checked: amtool is missing; on Debian: {render.INSTALL}", file=sys.stderr)
         return 3
     return 1 if subprocess.run([amtool, "check-config", str(file)], check=False).returncode else 0
+
+
+def _dashboards(folder: Path) -> int:
+    try:
+        from alerts.dashboards import write
+    except ModuleNotFoundError as error:
+        return _fail(f"{error.name} is missing; pip install 'serve_app[dashboards]'")
+    try:
+        written = write.write(folder)
+    except OSError as error:
+        return _fail(f"{error.filename}: {error.strerror}; give another --output")
+    for file in written:
+        print(f"wrote {file}")
+    return 0
 
 
 def _history(asked: argparse.Namespace) -> int:
