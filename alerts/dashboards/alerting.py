@@ -187,12 +187,12 @@ CHAIN = (
     ),
     Panel(
         "Notifications that failed",
-        "Share of the notifications of 10 minutes that did not get out. Another way still works: use that meanwhile.",
+        "Share of the notifications that did not get out. Another way still works: use that meanwhile.",
         "percentunit",
         (
             (
-                "sum by (integration) (rate(alertmanager_notifications_failed_total[10m]))"
-                " / (sum by (integration) (rate(alertmanager_notifications_total[10m])) > 0)",
+                "sum by (integration) (rate(alertmanager_notifications_failed_total[$__rate_interval]))"
+                " / (sum by (integration) (rate(alertmanager_notifications_total[$__rate_interval])) > 0)",
                 "{{integration}}",
             ),
         ),

@@ -223,7 +223,7 @@ TOKENS = (
     ),
     Panel(
         "TPOT, distribution",
-        "Answers by their mean time a token.",
+        "Answers by their mean time a token. A second band is a replica on a slower machine, or larger batches.",
         "s",
         buckets(TPOT),
         "heatmap",
@@ -237,7 +237,7 @@ TOKENS = (
     ),
     Panel(
         "ITL, distribution",
-        "Gaps by their length.",
+        "Gaps by their length. A band far above the rest is what readers call stuttering: see the steps by phase.",
         "s",
         buckets("serve_app_inter_token_seconds"),
         "heatmap",
@@ -292,7 +292,7 @@ ENGINE = (
     ),
     Panel(
         "Sequences a step, distribution",
-        "Steps by the number of their sequences.",
+        "Steps by the number of their sequences. All in the lowest bucket under load: see slots and queue.",
         "short",
         buckets("serve_app_engine_batch_size"),
         "heatmap",
@@ -342,9 +342,8 @@ ENGINE = (
         alerts=("EngineStepsFail",),
     ),
     Panel(
-        "Time since the last step",
-        "How long ago an engine ended a step. It grows while nothing runs, and that is well; "
-        "with sequences in slots it is a stall.",
+        "Time of the step under way",
+        "How long the forward pass that runs now has taken so far. Seconds: it hangs, or a step is far too large.",
         "s",
         ((highest("serve_app_engine_step_age_seconds", ("model", "replica")), "{{model}} {{replica}}"),),
         alerts=("EngineStalled",),
@@ -421,7 +420,7 @@ MEMORY = (
     ),
     Panel(
         "Prompt lengths, distribution",
-        "Requests by the tokens of their prompts.",
+        "Requests by the tokens of their prompts. A band that is new is a caller who is new, or who changed.",
         "short",
         buckets("serve_app_request_prompt_tokens"),
         "heatmap",

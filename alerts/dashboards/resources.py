@@ -385,12 +385,12 @@ SERVE = (
     ),
     Panel(
         "Ray: replicas' start",
-        "From Ray's decision to a replica that answers, of the last hour.",
+        "From Ray's decision to a replica that answers, of all starts that the cluster has seen.",
         "ms",
         (
             (
                 "histogram_quantile(0.9, sum by (le, deployment) "
-                f"(increase(ray_serve_replica_startup_latency_ms_bucket{{{DEPLOYMENT}}}[1h])))",
+                f"(ray_serve_replica_startup_latency_ms_bucket{{{DEPLOYMENT}}}))",
                 "{{deployment}} p90",
             ),
         ),
