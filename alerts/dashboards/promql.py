@@ -66,9 +66,10 @@ def buckets(histogram: str, where: str = MODEL) -> tuple[tuple[str, str], ...]:
 
 
 def on_node(metric: str, where: str = "") -> str:
-    """Of Ray's nodes. Alerts know a node by its address alone, by address and port, or by its host's name."""
+    """Of Ray's nodes. A link knows a node by its address, with a port or without; Ray has two names for the latter."""
     more = f", {where}" if where else ""
-    return f'({metric}{{instance=~"$node"{more}}} or {metric}{{ip=~"$node"{more}}})'
+    address = "ip" if metric.startswith("ray_node_") else "NodeAddress"
+    return f'({metric}{{instance=~"$node"{more}}} or {metric}{{{address}=~"$node"{more}}})'
 
 
 @cache
