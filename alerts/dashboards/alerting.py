@@ -127,6 +127,7 @@ HISTORY = (
             ),
         ),
         full=1,
+        width=12,
     ),
     Panel(
         "Resolution, share within an hour",
@@ -139,6 +140,7 @@ HISTORY = (
             ),
         ),
         full=1,
+        width=12,
     ),
 )
 

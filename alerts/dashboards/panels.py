@@ -113,7 +113,7 @@ def _chosen(variable: Variable) -> build.QueryVariable:
         build.QueryVariable(variable.name)
         .label(variable.label)
         .datasource(SOURCE)
-        .query({"query": variable.query, "refId": variable.name})
+        .query(variable.query)
         .regex(variable.regex)
         .refresh(model.VariableRefresh.ON_TIME_RANGE_CHANGED)
         .sort(model.VariableSort.ALPHABETICAL_ASC)

@@ -159,6 +159,7 @@ LOAD = (
                 "{{deployment}} processing",
             ),
         ),
+        width=12,
     ),
     Panel(
         "Load that scaling sees",
@@ -166,6 +167,7 @@ LOAD = (
         "short",
         ((highest("ray_serve_autoscaling_total_requests", ("deployment",), DEPLOYMENT), "{{deployment}}"),),
         alerts=("ReplicasTooFew",),
+        width=12,
     ),
     Panel(
         "Bytes out by route",
@@ -173,6 +175,7 @@ LOAD = (
         "Bps",
         ((per_second("serve_app_http_sent_bytes_total", ("route",), ""), "{{route}}"),),
         stacked=True,
+        width=12,
     ),
     Panel(
         "Bytes in by route",
@@ -180,6 +183,7 @@ LOAD = (
         "Bps",
         ((per_second("serve_app_http_received_bytes_total", ("route",), ""), "{{route}}"),),
         stacked=True,
+        width=12,
     ),
 )
 
@@ -286,6 +290,7 @@ MACHINES = (
             (f"sum by (instance) {on_node('ray_resources', CPUS)}", "{{instance}} there"),
         ),
         alerts=("NodeLost",),
+        width=24,
     ),
 )
 
@@ -382,6 +387,7 @@ SERVE = (
         "How late the loops of Ray's proxy and replicas come to their turns.",
         "ms",
         ((quantile("0.99", "ray_serve_event_loop_scheduling_latency_ms", ("component",), ""), "{{component}} p99"),),
+        width=12,
     ),
     Panel(
         "Ray: replicas' start",
@@ -395,6 +401,7 @@ SERVE = (
             ),
         ),
         alerts=("ScaleFromZeroSlow",),
+        width=12,
     ),
     Panel(
         "Ray: proxies",
@@ -404,12 +411,14 @@ SERVE = (
         "states",
         alerts=("ServiceDown",),
         words=PROXY,
+        width=12,
     ),
     Panel(
         "Ray: controller's round",
         "Time of the controller's control loop. Over a second it is late with health checks and scaling.",
         "s",
         (("max(ray_serve_controller_control_loop_duration_s)", "round"),),
+        width=12,
     ),
 )
 

@@ -139,7 +139,7 @@ def test_a_panel_that_lacks_something_is_found(change: Document, problem: str) -
 
 
 @pytest.mark.parametrize("uid", BOARDS)
-def test_panels_lie_beside_each_other_on_the_grid(uid: str) -> None:
+def test_panels_fill_the_grid_and_none_lies_on_another(uid: str) -> None:
     taken = set[tuple[int, int]]()
     for panel in BOARDS[uid]["panels"]:
         place = panel["gridPos"]
@@ -147,6 +147,7 @@ def test_panels_lie_beside_each_other_on_the_grid(uid: str) -> None:
         cells = {(place["x"] + x, place["y"] + y) for x in range(place["w"]) for y in range(place["h"])}
         assert not cells & taken, f"{panel['title']} lies on another"
         taken |= cells
+    assert len(taken) == COLUMNS * len({y for _, y in taken}), "a line is not full"
 
 
 def test_the_reader_chooses_what_the_questions_ask_for() -> None:

@@ -226,7 +226,7 @@ async def test_the_readers_choices_are_there_and_work(watched: Watched) -> None:
     seen = set[str]()
     for board in BOARDS.values():
         for variable in board["templating"]["list"][1:]:
-            asked, found = variable["query"]["query"], set[str]()
+            asked, found = variable["query"], set[str]()
             if asked.startswith("label_values("):
                 name, label = asked.removeprefix("label_values(").removesuffix(")").split(", ")
                 found = {str(one[label]) for one in await watched.ask("series", **{"match[]": name})}
