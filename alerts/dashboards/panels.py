@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
@@ -125,20 +125,30 @@ def _chosen(variable: Variable) -> build.QueryVariable:
 
 
 def _placed(board: Board) -> Iterator[build.Row | Builder]:
-    """Rows under each other, their panels from left to right and then on the next line."""
+    """Rows under each other, their panels on lines of one height."""
     y = number = 0
     for title, panels in board.rows.items():
         number += 1
         yield build.Row(title).id(number).grid_pos(model.GridPos(h=1, w=COLUMNS, x=0, y=y))
-        x, y, line = 0, y + 1, 0
-        for panel in panels:
-            if x + panel.width > COLUMNS:
-                x, y, line = 0, y + line, 0
-            number += 1
-            height = HEIGHT[panel.kind]
-            yield _built(panel).id(number).grid_pos(model.GridPos(h=height, w=panel.width, x=x, y=y))
-            x, line = x + panel.width, max(line, height)
-        y += line
+        y += 1
+        for line in _on_lines(panels):
+            x, height = 0, max(HEIGHT[panel.kind] for panel in line)
+            for panel in line:
+                number += 1
+                yield _built(panel).id(number).grid_pos(model.GridPos(h=height, w=panel.width, x=x, y=y))
+                x += panel.width
+            y += height
+
+
+def _on_lines(panels: Sequence[Panel]) -> Iterator[list[Panel]]:
+    """From left to right, as many as fit."""
+    line: list[Panel] = []
+    for panel in panels:
+        if sum(one.width for one in (*line, panel)) > COLUMNS:
+            yield line
+            line = []
+        line.append(panel)
+    yield line
 
 
 def _built(panel: Panel) -> Builder:
