@@ -66,6 +66,8 @@ def secrets(folder: Path, **texts: str) -> Path:
 def ready(**changes: Any) -> Json:
     """Settings that can be used in production, as a document. `changes` replace whole sections."""
     return {
+        "runbooks_url": "https://llm.test/runbooks",
+        "dashboards_url": "https://llm.test/d",
         "pagerduty": {"routing_key_file": "secrets/pagerduty_routing_key"},
         "slack": {
             "critical": {"channel": "#pages", "api_url_file": "secrets/slack_critical_url"},
