@@ -18,7 +18,7 @@ from alerts.settings import EXAMPLE, SettingsError, load
 ABOUT = f"""\
 Who is told of alerts, and how long it took.
 
-  critical   PagerDuty and Slack, at any hour
+  critical   PagerDuty, Slack and e-mail, at any hour
   warning    Slack and e-mail, in business hours
   info       one digest by e-mail
   Watchdog   a dead-man's switch, which raises the alarm when it hears nothing
