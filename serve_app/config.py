@@ -186,12 +186,19 @@ class Limits(Section):
     heartbeat_s: float = Field(5, gt=0, le=10)
 
 
+class Telemetry(Section):
+    """What the service tells of itself. `opentelemetry_metrics`: its times by OpenTelemetry's names as well."""
+
+    opentelemetry_metrics: bool = False
+
+
 class AppConfig(Section):
     """The `args` of serve_config.yaml. The first model answers requests that name none."""
 
     models: Annotated[tuple[Model, ...], Field(min_length=1)]
     ingress: Ingress
     limits: Limits = Limits()
+    telemetry: Telemetry = Telemetry()
 
     @model_validator(mode="after")
     def _distinct(self) -> AppConfig:

@@ -233,6 +233,21 @@ class Chunk:
         return self.embedding is not None or (bool(self.events) and self.events[-1].finish_reason is not None)
 
 
+@dataclass(frozen=True, slots=True)
+class HttpCall:
+    """One HTTP call that has ended. `route` is a pattern of ours or "other"; sizes are of bodies, in bytes.
+
+    `status` is None if the client left before it was sent one.
+    """
+
+    route: str
+    method: str
+    status: int | None
+    seconds: float
+    received: int
+    sent: int
+
+
 class ModelState(StrEnum):
     """`asleep` is scaled to zero by intent: the next request wakes it."""
 

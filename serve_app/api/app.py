@@ -16,7 +16,7 @@ from serve_app.api import openapi, pages
 from serve_app.api.door import Door
 from serve_app.api.embeddings import EmbeddingRoutes
 from serve_app.api.gateway import Gateway
-from serve_app.api.middleware import BodyLimit, LastResort, RequestId
+from serve_app.api.middleware import BodyLimit, LastResort, Measured, RequestId
 from serve_app.api.openai import OpenAIRoutes
 from serve_app.api.refusal import Refusals
 from serve_app.api.routes import NativeRoutes, OperatorRoutes
@@ -33,6 +33,7 @@ def create_app(gateway: Gateway, config: AppConfig, clock: Callable[[], float] =
         routes=_routes(Door(gateway, config, clock)),
         middleware=[
             Middleware(RequestId),
+            Middleware(Measured, gateway=gateway),
             Middleware(LastResort, refusals=refusals),
             Middleware(BodyLimit, limit=config.limits.max_body_bytes),
         ],

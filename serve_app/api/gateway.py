@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator
 from typing import Protocol
 
 from serve_app.errors import ServeAppError
-from serve_app.types import A, Chunk, GenerationRequest, ModelStatus, Question
+from serve_app.types import A, Chunk, GenerationRequest, HttpCall, ModelStatus, Question
 
 
 class Gateway(Protocol):
@@ -45,4 +45,12 @@ class Gateway(Protocol):
 
     def refused(self, error: ServeAppError, model: str | None) -> None:
         """Count a request that was answered with an error before or instead of its end."""
+        ...
+
+    def call_began(self) -> None:
+        """Count an HTTP call that has come, whatever it is for."""
+        ...
+
+    def call_ended(self, call: HttpCall) -> None:
+        """Count its end."""
         ...

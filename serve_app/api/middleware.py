@@ -1,17 +1,20 @@
-"""Pure ASGI layers around every route, outermost first: RequestId, LastResort, BodyLimit."""
+"""Pure ASGI layers around every route, outermost first: RequestId, Measured, LastResort, BodyLimit."""
 
 from __future__ import annotations
 
 import logging
 import re
+import time
 from uuid import uuid4
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve_app.api.gateway import Gateway
 from serve_app.api.refusal import Refusals
 from serve_app.errors import BodyTooLarge
+from serve_app.types import HttpCall
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +42,41 @@ class RequestId:
         # A fresh dict: a server may hand the same lifespan state to every request.
         scope["state"] = {**scope.get("state", {}), "request_id": request_id}
         await self.app(scope, receive, named)
+
+
+class Measured:
+    """Has the gateway count the call, by the pattern of its route: no caller can make up a name."""
+
+    def __init__(self, app: ASGIApp, gateway: Gateway) -> None:
+        self.app = app
+        self.gateway = gateway
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        began, received, sent = time.monotonic(), 0, 0
+        status: int | None = None
+
+        async def counted_in() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            return message
+
+        async def counted_out(message: Message) -> None:
+            nonlocal status, sent
+            await send(message)
+            status = message.get("status", status)
+            sent += len(message.get("body", b""))
+
+        self.gateway.call_began()
+        try:
+            await self.app(scope, counted_in, counted_out)
+        finally:
+            route = getattr(scope.get("route"), "path", "other")
+            seconds = time.monotonic() - began
+            self.gateway.call_ended(HttpCall(route, scope["method"], status, seconds, received, sent))
 
 
 class LastResort:

@@ -11,15 +11,18 @@ from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias, TypeVar
 
+from prometheus_client.metrics_core import Metric
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from serve_app.config import AppConfig, Model
-from serve_app.deployments.hub import Board, Notice, Pusher
-from serve_app.deployments.metrics import EMBEDDED, FINISHED, IngressMetrics, exposition
+from serve_app.deployments.exposition import exposition
+from serve_app.deployments.hub import Board, Measured, Notice, Pusher
+from serve_app.deployments.meter import IngressMetrics
+from serve_app.deployments.metrics import ages, hub_up, states
 from serve_app.errors import DeadlineExceeded, InternalError, NotReady, QueueFull, ServeAppError
-from serve_app.types import A, Chunk, GenerationRequest, ModelState, ModelStatus, Question, TokenEvent
+from serve_app.types import A, Chunk, GenerationRequest, HttpCall, ModelState, ModelStatus, Question, TokenEvent
 
 logger = logging.getLogger("ray.serve")
 
@@ -53,7 +56,7 @@ class ReplicaGateway:
         self._backends = backends
         self._hub = hub
         self._replica = replica
-        self._metrics = IngressMetrics(replica)
+        self._metrics = IngressMetrics(replica, self._models, config.telemetry.opentelemetry_metrics, alone=not here)
         # A model that is here was loaded before anybody could call: its state is no question.
         starting = (ModelState.READY, "") if here else (ModelState.LOADING, "starting")
         self._statuses = {name: ModelStatus(name, *starting) for name in self._models}
@@ -62,39 +65,30 @@ class ReplicaGateway:
         self._mean_s = dict.fromkeys(self._models, 1.0)
         self._load_s: dict[str, float] = {}
         self._loading_since: dict[str, float] = {}
-        self._pusher = Pusher(hub, lambda: Notice(replica, "", "", self._metrics.families()))
+        self._waking_since: dict[str, float] = {}
+        self._pusher = Pusher(hub, lambda: Notice(replica, "", ""), self._families)
         self._looking = None if here else asyncio.create_task(self._look_for_ever())
 
     async def stream(self, request: GenerationRequest, warm_wait_s: float | None = None) -> AsyncGenerator[Chunk, None]:
         """See Gateway.stream. Times in the chunks count from this call."""
-        arrived = time.monotonic()
-        outcome, tokens, ttft_s = "cancelled", 0, 0.0
-        self._metrics.began(request)
-        sent = self._metrics.tokens(request)
+        meter = self._metrics.meter(request)
         try:
-            async with aclosing(self._chunks(request, arrived, warm_wait_s)) as chunks:
+            async with aclosing(self._chunks(request, meter.arrived, warm_wait_s)) as chunks:
                 async for chunk in chunks:
-                    if tokens == 0:
-                        ttft_s = chunk.events[0].elapsed_s if chunk.events else 0.0
-                        self._metrics.first(request, chunk)
-                    tokens += len(chunk.events)
-                    sent.inc(len(chunk.events))
-                    if chunk.finished:
-                        outcome = _outcome(chunk)
+                    meter.chunk(chunk)
                     yield chunk
         except ServeAppError as error:
-            outcome = error.code
+            meter.failed(error)
             raise
         finally:
-            elapsed_s = time.monotonic() - arrived
-            self._metrics.ended(request, outcome, tokens, ttft_s, elapsed_s)
-            if outcome in FINISHED:
-                self._mean_s[request.model] += 0.1 * (elapsed_s - self._mean_s[request.model])
+            seconds = meter.ended()
+            if seconds is not None:
+                self._mean_s[request.model] += 0.1 * (seconds - self._mean_s[request.model])
 
     async def ask(self, model: str, question: Question[A], warm_wait_s: float) -> A:
         """See Gateway.ask."""
         arrived = time.monotonic()
-        self._refuse_while_loading(self._models[model])
+        self._wake_or_refuse(self._models[model])
         answer, name = self._backends[model].ask(question), type(question).__name__
         told = self._told(answer, model, name, arrived, warm_wait_s)
         item: A | ServeAppError = await self._once_awake(told, model, arrived, warm_wait_s)
@@ -109,24 +103,39 @@ class ReplicaGateway:
         return list(self._statuses.values())
 
     async def metrics(self) -> bytes:
-        """Of this process at least: the hub may be starting or moving."""
-        notices: list[Notice] = []
+        """Of this process at least: the hub may be starting or moving.
+
+        This process goes the way of all others, so that no counter was ever higher at another ingress.
+        """
         with suppress(Exception):
             async with asyncio.timeout(_BOARD_S):
-                notices = (await self._board()).notices
-        others = [notice for notice in notices if notice.model or notice.replica != self._replica]
-        families = [family for notice in others for family in notice.families]
-        return exposition([*self._metrics.families(), *families])
+                await self._pusher.push()
+                board: Board = await self._hub.board.remote()
+                measured: Measured = await self._hub.measured.remote()
+                known = [(model, board.status(model), board.ready(model.name)) for model in self._models.values()]
+                now = states((model.name, status.state, ready) for model, status, ready in known if status is not None)
+                return exposition([*measured.families, *ages(measured.ages), *now, hub_up(True)])
+        return exposition([*self._families(), hub_up(False)])
+
+    def _families(self) -> list[Metric]:
+        return self._metrics.families(self._pusher.lag_s)
 
     def refused(self, error: ServeAppError, model: str | None) -> None:
         self._metrics.refused(error.code, model or "")
+
+    def call_began(self) -> None:
+        self._metrics.http.open.inc()
+
+    def call_ended(self, call: HttpCall) -> None:
+        self._metrics.http.open.dec()
+        self._metrics.http.ended(call)
 
     async def _chunks(
         self, request: GenerationRequest, arrived: float, warm_wait_s: float | None
     ) -> AsyncGenerator[Chunk, None]:
         """Chunks with times that count from `arrived` here, rather than from the model's door."""
         model = self._models[request.model]
-        self._refuse_while_loading(model)
+        self._wake_or_refuse(model)
         self._refuse_when_full(model)
         self._in_flight[model.name] += 1
         try:
@@ -190,9 +199,11 @@ class ReplicaGateway:
             logger.exception("the model failed on request %s", name)
             return InternalError("the model failed on this request")
 
-    def _refuse_while_loading(self, model: Model) -> None:
+    def _wake_or_refuse(self, model: Model) -> None:
         """A model that scales to zero is waited for. One that should be up is refused until it is."""
         status = self._statuses[model.name]
+        if status.state is ModelState.ASLEEP:
+            self._waking_since.setdefault(model.name, time.monotonic())
         if status.state is ModelState.FAILED or (
             status.state is ModelState.LOADING and not model.deployment.scales_to_zero
         ):
@@ -237,14 +248,25 @@ class ReplicaGateway:
                 self._note(status)
                 self._replicas[model.name] = board.ready(model.name)
 
+    async def leave(self) -> None:
+        """Tell what was counted last: this process ends."""
+        if self._looking is not None:
+            self._looking.cancel()
+        await self._pusher.stop(Notice(self._replica, "", "", leaving=True))
+
     async def _look_for_ever(self) -> None:
         while True:
             await self.look()
             await asyncio.sleep(_LOOK_S)
 
     def _note(self, status: ModelStatus) -> None:
-        """Keep a status, and learn from its changes how long this model takes to load."""
+        """Keep a status, and learn from its changes how long this model takes to load, and to wake."""
         now = time.monotonic()
+        before = self._statuses[status.name].state
+        if status.state in (ModelState.READY, ModelState.FAILED) and status.name in self._waking_since:
+            self._metrics.woke(status.name, now - self._waking_since.pop(status.name))
+        elif before is ModelState.LOADING and status.state is ModelState.ASLEEP:
+            self._waking_since.pop(status.name, None)  # nobody waits for it any more
         if status.state is ModelState.LOADING:
             self._loading_since.setdefault(status.name, now)
         else:
@@ -272,8 +294,3 @@ def _later(chunk: Chunk, offset_s: float) -> Chunk:
         for e in chunk.events
     )
     return replace(chunk, events=events, queue_s=chunk.queue_s + offset_s)
-
-
-def _outcome(last: Chunk) -> str:
-    reason = last.events[-1].finish_reason if last.events else None
-    return EMBEDDED if reason is None else reason.value

@@ -6,7 +6,9 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 from prometheus_client.metrics_core import Metric
 from ray import serve
@@ -15,24 +17,40 @@ from ray.serve.handle import DeploymentHandle
 from serve_app.config import Model
 from serve_app.types import ModelState, ModelStatus
 
+K = TypeVar("K")
+V = TypeVar("V")
+
 logger = logging.getLogger("ray.serve")
 
 PUSH_INTERVAL_S = 1.0
 # A process that has not pushed for this long is gone.
 FORGET_AFTER_S = 5.0
+# What it counted is shown for two of Prometheus' usual scrapes more, so that its last requests are not lost.
+KEEP_COUNTS_S = 30.0
 # Why a model could not be loaded stays readable for this long, while Ray tries again.
 FAILURE_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
 class Notice:
-    """One process's push. `model` is "" for an ingress; `stage` is what a replica that cannot answer yet does."""
+    """One process's push. `model` is "" for an ingress; `stage` is what a replica that cannot answer yet does.
+
+    `leaving` is the last one, of a process that ends in an orderly way; `failed`, of one that could not load.
+    """
 
     replica: str
     model: str
     stage: str
-    families: list[Metric]
     failed: bool = False
+    leaving: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What all processes measure. `ages` of those alive: model, replica, seconds since its push."""
+
+    families: list[Metric] = field(default_factory=list)
+    ages: list[tuple[str, str, float]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,48 +96,87 @@ class Hub:
         self._began = time.monotonic()
         # By replica and model: a fused replica is an ingress too, and pushes as both.
         self._notices: dict[tuple[str, str], tuple[float, Notice]] = {}
+        self._families: dict[tuple[str, str], tuple[float, list[Metric]]] = {}
         self._failures: dict[str, tuple[float, str]] = {}
 
-    async def push(self, notice: Notice) -> None:
-        now = time.monotonic()
+    async def push(self, notice: Notice, families: list[Metric]) -> None:
+        now, key = time.monotonic(), (notice.replica, notice.model)
+        self._families[key] = (now, families)
+        if notice.failed or notice.leaving:
+            self._notices.pop(key, None)
+        else:
+            self._notices[key] = (now, notice)
         if notice.failed:
             self._failures[notice.model] = (now, notice.stage)
-            self._notices.pop((notice.replica, notice.model), None)
-        else:
-            self._notices[notice.replica, notice.model] = (now, notice)
-            if not notice.stage:
-                self._failures.pop(notice.model, None)
+        elif not notice.stage:
+            self._failures.pop(notice.model, None)
 
     async def board(self) -> Board:
-        now = time.monotonic()
-        self._notices = {key: entry for key, entry in self._notices.items() if now - entry[0] < FORGET_AFTER_S}
-        self._failures = {key: entry for key, entry in self._failures.items() if now - entry[0] < FAILURE_S}
+        now = self._forget()
         return Board(
             now - self._began,
             [notice for _, notice in self._notices.values()],
             {model: reason for model, (_, reason) in self._failures.items()},
         )
 
+    async def measured(self) -> Measured:
+        """Of processes that are gone what they counted only: what they held is held no more."""
+        now = self._forget()
+        families = [
+            family
+            for key, (_, pushed) in self._families.items()
+            for family in pushed
+            if key in self._notices or family.type != "gauge"
+        ]
+        ages = [(model, replica, now - at) for (replica, model), (at, _) in self._notices.items()]
+        return Measured(families, ages)
+
+    def _forget(self) -> float:
+        """Let go of what is too old; the time of now."""
+        now = time.monotonic()
+        self._notices = _younger(self._notices, now - FORGET_AFTER_S)
+        self._families = _younger(self._families, now - FORGET_AFTER_S - KEEP_COUNTS_S)
+        self._failures = _younger(self._failures, now - FAILURE_S)
+        return now
+
+
+def _younger(entries: dict[K, tuple[float, V]], since: float) -> dict[K, tuple[float, V]]:
+    return {key: entry for key, entry in entries.items() if entry[0] > since}
+
 
 class Pusher:
     """Pushes what a process has to say, every second until it is stopped. On an event loop only."""
 
-    def __init__(self, hub: DeploymentHandle, notice: Callable[[], Notice]) -> None:
+    def __init__(
+        self, hub: DeploymentHandle, notice: Callable[[], Notice], families: Callable[[], list[Metric]]
+    ) -> None:
         self._hub = hub
         self._notice = notice
+        self._families = families
+        self.lag_s = 0.0
         self._task = asyncio.create_task(self._push_for_ever())
 
-    def stop(self) -> None:
+    async def stop(self, notice: Notice) -> None:
+        """Say one last thing."""
         self._task.cancel()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(PUSH_INTERVAL_S):
+                await self._push(notice)
 
-    async def push(self, notice: Notice) -> None:
+    async def push(self) -> None:
+        await self._push(self._notice())
+
+    async def _push(self, notice: Notice) -> None:
         try:
-            await self._hub.push.remote(notice)
+            await self._hub.push.remote(notice, self._families())
         except Exception:
             # The hub may be starting or moving; the next push says everything again.
             logger.debug("push failed", exc_info=True)
 
     async def _push_for_ever(self) -> None:
+        clock = asyncio.get_running_loop().time
         while True:
-            await self.push(self._notice())
+            await self.push()
+            due = clock() + PUSH_INTERVAL_S
             await asyncio.sleep(PUSH_INTERVAL_S)
+            self.lag_s = max(0.0, clock() - due)

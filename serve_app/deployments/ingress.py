@@ -34,6 +34,9 @@ class Ingress:
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return create_app(self._gateway, self._config)
 
+    async def __del__(self) -> None:
+        await self._gateway.leave()
+
 
 def _remote(handle: DeploymentHandle) -> Backend:
     """The model's replicas elsewhere. Leaving the generator before its last item cancels the request there."""

@@ -31,6 +31,8 @@ class FusedReplica(Worker):
     Ray sends requests here once `__init__` has returned, that is once the model can answer.
     """
 
+    _gateway: ReplicaGateway | None = None
+
     async def __init__(  # type: ignore[misc]  # Ray awaits it
         self, config: AppConfig, hub: DeploymentHandle
     ) -> None:
@@ -42,7 +44,13 @@ class FusedReplica(Worker):
         self._gateway = ReplicaGateway(config, {model.name: Backend(self._in_turn, self.ask)}, hub, self._id, here=True)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
+        assert self._gateway is not None, "Ray builds the app once the replica is there"
         return create_app(self._gateway, self._config)
+
+    async def __del__(self) -> None:
+        await super().__del__()
+        if self._gateway is not None:  # else the model could not be loaded
+            await self._gateway.leave()
 
     async def _in_turn(self, request: GenerationRequest) -> AsyncGenerator[Chunk | ServeAppError, None]:
         async with self._room, aclosing(self.generate(request)) as items:

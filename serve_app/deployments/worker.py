@@ -8,13 +8,15 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from functools import partial
 
+from prometheus_client.metrics_core import Metric
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from serve_app.config import Model
 from serve_app.deployments.gateway import log_to_serve
 from serve_app.deployments.hub import Notice, Pusher
-from serve_app.deployments.metrics import EngineMetrics
+from serve_app.deployments.metrics import EngineMetrics, StepSeries
+from serve_app.deployments.process import ProcessMetrics
 from serve_app.engine.engine import Engine, EngineStalled
 from serve_app.engine.sequence import Runner
 from serve_app.engine.stream import TokenStream
@@ -34,24 +36,26 @@ class Worker:
     async def __init__(  # type: ignore[misc]  # Ray awaits it
         self, model: Model, hub: DeploymentHandle
     ) -> None:
+        began = time.monotonic()
         self._model = model
         self._id = serve.get_replica_context().replica_id.unique_id
         self._stage = "starting"
         log_to_serve()
+        self._steps = StepSeries(model.name, self._id)
+        self._process = ProcessMetrics(model.name, self._id)
         self._metrics: EngineMetrics | None = None
-        self._pusher = Pusher(hub, self._notice)
+        self._pusher = Pusher(hub, self._notice, self._families)
         self._admit.set_max_batch_size(model.batching.max_batch_size)
         self._admit.set_batch_wait_timeout_s(model.batching.batch_wait_timeout_s)
-        self._engine = Engine(partial(_make_runner, model, self._report), model.engine)
+        self._engine = Engine(partial(_make_runner, model, self._report), model.engine, watch=self._steps.saw)
         try:
             await asyncio.to_thread(self._engine.start)
         except BaseException as error:
-            self._pusher.stop()
-            await self._pusher.push(Notice(self._id, model.name, f"{type(error).__name__}: {error}", [], failed=True))
+            await self._pusher.stop(Notice(self._id, model.name, f"{type(error).__name__}: {error}", failed=True))
             raise
-        self._metrics = EngineMetrics(model.name, self._id, self._engine)
+        self._metrics = EngineMetrics(model.name, self._id, self._engine, time.monotonic() - began)
         self._report(READY)
-        await self._pusher.push(self._notice())
+        await self._pusher.push()
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Chunk | ServeAppError, None]:
         """Yield the request's tokens; an error is the last thing yielded, never raised, so that none loses its type.
@@ -96,8 +100,8 @@ class Worker:
         return {name: getattr(stats, name) for name in stats.__slots__}
 
     async def __del__(self) -> None:
-        self._pusher.stop()
         await asyncio.to_thread(self._engine.stop)
+        await self._pusher.stop(Notice(self._id, self._model.name, "", leaving=True))
 
     def _report(self, stage: str) -> None:
         """From any thread: what this replica is doing until it can answer."""
@@ -106,8 +110,11 @@ class Worker:
             logger.info("%s: %s", self._model.name, stage)
 
     def _notice(self) -> Notice:
-        families = self._metrics.families() if self._metrics else []
-        return Notice(self._id, self._model.name, self._stage, families)
+        return Notice(self._id, self._model.name, self._stage)
+
+    def _families(self) -> list[Metric]:
+        engine = self._metrics.families() if self._metrics else []
+        return [*engine, *self._steps.families(), *self._process.families(self._pusher.lag_s)]
 
 
 def _make_runner(model: Model, report: Callable[[str], None]) -> Runner:

@@ -63,8 +63,8 @@ class Engine:
     """Continuous batching over one Runner.
 
     `make_runner` is called on the engine's own thread, because torch's thread pools belong to the
-    thread that first used them. Everything else may be called from any thread, once `start` has returned; `stop` at
-    any time.
+    thread that first used them, and so is `watch`, with every step that succeeded and its seconds. Everything else may
+    be called from any thread, once `start` has returned; `stop` at any time.
     """
 
     def __init__(
@@ -72,10 +72,12 @@ class Engine:
         make_runner: Callable[[], Runner],
         config: EngineConfig,
         clock: Callable[[], float] = time.monotonic,
+        watch: Callable[[Step, float], None] | None = None,
     ) -> None:
         self._make_runner = make_runner
         self._config = config
         self._clock = clock
+        self._watch = watch
         self._inbox: list[Sequence] = []
         self._changed = threading.Condition()
         self._stopping = False
@@ -277,6 +279,8 @@ class Engine:
         self._counts["decode_rows"] += sum(advance.rows for advance in step.advances if advance.count == 1)
         self._counts["generated_tokens"] += generated
         self._seconds["busy_s"] += seconds
+        if self._watch is not None:
+            self._watch(step, seconds)
 
     def _tell(self, ended: list[tuple[Sequence, ServeAppError]]) -> None:
         for sequence, error in ended:

@@ -18,9 +18,20 @@ from prometheus_client.metrics_core import Metric
 from alerts import slo
 from alerts.__main__ import main
 from serve_app import errors
-from serve_app.deployments.metrics import FINISHED, EngineMetrics, IngressMetrics
+from serve_app.deployments.meter import IngressMetrics
+from serve_app.deployments.metrics import (
+    FINISHED,
+    TPOT_OBJECTIVE_S,
+    TTFT_OBJECTIVE_S,
+    EngineMetrics,
+    StepSeries,
+    ages,
+    gpu,
+    hub_up,
+    states,
+)
 from serve_app.engine.engine import Engine, EngineStats
-from serve_app.types import GenerationRequest, SamplingParams, TextPrompt
+from serve_app.types import HttpCall, ModelState
 
 ALERTS = Path(slo.__file__).parent
 RULE_FILES = sorted(ALERTS.glob("rules/*.yml"))
@@ -97,18 +108,17 @@ def promtool(*arguments: str | Path) -> str:
 
 
 def families() -> list[Metric]:
-    """All of a replica that has had one request, as in its /metrics."""
-    ingress = IngressMetrics("r1")
-    request = GenerationRequest("1", "m", TextPrompt("hello"), SamplingParams(), 10)
-    ingress.began(request)
-    ingress.tokens(request).inc(2)
-    chunk = SimpleNamespace(events=[SimpleNamespace(elapsed_s=0.1)], queue_s=0.01, prompt_tokens=3)
-    ingress.first(request, cast(Any, chunk))
-    ingress.ended(request, "stop", 2, 0.1, 0.2)
-    ingress.refused("not_found", "")
+    """All of a replica that has had one call, as in its /metrics."""
+    ingress = IngressMetrics("r1", ["m"], opentelemetry=False, alone=True)
+    ingress.http.ended(HttpCall("/generate", "POST", 200, 0.1, 10, 20))
     stats = SimpleNamespace(**dict.fromkeys(EngineStats.__slots__, 1))
-    engine = cast(Engine, SimpleNamespace(stats=lambda: stats, kind="toy"))
-    return [*ingress.families(), *EngineMetrics("m", "r1", engine).families()]
+    engine = cast(Engine, SimpleNamespace(stats=lambda: stats, kind="toy", step_age=lambda: 0.0))
+    of_all = [*states([("m", ModelState.READY, 1)]), *ages([("m", "r1", 0.5)]), hub_up(True)]
+    graphics = gpu()
+    for family in graphics.values():
+        family.add_metric(["m", "r1", "n", "g"], 1)
+    replica = [*EngineMetrics("m", "r1", engine, 1.0).families(), *StepSeries("m", "r1").families()]
+    return [*ingress.families(0.0), *replica, *graphics.values(), *of_all]
 
 
 def bounds() -> dict[str, set[str]]:
@@ -118,22 +128,7 @@ def bounds() -> dict[str, set[str]]:
         for sample in family.samples:
             if "le" in sample.labels:
                 found.setdefault(sample.name, set()).add(sample.labels["le"])
-    # | `name` | histogram, seconds; buckets 1, 2, 5 | ...
-    for name, listed in re.findall(r"^\| `(\w+)` \| histogram[^;|]*; buckets ([^|]*) \|", to_add(), re.MULTILINE):
-        found[f"{name}_bucket"] = {f"{float(bound)}" for bound in listed.split(", ")}
     return found
-
-
-def to_add() -> str:
-    path = ALERTS / "METRICS_TO_ADD.md"
-    return path.read_text() if path.exists() else ""
-
-
-def announced() -> set[str]:
-    """The names in METRICS_TO_ADD.md, a histogram's with those of its series."""
-    rows = re.findall(r"^\| `(\w+)` \| (\w+)", to_add(), re.MULTILINE)
-    endings = {"histogram": ("_bucket", "_count", "_sum")}
-    return {name + ending for name, kind in rows for ending in endings.get(kind, ("",))}
 
 
 def exported() -> set[str]:
@@ -266,7 +261,7 @@ def test_few_page() -> None:
 
 
 def test_every_metric_of_a_rule_is_exported_by_somebody() -> None:
-    known = exported() | STANDARD | RAY.keys() | announced() | RECORDED
+    known = exported() | STANDARD | RAY.keys() | RECORDED
     unknown = {name for rule in RULES for name in metrics_in(rule["expr"])} - known
     assert unknown == set()
 
@@ -274,7 +269,7 @@ def test_every_metric_of_a_rule_is_exported_by_somebody() -> None:
 def test_a_metric_that_nobody_exports_is_found() -> None:
     expression = 'sum by (model) (rate(serve_app_nothing_total{outcome=~"a|b"}[5m])) > 0.1 and on (model) up == 0'
     assert metrics_in(expression) == {"serve_app_nothing_total", "up"}
-    assert "serve_app_nothing_total" not in exported() | announced()
+    assert "serve_app_nothing_total" not in exported()
 
 
 @pytest.mark.parametrize(("name", "file"), RAY.items())
@@ -284,13 +279,6 @@ def test_the_installed_ray_has_the_metric(name: str, file: str) -> None:
     assert spec.origin is not None
     source = (Path(spec.origin).parent / file).read_text()
     assert re.search(rf'"{name.removeprefix("ray_")}"|\b{name}\b', source)
-
-
-def test_what_is_to_be_added_is_needed_and_not_there_yet() -> None:
-    everywhere = {name for rule in RULES for name in metrics_in(rule["expr"])}
-    for name in re.findall(r"^\| `(\w+)` \|", to_add(), re.MULTILINE):
-        assert any(one.startswith(name) for one in everywhere), f"no rule uses {name}"
-        assert not any(one.startswith(name) for one in exported()), f"{name} exists: take it off the list"
 
 
 def test_thresholds_are_bounds_of_buckets() -> None:
@@ -303,6 +291,8 @@ def test_thresholds_are_bounds_of_buckets() -> None:
         for name, bound in re.findall(r"serve_app:(\w+):p95_5m > (\S+)", rule["expr"]):
             assert f"{float(bound)}" in known[f"serve_app_{name}_bucket"], rule
             seen.add(name)
+    assert str(TTFT_OBJECTIVE_S) in known["serve_app_time_to_first_token_seconds_bucket"]
+    assert str(TPOT_OBJECTIVE_S) in known["serve_app_time_per_output_token_seconds_bucket"]
     assert len(seen) == 5  # TTFT, TPOT, queue and waking, and TTFT's percentile
 
 
@@ -352,9 +342,9 @@ def test_a_runbook_is_complete_and_asks_for_metrics_that_exist(path: Path) -> No
     ]
     urls = [rule["annotations"]["runbook_url"] for rule in BY_NAME.values()]
     assert any(url.endswith(f"/{path.name}") for url in urls), "no alert points here"
-    families_ = {re.sub("_(bucket|count|sum)$", "", name) for name in exported() | announced()}
+    families_ = {re.sub("_(bucket|count|sum)$", "", name) for name in exported()}
     names = {re.sub("_(bucket|count|sum)$", "", name) for name in re.findall(r"\bserve_app_[a-z_]+\b", text)}
-    assert names <= families_ | exported() | announced(), names
+    assert names <= families_ | exported(), names
     assert set(re.findall(r"\bray_[a-z_]+\b", text)) <= RAY.keys()
     # Its head names all of its alerts.
     mine = {name for name, rule in BY_NAME.items() if rule["annotations"]["runbook_url"].endswith(f"/{path.name}")}

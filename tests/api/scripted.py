@@ -20,6 +20,7 @@ from serve_app.types import (
     Detokenize,
     FinishReason,
     GenerationRequest,
+    HttpCall,
     Logprobs,
     ModelInfo,
     ModelState,
@@ -103,6 +104,8 @@ class ScriptedGateway:
     questions: list[tuple[str, Question[Any]]] = field(default_factory=list)
     answers: dict[type[Question[Any]], Any] = field(default_factory=lambda: dict(ANSWERS))
     closed: list[str] = field(default_factory=list)
+    calls: list[HttpCall] = field(default_factory=list)
+    open_calls: int = 0
     completed: int = 0
     running: int = 0
     most_running: int = 0
@@ -152,6 +155,13 @@ class ScriptedGateway:
 
     def refused(self, error: ServeAppError, model: str | None) -> None:
         self.refusals.append((error, model))
+
+    def call_began(self) -> None:
+        self.open_calls += 1
+
+    def call_ended(self, call: HttpCall) -> None:
+        self.open_calls -= 1
+        self.calls.append(call)
 
     def plays(self, *steps: Step) -> None:
         self.script = lambda request: steps
