@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import secrets
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import IO
 from urllib.parse import urlsplit
 
 import yaml
@@ -52,6 +54,7 @@ class Plan:
     history: str
     external_url: str
     token: Path
+    lock: IO[str]  # held as long as it is open
 
     def commands(self) -> Iterator[tuple[str, list[str], str]]:
         """In the order in which they start: name, command, and where it answers once it is ready."""
@@ -113,11 +116,12 @@ def _plan(wanted: Wanted) -> Plan:
     prometheus_at, alertmanager_at, history_at = _addresses(wanted)
     folder = wanted.data.absolute()
     folder.mkdir(parents=True, exist_ok=True)
+    lock = _lock(folder)
     token = folder / "history_token" if settings is None else settings.history.token_file
     if settings is None:
         _write_secret(token)
     external = f"http://{alertmanager_at}" if settings is None else settings.external_url
-    plan = Plan(programs, folder, prometheus_at, alertmanager_at, history_at, external, token)
+    plan = Plan(programs, folder, prometheus_at, alertmanager_at, history_at, external, token, lock)
     _write(wanted, plan, settings, place)
     check([programs["promtool"], "check", "config", str(folder / prometheus.CONFIG)])
     check([programs["amtool"], "check-config", str(folder / render.CONFIG)])
@@ -135,6 +139,16 @@ def _addresses(wanted: Wanted) -> tuple[str, str, str]:
         raise ProgramError(f"each of the three needs a port of its own, not {ports}")
     first, second, third = (f"{_HOST}:{number}" for number in ports)
     return first, second, third
+
+
+def _lock(folder: Path) -> IO[str]:
+    """Or a second one would write its configuration under the first one's programs."""
+    lock = (folder / "lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ProgramError(f"another monitor works in {folder}; stop it, or give another --data") from None
+    return lock
 
 
 def _service(url: str) -> tuple[str, str, str]:
