@@ -49,7 +49,16 @@ def allowed(path: str) -> set[str]:
             tensors = {"torch", "transformers", "accelerate", "safetensors", "tokenizers", "numpy"}
             return {*tensors, "jinja2", "filelock", *hub, *grammars, "serve_app.engine", *PLAIN}
         case "deployments":
-            measuring = ("exposition.py", "gateway.py", "hub.py", "meter.py", "metrics.py", "process.py", "worker.py")
+            measuring = (
+                "board.py",
+                "exposition.py",
+                "gateway.py",
+                "hub.py",
+                "meter.py",
+                "metrics.py",
+                "process.py",
+                "worker.py",
+            )
             metrics = {"prometheus_client"} if name in measuring else set()
             gpus = {"pynvml"} if name == "process.py" else set()
             late = {"serve_app.engine.runner"} if name == "worker.py" else set()

@@ -17,8 +17,9 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from serve_app.config import AppConfig, Model
+from serve_app.deployments.board import Board, Measured, Notice
 from serve_app.deployments.exposition import exposition
-from serve_app.deployments.hub import Board, Measured, Notice, Pusher
+from serve_app.deployments.hub import Pusher
 from serve_app.deployments.meter import IngressMetrics
 from serve_app.deployments.metrics import ages, hub_up, states
 from serve_app.errors import DeadlineExceeded, InternalError, NotReady, QueueFull, ServeAppError

@@ -8,7 +8,8 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from serve_app.config import Model
-from serve_app.deployments.hub import Board, Hub
+from serve_app.deployments.board import Board
+from serve_app.deployments.hub import Hub
 from serve_app.types import ModelState
 
 _ASK_S = 2.0

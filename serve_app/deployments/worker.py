@@ -13,8 +13,9 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from serve_app.config import Model
+from serve_app.deployments.board import Notice
 from serve_app.deployments.gateway import log_to_serve
-from serve_app.deployments.hub import Notice, Pusher
+from serve_app.deployments.hub import Pusher
 from serve_app.deployments.metrics import EngineMetrics, StepSeries
 from serve_app.deployments.process import ProcessMetrics
 from serve_app.engine.engine import Engine, EngineStalled

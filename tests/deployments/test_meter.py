@@ -1,0 +1,183 @@
+"""What is counted of a request, by how it went."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+from serve_app.deployments.exposition import exposition
+from serve_app.deployments.meter import IngressMetrics
+from serve_app.errors import InternalError, QueueFull, ServeAppError
+from serve_app.types import (
+    ChatMessage,
+    ChatPrompt,
+    Chunk,
+    FinishReason,
+    GenerationRequest,
+    HttpCall,
+    Prompt,
+    SamplingParams,
+    TextPrompt,
+    TokenEvent,
+)
+
+
+def request(prompt: Prompt | None = None, embed: bool = False) -> GenerationRequest:
+    return GenerationRequest("1", "m", prompt or TextPrompt("hello"), SamplingParams(), 10, embed=embed)
+
+
+def chunk(*times: float, end: FinishReason | None = None, queue_s: float = 0.01) -> Chunk:
+    last = len(times) - 1
+    events = (TokenEvent(1, "x", at, end if number == last else None) for number, at in enumerate(times))
+    return Chunk(tuple(events), 3, queue_s)
+
+
+def went(
+    *chunks: Chunk, error: ServeAppError | None = None, of: GenerationRequest | None = None, opentelemetry: bool = False
+) -> dict[str, float]:
+    """What changed from the beginning, by series without what all have in common."""
+    metrics = IngressMetrics("r", ["m"], opentelemetry, alone=False)
+    before = samples(metrics)
+    meter = metrics.meter(of or request())
+    for one in chunks:
+        meter.chunk(one)
+    if error is not None:
+        meter.failed(error)
+    meter.ended()
+    after = samples(metrics)
+    return {key: after[key] - before.get(key, 0) for key in after if after[key] != before.get(key, 0)}
+
+
+def samples(metrics: IngressMetrics) -> dict[str, float]:
+    found = {}
+    for family in metrics.families(0.0):
+        for sample in family.samples:
+            rest = [value for key, value in sample.labels.items() if key not in ("model", "replica", "le")]
+            name = sample.name.removeprefix("serve_app_")
+            if not name.endswith(("_sum", "_bucket")):
+                found["/".join([name, *rest])] = sample.value
+    return found
+
+
+def test_a_whole_answer() -> None:
+    changed = went(chunk(0.1), chunk(0.12, 0.14, end=FinishReason.LENGTH))
+    assert changed == {
+        "requests_total/length": 1,
+        "goodput_requests_total": 1,
+        "prompt_tokens_total": 3,
+        "generated_tokens_total": 3,
+        "time_to_first_token_seconds_count": 1,
+        "time_per_output_token_seconds_count": 1,
+        "inter_token_seconds_count": 1,
+        "queue_seconds_count": 1,
+        "prefill_seconds_count": 1,
+        "decode_seconds_count": 1,
+        "request_seconds_count": 1,
+        "request_prompt_tokens_count": 1,
+        "request_generated_tokens_count": 1,
+    }
+
+
+@pytest.mark.parametrize(
+    ("times", "good"),
+    [
+        ((2.0, 2.05), True),
+        ((2.1, 2.11), False),  # the first token came too late
+        ((0.1, 0.16), False),  # the second did
+        ((0.1, 0.11, 0.19), True),  # the mean counts
+        ((2.0,), True),  # has no second
+    ],
+)
+def test_an_answer_is_good_if_it_keeps_both_objectives(times: Sequence[float], good: bool) -> None:
+    assert ("goodput_requests_total" in went(chunk(*times, end=FinishReason.STOP))) == good
+
+
+def test_an_error_after_the_first_token_breaks_an_answer_off() -> None:
+    changed = went(chunk(0.1, 0.2), error=InternalError("x"))
+    assert (changed["requests_total/internal_error"], changed["truncated_requests_total"]) == (1, 1)
+    assert changed["generated_tokens_total"] == 2
+    assert "request_seconds_count" not in changed
+    assert "goodput_requests_total" not in changed
+
+
+def test_an_error_before_it_does_not() -> None:
+    assert went(error=QueueFull("x")) == {"requests_total/queue_full": 1}
+
+
+def test_nor_does_a_caller_who_leaves() -> None:
+    changed = went(chunk(0.1))
+    assert changed["requests_total/cancelled"] == 1
+    assert "truncated_requests_total" not in changed
+
+
+def test_an_embedding_has_no_tokens() -> None:
+    changed = went(Chunk((), 3, 0.01, embedding=(1.0,)), of=request(embed=True))
+    assert changed == {
+        "requests_total/embedded": 1,
+        "prompt_tokens_total": 3,
+        "queue_seconds_count": 1,
+        "request_seconds_count": 1,
+        "request_prompt_tokens_count": 1,
+    }
+
+
+CHAT = ChatPrompt((ChatMessage("user", "hello"),))
+
+
+@pytest.mark.parametrize(
+    ("asked", "operation"),
+    [(request(), "text_completion"), (request(CHAT), "chat"), (request(embed=True), "embeddings")],
+)
+def test_opentelemetrys_names_are_told_if_asked_for(asked: GenerationRequest, operation: str) -> None:
+    answer = Chunk((), 3, 0.01, embedding=(1.0,)) if asked.embed else chunk(0.1, 0.2, end=FinishReason.STOP)
+    assert not any(name.startswith("gen_ai") for name in went(answer, of=asked))
+    found = {name for name in went(answer, of=asked, opentelemetry=True) if name.startswith("gen_ai")}
+    middle = f"{operation}/serve_app/m"
+    times = {f"gen_ai_server_time_{name}_seconds_count/{middle}" for name in ("to_first_token", "per_output_token")}
+    whole = f"gen_ai_server_request_duration_seconds_count/{middle}/"
+    assert found == ({whole} if asked.embed else {whole, *times})
+
+
+def test_opentelemetry_hears_of_errors() -> None:
+    found = went(error=QueueFull("x"), opentelemetry=True)
+    assert "gen_ai_server_request_duration_seconds_count/text_completion/serve_app/m/queue_full" in found
+
+
+def test_every_series_of_a_model_is_there_from_the_beginning() -> None:
+    metrics = IngressMetrics("r", ["m", "n"], opentelemetry=False, alone=True)
+    before = exposition(metrics.families(0.0)).decode()
+    for model in ("m", "n"):
+        for error in (None, *(kind("x") for kind in ServeAppError.__subclasses__())):
+            meter = metrics.meter(GenerationRequest("1", model, TextPrompt("hello"), SamplingParams(), 10))
+            meter.chunk(chunk(0.1))
+            meter.chunk(chunk(0.2, end=FinishReason.STOP))
+            if error is not None:
+                meter.failed(error)
+                metrics.refused(error.code, model)
+            meter.ended()
+    assert names(before) == names(exposition(metrics.families(0.0)).decode())
+
+
+def names(text: str) -> set[str]:
+    return {line.rsplit(" ", 1)[0] for line in text.splitlines() if not line.startswith("#")}
+
+
+def test_no_caller_makes_a_series() -> None:
+    metrics = IngressMetrics("r", ["m"], opentelemetry=False, alone=False)
+    metrics.refused("model_not_found", "made-up")
+    metrics.http.ended(HttpCall("other", "BREW", 404, 0.1, 0, 0))
+    first = names(exposition(metrics.families(0.0)).decode())
+    for number in range(100):
+        metrics.refused("model_not_found", f"made-up-{number}")
+        metrics.http.ended(HttpCall("other", f"BREW{number}", 404, 0.1, 0, 0))
+    assert names(exposition(metrics.families(0.0)).decode()) == first
+
+
+@pytest.mark.parametrize(("status", "told"), [(200, "2xx"), (404, "4xx"), (503, "5xx"), (None, "left")])
+def test_a_call_is_counted_by_its_status_line(status: int | None, told: str) -> None:
+    metrics = IngressMetrics("r", ["m"], opentelemetry=False, alone=False)
+    metrics.http.ended(HttpCall("/generate", "POST", status, 0.1, 10, 20))
+    found = samples(metrics)
+    assert found[f"http_requests_total//generate/POST/{told}"] == 1
+    assert (found["http_received_bytes_total//generate"], found["http_sent_bytes_total//generate"]) == (10, 20)
