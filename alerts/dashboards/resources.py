@@ -59,7 +59,7 @@ REPLICAS = (
             (highest("ray_serve_autoscaling_desired_replicas", ("deployment",), DEPLOYMENT), "{{deployment}} desired"),
             (highest("ray_serve_autoscaling_target_replicas", ("deployment",), DEPLOYMENT), "{{deployment}} target"),
         ),
-        alerts=("ReplicasTooFew", "DeploymentWithoutReplica"),
+        alerts=("NoReadyReplicas", "ReplicasTooFew", "DeploymentWithoutReplica"),
     ),
     Panel(
         "Healthy to Ray, and engines seen",
@@ -249,13 +249,14 @@ MACHINES = (
     ),
     Panel(
         "Disk in use",
-        "Share of the disk that Ray's folder is on. Full disks stop logs, spilling and downloads of models.",
+        "Share of each disk, by node_exporter or by Ray. Full disks stop logs, spilling and downloads of models.",
         "percentunit",
         (
+            ('1 - serve_app:disk_free:ratio{instance=~"$node"}', "{{instance}} {{mountpoint}}"),
             (
                 f"{_of_nodes('ray_node_disk_usage')} / "
                 f"({_of_nodes('ray_node_disk_usage')} + {_of_nodes('ray_node_disk_free')})",
-                "{{instance}}",
+                "{{instance}} /, by Ray",
             ),
         ),
         bounds=(round(1 - bound("DiskNearlyFull"), 4),),

@@ -7,9 +7,11 @@ from typing import Any
 
 import yaml
 
+from alerts import slo
 from alerts.dashboards import alerting, llm, objectives, resources
 from alerts.dashboards.panels import document
 from alerts.dashboards.promql import RULES
+from alerts.render import replace
 
 BOARDS = (llm.BOARD, resources.BOARD, objectives.BOARD, alerting.BOARD)
 
@@ -27,20 +29,15 @@ def _text(dumper: _Blocks, text: str) -> yaml.ScalarNode:
 _Blocks.add_representer(str, _text)
 
 
-def files() -> dict[str, str]:
-    """Texts, by their place in cluster/monitoring/."""
+def files(runbooks: str = slo.RUNBOOKS) -> dict[str, str]:
+    """Texts, by their place in cluster/monitoring/. `runbooks` is where links to them lead."""
     boards = {f"grafana/dashboards/{board.uid}.json": document(board) for board in BOARDS}
-    return {**boards, "prometheusrule.yaml": _HEAD + _rules()}
+    texts = {**boards, "prometheusrule.yaml": _HEAD + _rules()}
+    return {name: text.replace(f"{slo.RUNBOOKS}/", f"{runbooks.rstrip('/')}/") for name, text in texts.items()}
 
 
-def write(folder: Path) -> list[Path]:
-    written = []
-    for name, text in files().items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-        written.append(path)
-    return written
+def write(folder: Path, runbooks: str) -> list[Path]:
+    return [replace(folder / name, text) for name, text in files(runbooks).items()]
 
 
 def _rules() -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -84,9 +86,21 @@ def test_the_command_writes_them(tmp_path: Path, capsys: pytest.CaptureFixture[s
     written = {path.relative_to(tmp_path / "new").as_posix() for path in (tmp_path / "new").rglob("*.*")}
     assert written == write.files().keys()
     assert capsys.readouterr().out.count("wrote") == len(written)
+    assert main(["dashboards", "--output", str(tmp_path / "ours"), "--runbooks", "https://llm.test/runbooks/"]) == 0
+    for name, text in write.files().items():
+        assert (tmp_path / "ours" / name).read_text() == text.replace(slo.RUNBOOKS, "https://llm.test/runbooks")
     (tmp_path / "file").touch()
     assert main(["dashboards", "--output", str(tmp_path / "file")]) == 2
     assert "give another --output" in capsys.readouterr().err
+
+
+def test_without_the_sdk_the_command_says_how_to_get_it(tmp_path: Path) -> None:
+    program = "import sys; sys.modules['grafana_foundation_sdk'] = None; from alerts.__main__ import main; "
+    program += f"sys.exit(main(['dashboards', '--output', {str(tmp_path)!r}]))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=MONITORING.parents[1])
+    assert done.returncode == 2
+    assert done.stderr == "alerts: grafana_foundation_sdk is missing; pip install 'serve_app[dashboards]'\n"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_nothing_else_is_among_the_dashboards() -> None:
@@ -172,7 +186,7 @@ def test_what_an_alert_links_to_is_there() -> None:
         if "alert" not in rule:
             continue
         url = rule["annotations"]["dashboard_url"]
-        uid, _, query = url.removeprefix("http://localhost:3000/d/").partition("?")
+        uid, _, query = url.removeprefix(f"{slo.DASHBOARDS}/").partition("?")
         variables = {variable["name"] for variable in BOARDS[uid]["templating"]["list"]}
         given = re.findall(r"var-(\w+)=\{\{ \$labels\.(\w+) \}\}", query)
         assert bool(given) == bool(query), url
@@ -300,7 +314,7 @@ def test_no_container_comes_with_a_password() -> None:
 
 
 # Made by whoever starts the containers, as README.md says, or beside the service.
-MADE = {"./data", "./secrets", "./alertmanager", "./prometheus"}
+MADE = {"./data", "./secrets", "./alertmanager"}
 
 
 def test_what_is_mounted_is_there() -> None:

@@ -58,6 +58,7 @@ PAGES = {
     "EngineStalled",
     "ErrorRateVeryHigh",
     "GPUMemoryNearlyFull",
+    "NoReadyReplicas",
     "NotificationsFail",
     "ServiceDown",
     "StreamCompletenessBudgetBurnsFast",
@@ -83,6 +84,8 @@ STANDARD = {
 }
 # Ray's, and where its package has the name as a literal, without `ray_`.
 RAY = {
+    "ray_node_disk_free": "dashboard/modules/reporter/reporter_agent.py",
+    "ray_node_disk_usage": "dashboard/modules/reporter/reporter_agent.py",
     "ray_node_gpus_utilization": "dashboard/modules/reporter/reporter_agent.py",
     "ray_node_gram_available": "dashboard/modules/reporter/reporter_agent.py",
     "ray_node_gram_used": "dashboard/modules/reporter/reporter_agent.py",
