@@ -217,7 +217,9 @@ def _dashboards(folder: Path, runbooks: str) -> int:
     try:
         from alerts.dashboards import write
     except ModuleNotFoundError as error:
-        return _fail(f"{error.name} is missing; pip install 'serve_app[dashboards]'")
+        if not str(error.name).startswith("grafana_foundation_sdk"):
+            raise
+        return _fail("grafana-foundation-sdk is missing; pip install 'serve_app[dashboards]'")
     try:
         written = write.write(folder, runbooks)
     except OSError as error:

@@ -24,6 +24,8 @@ _SCRAPED = "instance, pod, container"
 # A comparison with a number other than 0, which says whether there is anything to judge.
 _COMPARED = re.compile(r"[<>]=? *(0?\.?[1-9][\d.]*|0\.\d+)\b")
 
+_LE = re.compile(r'le="([^"]*)"')
+
 
 def once(series: str) -> str:
     return f"max without ({_SCRAPED}) ({series})"
@@ -84,7 +86,12 @@ def bound(alert: str) -> float:
     return float(_COMPARED.findall(alerts()[alert]["expr"])[0])
 
 
+def bucket(alert: str) -> float:
+    """The bucket's bound beyond which an alert counts."""
+    return float(_LE.findall(alerts()[alert]["expr"])[0])
+
+
 def objective(slug: str) -> float:
     """The bound of an objective about times, in seconds."""
     (found,) = (one for one in slo.SLOS if one.slug == slug)
-    return float(re.findall(r'le="([^"]*)"', found.bad)[0])
+    return float(_LE.findall(found.bad)[0])

@@ -7,6 +7,7 @@ from alerts.dashboards.promql import (
     DEPLOYMENT,
     MODEL,
     bound,
+    bucket,
     highest,
     on_node,
     per_second,
@@ -20,7 +21,6 @@ REPLICA = ("model", "replica")
 OF_ONE = "{{model}} {{replica}}"
 NODE = ("instance",)
 MIB = 2**20  # Ray calls its figures of GPUs bytes
-WAKE_BOUND = 60.0  # limits.warm_wait_s as shipped, and a bucket's bound
 # Ray Serve's numbers of them.
 STATUS = {
     0: ("unknown", "text"),
@@ -114,7 +114,7 @@ REPLICAS = (
             )
             for one in ("0.5", "0.99")
         ),
-        bounds=(WAKE_BOUND,),
+        bounds=(bucket("ScaleFromZeroSlow"),),
         alerts=("ScaleFromZeroSlow",),
     ),
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,8 +18,9 @@ from alerts import slo
 from alerts.__main__ import MONITORING, main
 from alerts.dashboards import objectives, promql, write
 from alerts.dashboards.panels import COLUMNS
+from alerts.settings import EXAMPLE
 from serve_app.deployments.metrics import GenAiSeries
-from tests.alerts.test_rules import RECORDED, RULES, RUNBOOKS, Document, exported, metrics_in, promtool
+from tests.alerts.test_rules import RECORDED, RULE_FILES, RULES, RUNBOOKS, Document, exported, metrics_in, promtool
 
 BOARDS: dict[str, Document] = {}
 for _name, _text in write.files().items():
@@ -99,7 +101,7 @@ def test_without_the_sdk_the_command_says_how_to_get_it(tmp_path: Path) -> None:
     program += f"sys.exit(main(['dashboards', '--output', {str(tmp_path)!r}]))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=MONITORING.parents[1])
     assert done.returncode == 2
-    assert done.stderr == "alerts: grafana_foundation_sdk is missing; pip install 'serve_app[dashboards]'\n"
+    assert done.stderr == "alerts: grafana-foundation-sdk is missing; pip install 'serve_app[dashboards]'\n"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -240,6 +242,7 @@ def test_thresholds_are_the_rules() -> None:
     assert promql.bound("RequestsTurnedAway") == 0.01
     assert promql.bound("ThroughputLow") == 10
     assert promql.objective("tpot") == 0.05
+    assert promql.bucket("ScaleFromZeroSlow") == 60
     (ttft,) = (panel for panel in panels(BOARDS["serve-app-llm"]) if panel["title"] == "TTFT")
     steps = ttft["fieldConfig"]["defaults"]["thresholds"]["steps"]
     assert steps == [
@@ -324,9 +327,25 @@ def test_what_is_mounted_is_there() -> None:
             if source.startswith(("./", "../")) and not source.startswith(tuple(MADE)):
                 assert (MONITORING / source).exists(), f"{name}: {source}"
             else:
-                assert source.startswith((*MADE, "${RAY_FOLDER")), f"{name}: {source}"
+                assert source.startswith((*MADE, "/tmp/ray")), f"{name}: {source}"
     told = (MONITORING / "README.md").read_text()
     assert all(f"data/{name}" in told for name in ("prometheus", "alertmanager", "grafana"))
+
+
+def test_what_render_writes_is_what_is_mounted(tmp_path: Path) -> None:
+    """As README.md says it, in a folder of the repository's shape."""
+    folder = tmp_path / "cluster/monitoring"
+    folder.mkdir(parents=True)
+    shutil.copy(EXAMPLE, folder / "settings.yml")
+    assert main(["render", "--settings", str(folder / "settings.yml"), "--output", str(folder / "alertmanager")]) == 0
+    assert {path.name for path in (folder / "alertmanager/rules").iterdir()} == {path.name for path in RULE_FILES}
+    named = re.findall(r'_file: "([^"]*)"', (folder / "alertmanager/alertmanager.yml").read_text())
+    assert named
+    assert all(name.startswith(f"{folder}/secrets/") for name in named)
+    mounts = {name: service.get("volumes", []) for name, service in compose()["services"].items()}
+    assert "./alertmanager/rules:/etc/prometheus/rules:ro" in mounts["prometheus"]
+    assert "./alertmanager:/etc/alertmanager:ro" in mounts["alertmanager"]
+    assert "./secrets:${PWD:?}/secrets:ro" in mounts["alertmanager"]
 
 
 def test_grafana_finds_prometheus_and_the_dashboards() -> None:

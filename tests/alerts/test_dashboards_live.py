@@ -30,7 +30,7 @@ from alerts.dashboards.promql import RULES
 from alerts.history import Receiver, Store
 from serve_app.deployments.exposition import exposition
 from serve_app.deployments.metrics import gpu
-from tests.alerts.test_dashboards import BOARDS, UNUSED, family, filled, questions, used
+from tests.alerts.test_dashboards import BOARDS, UNUSED, family, filled, panels, questions, used
 from tests.alerts.test_rules import BY_NAME, exported
 from tests.alerts.world import program, world
 from tests.graph.house import Service, free_port, model, sleeper
@@ -219,6 +219,21 @@ async def test_every_question_has_an_answer(watched: Watched) -> None:
     empty = [one for one in questions() if not await watched.values(filled(one.expression), one.instant)]
     listed = "\n".join(f"{one.board}: {one.panel}: {one.expression}" for one in empty)
     assert not empty, f"{len(empty)} of {len(questions())}:\n{listed}"
+
+
+async def test_shares_are_between_none_and_all(watched: Watched) -> None:
+    """Sums that count something twice, or divide by another sum, show here first."""
+    shares = {
+        (uid, panel["title"])
+        for uid, board in BOARDS.items()
+        for panel in panels(board)
+        if panel["fieldConfig"]["defaults"]["unit"] == "percentunit" and "budget" not in panel["title"].lower()
+    }
+    assert len(shares) > 20
+    for one in questions():
+        if (one.board, one.panel) in shares:
+            values = await watched.values(filled(one.expression), one.instant)
+            assert all(-1e-9 <= value <= 1 + 1e-9 for value in values), (one, min(values), max(values))
 
 
 async def test_the_readers_choices_are_there_and_work(watched: Watched) -> None:
