@@ -233,7 +233,8 @@ async def test_shares_are_between_none_and_all(watched: Watched) -> None:
     for one in questions():
         if (one.board, one.panel) in shares:
             values = await watched.values(filled(one.expression), one.instant)
-            assert all(-1e-9 <= value <= 1 + 1e-9 for value in values), (one, min(values), max(values))
+            most = 1.1 if one.panel == "Busy" else 1 + 1e-9  # time is pushed each second, or a little later
+            assert all(-1e-9 <= value <= most for value in values), (one, min(values), max(values))
 
 
 async def test_the_readers_choices_are_there_and_work(watched: Watched) -> None:
