@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 ARGS ?=
-.PHONY: help serve test fast check format clean
+.PHONY: help serve monitor test fast check format clean
 
 help:
 	@echo "make serve [ARGS='--port 8123']  run the service on this machine; Ctrl-C stops it"
+	@echo "make monitor                     Prometheus, Alertmanager and the history of alerts beside it; Ctrl-C stops them"
 	@echo "make test  [ARGS='-k stream']    format, lint, types, and every test"
 	@echo "make fast                        the tests that need neither Ray, weights, time nor a browser: under 20 s"
 	@echo "make check                       format, lint and types only"
@@ -16,6 +17,9 @@ help:
 
 serve: $(VENV)/serve.done
 	@$(VENV)/bin/python -m serve_app $(ARGS)
+
+monitor: $(VENV)/serve.done
+	@$(VENV)/bin/python -m alerts monitor $(ARGS)
 
 test: check
 	$(VENV)/bin/python -m pytest $(ARGS)

@@ -22,7 +22,12 @@ _LOOPBACK = {"127.0.0.1", "::1", "localhost"}
 
 
 def config(settings: Settings) -> str:
-    """Alertmanager's configuration. The template's marks leave Alertmanager's own {{ }} alone."""
+    """Alertmanager's configuration."""
+    return fill(f"{CONFIG}.jinja", settings=settings)
+
+
+def fill(template: str, **values: object) -> str:
+    """A template of this folder. Its marks leave the {{ }} alone that Alertmanager and Prometheus have."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE),
         undefined=jinja2.StrictUndefined,
@@ -33,7 +38,7 @@ def config(settings: Settings) -> str:
         keep_trailing_newline=True,
     )
     environment.filters["yaml"] = _yaml
-    return environment.get_template(f"{CONFIG}.jinja").render(settings=settings)
+    return environment.get_template(template).render(values)
 
 
 def _yaml(value: object) -> str:
@@ -42,12 +47,13 @@ def _yaml(value: object) -> str:
 
 
 def write(settings: Settings, folder: Path) -> list[Path]:
-    """The files, each replaced as a whole: an Alertmanager that reloads meanwhile reads the old or the new one."""
+    """Alertmanager's files."""
     files = {CONFIG: config(settings), MESSAGES: (HERE / Path(MESSAGES).name).read_text(encoding="utf-8")}
-    return [_replace(folder / name, text) for name, text in files.items()]
+    return [replace(folder / name, text) for name, text in files.items()]
 
 
-def _replace(path: Path, text: str) -> Path:
+def replace(path: Path, text: str) -> Path:
+    """Write a file that whoever reads it meanwhile sees as it was or as it is. Makes its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f".{path.name}.new")
     new.write_text(text, encoding="utf-8")

@@ -15,6 +15,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 EXAMPLE = Path(__file__).with_name("settings.example.yml")
 
 HEARD_EVERY_S = 3600  # at least, the history receiver is told of what still fires
+# After so long a silence whoever is the dead-man's switch has to raise the alarm. It hears of life every 30 s, and for
+# at most a minute after Prometheus has died: two messages may be lost, and the alarm still comes within 3 minutes.
+DEAD_MAN_SILENCE_S = 90
 
 _UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}
 _DURATION = re.compile(r"(\d+)(ms|s|m|h|d)")
@@ -43,6 +46,13 @@ def _url(text: str) -> str:
     if parts.username is not None or parts.password is not None:  # Alertmanager 0.25 logs the URLs of webhooks
         raise ValueError("a URL here holds no user or password; put the secret into the file that is named beside it")
     return text
+
+
+def _base(text: str) -> str:
+    """It is written into the rules, whose texts are YAML and Prometheus' templates."""
+    if not re.fullmatch(r"https?://[\w.:\[\]-]+(/[\w./~%+@-]*)?", text):
+        raise ValueError(f"{text!r} is no address that a path can be put behind; write it like https://host/path")
+    return text.rstrip("/")
 
 
 def _duration(text: str) -> str:
@@ -102,6 +112,7 @@ def _symptom(text: str) -> str:
 
 
 Url = Annotated[str, AfterValidator(_url)]
+Base = Annotated[str, AfterValidator(_url), AfterValidator(_base)]
 Duration = Annotated[str, AfterValidator(_duration)]
 Address = Annotated[str, AfterValidator(_address)]
 Channel = Annotated[str, AfterValidator(_channel)]
@@ -236,9 +247,14 @@ class Inhibition(Section):
 
 
 class Settings(Section):
-    """`group_by` are the labels that alerts told together have in common."""
+    """`group_by` are the labels that alerts told together have in common.
+
+    Links of alerts are `runbooks_url`/NAME.md and `dashboards_url`/UID.
+    """
 
     external_url: Url = "http://127.0.0.1:9093"
+    runbooks_url: Base
+    dashboards_url: Base
     pagerduty: PagerDuty
     slack: Slack
     email: Email

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 FILE = Path(__file__).parent / "rules/slo.yml"
+# Where links lead in the repository's rules; `python -m alerts render` puts the settings' addresses there.
 RUNBOOKS = "https://example.com/serve_app/alerts/runbooks"
-DASHBOARD = "http://localhost:3000/d/serve-app-slo"
+DASHBOARDS = "http://localhost:3000/d"
 
 # Ended by us: errors with a status of 500 and more, and callers that were turned away for want of room.
 BAD = "deadline_exceeded|internal_error|not_ready|queue_full"
@@ -146,7 +147,7 @@ def _burning(slo: Slo, pairs: tuple[tuple[str, str, str], ...]) -> str:
 def _links(slo: Slo) -> str:
     return f"""\
           runbook_url: {RUNBOOKS}/{slo.name}Slo.md
-          dashboard_url: {DASHBOARD}?var-model={{{{ $labels.model }}}}
+          dashboard_url: {DASHBOARDS}/serve-app-slo?var-model={{{{ $labels.model }}}}
 """
 
 

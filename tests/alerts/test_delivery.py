@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.alerts.world import Json, World, alert, never_now, until, world
+from tests.alerts.world import Json, Letter, World, alert, never_now, until, world
 
 pytestmark = pytest.mark.system
 
@@ -18,13 +18,14 @@ SAID = {
 }
 
 
-async def test_a_critical_alert_pages_and_is_told_to_slack_and_the_history(tmp_path: Path) -> None:
+async def test_a_critical_alert_pages_and_is_told_to_slack_by_mail_and_to_the_history(tmp_path: Path) -> None:
     async with world(tmp_path) as here:
         firing = alert("HighTTFT", "critical", SAID, model="smollm2", cluster="a", instance="10.0.0.7:8000")
         await here.tell(firing)
         (page,) = await until(lambda: here.web.pages, "the page")
         (post,) = await until(lambda: here.web.slack_critical, "Slack")
         (note,) = await until(lambda: here.web.history, "the history")
+        (letter,) = await until(lambda: here.mail.letters, "the letter")
         assert page["routing_key"] == "0123456789abcdef0123456789abcdef"
         assert page["event_action"] == "trigger"
         assert page["client"] == "serve_app alerts"
@@ -52,6 +53,10 @@ async def test_a_critical_alert_pages_and_is_told_to_slack_and_the_history(tmp_p
         assert "<https://llm.test/runbooks/HighTTFT.md|Runbook>" in attachment["text"]
         assert "<https://llm.test/d/llm|Dashboard>" in attachment["text"]
         assert [one["labels"]["alertname"] for one in note["alerts"]] == ["HighTTFT"]
+        assert letter.recipients == ["team@llm.test", "lead@llm.test"]
+        assert letter.subject == "[FIRING:1] HighTTFT (smollm2): First tokens take 6.2 s"
+        assert "HighTTFT (critical): First tokens take 6.2 s\np99 over 5 minutes is 6.2 s & above 5 s." in letter.text
+        assert "runbook: https://llm.test/runbooks/HighTTFT.md" in letter.text
         (token,) = {post.authorization for post in here.web.posts if post.path == "/history"}
         assert token == "Bearer history-secret"
 
@@ -59,14 +64,15 @@ async def test_a_critical_alert_pages_and_is_told_to_slack_and_the_history(tmp_p
         await until(
             lambda: len(here.web.pages) == len(here.web.slack_critical) == len(here.web.history) == 2, "the end"
         )
+        await until(lambda: len(here.mail.letters) == 2, "the letter of the end")
         assert here.web.pages[1]["event_action"] == "resolve"
         assert here.web.pages[1]["dedup_key"] == page["dedup_key"]
         (attachment,) = here.web.slack_critical[1]["attachments"]
         assert attachment["title"] == "[RESOLVED] HighTTFT (smollm2)"
         assert attachment["color"] == "good"
         assert here.web.history[1]["alerts"][0]["status"] == "resolved"
+        assert here.mail.letters[1].subject.startswith("[RESOLVED] HighTTFT (smollm2)")
         assert here.web.slack_warning == []
-        assert here.mail.letters == []
 
 
 async def test_a_warning_is_told_to_slack_and_by_mail_and_does_not_page(tmp_path: Path) -> None:
@@ -96,12 +102,16 @@ async def test_outside_business_hours_only_warnings_wait(tmp_path: Path) -> None
         warning = alert("HighTTFT", "warning", model="a")
         await here.tell(warning, alert("HighTTFT", "critical", model="b"), alert("Started", "info"))
         await until(lambda: here.web.pages, "the page")
-        await until(lambda: here.mail.letters, "the digest")
+        await until(lambda: len(here.mail.letters) == 2, "the digest, and the page's letter")
         await until(lambda: len(here.web.history) == 3, "the history, of all three")
         await here.resolve(warning)
         await until(lambda: len(here.web.history) == 4, "the history of the warning's end")
         assert here.web.slack_warning == []
-        assert [letter.recipients for letter in here.mail.letters] == [["digest@llm.test"]]
+        assert sorted(letter.recipients for letter in here.mail.letters) == [
+            ["digest@llm.test"],
+            ["team@llm.test", "lead@llm.test"],
+        ]
+        assert warnings(here) == []
 
 
 async def test_a_severity_that_nobody_knows_is_told_at_any_hour(tmp_path: Path) -> None:
@@ -156,9 +166,9 @@ async def test_the_more_severe_alert_silences_the_less_severe(tmp_path: Path) ->
             alert("TPOTBurnSlow", "warning", model="a", cluster="x", symptom="tpot"),  # of another objective
         ]
         await here.tell(*silenced, *others)
-        await until(lambda: len(here.web.slack_warning) == len(here.mail.letters) == 5, "those that are not silenced")
+        await until(lambda: len(here.web.slack_warning) == len(warnings(here)) == 5, "those that are not silenced")
         await here.resolve(*others)  # a whole group_interval later: the silenced have had their turn as well
-        await until(lambda: len(here.web.slack_warning) == len(here.mail.letters) == 10, "their end")
+        await until(lambda: len(here.web.slack_warning) == len(warnings(here)) == 10, "their end")
         states = await here.states()
         assert states["HighTTFT warning a"] == states["TTFTBurnSlow warning a"] == "suppressed"
         told = {title(post).split(maxsplit=1)[1] for post in here.web.slack_warning}
@@ -249,6 +259,10 @@ async def test_a_receiver_that_fails_is_told_again_and_holds_up_nobody(tmp_path:
 
 def title(post: Json) -> str:
     return str(post["attachments"][0]["title"])
+
+
+def warnings(here: World) -> list[Letter]:
+    return [letter for letter in here.mail.letters if "(warning): " in letter.text or "(warning)\n" in letter.text]
 
 
 def one_cluster(here: World, told: str) -> set[str]:

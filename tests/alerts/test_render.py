@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from alerts import render
+from alerts import render, slo
 from alerts.__main__ import main
 from alerts.settings import EXAMPLE, Settings, SettingsError, load, seconds
 from tests.alerts.world import Json, ready, secrets, written
@@ -51,7 +51,15 @@ def test_production_refuses_the_example_and_writes_nothing(tmp_path: Path, capsy
     secrets(tmp_path / "secrets")
     assert run(tmp_path, "--production") == 2
     said = capsys.readouterr().err
-    for key in ("email.smarthost", "email.sender", "email.recipients.0", "email.digest_recipients.0", "dead_man.url"):
+    for key in (
+        "runbooks_url",
+        "dashboards_url",
+        "email.smarthost",
+        "email.sender",
+        "email.recipients.0",
+        "email.digest_recipients.0",
+        "dead_man.url",
+    ):
         assert f"{key}: '" in said
     assert "secrets/" not in said, "they are there"
     assert not (tmp_path / "out").exists()
@@ -64,7 +72,10 @@ def test_production_takes_what_is_filled_in(tmp_path: Path, capsys: pytest.Captu
     said = capsys.readouterr()
     assert said.err == ""
     assert "/-/reload" in said.out
-    assert sorted(path.name for path in (tmp_path / "out").rglob("*.*")) == ["alertmanager.yml", "serve_app.tmpl"]
+    rules = [path.name for path in (render.HERE / "rules").glob("*.yml")]
+    assert sorted(path.name for path in (tmp_path / "out").rglob("*.*")) == sorted(
+        ["alertmanager.yml", "serve_app.tmpl", *rules]
+    )
 
 
 @pytest.mark.parametrize(
@@ -167,6 +178,19 @@ def test_what_is_set_arrives(tmp_path: Path) -> None:
     assert found["inhibit_rules"][0]["equal"] == ["alertname", "pool"]
 
 
+def test_the_rules_links_lead_where_the_settings_say(tmp_path: Path) -> None:
+    written(tmp_path, ready(runbooks_url="https://llm.test/books/"))
+    secrets(tmp_path / "secrets")
+    assert run(tmp_path, "--production") == 0
+    for path in (render.HERE / "rules").glob("*.yml"):
+        kept, rendered_ = path.read_text(), (tmp_path / "out/rules" / path.name).read_text()
+        assert rendered_.count("runbook_url: https://llm.test/books/") == kept.count("runbook_url: ") > 0
+        assert rendered_.count("dashboard_url: https://llm.test/d/serve-app-") == kept.count("dashboard_url: ")
+        assert "example.com" not in rendered_
+        back = rendered_.replace("https://llm.test/books", slo.RUNBOOKS).replace("https://llm.test/d/", "DASHBOARDS/")
+        assert back == kept.replace(f"{slo.DASHBOARDS}/", "DASHBOARDS/"), "nothing else is changed"
+
+
 def test_odd_texts_stay_texts(tmp_path: Path) -> None:
     document = ready()
     document["slack"]["critical"]["channel"] = "#a\"b'c:{d}"
@@ -180,7 +204,7 @@ def test_odd_texts_stay_texts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"pagerdty": {}}, "pagerdty: no such key; there are external_url, pagerduty, slack"),
+        ({"pagerdty": {}}, "pagerdty: no such key; there are external_url, runbooks_url, dashboards_url"),
         (
             {"slack": {"critical": {"chanel": "#a"}}},
             "slack.critical.chanel: no such key; there are channel, api_url_file",
@@ -199,6 +223,9 @@ def test_odd_texts_stay_texts(tmp_path: Path) -> None:
             {"timing": {"history": {"group_wait": "1s", "group_interval": "1m", "repeat_interval": "2h"}}},
             "timing: history.repeat_interval 2h is above 1h",
         ),
+        ({"runbooks_url": "https://git.test/a b"}, "runbooks_url: 'https://git.test/a b' is no address that a path"),
+        ({"runbooks_url": "https://git.test/a?b={{ 1 }}"}, "is no address that a path can be put behind"),
+        ({"dashboards_url": "grafana.test/d"}, "dashboards_url: 'grafana.test/d' is no URL; write it like"),
         ({"dead_man": {"url": "deadman.llm.test", "token_file": "t"}}, "dead_man.url: 'deadman.llm.test' is no URL"),
         ({"history": {"url": "http://127.0.0.1/"}}, "history.token_file: missing; settings.example.yml shows it"),
         ({"business_hours": {"location": "Mars/Base"}}, "business_hours.location: 'Mars/Base' is no time zone"),

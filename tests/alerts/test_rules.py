@@ -58,6 +58,7 @@ PAGES = {
     "EngineStalled",
     "ErrorRateVeryHigh",
     "GPUMemoryNearlyFull",
+    "NoReadyReplicas",
     "NotificationsFail",
     "ServiceDown",
     "StreamCompletenessBudgetBurnsFast",
@@ -83,6 +84,8 @@ STANDARD = {
 }
 # Ray's, and where its package has the name as a literal, without `ray_`.
 RAY = {
+    "ray_node_disk_free": "dashboard/modules/reporter/reporter_agent.py",
+    "ray_node_disk_usage": "dashboard/modules/reporter/reporter_agent.py",
     "ray_node_gpus_utilization": "dashboard/modules/reporter/reporter_agent.py",
     "ray_node_gram_available": "dashboard/modules/reporter/reporter_agent.py",
     "ray_node_gram_used": "dashboard/modules/reporter/reporter_agent.py",
@@ -137,7 +140,7 @@ def metrics_in(expression: str) -> set[str]:
     rest = re.sub(r'\{[^}]*\}|"[^"]*"|\[[^]]*\]', " ", expression)
     rest = re.sub(r"\b(by|on|without|ignoring)\s*\([^)]*\)", " ", rest)
     words: list[str] = re.findall(r"(?<![\w:.])[A-Za-z_][\w:]*(?!\w|:|\s*\()", rest)
-    return set(words) - {"and", "or", "unless"}
+    return set(words) - {"and", "offset", "or", "unless"}
 
 
 def problems(rule: Document, runbooks: set[str]) -> Iterator[str]:

@@ -66,6 +66,8 @@ def secrets(folder: Path, **texts: str) -> Path:
 def ready(**changes: Any) -> Json:
     """Settings that can be used in production, as a document. `changes` replace whole sections."""
     return {
+        "runbooks_url": "https://llm.test/runbooks",
+        "dashboards_url": "https://llm.test/d",
         "pagerduty": {"routing_key_file": "secrets/pagerduty_routing_key"},
         "slack": {
             "critical": {"channel": "#pages", "api_url_file": "secrets/slack_critical_url"},
@@ -266,19 +268,29 @@ FAST = {"group_wait": "300ms", "group_interval": "500ms", "repeat_interval": "1h
 TIMING = dict.fromkeys(("critical", "warning", "digest", "history"), FAST) | {"dead_man": "300ms"}
 
 
+def on_loopback(folder: Path, told: Web, mail: Mail, **changes: Any) -> Path:
+    """The settings file: as for production, but that everybody is here."""
+    places = {f"slack_{name}_url": f"{told.url}/slack/{name}" for name in ("critical", "warning")}
+    secrets(folder / "secrets", **places)
+    document = ready(**changes)
+    document["pagerduty"]["url"] = f"{told.url}/pagerduty"
+    document["email"] |= {"smarthost": f"127.0.0.1:{mail.port}", "require_tls": False}
+    document["dead_man"]["url"] = f"{told.url}/dead-man"
+    return written(folder, document)
+
+
+def everybody() -> Mail:
+    """Takes the letters of `ready`'s sender."""
+    return Mail(("alerts", "mail secret"))
+
+
 @contextlib.asynccontextmanager
 async def world(folder: Path, history_url: str | None = None, **changes: Any) -> AsyncIterator[World]:
     """Rendered as for production, but that everybody is on loopback, and waits are short."""
-    mail = Mail(("alerts", "mail secret"))
+    mail = everybody()
     async with Web().open() as told, mail.open(), aiohttp.ClientSession() as client:
-        places = {f"slack_{name}_url": f"{told.url}/slack/{name}" for name in ("critical", "warning")}
-        secrets(folder / "secrets", **places)
-        document = ready(timing=TIMING, **changes)
-        document["pagerduty"]["url"] = f"{told.url}/pagerduty"
-        document["email"] |= {"smarthost": f"127.0.0.1:{mail.port}", "require_tls": False}
-        document["dead_man"]["url"] = f"{told.url}/dead-man"
-        document["history"]["url"] = history_url or f"{told.url}/history"
-        settings = load(written(folder, document))
+        history = {"url": history_url or f"{told.url}/history", "token_file": "secrets/history_token"}
+        settings = load(on_loopback(folder, told, mail, timing=TIMING, history=history, **changes))
         assert render.obstacles(settings) == []
         render.write(settings, folder / "out")
         async with _running(folder, client) as url:
