@@ -8,7 +8,7 @@ from collections.abc import Sequence as Seq
 from urllib.parse import parse_qsl, urlsplit
 
 from serve_app.config import Engine
-from serve_app.engine.sequence import Advance, Outcome, Sampled, Step
+from serve_app.engine.sequence import Advance, Outcome, Sampled, Sequence, Step
 from serve_app.errors import InvalidRequest, ServeAppError
 from serve_app.types import (
     ChatPrompt,
@@ -84,9 +84,12 @@ class ToyRunner:
     counts the tokens of each remainder by 4.
 
     With `log`, a line is appended to that file for each token made: monotonic seconds, and the request's id.
+    A step with a prompt that begins with `fails_on` fails.
     """
 
-    def __init__(self, config: Engine, step_ms: float = 0, load_s: float = 0, log: str | None = None) -> None:
+    def __init__(
+        self, config: Engine, step_ms: float = 0, load_s: float = 0, log: str | None = None, fails_on: str = ""
+    ) -> None:
         time.sleep(load_s)
         self.kind = "toy"
         self.slots = config.max_running
@@ -94,20 +97,27 @@ class ToyRunner:
         self.kv_tokens = config.kv_memory_bytes or self.slots * self.context
         self.text = ToyText()
         self._step_s = step_ms / 1e3
+        self._fails_on = list(fails_on.encode())
         self._log = None if log is None else open(log, "a", buffering=1)  # noqa: SIM115 (as long as the process)
 
     @classmethod
     def from_source(cls, source: str, config: Engine) -> ToyRunner:
         """From `builtin:toy`, or `builtin:toy?step_ms=5&load_s=2&log=/tmp/tokens`."""
         options = dict(parse_qsl(urlsplit(source).query))
-        return cls(config, float(options.get("step_ms", 0)), float(options.get("load_s", 0)), options.get("log"))
+        step_ms, load_s = (float(options.get(name, 0)) for name in ("step_ms", "load_s"))
+        return cls(config, step_ms, load_s, options.get("log"), options.get("fails_on", ""))
 
     def run(self, step: Step) -> list[Outcome]:
         if self._step_s:
             time.sleep(self._step_s)
+        if self._fails_on and any(self._fails(advance.sequence) for advance in step.advances):
+            raise RuntimeError("a toy that was to fail")
         for advance in step.advances:
             self._read(advance)
         return [self._outcome(advance) for advance in step.advances if advance.samples]
+
+    def _fails(self, sequence: Sequence) -> bool:
+        return sequence.tokens[: len(self._fails_on)] == self._fails_on
 
     def _read(self, advance: Advance) -> None:
         sequence, reading, rows = advance.sequence, advance.sequence.reading, advance.reads

@@ -100,3 +100,10 @@ def test_it_keeps_a_log_of_its_tokens_when_asked(tmp_path: Path) -> None:
     assert who == "id"
     assert runner._log is not None
     runner._log.close()
+
+
+def test_it_fails_where_it_was_told_to() -> None:
+    runner = ToyRunner.from_source("builtin:toy?fails_on=bad", EngineConfig())
+    assert runner.run(Step((Advance(sequence("a bad one"), 9),))) != []
+    with pytest.raises(RuntimeError):
+        runner.run(Step((Advance(sequence("good"), 4), Advance(sequence("bad"), 3))))

@@ -69,11 +69,17 @@ def sleeper(name: str, source: str, downscale_to_zero_delay_s: float) -> Config:
 
 
 def serve_file(
-    models: Sequence[Config], port: int = 8000, ingress: Config | None = None, fused: bool = False, **limits: Any
+    models: Sequence[Config],
+    port: int = 8000,
+    ingress: Config | None = None,
+    fused: bool = False,
+    telemetry: Config | None = None,
+    **limits: Any,
 ) -> Config:
     """`ingress` changes its deployment; `fused` makes the only model's replicas answer HTTP."""
     deployment = {**DEPLOYMENT, "max_ongoing_requests": 1024, **(ingress or {})}
     args = {"ingress": {"fused": True} if fused else {"deployment": deployment}, "limits": limits}
+    args["telemetry"] = telemetry or {}
     application = {
         "name": "serve_app",
         "route_prefix": "/",
