@@ -76,6 +76,7 @@ class Plan:
             f"--storage.tsdb.path={self.folder / 'prometheus'}",
             f"--web.listen-address={self.prometheus}",
             f"--web.external-url=http://{self.prometheus}/",
+            "--storage.tsdb.retention.time=35d",  # error budgets look back 30 days
             "--rules.alert.resend-delay=15s",
         ]
         yield "prometheus", command, f"http://{self.prometheus}/-/ready"

@@ -66,6 +66,7 @@ def test_nobody_is_paged_for_what_is_well(model: Story) -> None:
     (other,) = (one for one in model.ready["models"] if one["name"] == "other")
     assert other["state"] == "ready"
     # As the rules have it: 6 is healthy, and below it is what they look for.
+    print("Ray's status of deployments:", model.ray)
     assert model.ray[f"model-{VICTIM}"] < 6
     assert model.ray["model-other"] == model.ray["Ingress"] == model.ray["Hub"] == 6
 
