@@ -56,8 +56,8 @@ def port(asked: int, option: str, what: str) -> int:
     except OSError as error:
         reason = os.strerror(error.errno or 0)
         raise ProgramError(
-            f"{what} cannot listen on 127.0.0.1:{asked}: {reason}; choose another port with {option} (0 takes a free one), "
-            f"or stop who has it. {_service(what)}"
+            f"{what} cannot listen on 127.0.0.1:{asked}: {reason}; choose another port with {option} (0 takes a free "
+            f"one), or stop who has it. {_service(what)}"
         ) from None
 
 
