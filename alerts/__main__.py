@@ -15,6 +15,8 @@ from alerts import history, monitor, prometheus, render, slo
 from alerts.programs import Ended, ProgramError
 from alerts.settings import EXAMPLE, SettingsError, load
 
+MONITORING = Path(__file__).parents[1] / "cluster/monitoring"
+
 ABOUT = f"""\
 Who is told of alerts, and how long it took.
 
@@ -80,12 +82,19 @@ is `unheard` after three hours, and no resolution is counted.
 Stop it with Ctrl-C or SIGTERM. Exit code 0: stopped; 2: it cannot start.
 """
 
+DASHBOARDS = """\
+Writes what cluster/monitoring/ has from here: Grafana's dashboards, from the tables in alerts/dashboards/, and the
+rules as a PrometheusRule for Kubernetes. Needs grafana-foundation-sdk: pip install 'serve_app[dashboards]'.
+
+Exit code 0: written; 2: the package is missing, or the folder cannot be written.
+"""
+
 
 def parser() -> argparse.ArgumentParser:
     as_written = argparse.RawDescriptionHelpFormatter
     whole = argparse.ArgumentParser(prog="python -m alerts", description=ABOUT, formatter_class=as_written)
     commands = whole.add_subparsers(
-        dest="command", required=True, metavar="monitor | render | check | history | rules | prometheus"
+        dest="command", required=True, metavar="monitor | render | check | history | dashboards | prometheus | rules"
     )
 
     one = commands.add_parser("monitor", help="start all of it here", description=MONITOR, formatter_class=as_written)
@@ -113,6 +122,12 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--token-file", type=Path, help="the bearer token that all but /healthy then need")
     one.add_argument("--keep-days", type=int, default=400, help="forget alerts not told of for so long (%(default)s)")
 
+    one = commands.add_parser(
+        "dashboards", help="write cluster/monitoring/", description=DASHBOARDS, formatter_class=as_written
+    )
+    one.add_argument("--output", type=Path, default=MONITORING, help="a folder, made if it is not there (%(default)s)")
+    one.add_argument("--runbooks", default=slo.RUNBOOKS, help="where people read the runbooks (%(default)s)")
+
     commands.add_parser("rules", help="write rules/slo.yml, which is made of the table in slo.py")
     commands.add_parser("prometheus", help="write cluster/monitoring/prometheus/, for containers and Kubernetes")
     return whole
@@ -131,6 +146,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _render(asked.settings, asked.output, asked.production)
         case "check":
             return _check(asked.output)
+        case "dashboards":
+            return _dashboards(asked.output, asked.runbooks)
         case "rules":
             slo.FILE.write_text(slo.text())
             print(f"wrote {slo.FILE}")
@@ -194,6 +211,22 @@ def _monitor(asked: argparse.Namespace) -> int:
         return _fail(str(error))
     except OSError as error:
         return _fail(f"{error.filename}: {error.strerror}; give another --data")
+    return 0
+
+
+def _dashboards(folder: Path, runbooks: str) -> int:
+    try:
+        from alerts.dashboards import write
+    except ModuleNotFoundError as error:
+        if not str(error.name).startswith("grafana_foundation_sdk"):
+            raise
+        return _fail("grafana-foundation-sdk is missing; pip install 'serve_app[dashboards]'")
+    try:
+        written = write.write(folder, runbooks)
+    except OSError as error:
+        return _fail(f"{error.filename}: {error.strerror}; give another --output")
+    for file in written:
+        print(f"wrote {file}")
     return 0
 
 

@@ -140,7 +140,7 @@ def metrics_in(expression: str) -> set[str]:
     rest = re.sub(r'\{[^}]*\}|"[^"]*"|\[[^]]*\]', " ", expression)
     rest = re.sub(r"\b(by|on|without|ignoring)\s*\([^)]*\)", " ", rest)
     words: list[str] = re.findall(r"(?<![\w:.])[A-Za-z_][\w:]*(?!\w|:|\s*\()", rest)
-    return set(words) - {"and", "or", "unless"}
+    return set(words) - {"and", "offset", "or", "unless"}
 
 
 def problems(rule: Document, runbooks: set[str]) -> Iterator[str]:
