@@ -179,7 +179,8 @@ def _render(path: Path, folder: Path, production: bool) -> int:
     for title, found in (("not ready for production", obstacles), ("not safe", render.dangers(settings))):
         if found:
             print(f"{title}:\n{_lines(found)}", file=sys.stderr)
-    print(f"start it:\n  {shlex.join(render.start_command(settings, folder.absolute()))}")
+    print(f"Prometheus is to read the rules:\n  rule_files: [{folder.absolute() / prometheus.RULES}/*.yml]")
+    print(f"start Alertmanager:\n  {shlex.join(render.start_command(settings, folder.absolute()))}")
     print(f"or, if it runs, let it read them:\n  curl -X POST {settings.external_url.rstrip('/')}/-/reload")
     return 0
 

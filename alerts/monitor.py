@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import secrets
 import signal
 import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +22,7 @@ import yaml
 from alerts import prometheus, render, slo
 from alerts.programs import Child, ProgramError, check, find, port
 from alerts.settings import Settings, SettingsError, Timing, Webhook, load
+from alerts.targets import State, look
 
 _HOST = "127.0.0.1"
 _LOOK_S = 1.0
@@ -77,6 +76,7 @@ class Plan:
             f"--storage.tsdb.path={self.folder / 'prometheus'}",
             f"--web.listen-address={self.prometheus}",
             f"--web.external-url=http://{self.prometheus}/",
+            "--storage.tsdb.retention.time=35d",  # error budgets look back 30 days
             "--rules.alert.resend-delay=15s",
         ]
         yield "prometheus", command, f"http://{self.prometheus}/-/ready"
@@ -243,49 +243,13 @@ def _banner(wanted: Wanted, plan: Plan) -> str:
 
 
 def _watch(wanted: Wanted, plan: Plan, children: list[Child]) -> None:
-    """Say when what is watched comes and goes. Raises ProgramError when one of ours ends."""
-    said: dict[str, str] = {}
+    """Say when what is watched comes and goes. Raises Ended when one of ours does."""
+    known: dict[str, State] = {}
     while True:
         for child in children:
             child.ended()
-        for job, state in _states(wanted, plan).items():
-            if said.get(job) != state:
-                print(f"{time.strftime('%H:%M:%S')} {state}", flush=True)
-            said[job] = state
+        for job, (state, text) in look(plan.prometheus, _ray_file(wanted)).items():
+            if known.get(job) != state:
+                print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
+            known[job] = state
         time.sleep(_LOOK_S)
-
-
-def _states(wanted: Wanted, plan: Plan) -> dict[str, str]:
-    """A sentence for the service and one for Ray, once Prometheus has looked at them."""
-    try:
-        with urllib.request.urlopen(f"http://{plan.prometheus}/api/v1/targets?state=active", timeout=5) as answer:
-            targets = json.load(answer)["data"]["activeTargets"]
-    except (OSError, ValueError):
-        return {}
-    service = [target for target in targets if target["labels"]["job"] == "serve_app"]
-    ray = [target for target in targets if target["labels"]["job"] == "ray"]
-    if not service or any(target["health"] == "unknown" for target in (*service, *ray)):
-        return {}
-    return {"serve_app": _of(wanted, service[0]), "ray": _of_ray(wanted, ray)}
-
-
-def _of(wanted: Wanted, target: dict[str, str]) -> str:
-    if target["health"] == "up":
-        return f"the service is up: {target['scrapeUrl']} is scraped every 15 s"
-    return (
-        f"the service does not answer: {target['lastError']}; ServiceDown pages after a minute of that. "
-        "Start it with `make serve`, or say where it is with --url"
-    )
-
-
-def _of_ray(wanted: Wanted, targets: list[dict[str, str]]) -> str:
-    up = sum(target["health"] == "up" for target in targets)
-    file = _ray_file(wanted)
-    if not targets:
-        return (
-            f"Ray is not found: {file} lists nothing yet; alerts about nodes and deployments are silent. It comes with "
-            "a Ray on this machine; for one with another RAY_TMPDIR say where: --ray-metrics FILE"
-        )
-    if up == 0:
-        return f"Ray does not answer any more: none of the {len(targets)} addresses in {file}"
-    return f"Ray is up: {up} of {len(targets)} addresses in {file}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import shutil
 import signal
 import socket
@@ -53,9 +54,10 @@ def port(asked: int, option: str, what: str) -> int:
         with socket.create_server(("127.0.0.1", asked)) as probe:
             return int(probe.getsockname()[1])
     except OSError as error:
+        reason = os.strerror(error.errno or 0)
         raise ProgramError(
-            f"{what} cannot listen on 127.0.0.1:{asked}: {error.strerror}; choose another port with {option} (0 takes "
-            f"a free one), or stop who has it. {_service(what)}"
+            f"{what} cannot listen on 127.0.0.1:{asked}: {reason}; choose another port with {option} (0 takes a free "
+            f"one), or stop who has it. {_service(what)}"
         ) from None
 
 

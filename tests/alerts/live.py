@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import re
 import signal
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import httpx
 
 from alerts.settings import DEAD_MAN_SILENCE_S
 from tests.alerts.world import Json, Letter, Mail, Web, everybody, on_loopback, until
-from tests.graph.house import Program, Service, caller, model
+from tests.graph.house import ROOT, Program, Service, caller, model
 
 VICTIM = "victim"
 _START_S = 90
@@ -65,15 +66,18 @@ class Told:
 
 @dataclass
 class Story:
-    """`alarm_s` is when a dead-man's switch raised the alarm, in seconds after its Prometheus had stopped."""
+    """`mttd_s` and `mttr_s` are the dashboard's, by severity, and `history` the receiver's table at that instant.
+
+    `alarm_s` is when a dead-man's switch raised the alarm, in seconds after its Prometheus had stopped."""
 
     fired: Told
     resolved: Told | None = None
     others: list[str] = field(default_factory=list)
     ray: dict[str, float] = field(default_factory=dict)
     ready: Json = field(default_factory=dict)
-    detection_s: dict[str, float] = field(default_factory=dict)
-    resolution_s: dict[str, float] = field(default_factory=dict)
+    mttd_s: dict[str, float] = field(default_factory=dict)
+    mttr_s: dict[str, float] = field(default_factory=dict)
+    history: list[Json] = field(default_factory=list)
     alarm_s: float | None = None
     firing_at_the_end: list[str] = field(default_factory=list)
 
@@ -106,6 +110,13 @@ class Stage:
             assert time.monotonic() < end, self.service.said()
             await asyncio.sleep(0.2)
         return time.monotonic()
+
+    async def kept(self) -> list[Json]:
+        """What the history has."""
+        (url,) = re.findall(r"(http://[^/]+)/alerts\n", self.monitor.said().partition("History")[2])
+        token = {"Authorization": "Bearer history-secret"}
+        found: list[Json] = (await self.client.get(f"{url}/alerts", headers=token)).json()
+        return found
 
     async def told(self, alert: str, action: str, since: float) -> Told:
         """Wait for all three to be told of this alert, and note when each was."""
@@ -191,25 +202,31 @@ async def outage_of_a_model(folder: Path) -> Story:
         story.ray = await here.monitor.ask(here.client, "max by (deployment) (ray_serve_deployment_status)")
         story.resolved = await here.told("NoReadyReplicas", "resolve", await here.repair())
         story.others = sorted({page["payload"]["class"] for page in here.web.pages} - {"NoReadyReplicas"})
-        story.detection_s = await _incident(here, "alert_detection_seconds")
-        story.resolution_s = await _incident(here, "alert_resolution_seconds")
+        story.mttd_s, story.mttr_s = await _panel(here, "MTTD"), await _panel(here, "MTTR")
+        story.history = await here.kept()
         story.firing_at_the_end = sorted(
             await here.monitor.ask(here.client, 'count by (alertname) (ALERTS{alertstate="firing"})')
         )
         return story
 
 
-def since(counter: str, by: str, offset: str) -> str:
-    """As the dashboards ask: an `increase` would miss the first of each name, whose series begins with it."""
-    now = f"sum by ({by}) ({counter})"
-    return f"({now} - (sum by ({by}) ({counter} offset {offset}) or 0 * {now}))"
+def _dashboard(title: str) -> str:
+    """What the alerting dashboard's panel asks, over the last day."""
+    panels = json.loads((ROOT / "cluster/monitoring/grafana/dashboards/serve-app-alerting.json").read_text())["panels"]
+    (target,) = next(panel["targets"] for panel in _flat(panels) if panel["title"] == title)
+    return str(target["expr"]).replace("$__range", "1d")
 
 
-async def _incident(here: Stage, histogram: str) -> dict[str, float]:
-    """The mean by alert over the last day, once the history has been scraped after the incident."""
-    mean = f"{since(f'{histogram}_sum', 'alertname', '1d')} / ({since(f'{histogram}_count', 'alertname', '1d')} > 0)"
+def _flat(panels: list[Json]) -> Iterator[Json]:
+    for panel in panels:
+        yield panel
+        yield from panel.get("panels", ())
+
+
+async def _panel(here: Stage, title: str) -> dict[str, float]:
+    """By severity, once the history has been scraped after the incident."""
     end = time.monotonic() + 45
-    while "NoReadyReplicas" not in (found := await here.monitor.ask(here.client, mean)):
+    while "critical" not in (found := await here.monitor.ask(here.client, _dashboard(title))):
         assert time.monotonic() < end, found
         await asyncio.sleep(0.5)
     return found

@@ -66,6 +66,7 @@ def test_nobody_is_paged_for_what_is_well(model: Story) -> None:
     (other,) = (one for one in model.ready["models"] if one["name"] == "other")
     assert other["state"] == "ready"
     # As the rules have it: 6 is healthy, and below it is what they look for.
+    print("Ray's status of deployments:", model.ray)
     assert model.ray[f"model-{VICTIM}"] < 6
     assert model.ray["model-other"] == model.ray["Ingress"] == model.ray["Hub"] == 6
 
@@ -83,14 +84,16 @@ def test_all_three_are_told_of_the_repair(model: Story) -> None:
     assert "Watchdog" in model.firing_at_the_end
 
 
-def test_the_dashboards_questions_know_mttd_and_mttr(model: Story) -> None:
-    resolved = model.resolved
-    assert resolved is not None
-    # From the instant at which the rule fired, so that scrape, evaluation and the rule's minute are not in it.
-    detection, resolution = model.detection_s["NoReadyReplicas"], model.resolution_s["NoReadyReplicas"]
-    print(f"by the history: detected in {detection:.1f} s, resolved in {resolution:.1f} s")
-    assert 10 <= detection <= model.fired.last_s - 60
-    assert 0 < resolution <= 900
+def test_the_dashboards_panels_know_mttd_and_mttr(model: Story) -> None:
+    """From the instant at which the rule fired, so that scrape, evaluation and the rule's minute are not in it."""
+    print(f"on the dashboard: MTTD {model.mttd_s}, MTTR {model.mttr_s}")
+    (incident,) = (one for one in model.history if one["alertname"] == "NoReadyReplicas")
+    assert incident["status"] == "resolved"
+    assert 10 <= incident["detection_seconds"] <= model.fired.last_s - 60
+    pages = [one for one in model.history if one["severity"] == "critical"]
+    for panel, key in ((model.mttd_s, "detection_seconds"), (model.mttr_s, "resolution_seconds")):
+        values = [one[key] for one in pages if one[key] is not None]
+        assert min(values) - 0.01 <= panel["critical"] <= max(values) + 0.01
 
 
 def test_a_service_whose_only_replicas_are_killed_pages_within_150_s(service: Story) -> None:

@@ -145,11 +145,11 @@ def test_it_notices_who_comes_and_finds_ray(tmp_path: Path) -> None:
         (program.folder / "ray/prom_metrics_service_discovery.json").write_text(json.dumps(listed))
         try:
             program.wait_for(f"the service is up: http://127.0.0.1:{port}/llm/metrics is scraped")
-            said = program.wait_for("Ray is up: 1 of 1 addresses")
+            said = program.wait_for("Ray is up: scraped")
         finally:
             server.shutdown()
             server.server_close()
-        program.wait_for("Ray does not answer any more")
+        program.wait_for("Ray does not answer: none of the addresses (1)")
         assert said.count("the service is up") == 1, "a state is said once"
         assert program.interrupt() == 0
 

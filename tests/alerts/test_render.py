@@ -12,7 +12,7 @@ import yaml
 
 from alerts import render, slo
 from alerts.__main__ import main
-from alerts.settings import EXAMPLE, Settings, SettingsError, load, seconds
+from alerts.settings import DEAD_MAN_SILENCE_S, EXAMPLE, Settings, SettingsError, load, seconds
 from tests.alerts.world import Json, ready, secrets, written
 
 
@@ -46,6 +46,11 @@ def test_the_examples_comments_are_the_defaults() -> None:
     assert shown == {key: settings[key] for key in ("group_by", "inhibition", "timing")}
 
 
+def test_the_dead_mans_patience_is_the_same_wherever_it_is_said() -> None:
+    for path in (EXAMPLE, render.HERE.parent / "README.md"):
+        assert f"after {DEAD_MAN_SILENCE_S} s of silence" in " ".join(path.read_text().replace("#", "").split())
+
+
 def test_production_refuses_the_example_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copy(EXAMPLE, tmp_path / "settings.yml")
     secrets(tmp_path / "secrets")
@@ -72,6 +77,7 @@ def test_production_takes_what_is_filled_in(tmp_path: Path, capsys: pytest.Captu
     said = capsys.readouterr()
     assert said.err == ""
     assert "/-/reload" in said.out
+    assert f"rule_files: [{tmp_path}/out/rules/*.yml]" in said.out
     rules = [path.name for path in (render.HERE / "rules").glob("*.yml")]
     assert sorted(path.name for path in (tmp_path / "out").rglob("*.*")) == sorted(
         ["alertmanager.yml", "serve_app.tmpl", *rules]
