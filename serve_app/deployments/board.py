@@ -7,9 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from prometheus_client.metrics_core import Metric
-
 from serve_app.config import Model
+from serve_app.deployments.exposition import Page
 from serve_app.types import ModelState, ModelStatus
 
 K = TypeVar("K")
@@ -39,9 +38,9 @@ class Notice:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What all processes measure. `ages` of those alive: model, replica, seconds since its push."""
+    """What all processes measure: parts of pages. `ages` of those alive: model, replica, seconds since its push."""
 
-    families: list[Metric]
+    parts: list[bytes]
     ages: list[tuple[str, str, float]]
 
 
@@ -88,12 +87,12 @@ class Notices:
         self._began = clock()
         # By replica and model: a fused replica is an ingress too, and pushes as both.
         self._notices: dict[tuple[str, str], tuple[float, Notice]] = {}
-        self._families: dict[tuple[str, str], tuple[float, list[Metric]]] = {}
+        self._pages: dict[tuple[str, str], tuple[float, Page]] = {}
         self._failures: dict[str, tuple[float, str]] = {}
 
-    def take(self, notice: Notice, families: list[Metric]) -> None:
+    def take(self, notice: Notice, page: Page) -> None:
         now, key = self._clock(), (notice.replica, notice.model)
-        self._families[key] = (now, families)
+        self._pages[key] = (now, page)
         if notice.failed:
             self._failures[notice.model] = (now, notice.stage)
         if notice.failed or notice.leaving:
@@ -114,20 +113,16 @@ class Notices:
     def measured(self) -> Measured:
         """Of processes that are gone what they counted only: what they held is held no more."""
         now = self._forget()
-        families = [
-            family
-            for key, (_, pushed) in self._families.items()
-            for family in pushed
-            if key in self._notices or family.type != "gauge"
-        ]
+        parts = [page.counted for _, page in self._pages.values()]
+        parts += [page.held for key, (_, page) in self._pages.items() if key in self._notices]
         ages = [(model, replica, now - at) for (replica, model), (at, _) in self._notices.items()]
-        return Measured(families, ages)
+        return Measured(parts, ages)
 
     def _forget(self) -> float:
         """Let go of what is too old; the time of now."""
         now = self._clock()
         self._notices = _younger(self._notices, now - FORGET_AFTER_S)
-        self._families = _younger(self._families, now - FORGET_AFTER_S - KEEP_COUNTS_S)
+        self._pages = _younger(self._pages, now - FORGET_AFTER_S - KEEP_COUNTS_S)
         self._failures = _younger(self._failures, now - FAILURE_S)
         return now
 

@@ -17,7 +17,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from serve_app.config import AppConfig, Model
-from serve_app.deployments.board import Board, Measured, Notice
+from serve_app.deployments.board import Board, Notice
 from serve_app.deployments.exposition import exposition
 from serve_app.deployments.hub import Pusher
 from serve_app.deployments.meter import IngressMetrics
@@ -110,13 +110,11 @@ class ReplicaGateway:
         """
         with suppress(Exception):
             async with asyncio.timeout(_BOARD_S):
-                await self._pusher.push()
-                board: Board = await self._hub.board.remote()
-                measured: Measured = await self._hub.measured.remote()
+                board, measured = await self._pusher.exchange()
                 known = [(model, board.status(model), board.ready(model.name)) for model in self._models.values()]
                 now = states((model.name, status.state, ready) for model, status, ready in known if status is not None)
-                return exposition([*measured.families, *ages(measured.ages), *now, hub_up(True)])
-        return exposition([*self._families(), hub_up(False)])
+                return exposition(measured.parts, [*ages(measured.ages), *now, hub_up(True)])
+        return exposition([], [*self._families(), hub_up(False)])
 
     def _families(self) -> list[Metric]:
         return self._metrics.families(self._pusher.lag_s)

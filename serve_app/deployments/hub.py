@@ -12,6 +12,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from serve_app.deployments.board import Board, Measured, Notice, Notices
+from serve_app.deployments.exposition import Page, Writer
 
 logger = logging.getLogger("ray.serve")
 
@@ -25,14 +26,16 @@ class Hub:
     def __init__(self) -> None:
         self._notices = Notices()
 
-    async def push(self, notice: Notice, families: list[Metric]) -> None:
-        self._notices.take(notice, families)
+    async def push(self, notice: Notice, page: Page) -> None:
+        self._notices.take(notice, page)
 
     async def board(self) -> Board:
         return self._notices.board()
 
-    async def measured(self) -> Measured:
-        return self._notices.measured()
+    async def exchange(self, notice: Notice, page: Page) -> tuple[Board, Measured]:
+        """Take a push, and show all."""
+        self._notices.take(notice, page)
+        return self._notices.board(), self._notices.measured()
 
 
 class Pusher:
@@ -44,6 +47,7 @@ class Pusher:
         self._hub = hub
         self._notice = notice
         self._families = families
+        self._writer = Writer()
         self.lag_s = 0.0
         self._task = asyncio.create_task(self._push_for_ever())
 
@@ -57,9 +61,18 @@ class Pusher:
     async def push(self) -> None:
         await self._push(self._notice())
 
+    async def exchange(self) -> tuple[Board, Measured]:
+        """Push, and see what all have pushed. Raises what the handle raises."""
+        shown: tuple[Board, Measured] = await self._hub.exchange.remote(self._notice(), self.page())
+        return shown
+
+    def page(self) -> Page:
+        """What this process measures now."""
+        return self._writer.page(self._families())
+
     async def _push(self, notice: Notice) -> None:
         try:
-            await self._hub.push.remote(notice, self._families())
+            await self._hub.push.remote(notice, self.page())
         except Exception:
             # The hub may be starting or moving; the next push says everything again.
             logger.debug("push failed", exc_info=True)

@@ -46,6 +46,7 @@ class IngressMetrics:
 
     def woke(self, model: str, seconds: float) -> None:
         self._series[model].wake.observe(seconds)
+        self._series[model].changed = True
 
 
 class Meter:
@@ -63,6 +64,7 @@ class Meter:
         self._prompt_tokens = 0
         self._outcome = CANCELLED
         series.active.inc()
+        series.changed = True
 
     @property
     def arrived(self) -> float:
@@ -80,6 +82,7 @@ class Meter:
         self._tokens += len(chunk.events)
         self._last_s = chunk.events[-1].elapsed_s if chunk.events else 0.0
         self._series.tokens.inc(len(chunk.events))
+        self._series.changed = True
         if chunk.finished:
             reason = chunk.events[-1].finish_reason if chunk.events else None
             self._outcome = EMBEDDED if reason is None else reason.value
@@ -96,6 +99,7 @@ class Meter:
         tpot_s = self._finished(seconds) if whole else None
         if not whole and self._outcome != CANCELLED and self._tokens:
             series.truncated.inc()
+        series.changed = True
         if self._gen_ai is not None:
             error = "" if whole else self._outcome
             self._gen_ai.ended(self._request.model, self._operation, error, seconds, self._ttft_s, tpot_s)

@@ -112,7 +112,7 @@ def graphics_card() -> web.Application:
     )
 
     async def scrape(request: web.Request) -> web.Response:
-        return web.Response(text=exposition(families.values()).decode() + by_ray)
+        return web.Response(text=exposition([], families.values()).decode() + by_ray)
 
     app = web.Application()
     app.router.add_get("/metrics", scrape)

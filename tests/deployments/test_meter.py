@@ -146,7 +146,7 @@ def test_opentelemetry_hears_of_errors() -> None:
 
 def test_every_series_of_a_model_is_there_from_the_beginning() -> None:
     metrics = IngressMetrics("r", ["m", "n"], opentelemetry=False, alone=True)
-    before = exposition(metrics.families(0.0)).decode()
+    before = exposition([], metrics.families(0.0)).decode()
     for model in ("m", "n"):
         for error in (None, *(kind("x") for kind in ServeAppError.__subclasses__())):
             meter = metrics.meter(GenerationRequest("1", model, TextPrompt("hello"), SamplingParams(), 10))
@@ -156,7 +156,7 @@ def test_every_series_of_a_model_is_there_from_the_beginning() -> None:
                 meter.failed(error)
                 metrics.refused(error.code, model)
             meter.ended()
-    assert names(before) == names(exposition(metrics.families(0.0)).decode())
+    assert names(before) == names(exposition([], metrics.families(0.0)).decode())
 
 
 def names(text: str) -> set[str]:
@@ -167,11 +167,11 @@ def test_no_caller_makes_a_series() -> None:
     metrics = IngressMetrics("r", ["m"], opentelemetry=False, alone=False)
     metrics.refused("model_not_found", "made-up")
     metrics.http.ended(HttpCall("other", "BREW", 404, 0.1, 0, 0))
-    first = names(exposition(metrics.families(0.0)).decode())
+    first = names(exposition([], metrics.families(0.0)).decode())
     for number in range(100):
         metrics.refused("model_not_found", f"made-up-{number}")
         metrics.http.ended(HttpCall("other", f"BREW{number}", 404, 0.1, 0, 0))
-    assert names(exposition(metrics.families(0.0)).decode()) == first
+    assert names(exposition([], metrics.families(0.0)).decode()) == first
 
 
 @pytest.mark.parametrize(("status", "told"), [(200, "2xx"), (404, "4xx"), (503, "5xx"), (None, "left")])

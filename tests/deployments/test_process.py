@@ -46,12 +46,12 @@ const char *nvmlErrorString(int code) { return "not supported"; }
 SHOW = (
     "from serve_app.deployments.exposition import exposition\n"
     "from serve_app.deployments.process import Gpus\n"
-    "print(exposition(Gpus('m', 'r').families()).decode())\n"
+    "print(exposition([], Gpus('m', 'r').families()).decode())\n"
 )
 
 
 def test_a_process_tells_what_it_takes_and_runs_on() -> None:
-    text = exposition(ProcessMetrics("m", "r").families(0.25)).decode()
+    text = exposition([], ProcessMetrics("m", "r").families(0.25)).decode()
     for name in ("process_resident_memory_bytes", "process_cpu_seconds_total", "process_open_fds"):
         assert f'{name}{{model="m",replica="r"}} ' in text
     assert 'serve_app_event_loop_lag_seconds{model="m",replica="r"} 0.25' in text
