@@ -71,8 +71,11 @@ def dcgm_exporter(spec: ClusterSpec) -> Chart:
     if spec.provider == "gcp":  # its driver is on the host only, and critical pods are for kube-system
         values["extraHostVolumes"] = [{"name": "nvidia", "hostPath": "/home/kubernetes/bin/nvidia"}]
         values["extraVolumeMounts"] = [
-            {"name": "exporter-metrics-volume", "mountPath": "/etc/dcgm-exporter/default-counters.csv",
-             "subPath": "default-counters.csv"},
+            {
+                "name": "exporter-metrics-volume",
+                "mountPath": "/etc/dcgm-exporter/default-counters.csv",
+                "subPath": "default-counters.csv",
+            },
             {"name": "nvidia", "mountPath": "/usr/local/nvidia", "readOnly": True},
         ]
         values["extraEnv"] = [{"name": "LD_LIBRARY_PATH", "value": "/usr/local/nvidia/lib64"}]

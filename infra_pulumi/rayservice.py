@@ -175,7 +175,7 @@ def _head(spec: ClusterSpec, config: Object, image: str) -> Object:
             "limits": {"cpu": "4", "memory": "8Gi"},
         },
         "securityContext": container_security(),
-        # The agent answers for raylet and GCS. Starting takes a minute; later two minutes without an answer are the end.
+        # The agent answers for raylet and GCS. Starting takes a minute; later, two without an answer are the end.
         "startupProbe": _probe("/api/healthz", _AGENT_PORT, 5, 60),
         "livenessProbe": _probe("/api/healthz", _AGENT_PORT, 10, 12),
         "readinessProbe": _probe("/api/healthz", _AGENT_PORT, 5, 3),
@@ -186,8 +186,8 @@ def _head(spec: ClusterSpec, config: Object, image: str) -> Object:
     return {
         "serviceType": "ClusterIP",
         "enableIngress": False,
-        # The operator deploys through the dashboard's port, at the pod's address: it asks for the token, has no ingress,
-        # and the network policy lets the operator alone reach it.
+        # The operator deploys through the dashboard's port, at the pod's address: it asks for the token, has no
+        # ingress, and the network policy lets the operator alone reach it.
         "rayStartParams": {"dashboard-host": "0.0.0.0", "num-cpus": "0", **_object_store()},
         "template": {
             "metadata": {
@@ -284,7 +284,7 @@ def _autoscaler() -> Object:
 
 
 def rayservice(spec: ClusterSpec, config: Object, image: str = "") -> Object:
-    """The RayService of a description and a config as `read_config` gives it. Raises SpecError.
+    """The RayService of a description and a config as `read_config` gives it. Raises CatalogueError.
 
     `image` is the description's with its registry, once that is known. Two secrets are needed that are never in a file:
     TOKEN_SECRET and REDIS.
@@ -309,9 +309,7 @@ def rayservice(spec: ClusterSpec, config: Object, image: str = "") -> Object:
                 "autoscalerOptions": _autoscaler(),
                 "gcsFaultToleranceOptions": {"redisAddress": f"{REDIS}:6379", "redisPassword": password},
                 "headGroupSpec": _head(spec, config, image),
-                "workerGroupSpecs": [
-                    _workers(spec, index, config, image) for index in range(len(spec.gpu_pools))
-                ],
+                "workerGroupSpecs": [_workers(spec, index, config, image) for index in range(len(spec.gpu_pools))],
             },
         },
     }

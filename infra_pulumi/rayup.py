@@ -143,7 +143,11 @@ def _gcp(spec: ClusterSpec, site: Site) -> Object:
     """
 
     def node(machine_type: str, disk_gib: int) -> Object:
-        disk = {"diskSizeGb": disk_gib, "diskType": f"zones/{spec.zones[0]}/diskTypes/pd-ssd", "sourceImage": site.image}
+        disk = {
+            "diskSizeGb": disk_gib,
+            "diskType": f"zones/{spec.zones[0]}/diskTypes/pd-ssd",
+            "sourceImage": site.image,
+        }
         return {
             "machineType": machine_type,
             "disks": [{"boot": True, "autoDelete": True, "type": "PERSISTENT", "initializeParams": disk}],
@@ -169,9 +173,7 @@ def _gcp(spec: ClusterSpec, site: Site) -> Object:
                 "instanceTerminationAction": "DELETE",
             }
         workers.append(config)
-    tunnel = (
-        f"gcloud compute start-iap-tunnel %h %p --listen-on-stdin --zone={spec.zones[0]} --project={site.account}"
-    )
+    tunnel = f"gcloud compute start-iap-tunnel %h %p --listen-on-stdin --zone={spec.zones[0]} --project={site.account}"
     return {
         "provider": {
             "type": "gcp",
@@ -228,7 +230,7 @@ def _azure(spec: ClusterSpec, site: Site) -> Object:
 
 
 def rayup(spec: ClusterSpec, longest_s: int, site: Site | None = None) -> Object:
-    """The file for the description's cloud. `longest_s` is how long a request may take. Raises SpecError."""
+    """The file for the description's cloud. `longest_s` is how long a request may take. Raises CatalogueError."""
     clouds = {"aws": _aws, "gcp": _gcp, "azure": _azure}
     return {**_common(spec.name, longest_s), **clouds[spec.provider](spec, site or Site())}
 

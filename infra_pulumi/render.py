@@ -5,17 +5,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from infra_pulumi import spec as descriptions
+from infra_pulumi import catalogue, spec as descriptions
 from infra_pulumi.charts import Chart, charts
 from infra_pulumi.objects import beside
-from infra_pulumi.rayservice import NAME, longest_request_s, on_gpus, read_config, rayservice
+from infra_pulumi.rayservice import NAME, longest_request_s, on_gpus, rayservice, read_config
 from infra_pulumi.rayup import on_premises, rayup
 from infra_pulumi.spec import ClusterSpec
 from infra_pulumi.topology import svg
@@ -33,8 +32,8 @@ _PLACES = {
         " /aws/service/deeplearning/ami/x86_64/base-oss-nvidia-driver-gpu-ubuntu-24.04/latest/ami-id",
         "REPLACE_NETWORK: a security group whose only rule lets its own members in, in a network with private subnets.",
         "  Without one of yours Ray makes a group that lets SSH in from everywhere.",
-        "REPLACE_HEAD_IDENTITY, REPLACE_WORKER_IDENTITY: instance profiles, both with AmazonSSMManagedInstanceCore. The",
-        "  head may start, tag, describe and terminate instances, and pass the workers' role. Without one of yours Ray",
+        "REPLACE_HEAD_IDENTITY, REPLACE_WORKER_IDENTITY: instance profiles with AmazonSSMManagedInstanceCore. The head",
+        "  may also start, tag, describe and terminate instances, and pass the workers' role. Without one of yours Ray",
         "  makes one with AmazonEC2FullAccess and AmazonS3FullAccess.",
     ),
     "gcp": (
@@ -100,6 +99,7 @@ def _kustomization(spec: ClusterSpec) -> dict[str, Any]:
 
 def manifests(spec: ClusterSpec, config: Path) -> dict[str, str]:
     """Paths and their texts: what `kubectl apply -k` and `helm` take. Raises SpecError."""
+    catalogue.check(spec, catalogue.load())
     document = read_config(config)
     files = {
         "kustomization.yaml": _commented(
@@ -117,6 +117,7 @@ def manifests(spec: ClusterSpec, config: Path) -> dict[str, str]:
 
 def ray_up(spec: ClusterSpec, config: Path) -> dict[str, str]:
     """The cloud's `ray up` file, and the service's config for it. Raises SpecError."""
+    catalogue.check(spec, catalogue.load())
     document = read_config(config)
     head = (
         _BY,
@@ -138,9 +139,7 @@ def ray_on_premises(config: Path) -> dict[str, str]:
         "head_ip, worker_ips: machines with Ubuntu 24.04 and NVIDIA's driver, on a network that nobody else reaches.",
     )
     longest_s = longest_request_s(read_config(config))
-    return {
-        "on-premises.yaml": _commented(notes, to_yaml(on_premises(NAME, longest_s, "10.0.0.10", ("10.0.0.11",))))
-    }
+    return {"on-premises.yaml": _commented(notes, to_yaml(on_premises(NAME, longest_s, "10.0.0.10", ("10.0.0.11",))))}
 
 
 def kept() -> dict[str, str]:
@@ -162,7 +161,7 @@ def write(files: dict[str, str], folder: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f".{path.name}.part")
         part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
+        part.replace(path)
         yield path
 
 

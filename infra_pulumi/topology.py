@@ -58,14 +58,14 @@ def _pool_lines(spec: ClusterSpec, index: int) -> list[str]:
     how = f"spot, {pool.on_demand_base} on demand" if pool.on_demand_base else "spot" if pool.spot else "on demand"
     return [
         f"GPU pool {pool.name}: {pool.min} to {pool.max} nodes",
-        f"{types}: {size.gpus} x {sizes.card(spec, pool)}, {how}",
+        f"{types}: {size.gpus} x {sizes.machines(spec, index)[0].gpu}, {how}",
         "one Ray worker a node: HAProxy, replicas, engine",
         f"{size.cpus} CPU, {size.memory_gib} GiB, {pool.disk_gib} GiB disk",
     ]
 
 
 def svg(spec: ClusterSpec) -> str:
-    """The description's cluster. The same description gives the same bytes. Raises SpecError."""
+    """The description's cluster. The same description gives the same bytes. Raises CatalogueError."""
     words = _WORDS[spec.provider]
     pools = [_pool_lines(spec, index) for index in range(len(spec.gpu_pools))]
     pool_height, gap, top = 110, 24, 156
@@ -107,8 +107,12 @@ def svg(spec: ClusterSpec) -> str:
         _arrow((172, top + 43), (190, top + 43), (190, top + 89), (226, top + 89)),
         _arrow((172, top + 248), (200, top + 248), (200, top + 178), (226, top + 178)),
         _arrow((291, top + 220), (291, top + 230)),
-        _text(24, bottom + 30, f"Image from {words['registry']}; disks and secrets encrypted ({words['keys']}).", "soft"),
-        _text(24, bottom + 50, "Dashed: comes and goes with the load, and costs nothing while it is not there.", "soft"),
+        _text(
+            24, bottom + 30, f"Image from {words['registry']}; disks and secrets encrypted ({words['keys']}).", "soft"
+        ),
+        _text(
+            24, bottom + 50, "Dashed: comes and goes with the load, and costs nothing while it is not there.", "soft"
+        ),
     ]
     body = "\n".join(f"  {part}" for part in parts)
     return (

@@ -1,8 +1,8 @@
 """From KubeRay's CustomResourceDefinition of a RayService to the JSON Schema that tests hold manifests against.
 
-`python tests/infra/reduce_crd.py helm-chart/kuberay-operator/crds/ray.io_rayservices.yaml 1.7.0`, run where a clone of
-github.com/ray-project/kuberay (Apache-2.0) has that tag checked out. A megabyte becomes some kilobytes: what belongs to
-Kubernetes itself is left out, and is held against Kubernetes' own schemas. A key that is not in the schema is an error.
+`python tests/cluster/reduce_crd.py helm-chart/kuberay-operator/crds/ray.io_rayservices.yaml 1.7.0`, in a clone of
+github.com/ray-project/kuberay (Apache-2.0) at that tag. A megabyte becomes some kilobytes: what belongs to Kubernetes
+itself is left out, and is held against its own schemas. A key that is not in the schema is an error.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def main(crd: Path, version: str) -> None:
     )
     properties = schema["properties"]
     document = {
-        "$comment": "Reduced by tests/infra/reduce_crd.py from KubeRay's ray.io_rayservices.yaml (Apache-2.0).",
+        "$comment": "Reduced by tests/cluster/reduce_crd.py from KubeRay's ray.io_rayservices.yaml (Apache-2.0).",
         "kuberay": version,
         "sha256": hashlib.sha256(content).hexdigest(),
         "schema": {
