@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from infra_pulumi.rayservice import NAME, NAMESPACE, REDIS, SERVICE_ACCOUNT, container_security, labels, pod_security
+from infra_pulumi.rayservice import NAME, REDIS, SERVICE_ACCOUNT, container_security, labels, pod_security
 from infra_pulumi.spec import ClusterSpec
 
 REDIS_IMAGE = "redis:7.4.6"
@@ -23,40 +23,40 @@ _IDENTITY = {"aws": ("169.254.170.23/32", 80), "gcp": ("169.254.169.254/32", 80)
 Object = dict[str, Any]
 
 
-def _meta(name: str, component: str) -> Object:
-    return {"name": name, "namespace": NAMESPACE, "labels": labels(component)}
+def _meta(spec: ClusterSpec, name: str, component: str) -> Object:
+    return {"name": name, "namespace": spec.name, "labels": labels(component)}
 
 
-def namespace() -> Object:
+def namespace(spec: ClusterSpec) -> Object:
     """In it no pod may be privileged, run as root or use the node's network."""
     level = {"pod-security.kubernetes.io/enforce": "restricted", "pod-security.kubernetes.io/warn": "restricted"}
     return {
         "apiVersion": "v1",
         "kind": "Namespace",
-        "metadata": {"name": NAMESPACE, "labels": {**labels("namespace"), **level}},
+        "metadata": {"name": spec.name, "labels": {**labels("namespace"), **level}},
     }
 
 
-def service_account() -> Object:
+def service_account(spec: ClusterSpec) -> Object:
     """The workers'. It may nothing in Kubernetes; the cloud may let it read a bucket of weights."""
     return {
         "apiVersion": "v1",
         "kind": "ServiceAccount",
-        "metadata": _meta(SERVICE_ACCOUNT, "worker"),
+        "metadata": _meta(spec, SERVICE_ACCOUNT, "worker"),
         "automountServiceAccountToken": False,
     }
 
 
-def redis_service() -> Object:
+def redis_service(spec: ClusterSpec) -> Object:
     return {
         "apiVersion": "v1",
         "kind": "Service",
-        "metadata": _meta(REDIS, "redis"),
+        "metadata": _meta(spec, REDIS, "redis"),
         "spec": {"selector": _REDIS, "ports": [{"name": "redis", "port": 6379, "targetPort": "redis"}]},
     }
 
 
-def redis() -> Object:
+def redis(spec: ClusterSpec) -> Object:
     """Where Ray's head keeps what it knows, so that a new head finds its workers and the service goes on meanwhile."""
     password = {"secretKeyRef": {"name": REDIS, "key": "password"}}
     ping = {"exec": {"command": ["redis-cli", "ping"]}, "periodSeconds": 10, "timeoutSeconds": 5}
@@ -81,7 +81,7 @@ def redis() -> Object:
     return {
         "apiVersion": "apps/v1",
         "kind": "StatefulSet",
-        "metadata": _meta(REDIS, "redis"),
+        "metadata": _meta(spec, REDIS, "redis"),
         "spec": {
             "serviceName": REDIS,
             "replicas": 1,
@@ -92,7 +92,7 @@ def redis() -> Object:
     }
 
 
-def disruption_budget() -> Object:
+def disruption_budget(spec: ClusterSpec) -> Object:
     """Nobody evicts the last healthy head: a node's upgrade waits until it is deleted by hand, at a quiet time.
 
     Workers have none. Such a budget counts replicas by the owner's `scale`, which a RayCluster has not; what guards
@@ -101,7 +101,7 @@ def disruption_budget() -> Object:
     return {
         "apiVersion": "policy/v1",
         "kind": "PodDisruptionBudget",
-        "metadata": _meta(f"{NAME}-head", "head"),
+        "metadata": _meta(spec, f"{NAME}-head", "head"),
         "spec": {
             "minAvailable": 1,
             "unhealthyPodEvictionPolicy": "AlwaysAllow",
@@ -122,11 +122,11 @@ def _pods(matching: dict[str, str]) -> Object:
     return {"podSelector": {"matchLabels": matching}}
 
 
-def _policy(name: str, pods: dict[str, str], ingress: list[Object], egress: list[Object]) -> Object:
+def _policy(spec: ClusterSpec, name: str, pods: dict[str, str], ingress: list[Object], egress: list[Object]) -> Object:
     return {
         "apiVersion": "networking.k8s.io/v1",
         "kind": "NetworkPolicy",
-        "metadata": _meta(name, "network"),
+        "metadata": _meta(spec, name, "network"),
         "spec": {
             "podSelector": {"matchLabels": pods} if pods else {},
             "policyTypes": ["Ingress", "Egress"],
@@ -163,17 +163,17 @@ def network_policies(spec: ClusterSpec) -> list[Object]:
         cidr, port = _IDENTITY[spec.provider]
         egress.append({"to": [{"ipBlock": {"cidr": cidr}}], "ports": _tcp(port)})
     return [
-        _policy("default-deny", {}, [], []),
-        _policy(NAME, _APP, ingress, egress),
-        _policy(REDIS, _REDIS, [{"from": [_pods(_APP)], "ports": _tcp(6379)}], []),
+        _policy(spec, "default-deny", {}, [], []),
+        _policy(spec, NAME, _APP, ingress, egress),
+        _policy(spec, REDIS, _REDIS, [{"from": [_pods(_APP)], "ports": _tcp(6379)}], []),
     ]
 
 
 def beside(spec: ClusterSpec) -> list[Object]:
     """All of them that the description wants, in the order in which they are to be made."""
-    found = [namespace(), service_account(), redis_service(), redis()]
+    found = [namespace(spec), service_account(spec), redis_service(spec), redis(spec)]
     if spec.addons.disruption_budget:
-        found.append(disruption_budget())
+        found.append(disruption_budget(spec))
     if spec.addons.network_policy:
         found += network_policies(spec)
     return found

@@ -16,7 +16,6 @@ from infra_pulumi import sizes
 from infra_pulumi.spec import POOL_LABEL, ClusterSpec, Fault, GpuPool, SpecError
 
 NAME = "serve-app"  # KubeRay calls the service in front of it serve-app-serve-svc, which Prometheus is told of
-NAMESPACE = "serve-app"
 RAY_VERSION = "2.60.0"  # that of pyproject.toml
 USER_ID = 10001  # the image's
 HAPROXY = "/opt/serve_app/haproxy"  # both are in the image: cluster/image/
@@ -286,6 +285,7 @@ def _autoscaler() -> Object:
 def rayservice(spec: ClusterSpec, config: Object, image: str = "") -> Object:
     """The RayService of a description and a config as `read_config` gives it. Raises CatalogueError.
 
+    Its namespace is called like the cluster, as the clouds' identities of its pods are told.
     `image` is the description's with its registry, once that is known. Two secrets are needed that are never in a file:
     TOKEN_SECRET and REDIS.
     """
@@ -294,7 +294,7 @@ def rayservice(spec: ClusterSpec, config: Object, image: str = "") -> Object:
     return {
         "apiVersion": "ray.io/v1",
         "kind": "RayService",
-        "metadata": {"name": NAME, "namespace": NAMESPACE, "labels": labels("service")},
+        "metadata": {"name": NAME, "namespace": spec.name, "labels": labels("service")},
         "spec": {
             # A changed config is deployed in place; a changed cluster is a second one, which takes over once it serves.
             "upgradeStrategy": {"type": "NewCluster"},

@@ -364,3 +364,12 @@ def test_the_crd_is_the_one_of_the_operator_that_is_installed() -> None:
     assert KUBERAY["kuberay"] == operator.version
     assert operator.values["image"]["tag"] == f"v{operator.version}"
     assert (ROOT / "tests/cluster/reduce_crd.py").exists()
+
+
+def test_everything_is_in_the_namespace_whose_pods_have_the_clouds_identity() -> None:
+    files = render.manifests(changed("aws", name="other"), CONFIG)
+    documents = [each for name in ("beside.yaml", "rayservice.yaml") for each in yaml.safe_load_all(files[name])]
+    places = {each["metadata"].get("namespace") or each["metadata"]["name"] for each in documents}
+    assert places == {"other"}
+    (account,) = (each["metadata"]["name"] for each in documents if each["kind"] == "ServiceAccount")
+    assert worker(documents[-1])["spec"]["serviceAccountName"] == account == "serve-app"
