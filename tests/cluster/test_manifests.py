@@ -295,6 +295,25 @@ def test_what_the_description_leaves_out_is_left_out() -> None:
     assert "serviceMonitor" not in str(charts(spec)[-1].values)
 
 
+def test_a_description_of_ones_own_is_rendered(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = KEPT / "descriptions/gcp.yaml"
+    assert render.main([str(source), "--config", str(CONFIG), "--output", str(tmp_path)]) == 0
+    told = {line.removeprefix("wrote ") for line in capsys.readouterr().out.splitlines()}
+    assert told == {str(path) for path in tmp_path.rglob("*") if path.is_file()}
+    same = (KEPT / "kubernetes/gcp/rayservice.yaml").read_text()
+    assert (tmp_path / "kubernetes/rayservice.yaml").read_text() == same
+
+
+def test_every_fault_of_a_description_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tmp_path / "wrong.yaml"
+    source.write_text("provider: aws\nregion: mars\ngpu_pools: [{instance_types: [g5.xlarge], min: 5}]\n")
+    assert render.main([str(source), "--output", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert "region: 'mars' is no region of aws" in said
+    assert "gpu_pools.0.max: 4 is below min 5" in said
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("cloud", CLOUDS)
 def test_each_values_file_says_how_it_is_installed(cloud: str) -> None:
     for path in sorted((KEPT / f"kubernetes/{cloud}/values").iterdir()):
