@@ -53,14 +53,15 @@ def _arrow(*points: tuple[float, float], both: bool = False) -> str:
 
 
 def _pool_lines(spec: ClusterSpec, index: int) -> list[str]:
-    pool, size = spec.gpu_pools[index], sizes.pod_size(spec, index)
-    types = ", ".join(pool.instance_types)
+    pool, size, machines = spec.gpu_pools[index], sizes.pod_size(spec, index), sizes.machines(spec, index)
     how = f"spot, {pool.on_demand_base} on demand" if pool.on_demand_base else "spot" if pool.spot else "on demand"
+    others = f" or {len(machines) - 1} more" if len(machines) > 1 else ""
     return [
         f"GPU pool {pool.name}: {pool.min} to {pool.max} nodes",
-        f"{types}: {size.gpus} x {sizes.machines(spec, index)[0].gpu}, {how}",
-        "one Ray worker a node: HAProxy, replicas, engine",
-        f"{size.cpus} CPU, {size.memory_gib} GiB, {pool.disk_gib} GiB disk",
+        f"{machines[0].type}{others}",
+        f"{size.gpus} x {machines[0].gpu}, {how}",
+        f"one Ray worker a node: {size.cpus} CPU, {size.memory_gib} GiB",
+        "HAProxy, replicas, engine",
     ]
 
 
@@ -68,7 +69,7 @@ def svg(spec: ClusterSpec) -> str:
     """The description's cluster. The same description gives the same bytes. Raises CatalogueError."""
     words = _WORDS[spec.provider]
     pools = [_pool_lines(spec, index) for index in range(len(spec.gpu_pools))]
-    pool_height, gap, top = 110, 24, 156
+    pool_height, gap, top = 116, 24, 156
     inner = max(len(pools) * (pool_height + gap) - gap, 300)
     bottom = top + inner + 30
     height = bottom + 70
@@ -88,25 +89,25 @@ def svg(spec: ClusterSpec) -> str:
             300,
             inner,
             [
-                f"System pool: {system.min} to {system.max} x {system.instance_type}",
-                "CPU, always on demand",
+                f"System pool: {system.min} to {system.max} nodes",
+                f"{system.instance_type}, always on demand",
             ],
             "system",
         ),
         *_box(230, top + 56, 264, 66, ["Service serve-app-serve-svc", "to workers that are ready"]),
-        *_box(230, top + 136, 264, 84, ["Ray head", "GCS, autoscaler; no replicas", "asks for a token"]),
-        *_box(230, top + 234, 122, 48, ["Redis"]),
-        *_box(372, top + 234, 122, 48, ["Monitoring"]),
+        *_box(230, top + 132, 264, 80, ["Ray head", "GCS, autoscaler; no replicas", "asks for a token"]),
+        *_box(230, top + 236, 122, 46, ["Redis"]),
+        *_box(372, top + 236, 122, 46, ["Monitoring"]),
     ]
     for number, lines in enumerate(pools):
         y = top + number * (pool_height + gap)
         parts += _box(600, y, 320, pool_height, lines, "gpu may")
         parts.append(_arrow((494, top + 89), (548, top + 89), (548, y + 40), (596, y + 40)))
-        parts.append(_arrow((498, top + 178), (572, top + 178), (572, y + 80), (596, y + 80), both=True))
+        parts.append(_arrow((498, top + 172), (572, top + 172), (572, y + 80), (596, y + 80), both=True))
     parts += [
         _arrow((172, top + 43), (190, top + 43), (190, top + 89), (226, top + 89)),
-        _arrow((172, top + 248), (200, top + 248), (200, top + 178), (226, top + 178)),
-        _arrow((291, top + 220), (291, top + 230)),
+        _arrow((172, top + 248), (200, top + 248), (200, top + 172), (226, top + 172)),
+        _arrow((291, top + 212), (291, top + 232)),
         _text(
             24, bottom + 30, f"Image from {words['registry']}; disks and secrets encrypted ({words['keys']}).", "soft"
         ),
