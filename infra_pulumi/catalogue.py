@@ -159,7 +159,7 @@ def _pool_faults(spec: ClusterSpec, catalogue: Catalogue) -> Iterator[Fault]:
         if len({(machine.gpu, machine.gpu_count, machine.gpu_memory_gib) for machine in machines}) > 1:
             yield Fault(
                 f"gpu_pools.{index}.instance_types",
-                "these have different GPUs, and the autoscaler takes all nodes of a pool for equal; make a pool of each",
+                "these have different GPUs, and nodes of a pool are taken for equal; make a pool of each",
             )
 
 
@@ -167,7 +167,7 @@ def warnings(spec: ClusterSpec, catalogue: Catalogue, today: datetime.date) -> I
     """Sentences about prices that are old, of another region, or not known. One for each machine and trouble."""
     names = {str(spec.system.instance_type): False}
     for pool in spec.gpu_pools:
-        names |= {name: pool.spot for name in pool.instance_types}
+        names |= dict.fromkeys(pool.instance_types, pool.spot)
     for name, spot in names.items():
         machine = catalogue.get(spec.provider, name)
         if machine.refused:

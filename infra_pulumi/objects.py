@@ -11,6 +11,7 @@ REDIS_IMAGE = "redis:7.4.6"
 REDIS_USER = 999  # that image's
 OPERATOR_NAMESPACE = "kuberay-system"
 MONITORING_NAMESPACE = "monitoring"
+IDENTITY_ANNOTATION = {"gcp": "iam.gke.io/gcp-service-account", "azure": "azure.workload.identity/client-id"}
 CALLER = {"serve-app/caller": "true"}  # on a pod beside the service, or on a namespace: may call it
 
 _APP = {"app.kubernetes.io/name": NAME}
@@ -37,12 +38,18 @@ def namespace(spec: ClusterSpec) -> Object:
     }
 
 
-def service_account(spec: ClusterSpec) -> Object:
-    """The workers'. It may nothing in Kubernetes; the cloud may let it read a bucket of weights."""
+def service_account(spec: ClusterSpec, identity: str = "") -> Object:
+    """The workers'. It may nothing in Kubernetes; the cloud may let it read a bucket of weights.
+
+    `identity` is what it is to the cloud, once that is known: GCP's service account by its address, Azure's managed
+    identity by its client id. AWS associates them without being told here.
+    """
+    key = IDENTITY_ANNOTATION.get(spec.provider)
+    annotations = {"annotations": {key: identity}} if key and identity else {}
     return {
         "apiVersion": "v1",
         "kind": "ServiceAccount",
-        "metadata": _meta(spec, SERVICE_ACCOUNT, "worker"),
+        "metadata": {**_meta(spec, SERVICE_ACCOUNT, "worker"), **annotations},
         "automountServiceAccountToken": False,
     }
 
@@ -169,9 +176,9 @@ def network_policies(spec: ClusterSpec) -> list[Object]:
     ]
 
 
-def beside(spec: ClusterSpec) -> list[Object]:
+def beside(spec: ClusterSpec, identity: str = "") -> list[Object]:
     """All of them that the description wants, in the order in which they are to be made."""
-    found = [namespace(spec), service_account(spec), redis_service(spec), redis(spec)]
+    found = [namespace(spec), service_account(spec, identity), redis_service(spec), redis(spec)]
     if spec.addons.disruption_budget:
         found.append(disruption_budget(spec))
     if spec.addons.network_policy:

@@ -219,6 +219,11 @@ def tolerations(spec: ClusterSpec, pool: GpuPool) -> list[Object]:
     ]
 
 
+def _identity_label(spec: ClusterSpec) -> dict[str, str]:
+    """On Azure only pods with it are given a token of their identity."""
+    return {"azure.workload.identity/use": "true"} if spec.provider == "azure" else {}
+
+
 def _workers(spec: ClusterSpec, index: int, config: Object, image: str) -> Object:
     """One group for each pool, one pod for each node of it; spot or on demand, they are alike to Ray."""
     pool, size = spec.gpu_pools[index], sizes.pod_size(spec, index)
@@ -253,7 +258,7 @@ def _workers(spec: ClusterSpec, index: int, config: Object, image: str) -> Objec
         "rayStartParams": {"num-cpus": str(size.cpus), **_object_store()},
         "template": {
             "metadata": {
-                "labels": labels("worker"),
+                "labels": {**labels("worker"), **_identity_label(spec)},
                 "annotations": {"cluster-autoscaler.kubernetes.io/safe-to-evict": "false"},
             },
             "spec": {

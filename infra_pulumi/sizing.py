@@ -20,7 +20,7 @@ GIB = 2**30
 # A weight's bytes. Quantized ones have a scale for each block of 64, and embeddings stay in 16 bits: 4 % more.
 BYTES = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0, "int8": 1.04, "int4": 0.58}
 
-# Billions of weights, and KiB of keys and values a token in 16 bits: 2 x layers x heads of keys x their width x 2 bytes,
+# Billions of weights, and KiB of keys and values a token in 16 bits: 2 x layers x heads of keys x their width x 2 bytes
 # of the models' published configurations.
 KV_KIB = (
     (1.3, 32.0, "Llama-3.2-1B: 16 layers, 8 heads of 64"),
@@ -104,9 +104,7 @@ def ranked(
     return tuple(sorted(fits, key=lambda fit: (fit.usd_per_million_tokens, fit.machine.name)))
 
 
-def _fit(
-    machine: InstanceType, weights: float, dtype: Dtype, load: Load, measured: Mapping[str, float]
-) -> Fit | None:
+def _fit(machine: InstanceType, weights: float, dtype: Dtype, load: Load, measured: Mapping[str, float]) -> Fit | None:
     if dtype == "bfloat16" and machine.compute_capability and float(machine.compute_capability) < 8:
         return None  # not in hardware before Ampere
     needed = needed_bytes(weights, dtype, load)

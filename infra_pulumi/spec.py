@@ -142,7 +142,8 @@ _WIDTHS = {"cidr": (16, 20), "pods_cidr": (10, 18), "services_cidr": (16, 24)}
 class Network(Section):
     """Addresses. Nodes have private ones only and reach out through NAT.
 
-    `nat: one` is cheap and falls with its zone; `per-zone` does not (on GCP NAT is regional, and both are the same).
+    `nat: one` is cheap and falls with its zone; `per-zone` does not. GCP's NAT is regional,
+    and Azure's is one for the one subnet, in the first zone or (`per-zone`) where Azure puts it.
     `api_cidrs` are those who may call the Kubernetes API from outside; without any it is private. `pods_cidr` is for
     GCP and Azure: on AWS pods have addresses of `cidr`.
     """
@@ -283,11 +284,14 @@ class Addons(Section):
 
 
 class Budget(Section):
-    """An alarm at each of `thresholds` (percent of `monthly_usd`). It tells; it stops nothing."""
+    """An alarm at each of `thresholds` (percent of `monthly_usd`), and one when a forecast says it will be all of it.
+
+    It tells; it stops nothing. Azure takes five alarms at most.
+    """
 
     monthly_usd: float = Field(gt=0, le=10_000_000)
     emails: tuple[Mail, ...] = Field((), max_length=10)
-    thresholds: tuple[Annotated[int, Field(ge=1, le=1000)], ...] = Field((50, 80, 100), min_length=1, max_length=5)
+    thresholds: tuple[Annotated[int, Field(ge=1, le=1000)], ...] = Field((50, 80, 100), min_length=1, max_length=4)
 
     @field_validator("thresholds")
     @classmethod

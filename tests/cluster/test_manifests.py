@@ -15,7 +15,7 @@ import yaml
 
 from infra_pulumi import catalogue, render, sizes
 from infra_pulumi.charts import charts
-from infra_pulumi.objects import network_policies
+from infra_pulumi.objects import network_policies, service_account
 from infra_pulumi.rayservice import POD_START_S, on_gpus, rayservice, read_config
 from infra_pulumi.render import KEPT, ROOT
 from infra_pulumi.spec import POOL_LABEL, SpecError
@@ -279,6 +279,22 @@ def test_out_it_goes_by_https_and_never_to_a_nodes_metadata(cloud: str) -> None:
         "gcp": ["169.254.169.254/32"],
         "azure": [],
     }[cloud]
+
+
+@pytest.mark.parametrize(
+    ("cloud", "annotations"),
+    [
+        ("aws", {}),
+        ("gcp", {"iam.gke.io/gcp-service-account": "who"}),
+        ("azure", {"azure.workload.identity/client-id": "who"}),
+    ],
+)
+def test_workers_are_told_who_they_are_to_the_cloud(cloud: str, annotations: dict[str, str]) -> None:
+    account = service_account(description(cloud), "who")
+    assert account["metadata"].get("annotations", {}) == annotations
+    as_kubernetes(account)
+    labelled = "azure.workload.identity/use" in worker(service(cloud))["metadata"]["labels"]
+    assert labelled == (cloud == "azure")
 
 
 def test_what_the_description_leaves_out_is_left_out() -> None:
