@@ -38,6 +38,24 @@ def namespace(spec: ClusterSpec) -> Object:
     }
 
 
+def storage_class() -> Object:
+    """What disks are made of on AWS, where a new cluster has no default; made where the pod is, and encrypted."""
+    return {
+        "apiVersion": "storage.k8s.io/v1",
+        "kind": "StorageClass",
+        "metadata": {
+            "name": "gp3",
+            "labels": labels("storage"),
+            "annotations": {"storageclass.kubernetes.io/is-default-class": "true"},
+        },
+        "provisioner": "ebs.csi.aws.com",
+        "parameters": {"type": "gp3", "encrypted": "true"},
+        "volumeBindingMode": "WaitForFirstConsumer",
+        "allowVolumeExpansion": True,
+        "reclaimPolicy": "Delete",
+    }
+
+
 def service_account(spec: ClusterSpec, identity: str = "") -> Object:
     """The workers'. It may nothing in Kubernetes; the cloud may let it read a bucket of weights.
 
@@ -179,6 +197,8 @@ def network_policies(spec: ClusterSpec) -> list[Object]:
 def beside(spec: ClusterSpec, identity: str = "") -> list[Object]:
     """All of them that the description wants, in the order in which they are to be made."""
     found = [namespace(spec), service_account(spec, identity), redis_service(spec), redis(spec)]
+    if spec.provider == "aws":
+        found.insert(0, storage_class())
     if spec.addons.disruption_budget:
         found.append(disruption_budget(spec))
     if spec.addons.network_policy:

@@ -191,6 +191,13 @@ def test_a_lost_head_is_replaced_and_finds_its_workers(cloud: str) -> None:
     assert budget["selector"]["matchLabels"].items() <= labels.items()
 
 
+def test_on_aws_there_is_something_to_make_disks_of() -> None:
+    (made,) = beside("aws", "StorageClass").values()
+    assert made["metadata"]["annotations"] == {"storageclass.kubernetes.io/is-default-class": "true"}
+    assert made["parameters"]["encrypted"] == "true"
+    assert beside("gcp", "StorageClass") == beside("azure", "StorageClass") == {}
+
+
 def test_a_pod_has_longer_to_start_than_a_fresh_node_takes() -> None:
     ray = service("aws")["spec"]["rayClusterConfig"]
     env = {each["name"]: each["value"] for each in ray["autoscalerOptions"]["env"]}
@@ -302,7 +309,7 @@ def test_what_the_description_leaves_out_is_left_out() -> None:
     spec = changed("aws", addons=addons)
     files = render.manifests(spec, CONFIG)
     kinds = {each["kind"] for each in yaml.safe_load_all(files["beside.yaml"])}
-    assert kinds == {"Namespace", "ServiceAccount", "Service", "StatefulSet"}
+    assert kinds == {"Namespace", "ServiceAccount", "Service", "StatefulSet", "StorageClass"}
     assert [chart.release for chart in charts(spec)] == [
         "cluster-autoscaler",
         "nvidia-device-plugin",
@@ -404,6 +411,7 @@ def test_the_crd_is_the_one_of_the_operator_that_is_installed() -> None:
 def test_everything_is_in_the_namespace_whose_pods_have_the_clouds_identity() -> None:
     files = render.manifests(changed("aws", name="other"), CONFIG)
     documents = [each for name in ("beside.yaml", "rayservice.yaml") for each in yaml.safe_load_all(files[name])]
+    documents = [each for each in documents if each["kind"] != "StorageClass"]  # which has none
     places = {each["metadata"].get("namespace") or each["metadata"]["name"] for each in documents}
     assert places == {"other"}
     (account,) = (each["metadata"]["name"] for each in documents if each["kind"] == "ServiceAccount")
