@@ -211,7 +211,7 @@ def test_the_readme_names_every_room_and_no_folder_that_is_not_there() -> None:
     assert {f"serve_app/{room.parent.name}/" for room in HOUSE.glob("*/__init__.py")} <= set(folders)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/architecture.md", "docs/decisions.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/architecture.md", "docs/decisions.md", "docs/deploy.md"])
 def test_what_a_page_links_to_is_there(page: str) -> None:
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text()) if "://" not in link]
     assert [name for name in links if not ((ROOT / page).parent / name).exists()] == []

@@ -45,6 +45,15 @@ def drain(options: Any) -> Any:
     return drain_node.make_context("drain-node", options).params
 
 
+def options(words: Any) -> Any:
+    """A command line of `ray` or `serve`, as far as its subcommand: the options that it knows."""
+    import ray.scripts.scripts
+    import ray.serve.scripts
+
+    command = {"ray": ray.scripts.scripts.cli, "serve": ray.serve.scripts.cli}[words[0]].commands[words[1]]
+    return [name for each in command.params for name in each.opts]
+
+
 def bootstrap(config: Any) -> Any:
     """A `ray up` file of AWS in an account that has what the file names. Returns the file, groups, roles, instances."""
     os.environ |= {"AWS_ACCESS_KEY_ID": "none", "AWS_SECRET_ACCESS_KEY": "none"}
@@ -91,7 +100,7 @@ def bootstrap(config: Any) -> Any:
         }
 
 
-JUDGES: dict[str, Judge] = {"serve": serve, "groups": groups, "ray_up": ray_up, "drain": drain, "bootstrap": bootstrap}
+JUDGES: dict[str, Judge] = {each.__name__: each for each in (serve, groups, ray_up, drain, options, bootstrap)}
 
 
 def asked(judge: Judge, subject: Any) -> Any:

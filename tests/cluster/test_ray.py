@@ -16,6 +16,13 @@ from infra_pulumi.render import KEPT, ROOT
 from tests.cluster.world import CLOUDS, CONFIG, Json, ask_ray, changed, description, kept
 
 FILES = (*CLOUDS, "on-premises")
+# What docs/deploy.md tells to type of Ray's own: `ray up ...`, `serve status`
+COMMANDS = [
+    line.split()
+    for line in re.findall(
+        r"(?:\.venv/bin|~/venv/bin)/((?:ray|serve) [^'`\n#]+)", (ROOT / "docs/deploy.md").read_text()
+    )
+]
 # Every shape of a pool: (provider, spot, min, base, max)
 POOLS = [
     (provider, spot, least, base, most)
@@ -42,7 +49,13 @@ def spoiled() -> dict[str, list[Json]]:
     del service["spec"]["rayClusterConfig"]["workerGroupSpecs"][0]["maxReplicas"]
     (file,) = kept("ray-up/aws.yaml")
     file["available_node_types"]["gpu"]["min_workres"] = 1
-    return {"serve": [config], "groups": [cluster(service)], "ray_up": [file], "drain": [["--reason", "BECAUSE"]]}
+    return {
+        "serve": [config],
+        "groups": [cluster(service)],
+        "ray_up": [file],
+        "drain": [["--reason", "BECAUSE"]],
+        "options": [["ray", "upp"]],
+    }
 
 
 def drain_options() -> list[str]:
@@ -69,6 +82,7 @@ def ray(tmp_path_factory: pytest.TempPathFactory) -> Json:
         "groups": [shaped(*pool) for pool in POOLS],
         "ray_up": [kept(f"ray-up/{name}.yaml")[0] for name in FILES],
         "drain": [drain_options()],
+        "options": [line[:2] for line in COMMANDS],
     }
     assert aws["cluster_name"] == own["cluster_name"]
     for name, more in spoiled().items():
@@ -82,7 +96,7 @@ def service(cloud: str) -> Json:
 
 
 def test_the_judges_refuse_what_is_wrong(ray: Json) -> None:
-    assert all("refused" in ray[name][-1] for name in ("serve", "groups", "ray_up", "drain", "bootstrap"))
+    assert all("refused" in answers[-1] for answers in ray.values())
 
 
 def test_ray_is_the_version_that_the_service_is_tested_with() -> None:
@@ -119,6 +133,13 @@ def test_the_drain_of_the_image_is_one_that_ray_knows(ray: Json) -> None:
     assert asked["deadline_remaining_seconds"] == 600
     assert asked["node_id"] == "a" * 56
     assert asked["address"] == "10.0.0.1:6379"
+
+
+@pytest.mark.parametrize("number", range(len(COMMANDS)), ids=lambda number: " ".join(COMMANDS[number][:2]))
+def test_what_the_page_tells_to_type_is_there(ray: Json, number: int) -> None:
+    known = ray["options"][number]
+    assert "refused" not in known, known
+    assert [word for word in COMMANDS[number] if word.startswith("--") and word not in known] == []
 
 
 def test_on_aws_ray_up_opens_nothing_and_makes_no_role(ray: Json) -> None:
