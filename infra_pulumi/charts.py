@@ -91,12 +91,21 @@ def dcgm_exporter(spec: ClusterSpec) -> Chart:
     )
 
 
+def _as_job(name: str) -> Values:
+    return {"relabelings": [{"targetLabel": "job", "replacement": name}]}
+
+
 def prometheus() -> Chart:
     """What cluster/monitoring/ is for: its PodMonitors and rules carry `release: prometheus`, the release's name.
 
     Scrapes and evaluations are 15 s apart, as the rules' times need; error budgets look back 30 days. The cloud runs
     the control plane, so its parts cannot be scraped. Grafana's password is a secret that is never in a file.
+
+    The rules know Prometheus and Alertmanager as jobs of these names; the chart's own rules about the two, which know
+    them by others, are left out, and so is its Watchdog, or the dead-man's switch would hear the wrong one.
     """
+    watchdog_and_jobs = ("alertmanager", "general", "prometheus")
+    unseen = ("etcd", "kubeControllerManager", "kubeProxy", "kubeSchedulerAlerting", "kubeSchedulerRecording")
     disk = {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": "50Gi"}}}
     hidden = ("kubeControllerManager", "kubeEtcd", "kubeProxy", "kubeScheduler")
     return Chart(
@@ -106,7 +115,9 @@ def prometheus() -> Chart:
         "88.5.3",
         MONITORING_NAMESPACE,
         {
+            "alertmanager": {"serviceMonitor": _as_job("alertmanager")},
             "prometheus": {
+                "serviceMonitor": _as_job("prometheus"),
                 "prometheusSpec": {
                     "scrapeInterval": "15s",
                     "evaluationInterval": "15s",
@@ -114,10 +125,10 @@ def prometheus() -> Chart:
                     "additionalArgs": [{"name": "rules.alert.resend-delay", "value": "15s"}],
                     "resources": {"requests": {"cpu": "500m", "memory": "2Gi"}, "limits": {"memory": "4Gi"}},
                     "storageSpec": {"volumeClaimTemplate": {"spec": disk}},
-                }
+                },
             },
             "grafana": {"admin": {"existingSecret": "grafana-admin"}},
-            "defaultRules": {"rules": {"etcd": False, "kubeProxy": False, "kubeControllerManager": False}},
+            "defaultRules": {"rules": dict.fromkeys((*watchdog_and_jobs, *unseen), False)},
             **{part: {"enabled": False} for part in hidden},
         },
     )

@@ -13,7 +13,17 @@ from infra_pulumi import sizes
 from infra_pulumi.rayservice import RAY_VERSION, environment
 from infra_pulumi.spec import ClusterSpec
 
-HOME = "~/serve_app"  # where the repository is on every node
+HOME = "~/serve_app"  # where the service is on every node
+# What the service is made of. Not the whole folder: Ray reads every file of it, again and again, for changes.
+SOURCES = (
+    "LICENSE",
+    "README.md",
+    "cluster/image",
+    "cluster/ray-up",
+    "pyproject.toml",
+    "requirements.lock",
+    "serve_app",
+)
 HAPROXY = "$HOME/haproxy"
 _PORT = 6379
 
@@ -57,15 +67,14 @@ def _setup() -> list[str]:
 
 
 def _common(name: str, longest_s: int) -> Object:
-    start = f"{_exports(longest_s)}; ulimit -n 65536; ray start"
+    start = f"{_exports(longest_s)}; ulimit -n 65536; ~/venv/bin/ray start"
     return {
         "cluster_name": name,
         "upscaling_speed": 1.0,
         "idle_timeout_minutes": 5,
         # The token is made once, by `ray get-auth-token --generate`.
-        "file_mounts": {HOME: ".", "~/.ray/auth_token": "~/.ray/auth_token"},
-        "rsync_exclude": [".git", ".venv", "**/__pycache__"],
-        "rsync_filter": [".gitignore"],
+        "file_mounts": {**{f"{HOME}/{name}": name for name in SOURCES}, "~/.ray/auth_token": "~/.ray/auth_token"},
+        "rsync_exclude": ["**/__pycache__"],
         "setup_commands": _setup(),
         "head_start_ray_commands": [
             "~/venv/bin/ray stop",

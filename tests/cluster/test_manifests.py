@@ -359,6 +359,27 @@ def test_the_kinds_of_monitors_are_installed_before_their_monitors() -> None:
     assert labels == {"prometheus"}, "kube-prometheus-stack looks for its release's name"
 
 
+def test_jobs_are_called_as_the_rules_know_them() -> None:
+    """And only one Watchdog is heard: the chart's would go on if our rules were gone."""
+    values = yaml.safe_load((KEPT / "kubernetes/aws/values/1-prometheus.yaml").read_text())
+    wanted = set(re.findall(r'up\{job="(\w+)"\}', (KEPT / "monitoring/prometheusrule.yaml").read_text()))
+    ours = {
+        rule["replacement"]
+        for part in ("alertmanager", "prometheus")
+        for rule in values[part]["serviceMonitor"]["relabelings"]
+    }
+    monitors = {
+        rule["replacement"]
+        for document in kept("monitoring/podmonitor.yaml")
+        for endpoint in document["spec"]["podMetricsEndpoints"]
+        for rule in endpoint["relabelings"]
+        if rule.get("targetLabel") == "job"
+    }
+    assert wanted <= ours | monitors
+    assert values["defaultRules"]["rules"]["general"] is False
+    assert values["prometheus"]["prometheusSpec"]["retention"] == "35d"
+
+
 def test_on_gke_the_cloud_brings_the_device_plugin_and_the_autoscaler() -> None:
     assert [chart.release for chart in charts(description("gcp"))] == [
         "prometheus",

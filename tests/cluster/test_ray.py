@@ -128,6 +128,53 @@ def test_ray_up_takes_the_files(ray: Json, number: int) -> None:
     assert "refused" not in ray["ray_up"][number]
 
 
+@pytest.mark.parametrize("name", FILES)
+def test_what_ray_up_carries_to_the_nodes_is_there_and_is_the_service(name: str) -> None:
+    (file,) = kept(f"ray-up/{name}.yaml")
+    carried = {source for source in file["file_mounts"].values() if not source.startswith("~")}
+    assert [source for source in carried if not (ROOT / source).exists()] == []
+    assert {"serve_app", "pyproject.toml", "requirements.lock"} <= carried
+    commands = " ".join(file["setup_commands"])
+    assert f"ray --version | grep -qF {RAY_VERSION}" in commands
+    for path in re.findall(r"~/serve_app/([\w./-]+)", commands):
+        assert any(path == source or path.startswith(f"{source}/") for source in carried), path
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_ray_up_starts_ray_with_a_token_and_a_dashboard_for_itself(name: str) -> None:
+    (file,) = kept(f"ray-up/{name}.yaml")
+    head, worker = (file[f"{kind}_start_ray_commands"][-1] for kind in ("head", "worker"))
+    assert "--dashboard-host=127.0.0.1" in head
+    assert "--num-cpus=0" in head
+    for start in (head, worker):
+        assert re.search(r"export .*\bRAY_AUTH_MODE=token\b.*; ~/venv/bin/ray start ", start)
+    text = (KEPT / f"ray-up/{name}.yaml").read_text()
+    assert re.findall(r"0\.0\.0\.0|AKIA|BEGIN [A-Z ]*PRIVATE", text) == []
+
+
+@pytest.mark.parametrize("cloud", CLOUDS)
+def test_the_head_is_never_spot_and_no_machine_has_a_public_address(cloud: str) -> None:
+    spot = rayup(changed(cloud, pool={"spot": True, "min": 0, "on_demand_base": 0}), 600)
+    assert spot["provider"]["use_internal_ips"] is True
+    types = spot["available_node_types"]
+    assert re.search("(?i)spot", str(types["gpu"]))
+    assert not re.search("(?i)spot", str(types["head"]))
+    assert types["head"]["resources"] == {"CPU": 0}
+    steady = rayup(changed(cloud, pool={"spot": False, "min": 0, "on_demand_base": 0}), 600)
+    assert not re.search("(?i)spot", str(steady["available_node_types"]))
+
+
+def test_on_gcp_a_machine_with_a_card_beside_it_gets_the_card() -> None:
+    spec = changed("gcp", pool={"instance_types": ["n1-standard-4+t4"]})
+    (config,) = (
+        each["node_config"] for name, each in rayup(spec, 600)["available_node_types"].items() if name == "gpusp"
+    )
+    assert config["machineType"] == "n1-standard-4"
+    kind = "zones/us-central1-a/acceleratorTypes/nvidia-tesla-t4"
+    assert config["guestAccelerators"] == [{"acceleratorType": kind, "acceleratorCount": 1}]
+    assert "accessConfigs" not in str(config["networkInterfaces"])
+
+
 def test_the_drain_of_the_image_is_one_that_ray_knows(ray: Json) -> None:
     asked = ray["drain"][0]
     assert asked["deadline_remaining_seconds"] == 600
