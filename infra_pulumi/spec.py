@@ -427,10 +427,13 @@ def _type_faults(provider: str, types: Iterable[Any]) -> Iterator[Fault]:
             yield from (Fault(f"instance_types.{index}", text) for text in places.misnamed(provider, name))
 
 
+_NO_MAPPING = "not a mapping of keys; it begins like `provider: aws`"
+
+
 def parse(document: Any, source: str = "") -> ClusterSpec:
     """A description from plain data. `source` names it in errors. Raises SpecError with every fault."""
     if not isinstance(document, dict):
-        raise SpecError([Fault("", "not a mapping of keys; it begins like `provider: aws`")], source)
+        raise SpecError([Fault("", _NO_MAPPING)], source)
     try:
         return ClusterSpec.model_validate(document)
     except ValidationError as error:
@@ -451,15 +454,22 @@ def _unseen(document: dict[Any, Any], faults: list[Fault]) -> Iterator[Fault]:
                 yield Fault(path, fault.message)
 
 
-def load(path: Path) -> ClusterSpec:
-    """A description from a YAML file. Raises SpecError."""
+def read(path: Path) -> dict[str, Any]:
+    """What a YAML file says, not judged yet. Raises SpecError."""
     try:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise SpecError([Fault("", "no such file; give the path of a description")], str(path)) from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError, ValueError) as error:
         raise SpecError([Fault("", " ".join(str(error).split()))], str(path)) from None
-    return parse(document, str(path))
+    if not isinstance(document, dict):
+        raise SpecError([Fault("", _NO_MAPPING)], str(path))
+    return document
+
+
+def load(path: Path) -> ClusterSpec:
+    """A description from a YAML file. Raises SpecError."""
+    return parse(read(path), str(path))
 
 
 def _faults(error: ValidationError) -> Iterator[Fault]:
