@@ -139,6 +139,18 @@ def _policy(asked: argparse.Namespace) -> int:
     return _verdict(found)
 
 
+def _render(asked: argparse.Namespace) -> int:
+    from infra_pulumi import render
+
+    spec, _ = _given(asked)
+    try:
+        written = [str(path) for path in render.write(render.every(spec, spec.serve.config), asked.output)]
+    except OSError as error:
+        return _fail(f"{error.filename}: {error.strerror}", Exit.WRONG)
+    print(json.dumps(written, indent=2) if asked.json else "\n".join(f"wrote {path}" for path in written))
+    return Exit.OK
+
+
 def _catalogue(asked: argparse.Namespace) -> int:
     known = catalogues.load(asked.prices)
     if asked.provider:
@@ -243,6 +255,7 @@ _COMMANDS = {
     "plan": _plan,
     "cost": _cost,
     "policy": _policy,
+    "render": _render,
     "catalogue": _catalogue,
     "doctor": _doctor,
     "deploy": _engine,

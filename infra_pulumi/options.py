@@ -12,12 +12,13 @@ from infra_pulumi.spec import ClusterSpec, Provider, parse, read
 _ABOUT = """\
 A Kubernetes cluster with GPU nodes for the service, on AWS, GCP or Azure, from one description.
 
-plan, cost, catalogue and policy need no cloud, no credentials, no network and no Pulumi CLI.
+plan, cost, catalogue, policy and render need no cloud, no credentials, no network and no Pulumi CLI.
 
   catalogue   the machines and their prices; --fits 7b --dtype int8: which hold a model, and what its tokens cost
   plan        every resource in its order, what the policy finds, cost a month, warnings
   cost        idle, expected and maximum cost a month, with the source of each price
   policy      the findings alone, or --rules: what is looked for and why
+  render      manifests, Helm values, a `ray up` file and a picture, for kubectl, helm and ray
   doctor      what is installed here, and what deploy still needs
   deploy      plan, and if nothing is wrong with it Pulumi's update
   outputs     what a deployed cluster tells of itself
@@ -48,6 +49,8 @@ def parser() -> argparse.ArgumentParser:
     _described(commands, "cost", "what it costs a month")
     checks = _described(commands, "policy", "what is wrong with it")
     checks.add_argument("--rules", action="store_true", help="list what is looked for, and why")
+    files = _described(commands, "render", "its files for kubectl, helm and ray, and a picture")
+    files.add_argument("--output", type=Path, default=Path("rendered"), help="folder (default: %(default)s)")
     _catalogue(commands)
     doctor = commands.add_parser("doctor", help="what is installed here")
     doctor.add_argument("--json", action="store_true")

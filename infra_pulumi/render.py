@@ -1,14 +1,12 @@
 """A description as files, for those who do not use Pulumi: manifests, Helm values, `ray up`, a picture.
 
-`python -m infra_pulumi.render cluster.yaml --output folder` writes those of a description; without one, those that are
-kept in the repository, under cluster/.
+`python -m infra_pulumi render` writes those of any description, `python -m infra_pulumi.render` the ones that are kept
+in the repository, under cluster/.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ from infra_pulumi.charts import Chart, charts
 from infra_pulumi.objects import beside
 from infra_pulumi.rayservice import NAME, longest_request_s, on_gpus, rayservice, read_config
 from infra_pulumi.rayup import on_premises, rayup
-from infra_pulumi.spec import ClusterSpec, SpecError
+from infra_pulumi.spec import ClusterSpec
 from infra_pulumi.topology import svg
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -145,6 +143,15 @@ def ray_on_premises(config: Path) -> dict[str, str]:
     return {"on-premises.yaml": _commented(notes, to_yaml(on_premises(NAME, longest_s, "10.0.0.10", ("10.0.0.11",))))}
 
 
+def every(spec: ClusterSpec, config: Path) -> dict[str, str]:
+    """All files of one description. Raises SpecError."""
+    return {
+        **{f"kubernetes/{name}": text for name, text in manifests(spec, config).items()},
+        **{f"ray-up/{name}": text for name, text in ray_up(spec, config).items()},
+        "topology.svg": svg(spec),
+    }
+
+
 def kept() -> dict[str, str]:
     """All files under cluster/ that are made here, by their paths there."""
     config = ROOT / "serve_config.yaml"
@@ -168,38 +175,6 @@ def write(files: dict[str, str], folder: Path) -> Iterator[Path]:
         yield path
 
 
-def every(spec: ClusterSpec, config: Path) -> dict[str, str]:
-    """All files of one description. Raises SpecError."""
-    return {
-        **{f"kubernetes/{name}": text for name, text in manifests(spec, config).items()},
-        **{f"ray-up/{name}": text for name, text in ray_up(spec, config).items()},
-        "topology.svg": svg(spec),
-    }
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit 0, or 2 with what is wrong on stderr."""
-    parser = argparse.ArgumentParser(
-        prog="python -m infra_pulumi.render", description=(__doc__ or "").partition("\n")[0]
-    )
-    parser.add_argument("description", type=Path, nargs="?", help="a cluster as YAML; without: the repository's three")
-    parser.add_argument("--config", type=Path, default=Path("serve_config.yaml"), help="default: %(default)s")
-    parser.add_argument(
-        "--output", type=Path, default=Path("rendered"), help="folder of its files; default: %(default)s"
-    )
-    asked = parser.parse_args(arguments)
-    try:
-        if asked.description is None:
-            files, folder = kept(), KEPT
-        else:
-            files, folder = every(descriptions.load(asked.description), asked.config), asked.output
-        for path in write(files, folder):
-            print(f"wrote {path}")
-    except (SpecError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    for written in write(kept(), KEPT):
+        print(f"wrote {written.relative_to(ROOT)}")

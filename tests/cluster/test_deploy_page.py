@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from infra_pulumi import options
 from infra_pulumi.objects import CALLER, IDENTITY_ANNOTATION, MONITORING_NAMESPACE, OPERATOR_NAMESPACE
 from infra_pulumi.rayservice import IDLE_S, MODEL_SECRET, NAME, REDIS, TOKEN_SECRET
 from infra_pulumi.render import KEPT, ROOT
@@ -95,3 +96,9 @@ def test_every_line_of_the_checklist_has_a_command_and_its_answer() -> None:
     for row in rows:
         assert len(row) == 3, row
         assert re.search(r"`(kubectl|curl|\.venv/bin/python) ", row[1]), row
+
+
+@pytest.mark.parametrize("line", sorted(set(re.findall(r"python -m infra_pulumi (\w[^`\n#>]*)", TYPED))))
+def test_commands_of_this_room_are_taken(line: str) -> None:
+    asked = options.parser().parse_args(line.split())
+    assert asked.command == line.split()[0]

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from infra_pulumi import catalogue, render, sizes
+from infra_pulumi.__main__ import main
 from infra_pulumi.charts import charts
 from infra_pulumi.objects import network_policies, service_account
 from infra_pulumi.rayservice import POD_START_S, on_gpus, rayservice, read_config
@@ -318,9 +319,12 @@ def test_what_the_description_leaves_out_is_left_out() -> None:
     assert "serviceMonitor" not in str(charts(spec)[-1].values)
 
 
-def test_a_description_of_ones_own_is_rendered(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_description_of_ones_own_is_rendered(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = KEPT / "descriptions/gcp.yaml"
-    assert render.main([str(source), "--config", str(CONFIG), "--output", str(tmp_path)]) == 0
+    monkeypatch.chdir(ROOT)  # the description names the service's config relative to where one is
+    assert main(["render", "--spec", str(source), "--output", str(tmp_path)]) == 0
     told = {line.removeprefix("wrote ") for line in capsys.readouterr().out.splitlines()}
     assert told == {str(path) for path in tmp_path.rglob("*") if path.is_file()}
     same = (KEPT / "kubernetes/gcp/rayservice.yaml").read_text()
@@ -330,11 +334,21 @@ def test_a_description_of_ones_own_is_rendered(tmp_path: Path, capsys: pytest.Ca
 def test_every_fault_of_a_description_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = tmp_path / "wrong.yaml"
     source.write_text("provider: aws\nregion: mars\ngpu_pools: [{instance_types: [g5.xlarge], min: 5}]\n")
-    assert render.main([str(source), "--output", str(tmp_path / "out")]) == 2
+    assert main(["render", "--spec", str(source), "--output", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err
     assert "region: 'mars' is no region of aws" in said
     assert "gpu_pools.0.max: 4 is below min 5" in said
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "out").write_text("a file")
+    config = tmp_path / "serve.yaml"
+    config.write_text(CONFIG.read_text())
+    source = tmp_path / "cluster.yaml"
+    source.write_text((KEPT / "descriptions/aws.yaml").read_text() + f"serve: {{config: {config}}}\n")
+    assert main(["render", "--spec", str(source), "--output", str(tmp_path / "out")]) == 1
+    assert "Not a directory" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("cloud", CLOUDS)
