@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -451,3 +453,10 @@ def test_everything_is_in_the_namespace_whose_pods_have_the_clouds_identity() ->
     assert places == {"other"}
     (account,) = (each["metadata"]["name"] for each in documents if each["kind"] == "ServiceAccount")
     assert worker(documents[-1])["spec"]["serviceAccountName"] == account == "serve-app"
+
+
+def test_rendering_needs_no_sdk_of_a_cloud_and_no_pulumi() -> None:
+    program = "import sys, infra_pulumi.render; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert {name.partition("_")[0] for name in done.stdout.split() if name.startswith("pulumi")} == set()

@@ -15,6 +15,8 @@ from infra_pulumi.rayup import Site, rayup
 from infra_pulumi.render import KEPT, ROOT
 from tests.cluster.world import CLOUDS, CONFIG, Json, ask_ray, changed, description, kept
 
+pytestmark = pytest.mark.system  # Ray takes its time to be imported
+
 FILES = (*CLOUDS, "on-premises")
 # What docs/deploy.md tells to type of Ray's own: `ray up ...`, `serve status`
 COMMANDS = [
