@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import re
 import tomllib
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from infra_pulumi.rayservice import RAY_VERSION, on_gpus, rayservice, read_config
+from infra_pulumi.rayservice import RAY_VERSION, environment, on_gpus, rayservice, read_config
 from infra_pulumi.rayup import Site, rayup
 from infra_pulumi.render import KEPT, ROOT
 from tests.cluster.world import CLOUDS, CONFIG, Json, ask_ray, changed, description, kept
@@ -104,6 +106,26 @@ def test_the_judges_refuse_what_is_wrong(ray: Json) -> None:
 def test_ray_is_the_version_that_the_service_is_tested_with() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert f"ray[serve]=={RAY_VERSION}" in project["dependencies"]
+
+
+def test_every_switch_is_one_that_this_ray_reads() -> None:
+    """A switch that is misspelt, or gone, changes nothing and says nothing."""
+    found = importlib.util.find_spec("ray")
+    assert found is not None
+    assert found.submodule_search_locations
+    root = Path(found.submodule_search_locations[0])
+    sources = [
+        *root.glob("serve/_private/*.py"),
+        *root.glob("autoscaler/v2/**/*.py"),
+        *root.glob("_common/usage/*.py"),
+    ]
+    read = "\n".join(path.read_text(encoding="utf-8") for path in sources)
+    ours = {each["name"] for each in environment(600)}
+    ours |= {each["name"] for each in service("aws")["spec"]["rayClusterConfig"]["autoscalerOptions"]["env"]}
+    # The first is the raylet's, which is no Python, the others are the model hub's.
+    ours -= {"RAY_worker_niceness", "HF_TOKEN", "HF_HUB_DISABLE_TELEMETRY"}
+    assert len(ours) > 6
+    assert [name for name in sorted(ours) if f'"{name}"' not in read] == []
 
 
 def test_ray_serve_takes_the_service_as_it_is_deployed(ray: Json) -> None:
