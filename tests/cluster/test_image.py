@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+import threading
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,33 +166,44 @@ def test_what_haproxy_is_started_by_is_python_of_the_image() -> None:
     }
 
 
-def drained(folder: Path, ray: str, process: str) -> tuple[int, str]:
-    """The image's `drain 1`, with a `ray` that is the shell lines `ray` and a node that lasts `process` seconds."""
+def drained(folder: Path, ray: str, longest_s: int) -> str:
+    """What the image's `drain` asks of a `ray` that is the shell lines `ray`; `$node` there is the node's process."""
     commands = folder / "bin"
     commands.mkdir()
-    (commands / "ray").write_text(f'#!/bin/bash\necho "$@" > {folder}/asked\n{ray}\n')
-    (commands / "ray").chmod(0o755)
     # Not called a raylet: Ray looks for those on the machine, and another test's would find this one.
     shutil.copy("/bin/bash", commands / "drained-node")
-    started = subprocess.Popen([str(commands / "drained-node"), "-c", f"sleep {process}; :", "--node_id=abc"])
+    node = subprocess.Popen([str(commands / "drained-node"), "-c", "read", "--node_id=abc"], stdin=subprocess.PIPE)
+    threading.Thread(target=node.wait, daemon=True).start()  # so that nothing of it is left once it has ended
+    (commands / "ray").write_text(f'#!/bin/bash\nnode={node.pid}\necho "$@" > {folder}/asked\n{ray}\n')
+    (commands / "ray").chmod(0o755)
     try:
         done = subprocess.run(
-            [str(IMAGE / "drain"), "1", "drained-node"],
+            [str(IMAGE / "drain"), str(longest_s), "drained-node"],
             env={**os.environ, "PATH": f"{commands}:{os.environ['PATH']}", "RAY_IP": "head", "RAY_PORT": "1"},
             capture_output=True,
-            timeout=20,
+            timeout=60,
         )
     finally:
-        started.kill()
-        started.wait()
-    asked = folder / "asked"
-    return done.returncode, asked.read_text() if asked.exists() else ""
+        node.kill()
+        node.communicate()
+    assert done.returncode == 0, done.stderr
+    return (folder / "asked").read_text()
 
 
-@pytest.mark.parametrize(("ray", "lasts"), [("exit 0", "0.3"), ("exit 0", "30"), ("exit 1", "30")])
-def test_a_pod_stops_when_ray_has_gone_or_the_time_is_up(tmp_path: Path, ray: str, lasts: str) -> None:
-    """A node that goes, one that stays longer than the second, and a Ray that does not take the drain."""
-    code, asked = drained(tmp_path, ray, lasts)
-    assert code == 0
+@pytest.mark.parametrize(
+    ("ray", "longest_s"),
+    [
+        pytest.param("kill -9 $node", 1000, id="the node ends"),
+        pytest.param("exit 0", 1, id="the time is up"),
+        pytest.param("exit 1", 1000, id="Ray does not take it"),
+    ],
+)
+def test_a_pod_stops_when_its_node_has_ended_or_the_time_is_up(tmp_path: Path, ray: str, longest_s: int) -> None:
+    asked = drained(tmp_path, ray, longest_s)
     assert asked.startswith("drain-node --address head:1 --node-id abc ")
-    assert "--deadline-remaining-seconds 1" in asked
+    assert f"--deadline-remaining-seconds {longest_s}" in asked
+
+
+def test_where_no_ray_runs_there_is_nothing_to_wait_for() -> None:
+    done = subprocess.run([str(IMAGE / "drain"), "1000", "nobody-is-so-called"], timeout=60)
+    assert done.returncode == 0
