@@ -13,8 +13,11 @@ import pytest
 from infra_pulumi.__main__ import main
 from tests.infra.world import TYPES
 
+pytestmark = pytest.mark.infra
+
 ROOT = Path(__file__).parents[2]
-EXAMPLE = "--provider aws --instance-type g5.xlarge --region us-west-2 --spot --min 0 --max 4 --budget 500".split()
+EXAMPLE = ["--provider", "aws", "--instance-type", "g5.xlarge", "--region", "us-west-2"]
+EXAMPLE += ["--spot", "--min", "0", "--max", "4", "--budget", "500"]
 
 
 def test_a_plan_in_words(capsys: pytest.CaptureFixture[str]) -> None:
@@ -112,7 +115,11 @@ def run(*arguments: str) -> tuple[str, float]:
 
 def test_the_package_loads_no_sdk_and_the_catalogue_no_pulumi() -> None:
     sdks = {"pulumi_aws", "pulumi_gcp", "pulumi_azure_native"}
-    for module, kept_out in (("infra_pulumi", sdks), ("infra_pulumi.base", sdks), ("infra_pulumi.__main__", {"pulumi"})):
+    for module, kept_out in (
+        ("infra_pulumi", sdks),
+        ("infra_pulumi.base", sdks),
+        ("infra_pulumi.__main__", {"pulumi"}),
+    ):
         loaded, _ = run("-c", f"import sys, {module}; print(*sys.modules)")
         assert set(loaded.split()) & (kept_out | sdks) == set()
 

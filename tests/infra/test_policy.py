@@ -16,7 +16,13 @@ from infra_pulumi.record import Recording, Resource
 from infra_pulumi.spec import ClusterSpec, Provider, parse
 from tests.infra.world import document, full, recorded
 
-CLUSTERS = {"aws": "aws.eks.Cluster", "gcp": "gcp.container.Cluster", "azure": "azure-native.containerservice.ManagedCluster"}
+pytestmark = pytest.mark.infra
+
+CLUSTERS = {
+    "aws": "aws.eks.Cluster",
+    "gcp": "gcp.container.Cluster",
+    "azure": "azure-native.containerservice.ManagedCluster",
+}
 POOL = "azure-native.containerservice.AgentPool"
 AKS = CLUSTERS["azure"]
 GKE = CLUSTERS["gcp"]
@@ -103,7 +109,11 @@ NODES = "gcp.container.NodePool"
 
 MUTATIONS: list[tuple[str, str, Change]] = [
     ("api-open-to-the-world", "aws", changed(EKS, "vpcConfig.publicAccessCidrs", ["0.0.0.0/0"])),
-    ("api-open-to-the-world", "gcp", changed(GKE, "masterAuthorizedNetworksConfig.cidrBlocks", [{"cidrBlock": "0.0.0.0/0"}])),
+    (
+        "api-open-to-the-world",
+        "gcp",
+        changed(GKE, "masterAuthorizedNetworksConfig.cidrBlocks", [{"cidrBlock": "0.0.0.0/0"}]),
+    ),
     ("api-open-to-the-world", "azure", changed(AKS, "apiServerAccessProfile.authorizedIPRanges", ["0.0.0.0/1"])),
     ("api-public-without-list", "aws", changed(EKS, "vpcConfig.endpointPublicAccess", True)),
     ("api-public-without-list", "gcp", changed(GKE, "privateClusterConfig.enablePrivateEndpoint", False)),
@@ -131,8 +141,16 @@ MUTATIONS: list[tuple[str, str, Change]] = [
     ("access-by-config-map", "aws", changed(EKS, "accessConfig.authenticationMode", "API_AND_CONFIG_MAP")),
     ("passwords-and-certificates", "azure", changed(AKS, "disableLocalAccounts", False)),
     ("passwords-and-certificates", "azure", changed(AKS, "servicePrincipalProfile", {"clientId": "a", "secret": "b"})),
-    ("passwords-and-certificates", "azure", changed("azure-native.containerregistry.Registry", "adminUserEnabled", True)),
-    ("passwords-and-certificates", "gcp", changed(GKE, "masterAuth.clientCertificateConfig.issueClientCertificate", True)),
+    (
+        "passwords-and-certificates",
+        "azure",
+        changed("azure-native.containerregistry.Registry", "adminUserEnabled", True),
+    ),
+    (
+        "passwords-and-certificates",
+        "gcp",
+        changed(GKE, "masterAuth.clientCertificateConfig.issueClientCertificate", True),
+    ),
     ("registry-open", "azure", changed("azure-native.containerregistry.Registry", "anonymousPullEnabled", True)),
     ("registry-open", "gcp", changed("gcp.projects.IAMMember", "member", "allUsers")),
     ("rbac-off", "azure", changed(AKS, "enableRBAC", False)),
@@ -205,7 +223,9 @@ MUTATIONS: list[tuple[str, str, Change]] = [
 ]
 
 
-@pytest.mark.parametrize(("rule", "provider", "change"), MUTATIONS, ids=[f"{rule}-{cloud}" for rule, cloud, _ in MUTATIONS])
+@pytest.mark.parametrize(
+    ("rule", "provider", "change"), MUTATIONS, ids=[f"{rule}-{cloud}" for rule, cloud, _ in MUTATIONS]
+)
 def test_the_change_that_a_rule_is_there_for_is_found(rule: str, provider: str, change: Change) -> None:
     found = policy.findings(change(recorded(provider)), full(provider))
     assert rule in {each.rule for each in found}
