@@ -83,7 +83,7 @@ def _plan(asked: argparse.Namespace) -> int:
         print(json.dumps(_plain_plan(spec, recording, found, estimate, warnings), indent=2, sort_keys=True))
     else:
         print(show.summary(spec), show.tree(recording), show.findings(found), sep="\n\n")
-        print("", show.cost(estimate, spec.budget and spec.budget.monthly_usd), "", sep="\n")
+        print("", show.cost(estimate, spec.budget.monthly_usd if spec.budget else None), "", sep="\n")
         print("warnings:", *show.bullets(warnings or ["none"]), sep="\n")
     return _verdict(found)
 
@@ -118,7 +118,7 @@ def _cost(asked: argparse.Namespace) -> int:
     if asked.json:
         print(json.dumps(show.plain_estimate(estimate), indent=2))
         return Exit.OK
-    print(show.summary(spec), show.cost(estimate, spec.budget and spec.budget.monthly_usd), sep="\n\n")
+    print(show.summary(spec), show.cost(estimate, spec.budget.monthly_usd if spec.budget else None), sep="\n\n")
     print("\nsources:", *show.bullets(sorted({f"{line.source} ({line.as_of})" for line in estimate.lines})), sep="\n")
     return Exit.OK
 
@@ -174,9 +174,9 @@ def _fits(asked: argparse.Namespace, known: Catalogue) -> int:
     elif found:
         print(show.fits(found))
         print(
-            f"\nWith {load.streams} streams of {load.context} tokens on each replica, all of them busy. `derived` is from "
-            "the GPU's\nmemory bandwidth and arithmetic, good for a ranking; measure with python -m perf.suite, and say "
-            "--measured TYPE=TOKENS_PER_S."
+            f"\nWith {load.streams} streams of {load.context} tokens on each replica, all of them busy. `derived` is"
+            "\nfrom the GPU's memory bandwidth and arithmetic, good for a ranking. Measure with python -m perf.suite,"
+            "\nand say --measured TYPE=TOKENS_PER_S."
         )
     else:
         needed = sizing.needed_bytes(asked.fits, asked.dtype, load) / sizing.GIB

@@ -174,8 +174,8 @@ def warnings(spec: ClusterSpec, catalogue: Catalogue, today: datetime.date) -> I
             yield f"{name} is allowed although {machine.refused}."
         if machine.note:
             yield f"{name}: {machine.note}."
-        if (age := (today - machine.as_of).days) > STALE_DAYS:
-            yield f"The price of {name} is of {machine.as_of}, {age} days ago; look at the provider's page."
+        if (today - machine.as_of).days > STALE_DAYS:
+            yield f"The price of {name} is of {machine.as_of}, which is long ago; look at the provider's page."
         if machine.region != spec.region:
             yield f"The price of {name} is that of {machine.region}; {spec.region} may differ, or not have it at all."
         if spot and machine.spot_usd_per_hour is None:

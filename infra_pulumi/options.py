@@ -28,7 +28,7 @@ plan, cost, catalogue, policy and render need no cloud, no credentials, no netwo
 _EPILOG = """\
 examples:
   python -m infra_pulumi catalogue --fits 7b --dtype int8
-  python -m infra_pulumi plan --provider aws --instance-type g5.xlarge --region us-west-2 --spot --min 0 --max 4 --budget 500
+  python -m infra_pulumi plan --provider aws --instance-type g5.xlarge --spot --min 0 --max 4 --budget 500
   python -m infra_pulumi plan --spec cluster.yaml --json > plan.json
   python -m infra_pulumi deploy --spec cluster.yaml
 

@@ -30,14 +30,15 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[str]], right: frozens
 
 
 def tree(recording: Recording) -> str:
-    """Every resource in its order, with what it waits for."""
+    """Every resource in its order, with what it waits for, apart from the provider, which all do."""
+    providers = {each.name for each in recording.resources if each.type.startswith("pulumi:providers:")}
     rows = [
         (
             str(number),
             resource.kind,
             resource.name,
             "protected" if resource.protect else "",
-            _after(resource.dependencies),
+            _after([name for name in resource.dependencies if name not in providers]),
         )
         for number, resource in enumerate(recording.resources, 1)
     ]
@@ -63,7 +64,8 @@ def cost(estimate: Estimate, budget: float | None) -> str:
     sums = (estimate.idle, estimate.expected, estimate.maximum)
     rows.append(("together", *(f"{usd:,.2f}" for usd in sums), "", ""))
     text = table(("USD a month", "idle", "expected", "maximum", "price of", ""), rows, frozenset({1, 2, 3}))
-    text += f"\nexpected: all nodes are there {estimate.busy_share:.0%} of the time. Traffic, logs and support are not in it."
+    text += f"\nexpected: all nodes are there {estimate.busy_share:.0%} of the time. "
+    text += "Traffic, logs and support are not in it."
     if budget is not None and estimate.maximum > budget:
         over = "expected" if estimate.expected > budget else "maximum"
         text += f"\nThe {over} cost is above the budget of {budget:,.2f} USD. The budget tells; it stops nothing."
@@ -110,11 +112,12 @@ def fits(found: Iterable[Fit]) -> str:
 
 
 def summary(spec: ClusterSpec) -> str:
-    pools = ", ".join(
-        f"{group.name} {group.min} to {group.max} x {'|'.join(group.pool.instance_types)}{' spot' if group.spot else ''}"
+    pools = [
+        f"{group.name} {group.min} to {group.max} x {' or '.join(group.pool.instance_types)}"
+        + (", spot" if group.spot else "")
         for group in spec.node_groups()
-    )
-    return f"{spec.name} on {spec.provider}, {spec.region} ({', '.join(spec.zones)}): {pools}"
+    ]
+    return f"{spec.name} on {spec.provider}, {spec.region} ({', '.join(spec.zones)}): {'; '.join(pools)}"
 
 
 def plain_estimate(estimate: Estimate) -> dict[str, Any]:
