@@ -52,6 +52,8 @@ $(VENV)/serve.done: requirements.lock pyproject.toml | $(VENV)/bin/python
 	$(PIP) install --no-deps --editable .
 	@touch $@
 
-$(VENV)/test.done: requirements-dev.lock $(VENV)/serve.done
+$(VENV)/test.done: requirements-dev.lock requirements-infra.lock $(VENV)/serve.done
 	$(PIP) install -r requirements-dev.lock
+	# Without dependencies: Pulumi asks for a protobuf older than the service's, and works with that.
+	$(PIP) install --no-deps -r requirements-infra.lock
 	@touch $@

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from infra_pulumi.plan import evaluate
-from infra_pulumi.record import Recording
 from infra_pulumi.spec import ClusterSpec, parse
+
+if TYPE_CHECKING:  # it needs Pulumi, which the tests of descriptions and prices do not
+    from infra_pulumi.record import Recording
 
 TYPES = {"aws": "g5.xlarge", "gcp": "g2-standard-4", "azure": "Standard_NC24ads_A100_v4"}
 
@@ -35,4 +36,6 @@ def full(provider: str) -> ClusterSpec:
 
 @cache
 def recorded(provider: str) -> Recording:
+    from infra_pulumi.plan import evaluate
+
     return evaluate(full(provider))
