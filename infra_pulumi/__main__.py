@@ -13,7 +13,7 @@ from dataclasses import asdict
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
-from infra_pulumi import catalogue as catalogues, cost, options, show, sizing
+from infra_pulumi import catalogue as catalogues, coldstart, cost, options, show, sizing
 from infra_pulumi.catalogue import Catalogue, CatalogueError
 from infra_pulumi.spec import ClusterSpec, SpecError
 
@@ -79,11 +79,19 @@ def _plan(asked: argparse.Namespace) -> int:
     recording, found = _judged(spec, known)
     estimate = cost.estimate(spec, known, _busy(asked))
     warnings = [*catalogues.warnings(spec, known, datetime.date.today())]
+    cold = coldstart.phases(asked.image_gb, asked.weights_gib)
     if asked.json:
-        print(json.dumps(_plain_plan(spec, recording, found, estimate, warnings), indent=2, sort_keys=True))
+        told = _plain_plan(spec, recording, found, estimate, warnings)
+        told["cold_start"] = {
+            "phases": [asdict(phase) for phase in cold],
+            "seconds": coldstart.total(cold),
+            "source": coldstart.caveat(spec.provider),
+        }
+        print(json.dumps(told, indent=2, sort_keys=True))
     else:
         print(show.summary(spec), show.tree(recording), show.findings(found), sep="\n\n")
         print("", show.cost(estimate, spec.budget.monthly_usd if spec.budget else None), "", sep="\n")
+        print(show.cold_start(cold, coldstart.caveat(spec.provider)), "", sep="\n")
         print("warnings:", *show.bullets(warnings or ["none"]), sep="\n")
     return _verdict(found)
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
-from infra_pulumi import sizing
+from infra_pulumi import coldstart, sizing
 from infra_pulumi.spec import ClusterSpec, Provider, parse, read
 
 _ABOUT = """\
@@ -44,7 +45,12 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _described(commands, "plan", "what would be made, what it costs and what is wrong with it")
+    plan = _described(commands, "plan", "what would be made, what it costs and what is wrong with it")
+    cold = plan.add_argument_group("the cold start")
+    cold.add_argument("--image-gb", type=_size_in(1000), default=coldstart.IMAGE_GB, help="default: %(default)s")
+    cold.add_argument(
+        "--weights-gib", type=_size_in(10_000), default=coldstart.WEIGHTS_GIB, help="default: %(default)s"
+    )
     _described(commands, "cost", "what it costs a month")
     checks = _described(commands, "policy", "what is wrong with it")
     checks.add_argument("--rules", action="store_true", help="list what is looked for, and why")
@@ -111,6 +117,19 @@ def _size(text: str) -> float:
         return sizing.parameters(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _size_in(most: int) -> Callable[[str], float]:
+    def size(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = -1.0
+        if not 0 < value <= most:
+            raise argparse.ArgumentTypeError(f"{text} is no number above 0, up to {most}")
+        return value
+
+    return size
 
 
 def _count(text: str) -> int:

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from infra_pulumi.catalogue import InstanceType
+from infra_pulumi.coldstart import Phase, total
 from infra_pulumi.cost import Estimate
 from infra_pulumi.sizing import Fit
 from infra_pulumi.spec import ClusterSpec
@@ -70,6 +71,12 @@ def cost(estimate: Estimate, budget: float | None) -> str:
         over = "expected" if estimate.expected > budget else "maximum"
         text += f"\nThe {over} cost is above the budget of {budget:,.2f} USD. The budget tells; it stops nothing."
     return text
+
+
+def cold_start(phases: tuple[Phase, ...], caveat: str) -> str:
+    rows = [(phase.name, f"{phase.seconds:.0f}") for phase in phases]
+    rows.append(("together", f"{total(phases):.0f}"))
+    return table(("from no GPU node to an answer", "seconds"), rows, frozenset({1})) + f"\n{caveat}"
 
 
 def machines(known: Iterable[InstanceType]) -> str:

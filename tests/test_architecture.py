@@ -194,7 +194,7 @@ CLOUDS = {
     "azure.py": {"pulumi_azure_native"},
 }
 # Those that are read before it is known which cloud it is, or whether Pulumi is there at all.
-PLAIN_INFRA = {"__init__", "__main__", "catalogue", "cost", "options", "places", "show", "sizing", "spec"}
+PLAIN_INFRA = {"__init__", "__main__", "catalogue", "coldstart", "cost", "options", "places", "show", "sizing", "spec"}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "infra_pulumi").glob("*.py")), ids=lambda path: path.name)

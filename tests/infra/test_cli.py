@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -29,6 +30,14 @@ def test_a_plan_in_words(capsys: pytest.CaptureFixture[str]) -> None:
     assert "The expected cost is above the budget of 500.00 USD" in told
 
 
+def test_the_cold_start_is_told_by_phase_and_scaled_by_bytes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *EXAMPLE, "--image-gb", "5.8", "--weights-gib", "30"]) == 0
+    told = capsys.readouterr().out
+    assert re.search(r"image of 5\.8 GB is pulled +60\n", told)  # half of 121 s
+    assert re.search(r"30 GiB of weights are read +36\n", told)
+    assert "measured on AWS by data-on-eks" in told
+
+
 def test_a_plan_as_json_is_the_same_to_the_byte(capsys: pytest.CaptureFixture[str]) -> None:
     texts = []
     for _ in range(2):
@@ -36,7 +45,7 @@ def test_a_plan_as_json_is_the_same_to_the_byte(capsys: pytest.CaptureFixture[st
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1]
     told = json.loads(texts[0])
-    assert set(told) == {"spec", "plan", "findings", "cost", "warnings"}
+    assert set(told) == {"spec", "plan", "findings", "cost", "cold_start", "warnings"}
     assert told["spec"]["budget"]["monthly_usd"] == 500
 
 

@@ -10,15 +10,18 @@ import json
 import random
 import re
 import time
+from pathlib import Path
 from typing import Any, get_args
 
 import botocore.session
+import pulumi
 import pytest
+import yaml
 
-from infra_pulumi import catalogue
+from infra_pulumi import catalogue, program
 from infra_pulumi.plan import evaluate
-from infra_pulumi.record import Recording, Resource
-from infra_pulumi.spec import Provider, SpecError, parse
+from infra_pulumi.record import PROJECT, Recording, RecordingMonitor, Resource, record
+from infra_pulumi.spec import Provider, SpecError, load, parse
 from tests.infra.world import TYPES, document, full, recorded
 
 pytestmark = pytest.mark.infra
@@ -216,6 +219,24 @@ def test_whoever_is_protected_cannot_be_deleted(provider: str) -> None:
         provider, "azure-native.containerservice.ManagedCluster"
     ) in protected
     assert not any(each.protect for each in evaluate(parse(document(provider))).resources)
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_the_program_for_pulumis_own_cli_makes_the_same(provider: str) -> None:
+    """As `pulumi up` runs it, with the description that the stack's file names."""
+    where = Path(program.__file__).parent
+    config = yaml.safe_load((where / f"Pulumi.{provider}.yaml").read_text())["config"]
+    promised = importlib.import_module(f"infra_pulumi.{provider}").promised
+
+    def run() -> None:
+        pulumi.runtime.set_all_config(config)
+        program.main()
+
+    made = record(run, "serve-app", RecordingMonitor(promised))
+    planned = evaluate(load(where / config["serve-app:spec"]))
+    assert [each.name for each in made.resources] == [each.name for each in planned.resources]
+    assert made.outputs == planned.outputs
+    assert yaml.safe_load((where / "Pulumi.yaml").read_text())["name"] == PROJECT
 
 
 # --- AWS's own description of its API, which botocore brings along
