@@ -138,11 +138,13 @@ class Program:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.interrupt()
-        for process in self.left():
-            process.kill()
-        self.process.wait(timeout=10)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        try:
+            self.interrupt()
+        finally:  # whatever Ctrl-C came to
+            for process in self.left():
+                process.kill()
+            self.process.wait(timeout=10)
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def said(self) -> str:
         return self.output.read_text(errors="replace")
