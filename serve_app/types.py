@@ -14,6 +14,10 @@ class FinishReason(StrEnum):
     LENGTH = "length"
 
 
+# How a request ended that has all of its answer, beside its finish reason; and one whose caller left.
+EMBEDDED = "embedded"
+CANCELLED = "cancelled"
+
 GrammarKind = Literal["json_object", "json_schema", "regex", "choice", "lark"]
 
 
@@ -156,6 +160,13 @@ class GenerationRequest:
     embed: bool = False
     traceparent: str = ""
 
+    @property
+    def operation(self) -> str:
+        """What is asked for, by OpenTelemetry's semantic conventions for generative AI."""
+        if self.embed:
+            return "embeddings"
+        return "chat" if isinstance(self.prompt, ChatPrompt) else "text_completion"
+
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
@@ -236,6 +247,12 @@ class Chunk:
     def finished(self) -> bool:
         """Whether it is the request's last."""
         return self.embedding is not None or (bool(self.events) and self.events[-1].finish_reason is not None)
+
+    @property
+    def outcome(self) -> str:
+        """How a request ended whose last this is: the answer's finish reason, or EMBEDDED."""
+        reason = self.events[-1].finish_reason if self.events else None
+        return EMBEDDED if reason is None else reason.value
 
 
 @dataclass(frozen=True, slots=True)

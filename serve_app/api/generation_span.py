@@ -14,10 +14,8 @@ from opentelemetry.util.types import AttributeValue
 
 from serve_app.api.gateway import Gateway
 from serve_app.errors import InternalError, ServeAppError
-from serve_app.types import ChatMessage, ChatPrompt, Chunk, GenerationRequest, TextPrompt
+from serve_app.types import CANCELLED, EMBEDDED, ChatMessage, ChatPrompt, Chunk, GenerationRequest, TextPrompt
 
-CANCELLED = "cancelled"
-EMBEDDED = "embedded"
 # Characters of a prompt and of an answer that a span holds.
 MOST_CONTENT = 16_384
 
@@ -49,7 +47,7 @@ class _Generation:
 
     def __init__(self, tracer: Tracer, request: GenerationRequest, capture: bool) -> None:
         self._began = time.time_ns()
-        operation = _operation(request)
+        operation = request.operation
         self._span = tracer.start_span(
             f"{operation} {request.model}", attributes=_asked(request, operation), start_time=self._began
         )
@@ -78,8 +76,7 @@ class _Generation:
             self._room -= len(text)
             self._said.append(text)
         if chunk.finished:
-            reason = chunk.events[-1].finish_reason if chunk.events else None
-            self._outcome = EMBEDDED if reason is None else reason.value
+            self._outcome = chunk.outcome
 
     def failed(self, code: str) -> None:
         self._outcome = code
@@ -111,12 +108,6 @@ class _Generation:
         if self._said:
             answer = {**_text("assistant", "".join(self._said)), "finish_reason": self._outcome}
             self._span.set_attribute("gen_ai.output.messages", json.dumps([answer], ensure_ascii=False))
-
-
-def _operation(request: GenerationRequest) -> str:
-    if request.embed:
-        return "embeddings"
-    return "chat" if isinstance(request.prompt, ChatPrompt) else "text_completion"
 
 
 def _asked(request: GenerationRequest, operation: str) -> dict[str, AttributeValue]:

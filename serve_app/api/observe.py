@@ -28,9 +28,9 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app.api.gateway import Gateway
-from serve_app.api.generation_span import CANCELLED, traced
+from serve_app.api.generation_span import traced
 from serve_app.errors import InternalError, ServeAppError
-from serve_app.types import A, Chunk, GenerationRequest, HttpCall, ModelStatus, Question
+from serve_app.types import CANCELLED, A, Chunk, GenerationRequest, HttpCall, ModelStatus, Question
 
 log = logging.getLogger(__name__)
 

@@ -8,8 +8,6 @@ from collections.abc import Iterable
 from prometheus_client.metrics_core import Metric
 
 from serve_app.deployments.metrics import (
-    CANCELLED,
-    EMBEDDED,
     FINISHED,
     TPOT_OBJECTIVE_S,
     TTFT_OBJECTIVE_S,
@@ -19,7 +17,7 @@ from serve_app.deployments.metrics import (
 )
 from serve_app.deployments.process import ProcessMetrics
 from serve_app.errors import ServeAppError
-from serve_app.types import ChatPrompt, Chunk, GenerationRequest
+from serve_app.types import CANCELLED, Chunk, GenerationRequest
 
 
 class IngressMetrics:
@@ -84,8 +82,7 @@ class Meter:
         self._series.tokens.inc(len(chunk.events))
         self._series.changed = True
         if chunk.finished:
-            reason = chunk.events[-1].finish_reason if chunk.events else None
-            self._outcome = EMBEDDED if reason is None else reason.value
+            self._outcome = chunk.outcome
 
     def failed(self, error: ServeAppError) -> None:
         self._outcome = error.code
@@ -102,7 +99,8 @@ class Meter:
         series.changed = True
         if self._gen_ai is not None:
             error = "" if whole else self._outcome
-            self._gen_ai.ended(self._request.model, self._operation, error, seconds, self._ttft_s, tpot_s)
+            request = self._request
+            self._gen_ai.ended(request.model, request.operation, error, seconds, self._ttft_s, tpot_s)
         return seconds if whole else None
 
     def _first(self, chunk: Chunk) -> None:
@@ -130,10 +128,3 @@ class Meter:
         if self._ttft_s <= TTFT_OBJECTIVE_S and (tpot_s or 0.0) <= TPOT_OBJECTIVE_S:
             series.good.inc()
         return tpot_s
-
-    @property
-    def _operation(self) -> str:
-        """OpenTelemetry's name for what was asked."""
-        if self._request.embed:
-            return "embeddings"
-        return "chat" if isinstance(self._request.prompt, ChatPrompt) else "text_completion"

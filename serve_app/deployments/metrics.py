@@ -21,7 +21,7 @@ from serve_app import __version__
 from serve_app.engine.engine import Engine
 from serve_app.engine.sequence import Step
 from serve_app.errors import ServeAppError
-from serve_app.types import FinishReason, HttpCall, ModelState
+from serve_app.types import CANCELLED, EMBEDDED, FinishReason, HttpCall, ModelState
 
 # A second series for every counter, which nothing here reads.
 disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -48,10 +48,8 @@ _HTTP = (0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 10, 60, 600)
 _LENGTH = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 
-# How a request ended that has all of its answer, beside its finish reason.
-EMBEDDED = "embedded"
+# How a request ended that has all of its answer.
 FINISHED = frozenset({*(reason.value for reason in FinishReason), EMBEDDED})
-CANCELLED = "cancelled"
 CODES = ("internal_error", *(kind.code for kind in ServeAppError.__subclasses__()))
 OUTCOMES = (*sorted(FINISHED), CANCELLED, *dict.fromkeys(CODES))
 
