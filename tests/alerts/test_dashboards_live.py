@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import math
 import time
-from asyncio.subprocess import PIPE, STDOUT
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +31,7 @@ from serve_app.deployments.exposition import exposition
 from serve_app.deployments.metrics import gpu
 from tests.alerts.test_dashboards import BOARDS, UNUSED, family, filled, panels, questions, used
 from tests.alerts.test_rules import BY_NAME, exported
-from tests.alerts.world import program, world
+from tests.alerts.world import program, running, world
 from tests.graph.house import Service, free_port, model, sleeper
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(300), pytest.mark.asyncio(loop_scope="module")]
@@ -148,32 +147,8 @@ async def prometheus(
         f"--web.listen-address={address}",
         "--rules.alert.resend-delay=15s",
     ]
-    process = await asyncio.create_subprocess_exec(*command, stdout=PIPE, stderr=STDOUT)
-    assert process.stdout is not None
-    output = asyncio.create_task(process.stdout.read())
-    try:
-        yield await ready(client, f"http://{address}", output)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            process.terminate()
-        try:
-            await asyncio.wait_for(process.wait(), 10)
-        except TimeoutError:
-            process.kill()
-            await process.wait()
-        print((await output).decode()[-4000:])
-
-
-async def ready(client: aiohttp.ClientSession, url: str, output: asyncio.Task[bytes]) -> str:
-    deadline = time.monotonic() + 20
-    while True:
-        with contextlib.suppress(aiohttp.ClientError):
-            async with client.get(f"{url}/-/ready") as answer:
-                if answer.status == 200:
-                    return url
-        assert not output.done(), f"Prometheus ended: {output.result().decode()}"
-        assert time.monotonic() < deadline, "Prometheus does not answer"
-        await asyncio.sleep(0.05)
+    async with running("Prometheus", command, f"http://{address}", client) as url:
+        yield url
 
 
 def callers(url: str) -> list[Any]:

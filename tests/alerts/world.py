@@ -293,12 +293,12 @@ async def world(folder: Path, history_url: str | None = None, **changes: Any) ->
         settings = load(on_loopback(folder, told, mail, timing=TIMING, history=history, **changes))
         assert render.obstacles(settings) == []
         render.write(settings, folder / "out")
-        async with _running(folder, client) as url:
+        async with _alertmanager(folder, client) as url:
             yield World(url, told, mail, client)
 
 
 @contextlib.asynccontextmanager
-async def _running(folder: Path, client: aiohttp.ClientSession) -> AsyncIterator[str]:
+async def _alertmanager(folder: Path, client: aiohttp.ClientSession) -> AsyncIterator[str]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = f"127.0.0.1:{free.getsockname()[1]}"
     command = [
@@ -310,12 +310,19 @@ async def _running(folder: Path, client: aiohttp.ClientSession) -> AsyncIterator
         "--web.route-prefix=/",
         "--cluster.listen-address=",
     ]
+    async with running("Alertmanager", command, f"http://{address}", client) as url:
+        yield url
+
+
+@contextlib.asynccontextmanager
+async def running(name: str, command: list[str], url: str, client: aiohttp.ClientSession) -> AsyncIterator[str]:
+    """A program that says at `url`/-/ready when it is; its `url` as long as it runs."""
     process = await asyncio.create_subprocess_exec(*command, stdout=PIPE, stderr=STDOUT)
     assert process.stdout is not None
     output = asyncio.create_task(process.stdout.read())  # or a full pipe would stop it
     try:
-        await _answers(client, f"http://{address}/-/ready", output)
-        yield f"http://{address}"
+        await _answers(name, client, f"{url}/-/ready", output)
+        yield url
     finally:
         with contextlib.suppress(ProcessLookupError):
             process.terminate()
@@ -327,13 +334,13 @@ async def _running(folder: Path, client: aiohttp.ClientSession) -> AsyncIterator
         print((await output).decode())  # which pytest shows if the test fails
 
 
-async def _answers(client: aiohttp.ClientSession, url: str, output: asyncio.Task[bytes]) -> None:
+async def _answers(name: str, client: aiohttp.ClientSession, url: str, output: asyncio.Task[bytes]) -> None:
     deadline = time.monotonic() + 20
     while True:
         with contextlib.suppress(aiohttp.ClientError):
             async with client.get(url) as answer:
                 if answer.status == 200:
                     return
-        assert not output.done(), f"Alertmanager ended: {output.result().decode()}"
-        assert time.monotonic() < deadline, "Alertmanager does not answer"
+        assert not output.done(), f"{name} ended: {output.result().decode()}"
+        assert time.monotonic() < deadline, f"{name} does not answer"
         await asyncio.sleep(0.02)
