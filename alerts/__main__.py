@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from alerts import history, monitor, prometheus, render, slo
-from alerts.programs import Ended, ProgramError
+from alerts.programs import ALERTMANAGER, Ended, ProgramError
 from alerts.settings import EXAMPLE, SettingsError, load
 
 MONITORING = Path(__file__).parents[1] / "cluster/monitoring"
@@ -180,7 +180,8 @@ def _render(path: Path, folder: Path, production: bool) -> int:
         if found:
             print(f"{title}:\n{_lines(found)}", file=sys.stderr)
     print(f"Prometheus is to read the rules:\n  rule_files: [{folder.absolute() / prometheus.RULES}/*.yml]")
-    print(f"start Alertmanager:\n  {shlex.join(render.start_command(settings, folder.absolute()))}")
+    name = next(filter(shutil.which, ALERTMANAGER), ALERTMANAGER[0])
+    print(f"start Alertmanager:\n  {shlex.join(render.start_command(name, folder.absolute(), settings.external_url))}")
     print(f"or, if it runs, let it read them:\n  curl -X POST {settings.external_url.rstrip('/')}/-/reload")
     return 0
 

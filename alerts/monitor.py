@@ -60,16 +60,11 @@ class Plan:
         history = [sys.executable, "-m", "alerts", "history", "--port", self.history.rpartition(":")[2]]
         history += [f"--database={self.folder / 'alerts.sqlite'}", f"--token-file={self.token}"]
         yield "history", history, f"http://{self.history}/healthy"
-        alertmanager = [
-            self.programs["Alertmanager"],
-            f"--config.file={self.folder / render.CONFIG}",
-            f"--storage.path={self.folder / 'alertmanager'}",
-            f"--web.listen-address={self.alertmanager}",
-            f"--web.external-url={self.external_url}",
-            "--web.route-prefix=/",
-            "--cluster.listen-address=",
-        ]
-        yield "alertmanager", alertmanager, f"http://{self.alertmanager}/-/ready"
+        alertmanager = render.start_command(
+            self.programs["Alertmanager"], self.folder, self.external_url, "alertmanager", self.alertmanager
+        )
+        # The settings' address may have a path, where a proxy in front has it; here is none.
+        yield "alertmanager", [*alertmanager, "--web.route-prefix=/"], f"http://{self.alertmanager}/-/ready"
         command = [
             self.programs["Prometheus"],
             f"--config.file={self.folder / prometheus.CONFIG}",

@@ -16,10 +16,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 # By what they are: the names that they have as packages (Debian's first), and Debian's package.
+ALERTMANAGER = ("prometheus-alertmanager", "alertmanager")
 PROGRAMS = {
     "Prometheus": (("prometheus",), "prometheus"),
     "promtool": (("promtool",), "prometheus"),
-    "Alertmanager": (("prometheus-alertmanager", "alertmanager"), "prometheus-alertmanager"),
+    "Alertmanager": (ALERTMANAGER, "prometheus-alertmanager"),
     "amtool": (("amtool",), "prometheus-alertmanager"),
 }
 

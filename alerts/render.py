@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import shutil
 import stat
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -102,18 +101,15 @@ def _bare(url: str) -> bool:
     return parts.scheme == "http" and parts.hostname not in _LOOPBACK
 
 
-def start_command(settings: Settings, folder: Path) -> list[str]:
-    """Alertmanager alone on loopback. Without the empty cluster address it would listen to other Alertmanagers too."""
+def start_command(
+    program: str, folder: Path, external_url: str, data: str = "data", address: str = "127.0.0.1:9093"
+) -> list[str]:
+    """Alertmanager alone, on loopback. Without the empty cluster address it would listen to other Alertmanagers too."""
     return [
-        binary() or "prometheus-alertmanager",
+        program,
         f"--config.file={folder / CONFIG}",
-        f"--storage.path={folder / 'data'}",
-        "--web.listen-address=127.0.0.1:9093",
-        f"--web.external-url={settings.external_url}",
+        f"--storage.path={folder / data}",
+        f"--web.listen-address={address}",
+        f"--web.external-url={external_url}",
         "--cluster.listen-address=",
     ]
-
-
-def binary() -> str | None:
-    """Debian's name first, then upstream's."""
-    return next((name for name in ("prometheus-alertmanager", "alertmanager") if shutil.which(name)), None)
