@@ -120,7 +120,7 @@ class ReplicaGateway:
         return self._metrics.families(self._pusher.lag_s)
 
     def refused(self, error: ServeAppError, model: str | None) -> None:
-        self._metrics.refused(error.code, model or "")
+        self._metrics.http.refused(error.code, model or "")
 
     def call_began(self) -> None:
         self._metrics.http.open.inc()

@@ -39,9 +39,6 @@ class IngressMetrics:
     def meter(self, request: GenerationRequest) -> Meter:
         return Meter(request, self._series[request.model], self._gen_ai)
 
-    def refused(self, code: str, model: str) -> None:
-        self.http.refused(code, model)
-
     def woke(self, model: str, seconds: float) -> None:
         self._series[model].wake.observe(seconds)
         self._series[model].changed = True

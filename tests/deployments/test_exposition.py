@@ -25,7 +25,7 @@ def test_it_is_what_prometheus_client_writes() -> None:
 
 def test_so_it_does_for_all_of_an_ingress() -> None:
     metrics = IngressMetrics("r", ["m"], opentelemetry=True, alone=False)
-    metrics.refused("not_found", "")
+    metrics.http.refused("not_found", "")
     series = metrics._series["m"]
     assert exposition([], series.families()) == generate_latest(series._registry)
 

@@ -154,7 +154,7 @@ def test_every_series_of_a_model_is_there_from_the_beginning() -> None:
             meter.chunk(chunk(0.2, end=FinishReason.STOP))
             if error is not None:
                 meter.failed(error)
-                metrics.refused(error.code, model)
+                metrics.http.refused(error.code, model)
             meter.ended()
     assert names(before) == names(exposition([], metrics.families(0.0)).decode())
 
@@ -165,11 +165,11 @@ def names(text: str) -> set[str]:
 
 def test_no_caller_makes_a_series() -> None:
     metrics = IngressMetrics("r", ["m"], opentelemetry=False, alone=False)
-    metrics.refused("model_not_found", "made-up")
+    metrics.http.refused("model_not_found", "made-up")
     metrics.http.ended(HttpCall("other", "BREW", 404, 0.1, 0, 0))
     first = names(exposition([], metrics.families(0.0)).decode())
     for number in range(100):
-        metrics.refused("model_not_found", f"made-up-{number}")
+        metrics.http.refused("model_not_found", f"made-up-{number}")
         metrics.http.ended(HttpCall("other", f"BREW{number}", 404, 0.1, 0, 0))
     assert names(exposition([], metrics.families(0.0)).decode()) == first
 
