@@ -100,6 +100,11 @@ inline float to_unit(float most, float* multiplier) {
   *multiplier = std::max(most, 1e-20f);
   return 1.f / *multiplier;
 }
+// A product with that factor may be rounded past 1, and would then move the layer's scale for all rows.
+inline Floats clamped(Floats v, float most) {
+  v = v > most ? all(most) : v;
+  return v < -most ? all(-most) : v;
+}
 
 // Checks a result of `rows` rows, and writes the row that pins the scale where rows are scaled.
 template <class T>
@@ -149,7 +154,9 @@ void add_norm(Tensor x, const Optional& y, const Optional& scale, const Tensor& 
           factor = to_unit(largest(most), multiplier + r);
           multiplier[r] *= norm;
         }
-        for (int64_t i = 0; i < width; i += W) store(results + row + i, load(rows + row + i) * factor * load(w + i));
+        const float bound = multiplier ? 1.f : INFINITY;
+        for (int64_t i = 0; i < width; i += W)
+          store(results + row + i, clamped(load(rows + row + i) * factor * load(w + i), bound));
       }
     });
   });
@@ -177,7 +184,8 @@ void silu_mul(const Tensor& gate_up, const Optional& scale, Tensor out, const Op
           most = larger(most, magnitude(v));
         }
         const Floats factor = all(multiplier ? to_unit(largest(most), multiplier + row) : 1.f);
-        for (int64_t i = 0; i < width; i += W) store(result + i, load(exact.data() + i) * factor);
+        const float bound = multiplier ? 1.f : INFINITY;
+        for (int64_t i = 0; i < width; i += W) store(result + i, clamped(load(exact.data() + i) * factor, bound));
       }
     });
   });
@@ -357,7 +365,7 @@ void attend(const Tensor& qkv, int64_t heads, double scale, int64_t window, cons
       Floats most = {};
       for (int64_t i = 0; i < width; i += W) most = larger(most, magnitude(load(result + i)));
       const Floats factor = all(to_unit(largest(most), multiplier + row));
-      for (int64_t i = 0; i < width; i += W) store(result + i, load(result + i) * factor);
+      for (int64_t i = 0; i < width; i += W) store(result + i, clamped(load(result + i) * factor, 1.f));
     }
   });
 }
@@ -403,7 +411,7 @@ Tensor fbgemm(LinearPackedParamsBase& weight, const Tensor& rows) {
   const int64_t count = rows.size(0) - 1;
   const Tensor plain = rows.narrow(0, 0, count), pin = rows.narrow(0, count, 1);
   const Tensor high = plain.mul(63.5).round_().clamp_(-63, 63).div_(63.5);
-  const Tensor y = weight.apply_dynamic(at::cat({high, plain.sub(high).mul_(127), pin}), true);
+  const Tensor y = weight.apply_dynamic(at::cat({high, plain.sub(high).mul_(127).clamp_(-1, 1), pin}), true);
   y.narrow(0, 0, count).add_(y.narrow(0, count, count), 1. / 127);
   return y.narrow(0, 0, count + 1);
 }

@@ -44,7 +44,8 @@ class PackedLinear(_AsItIs):
 class DotLinear(_AsItIs):
     """bfloat16 through matmul.h, for rows of floats, which only the products round: 0.8 times oneDNN's time to 64 rows.
 
-    For processors with dot products of bfloat16 vectors; where there are tiles (AMX) oneDNN uses them.
+    For processors with dot products of bfloat16 vectors, also where there are tiles (AMX): oneDNN uses those, but rounds
+    a row by the number of its neighbours.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
@@ -245,9 +246,9 @@ def swap(model: torch.nn.Module, quantization: Quantization, head: torch.nn.Modu
 
 
 def _has_dots() -> bool:
-    """Whether matmul.h has code for this processor, and oneDNN has nothing better (AMX's tiles)."""
+    """Whether matmul.h has code for this processor."""
     native = torch.ops.serve_app
-    return hasattr(native, "has_dots") and native.has_dots() and not torch.cpu._is_amx_tile_supported()
+    return hasattr(native, "has_dots") and native.has_dots()
 
 
 @cache

@@ -218,6 +218,7 @@ def test_scaled_rows_are_the_same_rows_and_their_multipliers_undo_it(rows: int) 
 
 def assert_scaled(out: torch.Tensor, multipliers: torch.Tensor, plain: torch.Tensor) -> None:
     assert torch.allclose(out[:-1].abs().amax(-1), torch.ones(len(plain)), rtol=1e-6)
+    assert out.abs().max() == 1, "an ulp above would move the scale of the whole call"
     assert close(out[:-1] * multipliers[:, None], plain.double())
     assert out[-1].tolist() == [-1.0, 1.0] * (out.shape[1] // 2)
 

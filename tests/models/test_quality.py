@@ -133,7 +133,7 @@ every_quantised = pytest.mark.parametrize(
 
 def test_a_layer_is_what_is_best_here() -> None:
     assert kernels.available(lambda stage: None)
-    dots = torch.ops.serve_app.has_dots() and not torch.cpu._is_amx_tile_supported()
+    dots = torch.ops.serve_app.has_dots()
     for outputs in (48, 20):
         weight = torch.randn(outputs, 64)
         assert type(pack(weight, None, "int8")) is (Int8DotLinear if dots else Int8Linear)

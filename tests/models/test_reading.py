@@ -143,7 +143,10 @@ async def check(folder: Path, kind: str) -> None:
 @pytest.mark.parametrize("quantization", ["none", "int8", "int4"])
 @pytest.mark.parametrize("family", [*tiny.LEAN, "gpt2"])
 async def test_quantised(family: str, quantization: str, dtype: str, tmp_path: Path) -> None:
-    """Close to what it was, also where channels were moved for the quantisation's sake; alone as in a crowd."""
+    """Close to what it was, also where channels were moved for the quantisation's sake; alone as in a crowd.
+
+    To the bit, where the products are our own; MKL's and oneDNN's add in an order that the number of rows decides.
+    """
     folder = tiny.save(family, tmp_path, tiny.FAMILIES | tiny.LEAN)
     asked = prompts(4)
     logprobs, embeddings = reference(folder, asked)
@@ -156,9 +159,13 @@ async def test_quantised(family: str, quantization: str, dtype: str, tmp_path: P
     vectors = torch.stack([vector for _, vector in alone])
     likeness = torch.cosine_similarity(vectors, torch.stack(embeddings), dim=-1)
     assert likeness.min() > LIKE[quantization], likeness
+    own = quantization != "none" or (dtype == "bfloat16" and torch.ops.serve_app.has_dots())
     for prompt, wanted, (first, _), again in zip(asked, logprobs, alone, crowd, strict=True):
         assert len(first) == len(wanted) == len(prompt) - 1
-        assert [one.chosen for one in first] == [one.chosen for one in again] or family not in tiny.LEAN
+        if own and family in tiny.LEAN:
+            assert [one.chosen for one in first] == [one.chosen for one in again]
+        elif (quantization, dtype) == ("none", "float32"):
+            agree(again, prompt, wanted)
 
 
 def silent(config: Model) -> Loaded:
