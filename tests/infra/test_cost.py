@@ -40,7 +40,7 @@ def test_azure_by_hand() -> None:
     spec = parse(document("azure", pool={"max": 2}))
     found = cost.estimate(spec, catalogue.load(), busy_share=0.25)
     always = (0.10 + 0.045 + 0.005) * 730
-    system, gpu = 0.384 * 730 + 19.71, 3.673 * 730 + 38.02  # disks of 128 and 256 GiB
+    system, gpu = 0.384 * 730 + 19.71, 3.673 * 730 + 38.01  # disks of 128 and 256 GiB
     assert found.idle == pytest.approx(always + 2 * system, rel=0.01)
     assert found.expected == pytest.approx(always + 2 * system + 0.5 * gpu, rel=0.01)
     assert found.maximum == pytest.approx(always + 4 * system + 2 * gpu, rel=0.01)
