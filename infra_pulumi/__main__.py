@@ -13,7 +13,7 @@ from dataclasses import asdict
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
-from infra_pulumi import catalogue as catalogues, coldstart, cost, options, show, sizing
+from infra_pulumi import catalogue as catalogues, coldstart, cost, options, quotas, show, sizing
 from infra_pulumi.catalogue import Catalogue, CatalogueError
 from infra_pulumi.spec import ClusterSpec, SpecError
 
@@ -78,7 +78,7 @@ def _plan(asked: argparse.Namespace) -> int:
         return _fail(lacking, Exit.MISSING)
     recording, found = _judged(spec, known)
     estimate = cost.estimate(spec, known, _busy(asked))
-    warnings = [*catalogues.warnings(spec, known, datetime.date.today())]
+    warnings = [*catalogues.warnings(spec, known, datetime.date.today()), *quotas.warnings(spec, known)]
     cold = coldstart.phases(asked.image_gb, asked.weights_gib)
     if asked.json:
         told = _plain_plan(spec, recording, found, estimate, warnings)

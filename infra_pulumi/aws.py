@@ -268,11 +268,11 @@ class AwsCluster(GpuCluster):
         """What has to run on nodes: so after there are some."""
         self._addon(cluster, "kube-proxy", [])
         self._addon(cluster, "coredns", [system])
-        if self.spec.addons.prometheus:  # its history is on a disk
-            self._pod_role(
-                cluster, "disks", "kube-system", "ebs-csi-controller-sa", agent, "service-role/AmazonEBSCSIDriverPolicy"
-            )
-            self._addon(cluster, "aws-ebs-csi-driver", [system, *self.attached["disks"]])
+        # Ray's memory is on a disk, and so is Prometheus' history.
+        self._pod_role(
+            cluster, "disks", "kube-system", "ebs-csi-controller-sa", agent, "service-role/AmazonEBSCSIDriverPolicy"
+        )
+        self._addon(cluster, "aws-ebs-csi-driver", [system, *self.attached["disks"]])
         if self.spec.addons.cluster_autoscaler:
             role = self._pod_role(cluster, "autoscaler", "kube-system", "cluster-autoscaler", agent)
             aws.iam.RolePolicy(
