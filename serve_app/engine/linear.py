@@ -44,8 +44,8 @@ class PackedLinear(_AsItIs):
 class DotLinear(_AsItIs):
     """bfloat16 through matmul.h, for rows of floats, which only the products round: 0.8 times oneDNN's time to 64 rows.
 
-    For processors with dot products of bfloat16 vectors, also where there are tiles (AMX): oneDNN uses those, but rounds
-    a row by the number of its neighbours.
+    For processors with dot products of bfloat16 vectors, also where there are tiles (AMX): with those oneDNN rounds a
+    row by the number of its neighbours.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:

@@ -65,11 +65,11 @@ class Reading:
         self.done += rows
 
     def embedding(self) -> tuple[float, ...] | ServeAppError:
-        """The mean of all states, of length 1."""
+        """The mean of all states, of length 1; of states that are all 0, as a padding token's may be, it is 0."""
         length = math.hypot(*self._sums)
-        if not 0 < length < math.inf:
+        if not length < math.inf:
             return InternalError("the model computed no numbers for this text; it may be too unusual for its precision")
-        return tuple(array("f", (value / length for value in self._sums)))
+        return tuple(array("f", (value / (length or 1.0) for value in self._sums)))
 
 
 class Sequence:

@@ -1,4 +1,4 @@
-"""The whole service and its real model against its own OpenAPI document, by schemathesis."""
+"""The whole service, with a tiny model in its real engine, against its own OpenAPI document, by schemathesis."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 
 from serve_app.api.openapi import OPERATIONS
 from tests.graph.house import Config, Service, model
+from tests.models import tiny
 
 CASES = 500
 AT_A_TIME = 4
@@ -21,11 +22,12 @@ Run = subprocess.CompletedProcess[str]
 
 
 @pytest.fixture(scope="module")
-def service() -> Iterator[Service]:
-    """With everything switched on; in int8 and with a short context, so that the longest answer takes a moment."""
-    engine: Config = {"max_context": 24, "max_running": 32}
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """With everything switched on, and a short context, so that the longest answer takes a moment."""
+    source = tiny.save("llama", tmp_path_factory.mktemp("model"), tiny.LEAN)
+    engine: Config = {"max_context": 48, "max_running": 32}
     everything: Config = {"embeddings": True, "chat_template": "builtin:chatml_tools", "quantization": "int8"}
-    with Service([model("small", "builtin:smollm2-135m", engine=engine, **everything)], fused=True) as service:
+    with Service([model("small", str(source), engine=engine, **everything)], fused=True) as service:
         service.wait_for("answers on")
         yield service
 

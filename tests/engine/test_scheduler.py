@@ -469,14 +469,25 @@ def test_an_embedding_of_one_token_ends_with_it_and_guesses_nothing() -> None:
     assert told.vector == (0.0, 1.0, 0.0, 0.0)
 
 
-def test_an_embedding_without_numbers_is_an_error() -> None:
+@pytest.mark.parametrize(
+    ("sums", "told"),
+    [
+        ([math.nan, 1.0], InternalError),
+        ([math.inf, 1.0], InternalError),
+        ([0.0, 0.0], Embedded((0.0, 0.0))),
+        ([0.0, -5.0], Embedded((0.0, -1.0))),
+    ],
+)
+def test_an_embedding_without_numbers_is_an_error_and_one_of_zeros_is_zeros(
+    sums: list[float], told: Embedded | type[InternalError]
+) -> None:
     scheduler = made(1, 64, 4)
     queued(scheduler, asked := reading("abc", embed=True))
     step = scheduler.plan(0)
     assert asked.reading is not None
-    asked.reading.add_states([math.nan, 1.0], 3)
-    ((_, told),) = scheduler.commit(step, [], 0)
-    assert isinstance(told, InternalError)
+    asked.reading.add_states(sums, 3)
+    ((_, found),) = scheduler.commit(step, [], 0)
+    assert isinstance(found, told) if isinstance(told, type) else found == told
     assert scheduler.idle
 
 
