@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from infra_pulumi.record import Recording
 
 SDKS = {"aws": "pulumi_aws", "gcp": "pulumi_gcp", "azure": "pulumi_azure_native"}
+ADDONS_SDK = "pulumi_kubernetes"
 INSTALL = "pip install 'serve_app[infra]'"
+INSTALL_ADDONS = "pip install 'serve_app[infra-kubernetes]'"
 
 
 class Exit(IntEnum):
@@ -61,8 +63,10 @@ def _given(asked: argparse.Namespace) -> tuple[ClusterSpec, Catalogue]:
 
 def _lacking(spec: ClusterSpec) -> str | None:
     """What has to be installed before this description can be planned."""
-    missing = [name for name in ("pulumi", SDKS[spec.provider]) if importlib.util.find_spec(name) is None]
-    return f"{' and '.join(missing)} cannot be imported; {INSTALL}" if missing else None
+    wanted = ["pulumi", SDKS[spec.provider], *([ADDONS_SDK] if spec.addons.by_pulumi else [])]
+    missing = [name for name in wanted if importlib.util.find_spec(name) is None]
+    install = INSTALL_ADDONS if ADDONS_SDK in missing else INSTALL
+    return f"{' and '.join(missing)} cannot be imported; {install}" if missing else None
 
 
 def _judged(spec: ClusterSpec, known: Catalogue) -> tuple[Recording, tuple[Finding, ...]]:
@@ -194,15 +198,19 @@ def _fits(asked: argparse.Namespace, known: Catalogue) -> int:
 
 def _doctor(asked: argparse.Namespace) -> int:
     """What is here, and what it is for."""
-    packages = {name: importlib.util.find_spec(name) is not None for name in ("pulumi", *SDKS.values())}
-    programs = {name: shutil.which(name) for name in ("pulumi", "kubectl", "helm", "aws", "gcloud", "az")}
+    needed = ("pulumi", *SDKS.values())
+    packages = {name: importlib.util.find_spec(name) is not None for name in (*needed, ADDONS_SDK)}
+    programs = {name: shutil.which(name) for name in _NEEDED}
     if asked.json:
         print(json.dumps({"packages": packages, "programs": programs}, indent=2))
     else:
-        rows = [(f"package {name}", "here" if there else f"missing: {INSTALL}") for name, there in packages.items()]
+        missing = dict.fromkeys(needed, INSTALL) | {ADDONS_SDK: f"for addons.by_pulumi; {INSTALL_ADDONS}"}
+        rows = [
+            (f"package {name}", "here" if there else f"missing: {missing[name]}") for name, there in packages.items()
+        ]
         rows += [(f"program {name}", where or f"missing: {_NEEDED[name]}") for name, where in programs.items()]
         print(show.table(("", ""), rows).strip())
-    return Exit.OK if all(packages.values()) and programs["pulumi"] else Exit.MISSING
+    return Exit.OK if all(packages[name] for name in needed) and programs["pulumi"] else Exit.MISSING
 
 
 _NEEDED = {
@@ -212,6 +220,8 @@ _NEEDED = {
     "aws": "for a kubeconfig on AWS",
     "gcloud": "for a kubeconfig on GCP",
     "az": "for a kubeconfig on Azure",
+    "gke-gcloud-auth-plugin": "for a token on GCP",
+    "kubelogin": "for a token on Azure",
 }
 
 

@@ -9,7 +9,7 @@ import pulumi
 import pulumi_aws as aws
 
 from infra_pulumi.aws_network import Vpc, vpc
-from infra_pulumi.base import GpuCluster, Outputs
+from infra_pulumi.base import Access, GpuCluster, Outputs
 from infra_pulumi.spec import NodeGroup
 
 LOGS = ["api", "audit", "authenticator", "controllerManager", "scheduler"]
@@ -27,7 +27,11 @@ def promised(kind: str, name: str, inputs: dict[str, Any]) -> dict[str, Any]:
     told: dict[str, Any] = {"arn": f"${{{name}.arn}}"}
     match kind:
         case "aws.eks.Cluster":
-            told |= {"name": inputs["name"], "endpoint": f"${{{name}.endpoint}}"}
+            told |= {
+                "name": inputs["name"],
+                "endpoint": f"${{{name}.endpoint}}",
+                "certificateAuthority": {"data": f"${{{name}.certificateAuthority}}"},
+            }
         case "aws.eks.NodeGroup":
             told["resources"] = [{"autoscalingGroups": [{"name": f"${{{name}.autoscalingGroup}}"}]}]
             told["nodeGroupName"] = f"${{{name}.nodeGroupName}}"
@@ -49,7 +53,7 @@ class AwsCluster(GpuCluster):
         provider = aws.Provider(self.name("aws"), region=spec.region, opts=pulumi.ResourceOptions(parent=self))
         self._provider = provider
         network = vpc(self, self.tags)
-        cluster = self._cluster(network)
+        self._eks = cluster = self._cluster(network)
         nodes = self._role("nodes", _trust("ec2.amazonaws.com", ["sts:AssumeRole"]), *NODE_POLICIES)
         agent = self._addon(cluster, "eks-pod-identity-agent", [])
         cni = self._addon(cluster, "vpc-cni", [], {"enableNetworkPolicy": str(spec.addons.network_policy).lower()})
@@ -67,6 +71,10 @@ class AwsCluster(GpuCluster):
             identity=identity.arn,
             node_groups=[group.node_group_name for group in groups],
         )
+
+    def access(self) -> Access:
+        command = ("aws", "eks", "get-token", "--region", self.spec.region, "--cluster-name", self.spec.name)
+        return Access(self._eks.endpoint, self._eks.certificate_authority.data, command)
 
     def under(self, **options: Any) -> pulumi.ResourceOptions:
         return super().under(provider=self._provider, **options)

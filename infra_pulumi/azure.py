@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import ipaddress
 import uuid
 from typing import Any
 
 import pulumi
 import pulumi_azure_native as azure
+import yaml
 from pulumi_azure_native import (
     authorization,
     consumption,
@@ -20,12 +22,14 @@ from pulumi_azure_native import (
     resources,
 )
 
-from infra_pulumi.base import GpuCluster, Outputs
+from infra_pulumi.base import Access, GpuCluster, Outputs
 from infra_pulumi.spec import POOL_LABEL, NodeGroup
 
-# Azure's ids of the two roles that are given, the same in every subscription.
+# Azure's ids of the three roles that are given, the same in every subscription.
 NETWORK_CONTRIBUTOR = "4d97b98b-1d4f-4787-a291-c67834d212e7"
 ACR_PULL = "7f951dda-4ed3-4680-a7ca-43fe172d538d"
+RBAC_CLUSTER_ADMIN = "b1ff04bb-8a4e-4dc4-8eb5-8693973ce19b"
+AKS_SERVER = "6dae42f8-4368-4678-94ff-3960e28e3630"  # what a token for any AKS cluster is meant for
 # AKS puts this on spot pools by itself; said here too, the next update finds no difference.
 SPOT_TAINT = "kubernetes.azure.com/scalesetpriority=spot:NoSchedule"
 SPOT_LABEL = ("kubernetes.azure.com/scalesetpriority", "spot")
@@ -61,7 +65,11 @@ def promised(kind: str, name: str, inputs: dict[str, Any]) -> dict[str, Any]:
         case "azure-native.network.VirtualNetwork":
             told["subnets"] = [{"id": f"${{{name}.subnet}}", "name": "nodes"}]
         case "azure-native:authorization:getClientConfig":
-            told["subscriptionId"] = "${azure.subscription}"
+            told |= {"subscriptionId": "${azure.subscription}", "objectId": "${azure.caller}"}
+        case "azure-native:containerservice:listManagedClusterUserCredentials":
+            cluster = {"certificate-authority-data": "${cluster.certificateAuthority}"}
+            kubeconfig = yaml.safe_dump({"clusters": [{"cluster": cluster}]}).encode()
+            told["kubeconfigs"] = [{"name": "clusterUser", "value": base64.b64encode(kubeconfig).decode()}]
     return told
 
 
@@ -81,19 +89,34 @@ class AzureCluster(GpuCluster):
             self._lock()
         subnet = self._network()
         control, allowed = self._control_identity(subnet)
-        cluster = self._cluster(subnet, control, allowed)
+        self._aks = cluster = self._cluster(subnet, control, allowed)
+        self._endpoint = cluster.fqdn if spec.network.api_cidrs else cluster.private_fqdn
         pools = [self._pool(cluster, subnet, group) for group in spec.node_groups()]
         registry = self._registry(cluster)
         identity = self._identity(cluster)
+        self._creator(client, cluster)
         self._logs(cluster)
         self._budget()
         return Outputs(
             cluster_name=cluster.name,
-            endpoint=cluster.fqdn if spec.network.api_cidrs else cluster.private_fqdn,
+            endpoint=self._endpoint,
             registry=registry.login_server,
             kubeconfig_command=f"az aks get-credentials --resource-group {spec.name} --name {spec.name}",
             identity=identity.client_id,
             node_groups=["system", *(pool.name for pool in pools)],
+        )
+
+    def access(self) -> Access:
+        """Azure tells the authority only in a kubeconfig, which, with local accounts off, has no credentials."""
+        told = aks.list_managed_cluster_user_credentials_output(
+            resource_group_name=self.group.name,
+            resource_name=self._aks.name,
+            opts=pulumi.InvokeOptions(parent=self, provider=self._provider),
+        )
+        return Access(
+            pulumi.Output.format("https://{0}:443", self._endpoint),
+            told.kubeconfigs.apply(lambda found: _authority(found[0].value)),
+            ("kubelogin", "get-token", "--login", "azurecli", "--server-id", AKS_SERVER),
         )
 
     def under(self, **options: Any) -> pulumi.ResourceOptions:
@@ -166,7 +189,13 @@ class AzureCluster(GpuCluster):
         return identity, self._grant("control-network", NETWORK_CONTRIBUTOR, identity.principal_id, subnet)
 
     def _grant(
-        self, name: str, role: str, principal: pulumi.Input[str], scope: pulumi.Input[str]
+        self,
+        name: str,
+        role: str,
+        principal: pulumi.Input[str],
+        scope: pulumi.Input[str],
+        kind: str | None = "ServicePrincipal",
+        **options: Any,
     ) -> authorization.RoleAssignment:
         return authorization.RoleAssignment(
             self.name(name),
@@ -176,10 +205,14 @@ class AzureCluster(GpuCluster):
                 "/subscriptions/{0}/providers/Microsoft.Authorization/roleDefinitions/{1}", self.subscription, role
             ),
             principal_id=principal,
-            principal_type="ServicePrincipal",
+            principal_type=kind,
             scope=scope,
-            opts=self.under(),
+            opts=self.under(**options),
         )
+
+    def _creator(self, client: Any, cluster: aks.ManagedCluster) -> None:
+        """Whoever makes the cluster administers it, as on AWS; with local accounts off nobody else gets in at all."""
+        self._grant("creator", RBAC_CLUSTER_ADMIN, client.object_id, cluster.id, None, ignore_changes=["principalId"])
 
     def _cluster(
         self,
@@ -377,3 +410,9 @@ class AzureCluster(GpuCluster):
 def _tenth(cidr: str) -> str:
     """The address of the cluster's DNS: the tenth of its services', as AKS has it."""
     return str(ipaddress.IPv4Network(cidr)[10])
+
+
+def _authority(kubeconfig: str) -> str:
+    """What the cluster's certificate is signed by, of a kubeconfig in base64."""
+    (cluster,) = yaml.safe_load(base64.b64decode(kubeconfig))["clusters"]
+    return str(cluster["cluster"]["certificate-authority-data"])

@@ -40,6 +40,19 @@ class Outputs:
         return {each.name: getattr(self, each.name) for each in fields(self)}
 
 
+@dataclass(frozen=True, slots=True)
+class Access:
+    """How Kubernetes' API is reached. None of it is secret.
+
+    `authority` is what its certificate is signed by, as PEM in base64. `command` prints a token that ends soon, for
+    whoever runs it.
+    """
+
+    server: pulumi.Input[str]
+    authority: pulumi.Input[str]
+    command: tuple[str, ...]
+
+
 class GpuCluster(pulumi.ComponentResource):
     """A Kubernetes cluster with a CPU system pool and GPU pools that scale from zero.
 
@@ -58,6 +71,10 @@ class GpuCluster(pulumi.ComponentResource):
     @abstractmethod
     def create(self) -> Outputs:
         """Make everything."""
+
+    @abstractmethod
+    def access(self) -> Access:
+        """The way into the cluster, once it is made."""
 
     def under(self, **options: Any) -> pulumi.ResourceOptions:
         return pulumi.ResourceOptions(parent=self, **options)

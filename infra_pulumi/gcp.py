@@ -7,7 +7,7 @@ from typing import Any
 import pulumi
 import pulumi_gcp as gcp
 
-from infra_pulumi.base import GPU_TAINT, GpuCluster, Outputs
+from infra_pulumi.base import GPU_TAINT, Access, GpuCluster, Outputs
 from infra_pulumi.spec import POOL_LABEL, NodeGroup
 
 # What a node needs to report of itself and to pull images; the default account could edit the whole project.
@@ -26,6 +26,7 @@ def promised(kind: str, name: str, inputs: dict[str, Any]) -> dict[str, Any]:
         case "gcp.container.Cluster":
             told |= {
                 "endpoint": f"${{{name}.endpoint}}",
+                "masterAuth": {**inputs["masterAuth"], "clusterCaCertificate": f"${{{name}.clusterCaCertificate}}"},
                 "workloadIdentityConfig": {"workloadPool": "${gcp.project}.svc.id.goog"},
             }
         case "gcp.artifactregistry.Repository":
@@ -48,7 +49,7 @@ class GcpCluster(GpuCluster):
         self.project = project.project_id
         subnetwork, nat = self._network()
         nodes = self._node_account()
-        cluster = self._cluster(subnetwork, nat)
+        self._gke = cluster = self._cluster(subnetwork, nat)
         system = self._pool("system", cluster, nodes, None)
         # GKE taints a GPU pool only if another pool is there already (terraform-google-kubernetes-engine#703).
         groups = [self._pool(group.name, cluster, nodes, group, [system]) for group in spec.node_groups()]
@@ -63,6 +64,10 @@ class GcpCluster(GpuCluster):
             identity=identity.email,
             node_groups=[group.name for group in (system, *groups)],
         )
+
+    def access(self) -> Access:
+        server = pulumi.Output.format("https://{0}", self._gke.endpoint)
+        return Access(server, self._gke.master_auth.cluster_ca_certificate, ("gke-gcloud-auth-plugin",))
 
     def under(self, **options: Any) -> pulumi.ResourceOptions:
         return super().under(provider=self._provider, **options)

@@ -52,7 +52,7 @@ def rule(name: str, severity: Severity, remedy: str) -> Callable[[Check], Check]
 
 def rules() -> list[Rule]:
     """All of them. They enter themselves when their files are read."""
-    for name in ("access", "data", "running"):
+    for name in ("access", "addons", "data", "running"):
         importlib.import_module(f"infra_pulumi.rules_{name}")
     return _RULES
 

@@ -1,6 +1,7 @@
 """The program for whoever runs Pulumi's CLI by hand: `pulumi up` in this folder.
 
-`pulumi config set spec cluster.yaml` names the description; a relative path is meant from where this file is.
+`pulumi config set spec cluster.yaml` names the description; a relative path is meant from where this file is, and that
+of the service's config from the folder above.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from infra_pulumi.spec import load
 
 def main() -> None:
     """Raises SpecError with every fault of the description."""
-    spec = load(Path(__file__).parent / pulumi.Config().require("spec"))
+    here = Path(__file__).parent
+    spec = load(here / pulumi.Config().require("spec"))
     known = catalogue.load()
     catalogue.check(spec, known)
-    program(spec, known, datetime.now(UTC).strftime("%Y-%m-01T00:00:00Z"))
+    program(spec, known, datetime.now(UTC).strftime("%Y-%m-01T00:00:00Z"), here.parent)
 
 
 if __name__ == "__main__":  # as Pulumi's language host runs it

@@ -6,6 +6,7 @@ Field names are those of KubeRay 1.7; tests hold them against its CustomResource
 from __future__ import annotations
 
 import math
+import re
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,17 @@ def on_gpus(spec: ClusterSpec, config: Object) -> Object:
         if autoscaling.get("max_replicas", 1) == 1:
             autoscaling["max_replicas"] = max(1, int(sizes.gpus(spec) / resources["num_gpus"]))
     return config
+
+
+def image_in(spec: ClusterSpec, registry: str) -> str:
+    """The description's image as it is pulled: one without a registry of its own is in the cluster's."""
+    image = spec.serve.image
+    host, _, path = image.partition("/")
+    if path and (host == "localhost" or {".", ":"} & set(host)):
+        return image
+    if spec.provider == "aws":  # whose registry is of one image
+        return registry + re.sub(r"^[^:@]*", "", image)
+    return f"{registry}/{image}"
 
 
 def environment(longest_s: int) -> list[Object]:

@@ -272,7 +272,10 @@ class Serve(Section):
 
 
 class Addons(Section):
-    """What runs in the cluster besides the service. `device_plugin` is for AWS and Azure; GKE brings its own."""
+    """What runs in the cluster besides the service. `device_plugin` is for AWS and Azure; GKE brings its own.
+
+    With `by_pulumi` a deployment makes all of them and the service too, which otherwise are for kubectl and helm.
+    """
 
     kuberay: bool = True
     device_plugin: bool = True
@@ -281,6 +284,7 @@ class Addons(Section):
     cluster_autoscaler: bool = Field(True, description="For AWS; GKE and AKS bring their own.")
     network_policy: bool = True
     disruption_budget: bool = True
+    by_pulumi: bool = Field(False, description="Needs serve_app[infra-kubernetes].")
 
 
 class Budget(Section):

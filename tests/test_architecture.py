@@ -188,6 +188,7 @@ def test_alerting_knows_nothing_of_what_it_watches(path: Path) -> None:
 
 PULUMI = {"pulumi", "google.protobuf"}
 CLOUDS = {
+    "addons.py": {"pulumi_kubernetes"},
     "aws.py": {"pulumi_aws"},
     "aws_network.py": {"pulumi_aws"},
     "gcp.py": {"pulumi_gcp"},

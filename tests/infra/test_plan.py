@@ -46,11 +46,12 @@ def test_the_same_description_is_the_same_plan_to_the_byte(provider: str) -> Non
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
-def test_everything_is_below_the_component_and_after_what_it_needs(provider: str) -> None:
+def test_everything_is_below_a_component_and_after_what_it_needs(provider: str) -> None:
     seen: set[str] = set()
     for resource in recorded(provider).resources:
         assert set(resource.dependencies) <= seen, resource.name
-        assert resource.parent == (None if resource.name == "serve-app" else "serve-app")
+        above = "serve-app-addons" if "kubernetes" in resource.type.split(":") else "serve-app"
+        assert resource.parent == (above if resource.custom else None)
         seen.add(resource.name)
 
 

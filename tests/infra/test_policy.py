@@ -107,6 +107,10 @@ ANY = json.dumps({"Statement": [{"Effect": "Allow", "Action": "s3:*", "Resource"
 UNBOUND = json.dumps({"Statement": [{"Effect": "Allow", "Action": ["ec2:RunInstances"], "Resource": "*"}]})
 NODES = "gcp.container.NodePool"
 
+SERVICE = "kubernetes.ray.io.RayService"
+RAY = "spec.rayClusterConfig"
+TOKEN = json.dumps({"users": [{"user": {"token": "x"}}]})
+
 MUTATIONS: list[tuple[str, str, Change]] = [
     ("api-open-to-the-world", "aws", changed(EKS, "vpcConfig.publicAccessCidrs", ["0.0.0.0/0"])),
     (
@@ -220,6 +224,13 @@ MUTATIONS: list[tuple[str, str, Change]] = [
     ("production-can-be-deleted", "gcp", changed(GKE, "deletionProtection", False)),
     ("production-can-be-deleted", "azure", without("azure-native.authorization.ManagementLockByScope")),
     ("production-behind-one-nat", "aws", without("aws.ec2.NatGateway", "us-west-2b")),
+    ("ray-dashboard-public", "aws", changed(SERVICE, f"{RAY}.headGroupSpec.serviceType", "LoadBalancer")),
+    ("ray-dashboard-public", "gcp", changed(SERVICE, f"{RAY}.headGroupSpec.enableIngress", True)),
+    ("ray-without-token", "azure", changed(SERVICE, f"{RAY}.authOptions", ...)),
+    ("ray-reached-by-every-pod", "aws", without("kubernetes.networking.k8s.io.NetworkPolicy", "default-deny")),
+    ("service-outside-the-cluster", "gcp", changed("kubernetes.core.Service", "spec.type", "LoadBalancer")),
+    ("secret-in-the-state", "aws", added("kubernetes:core/v1:Secret", {"stringData": {"password": "x"}})),
+    ("secret-in-the-state", "azure", changed("pulumi.providers.kubernetes", "kubeconfig", TOKEN)),
 ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from infra_pulumi.spec import ClusterSpec, parse
@@ -10,6 +11,7 @@ from infra_pulumi.spec import ClusterSpec, parse
 if TYPE_CHECKING:  # it needs Pulumi, which the tests of descriptions and prices do not
     from infra_pulumi.record import Recording
 
+CONFIG = Path(__file__).parents[2] / "serve_config.yaml"
 TYPES = {"aws": "g5.xlarge", "gcp": "g2-standard-4", "azure": "Standard_NC24ads_A100_v4"}
 
 
@@ -19,7 +21,7 @@ def document(provider: str = "aws", **changes: Any) -> dict[str, Any]:
 
 
 def full(provider: str) -> ClusterSpec:
-    """Of everything something: two node groups in one pool, a second pool, a budget, production."""
+    """Of everything something: two node groups in one pool, a second pool, addons, a budget, production."""
     pools = [
         {"instance_types": [TYPES[provider]], "spot": True, "min": 1, "on_demand_base": 1},
         {"name": "more", "instance_types": [TYPES[provider]], "taints": [{"key": "team", "value": "a"}]},
@@ -29,6 +31,8 @@ def full(provider: str) -> ClusterSpec:
         "production": True,
         "protect": True,
         "tags": {"team": "a"},
+        "serve": {"config": CONFIG},
+        "addons": {"by_pulumi": True},
     }
     budget = {"monthly_usd": 500, "emails": ["ops@host.org"]}
     return parse({"provider": provider, "gpu_pools": pools, "budget": budget, **changes})
