@@ -8,7 +8,7 @@ import importlib.util
 import json
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any
@@ -82,7 +82,7 @@ def _plan(asked: argparse.Namespace) -> int:
         return _fail(lacking, Exit.MISSING)
     recording, found = _judged(spec, known)
     estimate = cost.estimate(spec, known, _busy(asked))
-    warnings = [*catalogues.warnings(spec, known, datetime.date.today()), *quotas.warnings(spec, known)]
+    warnings = [*catalogues.warnings(spec, known, datetime.date.today()), *quotas.warnings(spec, known), *_way_in(spec)]
     cold = coldstart.phases(asked.image_gb, asked.weights_gib)
     if asked.json:
         told = _plain_plan(spec, recording, found, estimate, warnings)
@@ -98,6 +98,14 @@ def _plan(asked: argparse.Namespace) -> int:
         print(show.cold_start(cold, coldstart.caveat(spec.provider)), "", sep="\n")
         print("warnings:", *show.bullets(warnings or ["none"]), sep="\n")
     return _verdict(found)
+
+
+def _way_in(spec: ClusterSpec) -> Iterator[str]:
+    if spec.addons.by_pulumi and not spec.network.api_cidrs:
+        yield (
+            "addons.by_pulumi with a private Kubernetes API: deploy from inside the network, or name your address in "
+            "network.api_cidrs"
+        )
 
 
 def _plain_plan(

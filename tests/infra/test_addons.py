@@ -180,6 +180,10 @@ def test_a_plan_lists_them(described: Path, capsys: pytest.CaptureFixture[str]) 
     told = capsys.readouterr().out
     assert "kubernetes.helm.sh.Release" in told
     assert "kubernetes.ray.io.RayService" in told
+    assert "deploy from inside the network, or name your address in network.api_cidrs" in told
+    described.write_text(described.read_text() + "network: {api_cidrs: [203.0.113.7/32]}\n")
+    assert main(["plan", "--spec", str(described)]) == 0
+    assert "deploy from inside the network" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", ["plan", "policy", "deploy", "destroy"])
