@@ -11,6 +11,7 @@ from typing import Any, get_args
 import pulumi
 import pytest
 import yaml
+from pulumi import automation as auto
 
 from infra_pulumi import deploy, program, render
 from infra_pulumi.__main__ import main
@@ -211,14 +212,14 @@ def test_a_deployment_is_the_planned_program(
     """The program that the Automation API is given, run as it would run it."""
     command = Command()
     programs = []
-    opened = deploy.auto.create_or_select_stack
+    opened = auto.create_or_select_stack
 
     def kept(**options: Any) -> Any:
         programs.append(options["program"])
         return opened(**options)
 
     monkeypatch.setattr(deploy, "find_command", lambda: command)
-    monkeypatch.setattr(deploy.auto, "create_or_select_stack", kept)
+    monkeypatch.setattr(auto, "create_or_select_stack", kept)
     monkeypatch.setenv("PULUMI_CONFIG_PASSPHRASE", "a test's")
     assert main(["deploy", "--spec", str(described), "--state", str(tmp_path / "state"), "--yes"]) == 0
     assert "up" in command.verbs()
