@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import sys
 from pathlib import Path
@@ -53,6 +54,15 @@ def test_objects_are_those_that_are_rendered(provider: str) -> None:
     documents = [each for text in texts for each in yaml.safe_load_all(text) if "metadata" in each]
     assert [plain(each.inputs) for each in inside(provider) if each.kind != RELEASE] == documents
     assert f"image: {image}\n" in "".join(texts)
+
+
+def test_kinds_are_called_as_the_sdk_calls_them() -> None:
+    """Which has no RayService: the cluster learns of that by KubeRay's chart."""
+    for _, module, kind in {tuple(each.type.split(":")) for each in inside("aws")}:
+        group, version = module.split("/")
+        if group not in ("helm.sh", "ray.io"):
+            sdk = importlib.import_module(f"pulumi_kubernetes.{group.partition('.')[0]}.{version}")
+            assert f"'kubernetes:{module}:{kind}'" in inspect.getsource(getattr(sdk, kind))
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
