@@ -311,12 +311,12 @@ def random_document(draw: random.Random) -> Any:
     provider = draw.choice([*PROVIDERS, *PROVIDERS, *PROVIDERS, "oracle", 3])
     types = [each.type for each in catalogue.load().instance_types]
     pool: dict[str, Any] = {"instance_types": [draw.choice([*types, TYPES.get(str(provider), "g5.xlarge")])]}
-    if draw.random() < 0.6 and provider in TYPES:
+    if draw.random() < 0.8 and provider in TYPES:
         pool["instance_types"] = [TYPES[provider]]
     for key in ("min", "max", "spot", "on_demand_base", "disk_gib", "zones", "labels", "taints", "name"):
         if draw.random() < 0.1:
             pool[key] = anything(draw)
-    whole: dict[str, Any] = {"provider": provider, "gpu_pools": [pool] * draw.choice([1, 1, 1, 2, 0])}
+    whole: dict[str, Any] = {"provider": provider, "gpu_pools": [pool] * draw.choice([1, 1, 1, 1, 1, 2, 0])}
     keys = (
         "name",
         "region",
