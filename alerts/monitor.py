@@ -27,6 +27,7 @@ from alerts.targets import State, look
 _HOST = "127.0.0.1"
 _LOOK_S = 1.0
 _RAY_FILE = "prom_metrics_service_discovery.json"
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,7 @@ class Plan:
 
 def run(wanted: Wanted) -> None:
     """Until Ctrl-C or SIGTERM. Raises SettingsError, ProgramError, OSError."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _interrupt)
+    before = {number: signal.signal(number, _interrupt) for number in _SIGNALS}
     children: list[Child] = []
     try:
         plan = _plan(wanted)
@@ -93,10 +93,12 @@ def run(wanted: Wanted) -> None:
     except KeyboardInterrupt:
         print("stopping", flush=True)
     finally:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in _SIGNALS:
             signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C would leave programs behind
         for child in reversed(children):
             child.stop()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
