@@ -9,7 +9,7 @@ help:
 	@echo "make serve [ARGS='--port 8123']  run the service on this machine; Ctrl-C stops it"
 	@echo "make monitor                     Prometheus, Alertmanager and the history of alerts beside it; Ctrl-C stops them"
 	@echo "make test  [ARGS='-k stream']    format, lint, types, and every test"
-	@echo "make fast                        the tests that need neither Ray, weights, time nor a browser: under 20 s"
+	@echo "make fast                        the tests that need neither Ray, weights, time nor a browser: a minute at most"
 	@echo "make check                       format, lint and types only"
 	@echo "make format                      let ruff format and repair"
 	@echo "make clean                       remove $(VENV)"
