@@ -110,9 +110,6 @@ def free_port() -> int:
 class Program:
     """A command with a Ray of its own: temporary folder, token, output files. Ends with everything it started."""
 
-    # How long it may take to end after Ctrl-C.
-    ends_within_s = 40.0
-
     def __init__(self, command: Sequence[str], **environment: str) -> None:
         # Short: Ray puts sockets into it, and their paths may not pass 107 characters.
         self.folder = Path(tempfile.mkdtemp(prefix="sa"))
@@ -161,12 +158,12 @@ class Program:
             time.sleep(0.1)
         return self.said()
 
-    def interrupt(self, number: int = signal.SIGINT) -> int:
+    def interrupt(self, number: int = signal.SIGINT, seconds: float = 40) -> int:
         """Ctrl-C, and the exit code it leads to."""
         self.family()
         if self.process.poll() is None:
             self.process.send_signal(number)
-        return self.process.wait(timeout=self.ends_within_s)
+        return self.process.wait(timeout=seconds)
 
     def family(self) -> list[psutil.Process]:
         """Every process that was started below this one, as far as it has been looked at."""
