@@ -9,7 +9,7 @@ help:
 	@echo "make serve [ARGS='--port 8123']  run the service on this machine; Ctrl-C stops it"
 	@echo "make monitor                     Prometheus, Alertmanager and the history of alerts beside it; Ctrl-C stops them"
 	@echo "make test  [ARGS='-k stream']    format, lint, types, and every test"
-	@echo "make fast                        the tests that need neither Ray, weights, time nor a browser: a minute at most"
+	@echo "make fast                        the tests that need neither Ray, Pulumi, weights, time nor a browser: a minute at most"
 	@echo "make check                       format, lint and types only"
 	@echo "make format                      let ruff format and repair"
 	@echo "make clean                       remove $(VENV)"
@@ -25,7 +25,7 @@ test: check
 	$(VENV)/bin/python -m pytest $(ARGS)
 
 fast: $(VENV)/test.done
-	$(VENV)/bin/python -m pytest -m "not ray and not model and not system and not browser and not perf" $(ARGS)
+	$(VENV)/bin/python -m pytest -m "not ray and not model and not system and not browser and not perf and not infra" $(ARGS)
 
 check: $(VENV)/test.done
 	$(VENV)/bin/ruff format --check .
@@ -52,6 +52,8 @@ $(VENV)/serve.done: requirements.lock pyproject.toml | $(VENV)/bin/python
 	$(PIP) install --no-deps --editable .
 	@touch $@
 
-$(VENV)/test.done: requirements-dev.lock $(VENV)/serve.done
+$(VENV)/test.done: requirements-dev.lock requirements-infra.lock $(VENV)/serve.done
 	$(PIP) install -r requirements-dev.lock
+	# Without dependencies: Pulumi asks for a protobuf older than the service's, and works with that.
+	$(PIP) install --no-deps -r requirements-infra.lock
 	@touch $@

@@ -1,1 +1,1 @@
-"""GPU node pools on three clouds; so far the catalogue of their machines and prices."""
+"""GPU node pools on three clouds, from one description, with a plan that needs no cloud."""

@@ -49,6 +49,9 @@ class InstanceType(BaseModel):
     usd_per_hour: Positive
     as_of: datetime.date
     source: str = Field(min_length=1)
+    spot_usd_per_hour: Positive | None = None
+    spot_as_of: datetime.date | None = None
+    spot_source: str | None = Field(default=None, min_length=1)
     note: str | None = None
     refused: str | None = Field(default=None, description="Why this service does not run there as it is.")
 

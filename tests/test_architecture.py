@@ -186,11 +186,31 @@ def test_alerting_knows_nothing_of_what_it_watches(path: Path) -> None:
     assert outside(names, {"alerts", "aiohttp", "jinja2", "prometheus_client", "pydantic", "yaml", *drawing}) == set()
 
 
+PULUMI = {"pulumi", "google.protobuf"}
+CLOUDS = {
+    "addons.py": {"pulumi_kubernetes"},
+    "aws.py": {"pulumi_aws"},
+    "aws_network.py": {"pulumi_aws"},
+    "gcp.py": {"pulumi_gcp"},
+    "azure.py": {"pulumi_azure_native"},
+}
+# Those that are read before it is known which cloud it is, or whether Pulumi is there at all.
+PLAIN_INFRA = {"__init__", "__main__", "catalogue", "coldstart", "cost", "options", "places", "show", "sizing", "spec"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "infra_pulumi").glob("*.py")), ids=lambda path: path.name)
+def test_infrastructure_knows_nothing_of_what_it_carries_and_each_cloud_only_itself(path: Path) -> None:
+    names = imports(path.read_text())
+    assert outside(names, {"infra_pulumi", "pydantic", "yaml", *PULUMI, *CLOUDS.get(path.name, set())}) == set()
+    if path.stem in PLAIN_INFRA:
+        assert within(imports(path.read_text(), at_load=True), PULUMI - {"google.protobuf"}) == set()
+
+
 # What whoever runs the house makes there, and nobody keeps.
 UNKEPT = tuple(line[1:] for line in (ROOT / ".gitignore").read_text().splitlines() if line.startswith("/cluster/"))
 
 
-@pytest.mark.parametrize("room", ["serve_app", "perf", "alerts", "cluster"])
+@pytest.mark.parametrize("room", ["serve_app", "perf", "alerts", "cluster", "infra_pulumi"])
 def test_the_map_names_every_file_and_what_it_is_for(room: str) -> None:
     """Many of one kind are one line with a *."""
     (drawn,) = re.findall(rf"```\n{room}/\n(.*?)```", MAP.read_text(), re.DOTALL)
@@ -211,7 +231,7 @@ def test_the_readme_names_every_room_and_no_folder_that_is_not_there() -> None:
     assert {f"serve_app/{room.parent.name}/" for room in HOUSE.glob("*/__init__.py")} <= set(folders)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/architecture.md", "docs/decisions.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/architecture.md", "docs/decisions.md", "docs/deploy.md"])
 def test_what_a_page_links_to_is_there(page: str) -> None:
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text()) if "://" not in link]
     assert [name for name in links if not ((ROOT / page).parent / name).exists()] == []

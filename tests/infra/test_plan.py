@@ -1,0 +1,352 @@
+"""The programs of the three clouds, recorded: what is asked for, in which order, the same every time."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import ipaddress
+import itertools
+import json
+import random
+import re
+import time
+from pathlib import Path
+from typing import Any, get_args
+
+import botocore.session
+import pulumi
+import pytest
+import yaml
+
+from infra_pulumi import catalogue, program
+from infra_pulumi.plan import evaluate
+from infra_pulumi.record import PROJECT, Recording, RecordingMonitor, Resource, record
+from infra_pulumi.spec import Provider, SpecError, load, parse
+from tests.infra.world import TYPES, document, full, recorded
+
+pytestmark = pytest.mark.infra
+
+PROVIDERS = get_args(Provider)
+GROUPS = {
+    "aws": "aws.eks.NodeGroup",
+    "gcp": "gcp.container.NodePool",
+    "azure": "azure-native.containerservice.AgentPool",
+}
+SDKS = {"aws": "pulumi_aws", "gcp": "pulumi_gcp", "azure-native": "pulumi_azure_native"}
+
+
+def one(recording: Recording, name: str) -> dict[str, Any]:
+    (resource,) = [each for each in recording.resources if each.name == name]
+    return resource.inputs
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_the_same_description_is_the_same_plan_to_the_byte(provider: str) -> None:
+    assert evaluate(full(provider)).json() == recorded(provider).json()
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_everything_is_below_a_component_and_after_what_it_needs(provider: str) -> None:
+    seen: set[str] = set()
+    for resource in recorded(provider).resources:
+        assert set(resource.dependencies) <= seen, resource.name
+        above = "serve-app-addons" if "kubernetes" in resource.type.split(":") else "serve-app"
+        assert resource.parent == (above if resource.custom else None)
+        seen.add(resource.name)
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_every_cloud_tells_the_same(provider: str) -> None:
+    outputs = recorded(provider).outputs
+    assert set(outputs) == {
+        "cluster_name",
+        "endpoint",
+        "identity",
+        "kubeconfig_command",
+        "node_groups",
+        "registry",
+    }
+    assert all(outputs.values())
+    assert len(outputs["node_groups"]) == 4  # the system's, two of one pool, and one
+
+
+def required(resource: Resource) -> set[str]:
+    """What its constructor refuses to do without, by the SDK's own code."""
+    package, module, name = resource.type.split(":")
+    made = getattr(importlib.import_module(f"{SDKS[package]}.{module.partition('/')[0]}"), name)
+    return set(re.findall(r"Missing required property '(\w+)'", inspect.getsource(made._internal_init)))
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_nothing_that_a_resource_needs_was_lost_on_the_way(provider: str) -> None:
+    """An output that a plan does not know is None, and Pulumi leaves what is None out without a word."""
+    for resource in recorded(provider).resources:
+        if resource.type.split(":")[0] in SDKS:
+            camel = {re.sub(r"_(\w)", lambda match: match[1].upper(), key).rstrip("_") for key in required(resource)}
+            assert camel <= set(resource.inputs), resource.name
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_no_name_of_what_is_not_known_yet_is_empty(provider: str) -> None:
+    assert re.findall(r"None|\$\{\}|\$\{[^}]*\$", recorded(provider).json()) == []
+
+
+MATRIX = [
+    (machine.provider, machine.type, spot, least)
+    for machine in catalogue.load().instance_types
+    if machine.gpu and not machine.refused
+    for spot, least in itertools.product((False, True), (0, 1))
+]
+
+
+@pytest.mark.perf
+def test_every_machine_on_spot_or_not_from_zero_or_one() -> None:
+    assert len(MATRIX) >= 96
+    began = time.process_time()
+    for provider, machine, spot, least in MATRIX:
+        spec = parse(document(provider, pool={"instance_types": [machine], "spot": spot, "min": least, "max": 3}))
+        group = one(evaluate(spec), "serve-app-gpu")
+        assert pool_facts(provider, group) == (spot, least, 3, machine.partition("+")[0])
+    assert time.process_time() - began < 60
+
+
+def pool_facts(provider: str, group: dict[str, Any]) -> tuple[bool, int, int, str]:
+    """Spot, least, most and machine of a pool, as each cloud says it."""
+    match provider:
+        case "aws":
+            scaling = group["scalingConfig"]
+            (machine,) = group["instanceTypes"]
+            return group["capacityType"] == "SPOT", scaling["minSize"], scaling["maxSize"], machine
+        case "gcp":
+            scaling, config = group["autoscaling"], group["nodeConfig"]
+            return config["spot"], scaling["totalMinNodeCount"], scaling["totalMaxNodeCount"], config["machineType"]
+        case _:
+            return group["scaleSetPriority"] == "Spot", group["minCount"], group["maxCount"], group["vmSize"]
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_a_part_on_demand_has_the_same_label(provider: str) -> None:
+    where = {"aws": "labels", "gcp": "nodeConfig", "azure": "nodeLabels"}[provider]
+    labels = [one(recorded(provider), f"serve-app-{name}")[where] for name in ("gpuod", "gpusp")]
+    if provider == "gcp":
+        labels = [each["labels"] for each in labels]
+    assert [each["serve-app/pool"] for each in labels] == ["gpu", "gpu"]
+    assert [each["serve-app/capacity"] for each in labels] == ["on-demand", "spot"]
+
+
+def test_aws_tags_are_what_makes_a_group_scale_from_zero() -> None:
+    tags = {
+        tag.inputs["tag"]["key"].partition("node-template/")[2]: tag.inputs["tag"]
+        for tag in recorded("aws").of("aws.autoscaling.Tag")
+        if tag.inputs["autoscalingGroupName"] == "${serve-app-more.autoscalingGroup}"
+    }
+    assert {key: tag["value"] for key, tag in tags.items()} == {
+        "label/k8s.amazonaws.com/accelerator": "a10g",
+        "label/serve-app/accelerator": "a10g",
+        "label/serve-app/capacity": "on-demand",
+        "label/serve-app/pool": "more",
+        "resources/ephemeral-storage": "200Gi",
+        "resources/nvidia.com/gpu": "1",
+        "taint/nvidia.com/gpu": "present:NoSchedule",
+        "taint/team": "a:NoSchedule",
+    }
+    assert not any(tag["propagateAtLaunch"] for tag in tags.values())
+
+
+def test_gke_gets_a_gpu_pool_after_the_system_pool_and_no_second_taint() -> None:
+    (pool,) = [each for each in recorded("gcp").resources if each.name == "serve-app-more"]
+    assert "serve-app-system" in pool.dependencies
+    assert pool.inputs["nodeConfig"]["taints"] == [{"effect": "NO_SCHEDULE", "key": "team", "value": "a"}]
+
+
+@pytest.mark.parametrize(
+    ("machine", "accelerator", "count"),
+    [
+        ("n1-standard-4+t4", "nvidia-tesla-t4", 1),
+        ("g2-standard-4", "nvidia-l4", 1),
+        ("a2-highgpu-2g", "nvidia-tesla-a100", 2),
+        ("a2-ultragpu-1g", "nvidia-a100-80gb", 1),
+    ],
+)
+def test_gke_calls_gpus_by_names_of_its_own(machine: str, accelerator: str, count: int) -> None:
+    pool = one(evaluate(parse(document("gcp", pool={"instance_types": [machine]}))), "serve-app-gpu")
+    (found,) = pool["nodeConfig"]["guestAccelerators"]
+    assert (found["type"], found["count"]) == (accelerator, count)
+
+
+@pytest.mark.parametrize("zones", [2, 3, 6])
+@pytest.mark.parametrize("cidr", ["10.40.0.0/16", "192.168.0.0/20"])
+def test_subnets_on_aws_do_not_overlap_and_are_in_the_range(zones: int, cidr: str) -> None:
+    names = [f"us-east-1{letter}" for letter in "abcdef"[:zones]]
+    recording = evaluate(parse(document(region="us-east-1", zones=names, network={"cidr": cidr})))
+    blocks = [ipaddress.IPv4Network(each.inputs["cidrBlock"]) for each in recording.of("aws.ec2.Subnet")]
+    assert len(blocks) == 2 * zones
+    assert all(block.subnet_of(ipaddress.IPv4Network(cidr)) for block in blocks)
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(blocks, 2))
+
+
+@pytest.mark.parametrize(("nat", "gateways"), [("one", 1), ("per-zone", 2)])
+def test_each_zone_has_a_way_out(nat: str, gateways: int) -> None:
+    recording = evaluate(parse(document(network={"nat": nat})))
+    assert len(recording.of("aws.ec2.NatGateway")) == gateways
+    private = [each for each in recording.of("aws.ec2.Route") if "natGatewayId" in each.inputs]
+    assert len({each.inputs["natGatewayId"] for each in private}) == gateways
+    assert len(private) == 2
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_without_a_list_of_callers_the_api_is_private(provider: str) -> None:
+    private, listed = (
+        one(evaluate(parse(document(provider, network={"api_cidrs": cidrs}))), "serve-app-cluster")
+        for cidrs in ([], ["203.0.113.0/24"])
+    )
+    match provider:
+        case "aws":
+            assert private["vpcConfig"]["endpointPublicAccess"] is False
+            assert listed["vpcConfig"]["publicAccessCidrs"] == ["203.0.113.0/24"]
+        case "gcp":
+            assert private["privateClusterConfig"]["enablePrivateEndpoint"] is True
+            blocks = listed["masterAuthorizedNetworksConfig"]["cidrBlocks"]
+            assert blocks == [{"cidrBlock": "203.0.113.0/24"}]
+        case _:
+            assert private["apiServerAccessProfile"]["enablePrivateCluster"] is True
+            assert listed["apiServerAccessProfile"]["authorizedIPRanges"] == ["203.0.113.0/24"]
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_whoever_is_protected_cannot_be_deleted(provider: str) -> None:
+    protected = {each.kind for each in recorded(provider).resources if each.protect}
+    assert {"aws": "aws.eks.Cluster", "gcp": "gcp.container.Cluster"}.get(
+        provider, "azure-native.containerservice.ManagedCluster"
+    ) in protected
+    assert not any(each.protect for each in evaluate(parse(document(provider))).resources)
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_the_program_for_pulumis_own_cli_makes_the_same(provider: str) -> None:
+    """As `pulumi up` runs it, with the description that the stack's file names."""
+    where = Path(program.__file__).parent
+    config = yaml.safe_load((where / f"Pulumi.{provider}.yaml").read_text())["config"]
+    promised = importlib.import_module(f"infra_pulumi.{provider}").promised
+
+    def run() -> None:
+        pulumi.runtime.set_all_config(config)
+        program.main()
+
+    made = record(run, "serve-app", RecordingMonitor(promised))
+    planned = evaluate(load(where / config["serve-app:spec"]))
+    assert [each.name for each in made.resources] == [each.name for each in planned.resources]
+    assert made.outputs == planned.outputs
+    assert yaml.safe_load((where / "Pulumi.yaml").read_text())["name"] == PROJECT
+
+
+# --- AWS's own description of its API, which botocore brings along
+
+
+@pytest.fixture(scope="module")
+def eks() -> Any:
+    return botocore.session.Session().get_service_model("eks")
+
+
+def test_node_groups_are_what_eks_takes(eks: Any) -> None:
+    members = eks.operation_model("CreateNodegroup").input_shape.members
+    ours = {"nodeGroupName": "nodegroupName", "nodeGroupNamePrefix": "nodegroupName", "nodeRoleArn": "nodeRole"}
+    ours |= {"subnetIds": "subnets"}
+    for group in recorded("aws").of("aws.eks.NodeGroup"):
+        assert {ours.get(key, key) for key in group.inputs} <= set(members)
+        assert group.inputs["amiType"] in members["amiType"].enum
+        assert group.inputs["capacityType"] in members["capacityType"].enum
+        assert set(group.inputs["scalingConfig"]) <= set(members["scalingConfig"].members)
+        assert set(group.inputs["nodeRepairConfig"]) <= set(members["nodeRepairConfig"].members)
+        effects = members["taints"].member.members["effect"].enum
+        assert {taint["effect"] for taint in group.inputs.get("taints", [])} <= set(effects)
+
+
+def test_a_cluster_is_what_eks_takes(eks: Any) -> None:
+    members = eks.operation_model("CreateCluster").input_shape.members
+    inputs = one(recorded("aws"), "serve-app-cluster")
+    ours = {"vpcConfig": "resourcesVpcConfig", "enabledClusterLogTypes": "logging"}
+    assert {ours.get(key, key) for key in inputs} <= set(members)
+    logs = members["logging"].members["clusterLogging"].member.members["types"].member.enum
+    assert set(inputs["enabledClusterLogTypes"]) <= set(logs)
+    assert inputs["upgradePolicy"]["supportType"] in members["upgradePolicy"].members["supportType"].enum
+    assert inputs["accessConfig"]["authenticationMode"] in members["accessConfig"].members["authenticationMode"].enum
+
+
+def test_every_machine_of_aws_is_one_that_ec2_knows() -> None:
+    model = botocore.session.Session().get_service_model("ec2")
+    known = set(model.shape_for("InstanceType").enum)
+    assert {each.type for each in catalogue.load().instance_types if each.provider == "aws"} <= known
+
+
+def test_a_launch_template_is_what_ec2_takes() -> None:
+    model = botocore.session.Session().get_service_model("ec2")
+    metadata = model.shape_for("LaunchTemplateInstanceMetadataOptionsRequest").members
+    disk = model.shape_for("LaunchTemplateEbsBlockDeviceRequest").members
+    for template in recorded("aws").of("aws.ec2.LaunchTemplate"):
+        told = template.inputs["metadataOptions"]
+        assert told["httpTokens"] in metadata["HttpTokens"].enum
+        assert told["httpEndpoint"] in metadata["HttpEndpoint"].enum
+        (mapping,) = template.inputs["blockDeviceMappings"]
+        assert mapping["ebs"]["volumeType"] in disk["VolumeType"].enum
+        assert {key[0].upper() + key[1:] for key in mapping["ebs"]} <= set(disk)
+
+
+def test_policies_are_json_of_named_actions() -> None:
+    for role in recorded("aws").of("aws.iam.Role"):
+        (statement,) = json.loads(role.inputs["assumeRolePolicy"])["Statement"]
+        assert statement["Principal"]["Service"].endswith(".amazonaws.com")
+
+
+# --- whatever is written into a description
+
+
+def anything(draw: random.Random) -> Any:
+    """A value that may fit, nearly fit, or not at all."""
+    pick = draw.choice
+    return pick([0, 1, 4, -1, 101, 10**9, 1.5, "", "gpu", "GPU", None, True, [], {}, ["x"], "10.0.0.0/16", "0.0.0.0/0"])
+
+
+def random_document(draw: random.Random) -> Any:
+    provider = draw.choice([*PROVIDERS, *PROVIDERS, *PROVIDERS, "oracle", 3])
+    types = [each.type for each in catalogue.load().instance_types]
+    pool: dict[str, Any] = {"instance_types": [draw.choice([*types, TYPES.get(str(provider), "g5.xlarge")])]}
+    if draw.random() < 0.8 and provider in TYPES:
+        pool["instance_types"] = [TYPES[provider]]
+    for key in ("min", "max", "spot", "on_demand_base", "disk_gib", "zones", "labels", "taints", "name"):
+        if draw.random() < 0.1:
+            pool[key] = anything(draw)
+    whole: dict[str, Any] = {"provider": provider, "gpu_pools": [pool] * draw.choice([1, 1, 1, 1, 1, 2, 0])}
+    keys = (
+        "name",
+        "region",
+        "zones",
+        "network",
+        "system",
+        "serve",
+        "addons",
+        "budget",
+        "tags",
+        "protect",
+        "production",
+    )
+    for key in keys:
+        if draw.random() < 0.05:
+            whole[key] = anything(draw)
+    return draw.choice([whole] * 30 + [anything(draw)])
+
+
+@pytest.mark.perf
+def test_a_thousand_random_descriptions_are_planned_or_refused_in_words() -> None:
+    draw = random.Random(7)
+    refused: list[SpecError] = []
+    planned = 0
+    for _ in range(1000):
+        try:
+            evaluate(parse(random_document(draw)))
+            planned += 1
+        except SpecError as error:
+            refused.append(error)
+    assert all(error.faults and all(fault.message for fault in error.faults) for error in refused)
+    assert planned > 100
+    assert len(refused) > 100

@@ -1,0 +1,147 @@
+"""The description of a cluster: what it decides by itself, and that every fault of a wrong one is listed at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from infra_pulumi.spec import ClusterSpec, SpecError, load, parse
+
+TYPES = {"aws": "g5.xlarge", "gcp": "g2-standard-4", "azure": "Standard_NC24ads_A100_v4"}
+
+
+def document(provider: str = "aws", **changes: Any) -> dict[str, Any]:
+    pool = {"instance_types": [TYPES[provider]], **changes.pop("pool", {})}
+    return {"provider": provider, "gpu_pools": [pool], **changes}
+
+
+def faults(wrong: dict[str, Any]) -> list[str]:
+    with pytest.raises(SpecError) as caught:
+        parse(wrong)
+    return [str(fault) for fault in caught.value.faults]
+
+
+@pytest.mark.parametrize(
+    ("provider", "region", "zones", "system"),
+    [
+        ("aws", "us-west-2", ("us-west-2a", "us-west-2b"), "m7i.2xlarge"),
+        ("gcp", "us-central1", ("us-central1-a", "us-central1-b", "us-central1-c"), "n2-standard-8"),
+        ("azure", "eastus", ("1", "2", "3"), "Standard_D8s_v5"),
+    ],
+)
+def test_a_provider_and_a_machine_are_enough(provider: str, region: str, zones: tuple[str, ...], system: str) -> None:
+    spec = parse(document(provider))
+    assert (spec.region, spec.zones, spec.system.instance_type) == (region, zones, system)
+    assert spec.gpu_pools[0].min == 0
+
+
+def test_nothing_changes_a_description() -> None:
+    spec = parse(document())
+    with pytest.raises(ValidationError, match="frozen"):
+        spec.name = "other"  # type: ignore[misc]
+
+
+def test_a_part_on_demand_is_a_node_group_of_its_own() -> None:
+    spec = parse(document(pool={"spot": True, "on_demand_base": 2, "min": 3, "max": 10}))
+    assert [(group.name, group.spot, group.min, group.max) for group in spec.node_groups()] == [
+        ("gpuod", False, 2, 2),
+        ("gpusp", True, 1, 8),
+    ]
+
+
+def test_tags_of_the_house_come_first() -> None:
+    assert parse(document(tags={"team": "search"})).all_tags() == {
+        "app": "serve-app",
+        "cluster": "serve-app",
+        "managed-by": "pulumi",
+        "team": "search",
+    }
+
+
+def test_every_fault_is_listed_with_its_place_and_what_would_work() -> None:
+    wrong = document(
+        "gcp",
+        zones=["us-west1-a"],
+        kubernetes_version=1.35,
+        network={"cidr": "8.8.8.0/16", "api_cidrs": ["0.0.0.0/0"]},
+        gpu_pools=[
+            {"instance_types": ["g5.xlarge"], "min": 5, "on_demand_base": 1, "colour": "red"},
+            {"instance_types": ["g2-standard-4"], "name": "B"},
+        ],
+        serve={"image": "registry.example.org/x:latest"},
+        budget={"monthly_usd": 10, "emails": ["nobody"]},
+        production=True,
+    )
+    assert [fault.partition(":")[0] for fault in faults(wrong)] == [
+        "zones.0",
+        "kubernetes_version",
+        "network.cidr",
+        "network.api_cidrs.0",
+        "gpu_pools.0.max",
+        "gpu_pools.0.on_demand_base",
+        "gpu_pools.0.colour",
+        "gpu_pools.1.name",
+        "serve.image",
+        "budget.emails.0",
+        "production",
+        "gpu_pools.0.instance_types.0",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"gpu_pools": []}, "provider: missing"),
+        (document(region="Oregon"), "region: 'Oregon' is no region of aws; write it like us-west-2"),
+        (document(zones=["us-west-2a"]), "zones: EKS needs subnets in at least two zones; name two"),
+        (document(zones=["us-west-2a", "us-west-2a"]), "zones: the same zone is there twice; name each once"),
+        (document(kubernetes_version="1.29"), "kubernetes_version: 1.29 is too old; take 1.35, and at least 1.34"),
+        (document(kubernetes_version="latest"), "write it like '1.35', in quotes"),
+        (document(network={"cidr": "10.40.0.0/24"}), "network.cidr: 10.40.0.0/24 is a /24; take one from /16 to /20"),
+        (document(network={"cidr": "10.40.0.1/16"}), "has host bits set; write an IPv4 range such as 10.40.0.0/16"),
+        (document(network={"cidr": "100.64.0.0/16"}), "pods_cidr: 100.64.0.0/14 overlaps cidr 100.64.0.0/16"),
+        (document(system={"min": 5}), "system.max: 4 is below min 5; raise it, or lower min"),
+        (document(system={"instance_type": "big"}), "system.instance_type: 'big' is no instance type of aws"),
+        (document(pool={"min": 9}), "gpu_pools.0.max: 4 is below min 9; raise it, or lower min"),
+        (document(pool={"max": 101}), "gpu_pools.0.max: Input should be less than or equal to 100"),
+        (document(pool={"on_demand_base": 1}), "set spot: true, or leave it out"),
+        (document(pool={"spot": True, "on_demand_base": 1}), "1 always run, which is above min 0; raise min to it"),
+        (document(pool={"spot": True, "min": 4, "on_demand_base": 4}), "4 of at most 4 leave none for spot; lower it"),
+        (document(pool={"instance_types": ["g5.xlarge"] * 2}), "g5.xlarge is there twice; name each type once"),
+        (document(pool={"labels": {"serve-app/pool": "x"}}), "serve-app/pool is the cluster's to set"),
+        (document(pool={"labels": {"node.kubernetes.io/x": "x"}}), "is the cluster's to set; choose another key"),
+        (document(pool={"taints": [{"key": "nvidia.com/gpu"}]}), "twice is an error; leave it out"),
+        (document(pool={"zones": ["us-west-2c"]}), "us-west-2c are none of the cluster's"),
+        (document("gcp", pool={"instance_types": ["g2-standard-4", "g2-standard-8"]}), "make a pool of each"),
+        (document(gpu_pools=[{"instance_types": ["g5.xlarge"]}] * 2), "two pools are called gpu; name each otherwise"),
+        (document(budget={"monthly_usd": 5, "thresholds": [80, 50]}), "do not rise; write them like [50, 80, 100]"),
+        (document(tags={"Team": "x"}), "tags.Team.[key]: 'Team' does not match"),
+        (document(colour="red"), "colour: no such key; there are provider, name, region"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_a_sentence(wrong: dict[str, Any], said: str) -> None:
+    assert said in "\n".join(faults(wrong))
+
+
+@pytest.mark.parametrize("wrong", [None, [], "aws", 3])
+def test_what_is_no_mapping(wrong: Any) -> None:
+    assert faults(wrong) == ["(top): not a mapping of keys; it begins like `provider: aws`"]
+
+
+def test_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "cluster.yaml"
+    with pytest.raises(SpecError, match="no such file"):
+        load(path)
+    path.write_text("provider: [")
+    with pytest.raises(SpecError, match=r"cluster\.yaml cannot be used"):
+        load(path)
+    path.write_text("provider: aws\ngpu_pools: [{instance_types: [g5.xlarge]}]\n")
+    assert load(path) == parse(document())
+
+
+def test_what_is_written_out_reads_back() -> None:
+    spec = parse(document("azure", budget={"monthly_usd": 500, "emails": ["ops@host.org"]}, tags={"team": "a"}))
+    assert ClusterSpec.model_validate_json(spec.model_dump_json()) == spec
