@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import gc
 import importlib.util
 import json
 import shutil
@@ -73,6 +74,7 @@ def _judged(spec: ClusterSpec, known: Catalogue) -> tuple[Recording, tuple[Findi
     from infra_pulumi import plan, policy
 
     recording = plan.evaluate(spec, known)
+    gc.freeze()  # the SDK stays until the end: nobody needs to look through it then
     return recording, policy.findings(recording, spec)
 
 
