@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 from collections.abc import Iterator
 
@@ -10,6 +11,16 @@ import pytest
 # A shell without job control has what it runs in the background ignore Ctrl-C, and every program that the tests start
 # would inherit that: none of them could be stopped as a user stops it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_configure() -> None:
+    """Until everything is imported: the modules stay, and looking for garbage among them takes longer than that."""
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from serve_app.api import openapi, pages
+from serve_app.api import pages
 from serve_app.api.door import Door
 from serve_app.api.embeddings import EmbeddingRoutes
 from serve_app.api.gateway import Gateway
@@ -56,7 +56,7 @@ def _routes(door: Door) -> list[Route]:
     tgi = TgiRoutes(door)
     native, operator, openai = NativeRoutes(door, tgi), OperatorRoutes(door), OpenAIRoutes(door)
     tokens, playground, reference = TokenRoutes(door), pages.playground(), pages.reference()
-    document = pages.document(openapi.document(tuple(model.name for model in door.config.models)))
+    document = pages.document(tuple(model.name for model in door.config.models))
 
     async def root(http: Request) -> Response:
         # One route, so that a wrong method is told all the right ones.

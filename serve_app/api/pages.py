@@ -1,9 +1,10 @@
-"""The pages for people: the playground and the API's reference, read once when the service starts."""
+"""The pages for people: the playground and the API's reference, read once, when the service starts."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from serve_app.api.openapi import Json
+from serve_app.api import openapi
 
 HOUSE = Path(__file__).parents[1]
 PLAYGROUND, REFERENCE = HOUSE / "playground", HOUSE / "reference"
@@ -77,10 +78,12 @@ class Folder:
         return await file.answer(http)
 
 
+@cache
 def playground() -> Folder:
     return Folder(_pages(PLAYGROUND))
 
 
+@cache
 def reference() -> Folder:
     """With Swagger UI as its package brings it, of which only the files are used."""
     package = find_spec("swagger_ui")
@@ -90,8 +93,9 @@ def reference() -> Folder:
     return Folder([*_pages(REFERENCE), *(static / name for name in SWAGGER_FILES)], REFERENCE_POLICY)
 
 
-def document(openapi: Json) -> File:
-    return File(json.dumps(openapi).encode(), ".json")
+@cache
+def document(models: tuple[str, ...]) -> File:
+    return File(json.dumps(openapi.document(models)).encode(), ".json")
 
 
 def _pages(folder: Path) -> list[Path]:

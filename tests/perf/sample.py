@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -124,7 +125,7 @@ def run(
 ) -> Run:
     """`requests` are a stage's; `bare` leaves out all that may be missing."""
     wanted = [*scenarios, *(["rate"] if open_loop else []), *(["batch-profile"] if batch_profile else [])]
-    stages = [one for scenario in wanted for one in _stages(scenario, seed, requests, slo, errors, streaming)]
+    stages = [one for scenario in wanted for one in stages_of(scenario, seed, requests, slo, errors, streaming)]
     if client_limited:
         said = ["1 % of the requests were sent 48 ms late or more", "its process used 93% of a core"]
         stages[-1] = stages[-1].model_copy(update={"client": stages[-1].client.model_copy(update={"limited": said})})
@@ -158,7 +159,8 @@ def run(
     return _hostile(made) if hostile else made
 
 
-def _stages(scenario: str, seed: int, requests: int, slo: str | None, errors: bool, streaming: bool) -> list[Stage]:
+@cache
+def stages_of(scenario: str, seed: int, requests: int, slo: str | None, errors: bool, streaming: bool) -> list[Stage]:
     def server(step: int, stream: bool = streaming) -> Server:
         return Server(seed + step, stream, error_every=9 if errors and step else 0)
 
