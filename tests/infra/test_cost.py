@@ -30,7 +30,7 @@ def test_aws_by_hand() -> None:
 def test_gcp_by_hand() -> None:
     spec = parse(document("gcp", pool={"min": 1, "max": 3}))
     found = cost.estimate(spec, catalogue.load(), busy_share=0.25)
-    system, gpu = 0.3885 * 730 + 100 * 0.10, 0.706832 * 730 + 200 * 0.10
+    system, gpu = 0.388472 * 730 + 100 * 0.10, 0.706832 * 730 + 200 * 0.10
     assert found.idle == pytest.approx((0.10 + 0.005 + 3 * 0.0014) * 730 + 2 * system + gpu, rel=0.01)
     assert found.expected == pytest.approx((0.10 + 0.005 + 3.5 * 0.0014) * 730 + 2 * system + 1.5 * gpu, rel=0.01)
     assert found.maximum == pytest.approx((0.10 + 0.005 + 7 * 0.0014) * 730 + 4 * system + 3 * gpu, rel=0.01)
