@@ -9,12 +9,12 @@ import importlib.util
 import json
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
-from infra_pulumi import catalogue as catalogues, coldstart, cost, options, quotas, show, sizing
+from infra_pulumi import account, catalogue as catalogues, coldstart, cost, options, quotas, show, sizing
 from infra_pulumi.catalogue import Catalogue, CatalogueError
 from infra_pulumi.spec import ClusterSpec, SpecError
 
@@ -24,8 +24,7 @@ if TYPE_CHECKING:
 
 SDKS = {"aws": "pulumi_aws", "gcp": "pulumi_gcp", "azure": "pulumi_azure_native"}
 ADDONS_SDK = "pulumi_kubernetes"
-INSTALL = "pip install 'serve_app[infra]'"
-INSTALL_ADDONS = "pip install 'serve_app[infra-kubernetes]'"
+INSTALL = "in the repository: .venv/bin/pip install --no-deps -r requirements-infra.lock"
 
 
 class Exit(IntEnum):
@@ -66,8 +65,7 @@ def _lacking(spec: ClusterSpec) -> str | None:
     """What has to be installed before this description can be planned."""
     wanted = ["pulumi", SDKS[spec.provider], *([ADDONS_SDK] if spec.addons.by_pulumi else [])]
     missing = [name for name in wanted if importlib.util.find_spec(name) is None]
-    install = INSTALL_ADDONS if ADDONS_SDK in missing else INSTALL
-    return f"{' and '.join(missing)} cannot be imported; {install}" if missing else None
+    return f"{' and '.join(missing)} cannot be imported; {INSTALL}" if missing else None
 
 
 def _judged(spec: ClusterSpec, known: Catalogue) -> tuple[Recording, tuple[Finding, ...]]:
@@ -84,7 +82,11 @@ def _plan(asked: argparse.Namespace) -> int:
         return _fail(lacking, Exit.MISSING)
     recording, found = _judged(spec, known)
     estimate = cost.estimate(spec, known, _busy(asked))
-    warnings = [*catalogues.warnings(spec, known, datetime.date.today()), *quotas.warnings(spec, known), *_way_in(spec)]
+    warnings = [
+        *catalogues.warnings(spec, known, datetime.date.today()),
+        *quotas.warnings(spec, known),
+        *account.steps(spec),
+    ]
     cold = coldstart.phases(asked.image_gb, asked.weights_gib)
     if asked.json:
         told = _plain_plan(spec, recording, found, estimate, warnings)
@@ -100,14 +102,6 @@ def _plan(asked: argparse.Namespace) -> int:
         print(show.cold_start(cold, coldstart.caveat(spec.provider)), "", sep="\n")
         print("warnings:", *show.bullets(warnings or ["none"]), sep="\n")
     return _verdict(found)
-
-
-def _way_in(spec: ClusterSpec) -> Iterator[str]:
-    if spec.addons.by_pulumi and not spec.network.api_cidrs:
-        yield (
-            "addons.by_pulumi with a private Kubernetes API: deploy from inside the network, or name your address in "
-            "network.api_cidrs"
-        )
 
 
 def _plain_plan(
@@ -164,9 +158,9 @@ def _policy(asked: argparse.Namespace) -> int:
 def _render(asked: argparse.Namespace) -> int:
     from infra_pulumi import render
 
-    spec, _ = _given(asked)
+    spec, known = _given(asked)
     try:
-        written = [str(path) for path in render.write(render.every(spec, spec.serve.config), asked.output)]
+        written = [str(path) for path in render.write(render.every(spec, known, spec.serve.config), asked.output)]
     except OSError as error:
         return _fail(f"{error.filename}: {error.strerror}", Exit.WRONG)
     print(json.dumps(written, indent=2) if asked.json else "\n".join(f"wrote {path}" for path in written))
@@ -190,7 +184,10 @@ def _catalogue(asked: argparse.Namespace) -> int:
 
 def _fits(asked: argparse.Namespace, known: Catalogue) -> int:
     load = sizing.Load(asked.streams, asked.context)
-    found = sizing.ranked(known, asked.fits, asked.dtype, load, dict(asked.measured or ()))
+    measured = dict(asked.measured or ())
+    if strange := sorted(set(measured) - {each.type for each in known.instance_types}):
+        return _fail(f"--measured: {', '.join(strange)} is no machine of the catalogue", Exit.USAGE)
+    found = sizing.ranked(known, asked.fits, asked.dtype, load, measured)
     if asked.json:
         print(json.dumps([show.plain_fit(fit) for fit in found], indent=2))
     elif found:
@@ -200,6 +197,9 @@ def _fits(asked: argparse.Namespace, known: Catalogue) -> int:
             "\nfrom the GPU's memory bandwidth and arithmetic, good for a ranking. Measure with python -m perf.suite,"
             "\nand say --measured TYPE=TOKENS_PER_S."
         )
+        for machine in known.instance_types:
+            if machine.gpu and not sizing.derivable(machine) and machine.type not in measured:
+                print(f"{machine.type} is not ranked: how fast its {machine.gpu} is, is not known; say --measured")
     else:
         needed = sizing.needed_bytes(asked.fits, asked.dtype, load) / sizing.GIB
         print(f"no machine holds the {needed:.0f} GiB that it needs; take int8 or int4, or fewer --streams")
@@ -214,7 +214,7 @@ def _doctor(asked: argparse.Namespace) -> int:
     if asked.json:
         print(json.dumps({"packages": packages, "programs": programs}, indent=2))
     else:
-        missing = dict.fromkeys(needed, INSTALL) | {ADDONS_SDK: f"for addons.by_pulumi; {INSTALL_ADDONS}"}
+        missing = dict.fromkeys(needed, INSTALL) | {ADDONS_SDK: f"for addons.by_pulumi; {INSTALL}"}
         rows = [
             (f"package {name}", "here" if there else f"missing: {missing[name]}") for name, there in packages.items()
         ]
@@ -276,7 +276,10 @@ def _agreed(command: str, spec: ClusterSpec) -> bool:
     if not sys.stdin.isatty():
         print("nobody can be asked here; say --yes", file=sys.stderr)
         return False
-    return input(f"{command} {show.summary(spec)}? Type the cluster's name: ").strip() == spec.name
+    try:
+        return input(f"{command} {show.summary(spec)}? Type the cluster's name: ").strip() == spec.name
+    except EOFError:
+        return False
 
 
 _COMMANDS = {

@@ -53,7 +53,7 @@ class Addons(pulumi.ComponentResource):
         for chart in charts(spec):
             self._release(chart)
         image = pulumi.Output.from_input(outputs.registry).apply(lambda registry: image_in(spec, registry))
-        self._object(rayservice(spec, config, image))
+        self._object(rayservice(spec, cluster.catalogue, config, image))
         self.register_outputs({})
 
     def _after(self) -> pulumi.ResourceOptions:

@@ -31,6 +31,7 @@ def promised(kind: str, name: str, inputs: dict[str, Any]) -> dict[str, Any]:
                 "name": inputs["name"],
                 "endpoint": f"${{{name}.endpoint}}",
                 "certificateAuthority": {"data": f"${{{name}.certificateAuthority}}"},
+                "vpcConfig": {**inputs["vpcConfig"], "clusterSecurityGroupId": f"${{{name}.securityGroup}}"},
             }
         case "aws.eks.NodeGroup":
             told["resources"] = [{"autoscalingGroups": [{"name": f"${{{name}.autoscalingGroup}}"}]}]
@@ -48,7 +49,7 @@ class AwsCluster(GpuCluster):
     def create(self) -> Outputs:
         spec = self.spec
         self.tags = spec.all_tags()
-        self.attached: dict[str, list[pulumi.Resource]] = {}  # a role's policies, by its name
+        self.attached: dict[str, list[pulumi.Resource]] = {}  # a role's policies and pods, by its name
         self.partition = "aws-us-gov" if "-gov-" in spec.region else "aws"
         provider = aws.Provider(self.name("aws"), region=spec.region, opts=pulumi.ResourceOptions(parent=self))
         self._provider = provider
@@ -56,6 +57,7 @@ class AwsCluster(GpuCluster):
         self._eks = cluster = self._cluster(network)
         nodes = self._role("nodes", _trust("ec2.amazonaws.com", ["sts:AssumeRole"]), *NODE_POLICIES)
         agent = self._addon(cluster, "eks-pod-identity-agent", [])
+        self._api_from_inside(cluster)
         cni = self._addon(cluster, "vpc-cni", [], {"enableNetworkPolicy": str(spec.addons.network_policy).lower()})
         system = self._system_group(cluster, network, nodes, [cni])
         groups = [system, *(self._gpu_group(cluster, network, nodes, group, [cni]) for group in spec.node_groups())]
@@ -128,6 +130,20 @@ class AwsCluster(GpuCluster):
             opts=self.kept(depends_on=[logs, *network.ready, *self.attached["cluster"]]),
         )
 
+    def _api_from_inside(self, cluster: aws.eks.Cluster) -> None:
+        """EKS lets nodes reach the API's private address and nobody else: no bastion of the network, and no VPN."""
+        aws.vpc.SecurityGroupIngressRule(
+            self.name("api-from-inside"),
+            security_group_id=cluster.vpc_config.cluster_security_group_id,
+            description="The Kubernetes API from inside the network",
+            cidr_ipv4=self.spec.network.cidr,
+            ip_protocol="tcp",
+            from_port=443,
+            to_port=443,
+            tags=self.tags,
+            opts=self.under(),
+        )
+
     def _role(self, name: str, trust: str, *policies: str) -> aws.iam.Role:
         role = aws.iam.Role(self.name(name, "role"), assume_role_policy=trust, tags=self.tags, opts=self.under())
         self.attached[name] = [
@@ -149,12 +165,13 @@ class AwsCluster(GpuCluster):
             self.name("system"),
             cluster_name=cluster.name,
             node_group_name_prefix="system-",
+            version=cluster.version,  # the control plane's: an upgrade takes the nodes along
             node_role_arn=role.arn,
             subnet_ids=[subnet.id for subnet in network.private.values()],
             ami_type=CPU_AMI,
             capacity_type="ON_DEMAND",
             instance_types=[str(system.instance_type)],
-            launch_template=self._template("system", system.disk_gib),
+            launch_template=self._template(self.name("system"), system.disk_gib),
             scaling_config=_scaling(system.min, system.max),
             labels={"serve-app/pool": "system"},
             update_config=aws.eks.NodeGroupUpdateConfigArgs(max_unavailable=1),
@@ -172,15 +189,16 @@ class AwsCluster(GpuCluster):
         after: list[pulumi.Resource],
     ) -> aws.eks.NodeGroup:
         made = aws.eks.NodeGroup(
-            self.name(group.name),
+            self.pool_name(group),
             cluster_name=cluster.name,
             node_group_name_prefix=f"{group.name}-",
+            version=cluster.version,
             node_role_arn=role.arn,
             subnet_ids=[network.private[zone].id for zone in self.zones(group.pool)],
             ami_type=GPU_AMI,
             capacity_type="SPOT" if group.spot else "ON_DEMAND",
             instance_types=list(group.pool.instance_types),
-            launch_template=self._template(group.name, group.pool.disk_gib),
+            launch_template=self._template(self.pool_name(group), group.pool.disk_gib),
             scaling_config=_scaling(group.min, group.max),
             labels=self._gpu_labels(group),
             taints=[
@@ -218,7 +236,7 @@ class AwsCluster(GpuCluster):
         scaled = made.resources[0].autoscaling_groups[0].name
         for key, value in sorted(wanted.items()):
             aws.autoscaling.Tag(
-                self.name(group.name, "tag", key.replace("/", ".")),
+                self.pool_name(group, "tag", key.replace("/", ".")),
                 autoscaling_group_name=scaled,
                 tag=aws.autoscaling.TagTagArgs(key=f"{TEMPLATE}/{key}", value=value, propagate_at_launch=False),
                 opts=self.under(),
@@ -227,7 +245,7 @@ class AwsCluster(GpuCluster):
     def _template(self, name: str, disk_gib: int) -> aws.eks.NodeGroupLaunchTemplateArgs:
         """Encrypted disks, and instance metadata that a pod cannot reach: a token, and one hop."""
         template = aws.ec2.LaunchTemplate(
-            self.name(name, "template"),
+            f"{name}-template",
             block_device_mappings=[
                 aws.ec2.LaunchTemplateBlockDeviceMappingArgs(
                     device_name="/dev/xvda",
@@ -245,9 +263,7 @@ class AwsCluster(GpuCluster):
                 http_endpoint="enabled", http_tokens="required", http_put_response_hop_limit=1
             ),
             tag_specifications=[
-                aws.ec2.LaunchTemplateTagSpecificationArgs(
-                    resource_type=kind, tags={**self.tags, "Name": self.name(name)}
-                )
+                aws.ec2.LaunchTemplateTagSpecificationArgs(resource_type=kind, tags={**self.tags, "Name": name})
                 for kind in ("instance", "volume")
             ],
             update_default_version=True,
@@ -295,14 +311,16 @@ class AwsCluster(GpuCluster):
     ) -> aws.iam.Role:
         """A role that the pods of one service account have, by EKS Pod Identity."""
         role = self._role(name, _trust("pods.eks.amazonaws.com", ["sts:AssumeRole", "sts:TagSession"]), *policies)
-        aws.eks.PodIdentityAssociation(
-            self.name(name, "identity"),
-            cluster_name=cluster.name,
-            namespace=namespace,
-            service_account=account,
-            role_arn=role.arn,
-            tags=self.tags,
-            opts=self.under(depends_on=[agent]),
+        self.attached[name].append(
+            aws.eks.PodIdentityAssociation(
+                self.name(name, "identity"),
+                cluster_name=cluster.name,
+                namespace=namespace,
+                service_account=account,
+                role_arn=role.arn,
+                tags=self.tags,
+                opts=self.under(depends_on=[agent]),
+            )
         )
         return role
 
@@ -313,7 +331,7 @@ class AwsCluster(GpuCluster):
             image_tag_mutability="IMMUTABLE",
             image_scanning_configuration=aws.ecr.RepositoryImageScanningConfigurationArgs(scan_on_push=True),
             encryption_configurations=[aws.ecr.RepositoryEncryptionConfigurationArgs(encryption_type="KMS")],
-            force_delete=False,
+            force_delete=not self.spec.protect,  # or it could not be taken down with an image in it
             tags=self.tags,
             opts=self.kept(),
         )
@@ -327,7 +345,7 @@ class AwsCluster(GpuCluster):
         aws.budgets.Budget(
             self.name("budget"),
             budget_type="COST",
-            limit_amount=f"{budget.monthly_usd:g}",
+            limit_amount=f"{budget.monthly_usd:.2f}",
             limit_unit="USD",
             time_unit="MONTHLY",
             cost_filters=[

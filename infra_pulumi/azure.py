@@ -35,6 +35,8 @@ SPOT_TAINT = "kubernetes.azure.com/scalesetpriority=spot:NoSchedule"
 SPOT_LABEL = ("kubernetes.azure.com/scalesetpriority", "spot")
 AUDIT_LOGS = ("kube-audit-admin", "kube-apiserver", "kube-controller-manager", "kube-scheduler", "guard")
 LOG_DAYS = 30
+# AKS keeps memory for each pod that a node may have; with the 250 of its overlay that would be 5 GB of a small machine.
+MAX_PODS = 110
 
 
 def promised(kind: str, name: str, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -60,6 +62,8 @@ def promised(kind: str, name: str, inputs: dict[str, Any]) -> dict[str, Any]:
                 "clientId": f"${{{name}.clientId}}",
                 "principalId": f"${{{name}.principalId}}",
             }
+        case "azure-native.network.PublicIPAddress":
+            told["ipAddress"] = f"${{{name}.ipAddress}}"
         case "azure-native.containerregistry.Registry":
             told["loginServer"] = f"${{{name}.loginServer}}"
         case "azure-native.network.VirtualNetwork":
@@ -82,6 +86,7 @@ class AzureCluster(GpuCluster):
         )
         client = authorization.get_client_config_output(opts=pulumi.InvokeOptions(parent=self, provider=self._provider))
         self.subscription = client.subscription_id
+        self._nodes_group = self.name("nodes")
         self.group = resources.ResourceGroup(
             self.name("group"), resource_group_name=spec.name, location=spec.region, tags=self.tags, opts=self.kept()
         )
@@ -91,7 +96,9 @@ class AzureCluster(GpuCluster):
         control, allowed = self._control_identity(subnet)
         self._aks = cluster = self._cluster(subnet, control, allowed)
         self._endpoint = cluster.fqdn if spec.network.api_cidrs else cluster.private_fqdn
-        pools = [self._pool(cluster, subnet, group) for group in spec.node_groups()]
+        pools: list[aks.AgentPool] = []
+        for group in spec.node_groups():  # one after the other: AKS refuses to change a cluster that is being changed
+            pools.append(self._pool(cluster, subnet, group, pools[-1:]))
         registry = self._registry(cluster)
         identity = self._identity(cluster)
         self._creator(client, cluster)
@@ -123,20 +130,23 @@ class AzureCluster(GpuCluster):
         return super().under(provider=self._provider, **options)
 
     def _lock(self) -> None:
-        """Azure has no deletion protection of a cluster; a lock on its group is one, for everything in it."""
+        """Azure has no deletion protection of a cluster; a lock on its group is one, for everything in it.
+
+        Nothing holds the lock itself: without `protect` it is no longer asked for, and Pulumi has to take it away.
+        """
         authorization.ManagementLockByScope(
             self.name("lock"),
             scope=self.group.id,
             lock_name=self.name("lock"),
             level="CanNotDelete",
             notes="The description says protect: true.",
-            opts=self.kept(),
+            opts=self.under(),
         )
 
     def _network(self) -> pulumi.Output[str]:
         """The id of the subnet of all nodes. It reaches out through one NAT gateway."""
         spec = self.spec
-        address = network.PublicIPAddress(
+        self._way_out = network.PublicIPAddress(
             self.name("nat-ip"),
             resource_group_name=self.group.name,
             location=spec.region,
@@ -151,7 +161,7 @@ class AzureCluster(GpuCluster):
             resource_group_name=self.group.name,
             location=spec.region,
             sku=network.NatGatewaySkuArgs(name="Standard"),
-            public_ip_addresses=[network.SubResourceArgs(id=address.id)],
+            public_ip_addresses=[network.SubResourceArgs(id=self._way_out.id)],
             zones=[spec.zones[0]] if spec.network.nat == "one" else None,
             tags=self.tags,
             opts=self.under(),
@@ -199,8 +209,7 @@ class AzureCluster(GpuCluster):
     ) -> authorization.RoleAssignment:
         return authorization.RoleAssignment(
             self.name(name),
-            # An assignment's name is a GUID; one made of what it is for stays the same.
-            role_assignment_name=str(uuid.uuid5(uuid.NAMESPACE_URL, self.name(name))),
+            role_assignment_name=self.subscription.apply(lambda subscription: _guid(subscription, self.name(name))),
             role_definition_id=pulumi.Output.format(
                 "/subscriptions/{0}/providers/Microsoft.Authorization/roleDefinitions/{1}", self.subscription, role
             ),
@@ -221,13 +230,16 @@ class AzureCluster(GpuCluster):
         allowed: authorization.RoleAssignment,
     ) -> aks.ManagedCluster:
         spec = self.spec
-        private = not spec.network.api_cidrs
+        callers: list[pulumi.Input[str]] = list(spec.network.api_cidrs)
+        if callers:  # nodes reach a public API by the way they reach everything
+            callers.append(pulumi.Output.format("{0}/32", self._way_out.ip_address))
         return aks.ManagedCluster(
             self.name("cluster"),
             resource_group_name=self.group.name,
             resource_name_=spec.name,
             location=spec.region,
             dns_prefix=spec.name,
+            node_resource_group=self._nodes_group,
             kubernetes_version=spec.kubernetes_version,
             sku=aks.ManagedClusterSKUArgs(name="Base", tier="Standard"),
             identity=aks.ManagedClusterIdentityArgs(
@@ -237,8 +249,8 @@ class AzureCluster(GpuCluster):
             disable_local_accounts=True,
             aad_profile=aks.ManagedClusterAADProfileArgs(managed=True, enable_azure_rbac=True),
             api_server_access_profile=aks.ManagedClusterAPIServerAccessProfileArgs(
-                enable_private_cluster=private,
-                authorized_ip_ranges=list(spec.network.api_cidrs) or None,
+                enable_private_cluster=not callers,
+                authorized_ip_ranges=callers or None,
                 disable_run_command=True,
             ),
             oidc_issuer_profile=aks.ManagedClusterOIDCIssuerProfileArgs(enabled=True),
@@ -274,6 +286,7 @@ class AzureCluster(GpuCluster):
             vm_size=system.instance_type,
             os_type="Linux",
             os_disk_size_gb=system.disk_gib,
+            max_pods=MAX_PODS,
             enable_auto_scaling=True,
             count=system.min,
             min_count=system.min,
@@ -286,14 +299,16 @@ class AzureCluster(GpuCluster):
             tags=self.tags,
         )
 
-    def _pool(self, cluster: aks.ManagedCluster, subnet: pulumi.Output[str], group: NodeGroup) -> aks.AgentPool:
+    def _pool(
+        self, cluster: aks.ManagedCluster, subnet: pulumi.Output[str], group: NodeGroup, after: list[aks.AgentPool]
+    ) -> aks.AgentPool:
         spot: dict[str, Any] = (
             {"scale_set_priority": "Spot", "scale_set_eviction_policy": "Delete", "spot_max_price": -1}
             if group.spot
             else {"scale_set_priority": "Regular"}
         )
         return aks.AgentPool(
-            self.name(group.name),
+            self.pool_name(group),
             resource_group_name=self.group.name,
             resource_name_=cluster.name,
             agent_pool_name=group.name,
@@ -303,6 +318,7 @@ class AzureCluster(GpuCluster):
             os_type="Linux",
             os_sku="Ubuntu",
             os_disk_size_gb=group.pool.disk_gib,
+            max_pods=MAX_PODS,
             gpu_profile=aks.GPUProfileArgs(driver="Install"),
             enable_auto_scaling=True,
             count=group.min,
@@ -317,7 +333,7 @@ class AzureCluster(GpuCluster):
             + ([SPOT_TAINT] if group.spot else []),
             vnet_subnet_id=subnet,
             tags=self.tags,
-            opts=self.under(ignore_changes=["count"]),
+            opts=self.under(depends_on=after, ignore_changes=["count"]),
             **spot,
         )
 
@@ -379,7 +395,10 @@ class AzureCluster(GpuCluster):
         )
 
     def _budget(self) -> None:
-        """Of the resource group. The subscription's owners are told, and the addresses besides."""
+        """Of both resource groups: machines and disks are in the one that AKS makes.
+
+        The subscription's owners are told, and the addresses besides.
+        """
         budget = self.spec.budget
         if budget is None:
             return
@@ -387,7 +406,12 @@ class AzureCluster(GpuCluster):
         consumption.Budget(
             self.name("budget"),
             budget_name=self.name("budget"),
-            scope=self.group.id,
+            scope=pulumi.Output.format("/subscriptions/{0}", self.subscription),
+            filter=consumption.BudgetFilterArgs(
+                dimensions=consumption.BudgetComparisonExpressionArgs(
+                    name="ResourceGroupName", operator="In", values=[self.spec.name, self._nodes_group]
+                )
+            ),
             amount=budget.monthly_usd,
             category="Cost",
             time_grain="Monthly",
@@ -405,6 +429,11 @@ class AzureCluster(GpuCluster):
             },
             opts=self.under(ignore_changes=["timePeriod"]),
         )
+
+
+def _guid(subscription: str, name: str) -> str:
+    """What names an assignment: a GUID that nobody else in the whole tenant has, and that is the same each time."""
+    return str(uuid.uuid5(uuid.NAMESPACE_URL, f"{subscription}/{name}"))
 
 
 def _tenth(cidr: str) -> str:

@@ -91,7 +91,12 @@ class GpuCluster(pulumi.ComponentResource):
         return self.catalogue.get(self.spec.provider, pool.instance_types[0])
 
     def zones(self, pool: GpuPool) -> tuple[str, ...]:
-        return pool.zones or self.spec.zones
+        """A pool's own, or those of the cluster's that have its machine as far as the catalogue knows."""
+        return pool.zones or self.machine(pool).of_zones(self.spec.zones)
+
+    def pool_name(self, group: NodeGroup, *parts: str) -> str:
+        """Of a node group's resources; whatever the pool is called, it is none of the cluster's own."""
+        return self.name("pool", group.name, *parts)
 
     def labels(self, group: NodeGroup) -> dict[str, str]:
         """Of a GPU node. A pool that is in two node groups has the same label on both."""

@@ -44,6 +44,7 @@ class InstanceType(BaseModel):
     spot_usd_per_hour: Positive | None = None
     spot_as_of: datetime.date | None = None
     spot_source: str | None = Field(None, min_length=1)
+    zones: tuple[str, ...] = Field((), description="Of `region`, where not all have it.")
     note: str | None = None
     refused: str | None = Field(None, description="Why this service does not run there as it is.")
 
@@ -60,6 +61,11 @@ class InstanceType(BaseModel):
     @property
     def name(self) -> str:
         return f"{self.provider}:{self.region}:{self.type}"
+
+    def of_zones(self, zones: tuple[str, ...]) -> tuple[str, ...]:
+        """Those that have it, as far as is known."""
+        known = [zone for zone in zones if zone.startswith(self.region)]
+        return tuple(zone for zone in zones if not self.zones or zone in self.zones or zone not in known)
 
     def price(self, spot: bool) -> float:
         """USD an hour; of a machine whose spot price is not known, the price on demand."""
@@ -152,6 +158,10 @@ def _pool_faults(spec: ClusterSpec, catalogue: Catalogue) -> Iterator[Fault]:
                 yield Fault(path, catalogue.unknown(spec.provider, name))
                 continue
             machines.append(machine)
+            zones = pool.zones or spec.zones
+            if (lacking := set(pool.zones) - set(there := machine.of_zones(zones))) or not there:
+                without = ", ".join(sorted(lacking or set(zones)))
+                yield Fault(path, f"{name} is not in {without}; it is in {', '.join(machine.zones)}")
             if not machine.gpu:
                 yield Fault(path, f"{name} has no GPU; CPU machines are for the system pool")
             elif machine.refused and not spec.allow_refused:

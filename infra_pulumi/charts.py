@@ -8,6 +8,9 @@ from typing import Any
 from infra_pulumi.objects import MONITORING_NAMESPACE, OPERATOR_NAMESPACE
 from infra_pulumi.spec import POOL_LABEL, ClusterSpec
 
+ROUTES = "serve-app-alertmanager"  # the secret with Alertmanager's configuration and the texts of its messages
+RECEIVERS = "serve-app-alerts"  # that with the keys, addresses and tokens which the configuration names
+
 Values = dict[str, Any]
 
 
@@ -85,7 +88,7 @@ def dcgm_exporter(spec: ClusterSpec) -> Chart:
         "dcgm-exporter",
         "dcgm-exporter",
         "https://nvidia.github.io/dcgm-exporter/helm-charts",
-        "4.8.2",
+        "4.8.3",
         MONITORING_NAMESPACE,
         values,
     )
@@ -115,7 +118,12 @@ def prometheus() -> Chart:
         "88.5.3",
         MONITORING_NAMESPACE,
         {
-            "alertmanager": {"serviceMonitor": _as_job("alertmanager")},
+            "alertmanager": {
+                "serviceMonitor": _as_job("alertmanager"),
+                # The chart's own configuration tells nobody anything. cluster/monitoring/README.md says how the two are
+                # made; both are mounted, the one with the configuration under /etc/alertmanager/config.
+                "alertmanagerSpec": {"useExistingSecret": True, "configSecret": ROUTES, "secrets": [RECEIVERS]},
+            },
             "prometheus": {
                 "serviceMonitor": _as_job("prometheus"),
                 "prometheusSpec": {

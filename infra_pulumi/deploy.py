@@ -36,6 +36,9 @@ cannot be read again.
   export PULUMI_CONFIG_PASSPHRASE=...                                # or the passphrase itself"""
 
 
+_PASSPHRASES = {"PULUMI_CONFIG_PASSPHRASE", "PULUMI_CONFIG_PASSPHRASE_FILE"}
+
+
 class MissingError(Exception):
     """Something that is needed is not here; the text says how to get it."""
 
@@ -67,10 +70,14 @@ def open_stack(
     spec: ClusterSpec, catalogue: Catalogue, place: Place, command: auto.PulumiCommand, now: datetime | None = None
 ) -> auto.Stack:
     """The stack of a description, made if it is not there. Raises MissingError and DeployError."""
-    if not place.backend and not {"PULUMI_CONFIG_PASSPHRASE", "PULUMI_CONFIG_PASSPHRASE_FILE"} & set(os.environ):
+    # Pulumi's own service keeps keys, and is reached by HTTPS; a bucket or a folder does not.
+    if not place.backend.startswith("https:") and not _PASSPHRASES & set(os.environ):
         raise MissingError(PASSPHRASE)
     if not place.backend:
-        place.state.mkdir(parents=True, exist_ok=True)
+        try:
+            place.state.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DeployError(f"--state {place.state}: {error.strerror}; name a folder") from None
     month = (now or datetime.now(UTC)).strftime("%Y-%m-01T00:00:00Z")
     settings = auto.ProjectSettings(
         name=PROJECT, runtime="python", backend=auto.ProjectBackend(url=place.url), description="GPU nodes of serve_app"
@@ -88,9 +95,13 @@ def open_stack(
 
 
 def update(stack: auto.Stack, say: Callable[[str], None]) -> dict[str, Any]:
-    """Make it so. What the stack tells of itself afterwards. Raises DeployError."""
+    """Make it so. What the stack tells of itself afterwards. Raises DeployError.
+
+    What is there is looked at first: how many nodes a pool has is the autoscaler's to say, and Pulumi, told to leave
+    that alone, leaves it at what it saw last.
+    """
     done = _told(
-        lambda: stack.up(on_output=say, color="never", suppress_progress=True),
+        lambda: stack.up(on_output=say, color="never", suppress_progress=True, refresh=True),
         "what was made stays; run the same command again and Pulumi goes on where it stopped, or take all of it down "
         "with `destroy`",
     )

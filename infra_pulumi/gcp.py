@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pulumi
 import pulumi_gcp as gcp
 
 from infra_pulumi.base import GPU_TAINT, Access, GpuCluster, Outputs
+from infra_pulumi.catalogue import CatalogueError, InstanceType
 from infra_pulumi.spec import POOL_LABEL, NodeGroup
 
 # What a node needs to report of itself and to pull images; the default account could edit the whole project.
 NODE_ROLES = ("roles/container.defaultNodeServiceAccount", "roles/artifactregistry.reader")
 ATTACHED = {"t4": "nvidia-tesla-t4"}  # GPUs that are added to a machine, as the catalogue writes them behind a +
-BUILT_IN = {"L4": "nvidia-l4", ("A100", 40): "nvidia-tesla-a100", ("A100", 80): "nvidia-a100-80gb"}
+BUILT_IN = {("L4", 24): "nvidia-l4", ("A100", 40): "nvidia-tesla-a100", ("A100", 80): "nvidia-a100-80gb"}
 
 
 def promised(kind: str, name: str, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -40,6 +42,17 @@ def promised(kind: str, name: str, inputs: dict[str, Any]) -> dict[str, Any]:
     return told
 
 
+def _accelerator(machine: InstanceType) -> str:
+    """What Google calls its GPU. Raises CatalogueError for one of a catalogue that is not ours."""
+    _, _, attached = machine.type.partition("+")
+    found = ATTACHED.get(attached) if attached else BUILT_IN.get((str(machine.gpu), int(machine.gpu_memory_gib or 0)))
+    if found is None:
+        raise CatalogueError(
+            f"{machine.type}: it is not known what Google calls its GPU; infra_pulumi/gcp.py has a list"
+        )
+    return found
+
+
 class GcpCluster(GpuCluster):
     def create(self) -> Outputs:
         spec = self.spec
@@ -50,9 +63,9 @@ class GcpCluster(GpuCluster):
         subnetwork, nat = self._network()
         nodes = self._node_account()
         self._gke = cluster = self._cluster(subnetwork, nat)
-        system = self._pool("system", cluster, nodes, None)
+        system = self._pool(cluster, nodes, None)
         # GKE taints a GPU pool only if another pool is there already (terraform-google-kubernetes-engine#703).
-        groups = [self._pool(group.name, cluster, nodes, group, [system]) for group in spec.node_groups()]
+        groups = [self._pool(cluster, nodes, group, [system]) for group in spec.node_groups()]
         repository = self._registry()
         identity = self._identity(cluster)
         self._budget(project)
@@ -172,7 +185,6 @@ class GcpCluster(GpuCluster):
 
     def _pool(
         self,
-        name: str,
         cluster: gcp.container.Cluster,
         account: gcp.serviceaccount.Account,
         group: NodeGroup | None,
@@ -182,12 +194,14 @@ class GcpCluster(GpuCluster):
         system = self.spec.system
         least, most = (system.min, system.max) if group is None else (group.min, group.max)
         return gcp.container.NodePool(
-            self.name(name),
-            name=name,
+            self.pool_name(group) if group else self.name("system"),
+            name=group.name if group else "system",
             cluster=cluster.id,
             location=self.spec.region,
-            node_locations=list(self.spec.zones if group is None else self.zones(group.pool)),
-            initial_node_count=0 if group else None,
+            node_locations=list(self.zones(group.pool) if group else self.spec.zones),
+            # In each zone, and the autoscaler adds none before a pod asks: those of the service do, the cluster's own
+            # need nodes to begin with.
+            initial_node_count=0 if group else math.ceil(least / len(self.spec.zones)),
             autoscaling=gcp.container.NodePoolAutoscalingArgs(
                 total_min_node_count=least,
                 total_max_node_count=most,
@@ -245,11 +259,9 @@ class GcpCluster(GpuCluster):
         if group is None:
             return None
         machine = self.machine(group.pool)
-        _, _, attached = machine.type.partition("+")
-        built_in = BUILT_IN.get((str(machine.gpu), int(machine.gpu_memory_gib or 0))) or BUILT_IN.get(str(machine.gpu))
         return [
             gcp.container.NodePoolNodeConfigGuestAcceleratorArgs(
-                type=ATTACHED[attached] if attached else str(built_in),
+                type=_accelerator(machine),
                 count=machine.gpu_count,
                 gpu_driver_installation_config=(
                     gcp.container.NodePoolNodeConfigGuestAcceleratorGpuDriverInstallationConfigArgs(
@@ -306,6 +318,14 @@ class GcpCluster(GpuCluster):
         ]
         rules = [("CURRENT_SPEND", threshold) for threshold in budget.thresholds] + [("FORECASTED_SPEND", 100)]
         whole, cents = divmod(round(budget.monthly_usd * 100), 100)
+        # Google wants to know whose quota a call of this API takes, if a person makes it.
+        billing = gcp.Provider(
+            self.name("billing"),
+            region=self.spec.region,
+            user_project_override=True,
+            billing_project=self.project,
+            opts=pulumi.ResourceOptions(parent=self),
+        )
         gcp.billing.Budget(
             self.name("budget"),
             billing_account=project.billing_account,
@@ -328,5 +348,5 @@ class GcpCluster(GpuCluster):
             )
             if channels
             else None,
-            opts=self.under(),
+            opts=super().under(provider=billing),
         )

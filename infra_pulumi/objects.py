@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from infra_pulumi.rayservice import NAME, REDIS, SERVICE_ACCOUNT, container_security, labels, pod_security
+from infra_pulumi.rayservice import NAME, RAY_POD, REDIS, SERVICE_ACCOUNT, container_security, labels, pod_security
 from infra_pulumi.spec import ClusterSpec
 
 REDIS_IMAGE = "redis:7.4.6"
@@ -14,7 +14,6 @@ MONITORING_NAMESPACE = "monitoring"
 IDENTITY_ANNOTATION = {"gcp": "iam.gke.io/gcp-service-account", "azure": "azure.workload.identity/client-id"}
 CALLER = {"serve-app/caller": "true"}  # on a pod beside the service, or on a namespace: may call it
 
-_APP = {"app.kubernetes.io/name": NAME}
 _REDIS = {"app.kubernetes.io/name": REDIS}
 _SERVE, _DASHBOARD = 8000, 8265
 _METRICS = (_SERVE, 8080, 44217, 44227)  # as cluster/monitoring/podmonitor.yaml names them
@@ -130,7 +129,7 @@ def disruption_budget(spec: ClusterSpec) -> Object:
         "spec": {
             "minAvailable": 1,
             "unhealthyPodEvictionPolicy": "AlwaysAllow",
-            "selector": {"matchLabels": {**_APP, "ray.io/node-type": "head"}},
+            "selector": {"matchLabels": {**RAY_POD, "ray.io/node-type": "head"}},
         },
     }
 
@@ -173,13 +172,13 @@ def network_policies(spec: ClusterSpec) -> list[Object]:
     """
     anywhere = {"ipBlock": {"cidr": "0.0.0.0/0", "except": ["169.254.0.0/16"]}}
     ingress = [
-        {"from": [_pods(_APP)]},
+        {"from": [_pods(RAY_POD)]},
         {"from": [_space(OPERATOR_NAMESPACE)], "ports": _tcp(_DASHBOARD, _SERVE)},
         {"from": [_space(MONITORING_NAMESPACE)], "ports": _tcp(*_METRICS)},
         {"from": [_pods(CALLER), {"namespaceSelector": {"matchLabels": CALLER}}], "ports": _tcp(_SERVE)},
     ]
     egress = [
-        {"to": [_pods(_APP)]},
+        {"to": [_pods(RAY_POD)]},
         {"to": [_pods(_REDIS)], "ports": _tcp(6379)},
         _names(),
         {"to": [anywhere], "ports": _tcp(443)},
@@ -189,8 +188,8 @@ def network_policies(spec: ClusterSpec) -> list[Object]:
         egress.append({"to": [{"ipBlock": {"cidr": cidr}}], "ports": _tcp(port)})
     return [
         _policy(spec, "default-deny", {}, [], []),
-        _policy(spec, NAME, _APP, ingress, egress),
-        _policy(spec, REDIS, _REDIS, [{"from": [_pods(_APP)], "ports": _tcp(6379)}], []),
+        _policy(spec, NAME, RAY_POD, ingress, egress),
+        _policy(spec, REDIS, _REDIS, [{"from": [_pods(RAY_POD)], "ports": _tcp(6379)}], []),
     ]
 
 

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from infra_pulumi import sizes
+from infra_pulumi.catalogue import Catalogue
 from infra_pulumi.spec import POOL_LABEL, ClusterSpec, Fault, GpuPool, SpecError
 
 NAME = "serve-app"  # KubeRay calls the service in front of it serve-app-serve-svc, which Prometheus is told of
@@ -25,6 +27,7 @@ DRAIN = "/opt/serve_app/drain"
 TOKEN_SECRET = "serve-app-ray-token"  # key auth_token
 REDIS = "serve-app-redis"  # its service, and the secret with the key password
 MODEL_SECRET = "serve-app-models"  # optional: key hf_token
+RAY_POD = {"serve-app/ray": "true"}  # head, workers, and the job that empties Redis: what network policies select by
 SERVICE_ACCOUNT = "serve-app"  # of the workers: what may read weights in a bucket
 
 # Ray's autoscaler gives a pod up that has not started by then, and asks for another. A fresh GPU node needs up to ten
@@ -41,55 +44,98 @@ _SHM_GIB = 2
 Object = dict[str, Any]
 
 
+class _Section(BaseModel):
+    """What is read here of the service's own configuration; the service judges the rest."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class _Resources(_Section):
+    num_gpus: float = Field(0, ge=0)
+
+
+class _Autoscaling(_Section):
+    max_replicas: int = Field(1, ge=1)
+
+
+class _Deployment(_Section):
+    autoscaling: _Autoscaling | None = None
+
+
+class _Model(_Section):
+    device: str = "auto"
+    resources: _Resources | None = None
+    deployment: _Deployment | None = None
+
+
+class _Limits(_Section):
+    request_timeout_s: float = Field(600, gt=0)
+
+
+class _Service(_Section):
+    models: tuple[_Model, ...] = Field(min_length=1)
+    limits: _Limits | None = None
+
+
+class _Application(_Section):
+    args: _Service
+
+
+class _HttpOptions(_Section):
+    port: int = Field(8000, ge=1, le=65535)
+
+
+class _File(_Section):
+    applications: tuple[_Application, ...] = Field(min_length=1)
+    http_options: _HttpOptions | None = None
+
+
 def read_config(path: Path) -> Object:
-    """A Ray Serve config file. Raises SpecError."""
+    """A Ray Serve config file of this service. Raises SpecError with every fault of what is read here."""
     try:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
-        _applications(document)
+        _File.model_validate(document)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise SpecError([Fault("serve.config", " ".join(str(error).split()))]) from None
-    except (KeyError, TypeError, AttributeError):
+    except ValidationError as error:
         message = f"{path} is no config file of Ray Serve with this service; begin with the repository's"
-        raise SpecError([Fault("serve.config", message)]) from None
+        faults = [Fault(f"serve.config: {'.'.join(map(str, each['loc']))}", each["msg"]) for each in error.errors()]
+        raise SpecError([Fault("serve.config", message), *faults]) from None
     assert isinstance(document, dict)
     return document
 
 
-def _applications(config: Object) -> list[Object]:
-    applications: list[Object] = config["applications"]
-    for application in applications:
-        for model in application["args"]["models"]:
-            model.get("name")
-    return applications
-
-
 def _models(config: Object) -> list[Object]:
-    return [model for application in _applications(config) for model in application["args"]["models"]]
+    return [model for application in config["applications"] for model in application["args"]["models"]]
 
 
 def longest_request_s(config: Object) -> int:
     """How long a request may take, in whole seconds."""
-    limits = [application["args"].get("limits") or {} for application in _applications(config)]
-    return math.ceil(max(float(each.get("request_timeout_s", 600)) for each in limits))
+    services = [application.args for application in _File.model_validate(config).applications]
+    return math.ceil(max((service.limits or _Limits()).request_timeout_s for service in services))
 
 
-def on_gpus(spec: ClusterSpec, config: Object) -> Object:
+def on_gpus(spec: ClusterSpec, catalogue: Catalogue, config: Object) -> Object:
     """The config as the cluster runs it. What differs from the file:
 
     Pods are reached by their addresses, so HTTP listens on all of a pod's. A model that reserves no GPU gets one, or it
-    would compute on the CPU of a GPU machine; if it says `device: cpu` that is meant. One that was to have a single
-    replica may have as many as the pools have GPUs for.
+    would compute on the CPU of a GPU machine; if it says `device: cpu` that is meant. `auto` becomes `cuda`, or a node
+    whose driver is too old would do the same without a word. One that was to have a single replica may have as many as
+    the pools have GPUs for.
     """
     config = deepcopy(config)
     config["http_options"] = {**(config.get("http_options") or {}), "host": "0.0.0.0"}
     for model in _models(config):
         if model.get("device", "auto") == "cpu":
             continue
-        resources = model.setdefault("resources", {})
+        resources = model.get("resources") or {}
         resources["num_gpus"] = resources.get("num_gpus") or 1
-        autoscaling = model.setdefault("deployment", {}).setdefault("autoscaling", {})
-        if autoscaling.get("max_replicas", 1) == 1:
-            autoscaling["max_replicas"] = max(1, int(sizes.gpus(spec) / resources["num_gpus"]))
+        model |= {"device": "cuda", "resources": resources}
+        deployment = model.get("deployment") or {}
+        autoscaling = deployment.get("autoscaling") or {}
+        if "num_replicas" not in deployment and autoscaling.get("max_replicas", 1) == 1:
+            autoscaling["max_replicas"] = max(1, int(sizes.gpus(spec, catalogue) / resources["num_gpus"]))
+            model["deployment"] = {**deployment, "autoscaling": autoscaling}
     return config
 
 
@@ -142,6 +188,15 @@ def labels(component: str) -> dict[str, str]:
         "app.kubernetes.io/name": NAME,
         "app.kubernetes.io/component": component,
         "app.kubernetes.io/part-of": NAME,
+    }
+
+
+def _pod_labels(component: str) -> dict[str, str]:
+    """Without a name: KubeRay gives one, by which the service in front of the head finds it (kuberay#2648)."""
+    return {
+        "app.kubernetes.io/component": component,
+        "app.kubernetes.io/part-of": NAME,
+        **RAY_POD,
     }
 
 
@@ -202,7 +257,7 @@ def _head(spec: ClusterSpec, config: Object, image: str) -> Object:
         "rayStartParams": {"dashboard-host": "0.0.0.0", "num-cpus": "0", **_object_store()},
         "template": {
             "metadata": {
-                "labels": labels("head"),
+                "labels": _pod_labels("head"),
                 "annotations": {"cluster-autoscaler.kubernetes.io/safe-to-evict": "false"},
             },
             "spec": {
@@ -236,9 +291,9 @@ def _identity_label(spec: ClusterSpec) -> dict[str, str]:
     return {"azure.workload.identity/use": "true"} if spec.provider == "azure" else {}
 
 
-def _workers(spec: ClusterSpec, index: int, config: Object, image: str) -> Object:
+def _workers(spec: ClusterSpec, catalogue: Catalogue, index: int, config: Object, image: str) -> Object:
     """One group for each pool, one pod for each node of it; spot or on demand, they are alike to Ray."""
-    pool, size = spec.gpu_pools[index], sizes.pod_size(spec, index)
+    pool, size = spec.gpu_pools[index], sizes.pod_size(spec, catalogue, index)
     longest_s, port = longest_request_s(config), config["http_options"].get("port", 8000)
     volumes, mounts = _scratch()
     amount = {"memory": f"{size.memory_gib}Gi", "nvidia.com/gpu": str(size.gpus)}
@@ -270,7 +325,7 @@ def _workers(spec: ClusterSpec, index: int, config: Object, image: str) -> Objec
         "rayStartParams": {"num-cpus": str(size.cpus), **_object_store()},
         "template": {
             "metadata": {
-                "labels": {**labels("worker"), **_identity_label(spec)},
+                "labels": {**_pod_labels("worker"), **_identity_label(spec)},
                 "annotations": {"cluster-autoscaler.kubernetes.io/safe-to-evict": "false"},
             },
             "spec": {
@@ -299,14 +354,14 @@ def _autoscaler() -> Object:
     }
 
 
-def rayservice(spec: ClusterSpec, config: Object, image: str = "") -> Object:
+def rayservice(spec: ClusterSpec, catalogue: Catalogue, config: Object, image: str = "") -> Object:
     """The RayService of a description and a config as `read_config` gives it. Raises CatalogueError.
 
     Its namespace is called like the cluster, as the clouds' identities of its pods are told.
     `image` is the description's with its registry, once that is known. Two secrets are needed that are never in a file:
     TOKEN_SECRET and REDIS.
     """
-    config, image = on_gpus(spec, config), image or spec.serve.image
+    config, image = on_gpus(spec, catalogue, config), image or spec.serve.image
     password = {"valueFrom": {"secretKeyRef": {"name": REDIS, "key": "password"}}}
     return {
         "apiVersion": "ray.io/v1",
@@ -326,7 +381,9 @@ def rayservice(spec: ClusterSpec, config: Object, image: str = "") -> Object:
                 "autoscalerOptions": _autoscaler(),
                 "gcsFaultToleranceOptions": {"redisAddress": f"{REDIS}:6379", "redisPassword": password},
                 "headGroupSpec": _head(spec, config, image),
-                "workerGroupSpecs": [_workers(spec, index, config, image) for index in range(len(spec.gpu_pools))],
+                "workerGroupSpecs": [
+                    _workers(spec, catalogue, index, config, image) for index in range(len(spec.gpu_pools))
+                ],
             },
         },
     }

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from infra_pulumi import sizes
+from infra_pulumi.catalogue import Catalogue
 from infra_pulumi.rayservice import RAY_VERSION, environment
 from infra_pulumi.spec import ClusterSpec
 
@@ -34,12 +35,14 @@ Object = dict[str, Any]
 class Site:
     """What only the account knows. Left as they are, `ray up` fails at once; the file says where to find each.
 
-    `network` is a security group (AWS), a subnetwork (GCP) or an address range to be made (Azure). The two identities
+    `network` is a security group (AWS), a subnetwork (GCP) or an address range to be made (Azure); `subnet` is AWS's
+    alone, where Ray takes any subnet of the group's network, the public ones too. The two identities
     are an instance profile's name, a service account's address or a managed identity's name.
     """
 
     image: str = "REPLACE_IMAGE"
     network: str = "REPLACE_NETWORK"
+    subnet: str = "REPLACE_SUBNET"
     head_identity: str = "REPLACE_HEAD_IDENTITY"
     worker_identity: str = "REPLACE_WORKER_IDENTITY"
     account: str = "REPLACE_ACCOUNT"
@@ -88,11 +91,11 @@ def _common(name: str, longest_s: int) -> Object:
     }
 
 
-def _node_types(spec: ClusterSpec, head: Object, workers: list[Object]) -> Object:
+def _node_types(spec: ClusterSpec, catalogue: Catalogue, head: Object, workers: list[Object]) -> Object:
     """`workers` are the node groups' configurations, in their order."""
     types: Object = {"head": {"resources": {"CPU": 0}, "node_config": head}}
     for group, config in zip(spec.node_groups(), workers, strict=True):
-        size = sizes.pod_size(spec, spec.gpu_pools.index(group.pool))
+        size = sizes.pod_size(spec, catalogue, spec.gpu_pools.index(group.pool))
         types[group.name] = {
             "min_workers": group.min,
             "max_workers": group.max,
@@ -106,7 +109,7 @@ def _node_types(spec: ClusterSpec, head: Object, workers: list[Object]) -> Objec
     }
 
 
-def _aws(spec: ClusterSpec, site: Site) -> Object:
+def _aws(spec: ClusterSpec, catalogue: Catalogue, site: Site) -> Object:
     """No SSH from outside: the group of one's own lets its members talk, and Systems Manager carries the sessions."""
 
     def node(instance_type: str, disk_gib: int, identity: str) -> Object:
@@ -115,6 +118,7 @@ def _aws(spec: ClusterSpec, site: Site) -> Object:
             "InstanceType": instance_type,
             "ImageId": site.image,
             "SecurityGroupIds": [site.network],
+            "SubnetIds": [site.subnet],
             "IamInstanceProfile": {"Name": identity},
             "MetadataOptions": {"HttpTokens": "required", "HttpPutResponseHopLimit": 1, "HttpEndpoint": "enabled"},
             "BlockDeviceMappings": [{"DeviceName": "/dev/sda1", "Ebs": disk}],
@@ -141,11 +145,13 @@ def _aws(spec: ClusterSpec, site: Site) -> Object:
         },
         "auth": {"ssh_user": "ubuntu", "ssh_proxy_command": session, "ssh_proxy_use_node_id": True},
         "head_setup_commands": ["~/venv/bin/python -m pip install -q boto3==1.44.8"],
-        **_node_types(spec, node(str(spec.system.instance_type), spec.system.disk_gib, site.head_identity), workers),
+        **_node_types(
+            spec, catalogue, node(str(spec.system.instance_type), spec.system.disk_gib, site.head_identity), workers
+        ),
     }
 
 
-def _gcp(spec: ClusterSpec, site: Site) -> Object:
+def _gcp(spec: ClusterSpec, catalogue: Catalogue, site: Site) -> Object:
     """No public addresses; Identity-Aware Proxy carries the sessions. Google encrypts its disks always.
 
     Ray gives the head a service account that it makes itself (gcp/config.py), whatever is written here.
@@ -171,7 +177,7 @@ def _gcp(spec: ClusterSpec, site: Site) -> Object:
         scopes = ["https://www.googleapis.com/auth/cloud-platform"]
         config["serviceAccounts"] = [{"email": site.worker_identity, "scopes": scopes}]
         if card:
-            count = sizes.pod_size(spec, spec.gpu_pools.index(group.pool)).gpus
+            count = sizes.pod_size(spec, catalogue, spec.gpu_pools.index(group.pool)).gpus
             kind = f"zones/{spec.zones[0]}/acceleratorTypes/nvidia-tesla-{card}"
             config["guestAccelerators"] = [{"acceleratorType": kind, "acceleratorCount": count}]
         config["scheduling"] = {"onHostMaintenance": "TERMINATE"}
@@ -193,11 +199,11 @@ def _gcp(spec: ClusterSpec, site: Site) -> Object:
         },
         "auth": {"ssh_user": "ubuntu", "ssh_proxy_command": tunnel, "ssh_proxy_use_node_id": True},
         "head_setup_commands": ["~/venv/bin/python -m pip install -q google-api-python-client==1.7.8"],
-        **_node_types(spec, node(str(spec.system.instance_type), spec.system.disk_gib), workers),
+        **_node_types(spec, catalogue, node(str(spec.system.instance_type), spec.system.disk_gib), workers),
     }
 
 
-def _azure(spec: ClusterSpec, site: Site) -> Object:
+def _azure(spec: ClusterSpec, catalogue: Catalogue, site: Site) -> Object:
     """No public addresses. Ray makes network and security group, whose rule for SSH names no source: nothing outside
     that network reaches it, unless the network is opened. Azure encrypts its disks always.
     """
@@ -234,14 +240,14 @@ def _azure(spec: ClusterSpec, site: Site) -> Object:
         },
         "auth": {"ssh_user": "ubuntu"},
         "head_setup_commands": [f"~/venv/bin/python -m pip install -q {pins}"],
-        **_node_types(spec, head, workers),
+        **_node_types(spec, catalogue, head, workers),
     }
 
 
-def rayup(spec: ClusterSpec, longest_s: int, site: Site | None = None) -> Object:
+def rayup(spec: ClusterSpec, catalogue: Catalogue, longest_s: int, site: Site | None = None) -> Object:
     """The file for the description's cloud. `longest_s` is how long a request may take. Raises CatalogueError."""
     clouds = {"aws": _aws, "gcp": _gcp, "azure": _azure}
-    return {**_common(spec.name, longest_s), **clouds[spec.provider](spec, site or Site())}
+    return {**_common(spec.name, longest_s), **clouds[spec.provider](spec, catalogue, site or Site())}
 
 
 def on_premises(name: str, longest_s: int, head: str, workers: tuple[str, ...]) -> Object:

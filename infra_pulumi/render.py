@@ -12,7 +12,8 @@ from typing import Any
 
 import yaml
 
-from infra_pulumi import catalogue, spec as descriptions
+from infra_pulumi import spec as descriptions
+from infra_pulumi.catalogue import Catalogue, check, load as load_catalogue
 from infra_pulumi.charts import Chart, charts
 from infra_pulumi.objects import beside
 from infra_pulumi.rayservice import NAME, longest_request_s, on_gpus, rayservice, read_config
@@ -31,8 +32,9 @@ _PLACES = {
         "REPLACE_IMAGE: an Ubuntu 24.04 with NVIDIA's driver:",
         "  aws ssm get-parameter --query Parameter.Value --name"
         " /aws/service/deeplearning/ami/x86_64/base-oss-nvidia-driver-gpu-ubuntu-24.04/latest/ami-id",
-        "REPLACE_NETWORK: a security group whose only rule lets its own members in, in a network with private subnets.",
-        "  Without one of yours Ray makes a group that lets SSH in from everywhere.",
+        "REPLACE_NETWORK: a security group whose only rule lets its own members in. Without one of yours Ray makes a",
+        "  group that lets SSH in from everywhere.",
+        "REPLACE_SUBNET: a private subnet of that group's network, with NAT.",
         "REPLACE_HEAD_IDENTITY, REPLACE_WORKER_IDENTITY: instance profiles with AmazonSSMManagedInstanceCore. The head",
         "  may also start, tag, describe and terminate instances, and pass the workers' role. Without one of yours Ray",
         "  makes one with AmazonEC2FullAccess and AmazonS3FullAccess.",
@@ -48,8 +50,9 @@ _PLACES = {
     "azure": (
         "REPLACE_ACCOUNT: the subscription.",
         "REPLACE_IMAGE: the resource id of an Ubuntu 24.04 with NVIDIA's driver.",
-        "REPLACE_NETWORK: the range of the network that Ray makes, such as 10.60.0.0/16. Run this where that range is",
-        "  reached (a peered network, a VPN), and give it a NAT gateway.",
+        "REPLACE_NETWORK: the range of the network that Ray makes, such as 10.60.0.0/16. It has no way in or out: give",
+        "  it a NAT gateway, and peer it with the network that you run this in, while Ray waits for the head. It waits",
+        "  15 minutes; a second `ray up` goes on.",
         "REPLACE_HEAD_IDENTITY: a managed identity in the resource group beside; the workers have it too.",
     ),
 }
@@ -98,9 +101,9 @@ def _kustomization(spec: ClusterSpec) -> dict[str, Any]:
     }
 
 
-def manifests(spec: ClusterSpec, config: Path) -> dict[str, str]:
+def manifests(spec: ClusterSpec, catalogue: Catalogue, config: Path) -> dict[str, str]:
     """Paths and their texts: what `kubectl apply -k` and `helm` take. Raises SpecError."""
-    catalogue.check(spec, catalogue.load())
+    check(spec, catalogue)
     document = read_config(config)
     files = {
         "kustomization.yaml": _commented(
@@ -108,7 +111,9 @@ def manifests(spec: ClusterSpec, config: Path) -> dict[str, str]:
             to_yaml(_kustomization(spec)),
         ),
         "beside.yaml": _commented((_BY,), to_yaml(*beside(spec))),
-        "rayservice.yaml": _commented((_BY, f"The service of {config.name}."), to_yaml(rayservice(spec, document))),
+        "rayservice.yaml": _commented(
+            (_BY, f"The service of {config.name}."), to_yaml(rayservice(spec, catalogue, document))
+        ),
     }
     for number, chart in enumerate(charts(spec), start=1):
         path = f"values/{number}-{chart.release}.yaml"
@@ -116,9 +121,9 @@ def manifests(spec: ClusterSpec, config: Path) -> dict[str, str]:
     return files
 
 
-def ray_up(spec: ClusterSpec, config: Path) -> dict[str, str]:
+def ray_up(spec: ClusterSpec, catalogue: Catalogue, config: Path) -> dict[str, str]:
     """The cloud's `ray up` file, and the service's config for it. Raises SpecError."""
-    catalogue.check(spec, catalogue.load())
+    check(spec, catalogue)
     document = read_config(config)
     head = (
         _BY,
@@ -126,9 +131,9 @@ def ray_up(spec: ClusterSpec, config: Path) -> dict[str, str]:
     )
     return {
         f"{spec.provider}.yaml": _commented(
-            (*head, *_PLACES[spec.provider]), to_yaml(rayup(spec, longest_request_s(document)))
+            (*head, *_PLACES[spec.provider]), to_yaml(rayup(spec, catalogue, longest_request_s(document)))
         ),
-        f"{spec.provider}.serve.yaml": _commented((_BY,), to_yaml(on_gpus(spec, document))),
+        f"{spec.provider}.serve.yaml": _commented((_BY,), to_yaml(on_gpus(spec, catalogue, document))),
     }
 
 
@@ -143,24 +148,24 @@ def ray_on_premises(config: Path) -> dict[str, str]:
     return {"on-premises.yaml": _commented(notes, to_yaml(on_premises(NAME, longest_s, "10.0.0.10", ("10.0.0.11",))))}
 
 
-def every(spec: ClusterSpec, config: Path) -> dict[str, str]:
+def every(spec: ClusterSpec, catalogue: Catalogue, config: Path) -> dict[str, str]:
     """All files of one description. Raises SpecError."""
     return {
-        **{f"kubernetes/{name}": text for name, text in manifests(spec, config).items()},
-        **{f"ray-up/{name}": text for name, text in ray_up(spec, config).items()},
-        "topology.svg": svg(spec),
+        **{f"kubernetes/{name}": text for name, text in manifests(spec, catalogue, config).items()},
+        **{f"ray-up/{name}": text for name, text in ray_up(spec, catalogue, config).items()},
+        "topology.svg": svg(spec, catalogue),
     }
 
 
 def kept() -> dict[str, str]:
     """All files under cluster/ that are made here, by their paths there."""
-    config = ROOT / "serve_config.yaml"
+    config, catalogue = ROOT / "serve_config.yaml", load_catalogue()
     files = {f"ray-up/{name}": text for name, text in ray_on_premises(config).items()}
     for provider in PROVIDERS:
         spec = descriptions.load(KEPT / f"descriptions/{provider}.yaml")
-        files |= {f"kubernetes/{provider}/{name}": text for name, text in manifests(spec, config).items()}
-        files |= {f"ray-up/{name}": text for name, text in ray_up(spec, config).items()}
-        files[f"topology/{provider}.svg"] = svg(spec)
+        files |= {f"kubernetes/{provider}/{name}": text for name, text in manifests(spec, catalogue, config).items()}
+        files |= {f"ray-up/{name}": text for name, text in ray_up(spec, catalogue, config).items()}
+        files[f"topology/{provider}.svg"] = svg(spec, catalogue)
     return files
 
 

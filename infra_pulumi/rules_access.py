@@ -5,12 +5,18 @@ from __future__ import annotations
 import ipaddress
 import json
 import re
+from collections.abc import Iterator
 
 from infra_pulumi.policy import HOUSE, Broken, expected, get, of, rule
 from infra_pulumi.record import Recording
 from infra_pulumi.spec import ClusterSpec
 
-OPEN = "0.0.0.0/0"
+EVERYBODY = {"0.0.0.0/0", "::/0", "*", "Internet", "Any"}
+
+
+def _wide(cidr: str) -> bool:
+    """Addresses that are not known yet, `${...}`, are the cluster's own."""
+    return not cidr.startswith("${") and ipaddress.ip_network(cidr).prefixlen < 8
 
 
 @rule("api-open-to-the-world", "error", "name the addresses of those who administer it in network.api_cidrs")
@@ -23,11 +29,11 @@ def _api_is_not_open(recording: Recording, spec: ClusterSpec) -> Broken:
     for kind, path in lists.items():
         for resource in recording.of(kind):
             for cidr in get(resource.inputs, path) or []:
-                if ipaddress.ip_network(cidr).prefixlen < 8:
+                if _wide(cidr):
                     yield resource.name, f"{path} has {cidr}"
     for resource in recording.of("gcp.container.Cluster"):
         for block in get(resource.inputs, "masterAuthorizedNetworksConfig.cidrBlocks") or []:
-            if ipaddress.ip_network(block["cidrBlock"]).prefixlen < 8:
+            if _wide(block["cidrBlock"]):
                 yield resource.name, f"masterAuthorizedNetworksConfig has {block['cidrBlock']}"
 
 
@@ -48,23 +54,45 @@ def _public_api_has_a_list(recording: Recording, spec: ClusterSpec) -> Broken:
             yield resource.name, "a public API server without authorizedIPRanges"
 
 
+def _openings(recording: Recording) -> Iterator[tuple[str, str]]:
+    """Each way in from everywhere: whose it is, and its ports."""
+    yield from _aws_openings(recording)
+    for resource in recording.of("gcp.compute.Firewall"):
+        if EVERYBODY & set(resource.inputs.get("sourceRanges", [])):
+            ports = [port for allow in resource.inputs.get("allows", []) for port in allow.get("ports", ["all"])]
+            yield resource.name, ", ".join(ports)
+    rules = [(each.name, each.inputs) for each in recording.of("azure-native.network.SecurityRule")]
+    for resource in recording.of("azure-native.network.NetworkSecurityGroup"):
+        rules += [(resource.name, each) for each in resource.inputs.get("securityRules", [])]
+    for name, each in rules:
+        sources = {each.get("sourceAddressPrefix"), *each.get("sourceAddressPrefixes", [])}
+        if sources & EVERYBODY and (each.get("direction"), each.get("access")) == ("Inbound", "Allow"):
+            ports = [each.get("destinationPortRange"), *each.get("destinationPortRanges", [])]
+            yield name, ", ".join(filter(None, ports))
+
+
+def _aws_openings(recording: Recording) -> Iterator[tuple[str, str]]:
+    rules = [(each.name, each.inputs) for each in recording.of("aws.vpc.SecurityGroupIngressRule")]
+    rules += [
+        (each.name, each.inputs)
+        for each in recording.of("aws.ec2.SecurityGroupRule")
+        if each.inputs.get("type") == "ingress"
+    ]
+    for resource in of(recording, {"aws.ec2.SecurityGroup", "aws.ec2.DefaultSecurityGroup"}):
+        rules += [(resource.name, each) for each in resource.inputs.get("ingress", [])]
+    for name, each in rules:
+        sources = {each.get("cidrIpv4"), each.get("cidrIpv6"), *each.get("cidrBlocks", [])}
+        if EVERYBODY & (sources | set(each.get("ipv6CidrBlocks", []))):
+            first, last = each.get("fromPort"), each.get("toPort")
+            yield name, str(first) if first == last and first is not None else f"{first} to {last}"
+
+
 @rule("world-may-come-in", "error", "let in one port, 443, or the addresses that need it")
 def _only_https_from_everywhere(recording: Recording, spec: ClusterSpec) -> Broken:
     """From everywhere only 443 may be reached: never SSH, and never Ray's dashboard, which runs anybody's code."""
-    for resource in of(recording, {"aws.ec2.SecurityGroup", "aws.ec2.DefaultSecurityGroup"}):
-        for each in resource.inputs.get("ingress", []):
-            if OPEN in each.get("cidrBlocks", []) and (each.get("fromPort"), each.get("toPort")) != (443, 443):
-                yield resource.name, f"ports {each.get('fromPort')} to {each.get('toPort')} are open to {OPEN}"
-    for resource in recording.of("gcp.compute.Firewall"):
-        if OPEN in resource.inputs.get("sourceRanges", []):
-            ports = [port for allow in resource.inputs.get("allows", []) for port in allow.get("ports", ["all"])]
-            if ports != ["443"]:
-                yield resource.name, f"ports {', '.join(ports)} are open to {OPEN}"
-    for resource in recording.of("azure-native.network.NetworkSecurityGroup"):
-        for each in resource.inputs.get("securityRules", []):
-            open_ = each.get("sourceAddressPrefix") in ("*", "Internet", OPEN) and each.get("direction") == "Inbound"
-            if open_ and each.get("access") == "Allow" and each.get("destinationPortRange") != "443":
-                yield resource.name, f"port {each.get('destinationPortRange')} is open to everybody"
+    for name, ports in _openings(recording):
+        if ports != "443":
+            yield name, f"ports {ports} are open to everybody"
 
 
 @rule("node-has-public-address", "error", HOUSE)
@@ -79,15 +107,23 @@ def _nodes_are_private(recording: Recording, spec: ClusterSpec) -> Broken:
     for resource in recording.of("azure-native.containerservice.AgentPool"):
         if resource.inputs.get("enableNodePublicIP") is not False:
             yield resource.name, "enableNodePublicIP is not false"
+    for resource in recording.of("azure-native.containerservice.ManagedCluster"):
+        for pool in resource.inputs.get("agentPoolProfiles", []):
+            if pool.get("enableNodePublicIP") is not False:
+                yield resource.name, f"pool {pool.get('name')}: enableNodePublicIP is not false"
+    for resource in recording.of("aws.ec2.LaunchTemplate"):
+        if any(each.get("associatePublicIpAddress") for each in resource.inputs.get("networkInterfaces", [])):
+            yield resource.name, "networkInterfaces has associatePublicIpAddress"
 
 
 @rule("nodes-on-public-subnet", "error", HOUSE)
 def _nodes_are_on_private_subnets(recording: Recording, spec: ClusterSpec) -> Broken:
     """The public subnets are for load balancers and NAT."""
+    subnets = recording.of("aws.ec2.Subnet")
+    public = {f"${{{each.name}.id}}" for each in subnets if "kubernetes.io/role/elb" in each.inputs.get("tags", {})}
     for resource in recording.of("aws.eks.NodeGroup"):
-        public = [subnet for subnet in resource.inputs.get("subnetIds", []) if "-public-" in subnet]
-        if public:
-            yield resource.name, f"its nodes would be on {', '.join(public)}"
+        if strange := sorted(public & set(resource.inputs.get("subnetIds", []))):
+            yield resource.name, f"its nodes would be on {', '.join(strange)}"
 
 
 @rule("ssh-into-nodes", "error", "use kubectl debug, or AWS Systems Manager")
@@ -222,16 +258,20 @@ def _least_privilege(recording: Recording, spec: ClusterSpec) -> Broken:
             yield resource.name, "Owner, Contributor or User Access Administrator is given"
 
 
+def _listed(value: str | list[str]) -> list[str]:
+    return [value] if isinstance(value, str) else value
+
+
 @rule("policy-allows-everything", "error", "name the actions, and whom they concern")
 def _no_wildcards(recording: Recording, spec: ClusterSpec) -> Broken:
     """What changes something may do so to this cluster's only."""
     for resource in recording.of("aws.iam.RolePolicy"):
         for statement in json.loads(resource.inputs["policy"])["Statement"]:
-            actions = statement["Action"] if isinstance(statement["Action"], list) else [statement["Action"]]
+            actions = _listed(statement.get("Action", "*"))  # without it there is NotAction: all but some
             changing = [each for each in actions if not re.match(r"[\w-]+:(Describe|Get|List)", each)]
             if any(each == "*" or each.endswith(":*") for each in actions):
                 yield resource.name, f"{', '.join(actions)} is allowed"
-            elif changing and statement.get("Resource") == "*" and "Condition" not in statement:
+            elif changing and "*" in _listed(statement.get("Resource", "*")) and "Condition" not in statement:
                 yield resource.name, f"{', '.join(changing)} is allowed on everything"
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from infra_pulumi import catalogue
-from infra_pulumi.catalogue import InstanceType
+from infra_pulumi.catalogue import Catalogue, InstanceType
 from infra_pulumi.spec import ClusterSpec
 
 # Of the machine's memory that kubelet and system keep, by Google's "Plan node sizes": so much of each further part.
-# EKS and AKS keep less of machines of this size.
+# EKS and AKS (with 110 pods a node) keep less.
 _KEPT = ((4, 0.25), (4, 0.20), (8, 0.10), (112, 0.06))
 _REST = 0.02
 _EVICTION_GIB = 0.1  # kubelet evicts pods before the last 100 MiB
@@ -38,15 +37,14 @@ def allocatable_gib(memory_gib: float) -> float:
     return seen - kept - left * _REST - _DAEMONS_GIB
 
 
-def machines(spec: ClusterSpec, index: int) -> tuple[InstanceType, ...]:
+def machines(spec: ClusterSpec, catalogue: Catalogue, index: int) -> tuple[InstanceType, ...]:
     """Those of the spec's GPU pool number `index`, in their order. Raises CatalogueError: `catalogue.check` first."""
-    known = catalogue.load()
-    return tuple(known.get(spec.provider, name) for name in spec.gpu_pools[index].instance_types)
+    return tuple(catalogue.get(spec.provider, name) for name in spec.gpu_pools[index].instance_types)
 
 
-def pod_size(spec: ClusterSpec, index: int) -> PodSize:
+def pod_size(spec: ClusterSpec, catalogue: Catalogue, index: int) -> PodSize:
     """What one worker pod can have on any of the pool's machines. Raises CatalogueError."""
-    choices = machines(spec, index)
+    choices = machines(spec, catalogue, index)
     vcpu = min(each.vcpu for each in choices)
     return PodSize(
         cpus=vcpu - 1,
@@ -56,6 +54,6 @@ def pod_size(spec: ClusterSpec, index: int) -> PodSize:
     )
 
 
-def gpus(spec: ClusterSpec) -> int:
+def gpus(spec: ClusterSpec, catalogue: Catalogue) -> int:
     """As many GPUs as the pools can have together. Raises CatalogueError."""
-    return sum(pool.max * pod_size(spec, index).gpus for index, pool in enumerate(spec.gpu_pools))
+    return sum(pool.max * pod_size(spec, catalogue, index).gpus for index, pool in enumerate(spec.gpu_pools))

@@ -113,9 +113,9 @@ def _fit(machine: InstanceType, weights: float, dtype: Dtype, load: Load, measur
         return None
     replicas = machine.gpu_count // gpus
     known = measured.get(machine.type)
-    rate = known if known is not None else replicas * derived_tokens_per_s(machine, weights, dtype, load)
-    if rate is None or rate <= 0:
+    if known is None and not derivable(machine):
         return None
+    rate = known if known is not None else replicas * derived_tokens_per_s(machine, weights, dtype, load)
     million = 1e6 / 3600 / rate
     return Fit(
         machine=machine,
@@ -134,6 +134,11 @@ def _gpus_for(machine: InstanceType, needed: float) -> int | None:
     free = ((machine.gpu_memory_gib or 0) * USABLE - OVERHEAD_GIB) * GIB
     gpus = -int(-needed // free) if free > 0 else machine.gpu_count + 1
     return gpus if gpus <= machine.gpu_count else None
+
+
+def derivable(machine: InstanceType) -> bool:
+    """Whether its GPU's data sheet is known here."""
+    return (str(machine.gpu), float(machine.gpu_memory_gib or 0)) in GPUS
 
 
 def derived_tokens_per_s(machine: InstanceType, weights: float, dtype: Dtype, load: Load) -> float:

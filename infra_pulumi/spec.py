@@ -115,7 +115,6 @@ def _pinned(text: str) -> str:
     return text
 
 
-Network_: TypeAlias = Annotated[str, AfterValidator(_network)]
 PrivateNetwork: TypeAlias = Annotated[str, AfterValidator(_network), AfterValidator(_private)]
 Callers: TypeAlias = Annotated[str, AfterValidator(_network), AfterValidator(_callers)]
 Mail: TypeAlias = Annotated[str, Field(max_length=50), AfterValidator(_mail)]  # 50 is AWS's limit for a budget
@@ -136,6 +135,7 @@ def _ordered(max: int, info: ValidationInfo) -> int:
     return max
 
 
+HOUSE_TAGS = ("app", "cluster", "managed-by")
 _WIDTHS = {"cidr": (16, 20), "pods_cidr": (10, 18), "services_cidr": (16, 24)}
 
 
@@ -284,7 +284,7 @@ class Addons(Section):
     cluster_autoscaler: bool = Field(True, description="For AWS; GKE and AKS bring their own.")
     network_policy: bool = True
     disruption_budget: bool = True
-    by_pulumi: bool = Field(False, description="Needs serve_app[infra-kubernetes].")
+    by_pulumi: bool = Field(False, description="Needs pulumi-kubernetes, which is in requirements-infra.lock.")
 
 
 class Budget(Section):
@@ -374,6 +374,14 @@ class ClusterSpec(Section):
             )
         return version
 
+    @field_validator("network")
+    @classmethod
+    def _addresses_of_the_provider(cls, network: Network, info: ValidationInfo) -> Network:
+        if info.data.get("provider") == "aws" and network.services_cidr.startswith("100."):
+            message = f"EKS does not take {network.services_cidr} for services; take a range inside 172.16.0.0/12"
+            _refuse([Fault("services_cidr", message)])
+        return network
+
     @field_validator("system")
     @classmethod
     def _system_type(cls, system: SystemPool, info: ValidationInfo) -> SystemPool:
@@ -387,12 +395,30 @@ class ClusterSpec(Section):
     @field_validator("gpu_pools")
     @classmethod
     def _pools_of_the_provider(cls, pools: tuple[GpuPool, ...], info: ValidationInfo) -> tuple[GpuPool, ...]:
-        names = [pool.name for pool in pools]
-        faults = [Fault("", f"two pools are called {name}; name each otherwise") for name in _twice(names)]
+        names = [group.name for pool in pools for group in pool.node_groups()]
+        faults = [
+            Fault("", f"two node groups would be called {name}; name the pools otherwise") for name in _twice(names)
+        ]
+        if "system" in names:
+            faults.append(Fault("", "system is the name of the pool without GPUs; name this one otherwise"))
         for index, pool in enumerate(pools):
             faults += [Fault(f"{index}.{each.path}", each.message) for each in _pool_faults(pool, info.data)]
         _refuse(faults)
         return pools
+
+    @field_validator("budget")
+    @classmethod
+    def _as_many_as_are_told(cls, budget: Budget | None, info: ValidationInfo) -> Budget | None:
+        if budget and info.data.get("provider") == "gcp" and len(budget.emails) > 5:
+            _refuse([Fault("emails", f"Google tells five at most, and these are {len(budget.emails)}; take a list's")])
+        return budget
+
+    @field_validator("tags")
+    @classmethod
+    def _none_of_the_house(cls, tags: dict[str, str]) -> dict[str, str]:
+        if ours := sorted(set(tags) & set(HOUSE_TAGS)):
+            raise ValueError(f"{', '.join(ours)} is set on everything already, and budgets look for it; choose another")
+        return tags
 
     @field_validator("production")
     @classmethod
@@ -407,7 +433,7 @@ class ClusterSpec(Section):
 
     def all_tags(self) -> dict[str, str]:
         """What every resource that can have tags has."""
-        return {"app": "serve-app", "cluster": self.name, "managed-by": "pulumi", **self.tags}
+        return {**dict(zip(HOUSE_TAGS, ("serve-app", self.name, "pulumi"), strict=True)), **self.tags}
 
 
 def _twice(names: list[str]) -> list[str]:

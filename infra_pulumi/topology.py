@@ -5,6 +5,7 @@ from __future__ import annotations
 from html import escape
 
 from infra_pulumi import sizes
+from infra_pulumi.catalogue import Catalogue
 from infra_pulumi.spec import ClusterSpec
 
 WIDTH = 960
@@ -52,8 +53,9 @@ def _arrow(*points: tuple[float, float], both: bool = False) -> str:
     return f'<path d="M {path}" marker-end="url(#tip)"{start}/>'
 
 
-def _pool_lines(spec: ClusterSpec, index: int) -> list[str]:
-    pool, size, machines = spec.gpu_pools[index], sizes.pod_size(spec, index), sizes.machines(spec, index)
+def _pool_lines(spec: ClusterSpec, catalogue: Catalogue, index: int) -> list[str]:
+    pool, machines = spec.gpu_pools[index], sizes.machines(spec, catalogue, index)
+    size = sizes.pod_size(spec, catalogue, index)
     how = f"spot, {pool.on_demand_base} on demand" if pool.on_demand_base else "spot" if pool.spot else "on demand"
     others = f" or {len(machines) - 1} more" if len(machines) > 1 else ""
     return [
@@ -65,10 +67,10 @@ def _pool_lines(spec: ClusterSpec, index: int) -> list[str]:
     ]
 
 
-def svg(spec: ClusterSpec) -> str:
+def svg(spec: ClusterSpec, catalogue: Catalogue) -> str:
     """The description's cluster. The same description gives the same bytes. Raises CatalogueError."""
     words = _WORDS[spec.provider]
-    pools = [_pool_lines(spec, index) for index in range(len(spec.gpu_pools))]
+    pools = [_pool_lines(spec, catalogue, index) for index in range(len(spec.gpu_pools))]
     pool_height, gap, top = 116, 24, 156
     inner = max(len(pools) * (pool_height + gap) - gap, 300)
     bottom = top + inner + 30

@@ -66,14 +66,15 @@ def bootstrap(config: Any) -> Any:
         region = config["provider"]["region"]
         ec2, iam = boto3.resource("ec2", region), boto3.client("iam", region)
         network = ec2.create_vpc(CidrBlock="10.1.0.0/16")
-        for number, zone in enumerate(config["provider"]["availability_zone"].split(",")):
-            network.create_subnet(CidrBlock=f"10.1.{number}.0/24", AvailabilityZone=zone)
+        zone = config["provider"]["availability_zone"].split(",")[0]
+        public, private = (network.create_subnet(CidrBlock=f"10.1.{n}.0/24", AvailabilityZone=zone) for n in (0, 1))
+        ec2.meta.client.modify_subnet_attribute(SubnetId=public.id, MapPublicIpOnLaunch={"Value": True})
         group = network.create_security_group(GroupName="ray", Description="ray")
         for profile in ("head", "worker"):
             iam.create_instance_profile(InstanceProfileName=profile)
         image = ec2.meta.client.describe_images(Owners=["amazon"])["Images"][0]["ImageId"]
         for each in config["available_node_types"].values():
-            each["node_config"] |= {"SecurityGroupIds": [group.id], "ImageId": image}
+            each["node_config"] |= {"SecurityGroupIds": [group.id], "ImageId": image, "SubnetIds": [private.id]}
 
         made = bootstrap_aws(config)
         provider = AWSNodeProvider({**made["provider"], "cache_stopped_nodes": False}, made["cluster_name"])
@@ -92,6 +93,7 @@ def bootstrap(config: Any) -> Any:
                     "type": each.instance_type,
                     "spot": each.instance_lifecycle == "spot",
                     "public": each.public_ip_address,
+                    "private": each.subnet_id == private.id,
                     "tokens": each.metadata_options["HttpTokens"],
                     "encrypted": [disk.encrypted for disk in each.volumes.all()],
                 }

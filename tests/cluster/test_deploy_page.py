@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from infra_pulumi import options
+from infra_pulumi.charts import RECEIVERS, ROUTES
 from infra_pulumi.objects import CALLER, IDENTITY_ANNOTATION, MONITORING_NAMESPACE, OPERATOR_NAMESPACE
 from infra_pulumi.rayservice import IDLE_S, MODEL_SECRET, NAME, REDIS, TOKEN_SECRET
 from infra_pulumi.render import KEPT, ROOT
@@ -48,6 +49,16 @@ def test_secrets_are_those_that_the_service_asks_for() -> None:
     assert all(name in text for name in (TOKEN_SECRET, REDIS, MODEL_SECRET))
     values = yaml.safe_load(CHARTS["prometheus"].read_text())
     assert set(made) == {values["grafana"]["admin"]["existingSecret"]}
+
+
+def test_alertmanager_reads_the_secrets_that_its_page_makes() -> None:
+    page = (KEPT / "monitoring/README.md").read_text()
+    told = yaml.safe_load(CHARTS["prometheus"].read_text())["alertmanager"]["alertmanagerSpec"]
+    assert told == {"useExistingSecret": True, "configSecret": ROUTES, "secrets": [RECEIVERS]}
+    made = set(re.findall(r"create secret generic (\S+) --from-file", page))
+    assert made == {ROUTES, RECEIVERS}
+    assert f"/etc/alertmanager/secrets/{RECEIVERS}/" in page
+    assert "### Who is told" in page
 
 
 def test_namespaces_and_releases_are_those_of_the_files() -> None:

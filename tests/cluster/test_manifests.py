@@ -19,10 +19,10 @@ from infra_pulumi import catalogue, render, sizes
 from infra_pulumi.__main__ import main
 from infra_pulumi.charts import charts
 from infra_pulumi.objects import network_policies, service_account
-from infra_pulumi.rayservice import POD_START_S, on_gpus, rayservice, read_config
+from infra_pulumi.rayservice import POD_START_S, RAY_POD, longest_request_s, on_gpus, rayservice, read_config
 from infra_pulumi.render import KEPT, ROOT
 from infra_pulumi.spec import POOL_LABEL, SpecError
-from tests.cluster.world import CLOUDS, CONFIG, Json, changed, description, kept
+from tests.cluster.world import CLOUDS, CONFIG, KNOWN, Json, changed, description, kept
 
 KUBERAY = json.loads(Path(__file__).with_name("kuberay-rayservice.json").read_text())
 KUBERNETES = "1.35"  # as the descriptions have it
@@ -121,6 +121,7 @@ def test_the_config_is_the_repositorys_but_for_what_a_cluster_needs(cloud: str) 
     assert model["resources"].pop("num_gpus") == 1
     assert model["deployment"]["autoscaling"].pop("max_replicas") == pool.max
     (mine,) = ours["applications"][0]["args"]["models"]
+    assert (model.pop("device"), mine.pop("device")) == ("cuda", "auto")
     del ours["http_options"]["host"], mine["resources"]["num_gpus"], mine["deployment"]["autoscaling"]["max_replicas"]
     assert theirs == ours
 
@@ -129,24 +130,59 @@ def test_a_model_says_itself_what_it_reserves() -> None:
     config = read_config(CONFIG)
     (model,) = config["applications"][0]["args"]["models"]
     model["resources"]["num_gpus"] = 0.5
-    (shared,) = on_gpus(description("aws"), config)["applications"][0]["args"]["models"]
+    (shared,) = on_gpus(description("aws"), KNOWN, config)["applications"][0]["args"]["models"]
     assert shared["resources"]["num_gpus"] == 0.5
     assert shared["deployment"]["autoscaling"]["max_replicas"] == 8, "two on each of four"
     model["deployment"]["autoscaling"]["max_replicas"] = 3
-    (bounded,) = on_gpus(description("aws"), config)["applications"][0]["args"]["models"]
+    (bounded,) = on_gpus(description("aws"), KNOWN, config)["applications"][0]["args"]["models"]
     assert bounded["deployment"]["autoscaling"]["max_replicas"] == 3
     model["device"] = "cpu"
-    (plain,) = on_gpus(description("aws"), config)["applications"][0]["args"]["models"]
+    (plain,) = on_gpus(description("aws"), KNOWN, config)["applications"][0]["args"]["models"]
     assert plain == model
 
 
 def test_a_file_that_is_no_config_is_refused_in_words(tmp_path: Path) -> None:
-    for text in ("", "applications: 3", "a: [", "applications: [{name: x}]"):
+    some = "applications: [{args: {models: [%s]%s}}]"
+    wrong = (
+        "",
+        "applications: 3",
+        "applications: []",
+        "a: [",
+        "applications: [{name: x}]",
+        some % ("", ""),
+        some % ("{resources: 3}", ""),
+        some % ("{deployment: {autoscaling: {max_replicas: many}}}", ""),
+        some % ("{name: x}", ", limits: {request_timeout_s: ten}"),
+    )
+    for text in wrong:
         (tmp_path / "c.yaml").write_text(text)
         with pytest.raises(SpecError, match=r"serve\.config: "):
             read_config(tmp_path / "c.yaml")
     with pytest.raises(SpecError, match="No such file"):
         read_config(tmp_path / "none.yaml")
+
+
+def test_what_a_config_leaves_empty_is_filled_in(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("applications: [{args: {limits:, models: [{name: x, resources:, deployment:}]}}]")
+    config = read_config(tmp_path / "c.yaml")
+    assert longest_request_s(config) == 600
+    (model,) = on_gpus(description("aws"), KNOWN, config)["applications"][0]["args"]["models"]
+    assert model["resources"] == {"num_gpus": 1}
+    assert model["deployment"] == {"autoscaling": {"max_replicas": 4}}
+
+
+def test_a_number_of_replicas_that_is_said_stays(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("applications: [{args: {models: [{name: x, deployment: {num_replicas: 2}}]}}]")
+    (model,) = on_gpus(description("aws"), KNOWN, read_config(tmp_path / "c.yaml"))["applications"][0]["args"]["models"]
+    assert model["deployment"] == {"num_replicas": 2}
+
+
+def test_kuberays_own_name_is_left_to_it() -> None:
+    """By it the service in front of the head finds its pod (kuberay#2648)."""
+    cluster = service("aws")["spec"]["rayClusterConfig"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        assert "app.kubernetes.io/name" not in group["template"]["metadata"]["labels"]
+        assert group["template"]["metadata"]["labels"].items() >= RAY_POD.items()
 
 
 @pytest.mark.parametrize("cloud", CLOUDS)
@@ -225,7 +261,7 @@ def test_workers_go_to_their_pool_and_nothing_else_does(cloud: str) -> None:
 
 def test_a_taint_of_the_description_is_tolerated() -> None:
     taint = {"key": "team", "value": "a", "effect": "NoExecute"}
-    document = rayservice(changed("aws", pool={"taints": [taint]}), read_config(CONFIG))
+    document = rayservice(changed("aws", pool={"taints": [taint]}), KNOWN, read_config(CONFIG))
     assert {"operator": "Equal", **taint} in worker(document)["spec"]["tolerations"]
 
 
@@ -310,7 +346,7 @@ def test_workers_are_told_who_they_are_to_the_cloud(cloud: str, annotations: dic
 def test_what_the_description_leaves_out_is_left_out() -> None:
     addons = {"network_policy": False, "disruption_budget": False, "prometheus": False, "dcgm_exporter": False}
     spec = changed("aws", addons=addons)
-    files = render.manifests(spec, CONFIG)
+    files = render.manifests(spec, KNOWN, CONFIG)
     kinds = {each["kind"] for each in yaml.safe_load_all(files["beside.yaml"])}
     assert kinds == {"Namespace", "ServiceAccount", "Service", "StatefulSet", "StorageClass"}
     assert [chart.release for chart in charts(spec)] == [
@@ -416,19 +452,19 @@ def test_a_pod_leaves_the_node_what_it_needs(memory_gib: float, least: float, mo
 
 def test_a_pool_with_alternatives_is_as_small_as_the_smallest() -> None:
     spec = changed("aws", pool={"instance_types": ["g5.4xlarge", "g5.xlarge"]})
-    assert sizes.pod_size(spec, 0) == sizes.PodSize(cpus=3, cpu_limit=4, memory_gib=11, gpus=1)
+    assert sizes.pod_size(spec, KNOWN, 0) == sizes.PodSize(cpus=3, cpu_limit=4, memory_gib=11, gpus=1)
 
 
 def test_a_machine_without_a_place_in_the_catalogue_is_refused_before_anything_is_written() -> None:
     with pytest.raises(SpecError, match=r"gpu_pools\.0\.instance_types\.0"):
-        render.manifests(changed("aws", pool={"instance_types": ["g5.9xlarge"]}), CONFIG)
+        render.manifests(changed("aws", pool={"instance_types": ["g5.9xlarge"]}), KNOWN, CONFIG)
     assert catalogue.load().of("aws", "g5.9xlarge") is None
 
 
 def test_an_image_by_digest_stays_one() -> None:
     image = "registry.host:5000/a/serve-app@sha256:" + "0" * 64
     spec = changed("aws", serve={"image": image})
-    files = render.manifests(spec, CONFIG)
+    files = render.manifests(spec, KNOWN, CONFIG)
     (image_of,) = yaml.safe_load(files["kustomization.yaml"])["images"]
     assert image_of == {
         "name": "registry.host:5000/a/serve-app",
@@ -446,7 +482,7 @@ def test_the_crd_is_the_one_of_the_operator_that_is_installed() -> None:
 
 
 def test_everything_is_in_the_namespace_whose_pods_have_the_clouds_identity() -> None:
-    files = render.manifests(changed("aws", name="other"), CONFIG)
+    files = render.manifests(changed("aws", name="other"), KNOWN, CONFIG)
     documents = [each for name in ("beside.yaml", "rayservice.yaml") for each in yaml.safe_load_all(files[name])]
     documents = [each for each in documents if each["kind"] != "StorageClass"]  # which has none
     places = {each["metadata"].get("namespace") or each["metadata"]["name"] for each in documents}

@@ -15,7 +15,7 @@ import yaml
 from infra_pulumi.rayservice import RAY_VERSION, environment, on_gpus, rayservice, read_config
 from infra_pulumi.rayup import Site, rayup
 from infra_pulumi.render import KEPT, ROOT
-from tests.cluster.world import CLOUDS, CONFIG, Json, ask_ray, changed, description, kept
+from tests.cluster.world import CLOUDS, CONFIG, KNOWN, Json, ask_ray, changed, description, kept
 
 pytestmark = pytest.mark.system  # Ray takes its time to be imported
 
@@ -42,14 +42,14 @@ def cluster(service: Json) -> Json:
 
 def shaped(provider: str, spot: bool, least: int, base: int, most: int) -> Json:
     pool = {"spot": spot, "min": least, "on_demand_base": base, "max": most}
-    return cluster(rayservice(changed(provider, pool=pool), read_config(CONFIG)))
+    return cluster(rayservice(changed(provider, pool=pool), KNOWN, read_config(CONFIG)))
 
 
 def spoiled() -> dict[str, list[Json]]:
     """One of each that has to be refused, or the judges judge nothing."""
-    config = on_gpus(description("aws"), read_config(CONFIG))
+    config = on_gpus(description("aws"), KNOWN, read_config(CONFIG))
     config["applications"][0]["import_path"] = "nowhere"
-    service = rayservice(description("aws"), read_config(CONFIG))
+    service = rayservice(description("aws"), KNOWN, read_config(CONFIG))
     del service["spec"]["rayClusterConfig"]["workerGroupSpecs"][0]["maxReplicas"]
     (file,) = kept("ray-up/aws.yaml")
     file["available_node_types"]["gpu"]["min_workres"] = 1
@@ -75,8 +75,8 @@ def drain_options() -> list[str]:
 @pytest.fixture(scope="module")
 def ray(tmp_path_factory: pytest.TempPathFactory) -> Json:
     (aws,) = kept("ray-up/aws.yaml")
-    site = Site("ami-1", "sg-1", "head", "worker")
-    own = rayup(changed("aws", pool={"spot": True, "min": 1, "on_demand_base": 1}), 600, site)
+    site = Site("ami-1", "sg-1", "subnet-1", "head", "worker")
+    own = rayup(changed("aws", pool={"spot": True, "min": 1, "on_demand_base": 1}), KNOWN, 600, site)
     bad = copy.deepcopy(own)
     for each in bad["available_node_types"].values():
         each["node_config"]["MetadataOptions"]["HttpToken"] = "required"
@@ -178,20 +178,20 @@ def test_ray_up_starts_ray_with_a_token_and_a_dashboard_for_itself(name: str) ->
 
 @pytest.mark.parametrize("cloud", CLOUDS)
 def test_the_head_is_never_spot_and_no_machine_has_a_public_address(cloud: str) -> None:
-    spot = rayup(changed(cloud, pool={"spot": True, "min": 0, "on_demand_base": 0}), 600)
+    spot = rayup(changed(cloud, pool={"spot": True, "min": 0, "on_demand_base": 0}), KNOWN, 600)
     assert spot["provider"]["use_internal_ips"] is True
     types = spot["available_node_types"]
     assert re.search("(?i)spot", str(types["gpu"]))
     assert not re.search("(?i)spot", str(types["head"]))
     assert types["head"]["resources"] == {"CPU": 0}
-    steady = rayup(changed(cloud, pool={"spot": False, "min": 0, "on_demand_base": 0}), 600)
+    steady = rayup(changed(cloud, pool={"spot": False, "min": 0, "on_demand_base": 0}), KNOWN, 600)
     assert not re.search("(?i)spot", str(steady["available_node_types"]))
 
 
 def test_on_gcp_a_machine_with_a_card_beside_it_gets_the_card() -> None:
     spec = changed("gcp", pool={"instance_types": ["n1-standard-4+t4"]})
     (config,) = (
-        each["node_config"] for name, each in rayup(spec, 600)["available_node_types"].items() if name == "gpusp"
+        each["node_config"] for name, each in rayup(spec, KNOWN, 600)["available_node_types"].items() if name == "gpusp"
     )
     assert config["machineType"] == "n1-standard-4"
     kind = "zones/us-central1-a/acceleratorTypes/nvidia-tesla-t4"
@@ -226,6 +226,6 @@ def test_on_aws_the_machines_are_private_encrypted_and_the_head_is_not_spot(ray:
     instances = ray["bootstrap"][0]["instances"]
     assert {name: each["spot"] for name, each in instances.items()} == {"head": False, "gpuod": False, "gpusp": True}
     for each in instances.values():
-        assert (each["public"], each["tokens"]) == (None, "required")
+        assert (each["public"], each["private"], each["tokens"]) == (None, True, "required")
         assert each["encrypted"]
         assert all(each["encrypted"])

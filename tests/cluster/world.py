@@ -12,12 +12,14 @@ from typing import Any, TypeAlias
 import yaml
 
 from infra_pulumi import spec as descriptions
+from infra_pulumi.catalogue import load
 from infra_pulumi.render import KEPT, ROOT
 from infra_pulumi.spec import ClusterSpec, parse
 
 Json: TypeAlias = Any
 CLOUDS = ("aws", "gcp", "azure")
 CONFIG = ROOT / "serve_config.yaml"
+KNOWN = load()
 
 
 def description(provider: str) -> ClusterSpec:

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from infra_pulumi.__main__ import main
 from tests.infra.world import TYPES
@@ -89,6 +90,68 @@ def test_which_machines_hold_a_model(capsys: pytest.CaptureFixture[str]) -> None
     assert "measured" in lines[1]
     assert main(["catalogue", "--fits", "405b", "--dtype", "float32"]) == 0
     assert "no machine holds the" in capsys.readouterr().out
+
+
+def test_what_was_measured_is_of_a_machine_that_there_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["catalogue", "--fits", "7b", "--measured", "g5.xlagre=5000"]) == 2
+    assert "g5.xlagre is no machine of the catalogue" in capsys.readouterr().err
+
+
+@pytest.fixture
+def prices(tmp_path: Path) -> Path:
+    """A catalogue of somebody else's, with a machine and a GPU that ours does not know."""
+    machine = {"vcpu": 16, "memory_gib": 128, "usd_per_hour": 3.5, "as_of": "2026-11-01", "source": "a quote"}
+    gpu = {"gpu": "B300", "gpu_count": 1, "gpu_memory_gib": 288, "compute_capability": "10.3"}
+    types = [
+        {"provider": "aws", "type": "p7.4xlarge", "region": "us-west-2", **machine, **gpu},
+        {"provider": "gcp", "type": "a9-highgpu-1g", "region": "us-central1", **machine, **gpu},
+        {"provider": "aws", "type": "m7i.2xlarge", "region": "us-west-2", **machine},
+        {"provider": "gcp", "type": "n2-standard-8", "region": "us-central1", **machine},
+    ]
+    path = tmp_path / "prices.yaml"
+    path.write_text(json.dumps({"instance_types": types}))
+    return path
+
+
+def test_another_catalogue_counts_everywhere(prices: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--prices", str(prices), "--provider", "aws", "--instance-type", "p7.4xlarge"]
+    assert main(["plan", *flags]) == 0
+    spec = tmp_path / "cluster.yaml"
+    spec.write_text(f"provider: aws\nserve: {{config: {ROOT / 'serve_config.yaml'}}}\n")
+    assert main(["render", "--spec", str(spec), *flags, "--output", str(tmp_path / "rendered")]) == 0
+    service = yaml.safe_load((tmp_path / "rendered/kubernetes/rayservice.yaml").read_text())
+    (group,) = service["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    assert group["rayStartParams"]["num-cpus"] == "15"
+    capsys.readouterr()
+    assert main(["catalogue", "--prices", str(prices), "--fits", "7b", "--measured", "p7.4xlarge=9000"]) == 0
+    told = capsys.readouterr().out
+    assert "p7.4xlarge" in told.splitlines()[1]
+    assert "a9-highgpu-1g is not ranked: how fast its B300 is, is not known; say --measured" in told
+
+
+def test_a_gpu_without_a_name_with_google_is_refused(prices: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--prices", str(prices), "--provider", "gcp", "--instance-type", "a9-highgpu-1g"]
+    assert main(["plan", *flags]) == 2
+    assert "it is not known what Google calls its GPU" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("provider", "said"),
+    [
+        ("aws", "aws ce update-cost-allocation-tags-status"),
+        ("gcp", "gcloud services enable artifactregistry.googleapis.com billingbudgets.googleapis.com"),
+        ("azure", "az feature register --namespace Microsoft.Compute --name EncryptionAtHost"),
+        ("azure", "az vm list-skus --location eastus --size Standard_NC24ads_A100_v4 --zone"),
+        ("azure", "AKS cannot make a private Kubernetes API public later"),
+    ],
+)
+def test_what_is_done_by_hand_is_told(provider: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--provider", provider, "--instance-type", TYPES[provider], "--budget", "500"]
+    assert main(["plan", *flags]) == 0
+    assert said in capsys.readouterr().out
+    page = " ".join((ROOT / "docs/deploy.md").read_text().split())
+    if said.startswith(("aws ", "gcloud ", "az feature")):
+        assert said in page
 
 
 def test_the_catalogue_names_what_it_refuses(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,8 @@ def test_an_update_keeps_its_state_in_a_folder_and_tells_what_came_of_it(tmp_pat
     assert command.verbs()[0].startswith("stack")
     assert "up" in command.verbs()
     assert f"file://{tmp_path / 'state'}" in command.settings
+    (asked,) = [args for args in command.asked if args[0] == "up"]
+    assert "--refresh" in asked, "or it would set the autoscaler's number of nodes to what it was"
     assert (tmp_path / "state").is_dir()
 
 
@@ -96,6 +99,21 @@ def test_another_backend_needs_no_folder(tmp_path: Path) -> None:
     deploy.open_stack(parse(document()), catalogue.load(), place, command)
     assert "s3://bucket" in command.settings
     assert not (tmp_path / "state").exists()
+
+
+def test_a_bucket_needs_a_passphrase_and_pulumis_service_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PULUMI_CONFIG_PASSPHRASE")
+    for backend, refused in (("s3://bucket", True), ("https://api.pulumi.com", False)):
+        command = Command()
+        with pytest.raises(deploy.MissingError) if refused else nullcontext():
+            deploy.open_stack(parse(document()), catalogue.load(), deploy.Place(tmp_path, backend), command)
+        assert bool(command.asked) is not refused
+
+
+def test_a_state_that_is_a_file_is_told(tmp_path: Path) -> None:
+    (tmp_path / "state").touch()
+    with pytest.raises(deploy.DeployError, match="name a folder"):
+        opened(Command(), tmp_path / "state")
 
 
 @pytest.mark.parametrize(
@@ -144,6 +162,18 @@ def test_nobody_is_asked_where_nobody_is(monkeypatch: pytest.MonkeyPatch, tmp_pa
     command = Command()
     monkeypatch.setattr(deploy, "find_command", lambda: command)
     monkeypatch.setattr("sys.stdin", io.StringIO())
+    assert main(["destroy", *EXAMPLE, "--state", str(tmp_path)]) == 1
+    assert command.asked == []
+
+
+def test_the_end_of_the_input_is_a_no(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    command = Command()
+    monkeypatch.setattr(deploy, "find_command", lambda: command)
+    monkeypatch.setattr("sys.stdin", Terminal())
     assert main(["destroy", *EXAMPLE, "--state", str(tmp_path)]) == 1
     assert command.asked == []
 

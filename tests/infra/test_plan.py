@@ -105,7 +105,7 @@ def test_every_machine_on_spot_or_not_from_zero_or_one() -> None:
     began = time.process_time()
     for provider, machine, spot, least in MATRIX:
         spec = parse(document(provider, pool={"instance_types": [machine], "spot": spot, "min": least, "max": 3}))
-        group = one(evaluate(spec), "serve-app-gpu")
+        group = one(evaluate(spec), "serve-app-pool-gpu")
         assert pool_facts(provider, group) == (spot, least, 3, machine.partition("+")[0])
     assert time.process_time() - began < 60
 
@@ -127,7 +127,7 @@ def pool_facts(provider: str, group: dict[str, Any]) -> tuple[bool, int, int, st
 @pytest.mark.parametrize("provider", PROVIDERS)
 def test_a_part_on_demand_has_the_same_label(provider: str) -> None:
     where = {"aws": "labels", "gcp": "nodeConfig", "azure": "nodeLabels"}[provider]
-    labels = [one(recorded(provider), f"serve-app-{name}")[where] for name in ("gpuod", "gpusp")]
+    labels = [one(recorded(provider), f"serve-app-pool-{name}")[where] for name in ("gpuod", "gpusp")]
     if provider == "gcp":
         labels = [each["labels"] for each in labels]
     assert [each["serve-app/pool"] for each in labels] == ["gpu", "gpu"]
@@ -138,7 +138,7 @@ def test_aws_tags_are_what_makes_a_group_scale_from_zero() -> None:
     tags = {
         tag.inputs["tag"]["key"].partition("node-template/")[2]: tag.inputs["tag"]
         for tag in recorded("aws").of("aws.autoscaling.Tag")
-        if tag.inputs["autoscalingGroupName"] == "${serve-app-more.autoscalingGroup}"
+        if tag.inputs["autoscalingGroupName"] == "${serve-app-pool-more.autoscalingGroup}"
     }
     assert {key: tag["value"] for key, tag in tags.items()} == {
         "label/k8s.amazonaws.com/accelerator": "a10g",
@@ -154,7 +154,7 @@ def test_aws_tags_are_what_makes_a_group_scale_from_zero() -> None:
 
 
 def test_gke_gets_a_gpu_pool_after_the_system_pool_and_no_second_taint() -> None:
-    (pool,) = [each for each in recorded("gcp").resources if each.name == "serve-app-more"]
+    (pool,) = [each for each in recorded("gcp").resources if each.name == "serve-app-pool-more"]
     assert "serve-app-system" in pool.dependencies
     assert pool.inputs["nodeConfig"]["taints"] == [{"effect": "NO_SCHEDULE", "key": "team", "value": "a"}]
 
@@ -169,7 +169,7 @@ def test_gke_gets_a_gpu_pool_after_the_system_pool_and_no_second_taint() -> None
     ],
 )
 def test_gke_calls_gpus_by_names_of_its_own(machine: str, accelerator: str, count: int) -> None:
-    pool = one(evaluate(parse(document("gcp", pool={"instance_types": [machine]}))), "serve-app-gpu")
+    pool = one(evaluate(parse(document("gcp", pool={"instance_types": [machine]}))), "serve-app-pool-gpu")
     (found,) = pool["nodeConfig"]["guestAccelerators"]
     assert (found["type"], found["count"]) == (accelerator, count)
 
@@ -210,7 +210,10 @@ def test_without_a_list_of_callers_the_api_is_private(provider: str) -> None:
             assert blocks == [{"cidrBlock": "203.0.113.0/24"}]
         case _:
             assert private["apiServerAccessProfile"]["enablePrivateCluster"] is True
-            assert listed["apiServerAccessProfile"]["authorizedIPRanges"] == ["203.0.113.0/24"]
+            assert listed["apiServerAccessProfile"]["authorizedIPRanges"] == [
+                "203.0.113.0/24",
+                "${serve-app-nat-ip.ipAddress}/32",
+            ], "the nodes' own way"
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
@@ -237,7 +240,91 @@ def test_the_program_for_pulumis_own_cli_makes_the_same(provider: str) -> None:
     planned = evaluate(load(where / config["serve-app:spec"]))
     assert [each.name for each in made.resources] == [each.name for each in planned.resources]
     assert made.outputs == planned.outputs
-    assert yaml.safe_load((where / "Pulumi.yaml").read_text())["name"] == PROJECT
+    project = yaml.safe_load((where / "Pulumi.yaml").read_text())
+    assert (project["name"], project["options"]) == (PROJECT, {"refresh": "always"})
+
+
+# --- what a cloud refuses, or does otherwise than it sounds
+
+
+def test_the_system_pool_of_gke_begins_with_nodes_and_a_gpu_pool_with_none() -> None:
+    """Its autoscaler adds none up to the minimum: nobody could run what makes the first pods."""
+    recording = recorded("gcp")
+    assert one(recording, "serve-app-system")["initialNodeCount"] == 1, "two are asked for, and there are three zones"
+    assert {each.inputs["initialNodeCount"] for each in recording.of(GROUPS["gcp"]) if "pool" in each.name} == {0}
+
+
+def test_gcps_budget_is_asked_for_on_the_projects_account() -> None:
+    (billing,) = [each for each in recorded("gcp").resources if each.name == "serve-app-billing"]
+    assert billing.inputs["billingProject"] == "${gcp.project}"
+    assert json.loads(billing.inputs["userProjectOverride"]) is True
+
+
+def test_a_machine_that_some_zones_lack_is_put_where_it_is() -> None:
+    pool = {"instance_types": ["a2-ultragpu-1g"]}
+    group = one(evaluate(parse(document("gcp", pool=pool))), "serve-app-pool-gpu")
+    assert group["nodeLocations"] == ["us-central1-a", "us-central1-c"]
+    for wrong in ({"pool": {**pool, "zones": ["us-central1-b"]}}, {"pool": pool, "zones": ["us-central1-b"]}):
+        with pytest.raises(SpecError, match="is not in us-central1-b; it is in us-central1-a, us-central1-c"):
+            evaluate(parse(document("gcp", **wrong)))
+    elsewhere = document("gcp", pool=pool, region="us-east4")
+    assert len(one(evaluate(parse(elsewhere)), "serve-app-pool-gpu")["nodeLocations"]) == 3, "nothing is known of it"
+
+
+def test_what_holds_an_azure_cluster_can_be_taken_away() -> None:
+    (lock,) = recorded("azure").of("azure-native.authorization.ManagementLockByScope")
+    assert lock.protect is False
+
+
+def test_azures_budget_sees_the_machines_too() -> None:
+    (budget,) = recorded("azure").of("azure-native.consumption.Budget")
+    group = one(recorded("azure"), "serve-app-cluster")["nodeResourceGroup"]
+    assert budget.inputs["scope"] == "/subscriptions/${azure.subscription}"
+    assert budget.inputs["filter"]["dimensions"]["values"] == ["serve-app", group]
+
+
+def test_azures_assignments_are_each_subscriptions_own() -> None:
+    guid = importlib.import_module("infra_pulumi.azure")._guid
+    assert len({guid("a", "x"), guid("b", "x"), guid("a", "y")}) == 3
+    assert guid("a", "x") == guid("a", "x")
+
+
+def test_azures_pools_are_made_one_after_the_other_and_keep_memory_for_110_pods() -> None:
+    pools = recorded("azure").of(GROUPS["azure"])
+    assert [{each for each in pool.dependencies if "-pool-" in each} for pool in pools] == [
+        set(),
+        {"serve-app-pool-gpuod"},
+        {"serve-app-pool-gpusp"},
+    ]
+    (system,) = one(recorded("azure"), "serve-app-cluster")["agentPoolProfiles"]
+    assert {pool.inputs["maxPods"] for pool in pools} | {system["maxPods"]} == {110}
+
+
+def test_the_api_of_eks_is_reached_from_inside_the_network() -> None:
+    (rule,) = recorded("aws").of("aws.vpc.SecurityGroupIngressRule")
+    assert rule.inputs["securityGroupId"] == "${serve-app-cluster.securityGroup}"
+    assert (rule.inputs["cidrIpv4"], rule.inputs["fromPort"], rule.inputs["toPort"]) == ("10.40.0.0/16", 443, 443)
+
+
+def test_nodes_of_eks_are_upgraded_with_the_control_plane() -> None:
+    assert {group.inputs["version"] for group in recorded("aws").of(GROUPS["aws"])} == {"1.35"}
+
+
+@pytest.mark.parametrize("protect", [True, False])
+def test_a_registry_with_images_goes_unless_it_is_protected(protect: bool) -> None:
+    (registry,) = evaluate(parse(document(protect=protect))).of("aws.ecr.Repository")
+    assert registry.inputs["forceDelete"] is not protect
+
+
+def test_a_budget_of_millions_is_written_out() -> None:
+    (budget,) = evaluate(parse(document(budget={"monthly_usd": 1_234_567.5}))).of("aws.budgets.Budget")
+    assert budget.inputs["limitAmount"] == "1234567.50"
+
+
+@pytest.mark.parametrize("name", ["vpc", "logs", "cluster", "images", "budget"])
+def test_a_pool_may_have_any_name_but_the_systems(name: str) -> None:
+    for provider in PROVIDERS:
+        evaluate(parse(document(provider, pool={"name": name})))
 
 
 # --- AWS's own description of its API, which botocore brings along

@@ -100,11 +100,20 @@ def options(kind: str, **values: Any) -> Change:
 
 
 TEMPLATE = "aws.ec2.LaunchTemplate"
-EVERYWHERE = {"cidrBlocks": ["0.0.0.0/0"], "fromPort": 8265, "toPort": 8265, "protocol": "tcp"}
+EVERYWHERE = {"type": "ingress", "cidrBlocks": ["0.0.0.0/0"], "fromPort": 8265, "toPort": 8265, "protocol": "tcp"}
+APART = {"cidrIpv6": "::/0", "fromPort": 22, "toPort": 22}
 FIREWALL = {"sourceRanges": ["0.0.0.0/0"], "allows": [{"protocol": "tcp", "ports": ["22"]}]}
 INBOUND = {"sourceAddressPrefix": "*", "direction": "Inbound", "access": "Allow", "destinationPortRange": "22"}
 ANY = json.dumps({"Statement": [{"Effect": "Allow", "Action": "s3:*", "Resource": "*"}]})
-UNBOUND = json.dumps({"Statement": [{"Effect": "Allow", "Action": ["ec2:RunInstances"], "Resource": "*"}]})
+EVERYWHERE_6 = {"ipv6CidrBlocks": ["::/0"], "fromPort": 22, "toPort": 22, "protocol": "tcp"}
+INBOUND_OF_SEVERAL = {
+    "sourceAddressPrefixes": ["10.0.0.0/8", "*"],
+    "direction": "Inbound",
+    "access": "Allow",
+    "destinationPortRanges": ["443", "8265"],
+}
+ALL_BUT = json.dumps({"Statement": [{"Effect": "Allow", "NotAction": ["iam:*"], "Resource": "*"}]})
+UNBOUND = json.dumps({"Statement": [{"Effect": "Allow", "Action": ["ec2:RunInstances"], "Resource": ["*"]}]})
 NODES = "gcp.container.NodePool"
 
 SERVICE = "kubernetes.ray.io.RayService"
@@ -125,6 +134,12 @@ MUTATIONS: list[tuple[str, str, Change]] = [
     ("world-may-come-in", "aws", added("aws:ec2/securityGroup:SecurityGroup", {"ingress": [EVERYWHERE]})),
     ("world-may-come-in", "gcp", added("gcp:compute/firewall:Firewall", FIREWALL)),
     ("world-may-come-in", "azure", added("azure-native:network:NetworkSecurityGroup", {"securityRules": [INBOUND]})),
+    ("world-may-come-in", "aws", added("aws:ec2/securityGroup:SecurityGroup", {"ingress": [EVERYWHERE_6]})),
+    ("world-may-come-in", "aws", added("aws:vpc/securityGroupIngressRule:SecurityGroupIngressRule", APART)),
+    ("world-may-come-in", "aws", added("aws:ec2/securityGroupRule:SecurityGroupRule", EVERYWHERE)),
+    ("world-may-come-in", "azure", added("azure-native:network:SecurityRule", INBOUND_OF_SEVERAL)),
+    ("node-has-public-address", "aws", changed(TEMPLATE, "networkInterfaces", [{"associatePublicIpAddress": "true"}])),
+    ("node-has-public-address", "azure", changed(AKS, "agentPoolProfiles.0.enableNodePublicIP", True)),
     ("node-has-public-address", "aws", changed("aws.ec2.Subnet", "mapPublicIpOnLaunch", True)),
     ("node-has-public-address", "gcp", changed(GKE, "privateClusterConfig.enablePrivateNodes", False)),
     ("node-has-public-address", "azure", changed(POOL, "enableNodePublicIP", True)),
@@ -179,6 +194,7 @@ MUTATIONS: list[tuple[str, str, Change]] = [
     ),
     ("policy-allows-everything", "aws", changed("aws.iam.RolePolicy", "policy", ANY)),
     ("policy-allows-everything", "aws", changed("aws.iam.RolePolicy", "policy", UNBOUND)),
+    ("policy-allows-everything", "aws", changed("aws.iam.RolePolicy", "policy", ALL_BUT)),
     ("nodes-are-default-account", "gcp", changed(NODES, "nodeConfig.serviceAccount", ...)),
     ("node-not-shielded", "gcp", changed(NODES, "nodeConfig.shieldedInstanceConfig.enableSecureBoot", False)),
     ("node-not-shielded", "gcp", changed(GKE, "enableShieldedNodes", False)),
@@ -259,6 +275,17 @@ def test_every_rule_is_broken_somewhere_here_and_says_why_it_is_there() -> None:
     assert len(names) == len(set(names)) >= 30
     assert set(names) == {rule for rule, _, _ in MUTATIONS} | {"production-in-one-zone", "production-all-on-spot"}
     assert all(rule.why and rule.remedy for rule in policy.rules())
+
+
+def test_a_cluster_may_be_called_anything() -> None:
+    spec = parse(document(name="serve-public-a"))
+    assert {found.rule for found in policy.findings(evaluate(spec), spec)} == {"no-budget"}
+
+
+def test_callers_that_are_named_are_no_fault() -> None:
+    for provider in get_args(Provider):
+        spec = parse(document(provider, network={"api_cidrs": ["203.0.113.0/24"]}))
+        assert {found.rule for found in policy.findings(evaluate(spec), spec)} == {"no-budget"}
 
 
 def test_errors_come_first() -> None:

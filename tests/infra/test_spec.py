@@ -116,7 +116,26 @@ def test_every_fault_is_listed_with_its_place_and_what_would_work() -> None:
         (document(pool={"taints": [{"key": "nvidia.com/gpu"}]}), "twice is an error; leave it out"),
         (document(pool={"zones": ["us-west-2c"]}), "us-west-2c are none of the cluster's"),
         (document("gcp", pool={"instance_types": ["g2-standard-4", "g2-standard-8"]}), "make a pool of each"),
-        (document(gpu_pools=[{"instance_types": ["g5.xlarge"]}] * 2), "two pools are called gpu; name each otherwise"),
+        (
+            document(gpu_pools=[{"instance_types": ["g5.xlarge"]}] * 2),
+            "two node groups would be called gpu; name the pools otherwise",
+        ),
+        (document(pool={"name": "system"}), "system is the name of the pool without GPUs; name this one otherwise"),
+        (
+            document(
+                gpu_pools=[
+                    {"instance_types": ["g5.xlarge"], "spot": True, "min": 1, "on_demand_base": 1},
+                    {"instance_types": ["g5.xlarge"], "name": "gpuod"},
+                ]
+            ),
+            "two node groups would be called gpuod",
+        ),
+        (document(network={"services_cidr": "100.68.0.0/20"}), "EKS does not take 100.68.0.0/20 for services"),
+        (
+            document("gcp", budget={"monthly_usd": 5, "emails": [f"a{n}@host.org" for n in range(6)]}),
+            "budget.emails: Google tells five at most, and these are 6",
+        ),
+        (document(tags={"cluster": "mine"}), "tags: cluster is set on everything already, and budgets look for it"),
         (document(budget={"monthly_usd": 5, "thresholds": [80, 50]}), "do not rise; write them like [50, 80, 100]"),
         (document(tags={"Team": "x"}), "tags.Team.[key]: 'Team' does not match"),
         (document(colour="red"), "colour: no such key; there are provider, name, region"),
