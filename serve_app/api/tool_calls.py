@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from serve_app.text import overlap
 from serve_app.types import ToolSyntax
 
 MOST_NAME = 64
@@ -113,7 +114,7 @@ class CallParser:
         at = held.find(syntax.trigger)
         if at >= 0:
             self._state = self._opening
-        end = len(held[: at if at >= 0 else len(held) - _overlap(held, syntax.trigger)].rstrip())
+        end = len(held[: at if at >= 0 else len(held) - overlap(held, syntax.trigger)].rstrip())
         self._held = held[end:]
         return [Content(held[:end])]
 
@@ -260,8 +261,3 @@ class _Without:
     def end(self) -> str:
         text, self._held = self._held, ""
         return text
-
-
-def _overlap(text: str, word: str) -> int:
-    """Length of the longest proper prefix of a word that ends the text."""
-    return next((n for n in range(min(len(text), len(word) - 1), 0, -1) if text.endswith(word[:n])), 0)

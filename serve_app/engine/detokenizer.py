@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from serve_app.text import overlap
+
 
 class Decoder(Protocol):
     """Incremental decoding of one sequence; keeps incomplete characters back."""
@@ -51,11 +53,3 @@ class Detokenizer:
         """The text still held back, once no stop string can follow."""
         text, self._held = self._held, ""
         return text
-
-
-def overlap(text: str, stop: str) -> int:
-    """Length of the longest proper prefix of `stop` that ends `text`."""
-    for length in range(min(len(text), len(stop) - 1), 0, -1):
-        if text.endswith(stop[:length]):
-            return length
-    return 0

@@ -204,7 +204,9 @@ def test_without_the_package_it_says_how_to_get_it(
     monkeypatch.setitem(sys.modules, "pulumi_kubernetes", None)
     assert main([command, "--spec", str(described)]) == 3
     said = capsys.readouterr().err
-    assert said.startswith("infra_pulumi: pulumi_kubernetes cannot be imported; in the repository: .venv/bin/pip install ")
+    assert said.startswith(
+        "infra_pulumi: pulumi_kubernetes cannot be imported; in the repository: .venv/bin/pip install "
+    )
 
 
 def test_without_the_package_everything_else_goes_on(
