@@ -62,7 +62,7 @@ class GcpCluster(GpuCluster):
         self.project = project.project_id
         subnetwork, nat = self._network()
         nodes = self._node_account()
-        self._gke = cluster = self._cluster(subnetwork, nat)
+        self._gke = cluster = self._cluster(subnetwork, nat, nodes)
         system = self._pool(cluster, nodes, None)
         # GKE taints a GPU pool only if another pool is there already (terraform-google-kubernetes-engine#703).
         groups = [self._pool(cluster, nodes, group, [system]) for group in spec.node_groups()]
@@ -137,7 +137,9 @@ class GcpCluster(GpuCluster):
         ]
         return account
 
-    def _cluster(self, subnetwork: gcp.compute.Subnetwork, nat: gcp.compute.RouterNat) -> gcp.container.Cluster:
+    def _cluster(
+        self, subnetwork: gcp.compute.Subnetwork, nat: gcp.compute.RouterNat, nodes: gcp.serviceaccount.Account
+    ) -> gcp.container.Cluster:
         spec = self.spec
         callers = [
             gcp.container.ClusterMasterAuthorizedNetworksConfigCidrBlockArgs(cidr_block=cidr)
@@ -154,6 +156,13 @@ class GcpCluster(GpuCluster):
             release_channel=gcp.container.ClusterReleaseChannelArgs(channel="REGULAR"),
             remove_default_node_pool=True,
             initial_node_count=1,
+            # Of the pool that is removed at once: an organisation may allow no default account and no plain machine.
+            node_config=gcp.container.ClusterNodeConfigArgs(
+                service_account=nodes.email,
+                shielded_instance_config=gcp.container.ClusterNodeConfigShieldedInstanceConfigArgs(
+                    enable_integrity_monitoring=True, enable_secure_boot=True
+                ),
+            ),
             deletion_protection=spec.protect,
             datapath_provider="ADVANCED_DATAPATH",  # Dataplane V2, which enforces network policies
             ip_allocation_policy=gcp.container.ClusterIpAllocationPolicyArgs(
@@ -180,7 +189,7 @@ class GcpCluster(GpuCluster):
             ),
             cost_management_config=gcp.container.ClusterCostManagementConfigArgs(enabled=True),
             resource_labels=self.tags,
-            opts=self.kept(depends_on=[nat], ignore_changes=["nodeConfig", "minMasterVersion"]),
+            opts=self.kept(depends_on=[nat, *self.granted], ignore_changes=["nodeConfig", "minMasterVersion"]),
         )
 
     def _pool(
