@@ -58,6 +58,7 @@ class AwsCluster(GpuCluster):
         nodes = self._role("nodes", _trust("ec2.amazonaws.com", ["sts:AssumeRole"]), *NODE_POLICIES)
         agent = self._addon(cluster, "eks-pod-identity-agent", [])
         self._api_from_inside(cluster)
+        self._administrators(cluster)
         cni = self._addon(cluster, "vpc-cni", [], {"enableNetworkPolicy": str(spec.addons.network_policy).lower()})
         system = self._system_group(cluster, network, nodes, [cni])
         groups = [system, *(self._gpu_group(cluster, network, nodes, group, [cni]) for group in spec.node_groups())]
@@ -143,6 +144,25 @@ class AwsCluster(GpuCluster):
             tags=self.tags,
             opts=self.under(),
         )
+
+    def _administrators(self, cluster: aws.eks.Cluster) -> None:
+        for name, arn in self.principals().items():
+            entry = aws.eks.AccessEntry(
+                self.name("admin", name),
+                cluster_name=cluster.name,
+                principal_arn=arn,
+                type="STANDARD",
+                tags=self.tags,
+                opts=self.under(),
+            )
+            aws.eks.AccessPolicyAssociation(
+                self.name("admin", name, "policy"),
+                cluster_name=cluster.name,
+                principal_arn=arn,
+                policy_arn=f"arn:{self.partition}:eks::aws:cluster-access-policy/AmazonEKSClusterAdminPolicy",
+                access_scope=aws.eks.AccessPolicyAssociationAccessScopeArgs(type="cluster"),
+                opts=self.under(depends_on=[entry]),
+            )
 
     def _role(self, name: str, trust: str, *policies: str) -> aws.iam.Role:
         role = aws.iam.Role(self.name(name, "role"), assume_role_policy=trust, tags=self.tags, opts=self.under())

@@ -25,10 +25,11 @@ from pulumi_azure_native import (
 from infra_pulumi.base import Access, GpuCluster, Outputs
 from infra_pulumi.spec import POOL_LABEL, NodeGroup
 
-# Azure's ids of the three roles that are given, the same in every subscription.
+# Azure's ids of the roles that are given, the same in every subscription.
 NETWORK_CONTRIBUTOR = "4d97b98b-1d4f-4787-a291-c67834d212e7"
 ACR_PULL = "7f951dda-4ed3-4680-a7ca-43fe172d538d"
 RBAC_CLUSTER_ADMIN = "b1ff04bb-8a4e-4dc4-8eb5-8693973ce19b"
+CLUSTER_USER = "4abbcc35-e782-43d8-92c5-2d3f1bd2253f"
 AKS_SERVER = "6dae42f8-4368-4678-94ff-3960e28e3630"  # what a token for any AKS cluster is meant for
 # AKS puts this on spot pools by itself; said here too, the next update finds no difference.
 SPOT_TAINT = "kubernetes.azure.com/scalesetpriority=spot:NoSchedule"
@@ -102,6 +103,7 @@ class AzureCluster(GpuCluster):
         registry = self._registry(cluster)
         identity = self._identity(cluster)
         self._creator(client, cluster)
+        self._administrators(cluster)
         self._logs(cluster)
         self._budget()
         return Outputs(
@@ -222,6 +224,12 @@ class AzureCluster(GpuCluster):
     def _creator(self, client: Any, cluster: aks.ManagedCluster) -> None:
         """Whoever makes the cluster administers it, as on AWS; with local accounts off nobody else gets in at all."""
         self._grant("creator", RBAC_CLUSTER_ADMIN, client.object_id, cluster.id, None, ignore_changes=["principalId"])
+
+    def _administrators(self, cluster: aks.ManagedCluster) -> None:
+        """The second role lets them ask for a kubeconfig."""
+        for name, principal in self.principals().items():
+            self._grant(f"admin-{name}", RBAC_CLUSTER_ADMIN, principal, cluster.id, None)
+            self._grant(f"admin-{name}-kubeconfig", CLUSTER_USER, principal, cluster.id, None)
 
     def _cluster(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import ipaddress
 from abc import abstractmethod
@@ -97,6 +98,10 @@ class GpuCluster(pulumi.ComponentResource):
     def pool_name(self, group: NodeGroup, *parts: str) -> str:
         """Of a node group's resources; whatever the pool is called, it is none of the cluster's own."""
         return self.name("pool", group.name, *parts)
+
+    def principals(self) -> dict[str, str]:
+        """Administrators, by a name that stays theirs whoever else comes or goes."""
+        return {hashlib.sha256(each.encode()).hexdigest()[:8]: each for each in self.spec.administrators}
 
     def labels(self, group: NodeGroup) -> dict[str, str]:
         """Of a GPU node. A pool that is in two node groups has the same label on both."""

@@ -68,6 +68,7 @@ class GcpCluster(GpuCluster):
         groups = [self._pool(cluster, nodes, group, [system]) for group in spec.node_groups()]
         repository = self._registry()
         identity = self._identity(cluster)
+        self._administrators()
         self._budget(project)
         return Outputs(
             cluster_name=cluster.name,
@@ -308,6 +309,16 @@ class GcpCluster(GpuCluster):
             opts=self.under(),
         )
         return account
+
+    def _administrators(self) -> None:
+        for name, member in self.principals().items():
+            gcp.projects.IAMMember(
+                self.name("admin", name),
+                project=self.project,
+                role="roles/container.admin",
+                member=member,
+                opts=self.under(),
+            )
 
     def _budget(self, project: Any) -> None:
         """Those who administer billing are told, and the addresses besides."""

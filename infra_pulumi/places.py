@@ -41,6 +41,12 @@ def zone_pattern(provider: str, region: str) -> str:
     return {"aws": rf"{region}[a-f]", "gcp": rf"{region}-[a-f]", "azure": "[123]"}[provider]
 
 
+PRINCIPAL = {
+    "aws": (r"arn:aws[a-z-]*:iam::\d{12}:(user|role)/[\w+=,.@/-]+", "arn:aws:iam::123456789012:role/team"),
+    "gcp": (r"(user|group|serviceAccount):[^@\s]+@[^@\s]+", "group:team@host.org"),
+    "azure": (r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", "the object id of a user or a group"),
+}
+
 _TYPE = {
     "aws": (r"[a-z][a-z0-9-]*\.[a-z0-9-]+", "g5.xlarge"),
     "gcp": (r"[a-z][a-z0-9]*-[a-z0-9-]+(\+[a-z0-9]+)?", "g2-standard-4, or n1-standard-4+t4 for one with a T4"),

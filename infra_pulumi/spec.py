@@ -308,6 +308,10 @@ class Budget(Section):
 class ClusterSpec(Section):
     """One cluster. `tags` are on everything that can have some, besides `app`, `cluster` and `managed-by`.
 
+    `administrators` may do everything in the cluster, besides whoever makes it: users or roles by their ARN on AWS,
+    `user:`, `group:` or `serviceAccount:` and an address on GCP (for all clusters of the project, as Google's roles
+    are), object ids on Azure.
+
     `production` asks for more of the policy; it needs `protect`, with which neither the cluster nor its keys can be
     deleted. `allow_refused` takes machines on which the service does not run as it is (the catalogue says why).
     """
@@ -325,6 +329,7 @@ class ClusterSpec(Section):
     serve: Serve = Serve()
     addons: Addons = Addons()
     budget: Budget | None = None
+    administrators: tuple[Annotated[str, Field(max_length=256)], ...] = Field((), max_length=20)
     tags: dict[TagKey, TagValue] = Field({}, max_length=20)
     protect: bool = False
     production: bool = Field(False, validate_default=True)
@@ -412,6 +417,18 @@ class ClusterSpec(Section):
         if budget and info.data.get("provider") == "gcp" and len(budget.emails) > 5:
             _refuse([Fault("emails", f"Google tells five at most, and these are {len(budget.emails)}; take a list's")])
         return budget
+
+    @field_validator("administrators")
+    @classmethod
+    def _known_to_the_provider(cls, names: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        provider = info.data.get("provider")
+        if provider is not None:
+            pattern, example = places.PRINCIPAL[provider]
+            strange = [(index, name) for index, name in enumerate(names) if not re.fullmatch(pattern, name)]
+            _refuse([Fault(str(n), f"{name!r} is nobody to {provider}; it takes {example}") for n, name in strange])
+        if twice := _twice(list(names)):
+            raise ValueError(f"{', '.join(twice)} is there twice; name each once")
+        return names
 
     @field_validator("tags")
     @classmethod

@@ -327,6 +327,34 @@ def test_a_pool_may_have_any_name_but_the_systems(name: str) -> None:
         evaluate(parse(document(provider, pool={"name": name})))
 
 
+ADMINISTRATORS = {
+    "aws": "arn:aws:iam::123456789012:role/team",
+    "gcp": "group:team@host.org",
+    "azure": "0a1b2c3d-0000-4000-8000-0123456789ab",
+}
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_administrators_have_the_right_to_administer_and_to_get_in(provider: str) -> None:
+    who = ADMINISTRATORS[provider]
+    recording = evaluate(parse(document(provider, administrators=[who])))
+    given = [each for each in recording.resources if "-admin-" in each.name]
+    match provider:
+        case "aws":
+            entry, policy = given
+            assert entry.inputs["principalArn"] == policy.inputs["principalArn"] == who
+            assert policy.inputs["policyArn"].endswith("/AmazonEKSClusterAdminPolicy")
+            assert entry.name in policy.dependencies
+        case "gcp":
+            (member,) = given
+            assert (member.inputs["member"], member.inputs["role"]) == (who, "roles/container.admin")
+        case _:
+            roles = {each.inputs["roleDefinitionId"].rpartition("/")[2] for each in given}
+            assert roles == {"b1ff04bb-8a4e-4dc4-8eb5-8693973ce19b", "4abbcc35-e782-43d8-92c5-2d3f1bd2253f"}
+            assert {each.inputs["principalId"] for each in given} == {who}
+    assert not any("-admin-" in each.name for each in evaluate(parse(document(provider))).resources)
+
+
 # --- AWS's own description of its API, which botocore brings along
 
 

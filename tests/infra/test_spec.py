@@ -135,6 +135,8 @@ def test_every_fault_is_listed_with_its_place_and_what_would_work() -> None:
             document("gcp", budget={"monthly_usd": 5, "emails": [f"a{n}@host.org" for n in range(6)]}),
             "budget.emails: Google tells five at most, and these are 6",
         ),
+        (document(administrators=["me"]), "administrators.0: 'me' is nobody to aws; it takes arn:aws:iam::"),
+        (document("gcp", administrators=["group:a@b.org"] * 2), "administrators: group:a@b.org is there twice"),
         (document(tags={"cluster": "mine"}), "tags: cluster is set on everything already, and budgets look for it"),
         (document(budget={"monthly_usd": 5, "thresholds": [80, 50]}), "do not rise; write them like [50, 80, 100]"),
         (document(tags={"Team": "x"}), "tags.Team.[key]: 'Team' does not match"),
