@@ -251,14 +251,14 @@ def _engine(asked: argparse.Namespace) -> int:
         if asked.command != "outputs" and not asked.yes and not _agreed(asked.command, spec):
             return _fail("nothing was changed", Exit.WRONG)
         stack = deploy.open_stack(spec, known, deploy.Place(asked.state, asked.backend), command)
-        return _run(asked.command, stack)
+        return _run(asked.command, stack, spec)
     except deploy.MissingError as error:
         return _fail(str(error), Exit.MISSING)
     except deploy.DeployError as error:
         return _fail(str(error), Exit.WRONG)
 
 
-def _run(command: str, stack: Any) -> int:
+def _run(command: str, stack: Any, spec: ClusterSpec) -> int:
     from infra_pulumi import deploy
 
     def say(text: str) -> None:
@@ -267,7 +267,7 @@ def _run(command: str, stack: Any) -> int:
     if command == "destroy":
         deploy.destroy(stack, say)
     else:
-        told = deploy.update(stack, say) if command == "deploy" else deploy.outputs(stack)
+        told = deploy.update(stack, spec.provider, say) if command == "deploy" else deploy.outputs(stack)
         print(json.dumps(told, indent=2, sort_keys=True))
     return Exit.OK
 

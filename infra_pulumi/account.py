@@ -9,6 +9,7 @@ from infra_pulumi.spec import ClusterSpec
 GOOGLE_APIS = (
     "artifactregistry",
     "billingbudgets",
+    "cloudbilling",
     "cloudresourcemanager",
     "compute",
     "container",
@@ -32,6 +33,8 @@ def steps(spec: ClusterSpec) -> Iterator[str]:
             yield "Once a person: gcloud auth application-default login; export GOOGLE_PROJECT=the project's id"
             apis = " ".join(f"{name}.googleapis.com" for name in GOOGLE_APIS)
             yield f"Once a project: gcloud services enable {apis}"
+            if spec.budget:
+                yield "Whoever deploys needs roles/billing.costsManager on the billing account, to make a budget there"
         case _:
             yield (
                 "Once a subscription: az feature register --namespace Microsoft.Compute --name EncryptionAtHost; when "

@@ -121,8 +121,9 @@ def prometheus() -> Chart:
             "alertmanager": {
                 "serviceMonitor": _as_job("alertmanager"),
                 # The chart's own configuration tells nobody anything. cluster/monitoring/README.md says how the two are
-                # made; both are mounted, the one with the configuration under /etc/alertmanager/config.
-                "alertmanagerSpec": {"useExistingSecret": True, "configSecret": ROUTES, "secrets": [RECEIVERS]},
+                # made. Both are mounted, so that without one it does not start: the operator would put a configuration
+                # in its place that tells nobody either.
+                "alertmanagerSpec": {"useExistingSecret": True, "configSecret": ROUTES, "secrets": [RECEIVERS, ROUTES]},
             },
             "prometheus": {
                 "serviceMonitor": _as_job("prometheus"),

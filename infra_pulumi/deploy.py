@@ -19,6 +19,9 @@ from infra_pulumi.spec import ClusterSpec
 
 VERSION = "3.272.0"  # of the SDK in pyproject.toml, which the CLI should be too
 
+# The resources whose number of nodes is sent with every other change. GKE takes changes one by one.
+COUNTED = {"aws": "aws:eks/nodeGroup:NodeGroup", "azure": "azure-native:containerservice:AgentPool"}
+
 INSTALL = f"""\
 Pulumi's CLI is not on PATH. It is one program, and needs no account:
 
@@ -94,14 +97,21 @@ def open_stack(
     )
 
 
-def update(stack: auto.Stack, say: Callable[[str], None]) -> dict[str, Any]:
+def update(stack: auto.Stack, provider: str, say: Callable[[str], None]) -> dict[str, Any]:
     """Make it so. What the stack tells of itself afterwards. Raises DeployError.
 
-    What is there is looked at first: how many nodes a pool has is the autoscaler's to say, and Pulumi, told to leave
-    that alone, leaves it at what it saw last.
+    The node groups are looked at first: how many nodes one has is the autoscaler's to say, and Pulumi, told to leave
+    that alone, sends what it saw last. Nothing else is: AKS tells of a cluster more than was asked for, its other
+    pools, which Pulumi would take for a change (pulumi-azure-native#1532).
     """
+
+    def make() -> auto.UpResult:
+        if kinds := COUNTED.get(provider):
+            stack.refresh(target=[f"**{kinds}::**"], on_output=say, color="never", suppress_progress=True)
+        return stack.up(on_output=say, color="never", suppress_progress=True)
+
     done = _told(
-        lambda: stack.up(on_output=say, color="never", suppress_progress=True, refresh=True),
+        make,
         "what was made stays; run the same command again and Pulumi goes on where it stopped, or take all of it down "
         "with `destroy`",
     )

@@ -203,15 +203,16 @@ class GcpCluster(GpuCluster):
         """The system pool, or one of GPUs. Counts are over all zones."""
         system = self.spec.system
         least, most = (system.min, system.max) if group is None else (group.min, group.max)
+        zones = self.zones(group.pool) if group else self.spec.zones[:most]
         return gcp.container.NodePool(
             self.pool_name(group) if group else self.name("system"),
             name=group.name if group else "system",
             cluster=cluster.id,
             location=self.spec.region,
-            node_locations=list(self.zones(group.pool) if group else self.spec.zones),
+            node_locations=list(zones),
             # In each zone, and the autoscaler adds none before a pod asks: those of the service do, the cluster's own
             # need nodes to begin with.
-            initial_node_count=0 if group else math.ceil(least / len(self.spec.zones)),
+            initial_node_count=0 if group else math.ceil(least / len(zones)),
             autoscaling=gcp.container.NodePoolAutoscalingArgs(
                 total_min_node_count=least,
                 total_max_node_count=most,

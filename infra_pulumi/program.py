@@ -1,7 +1,8 @@
 """The program for whoever runs Pulumi's CLI by hand: `pulumi up` in this folder.
 
 `pulumi config set spec cluster.yaml` names the description; a relative path is meant from where this file is, and that
-of the service's config from the folder above.
+of the service's config from the folder above. Before a second `pulumi up` look at the nodes that the autoscaler added,
+or they are taken away: `pulumi refresh --target '**NodeGroup::**'` on AWS, `'**AgentPool::**'` on Azure.
 """
 
 from __future__ import annotations

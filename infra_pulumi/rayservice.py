@@ -45,17 +45,20 @@ Object = dict[str, Any]
 
 
 class _Section(BaseModel):
-    """What is read here of the service's own configuration; the service judges the rest."""
+    """What is read here of the service's own configuration; the service judges the rest.
+
+    Numbers are strict, for it is the file as it was written that goes on.
+    """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
 
 class _Resources(_Section):
-    num_gpus: float = Field(0, ge=0)
+    num_gpus: float = Field(0, ge=0, strict=True)
 
 
 class _Autoscaling(_Section):
-    max_replicas: int = Field(1, ge=1)
+    max_replicas: int = Field(1, ge=1, strict=True)
 
 
 class _Deployment(_Section):
@@ -69,7 +72,7 @@ class _Model(_Section):
 
 
 class _Limits(_Section):
-    request_timeout_s: float = Field(600, gt=0)
+    request_timeout_s: float = Field(600, gt=0, strict=True)
 
 
 class _Service(_Section):
@@ -82,7 +85,7 @@ class _Application(_Section):
 
 
 class _HttpOptions(_Section):
-    port: int = Field(8000, ge=1, le=65535)
+    port: int = Field(8000, ge=1, le=65535, strict=True)
 
 
 class _File(_Section):

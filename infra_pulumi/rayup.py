@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from infra_pulumi import sizes
-from infra_pulumi.catalogue import Catalogue
+from infra_pulumi.catalogue import Catalogue, CatalogueError
 from infra_pulumi.rayservice import RAY_VERSION, environment
 from infra_pulumi.spec import ClusterSpec
 
@@ -151,16 +151,30 @@ def _aws(spec: ClusterSpec, catalogue: Catalogue, site: Site) -> Object:
     }
 
 
+def _zone(spec: ClusterSpec, catalogue: Catalogue) -> str:
+    """The one that Ray puts everything into on GCP: the first that all pools may be in. Raises CatalogueError."""
+    every = [
+        set(pool.zones or sizes.machines(spec, catalogue, index)[0].of_zones(spec.zones))
+        for index, pool in enumerate(spec.gpu_pools)
+    ]
+    found = [zone for zone in spec.zones if all(zone in zones for zones in every)]
+    if not found:
+        raise CatalogueError("`ray up` puts all machines into one zone, and none has those of every pool")
+    return found[0]
+
+
 def _gcp(spec: ClusterSpec, catalogue: Catalogue, site: Site) -> Object:
     """No public addresses; Identity-Aware Proxy carries the sessions. Google encrypts its disks always.
 
     Ray gives the head a service account that it makes itself (gcp/config.py), whatever is written here.
     """
 
+    zone = _zone(spec, catalogue)
+
     def node(machine_type: str, disk_gib: int) -> Object:
         disk = {
             "diskSizeGb": disk_gib,
-            "diskType": f"zones/{spec.zones[0]}/diskTypes/pd-ssd",
+            "diskType": f"zones/{zone}/diskTypes/pd-ssd",
             "sourceImage": site.image,
         }
         return {
@@ -178,7 +192,7 @@ def _gcp(spec: ClusterSpec, catalogue: Catalogue, site: Site) -> Object:
         config["serviceAccounts"] = [{"email": site.worker_identity, "scopes": scopes}]
         if card:
             count = sizes.pod_size(spec, catalogue, spec.gpu_pools.index(group.pool)).gpus
-            kind = f"zones/{spec.zones[0]}/acceleratorTypes/nvidia-tesla-{card}"
+            kind = f"zones/{zone}/acceleratorTypes/nvidia-tesla-{card}"
             config["guestAccelerators"] = [{"acceleratorType": kind, "acceleratorCount": count}]
         config["scheduling"] = {"onHostMaintenance": "TERMINATE"}
         if group.spot:
@@ -188,12 +202,12 @@ def _gcp(spec: ClusterSpec, catalogue: Catalogue, site: Site) -> Object:
                 "instanceTerminationAction": "DELETE",
             }
         workers.append(config)
-    tunnel = f"gcloud compute start-iap-tunnel %h %p --listen-on-stdin --zone={spec.zones[0]} --project={site.account}"
+    tunnel = f"gcloud compute start-iap-tunnel %h %p --listen-on-stdin --zone={zone} --project={site.account}"
     return {
         "provider": {
             "type": "gcp",
             "region": spec.region,
-            "availability_zone": spec.zones[0],
+            "availability_zone": zone,
             "project_id": site.account,
             "use_internal_ips": True,
         },

@@ -41,7 +41,7 @@ _PLACES = {
     ),
     "gcp": (
         "REPLACE_ACCOUNT: the project. Ray gives the head a service account of its own making.",
-        "REPLACE_IMAGE: an Ubuntu 24.04 with NVIDIA's driver, by its full name:",
+        "REPLACE_IMAGE: an Ubuntu 24.04 with NVIDIA's driver, signed for Secure Boot, by its full name:",
         "  gcloud compute images list --project=deeplearning-platform-release --no-standard-images",
         "REPLACE_NETWORK: a subnetwork with Cloud NAT, by its full name. Its firewall lets SSH in from Identity-Aware",
         "  Proxy alone, 35.235.240.0/20.",

@@ -117,7 +117,7 @@ def _pinned(text: str) -> str:
 
 PrivateNetwork: TypeAlias = Annotated[str, AfterValidator(_network), AfterValidator(_private)]
 Callers: TypeAlias = Annotated[str, AfterValidator(_network), AfterValidator(_callers)]
-Mail: TypeAlias = Annotated[str, Field(max_length=50), AfterValidator(_mail)]  # 50 is AWS's limit for a budget
+Mail: TypeAlias = Annotated[str, Field(max_length=254), AfterValidator(_mail)]  # RFC 5321's limit
 LabelKey: TypeAlias = Annotated[str, AfterValidator(_label_key)]
 LabelValue: TypeAlias = Annotated[str, AfterValidator(_label_value)]
 # What AWS, GCP and Azure all take, of which GCP takes least.
@@ -308,9 +308,9 @@ class Budget(Section):
 class ClusterSpec(Section):
     """One cluster. `tags` are on everything that can have some, besides `app`, `cluster` and `managed-by`.
 
-    `administrators` may do everything in the cluster, besides whoever makes it: users or roles by their ARN on AWS,
-    `user:`, `group:` or `serviceAccount:` and an address on GCP (for all clusters of the project, as Google's roles
-    are), object ids on Azure.
+    `administrators` may do everything in the cluster, besides whoever makes it, who is not to be among them (AWS and
+    Azure take nobody twice): users or roles by their ARN on AWS, `user:`, `group:` or `serviceAccount:` and an address
+    on GCP (for all clusters of the project, as Google's roles are), object ids on Azure.
 
     `production` asks for more of the policy; it needs `protect`, with which neither the cluster nor its keys can be
     deleted. `allow_refused` takes machines on which the service does not run as it is (the catalogue says why).

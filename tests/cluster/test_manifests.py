@@ -153,6 +153,7 @@ def test_a_file_that_is_no_config_is_refused_in_words(tmp_path: Path) -> None:
         some % ("{resources: 3}", ""),
         some % ("{deployment: {autoscaling: {max_replicas: many}}}", ""),
         some % ("{name: x}", ", limits: {request_timeout_s: ten}"),
+        some % ("{resources: {num_gpus: '1'}}", ""),
     )
     for text in wrong:
         (tmp_path / "c.yaml").write_text(text)

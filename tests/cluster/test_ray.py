@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from infra_pulumi.catalogue import CatalogueError
 from infra_pulumi.rayservice import RAY_VERSION, environment, on_gpus, rayservice, read_config
 from infra_pulumi.rayup import Site, rayup
 from infra_pulumi.render import KEPT, ROOT
@@ -197,6 +198,15 @@ def test_on_gcp_a_machine_with_a_card_beside_it_gets_the_card() -> None:
     kind = "zones/us-central1-a/acceleratorTypes/nvidia-tesla-t4"
     assert config["guestAccelerators"] == [{"acceleratorType": kind, "acceleratorCount": 1}]
     assert "accessConfigs" not in str(config["networkInterfaces"])
+
+
+def test_on_gcp_everything_is_in_a_zone_that_has_it() -> None:
+    pool = {"instance_types": ["a2-ultragpu-1g"]}
+    spec = changed("gcp", zones=["us-central1-b", "us-central1-c"], pool=pool)
+    assert rayup(spec, KNOWN, 600)["provider"]["availability_zone"] == "us-central1-c"
+    apart = [{"name": name, **pool, "zones": [f"us-central1-{name}"]} for name in ("a", "c")]
+    with pytest.raises(CatalogueError, match="none has those of every pool"):
+        rayup(changed("gcp", gpu_pools=apart), KNOWN, 600)
 
 
 def test_the_drain_of_the_image_is_one_that_ray_knows(ray: Json) -> None:

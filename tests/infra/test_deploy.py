@@ -17,7 +17,7 @@ from semver import VersionInfo
 from infra_pulumi import catalogue, deploy
 from infra_pulumi.__main__ import main
 from infra_pulumi.spec import parse
-from tests.infra.world import document
+from tests.infra.world import document, recorded
 
 pytestmark = pytest.mark.infra
 EXAMPLE = ["--provider", "aws", "--instance-type", "g5.xlarge"]
@@ -76,15 +76,26 @@ def opened(command: Command, state: Path) -> auto.Stack:
 
 def test_an_update_keeps_its_state_in_a_folder_and_tells_what_came_of_it(tmp_path: Path) -> None:
     command, said = Command(), list[str]()
-    told = deploy.update(opened(command, tmp_path / "state"), said.append)
+    told = deploy.update(opened(command, tmp_path / "state"), "aws", said.append)
     assert told == {"cluster_name": "serve-app", "endpoint": "https://example.org"}
     assert said == ["up is under way"]
     assert command.verbs()[0].startswith("stack")
     assert "up" in command.verbs()
     assert f"file://{tmp_path / 'state'}" in command.settings
-    (asked,) = [args for args in command.asked if args[0] == "up"]
-    assert "--refresh" in asked, "or it would set the autoscaler's number of nodes to what it was"
     assert (tmp_path / "state").is_dir()
+
+
+@pytest.mark.parametrize("provider", ["aws", "gcp", "azure"])
+def test_nodes_that_the_autoscaler_added_are_seen_before_an_update(provider: str, tmp_path: Path) -> None:
+    command = Command()
+    deploy.update(opened(command, tmp_path), provider, lambda text: None)
+    if provider == "gcp":
+        assert "refresh" not in command.verbs()
+        return
+    (asked,) = [args for args in command.asked if args[0] == "refresh"]
+    assert command.verbs().index("refresh") < command.verbs().index("up")
+    groups = {each.type for each in recorded(provider).resources if each.ignore_changes and "pool" in each.name}
+    assert [asked[n + 1] for n, word in enumerate(asked) if word == "--target"] == [f"**{kind}::**" for kind in groups]
 
 
 def test_destroy_asks_for_it_once(tmp_path: Path) -> None:
@@ -119,7 +130,7 @@ def test_a_state_that_is_a_file_is_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("verb", "action", "now"),
     [
-        ("up", lambda stack: deploy.update(stack, print), "run the same command again and Pulumi goes on"),
+        ("up", lambda stack: deploy.update(stack, "aws", print), "run the same command again and Pulumi goes on"),
         ("destroy", lambda stack: deploy.destroy(stack, print), "what is left still costs; run the same command again"),
     ],
 )
@@ -134,7 +145,7 @@ def test_a_failure_says_what_to_do(verb: str, action: Callable[[auto.Stack], Any
 def test_a_lock_of_another_update_is_told_apart(tmp_path: Path) -> None:
     stack = opened(Command(up="[409] Conflict: Another update is currently in progress."), tmp_path)
     with pytest.raises(deploy.DeployError, match="pulumi cancel"):
-        deploy.update(stack, print)
+        deploy.update(stack, "aws", print)
 
 
 def test_without_a_passphrase_nothing_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -240,8 +240,7 @@ def test_the_program_for_pulumis_own_cli_makes_the_same(provider: str) -> None:
     planned = evaluate(load(where / config["serve-app:spec"]))
     assert [each.name for each in made.resources] == [each.name for each in planned.resources]
     assert made.outputs == planned.outputs
-    project = yaml.safe_load((where / "Pulumi.yaml").read_text())
-    assert (project["name"], project["options"]) == (PROJECT, {"refresh": "always"})
+    assert yaml.safe_load((where / "Pulumi.yaml").read_text())["name"] == PROJECT
 
 
 # --- what a cloud refuses, or does otherwise than it sounds
@@ -254,10 +253,24 @@ def test_the_system_pool_of_gke_begins_with_nodes_and_a_gpu_pool_with_none() -> 
     assert {each.inputs["initialNodeCount"] for each in recording.of(GROUPS["gcp"]) if "pool" in each.name} == {0}
 
 
+def test_no_node_of_gke_is_a_default_account() -> None:
+    made = [one(recorded("gcp"), "serve-app-cluster"), *(each.inputs for each in recorded("gcp").of(GROUPS["gcp"]))]
+    accounts = {each["nodeConfig"]["serviceAccount"] for each in made}
+    assert accounts == {"serve-app-nodes@${gcp.project}.iam.gserviceaccount.com"}
+    assert all(each["nodeConfig"]["shieldedInstanceConfig"]["enableSecureBoot"] for each in made)
+
+
+def test_a_small_system_pool_of_gke_is_in_as_many_zones() -> None:
+    system = one(evaluate(parse(document("gcp", system={"min": 1, "max": 2}))), "serve-app-system")
+    assert (len(system["nodeLocations"]), system["initialNodeCount"]) == (2, 1)
+
+
 def test_gcps_budget_is_asked_for_on_the_projects_account() -> None:
     (billing,) = [each for each in recorded("gcp").resources if each.name == "serve-app-billing"]
     assert billing.inputs["billingProject"] == "${gcp.project}"
     assert json.loads(billing.inputs["userProjectOverride"]) is True
+    (budget,) = recorded("gcp").of("gcp.billing.Budget")
+    assert "serve-app-billing" in budget.dependencies
 
 
 def test_a_machine_that_some_zones_lack_is_put_where_it_is() -> None:
@@ -287,6 +300,8 @@ def test_azures_assignments_are_each_subscriptions_own() -> None:
     guid = importlib.import_module("infra_pulumi.azure")._guid
     assert len({guid("a", "x"), guid("b", "x"), guid("a", "y")}) == 3
     assert guid("a", "x") == guid("a", "x")
+    for each in recorded("azure").of("azure-native.authorization.RoleAssignment"):
+        assert each.inputs["roleAssignmentName"] == guid("${azure.subscription}", each.name)
 
 
 def test_azures_pools_are_made_one_after_the_other_and_keep_memory_for_110_pods() -> None:
