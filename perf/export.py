@@ -12,7 +12,7 @@ from pathlib import Path
 from xml.etree import ElementTree as ET
 
 from perf import stages
-from perf.report import render
+from perf.page import render
 from perf.results import Distribution, Run, Stage
 from perf.slo import Slo
 from perf.words import clean, figure, percent

@@ -13,7 +13,8 @@ import pytest
 
 from perf import export
 from perf.exits import Exit
-from perf.report import main, render
+from perf.page import render
+from perf.report import main
 from perf.results import Goodput, Resources, Run
 from perf.words import figure
 from tests.perf import sample

@@ -10,7 +10,8 @@ import pytest
 
 from perf import stages
 from perf.exits import Exit
-from perf.report import main, render
+from perf.page import render
+from perf.report import main
 from perf.results import ResultsError, Run
 from perf.words import figure, percent
 from tests.perf import sample
