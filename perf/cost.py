@@ -5,23 +5,16 @@ from __future__ import annotations
 import datetime
 import difflib
 import sys
-from collections.abc import Sequence
-from functools import cache
-from importlib import resources
-from pathlib import Path
-from typing import Annotated, Literal, Self, TypeAlias
+from collections.abc import Iterable, Sequence
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from rich.console import Console
 from rich.table import Table
 
+from infra_pulumi.catalogue import STALE_DAYS, Catalogue, InstanceType, load
 from perf.exits import Exit
 from perf.results import Cost, Run, Stage
 
-STALE_DAYS = 180
-
-Positive: TypeAlias = Annotated[float, Field(gt=0)]
+_LISTING = "`python -m perf.cost` lists all that are known"
 
 
 class CostError(ValueError):
@@ -32,105 +25,25 @@ class UnknownInstanceType(CostError):
     pass
 
 
-class InstanceType(BaseModel):
-    """On demand, Linux, in USD; disks, addresses and traffic excluded."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    provider: Literal["aws", "gcp", "azure"]
-    type: str
-    region: str
-    gpu: str | None = None
-    gpu_count: int = Field(default=0, ge=0)
-    gpu_memory_gib: Positive | None = Field(default=None, description="Of one GPU.")
-    compute_capability: str | None = Field(default=None, pattern=r"^\d+\.\d+$")
-    vcpu: int = Field(gt=0)
-    memory_gib: Positive
-    usd_per_hour: Positive
-    as_of: datetime.date
-    source: str = Field(min_length=1)
-    spot_usd_per_hour: Positive | None = None
-    spot_as_of: datetime.date | None = None
-    spot_source: str | None = Field(default=None, min_length=1)
-    note: str | None = None
-    refused: str | None = Field(default=None, description="Why this service does not run there as it is.")
-
-    @model_validator(mode="after")
-    def _gpus_are_whole(self) -> Self:
-        told = [
-            self.gpu is not None,
-            self.gpu_count > 0,
-            self.gpu_memory_gib is not None,
-            bool(self.compute_capability),
-        ]
-        if any(told) != all(told):
-            raise ValueError(f"{self.name}: gpu, gpu_count, gpu_memory_gib and compute_capability go together")
-        return self
-
-    @property
-    def name(self) -> str:
-        return f"{self.provider}:{self.region}:{self.type}"
-
-    def is_called(self, name: str) -> bool:
-        """`g5.xlarge`, `aws:g5.xlarge` or `aws:us-west-2:g5.xlarge`."""
-        return name.lower() in {f"{self.provider}:{self.type}".lower(), self.type.lower(), self.name.lower()}
+def find(name: str, catalogue: Catalogue | None = None) -> InstanceType:
+    """By `g5.xlarge`, `aws:g5.xlarge` or `aws:us-west-2:g5.xlarge`, in the shipped one by default. Raises CostError."""
+    known = (catalogue or load()).instance_types
+    found = [each for each in known if name.lower() in _names(each)]
+    if not found:
+        raise UnknownInstanceType(f"no instance type {name!r} is known{_close_to(name, known)}; {_LISTING}")
+    if len(found) > 1:
+        raise CostError(f"{name!r} is one of several: {', '.join(each.name for each in found)}; write one of these")
+    return found[0]
 
 
-class Catalogue(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    instance_types: tuple[InstanceType, ...]
-
-    @model_validator(mode="after")
-    def _names_are_unique(self) -> Self:
-        names = [each.name for each in self.instance_types]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"twice in the catalogue: {', '.join(twice)}")
-        return self
-
-    def find(self, name: str) -> InstanceType:
-        """Raises CostError."""
-        found = [each for each in self.instance_types if each.is_called(name)]
-        if not found:
-            raise UnknownInstanceType(f"no instance type {name!r} is known{self._close_to(name)}; {_LISTING}")
-        if len(found) > 1:
-            raise CostError(f"{name!r} is one of several: {', '.join(each.name for each in found)}; write one of these")
-        return found[0]
-
-    def _close_to(self, name: str) -> str:
-        types = {each.type.lower(): each.type for each in self.instance_types}
-        close = difflib.get_close_matches(name.rpartition(":")[2].lower(), types, n=3)
-        return f"; did you mean {' or '.join(types[each] for each in close)}?" if close else ""
+def _names(machine: InstanceType) -> set[str]:
+    return {each.lower() for each in (machine.type, f"{machine.provider}:{machine.type}", machine.name)}
 
 
-_LISTING = "`python -m perf.cost` lists all that are known"
-
-
-def load(path: Path | None = None) -> Catalogue:
-    """The shipped one, or another file of its shape. Raises CostError."""
-    return _read(path) if path else _shipped()
-
-
-@cache
-def _shipped() -> Catalogue:
-    return _parse(resources.files("infra_pulumi").joinpath("catalogue.yaml").read_text(), "catalogue.yaml")
-
-
-def _read(path: Path) -> Catalogue:
-    try:
-        return _parse(path.read_text(), str(path))
-    except OSError as error:
-        raise CostError(f"{path}: {error.strerror}") from None
-
-
-def _parse(text: str, name: str) -> Catalogue:
-    try:
-        return Catalogue.model_validate(yaml.safe_load(text))
-    except yaml.YAMLError as error:
-        raise CostError(f"{name} is not YAML: {error}") from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise CostError(f"{name}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+def _close_to(name: str, known: Iterable[InstanceType]) -> str:
+    types = {each.type.lower(): each.type for each in known}
+    close = difflib.get_close_matches(name.rpartition(":")[2].lower(), types, n=3)
+    return f"; did you mean {' or '.join(types[each] for each in close)}?" if close else ""
 
 
 def cost(instance_type: str, run: Run, catalogue: Catalogue | None = None) -> Cost:
@@ -140,7 +53,7 @@ def cost(instance_type: str, run: Run, catalogue: Catalogue | None = None) -> Co
 
 def stage_cost(instance_type: str, stage: Stage, catalogue: Catalogue | None = None) -> Cost:
     """Raises CostError."""
-    machine = (catalogue or load()).find(instance_type)
+    machine = find(instance_type, catalogue)
     name = f"{stage.scenario}, {stage.name}"
     if not (stage.tokens_per_s > 0 and stage.requests_per_s > 0):
         raise CostError(f"{name} finished nothing, so it has no price")

@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         key = asked.api_key_file.read_text().strip() if asked.api_key_file is not None else None
         export.folder_of(asked.output).mkdir(parents=True, exist_ok=True)  # now rather than after an hour
         if chosen.instance_type is not None:
-            cost.load().find(chosen.instance_type)
+            cost.find(chosen.instance_type)
     except (ResultsError, TraceError, cost.CostError) as error:
         options.error(str(error))
     except UnicodeDecodeError:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import datetime
-from pathlib import Path
 
 import pytest
 
-from perf.cost import Catalogue, CostError, UnknownInstanceType, best_stage, cost, load, main, stage_cost, stale
+from infra_pulumi.catalogue import Catalogue
+from perf.cost import CostError, UnknownInstanceType, best_stage, cost, find, main, stage_cost, stale
 from perf.exits import Exit
 from perf.results import Goodput
 from tests.perf.made_runs import run, stage
@@ -54,39 +54,23 @@ def test_nothing_was_finished() -> None:
 
 @pytest.mark.parametrize("name", ["g5.xlarge", "G5.XLarge", "aws:g5.xlarge", "aws:us-west-2:g5.xlarge"])
 def test_names_of_a_type(name: str) -> None:
-    assert load().find(name).name == "aws:us-west-2:g5.xlarge"
+    assert find(name).name == "aws:us-west-2:g5.xlarge"
 
 
 def test_an_unknown_type_names_what_is_close() -> None:
     with pytest.raises(UnknownInstanceType, match=r"did you mean g5\.(2)?xlarge.*python -m perf\.cost"):
-        load().find("g5.xlarg")
+        find("g5.xlarg")
     with pytest.raises(UnknownInstanceType, match="no instance type 'nothing at all' is known; "):
-        load().find("nothing at all")
+        find("nothing at all")
 
 
 def test_a_type_in_two_places_is_asked_which() -> None:
-    there = load().find("g5.xlarge")
+    there = find("g5.xlarge")
     both = Catalogue(instance_types=(there, there.model_copy(update={"region": "eu-west-1", "usd_per_hour": 1.123})))
 
     with pytest.raises(CostError, match=r"one of several: aws:us-west-2:g5\.xlarge, aws:eu-west-1:g5\.xlarge"):
-        both.find("g5.xlarge")
-    assert both.find("aws:eu-west-1:g5.xlarge").usd_per_hour == 1.123
-
-
-def test_every_row_says_where_its_price_is_from() -> None:
-    types = load().instance_types
-
-    assert len(types) >= 25
-    assert {each.provider for each in types} == {"aws", "gcp", "azure"}
-    assert all(each.usd_per_hour > 0 and each.source and each.as_of <= datetime.date(2026, 11, 27) for each in types)
-    assert all(each.compute_capability for each in types if each.gpu)
-
-
-def test_volta_is_refused() -> None:
-    refused = [each.type for each in load().instance_types if each.refused]
-
-    assert refused == ["p3.2xlarge"]
-    assert refused == [each.type for each in load().instance_types if each.compute_capability == "7.0"]
+        find("g5.xlarge", both)
+    assert find("aws:eu-west-1:g5.xlarge", both).usd_per_hour == 1.123
 
 
 def test_an_old_price_is_told() -> None:
@@ -94,34 +78,6 @@ def test_an_old_price_is_told() -> None:
     told = stale("2026-01-21", datetime.date(2026, 7, 21))
     assert told is not None
     assert told.startswith("The price is of 2026-01-21, 181 days ago")
-
-
-@pytest.mark.parametrize(
-    ("text", "wrong"),
-    [
-        ("instance_types: [{type: x}]", "instance_types.0.provider"),
-        ("a: [", "is not YAML"),
-        ("instance_types: []\nmore: 1", "more"),
-    ],
-)
-def test_another_catalogue_that_is_wrong(tmp_path: Path, text: str, wrong: str) -> None:
-    file = tmp_path / "prices.yaml"
-    file.write_text(text)
-
-    with pytest.raises(CostError, match=wrong):
-        load(file)
-
-
-def test_half_a_gpu_is_wrong() -> None:
-    with pytest.raises(ValueError, match="go together"):
-        Catalogue(instance_types=({**load().find("g5.xlarge").model_dump(), "gpu_count": 0},))
-
-
-def test_the_same_twice_is_wrong() -> None:
-    there = load().find("g5.xlarge")
-
-    with pytest.raises(ValueError, match=r"twice in the catalogue: aws:us-west-2:g5\.xlarge"):
-        Catalogue(instance_types=(there, there))
 
 
 def test_the_list(capsys: pytest.CaptureFixture[str]) -> None:
