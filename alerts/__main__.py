@@ -127,6 +127,7 @@ def parser() -> argparse.ArgumentParser:
     )
     one.add_argument("--output", type=Path, default=MONITORING, help="a folder, made if it is not there (%(default)s)")
     one.add_argument("--runbooks", default=slo.RUNBOOKS, help="where people read the runbooks (%(default)s)")
+    one.add_argument("--dashboards", default=slo.DASHBOARDS, help="where alerts link Grafana's to (%(default)s)")
 
     commands.add_parser("rules", help="write rules/slo.yml, which is made of the table in slo.py")
     commands.add_parser("prometheus", help="write cluster/monitoring/prometheus/, for containers and Kubernetes")
@@ -147,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         case "check":
             return _check(asked.output)
         case "dashboards":
-            return _dashboards(asked.output, asked.runbooks)
+            return _dashboards(asked.output, asked.runbooks, asked.dashboards)
         case "rules":
             slo.FILE.write_text(slo.text())
             print(f"wrote {slo.FILE}")
@@ -215,7 +216,7 @@ def _monitor(asked: argparse.Namespace) -> int:
     return 0
 
 
-def _dashboards(folder: Path, runbooks: str) -> int:
+def _dashboards(folder: Path, runbooks: str, dashboards: str) -> int:
     try:
         from alerts.dashboards import write
     except ModuleNotFoundError as error:
@@ -223,7 +224,7 @@ def _dashboards(folder: Path, runbooks: str) -> int:
             raise
         return _fail("grafana-foundation-sdk is missing; pip install 'serve_app[dashboards]'")
     try:
-        written = write.write(folder, runbooks)
+        written = write.write(folder, runbooks, dashboards)
     except OSError as error:
         return _fail(f"{error.filename}: {error.strerror}; give another --output")
     for file in written:

@@ -114,8 +114,10 @@ def _plan(wanted: Wanted) -> Plan:
     folder = wanted.data.absolute()
     folder.mkdir(parents=True, exist_ok=True)
     lock = _lock(folder)
-    token = folder / "history_token" if settings is None else settings.history.token_file
-    if settings is None:
+    token = folder / "history_token"
+    if settings is not None and settings.history is not None:
+        token = settings.history.token_file
+    else:
         _write_secret(token)
     external = f"http://{alertmanager_at}" if settings is None else settings.external_url
     plan = Plan(programs, folder, prometheus_at, alertmanager_at, history_at, external, token, lock)

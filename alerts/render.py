@@ -92,7 +92,8 @@ def dangers(settings: Settings) -> list[str]:
         if path.exists() and path.stat().st_mode & (stat.S_IROTH | stat.S_IWOTH)
     ]
     urls = {"pagerduty.url": settings.pagerduty.url, "dead_man.url": settings.dead_man.url}
-    urls["history.url"] = settings.history.url
+    if settings.history is not None:
+        urls["history.url"] = settings.history.url
     return open_files + [f"{key}: sends its secret unencrypted; use https" for key, url in urls.items() if _bare(url)]
 
 

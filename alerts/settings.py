@@ -249,7 +249,8 @@ class Inhibition(Section):
 class Settings(Section):
     """`group_by` are the labels that alerts told together have in common.
 
-    Links of alerts are `runbooks_url`/NAME.md and `dashboards_url`/UID.
+    Without `history` nobody keeps when alerts fired and ended, and the dashboards know no MTTD and no MTTR. Links of
+    alerts are `runbooks_url`/NAME.md and `dashboards_url`/UID.
     """
 
     external_url: Url = "http://127.0.0.1:9093"
@@ -259,7 +260,7 @@ class Settings(Section):
     slack: Slack
     email: Email
     dead_man: Webhook
-    history: Webhook
+    history: Webhook | None = None
     business_hours: BusinessHours
     group_by: tuple[Name, ...] = Field(("alertname", "cluster", "model"), min_length=1)
     inhibition: Inhibition = Inhibition()

@@ -29,15 +29,18 @@ def _text(dumper: _Blocks, text: str) -> yaml.ScalarNode:
 _Blocks.add_representer(str, _text)
 
 
-def files(runbooks: str = slo.RUNBOOKS) -> dict[str, str]:
-    """Texts, by their place in cluster/monitoring/. `runbooks` is where links to them lead."""
+def files(runbooks: str = slo.RUNBOOKS, dashboards: str = slo.DASHBOARDS) -> dict[str, str]:
+    """Texts, by their place in cluster/monitoring/. The two are where links of alerts and panels lead."""
     boards = {f"grafana/dashboards/{board.uid}.json": document(board) for board in BOARDS}
     texts = {**boards, "prometheusrule.yaml": _HEAD + _rules()}
-    return {name: text.replace(f"{slo.RUNBOOKS}/", f"{runbooks.rstrip('/')}/") for name, text in texts.items()}
+    links = {slo.RUNBOOKS: runbooks, slo.DASHBOARDS: dashboards}
+    for ours, theirs in links.items():
+        texts = {name: text.replace(f"{ours}/", f"{theirs.rstrip('/')}/") for name, text in texts.items()}
+    return texts
 
 
-def write(folder: Path, runbooks: str) -> list[Path]:
-    return [replace(folder / name, text) for name, text in files(runbooks).items()]
+def write(folder: Path, runbooks: str, dashboards: str) -> list[Path]:
+    return [replace(folder / name, text) for name, text in files(runbooks, dashboards).items()]
 
 
 def _rules() -> str:

@@ -91,6 +91,10 @@ def test_the_command_writes_them(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert main(["dashboards", "--output", str(tmp_path / "ours"), "--runbooks", "https://llm.test/runbooks/"]) == 0
     for name, text in write.files().items():
         assert (tmp_path / "ours" / name).read_text() == text.replace(slo.RUNBOOKS, "https://llm.test/runbooks")
+    assert main(["dashboards", "--output", str(tmp_path / "grafana"), "--dashboards", "https://llm.test/d/"]) == 0
+    rules = (tmp_path / "grafana/prometheusrule.yaml").read_text()
+    assert "https://llm.test/d/serve-app-llm?var-model=" in rules
+    assert slo.DASHBOARDS not in rules
     (tmp_path / "file").touch()
     assert main(["dashboards", "--output", str(tmp_path / "file")]) == 2
     assert "give another --output" in capsys.readouterr().err

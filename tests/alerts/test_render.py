@@ -158,6 +158,18 @@ def test_without_a_login_mail_is_sent_without(tmp_path: Path) -> None:
     assert "email.password_file" not in settings.secret_files()
 
 
+def test_without_a_history_nothing_is_sent_to_one(tmp_path: Path) -> None:
+    document = ready()
+    del document["history"]
+    settings = load(written(tmp_path, document))
+    found = yaml.safe_load(render.config(settings))
+    assert "history" not in {each["name"] for each in found["receivers"]}
+    assert "history" not in {each["receiver"] for each in found["route"]["routes"]}
+    assert found["route"]["routes"][2]["receiver"] == "critical"
+    assert "history.token_file" not in settings.secret_files()
+    assert not any("history" in line for line in render.dangers(settings))
+
+
 def test_what_is_set_arrives(tmp_path: Path) -> None:
     wait = {"group_wait": "1s", "group_interval": "2s", "repeat_interval": "1h30m"}
     found = rendered(

