@@ -49,13 +49,25 @@ class Deployment(Section):
     health_check_period_s: float = Field(10, gt=0)
     health_check_timeout_s: float = Field(30, gt=0)
     graceful_shutdown_wait_loop_s: float = Field(2, gt=0)
-    graceful_shutdown_timeout_s: float = Field(30, ge=0)
+    graceful_shutdown_timeout_s: float = Field(600, ge=0)  # as `limits.request_timeout_s`: no stream is cut
     max_surge_percent: int = Field(100, ge=0, le=100)
 
     @model_validator(mode="after")
     def _one_way_to_scale(self) -> Deployment:
         if (self.num_replicas is None) == (self.autoscaling is None):
             raise ValueError("state exactly one of num_replicas and autoscaling")
+        return self
+
+    @model_validator(mode="after")
+    def _can_scale(self) -> Deployment:
+        """Callers beyond the last place are refused and so not counted: replicas are added only for those before it."""
+        scaling, most = self.autoscaling, self.max_ongoing_requests + self.max_queued_requests
+        if scaling and scaling.max_replicas > 1 and scaling.target_ongoing_requests >= most:
+            raise ValueError(
+                f"autoscaling.target_ongoing_requests {scaling.target_ongoing_requests:g} is never passed with "
+                f"{most} requests at most (max_ongoing_requests + max_queued_requests), so there would always be one "
+                "replica; lower it"
+            )
         return self
 
     @property

@@ -181,7 +181,8 @@ def test_the_example_for_gpus_in_the_architecture_is_a_model() -> None:
     (block,) = re.findall(r"```yaml\n(.*?)```", chapter.split("\n## ")[0], re.DOTALL)
     (model,) = [Model.model_validate(entry) for entry in yaml.safe_load(block)]
     assert model.resources.num_gpus == 1
-    assert model.deployment.scales_to_zero
+    fused = {"ingress": {"fused": True}, "models": yaml.safe_load(block)}
+    assert AppConfig.model_validate(fused).models == (model,), "the shipped file's shape takes it"
 
 
 def test_the_ingress_for_several_models_in_the_architecture_is_one() -> None:

@@ -9,6 +9,7 @@ from contextlib import aclosing
 from functools import partial
 from typing import Protocol
 
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -23,6 +24,7 @@ LINE_BREAKS = str.maketrans({"\x85": "\\u0085", "\u2028": "\\u2028", "\u2029": "
 _JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 DONE = b"data: [DONE]\n\n"
+UNREAD_S = 10.0  # a request that is out of time is told so in band; this is how long that may lie unread
 
 
 def data(document: object) -> bytes:
@@ -80,7 +82,15 @@ class EventStream(Response):
         self._writing = asyncio.Lock()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await unless_gone(receive, self._run(send))
+        """Raises ClientDisconnect, also of a client that does not read: it holds its place as long as others may."""
+        limit_s = max(request.timeout_s for request in self._requests) + UNREAD_S
+        try:
+            async with asyncio.timeout(limit_s) as clock:
+                await unless_gone(receive, self._run(send))
+        except TimeoutError:
+            if not clock.expired():
+                raise
+            raise ClientDisconnect from None
 
     def chunks(self, index: int) -> AsyncGenerator[Chunk, None]:
         """The tokens of answer `index`."""

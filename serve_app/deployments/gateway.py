@@ -245,7 +245,9 @@ class ReplicaGateway:
             status = board.status(model)
             if status is not None:
                 self._note(status)
-                self._replicas[model.name] = board.ready(model.name)
+                ready = board.ready(model.name)
+                # A hub that began anew has not heard of all yet.
+                self._replicas[model.name] = ready if board.complete else max(ready, self._replicas[model.name])
 
     async def leave(self) -> None:
         """Tell what was counted last: this process ends."""

@@ -17,6 +17,7 @@ from serve_app.deployments.exposition import Page, Writer
 logger = logging.getLogger("ray.serve")
 
 PUSH_INTERVAL_S = 1.0
+_PUSH_S = 2.0
 
 
 @serve.deployment
@@ -72,7 +73,8 @@ class Pusher:
 
     async def _push(self, notice: Notice) -> None:
         try:
-            await self._hub.push.remote(notice, self.page())
+            async with asyncio.timeout(_PUSH_S):  # a node that was lost without a word answers nothing for minutes
+                await self._hub.push.remote(notice, self.page())
         except Exception:
             # The hub may be starting or moving; the next push says everything again.
             logger.debug("push failed", exc_info=True)

@@ -92,7 +92,7 @@ class Worker:
         return await asyncio.to_thread(self._turnstile.admit, streams)
 
     async def check_health(self) -> None:
-        """Ray replaces the replica when this raises: engine ended, failing or stalled, or admission dead."""
+        """Ray replaces the replica when this raises: engine ended, failing or stalled."""
         self._engine.check()
         age, limit = self._engine.step_age(), self._model.deployment.health_check_timeout_s
         if age > limit:

@@ -16,7 +16,10 @@ from serve_app.types import Grammar
 logger = logging.getLogger(__name__)
 
 _MOST_CHARACTERS = 65_536
-_COMPILED = 32
+_CHECKED = 32
+# Rules, or references of a schema. llguidance follows them one inside the other, and some 2,000 in a chain overflow a
+# thread's stack, which is the end of the process (1.9.1: 1,000 are fine, 3,000 are not).
+_MOST_DEFINITIONS = 500
 # Between the parts of a JSON document; without a bound an unsure model writes spaces until its tokens are used up.
 _SPACE = r" |\r?\n[ \t]{0,24}"
 # Half and less of llguidance's own bounds. Of grammars made to be slow the worst mask took 48 ms then; its states may
@@ -55,50 +58,53 @@ class Constraint:
 
 
 class Grammars:
-    """Compiles grammars for one tokenizer, and keeps the last ones. To be used from any thread.
+    """Compiles grammars for one tokenizer, and knows of the last ones whether they can be. To be used from any thread.
 
-    The tokenizer's trie is built with the first grammar, best before anybody is served: for 49,152 tokens that holds
-    the interpreter for 0.25 s.
+    Nothing compiled is kept: copies of a matcher share their lexer, and one answer that takes it past its bound
+    would leave it unusable for all others. The tokenizer's trie is built with the first grammar, best before
+    anybody is served: for 49,152 tokens that holds the interpreter for 0.25 s.
     """
 
     def __init__(self, tokenizer: Tokenizer, end_ids: frozenset[int], vocabulary: int) -> None:
         self._tokenizer = tokenizer
         self._end_ids = frozenset(token for token in end_ids if token < vocabulary)
         self._vocabulary = vocabulary
-        self._compiled = lru_cache(_COMPILED)(self._compile)
+        self._checked = lru_cache(_CHECKED)(self._check)
 
     def constraint(self, grammar: Grammar, ignore_eos: bool) -> Constraint | ServeAppError:
         """The beginning of an answer in this grammar; InvalidRequest if there can be none."""
-        compiled = self._compiled(grammar)
-        if isinstance(compiled, str):
+        source, why_not = self._checked(grammar)
+        if why_not:
             refusals = (self.constraint(part, ignore_eos) for part in grammar.parts)
             named = next((refusal for refusal in refusals if isinstance(refusal, ServeAppError)), None)
-            return named or InvalidRequest(compiled, param=grammar.field)
+            return named or InvalidRequest(why_not, param=grammar.field)
         tokenizer = self._trie
         assert isinstance(tokenizer, LLTokenizer), "what was compiled was compiled for it"
         ends = self._end_ids or frozenset(token for token in [tokenizer.eos_token] if token < self._vocabulary)
-        return Constraint(compiled.deep_copy(), ends, ignore_eos, grammar.field)
+        return Constraint(_matcher(tokenizer, source), ends, ignore_eos, grammar.field)
 
     def signs(self, token_ids: Iterable[int]) -> frozenset[int] | None:
         """Those of these tokens that are no text to a grammar; None if there are no grammars for this tokenizer."""
         trie = self._trie
         return None if isinstance(trie, str) else frozenset(filter(trie.is_special_token, token_ids))
 
-    def _compile(self, grammar: Grammar) -> LLMatcher | str:
-        """A matcher at its beginning, to be copied; or a sentence why not."""
+    def _check(self, grammar: Grammar) -> tuple[str, str]:
+        """The grammar as llguidance takes it, and a sentence why it does not: one of them is empty."""
         if len(grammar.text) > _MOST_CHARACTERS:
-            return f"the grammar has {len(grammar.text)} characters; at most {_MOST_CHARACTERS} are taken"
+            return "", f"the grammar has {len(grammar.text)} characters; at most {_MOST_CHARACTERS} are taken"
         if isinstance(self._trie, str):
-            return self._trie
+            return "", self._trie
         try:
-            source = _source(grammar)
-        except (TypeError, ValueError) as error:
-            return f"the grammar ({grammar.kind}) cannot be read: {error}"
-        matcher = LLMatcher(self._trie, source, log_level=0, limits=_LIMITS)
+            source, definitions = _source(grammar), _definitions(grammar)
+        except (TypeError, ValueError, RecursionError) as error:
+            return "", f"the grammar ({grammar.kind}) cannot be read: {error}"
+        if definitions > _MOST_DEFINITIONS:
+            return "", f"the grammar has {definitions} rules or references; at most {_MOST_DEFINITIONS} are taken"
+        matcher = _matcher(self._trie, source)
         matcher.compute_bitmask()  # the first one takes longest, and may be too much already
         if matcher.is_error():
-            return f"the grammar ({grammar.kind}) does not compile: {_why(matcher)}"
-        return matcher
+            return "", f"the grammar ({grammar.kind}) does not compile: {_why(matcher)}"
+        return source, ""
 
     @cached_property
     def _trie(self) -> LLTokenizer | str:
@@ -109,6 +115,45 @@ class Grammars:
         except ValueError as error:
             logger.warning("no grammars for this model: %s", error)
             return "this model's tokenizer is of a kind that grammars cannot be used with"
+
+
+def _matcher(tokenizer: LLTokenizer, source: str) -> LLMatcher:
+    """At its beginning."""
+    return LLMatcher(tokenizer, source, log_level=0, limits=_LIMITS)
+
+
+def _definitions(grammar: Grammar) -> int:
+    """How many things it may define by another one; of Lark every line with a colon, of JSON every `$ref`.
+
+    Raises ValueError and RecursionError.
+    """
+    if grammar.kind == "json_schema":
+        return _references(json.loads(grammar.text))
+    if grammar.kind != "lark":
+        return 0
+    count, rest = 0, grammar.text
+    while (at := rest.find("%json")) >= 0:  # which has a schema behind it
+        document = rest[at + len("%json") :].lstrip()
+        schema, end = json.JSONDecoder().raw_decode(document)
+        count += _references(schema) + _rules(rest[:at])
+        rest = document[end:]
+    return count + _rules(rest)
+
+
+def _rules(text: str) -> int:
+    return sum(":" in line for line in text.splitlines())
+
+
+def _references(schema: object) -> int:
+    count, left = 0, [schema]
+    while left:
+        match left.pop():
+            case dict() as section:
+                count += "$ref" in section
+                left += section.values()
+            case list() as members:
+                left += members
+    return count
 
 
 def _why(matcher: LLMatcher) -> str:

@@ -6,7 +6,7 @@
 // For int8 linear layers, which quantise all rows of a call with one scale, a result can be written with every row
 // scaled to [-1, 1] and its multiplier kept apart (`out_scale`); who reads the layer's rows multiplies (`scale`). One row
 // more, of +1 and -1, then pins the layer's scale, so that here too no row depends on another.
-// kernels.py builds this file where it runs; tests/engine/test_kernels.py compares it with plain torch.
+// kernels.py builds this file where it runs; tests/models/test_kernels.py compares it with plain torch.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/dispatch/Dispatcher.h>

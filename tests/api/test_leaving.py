@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, MutableMapping
 from contextvars import ContextVar
 from typing import Any
 
 import pytest
 
+from serve_app.api import sse
 from serve_app.api.app import create_app
 from serve_app.types import Chunk, GenerationRequest
 
@@ -109,6 +110,28 @@ async def test_a_part_after_the_last_is_not_taken_for_leaving(gateway: ScriptedG
     assert wire.silent
     assert wire.status == 200
     assert gateway.completed == 1
+
+
+class Full(Wire):
+    """Its buffers are full, and nobody reads."""
+
+    async def send(self, message: MutableMapping[str, Any]) -> None:
+        await super().send(message)
+        await asyncio.Event().wait()
+
+
+@every_stream
+async def test_who_does_not_read_holds_a_place_as_long_as_a_request_may_take(
+    gateway: ScriptedGateway, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sse, "UNREAD_S", 0.05)
+    gateway.plays(chunk(["a"], None), None)
+    wire = Full(path, STREAMS[path])
+    app = create_app(gateway, app_config(request_timeout_s=0.05))
+    async with asyncio.timeout(5):
+        await app(wire.scope, wire.receive, wire.send)
+    assert left_clean(gateway)
+    assert all(message.get("more_body", True) for message in wire.sent), "the server cuts it: it is not whole"
 
 
 class Traced(ScriptedGateway):

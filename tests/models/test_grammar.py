@@ -147,7 +147,34 @@ def test_two_answers_in_one_grammar_know_nothing_of_each_other(text: HFText) -> 
     assert (may_come(one, text) - may_come(other, text)) == {"<end>"}
 
 
+def test_what_one_answer_does_to_its_grammar_the_others_do_not_feel(text: HFText) -> None:
+    """Whether there was an a thirty places ago takes two to the thirty states to know."""
+    dear = Grammar("regex", "(?s:.*a.{30})")
+    first, second = begun(text, dear, True), begun(text, dear, True)
+    letters, draw = spelt(text, "a", "b"), random.Random(1)
+    for _ in range(20_000):
+        if isinstance(first.allowed(), InvalidRequest):
+            break
+        first.accept(draw.choice(letters))
+    else:
+        pytest.fail("it was followed to its end")
+    assert isinstance(second.allowed(), bytearray)
+    assert isinstance(begun(text, dear, True).allowed(), bytearray)
+
+
 # What is refused
+
+
+def chain(rule: str, start: str, count: int) -> str:
+    """Each defined by the next; 3,000 of them overflow the stack of whoever compiles them."""
+    rules = [rule.format(number, number + 1) for number in range(count - 1)]
+    return "\n".join([start, *rules, rule.partition(":")[0].format(count - 1) + ': "x"'])
+
+
+def references(count: int) -> str:
+    ends = {f"d{number}": {"$ref": f"#/$defs/d{number + 1}"} for number in range(count)}
+    document = {"$ref": "#/$defs/d0", "$defs": {**ends, f"d{count}": {"type": "string"}}}
+    return json.dumps(document, separators=(",", ":"))
 
 
 @pytest.mark.parametrize(
@@ -164,8 +191,14 @@ def test_two_answers_in_one_grammar_know_nothing_of_each_other(text: HFText) -> 
         (Grammar("choice", '"yes"'), "a JSON list of strings"),
         (Grammar("choice", "[1]"), "a JSON list of strings"),
         (Grammar("lark", "start: other"), "(lark) does not compile"),
+        (Grammar("json_schema", "[" * 30_000), "(json_schema) cannot be read"),
         (Grammar("regex", "x" * 65_537), "has 65537 characters; at most 65536 are taken"),
+        (Grammar("lark", chain("r{}: r{}", "start: r0", 5000)), "has 5001 rules or references; at most 500 are taken"),
+        (Grammar("lark", chain("R{}: R{}", "start: R0", 5000)), "has 5001 rules or references; at most 500 are taken"),
+        (Grammar("json_schema", references(1500)), "has 1501 rules or references; at most 500 are taken"),
+        (Grammar("lark", f"start: %json {references(1500)}\n"), "has 1502 rules or references; at most 500 are taken"),
     ],
+    ids=lambda value: value[:40] if isinstance(value, str) else value.kind,
 )
 def test_what_cannot_be_followed_is_refused_in_a_sentence(text: HFText, grammar: Grammar, words: str) -> None:
     for _ in range(2):
@@ -186,7 +219,7 @@ def test_a_tokenizer_that_cannot_be_used_is_refused_in_a_sentence() -> None:
 def test_the_tokenizer_is_ready_for_grammars_before_anybody_is_served(tmp_path: Path) -> None:
     loaded = load(model_config(tiny.save("llama", tmp_path)), lambda stage: None)
     assert "_trie" in vars(loaded.text._grammars)
-    assert loaded.text._grammars._compiled.cache_info().currsize == 1
+    assert loaded.text._grammars._checked.cache_info().currsize == 1
 
 
 # Sampling
