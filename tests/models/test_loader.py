@@ -101,6 +101,32 @@ def test_a_truncated_gguf_file_is_said_at_once(tmp_path: Path, length: int) -> N
     assert "cut.gguf cannot be converted: " in refusal(cut)
 
 
+def renamed(tmp_path: Path, old: bytes, new: bytes) -> Path:
+    """The embedded model's file with the name of one tensor changed, which keeps its length."""
+    path = tmp_path / "renamed.gguf"
+    whole = builtin_gguf().read_bytes()
+    assert whole.count(old) == 1
+    path.write_bytes(whole.replace(old, new))
+    return path
+
+
+@pytest.mark.timeout(300)
+def test_a_gguf_file_without_a_tensor_is_refused(tmp_path: Path) -> None:
+    """transformers would make it up at random, and the conversion would keep that."""
+    lacking = renamed(tmp_path, b"blk.3.ffn_down.weight", b"blk.3.ffn_dawn.weight")
+    with pytest.raises(
+        SourceError, match=r"lacks weights of a LlamaForCausalLM: model\.layers\.3\.mlp\.down_proj\.weight"
+    ):
+        convert_gguf(lacking, lambda stage: None, tmp_path / "models")
+    assert list((tmp_path / "models").glob("*[0-9]")) == []
+
+
+def test_a_gguf_file_whose_positions_are_scaled_is_refused(tmp_path: Path) -> None:
+    scaled = renamed(tmp_path, b"blk.3.ffn_up.weight", b"x.rope_freqs.weight")
+    with pytest.raises(SourceError, match="scales its positions"):
+        convert_gguf(scaled, lambda stage: None, tmp_path / "models")
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return tiny.save("llama", tmp_path / "model")
