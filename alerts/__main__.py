@@ -118,7 +118,7 @@ def parser() -> argparse.ArgumentParser:
     one = commands.add_parser("history", help="keep when alerts were", description=HISTORY, formatter_class=as_written)
     one.add_argument("--database", type=Path, required=True, help="an SQLite file, made if it is not there")
     one.add_argument("--host", default="127.0.0.1", help="where to listen (%(default)s); elsewhere needs a token")
-    one.add_argument("--port", type=int, default=9099, help="%(default)s; 0 takes a free one")
+    one.add_argument("--port", type=_port, default=9099, help="%(default)s; 0 takes a free one")
     one.add_argument("--token-file", type=Path, help="the bearer token that all but /healthy then need")
     one.add_argument("--keep-days", type=int, default=400, help="forget alerts not told of for so long (%(default)s)")
 

@@ -320,7 +320,10 @@ def _token(host: str, file: Path | None) -> str | None:
         if host not in ("127.0.0.1", "::1", "localhost"):
             raise HistoryError(f"whoever reaches {host} could write here; give a --token-file, or listen on 127.0.0.1")
         return None
-    token = file.read_text(encoding="utf-8").strip()
+    try:
+        token = file.read_text(encoding="utf-8").strip()
+    except UnicodeDecodeError:
+        raise HistoryError(f"{file}: not text; it is to hold one line with the token") from None
     if not token or len(token.split()) > 1:
         raise HistoryError(f"{file}: expected one line with the token")
     return token

@@ -32,7 +32,7 @@ class Place:
     service: str
     prometheus: str
     alertmanager: str
-    history: str
+    history: str | None
     history_token: str
     rules: str = f"{RULES}/*.yml"
     ray_file: str | None = None
@@ -64,11 +64,11 @@ PLACES = {
         service="serve-app-serve-svc:8000",
         prometheus="localhost:9090",
         alertmanager="alertmanager:9093",
-        history="alert-history:9099",
+        history=None,
         history_token=_SECRET,
         notes=(
             "For a pod in the namespace of a RayService called serve-app; it may list, get and watch pods.",
-            "Beside this file: rules/ and secrets/history_token.",
+            "Beside this file: rules/.",
         ),
     ),
 }

@@ -89,12 +89,19 @@ def dangers(settings: Settings) -> list[str]:
     open_files = [
         f"{key}: {path} can be read by every user of this machine; chmod 600 {shlex.quote(str(path))}"
         for key, path in settings.secret_files().items()
-        if path.exists() and path.stat().st_mode & (stat.S_IROTH | stat.S_IWOTH)
+        if _open_to_all(path)
     ]
     urls = {"pagerduty.url": settings.pagerduty.url, "dead_man.url": settings.dead_man.url}
     if settings.history is not None:
         urls["history.url"] = settings.history.url
     return open_files + [f"{key}: sends its secret unencrypted; use https" for key, url in urls.items() if _bare(url)]
+
+
+def _open_to_all(path: Path) -> bool:
+    try:
+        return bool(path.stat().st_mode & (stat.S_IROTH | stat.S_IWOTH))
+    except OSError:  # not there, or in a folder of somebody else's
+        return False
 
 
 def _bare(url: str) -> bool:

@@ -234,8 +234,8 @@ class Inhibition(Section):
 
     A more severe alert silences a less severe one with the same name or the same label `symptom`, in the same place:
     all labels in `place` are equal, or missing in both. While an alert in `service_down` fires, all others of its
-    cluster are silent. Alerts with a symptom in `spared` are silenced by neither: what watches the watchers, and what
-    may be the cause.
+    cluster that have a symptom are silent; one without is somebody else's. Alerts with a symptom in `spared` are
+    silenced by neither: what watches the watchers, and what may be the cause.
 
     Alertmanager keeps back ends too: who was told of an alert that is then silenced so, and resolved meanwhile, is not
     told that it is over (seen with 0.25).

@@ -94,6 +94,8 @@ class Client:
                 record.arrived(at, count)
         if record.error is None and not ended:
             record.error = "cut short"
+        elif record.error is None and not record.chunks and not record.tokens:
+            record.error = "no token"
         elif record.error is None and not record.tokens:
             # A server that does not count: one token an event is the best guess there is.
             record.tokens = sum(record.events)

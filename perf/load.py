@@ -34,12 +34,12 @@ async def opened(client: Client, gate: Gate, asks: Iterator[Ask], schedule: Iter
     async with _undisturbed(gate.measured), asyncio.TaskGroup() as group:
         start = clock()
         for offset in schedule:
-            if (delay := start + offset - clock()) > 0:
-                await asyncio.sleep(delay)
+            ask = next(asks)  # made before it is due
+            await asyncio.sleep(max(0.0, start + offset - clock()))  # and lets the others go on, however late it is
             record = gate.due(start + offset)
             if record is None:
                 break
-            group.create_task(_send(client, gate, record, next(asks)))
+            group.create_task(_send(client, gate, record, ask))
         gate.stop()
     return gate.measured
 

@@ -18,6 +18,8 @@ from perf.options import DEFAULT_SLO, PROFILE_SIZES, SCENARIOS, USUAL
 from perf.results import Load, Scenario
 from perf.slo import Slo
 
+STREAMED: set[Scenario] = {"streaming", "concurrency", "rate", "find-max"}
+
 Arrival = Literal["constant", "poisson", "gamma", "burst", "ramp", "closed", "trace"]
 _RAMP_S = 60.0
 # Of each of the eight levels of --quick, for its warm-up and for its window: a slow machine has fewer requests.
@@ -107,6 +109,11 @@ def settings(asked: argparse.Namespace, fail: Callable[[str], Any]) -> Settings:
         skipped = {
             name: "TGI has no call for several prompts" for name in ("batch", "batch-profile") if name in scenarios
         }
+    scenarios = tuple(name for name in scenarios if name not in skipped)
+    if not scenarios:
+        fail(f"nothing is left to measure: {'; '.join(skipped.values())}")
+    if asked.slo and asked.slo.of_whole_answers() != asked.slo and not set(scenarios) & STREAMED:
+        fail(f"--slo {asked.slo} has times of tokens, and nothing that is measured streams; add concurrency to --only")
     quick = asked.quick
     slo = asked.slo or (Slo.parse(DEFAULT_SLO) if "find-max" in scenarios else None)
     return Settings(
@@ -120,7 +127,7 @@ def settings(asked: argparse.Namespace, fail: Callable[[str], Any]) -> Settings:
         seed=asked.seed,
         salt=secrets.token_hex(4),
         fixed_length=not asked.no_fixed_length and asked.api != "tgi",
-        scenarios=tuple(name for name in scenarios if name not in skipped),
+        scenarios=scenarios,
         skipped=skipped,
         quick=quick,
         num_requests=asked.num_requests or (8 if quick else 20),

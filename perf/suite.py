@@ -37,6 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         chosen = settings(asked, options.error)
         baseline = Run.read(asked.baseline) if asked.baseline is not None else None
         key = asked.api_key_file.read_text().strip() if asked.api_key_file is not None else None
+        if key is not None and len(key.split()) != 1:
+            options.error(f"{asked.api_key_file}: expected one line with the key")
         export.folder_of(asked.output).mkdir(parents=True, exist_ok=True)  # now rather than after an hour
         if chosen.instance_type is not None:
             cost.find(chosen.instance_type)

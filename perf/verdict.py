@@ -199,7 +199,7 @@ def _batch_size(advice: BatchAdvice | None) -> list[str]:
 
 
 def _unsteady(stages: Sequence[Stage]) -> list[str]:
-    names = [_name(stage) for stage in stages if not stage.steady]
+    names = [_name(stage) for stage in stages if stage.steady is False]
     advice = "Give more requests to --warmup, or leave out --quick."
     return [f"Latency had not settled when these began: {'; '.join(names)}. {advice}"] if names else []
 

@@ -191,19 +191,23 @@ async def test_a_service_that_is_down_silences_the_rest_but_not_what_may_be_the_
         down = alert("ServiceDown", "critical", cluster="x", job="serve_app")
         await here.tell(down)
         await until(lambda: here.web.pages, "the page")
-        rest = [alert("HighErrorRate", "critical", cluster="x", model="a"), alert("HighTTFT", "warning", cluster="x")]
+        rest = [
+            alert("HighErrorRate", "critical", cluster="x", model="a", symptom="errors"),
+            alert("HighTTFT", "warning", cluster="x", symptom="latency"),
+        ]
         heard = [
             alert("NodeLost", "critical", cluster="x", symptom="replicas"),
-            alert("HighErrorRate", "critical", cluster="y"),
+            alert("HighErrorRate", "critical", cluster="y", symptom="errors"),
+            alert("SomebodyElses", "critical", cluster="x"),
         ]
         await here.tell(*rest, *heard, alert("Watchdog", "none", cluster="x"))
-        await until(lambda: len(here.web.pages) == 3, "the cause, and what is elsewhere")
+        await until(lambda: len(here.web.pages) == 4, "the cause, what is elsewhere, and what is another service's")
         await until(lambda: here.web.at("/dead-man"), "the dead-man's switch")
         assert (await here.states())["HighErrorRate critical a"] == "suppressed"
         await here.resolve(down)
-        await until(lambda: len(here.web.pages) == 5, "what is still wrong after the repair, and the end")
+        await until(lambda: len(here.web.pages) == 6, "what is still wrong after the repair, and the end")
         names = sorted(page["payload"]["class"] for page in here.web.pages)
-        assert names == ["HighErrorRate", "HighErrorRate", "NodeLost", "ServiceDown", "ServiceDown"]
+        assert names == ["HighErrorRate", "HighErrorRate", "NodeLost", "ServiceDown", "ServiceDown", "SomebodyElses"]
 
 
 async def test_the_dead_mans_switch_hears_of_life_and_never_of_an_end(tmp_path: Path) -> None:

@@ -192,7 +192,7 @@ def test_what_is_set_arrives(tmp_path: Path) -> None:
     }
     *_, down = found["inhibit_rules"]
     assert down["source_matchers"] == ['alertname=~"Gone|Lost"']
-    assert down["target_matchers"] == ['alertname!~"Gone|Lost"', 'severity!="none"', 'symptom!~"disk|the-network"']
+    assert down["target_matchers"] == ['alertname!~"Gone|Lost"', 'severity!="none"', 'symptom!~"|disk|the-network"']
     assert found["inhibit_rules"][0]["equal"] == ["alertname", "pool"]
 
 

@@ -244,6 +244,20 @@ async def test_failures_are_told_by_their_kind(options: list[str], kind: str, ap
     assert not record.ok
 
 
+async def test_a_stream_without_a_token_is_no_success() -> None:
+    async def nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nconnection: close\r\n\r\ndata: [DONE]\n\n")
+        await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(nothing, "127.0.0.1", 0) as server:
+        async with client(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", "openai") as one:
+            record = Record(0)
+            await one.send(record, next(workload().asks("test")))
+    assert (record.error, record.ok) == ("no token", False)
+
+
 async def test_nobody_there_is_told_so() -> None:
     async with client("http://127.0.0.1:9") as one:
         record = Record(0)
