@@ -420,6 +420,13 @@ def test_one_model_may_be_its_own_ingress() -> None:
     assert config.ingress.deployment is None
 
 
+def test_replicas_that_would_never_be_added_are_refused() -> None:
+    narrow: dict[str, Any] = {**SCALED, "max_ongoing_requests": 8, "max_queued_requests": 16}
+    narrow["autoscaling"] = {"max_replicas": 4}
+    told = fault(args(deployment=narrow, batching={"max_batch_size": 8}))
+    assert "autoscaling.target_ongoing_requests 32 is never passed with 24 requests at most" in told
+
+
 def test_bounds_of_autoscaling_are_in_order() -> None:
     told = fault(args(deployment={**SCALED, "autoscaling": {"min_replicas": 3, "max_replicas": 2}}))
     assert told.startswith("models.0.deployment.autoscaling: ")

@@ -44,6 +44,28 @@ class RequestId:
         await self.app(scope, receive, named)
 
 
+class OneRequestId:
+    """For a server that names requests too and appends their ids to every answer, as Ray does: the same one once."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        servers = Headers(scope=scope).get("x-request-id")
+
+        async def once(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                if headers.get("x-request-id") == servers:
+                    del headers["x-request-id"]
+            await send(message)
+
+        await self.app(scope, receive, once)
+
+
 class Measured:
     """Has the gateway count the call, by the pattern of its route: no caller can make up a name."""
 

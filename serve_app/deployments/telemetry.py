@@ -9,6 +9,7 @@ from starlette.types import ASGIApp
 
 from serve_app.api.app import create_app
 from serve_app.api.gateway import Gateway
+from serve_app.api.middleware import OneRequestId
 from serve_app.config import AppConfig, ConfigError, Telemetry as Settings
 from serve_app.engine.engine import Engine
 from serve_app.engine.stream import TokenStream
@@ -46,17 +47,19 @@ class Telemetry:
 
     def app(self, gateway: Gateway, config: AppConfig) -> ASGIApp:
         """The front door with what watches it."""
-        if self._exporter is None and self._settings.log_format == "text":
-            return create_app(gateway, config)
-        from opentelemetry.trace import NoOpTracer
         from starlette.middleware import Middleware
+
+        named = Middleware(OneRequestId)
+        if self._exporter is None and self._settings.log_format == "text":
+            return create_app(gateway, config, around=[named])
+        from opentelemetry.trace import NoOpTracer
 
         from serve_app.api.observe import Observe, ObservedGateway
 
         tracer = NoOpTracer() if self._exporter is None else self._exporter.tracer
         capture = self._settings.tracing is not None and self._settings.tracing.capture_content
         layer = Middleware(Observe, tracer=tracer, access_log=self._settings.log_format == "json")
-        return create_app(ObservedGateway(gateway, tracer, capture), config, around=[layer])
+        return create_app(ObservedGateway(gateway, tracer, capture), config, around=[named, layer])
 
     def turnstile(self, engine: Engine) -> Phases | Turnstile:
         """The way into an engine."""

@@ -5,10 +5,13 @@ from collections.abc import AsyncGenerator, MutableMapping
 from contextvars import ContextVar
 from typing import Any
 
+import httpx
 import pytest
+from starlette.middleware import Middleware
 
 from serve_app.api import sse
 from serve_app.api.app import create_app
+from serve_app.api.middleware import OneRequestId
 from serve_app.types import Chunk, GenerationRequest
 
 from .scripted import POSTS, ScriptedGateway, Wire, app_config, chunk
@@ -110,6 +113,15 @@ async def test_a_part_after_the_last_is_not_taken_for_leaving(gateway: ScriptedG
     assert wire.silent
     assert wire.status == 200
     assert gateway.completed == 1
+
+
+async def test_an_id_that_the_server_puts_on_answers_is_on_them_once(gateway: ScriptedGateway) -> None:
+    """The server's own is the one that it puts into the request; without one there is ours."""
+    app = create_app(gateway, app_config(), around=[Middleware(OneRequestId)])
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+        assert "x-request-id" not in (await client.get("/health", headers={"x-request-id": "mine"})).headers
+        assert (await client.get("/health")).headers["x-request-id"]
+        assert (await client.get("/health", headers={"x-request-id": "no such"})).headers["x-request-id"] != "no such"
 
 
 class Full(Wire):
