@@ -174,11 +174,21 @@ class Program:
 
     def left(self) -> list[psutil.Process]:
         """Those that still run. psutil knows a process number that was given anew."""
-        return [p for p in self._seen.values() if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+        return [process for process in self._seen.values() if _said(process) is not None]
 
     def find(self, words: str) -> list[psutil.Process]:
         self.family()
-        return [process for process in self.left() if words in " ".join(process.cmdline())]
+        return [process for process in self._seen.values() if words in (_said(process) or "")]
+
+
+def _said(process: psutil.Process) -> str | None:
+    """Its command line while it runs. Whatever is looked at may end meanwhile."""
+    try:
+        if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+            return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:  # which a zombie is too
+        pass
+    return None
 
 
 class Service(Program):
