@@ -44,7 +44,7 @@ def create_app(
             Middleware(RequestId),
             Middleware(Measured, gateway=gateway),
             Middleware(LastResort, refusals=refusals),
-            Middleware(BodyLimit, limit=config.limits.max_body_bytes),
+            Middleware(BodyLimit, limit=config.limits.max_body_bytes, patience_s=config.limits.request_timeout_s),
         ],
         exception_handlers={ServeAppError: refusals.known, HTTPException: refusals.routing},
     )

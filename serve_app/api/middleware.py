@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import time
@@ -147,12 +148,14 @@ class Wire:
 class BodyLimit:
     """Refuses a body over `limit` bytes, by its declared length or by counting what comes in.
 
-    The refusal is raised from `receive`, so that it takes the same way as every other error.
+    The refusal is raised from `receive`, so that it takes the same way as every other error. Whoever has not sent all
+    of a body after `patience_s` is taken for one who left.
     """
 
-    def __init__(self, app: ASGIApp, limit: int) -> None:
+    def __init__(self, app: ASGIApp, limit: int, patience_s: float) -> None:
         self.app = app
         self.limit = limit
+        self.patience_s = patience_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -160,14 +163,20 @@ class BodyLimit:
             return
         header = Headers(scope=scope).get("content-length", "")
         declared = int(header) if re.fullmatch(r"[0-9]{1,18}", header) else 0
-        counted = 0
+        counted, whole = 0, False
+        deadline = asyncio.get_running_loop().time() + self.patience_s
 
         async def limited() -> Message:
-            nonlocal counted
+            nonlocal counted, whole
             self._check(declared)
-            message = await receive()
+            try:
+                async with asyncio.timeout_at(None if whole else deadline):
+                    message = await receive()
+            except TimeoutError:
+                raise ClientDisconnect from None
             counted += len(message.get("body", b""))
             self._check(counted)
+            whole = not message.get("more_body", False)
             return message
 
         await self.app(scope, limited, send)

@@ -124,6 +124,27 @@ async def test_an_id_that_the_server_puts_on_answers_is_on_them_once(gateway: Sc
         assert (await client.get("/health", headers={"x-request-id": "no such"})).headers["x-request-id"] != "no such"
 
 
+class Stalling(Wire):
+    """Sends the beginning of a body, and no more."""
+
+    async def receive(self) -> dict[str, Any]:
+        if self.began:
+            await asyncio.Event().wait()
+        self.began = True
+        return {"type": "http.request", "body": b"{", "more_body": True}
+
+    began = False
+
+
+@every_post
+async def test_who_does_not_send_all_of_a_body_is_not_waited_for(gateway: ScriptedGateway, path: str) -> None:
+    wire = Stalling(path, POSTS[path])
+    app = create_app(gateway, app_config(request_timeout_s=0.05))
+    async with asyncio.timeout(5):
+        await app(wire.scope, wire.receive, wire.send)
+    assert (gateway.requests, wire.sent) == ([], [])
+
+
 class Full(Wire):
     """Its buffers are full, and nobody reads."""
 

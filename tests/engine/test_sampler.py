@@ -356,7 +356,7 @@ def test_nobody_is_told_logprobs_unasked() -> None:
 
 
 def test_how_likely_a_token_was_is_the_softmax_and_its_place_among_the_others() -> None:
-    rows, tokens = noise(20, 300, seed=3), list(range(40, 60))
+    rows, tokens = noise(200, 300, seed=3), list(range(40, 240))  # more than are taken at a time
     rows[1] = 0.0  # all alike
     for row, token, told in zip(rows, tokens, how_likely(rows, tokens, 5, str), strict=True):
         logprobs = row.double().log_softmax(-1)
