@@ -91,5 +91,5 @@ def write_kept() -> Iterator[Path]:
 def write_rules(folder: Path, runbooks: str, dashboards: str) -> Iterator[Path]:
     """The rules into `folder`/rules. The two addresses take the place of those that the repository's rules have."""
     for source in sorted((HERE / RULES).glob("*.yml")):
-        text = source.read_text(encoding="utf-8").replace(f"{slo.RUNBOOKS}/", f"{runbooks.rstrip('/')}/")
-        yield replace(folder / RULES / source.name, text.replace(f"{slo.DASHBOARDS}/", f"{dashboards.rstrip('/')}/"))
+        text = source.read_text(encoding="utf-8")
+        yield replace(folder / RULES / source.name, slo.linked(text, runbooks, dashboards))

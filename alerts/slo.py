@@ -27,6 +27,13 @@ FAST = (("1h", "5m", "14.4"), ("6h", "30m", "6"))
 SLOW = (("1d", "2h", "3"), ("3d", "6h", "1"))
 
 
+def linked(text: str, runbooks: str, dashboards: str) -> str:
+    """A text of the repository with these two addresses in place of the ones that its links have."""
+    for ours, theirs in ((RUNBOOKS, runbooks), (DASHBOARDS, dashboards)):
+        text = text.replace(f"{ours}/", f"{theirs.rstrip('/')}/")
+    return text
+
+
 @dataclass(frozen=True, slots=True)
 class Slo:
     """`bad` and `all` are rates of requests by model, with `WINDOW` for the window; `budget` is the share that may be

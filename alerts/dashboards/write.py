@@ -33,10 +33,7 @@ def files(runbooks: str = slo.RUNBOOKS, dashboards: str = slo.DASHBOARDS) -> dic
     """Texts, by their place in cluster/monitoring/. The two are where links of alerts and panels lead."""
     boards = {f"grafana/dashboards/{board.uid}.json": document(board) for board in BOARDS}
     texts = {**boards, "prometheusrule.yaml": _HEAD + _rules()}
-    links = {slo.RUNBOOKS: runbooks, slo.DASHBOARDS: dashboards}
-    for ours, theirs in links.items():
-        texts = {name: text.replace(f"{ours}/", f"{theirs.rstrip('/')}/") for name, text in texts.items()}
-    return texts
+    return {name: slo.linked(text, runbooks, dashboards) for name, text in texts.items()}
 
 
 def write(folder: Path, runbooks: str, dashboards: str) -> list[Path]:
