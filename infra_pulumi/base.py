@@ -92,8 +92,7 @@ class GpuCluster(pulumi.ComponentResource):
         return self.catalogue.get(self.spec.provider, pool.instance_types[0])
 
     def zones(self, pool: GpuPool) -> tuple[str, ...]:
-        """A pool's own, or those of the cluster's that have its machine as far as the catalogue knows."""
-        return pool.zones or self.machine(pool).of_zones(self.spec.zones)
+        return self.catalogue.zones(self.spec, pool)
 
     def pool_name(self, group: NodeGroup, *parts: str) -> str:
         """Of a node group's resources; whatever the pool is called, it is none of the cluster's own."""

@@ -13,7 +13,7 @@ from typing import Annotated, Self, TypeAlias
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from infra_pulumi.spec import ClusterSpec, Fault, Provider, SpecError
+from infra_pulumi.spec import ClusterSpec, Fault, GpuPool, Provider, SpecError
 
 STALE_DAYS = 180
 
@@ -64,8 +64,7 @@ class InstanceType(BaseModel):
 
     def of_zones(self, zones: tuple[str, ...]) -> tuple[str, ...]:
         """Those that have it, as far as is known."""
-        known = [zone for zone in zones if zone.startswith(self.region)]
-        return tuple(zone for zone in zones if not self.zones or zone in self.zones or zone not in known)
+        return tuple(zone for zone in zones if not (self.zones and zone.startswith(self.region)) or zone in self.zones)
 
     def price(self, spot: bool) -> float:
         """USD an hour; of a machine whose spot price is not known, the price on demand."""
@@ -96,6 +95,10 @@ class Catalogue(BaseModel):
         if found is None:
             raise CatalogueError(self.unknown(provider, instance_type))
         return found
+
+    def zones(self, spec: ClusterSpec, pool: GpuPool) -> tuple[str, ...]:
+        """A pool's own, or those of the cluster's that have its machine as far as is known. Raises CatalogueError."""
+        return pool.zones or self.get(spec.provider, pool.instance_types[0]).of_zones(spec.zones)
 
     def unknown(self, provider: str, instance_type: str) -> str:
         known = {each.type.lower(): each.type for each in self.instance_types if each.provider == provider}

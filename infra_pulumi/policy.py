@@ -104,6 +104,13 @@ def expected(name: str, severity: Severity, kind: str, path: str, wanted: Any, w
     rule(name, severity, remedy)(check)
 
 
+def inline_pools(recording: Recording) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The pools that an AKS cluster is made with, each beside the cluster's name."""
+    for resource in recording.of("azure-native.containerservice.ManagedCluster"):
+        for pool in resource.inputs.get("agentPoolProfiles", []):
+            yield resource.name, pool
+
+
 def gpu_pools(recording: Recording, kind: str, labels: str) -> Iterator[Resource]:
     """Those of a kind whose label `serve-app/pool`, at `labels`, is not the system pool's."""
     return (

@@ -153,10 +153,7 @@ def _aws(spec: ClusterSpec, catalogue: Catalogue, site: Site) -> Object:
 
 def _zone(spec: ClusterSpec, catalogue: Catalogue) -> str:
     """The one that Ray puts everything into on GCP: the first that all pools may be in. Raises CatalogueError."""
-    every = [
-        set(pool.zones or sizes.machines(spec, catalogue, index)[0].of_zones(spec.zones))
-        for index, pool in enumerate(spec.gpu_pools)
-    ]
+    every = [catalogue.zones(spec, pool) for pool in spec.gpu_pools]
     found = [zone for zone in spec.zones if all(zone in zones for zones in every)]
     if not found:
         raise CatalogueError("`ray up` puts all machines into one zone, and none has those of every pool")

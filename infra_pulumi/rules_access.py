@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterator
 
-from infra_pulumi.policy import HOUSE, Broken, expected, get, of, rule
+from infra_pulumi.policy import HOUSE, Broken, expected, get, inline_pools, of, rule
 from infra_pulumi.record import Recording
 from infra_pulumi.spec import ClusterSpec
 
@@ -107,10 +107,9 @@ def _nodes_are_private(recording: Recording, spec: ClusterSpec) -> Broken:
     for resource in recording.of("azure-native.containerservice.AgentPool"):
         if resource.inputs.get("enableNodePublicIP") is not False:
             yield resource.name, "enableNodePublicIP is not false"
-    for resource in recording.of("azure-native.containerservice.ManagedCluster"):
-        for pool in resource.inputs.get("agentPoolProfiles", []):
-            if pool.get("enableNodePublicIP") is not False:
-                yield resource.name, f"pool {pool.get('name')}: enableNodePublicIP is not false"
+    for cluster, pool in inline_pools(recording):
+        if pool.get("enableNodePublicIP") is not False:
+            yield cluster, f"pool {pool.get('name')}: enableNodePublicIP is not false"
     for resource in recording.of("aws.ec2.LaunchTemplate"):
         if any(each.get("associatePublicIpAddress") for each in resource.inputs.get("networkInterfaces", [])):
             yield resource.name, "networkInterfaces has associatePublicIpAddress"

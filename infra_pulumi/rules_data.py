@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from infra_pulumi.policy import HOUSE, Broken, expected, get, rule
+from infra_pulumi.policy import HOUSE, Broken, expected, get, inline_pools, rule
 from infra_pulumi.record import Recording
 from infra_pulumi.spec import ClusterSpec
 
@@ -38,10 +38,9 @@ def _disks_are_encrypted(recording: Recording, spec: ClusterSpec) -> Broken:
     for resource in recording.of("azure-native.containerservice.AgentPool"):
         if not resource.inputs.get("enableEncryptionAtHost"):
             yield resource.name, "enableEncryptionAtHost is not set"
-    for resource in recording.of("azure-native.containerservice.ManagedCluster"):
-        for pool in resource.inputs.get("agentPoolProfiles", []):
-            if not pool.get("enableEncryptionAtHost"):
-                yield resource.name, f"pool {pool.get('name')}: enableEncryptionAtHost is not set"
+    for cluster, pool in inline_pools(recording):
+        if not pool.get("enableEncryptionAtHost"):
+            yield cluster, f"pool {pool.get('name')}: enableEncryptionAtHost is not set"
 
 
 @rule("secrets-not-encrypted", "error", HOUSE)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from infra_pulumi.policy import HOUSE, Broken, get, gpu_pools, of, rule
+from infra_pulumi.policy import HOUSE, Broken, get, gpu_pools, inline_pools, of, rule
 from infra_pulumi.record import Recording
 from infra_pulumi.spec import ClusterSpec
 
@@ -23,10 +23,9 @@ def _system_is_on_demand(recording: Recording, spec: ClusterSpec) -> Broken:
             resource.inputs, "nodeConfig.spot"
         ):
             yield resource.name, "nodeConfig.spot is set"
-    for resource in recording.of("azure-native.containerservice.ManagedCluster"):
-        for pool in resource.inputs.get("agentPoolProfiles", []):
-            if pool.get("scaleSetPriority") == "Spot":
-                yield resource.name, f"pool {pool['name']} has scaleSetPriority Spot"
+    for cluster, pool in inline_pools(recording):
+        if pool.get("scaleSetPriority") == "Spot":
+            yield cluster, f"pool {pool['name']} has scaleSetPriority Spot"
 
 
 @rule("gpu-without-taint", "error", HOUSE)

@@ -9,13 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from infra_pulumi.spec import ClusterSpec, SpecError, load, parse
-
-TYPES = {"aws": "g5.xlarge", "gcp": "g2-standard-4", "azure": "Standard_NC24ads_A100_v4"}
-
-
-def document(provider: str = "aws", **changes: Any) -> dict[str, Any]:
-    pool = {"instance_types": [TYPES[provider]], **changes.pop("pool", {})}
-    return {"provider": provider, "gpu_pools": [pool], **changes}
+from tests.infra.world import document
 
 
 def faults(wrong: dict[str, Any]) -> list[str]:
