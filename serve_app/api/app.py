@@ -13,15 +13,15 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from serve_app.api import pages
-from serve_app.api.door import Door
-from serve_app.api.embeddings import EmbeddingRoutes
+from serve_app.api.context import RequestContext
+from serve_app.api.error_handlers import ErrorHandlers
 from serve_app.api.gateway import Gateway
-from serve_app.api.middleware import BodyLimit, LastResort, Measured, RequestId
-from serve_app.api.openai import OpenAIRoutes
-from serve_app.api.refusal import Refusals
-from serve_app.api.routes import NativeRoutes, OperatorRoutes
-from serve_app.api.tgi import TgiRoutes
-from serve_app.api.tokens import TokenRoutes
+from serve_app.api.middleware import BodyLimit, CatchAll, Measured, RequestId
+from serve_app.api.native.routes import NativeRoutes, OperatorRoutes
+from serve_app.api.native.tokens import TokenRoutes
+from serve_app.api.openai.embeddings import EmbeddingRoutes
+from serve_app.api.openai.routes import OpenAIRoutes
+from serve_app.api.tgi.routes import TgiRoutes
 from serve_app.config import AppConfig
 from serve_app.errors import ServeAppError
 
@@ -32,18 +32,18 @@ def create_app(
     clock: Callable[[], float] = time.monotonic,
     around: Sequence[Middleware] = (),
 ) -> Starlette:
-    """The front door. It reaches models through `gateway` alone; `clock` gives monotonic seconds.
+    """The front context. It reaches models through `gateway` alone; `clock` gives monotonic seconds.
 
     `around` are layers outside all others.
     """
-    refusals = Refusals(gateway)
+    refusals = ErrorHandlers(gateway)
     app = Starlette(
-        routes=_routes(Door(gateway, config, clock)),
+        routes=_routes(RequestContext(gateway, config, clock)),
         middleware=[
             *around,
             Middleware(RequestId),
             Middleware(Measured, gateway=gateway),
-            Middleware(LastResort, refusals=refusals),
+            Middleware(CatchAll, refusals=refusals),
             Middleware(BodyLimit, limit=config.limits.max_body_bytes, patience_s=config.limits.request_timeout_s),
         ],
         exception_handlers={ServeAppError: refusals.known, HTTPException: refusals.routing},
@@ -52,11 +52,11 @@ def create_app(
     return app
 
 
-def _routes(door: Door) -> list[Route]:
-    tgi = TgiRoutes(door)
-    native, operator, openai = NativeRoutes(door, tgi), OperatorRoutes(door), OpenAIRoutes(door)
-    tokens, playground, reference = TokenRoutes(door), pages.playground(), pages.reference()
-    document = pages.document(tuple(model.name for model in door.config.models))
+def _routes(context: RequestContext) -> list[Route]:
+    tgi = TgiRoutes(context)
+    native, operator, openai = NativeRoutes(context, tgi), OperatorRoutes(context), OpenAIRoutes(context)
+    tokens, playground, reference = TokenRoutes(context), pages.playground(), pages.reference()
+    document = pages.document(tuple(model.name for model in context.config.models))
 
     async def root(http: Request) -> Response:
         # One route, so that a wrong method is told all the right ones.
@@ -68,7 +68,7 @@ def _routes(door: Door) -> list[Route]:
         Route("/generate_batch", native.generate_batch, methods=["POST"]),
         Route("/v1/completions", openai.completions, methods=["POST"]),
         Route("/v1/chat/completions", openai.chat, methods=["POST"]),
-        Route("/v1/embeddings", EmbeddingRoutes(door).embeddings, methods=["POST"]),
+        Route("/v1/embeddings", EmbeddingRoutes(context).embeddings, methods=["POST"]),
         Route("/v1/models", openai.models, methods=["GET"]),
         Route("/v1/models/{id:path}", openai.model, methods=["GET"]),
         Route("/health", operator.health, methods=["GET"]),

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from typing import Protocol
 
+from serve_app.core.events import Chunk
+from serve_app.core.http import HttpCall
+from serve_app.core.queries import A, ModelStatus, Query
+from serve_app.core.requests import GenerationRequest
 from serve_app.errors import ServeAppError
-from serve_app.types import A, Chunk, GenerationRequest, HttpCall, ModelStatus, Question
 
 
 class Gateway(Protocol):
@@ -24,7 +27,7 @@ class Gateway(Protocol):
         """
         ...
 
-    async def ask(self, model: str, question: Question[A], warm_wait_s: float) -> A:
+    async def query(self, model: str, question: Query[A], warm_wait_s: float) -> A:
         """Ask a model something that takes no step of it; it has `warm_wait_s` to wake and to answer.
 
         Raises ServeAppError.

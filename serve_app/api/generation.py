@@ -11,11 +11,12 @@ from typing import Any, TypeVar
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
+from serve_app.api.completion import CompletionState
+from serve_app.api.error_handlers import opaque
 from serve_app.api.gateway import Gateway
-from serve_app.api.refusal import opaque
-from serve_app.api.tally import Tally
+from serve_app.core.events import Chunk
+from serve_app.core.requests import GenerationRequest
 from serve_app.errors import ServeAppError
-from serve_app.types import Chunk, GenerationRequest
 
 log = logging.getLogger(__name__)
 
@@ -55,9 +56,9 @@ def _is_ours(error: BaseException) -> bool:
     return isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling() > 0
 
 
-async def collect(gateway: Gateway, request: GenerationRequest, warm_wait_s: float) -> Tally:
+async def collect(gateway: Gateway, request: GenerationRequest, warm_wait_s: float) -> CompletionState:
     """The whole answer. Raises ServeAppError."""
-    tally = Tally()
+    tally = CompletionState()
     async with aclosing(answer(gateway, request, warm_wait_s)) as chunks:
         async for chunk in chunks:
             tally.arrived(chunk)

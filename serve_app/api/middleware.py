@@ -1,4 +1,4 @@
-"""Pure ASGI layers around every route, outermost first: RequestId, Measured, LastResort, BodyLimit."""
+"""Pure ASGI layers around every route, outermost first: RequestId, Measured, CatchAll, BodyLimit."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve_app.api.error_handlers import ErrorHandlers
 from serve_app.api.gateway import Gateway
-from serve_app.api.refusal import Refusals
+from serve_app.core.http import HttpCall
 from serve_app.errors import BodyTooLarge
-from serve_app.types import HttpCall
 
 log = logging.getLogger(__name__)
 
@@ -102,10 +102,10 @@ class Measured:
             self.gateway.call_ended(HttpCall(route, scope["method"], status, seconds, received, sent))
 
 
-class LastResort:
+class CatchAll:
     """Nothing unknown reaches the server: an exception is one opaque 500, a client that left is no error at all."""
 
-    def __init__(self, app: ASGIApp, refusals: Refusals) -> None:
+    def __init__(self, app: ASGIApp, refusals: ErrorHandlers) -> None:
         self.app = app
         self.refusals = refusals
 

@@ -13,11 +13,11 @@ from pydantic.json_schema import JsonSchemaMode, JsonSchemaValue
 
 from serve_app import __version__
 from serve_app.api import shapes
-from serve_app.api.embeddings import EmbeddingsBody
-from serve_app.api.schema import BatchBody, GenerateBody, StreamBody
-from serve_app.api.schema_openai import ChatBody, CompletionBody
-from serve_app.api.schema_tgi import TgiBody
-from serve_app.api.schema_tokens import DetokenizeBody, TokenizeBody, TokenizeInputsBody
+from serve_app.api.native.schema import BatchBody, GenerateBody, StreamBody
+from serve_app.api.native.tokens_schema import DetokenizeBody, TokenizeBody, TokenizeInputsBody
+from serve_app.api.openai.embeddings import EmbeddingsBody
+from serve_app.api.openai.schema import ChatBody, CompletionBody
+from serve_app.api.tgi.schema import TgiBody
 
 Json: TypeAlias = dict[str, Any]
 

@@ -15,8 +15,9 @@ from starlette.types import Receive, Scope, Send
 
 from serve_app.api.gateway import Gateway
 from serve_app.api.generation import answer, side_by_side, stop, unless_gone
+from serve_app.core.events import Chunk
+from serve_app.core.requests import GenerationRequest
 from serve_app.errors import ServeAppError
-from serve_app.types import Chunk, GenerationRequest
 
 # Legal inside JSON and inside SSE, but clients that split lines as Python's str.splitlines does would break there.
 LINE_BREAKS = str.maketrans({"\x85": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"})

@@ -17,13 +17,16 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from serve_app.config import AppConfig, Model
-from serve_app.deployments.board import Board, Notice
-from serve_app.deployments.exposition import exposition
+from serve_app.core.events import Chunk, TokenEvent
+from serve_app.core.http import HttpCall
+from serve_app.core.queries import A, ModelState, ModelStatus, Query
+from serve_app.core.requests import GenerationRequest
 from serve_app.deployments.hub import Pusher
-from serve_app.deployments.meter import IngressMetrics
-from serve_app.deployments.metrics import ages, hub_up, states
+from serve_app.deployments.registry import Heartbeat, RegistrySnapshot
 from serve_app.errors import DeadlineExceeded, InternalError, NotReady, QueueFull, ServeAppError
-from serve_app.types import A, Chunk, GenerationRequest, HttpCall, ModelState, ModelStatus, Question, TokenEvent
+from serve_app.telemetry.exposition import exposition
+from serve_app.telemetry.meter import IngressMetrics
+from serve_app.telemetry.metrics import ages, hub_up, states
 
 logger = logging.getLogger("ray.serve")
 
@@ -44,7 +47,7 @@ class Backend:
     """The ways to one model."""
 
     generate: Callable[[GenerationRequest], Items]
-    ask: Callable[[Question[Any]], Awaitable[Any]]
+    query: Callable[[Query[Any]], Awaitable[Any]]
 
 
 class ReplicaGateway:
@@ -67,7 +70,7 @@ class ReplicaGateway:
         self._load_s: dict[str, float] = {}
         self._loading_since: dict[str, float] = {}
         self._waking_since: dict[str, float] = {}
-        self._pusher = Pusher(hub, lambda: Notice(replica, "", ""), self._families)
+        self._pusher = Pusher(hub, lambda: Heartbeat(replica, "", ""), self._families)
         self._looking = None if here else asyncio.create_task(self._look_for_ever())
 
     async def stream(self, request: GenerationRequest, warm_wait_s: float | None = None) -> AsyncGenerator[Chunk, None]:
@@ -86,11 +89,11 @@ class ReplicaGateway:
             if seconds is not None:
                 self._mean_s[request.model] += 0.1 * (seconds - self._mean_s[request.model])
 
-    async def ask(self, model: str, question: Question[A], warm_wait_s: float) -> A:
+    async def query(self, model: str, question: Query[A], warm_wait_s: float) -> A:
         """See Gateway.ask."""
         arrived = time.monotonic()
         self._wake_or_refuse(self._models[model])
-        answer, name = self._backends[model].ask(question), type(question).__name__
+        answer, name = self._backends[model].query(question), type(question).__name__
         told = self._told(answer, model, name, arrived, warm_wait_s)
         item: A | ServeAppError = await self._once_awake(told, model, arrived, warm_wait_s)
         if isinstance(item, ServeAppError):
@@ -253,7 +256,7 @@ class ReplicaGateway:
         """Tell what was counted last: this process ends."""
         if self._looking is not None:
             self._looking.cancel()
-        await self._pusher.stop(Notice(self._replica, "", "", leaving=True))
+        await self._pusher.stop(Heartbeat(self._replica, "", "", leaving=True))
 
     async def _look_for_ever(self) -> None:
         while True:
@@ -276,8 +279,8 @@ class ReplicaGateway:
                 self._load_s[status.name] = math.ceil(now - since)
         self._statuses[status.name] = status
 
-    async def _board(self) -> Board:
-        board: Board = await self._hub.board.remote()
+    async def _board(self) -> RegistrySnapshot:
+        board: RegistrySnapshot = await self._hub.board.remote()
         return board
 
 

@@ -11,8 +11,8 @@ from prometheus_client.metrics_core import Metric
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from serve_app.deployments.board import Board, Measured, Notice, Notices
-from serve_app.deployments.exposition import Page, Writer
+from serve_app.deployments.registry import Heartbeat, Measured, RegistrySnapshot, ReplicaRegistry
+from serve_app.telemetry.exposition import MetricsSnapshot, Writer
 
 logger = logging.getLogger("ray.serve")
 
@@ -25,15 +25,15 @@ class Hub:
     """A process that holds the board."""
 
     def __init__(self) -> None:
-        self._notices = Notices()
+        self._notices = ReplicaRegistry()
 
-    async def push(self, notice: Notice, page: Page) -> None:
+    async def push(self, notice: Heartbeat, page: MetricsSnapshot) -> None:
         self._notices.take(notice, page)
 
-    async def board(self) -> Board:
+    async def board(self) -> RegistrySnapshot:
         return self._notices.board()
 
-    async def exchange(self, notice: Notice, page: Page) -> tuple[Board, Measured]:
+    async def exchange(self, notice: Heartbeat, page: MetricsSnapshot) -> tuple[RegistrySnapshot, Measured]:
         """Take a push, and show all."""
         self._notices.take(notice, page)
         return self._notices.board(), self._notices.measured()
@@ -43,7 +43,7 @@ class Pusher:
     """Pushes what a process has to say, every second until it is stopped. On an event loop only."""
 
     def __init__(
-        self, hub: DeploymentHandle, notice: Callable[[], Notice], families: Callable[[], list[Metric]]
+        self, hub: DeploymentHandle, notice: Callable[[], Heartbeat], families: Callable[[], list[Metric]]
     ) -> None:
         self._hub = hub
         self._notice = notice
@@ -52,7 +52,7 @@ class Pusher:
         self.lag_s = 0.0
         self._task = asyncio.create_task(self._push_for_ever())
 
-    async def stop(self, notice: Notice) -> None:
+    async def stop(self, notice: Heartbeat) -> None:
         """Say one last thing."""
         self._task.cancel()
         with suppress(TimeoutError):
@@ -62,16 +62,16 @@ class Pusher:
     async def push(self) -> None:
         await self._push(self._notice())
 
-    async def exchange(self) -> tuple[Board, Measured]:
+    async def exchange(self) -> tuple[RegistrySnapshot, Measured]:
         """Push, and see what all have pushed. Raises what the handle raises."""
-        shown: tuple[Board, Measured] = await self._hub.exchange.remote(self._notice(), self.page())
+        shown: tuple[RegistrySnapshot, Measured] = await self._hub.exchange.remote(self._notice(), self.page())
         return shown
 
-    def page(self) -> Page:
+    def page(self) -> MetricsSnapshot:
         """What this process measures now."""
         return self._writer.page(self._families())
 
-    async def _push(self, notice: Notice) -> None:
+    async def _push(self, notice: Heartbeat) -> None:
         try:
             async with asyncio.timeout(_PUSH_S):  # a node that was lost without a word answers nothing for minutes
                 await self._hub.push.remote(notice, self.page())

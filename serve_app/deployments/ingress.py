@@ -10,10 +10,12 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentRes
 from starlette.types import ASGIApp
 
 from serve_app.config import AppConfig
+from serve_app.core.events import Chunk
+from serve_app.core.queries import A, Query
+from serve_app.core.requests import GenerationRequest
 from serve_app.deployments.gateway import Backend, ReplicaGateway, log_to_serve
 from serve_app.deployments.telemetry import Telemetry
 from serve_app.errors import ServeAppError
-from serve_app.types import A, Chunk, GenerationRequest, Question
 
 
 @serve.deployment
@@ -56,12 +58,12 @@ def _remote(handle: DeploymentHandle) -> Backend:
             if not ended:
                 responses.cancel()
 
-    async def ask(question: Question[A]) -> A | ServeAppError:
-        response: DeploymentResponse = handle.ask.remote(question)
+    async def query(question: Query[A]) -> A | ServeAppError:
+        response: DeploymentResponse = handle.query.remote(question)
         try:
             return await response  # type: ignore[no-any-return]  # Ray's answers have no type
         except asyncio.CancelledError:
             response.cancel()
             raise
 
-    return Backend(generate, ask)
+    return Backend(generate, query)

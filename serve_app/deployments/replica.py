@@ -11,10 +11,11 @@ from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
 from serve_app.config import AppConfig
+from serve_app.core.events import Chunk
+from serve_app.core.requests import GenerationRequest
 from serve_app.deployments.gateway import Backend, ReplicaGateway
 from serve_app.deployments.worker import Worker
 from serve_app.errors import ServeAppError
-from serve_app.types import Chunk, GenerationRequest
 
 
 @serve.deployment
@@ -40,7 +41,9 @@ class FusedReplica(Worker):
         self._config = config
         # Behind an ingress Ray lets no more than these in; here it lets everybody in who wants to speak to the app.
         self._room = asyncio.Semaphore(model.deployment.max_ongoing_requests)
-        self._gateway = ReplicaGateway(config, {model.name: Backend(self._in_turn, self.ask)}, hub, self._id, here=True)
+        self._gateway = ReplicaGateway(
+            config, {model.name: Backend(self._in_turn, self.query)}, hub, self._id, here=True
+        )
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         assert self._gateway is not None, "Ray builds the app once the replica is there"

@@ -11,13 +11,13 @@ from serve_app.api.app import create_app
 from serve_app.api.gateway import Gateway
 from serve_app.api.middleware import OneRequestId
 from serve_app.config import AppConfig, ConfigError, Telemetry as Settings
-from serve_app.engine.engine import Engine
-from serve_app.engine.stream import TokenStream
-from serve_app.types import GenerationRequest
+from serve_app.core.requests import GenerationRequest
+from serve_app.engines.native.engine import Engine
+from serve_app.engines.native.stream import TokenStream
 
 if TYPE_CHECKING:
-    from serve_app.deployments.exporter import Exporter
-    from serve_app.deployments.phases import Phases
+    from serve_app.telemetry.engine_spans import TracedAdmitter
+    from serve_app.telemetry.otlp import Exporter
 
 
 def check(settings: Settings) -> None:
@@ -25,7 +25,7 @@ def check(settings: Settings) -> None:
     if settings.tracing is None:
         return
     try:
-        import serve_app.deployments.exporter  # noqa: F401
+        import serve_app.telemetry.otlp  # noqa: F401
     except ImportError as error:
         raise ConfigError(
             f"telemetry.tracing needs OpenTelemetry's SDK and its OTLP exporter ({error}); "
@@ -41,7 +41,7 @@ class Telemetry:
         self._settings = settings
         self._exporter = _exporter(settings, model, replica)
         if settings.log_format == "json":
-            from serve_app.deployments.logs import write_json
+            from serve_app.telemetry.logs import write_json
 
             write_json(model, replica)
 
@@ -54,20 +54,20 @@ class Telemetry:
             return create_app(gateway, config, around=[named])
         from opentelemetry.trace import NoOpTracer
 
-        from serve_app.api.observe import Observe, ObservedGateway
+        from serve_app.telemetry.http_spans import Observe, ObservedGateway
 
         tracer = NoOpTracer() if self._exporter is None else self._exporter.tracer
         capture = self._settings.tracing is not None and self._settings.tracing.capture_content
         layer = Middleware(Observe, tracer=tracer, access_log=self._settings.log_format == "json")
         return create_app(ObservedGateway(gateway, tracer, capture), config, around=[named, layer])
 
-    def turnstile(self, engine: Engine) -> Phases | Turnstile:
+    def turnstile(self, engine: Engine) -> TracedAdmitter | Admitter:
         """The way into an engine."""
         if self._exporter is None:
-            return Turnstile(engine)
-        from serve_app.deployments.phases import Phases
+            return Admitter(engine)
+        from serve_app.telemetry.engine_spans import TracedAdmitter
 
-        return Phases(self._exporter.tracer, engine.admit)
+        return TracedAdmitter(self._exporter.tracer, engine.admit)
 
     def stop(self) -> None:
         """Send what is left; takes two seconds at most."""
@@ -75,7 +75,7 @@ class Telemetry:
             self._exporter.stop()
 
 
-class Turnstile:
+class Admitter:
     """The way into an engine when nothing is traced."""
 
     def __init__(self, engine: Engine) -> None:
@@ -89,6 +89,6 @@ class Turnstile:
 def _exporter(settings: Settings, model: str, replica: str) -> Exporter | None:
     if settings.tracing is None:
         return None
-    from serve_app.deployments.exporter import Exporter
+    from serve_app.telemetry.otlp import Exporter
 
     return Exporter(settings.tracing, model, replica)

@@ -8,9 +8,9 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from serve_app.config import Model
-from serve_app.deployments.board import Board
+from serve_app.core.queries import ModelState
 from serve_app.deployments.hub import Hub
-from serve_app.types import ModelState
+from serve_app.deployments.registry import RegistrySnapshot
 
 _ASK_S = 2.0
 
@@ -35,7 +35,7 @@ class Watch:
             if state is None or state.state not in (ModelState.READY, ModelState.ASLEEP)
         ]
 
-    def _board(self) -> Board | None:
+    def _board(self) -> RegistrySnapshot | None:
         try:
             if self._hub is None:
                 hub = serve.get_deployment_handle(Hub.name, self._application)  # type: ignore[attr-defined]
@@ -45,7 +45,7 @@ class Watch:
         except Exception:  # noqa: BLE001 - it is not there yet
             return None
         try:
-            board: Board = response.result(timeout_s=_ASK_S)
+            board: RegistrySnapshot = response.result(timeout_s=_ASK_S)
             return board
         except Exception:  # noqa: BLE001 - it starts, or moves
             response.cancel()

@@ -13,18 +13,20 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from serve_app.config import Model, Telemetry as TelemetrySettings
-from serve_app.deployments.board import Notice
+from serve_app.core.events import Chunk
+from serve_app.core.queries import A, Query
+from serve_app.core.requests import GenerationRequest
 from serve_app.deployments.gateway import log_to_serve
 from serve_app.deployments.hub import Pusher
-from serve_app.deployments.metrics import EngineMetrics, StepSeries
-from serve_app.deployments.process import ProcessMetrics
+from serve_app.deployments.registry import Heartbeat
 from serve_app.deployments.telemetry import Telemetry
-from serve_app.engine.engine import Engine, EngineStalled
-from serve_app.engine.sequence import Runner
-from serve_app.engine.stream import TokenStream
-from serve_app.engine.toy import ToyRunner
+from serve_app.engines.native.engine import Engine, EngineStalled
+from serve_app.engines.native.sequence import Runner
+from serve_app.engines.native.stream import TokenStream
+from serve_app.engines.toy import ToyRunner
 from serve_app.errors import ServeAppError
-from serve_app.types import A, Chunk, GenerationRequest, Question
+from serve_app.telemetry.metrics import EngineMetrics, StepSeries
+from serve_app.telemetry.process import ProcessMetrics
 
 # Ray Serve's logger: what is written here stands in the replica's log, with its ids.
 logger = logging.getLogger("ray.serve")
@@ -55,7 +57,7 @@ class Worker:
         try:
             await asyncio.to_thread(self._engine.start)
         except BaseException as error:
-            await self._pusher.stop(Notice(self._id, model.name, f"{type(error).__name__}: {error}", failed=True))
+            await self._pusher.stop(Heartbeat(self._id, model.name, f"{type(error).__name__}: {error}", failed=True))
             raise
         self._metrics = EngineMetrics(model.name, self._id, self._engine, time.monotonic() - began)
         self._report(READY)
@@ -79,7 +81,7 @@ class Worker:
         finally:
             stream.close()
 
-    async def ask(self, question: Question[A]) -> A | ServeAppError:
+    async def query(self, question: Query[A]) -> A | ServeAppError:
         """What the question's class promises; an error is returned, never raised, so that none loses its type."""
         return await asyncio.to_thread(self._engine.answer, question)
 
@@ -105,7 +107,7 @@ class Worker:
 
     async def __del__(self) -> None:
         await asyncio.to_thread(self._engine.stop)
-        await self._pusher.stop(Notice(self._id, self._model.name, "", leaving=True))
+        await self._pusher.stop(Heartbeat(self._id, self._model.name, "", leaving=True))
         await asyncio.to_thread(self._telemetry.stop)
 
     def _report(self, stage: str) -> None:
@@ -114,8 +116,8 @@ class Worker:
         if stage:
             logger.info("%s: %s", self._model.name, stage)
 
-    def _notice(self) -> Notice:
-        return Notice(self._id, self._model.name, self._stage)
+    def _notice(self) -> Heartbeat:
+        return Heartbeat(self._id, self._model.name, self._stage)
 
     def _families(self) -> list[Metric]:
         engine = self._metrics.families() if self._metrics else []
@@ -127,6 +129,6 @@ def _make_runner(model: Model, report: Callable[[str], None]) -> Runner:
     if model.source.startswith("builtin:toy"):
         return ToyRunner.from_source(model.source, model.engine)
     report("importing torch")
-    from serve_app.engine.runner import TorchRunner
+    from serve_app.engines.native.runner import TorchRunner
 
     return TorchRunner.from_config(model, report)

@@ -19,7 +19,7 @@ from alerts.__main__ import MONITORING, main
 from alerts.dashboards import objectives, promql, write
 from alerts.dashboards.panels import COLUMNS
 from alerts.settings import EXAMPLE
-from serve_app.deployments.metrics import GenAiSeries
+from serve_app.telemetry.metrics import GenAiSeries
 from tests.alerts.test_rules import RECORDED, RULE_FILES, RULES, RUNBOOKS, Document, exported, metrics_in, promtool
 
 BOARDS: dict[str, Document] = {}

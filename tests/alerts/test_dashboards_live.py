@@ -27,8 +27,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from alerts.dashboards.promql import RULES
 from alerts.history import Receiver, Store
-from serve_app.deployments.exposition import exposition
-from serve_app.deployments.metrics import gpu
+from serve_app.telemetry.exposition import exposition
+from serve_app.telemetry.metrics import gpu
 from tests.alerts.test_dashboards import BOARDS, UNUSED, family, filled, panels, questions, used
 from tests.alerts.test_rules import BY_NAME, exported
 from tests.alerts.world import program, running, world

@@ -18,8 +18,11 @@ from prometheus_client.metrics_core import Metric
 from alerts import slo
 from alerts.__main__ import main
 from serve_app import errors
-from serve_app.deployments.meter import IngressMetrics
-from serve_app.deployments.metrics import (
+from serve_app.core.http import HttpCall
+from serve_app.core.queries import ModelState
+from serve_app.engines.native.engine import Engine, EngineStats
+from serve_app.telemetry.meter import IngressMetrics
+from serve_app.telemetry.metrics import (
     FINISHED,
     TPOT_OBJECTIVE_S,
     TTFT_OBJECTIVE_S,
@@ -30,8 +33,6 @@ from serve_app.deployments.metrics import (
     hub_up,
     states,
 )
-from serve_app.engine.engine import Engine, EngineStats
-from serve_app.types import HttpCall, ModelState
 
 ALERTS = Path(slo.__file__).parent
 RULE_FILES = sorted(ALERTS.glob("rules/*.yml"))

@@ -12,26 +12,11 @@ from typing import Any
 import httpx
 
 from serve_app.config import AppConfig, Deployment, Ingress, Limits, Model, SamplingDefaults
+from serve_app.core.events import Chunk, FinishReason, Logprobs, TextToken, TokenEvent, TokenLogprob
+from serve_app.core.http import HttpCall
+from serve_app.core.queries import A, Detokenize, GetModelInfo, ModelInfo, ModelState, ModelStatus, Query, Tokenize
+from serve_app.core.requests import GenerationRequest, TextPrompt
 from serve_app.errors import ServeAppError
-from serve_app.types import (
-    A,
-    Chunk,
-    Describe,
-    Detokenize,
-    FinishReason,
-    GenerationRequest,
-    HttpCall,
-    Logprobs,
-    ModelInfo,
-    ModelState,
-    ModelStatus,
-    Piece,
-    Question,
-    TextPrompt,
-    TokenEvent,
-    Tokenize,
-    TokenLogprob,
-)
 
 # The shortest good body of every route that takes one.
 POSTS: dict[str, dict[str, object]] = {
@@ -44,9 +29,9 @@ POSTS: dict[str, dict[str, object]] = {
 
 
 # What a model says when it is asked.
-ANSWERS: dict[type[Question[Any]], Any] = {
-    Describe: ModelInfo(context=2048, vocabulary=300, special_ids=frozenset({2})),
-    Tokenize: (Piece(5, "so", 0, 2), Piece(6, "me", 2, 4)),
+ANSWERS: dict[type[Query[Any]], Any] = {
+    GetModelInfo: ModelInfo(context=2048, vocabulary=300, special_ids=frozenset({2})),
+    Tokenize: (TextToken(5, "so", 0, 2), TextToken(6, "me", 2, 4)),
     Detokenize: "some",
 }
 
@@ -101,8 +86,8 @@ class ScriptedGateway:
     requests: list[GenerationRequest] = field(default_factory=list)
     warm_waits: list[float | None] = field(default_factory=list)
     refusals: list[tuple[ServeAppError, str | None]] = field(default_factory=list)
-    questions: list[tuple[str, Question[Any]]] = field(default_factory=list)
-    answers: dict[type[Question[Any]], Any] = field(default_factory=lambda: dict(ANSWERS))
+    questions: list[tuple[str, Query[Any]]] = field(default_factory=list)
+    answers: dict[type[Query[Any]], Any] = field(default_factory=lambda: dict(ANSWERS))
     closed: list[str] = field(default_factory=list)
     calls: list[HttpCall] = field(default_factory=list)
     open_calls: int = 0
@@ -136,7 +121,7 @@ class ScriptedGateway:
             self.running -= 1
             self.closed.append(request.id)
 
-    async def ask(self, model: str, question: Question[A], warm_wait_s: float) -> A:
+    async def query(self, model: str, question: Query[A], warm_wait_s: float) -> A:
         self.questions.append((model, question))
         answer = self.answers[type(question)]
         if isinstance(answer, BaseException):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from serve_app.types import ToolSyntax
+from serve_app.core.queries import ToolCallFormat
 
-HERMES = ToolSyntax(
+HERMES = ToolCallFormat(
     before='<tool_call>\n{"name": "',
     middle='", "arguments": ',
     between='}\n</tool_call>\n<tool_call>\n{"name": "',
@@ -13,7 +13,7 @@ HERMES = ToolSyntax(
     trigger="<tool_call>",
     anywhere=True,
 )
-MISTRAL = ToolSyntax(
+MISTRAL = ToolCallFormat(
     before='[TOOL_CALLS] [{"name": "',
     middle='", "arguments": ',
     between='}, {"name": "',
@@ -24,7 +24,7 @@ MISTRAL = ToolSyntax(
     signs=(("[TOOL_CALLS]", 7),),
     hidden=("[TOOL_CALLS]",),
 )
-LLAMA = ToolSyntax(
+LLAMA = ToolCallFormat(
     before='{"name": "',
     middle='", "parameters": ',
     between=None,
@@ -33,7 +33,7 @@ LLAMA = ToolSyntax(
     trigger='{"name": "',
     anywhere=False,
 )
-NAME_LAST = ToolSyntax(
+NAME_LAST = ToolCallFormat(
     before='<call>{"arguments": ',
     middle=', "name": "',
     between='"}</call><call>{"arguments": ',
@@ -42,7 +42,7 @@ NAME_LAST = ToolSyntax(
     trigger="<call>",
     anywhere=True,
 )
-MARKS = ToolSyntax(
+MARKS = ToolCallFormat(
     before="<|calls|><|call|>function<|sep|>",
     middle="\n```json\n",
     between="\n```<|end_call|>\n<|call|>function<|sep|>",
@@ -56,7 +56,7 @@ MARKS = ToolSyntax(
 ALL = {"hermes": HERMES, "mistral": MISTRAL, "llama": LLAMA, "name last": NAME_LAST, "marks": MARKS}
 
 
-def written(syntax: ToolSyntax, *calls: tuple[str, str]) -> str:
+def written(syntax: ToolCallFormat, *calls: tuple[str, str]) -> str:
     """Calls as a model of this family writes them, each a name and its arguments."""
     parts = [call if syntax.name_first else call[::-1] for call in calls]
     return syntax.before + (syntax.between or "").join(syntax.middle.join(part) for part in parts) + syntax.after

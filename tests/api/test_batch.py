@@ -8,8 +8,8 @@ import httpx
 import pytest
 
 from serve_app.api.app import create_app
+from serve_app.core.requests import GenerationRequest, SamplingParams, TextPrompt
 from serve_app.errors import QueueFull
-from serve_app.types import GenerationRequest, SamplingParams, TextPrompt
 
 from .scripted import ScriptedGateway, Step, Wire, app_config, chunk, echo, told
 

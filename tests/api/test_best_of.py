@@ -9,9 +9,10 @@ import httpx
 import pytest
 from hypothesis import given, strategies as st
 
-from serve_app.api.answers import best
-from serve_app.api.tally import Tally
-from serve_app.types import Chunk, FinishReason, GenerationRequest, Logprobs, TextPrompt, TokenEvent, TokenLogprob
+from serve_app.api.choices import best
+from serve_app.api.completion import CompletionState
+from serve_app.core.events import Chunk, FinishReason, Logprobs, TokenEvent, TokenLogprob
+from serve_app.core.requests import GenerationRequest, TextPrompt
 
 from .scripted import ScriptedGateway, frames, told
 
@@ -111,8 +112,8 @@ async def test_a_chat_has_no_best_of(client: httpx.AsyncClient) -> None:
     assert told(await client.post("/v1/chat/completions", json=body))["param"] == "best_of"
 
 
-def tally(logprobs: Iterable[float]) -> Tally:
-    made = Tally()
+def tally(logprobs: Iterable[float]) -> CompletionState:
+    made = CompletionState()
     for logprob in logprobs:
         made.count(TokenEvent(1, "x", 0.1, None, Logprobs(TokenLogprob(1, "x", logprob), ())))
     return made

@@ -7,10 +7,9 @@ import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from serve_app.api.embeddings import EmbeddingsBody
-from serve_app.api.schema import BatchBody, StreamBody
-from serve_app.api.schema_body import TAGS, Body
-from serve_app.api.schema_openai import (
+from serve_app.api.native.schema import BatchBody, StreamBody
+from serve_app.api.openai.embeddings import EmbeddingsBody
+from serve_app.api.openai.schema import (
     ChatBody,
     CompletionBody,
     JsonSchema,
@@ -19,7 +18,8 @@ from serve_app.api.schema_openai import (
     StreamOptions,
     TextPart,
 )
-from serve_app.types import TextPrompt
+from serve_app.api.schema import TAGS, Body
+from serve_app.core.requests import TextPrompt
 
 from .scripted import POSTS, ScriptedGateway, told
 

@@ -11,8 +11,9 @@ import openai
 import pytest
 
 from serve_app.api.app import create_app
+from serve_app.core.events import Chunk
+from serve_app.core.requests import GenerationRequest, Prompt, TextPrompt, TokenPrompt
 from serve_app.errors import PromptTooLong, QueueFull
-from serve_app.types import Chunk, GenerationRequest, Prompt, TextPrompt, TokenPrompt
 
 from .scripted import ScriptedGateway, Step, app_config, told
 from .toy import toy

@@ -20,9 +20,10 @@ from pydantic import ValidationError
 
 import serve_app.api.app  # noqa: F401, with it come the bodies of every route
 from serve_app.api import openapi
-from serve_app.api.schema import SamplingFields
-from serve_app.api.schema_body import Body
-from serve_app.types import Describe, GenerationRequest, Grammar
+from serve_app.api.native.schema import SamplingFields
+from serve_app.api.schema import Body
+from serve_app.core.queries import GetModelInfo
+from serve_app.core.requests import GenerationRequest, Grammar
 
 from .scripted import POSTS, ScriptedGateway
 from .syntaxes import HERMES
@@ -339,7 +340,7 @@ async def test_what_is_said_about_a_schema_changes_no_answer(
 async def test_calls_are_as_strict_as_can_be_whatever_is_said(
     client: httpx.AsyncClient, gateway: ScriptedGateway, strict: bool | None
 ) -> None:
-    gateway.answers[Describe] = info(HERMES)
+    gateway.answers[GetModelInfo] = info(HERMES)
     function: dict[str, object] = {**WEATHER["function"], "strict": strict}  # type: ignore[dict-item]
     told = [WEATHER, WEATHER | {"function": function}]
     one, other = [await asked(client, gateway, CHAT, TOOLS_CHAT | {"tools": [tool]}) for tool in told]

@@ -9,8 +9,9 @@ from typing import Any
 import httpx
 import pytest
 
+from serve_app.core.events import Chunk, FinishReason
+from serve_app.core.requests import GenerationRequest, Grammar, Prompt, TextPrompt, TokenPrompt
 from serve_app.errors import InvalidRequest, QueueFull
-from serve_app.types import Chunk, FinishReason, GenerationRequest, Grammar, Prompt, TextPrompt, TokenPrompt
 
 from .scripted import POSTS, ScriptedGateway, chunk, frames, told
 from .test_openai import both

@@ -12,7 +12,8 @@ from starlette.middleware import Middleware
 from serve_app.api import sse
 from serve_app.api.app import create_app
 from serve_app.api.middleware import OneRequestId
-from serve_app.types import Chunk, GenerationRequest
+from serve_app.core.events import Chunk
+from serve_app.core.requests import GenerationRequest
 
 from .scripted import POSTS, ScriptedGateway, Wire, app_config, chunk
 

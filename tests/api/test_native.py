@@ -4,7 +4,8 @@ from typing import Any
 
 import httpx
 
-from serve_app.types import Chunk, FinishReason, Logprobs, SamplingParams, TextPrompt, TokenEvent, TokenLogprob
+from serve_app.core.events import Chunk, FinishReason, Logprobs, TokenEvent, TokenLogprob
+from serve_app.core.requests import SamplingParams, TextPrompt
 
 from .scripted import ScriptedGateway, chunk, frames
 

@@ -20,9 +20,9 @@ from starlette.applications import Starlette
 from starlette.middleware import Middleware
 
 from serve_app.api.app import create_app
-from serve_app.api.generation_span import MOST_CONTENT
-from serve_app.api.observe import Observe, ObservedGateway, arrival
 from serve_app.errors import QueueFull
+from serve_app.telemetry.generation_spans import MOST_CONTENT
+from serve_app.telemetry.http_spans import Observe, ObservedGateway, arrival
 
 from .scripted import ScriptedGateway, Wire, app_config, chunk
 
@@ -248,10 +248,10 @@ async def test_calls_of_tools_are_told_in_the_conventions_form() -> None:
 
 async def test_a_call_has_a_log_line_without_any_tracing(caplog: pytest.LogCaptureFixture) -> None:
     traced = Traced(tracer=NoOpTracer())
-    with caplog.at_level(logging.INFO, "serve_app.api.observe"):
+    with caplog.at_level(logging.INFO, "serve_app.telemetry.http_spans"):
         answer = await traced.ask("/generate", {"prompt": "hi", "max_tokens": -1})
     assert "traceparent" not in answer.headers
-    (record,) = (record for record in caplog.records if record.name == "serve_app.api.observe")
+    (record,) = (record for record in caplog.records if record.name == "serve_app.telemetry.http_spans")
     assert record.getMessage() == "POST /generate 422"
     line: dict[str, Any] = record.__dict__["told"]
     assert line.pop("duration_ms") > 0

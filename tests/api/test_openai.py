@@ -11,17 +11,9 @@ import pytest
 from openai.types.chat import ChatCompletionUserMessageParam
 
 from serve_app.api.app import create_app
+from serve_app.core.events import Chunk, FinishReason, TokenEvent
+from serve_app.core.requests import ChatMessage, ChatPrompt, SamplingParams, TextPrompt, TokenPrompt
 from serve_app.errors import DeadlineExceeded, NotReady, QueueFull
-from serve_app.types import (
-    ChatMessage,
-    ChatPrompt,
-    Chunk,
-    FinishReason,
-    SamplingParams,
-    TextPrompt,
-    TokenEvent,
-    TokenPrompt,
-)
 
 from .scripted import BEAT, ScriptedGateway, app_config, chunk, frames
 

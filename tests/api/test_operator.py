@@ -3,7 +3,7 @@ from __future__ import annotations
 import httpx
 import pytest
 
-from serve_app.types import ModelState, ModelStatus
+from serve_app.core.queries import ModelState, ModelStatus
 
 from .scripted import ScriptedGateway
 

@@ -10,16 +10,8 @@ from typing import Any
 import httpx
 import pytest
 
-from serve_app.types import (
-    Chunk,
-    FinishReason,
-    GenerationRequest,
-    Logprobs,
-    Piece,
-    ShownPrompt,
-    TokenEvent,
-    TokenLogprob,
-)
+from serve_app.core.events import Chunk, FinishReason, Logprobs, PromptDetails, TextToken, TokenEvent, TokenLogprob
+from serve_app.core.requests import GenerationRequest
 
 from .scripted import ScriptedGateway, chunk, frames, told
 from .test_openai import both
@@ -28,8 +20,8 @@ from .toy import EngineGateway, toy
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 
 # Three tokens of which the second was as likely as another, and the third came fourth.
-PROMPT = ShownPrompt(
-    (Piece(1, "<s>", 0, 0), Piece(20, "He", 0, 2), Piece(30, "y", 2, 3)),
+PROMPT = PromptDetails(
+    (TextToken(1, "<s>", 0, 0), TextToken(20, "He", 0, 2), TextToken(30, "y", 2, 3)),
     "Hey",
     (
         Logprobs(TokenLogprob(20, "He", -0.7), (TokenLogprob(4, "She", -0.7), TokenLogprob(20, "He", -0.7)), 1),
@@ -40,9 +32,9 @@ PROMPT = ShownPrompt(
 
 def shown(request: GenerationRequest) -> list[Chunk]:
     """As far as the request asked for it."""
-    params, prompt = request.params, PROMPT if request.show_prompt else ShownPrompt()
+    params, prompt = request.params, PROMPT if request.prompt_details else PromptDetails()
     prompt = replace(prompt, logprobs=() if params.prompt_logprobs is None else PROMPT.logprobs)
-    asked = request.show_prompt or params.prompt_logprobs is not None
+    asked = request.prompt_details or params.prompt_logprobs is not None
     first = replace(chunk(["a"], None), prompt=prompt if asked else None)
     return [first, chunk(["b", "c"], start=1)]
 
@@ -94,7 +86,7 @@ async def test_prompt_logprobs_are_told_by_id_and_rank(client: httpx.AsyncClient
     body = await whole(client, CHAT, prompt_logprobs=2)
     assert body["prompt_logprobs"] == RANKED
     assert all(request.params.prompt_logprobs == 2 for request in gateway.requests)
-    assert not any(request.show_prompt for request in gateway.requests)
+    assert not any(request.prompt_details for request in gateway.requests)
     assert "prompt_token_ids" not in choice.keys() | body.keys()
 
 
@@ -115,7 +107,7 @@ async def test_nothing_is_said_of_a_prompt_unless_asked(
     names = {"prompt_logprobs", "prompt_token_ids", "token_ids"}
     assert not names & (answer.keys() | answer["choices"][0].keys())
     assert gateway.requests[0].params.prompt_logprobs is None
-    assert not gateway.requests[0].show_prompt
+    assert not gateway.requests[0].prompt_details
 
 
 async def test_token_ids_are_told_of_prompt_and_answer(client: httpx.AsyncClient) -> None:
@@ -140,7 +132,7 @@ async def test_token_ids_are_told_chunk_by_chunk(client: httpx.AsyncClient) -> N
 async def test_an_echo_comes_before_the_answer(client: httpx.AsyncClient, gateway: ScriptedGateway) -> None:
     (choice,) = (await whole(client, COMPLETIONS, echo=True))["choices"]
     assert (choice["text"], choice["logprobs"]) == ("Heyabc", None)
-    assert gateway.requests[0].show_prompt
+    assert gateway.requests[0].prompt_details
     assert gateway.requests[0].params.prompt_logprobs is None
     texts = [frame["choices"][0]["text"] for frame in await streamed(client, COMPLETIONS, echo=True)]
     assert texts == ["Heya", "b", "c"]
@@ -194,7 +186,7 @@ async def test_who_a_call_is_for_is_written_to_the_log(
     with caplog.at_level(logging.INFO, "serve_app"):
         await whole(client, path, user="me\n", n=2)
         await whole(client, path)
-    said = [record.getMessage() for record in caplog.records if record.name == "serve_app.api.openai"]
+    said = [record.getMessage() for record in caplog.records if record.name == "serve_app.api.openai.routes"]
     assert said == [f"request {gateway.requests[0].group} to small is for user 'me\\n'"]
 
 

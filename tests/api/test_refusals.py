@@ -9,6 +9,7 @@ import httpx
 import pytest
 
 from serve_app.api.app import create_app
+from serve_app.core.queries import ModelStatus
 from serve_app.errors import (
     BodyTooLarge,
     DeadlineExceeded,
@@ -19,7 +20,6 @@ from serve_app.errors import (
     QueueFull,
     ServeAppError,
 )
-from serve_app.types import ModelStatus
 
 from .scripted import POSTS, ScriptedGateway, Wire, app_config, chunk, told
 

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from serve_app.api.app import create_app
+from serve_app.core.events import Chunk, FinishReason
+from serve_app.core.requests import GenerationRequest
 from serve_app.errors import DeadlineExceeded, NotReady
-from serve_app.types import Chunk, FinishReason, GenerationRequest
 
 from .scripted import BEAT, ScriptedGateway, Step, Wire, app_config, chunk, frames
 

@@ -15,8 +15,11 @@ from hypothesis import assume, given, strategies as st
 
 from serve_app import __version__
 from serve_app.api.app import create_app
-from serve_app.api.document import parse_document
-from serve_app.api.schema_tgi import GrammarField, Parameters, TgiBody
+from serve_app.api.body import parse_document
+from serve_app.api.tgi.schema import GrammarField, Parameters, TgiBody
+from serve_app.core.events import Chunk, FinishReason, Logprobs, PromptDetails, TextToken, TokenEvent, TokenLogprob
+from serve_app.core.queries import GetModelInfo, ModelInfo, ModelState, ModelStatus
+from serve_app.core.requests import GenerationRequest, Grammar, SamplingParams, TextPrompt
 from serve_app.errors import (
     DeadlineExceeded,
     InternalError,
@@ -25,23 +28,6 @@ from serve_app.errors import (
     NotReady,
     QueueFull,
     ServeAppError,
-)
-from serve_app.types import (
-    Chunk,
-    Describe,
-    FinishReason,
-    GenerationRequest,
-    Grammar,
-    Logprobs,
-    ModelInfo,
-    ModelState,
-    ModelStatus,
-    Piece,
-    SamplingParams,
-    ShownPrompt,
-    TextPrompt,
-    TokenEvent,
-    TokenLogprob,
 )
 
 from .scripted import BEAT, ScriptedGateway, Wire, app_config, chunk, frames
@@ -192,7 +178,7 @@ async def test_what_is_special_is_asked_once_and_kept(client: httpx.AsyncClient,
     for _ in range(2):
         await whole(client, "/generate", {"details": True})
         await stream(client, "/generate_stream", {})
-    assert gateway.questions == [("small", Describe())]
+    assert gateway.questions == [("small", GetModelInfo())]
 
 
 async def test_every_parameter_arrives(client: httpx.AsyncClient, gateway: ScriptedGateway) -> None:
@@ -345,11 +331,11 @@ async def test_one_answer_has_no_others(client: httpx.AsyncClient) -> None:
 
 def read(request: GenerationRequest) -> Iterable[Chunk]:
     """Tells of its prompt whatever of it was asked for; the third token cannot occur."""
-    pieces = (Piece(END, "<2>", 0, 0), Piece(20, "a b", 0, 3), Piece(30, " c", 3, 5))
+    pieces = (TextToken(END, "<2>", 0, 0), TextToken(20, "a b", 0, 3), TextToken(30, " c", 3, 5))
     logprobs = (Logprobs(TokenLogprob(20, "a b", -0.7), ()), Logprobs(TokenLogprob(30, " c", float("-inf")), ()))
     known = request.params.prompt_logprobs is not None
-    prompt = ShownPrompt(pieces if request.show_prompt else (), "a b c", logprobs if known else ())
-    told = prompt if known or request.show_prompt else None
+    prompt = PromptDetails(pieces if request.prompt_details else (), "a b c", logprobs if known else ())
+    told = prompt if known or request.prompt_details else None
     return [replace(one, prompt=told) for one in by_number(request)]
 
 
@@ -370,7 +356,7 @@ async def test_the_details_of_the_prompt_come_with_those_of_the_answer(
     assert told["prefill"] == PREFILL
     assert [token["id"] for token in told["tokens"]] == [8]
     (request,) = gateway.requests
-    assert (request.show_prompt, request.params.prompt_logprobs) == (True, 0)
+    assert (request.prompt_details, request.params.prompt_logprobs) == (True, 0)
 
 
 async def test_a_prompt_is_read_once_for_the_best_of_several(
@@ -380,7 +366,7 @@ async def test_a_prompt_is_read_once_for_the_best_of_several(
     asked = {"best_of": 3, "do_sample": True, "decoder_input_details": True}
     details = (await whole(client, "/generate", asked))["details"]
     assert [one["prefill"] for one in (details, *details["best_of_sequences"])] == [PREFILL] * 3
-    assert [request.show_prompt for request in gateway.requests] == [True, False, False]
+    assert [request.prompt_details for request in gateway.requests] == [True, False, False]
     assert [request.params.prompt_logprobs for request in gateway.requests] == [0, None, None]
 
 
@@ -390,7 +376,7 @@ async def test_nothing_is_told_of_a_prompt_unless_asked(
 ) -> None:
     gateway.script = read
     assert (await whole(client, "/generate", parameters))["details"]["prefill"] == []
-    assert (gateway.requests[0].show_prompt, gateway.requests[0].params.prompt_logprobs) == (False, None)
+    assert (gateway.requests[0].prompt_details, gateway.requests[0].params.prompt_logprobs) == (False, None)
 
 
 async def test_an_engine_reads_what_is_left_of_the_prompt() -> None:
@@ -545,7 +531,7 @@ async def test_an_error_on_the_way_comes_in_band(
 async def test_a_model_that_cannot_say_what_is_special_fails_the_answer(
     client: httpx.AsyncClient, gateway: ScriptedGateway, path: str
 ) -> None:
-    gateway.answers[Describe] = NotReady("it has just gone", retry_after_s=1)
+    gateway.answers[GetModelInfo] = NotReady("it has just gone", retry_after_s=1)
     answer = await post(client, path, {"details": True})
     assert (answer.status_code, error(answer)) == (503, ("it has just gone", "overloaded"))
     assert gateway.running == 0
@@ -636,9 +622,9 @@ async def test_info_wakes_nobody(client: httpx.AsyncClient, gateway: ScriptedGat
     answer = (await client.get("/info")).json()
     assert (answer["max_input_tokens"], answer["max_total_tokens"], gateway.questions) == (None, None, [])
     gateway.states = [ModelStatus("small", ModelState.READY)]
-    gateway.answers[Describe] = NotReady("it has just gone")
+    gateway.answers[GetModelInfo] = NotReady("it has just gone")
     assert (await client.get("/info")).json()["max_total_tokens"] is None
-    gateway.answers[Describe] = ModelInfo(99, 300, frozenset())
+    gateway.answers[GetModelInfo] = ModelInfo(99, 300, frozenset())
     assert (await client.get("/info")).json()["max_total_tokens"] == 99
     gateway.states = [ModelStatus("small", state)]
     assert (await client.get("/info")).json()["max_total_tokens"] == 99, "it was said once"

@@ -7,8 +7,9 @@ from typing import Any
 import httpx
 import pytest
 
+from serve_app.core.queries import Detokenize, GetModelInfo, Query, Tokenize
+from serve_app.core.requests import ChatMessage, ChatPrompt, TextPrompt
 from serve_app.errors import InvalidRequest, NotReady
-from serve_app.types import ChatMessage, ChatPrompt, Describe, Detokenize, Question, TextPrompt, Tokenize
 
 from .scripted import ScriptedGateway, told
 
@@ -19,7 +20,7 @@ CHAT = ChatPrompt((ChatMessage("user", "hi"),))
 async def test_the_tokens_of_a_prompt(client: httpx.AsyncClient, gateway: ScriptedGateway) -> None:
     answer = await client.post("/tokenize", json={"prompt": "some"})
     assert answer.json() == {"count": 2, "max_model_len": 2048, "tokens": [5, 6], "token_strs": None}
-    assert gateway.questions == [("small", Tokenize(TextPrompt("some"))), ("small", Describe())]
+    assert gateway.questions == [("small", Tokenize(TextPrompt("some"))), ("small", GetModelInfo())]
     answer = await client.post("/tokenize", json={"prompt": "some", "return_token_strs": True, "model": "org/large"})
     assert answer.json()["token_strs"] == ["so", "me"]
     assert [model for model, _ in gateway.questions[2:]] == ["org/large"] * 2
@@ -40,7 +41,7 @@ async def test_the_tokens_of_a_prompt(client: httpx.AsyncClient, gateway: Script
     ids=str,
 )
 async def test_what_is_asked_of_the_model(
-    client: httpx.AsyncClient, gateway: ScriptedGateway, body: dict[str, Any], question: Question[Any]
+    client: httpx.AsyncClient, gateway: ScriptedGateway, body: dict[str, Any], question: Query[Any]
 ) -> None:
     assert (await client.post("/tokenize", json=body)).status_code == 200
     assert gateway.questions[0] == ("small", question)

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from serve_app.api.tool_calls import Arguments, Begun, Call, CallParser, Content, News, parse
-from serve_app.types import ToolSyntax
+from serve_app.core.queries import ToolCallFormat
+from serve_app.engines.text.tool_parser import Arguments, Begun, Call, CallParser, Content, News, parse
 
 from .syntaxes import ALL, HERMES, LLAMA, MARKS, MISTRAL, NAME_LAST, written
 
@@ -52,21 +52,21 @@ def together(news: list[News]) -> tuple[str, list[Call]]:
     return content, calls
 
 
-def in_pieces(syntax: ToolSyntax, text: str, cuts: list[int]) -> tuple[str, list[Call]]:
+def in_pieces(syntax: ToolCallFormat, text: str, cuts: list[int]) -> tuple[str, list[Call]]:
     parser = CallParser(syntax)
     places = [0, *sorted(cut % (len(text) + 1) for cut in cuts), len(text)]
     news = [one for begin, end in pairwise(places) for one in parser.feed(text[begin:end])]
     return together([*news, *parser.end()])
 
 
-def nearly(draw: st.DrawFn, syntax: ToolSyntax) -> str:
+def nearly(draw: st.DrawFn, syntax: ToolCallFormat) -> str:
     """Text made of what calls are made of, in any order."""
     words = [syntax.before, syntax.middle, syntax.between or "", syntax.after, syntax.trigger, "name", '{"a": 1}']
     return "".join(draw(st.lists(st.sampled_from([*words, " ", "\n", "{", "}", '"', "é"]), max_size=8)))
 
 
 @given(SYNTAXES, st.sampled_from(["", "Well.", "I will\n  look: <tool", "é{}"]), CALLS)
-def test_what_is_written_is_found_again(syntax: ToolSyntax, said: str, calls: list[tuple[str, str]]) -> None:
+def test_what_is_written_is_found_again(syntax: ToolCallFormat, said: str, calls: list[tuple[str, str]]) -> None:
     calls = calls if syntax.between else calls[:1]
     text = said if syntax.anywhere else ""
     assert parse(syntax, text + written(syntax, *calls)) == (text, [Call(*call) for call in calls])
@@ -74,7 +74,7 @@ def test_what_is_written_is_found_again(syntax: ToolSyntax, said: str, calls: li
 
 @given(SYNTAXES, CALLS, st.lists(st.integers(0, 10**6), max_size=20), st.integers(0, 10**6))
 def test_a_cut_of_the_answer_or_of_its_pieces_changes_nothing(
-    syntax: ToolSyntax, calls: list[tuple[str, str]], cuts: list[int], length: int
+    syntax: ToolCallFormat, calls: list[tuple[str, str]], cuts: list[int], length: int
 ) -> None:
     """The whole is a beginning of what the model would have written, as max_tokens may cut it."""
     text = "So \n" + written(syntax, *(calls if syntax.between else calls[:1]))
@@ -86,7 +86,7 @@ def test_a_cut_of_the_answer_or_of_its_pieces_changes_nothing(
 @settings(max_examples=300)
 @given(st.data(), SYNTAXES, st.lists(st.integers(0, 10**6), max_size=20))
 def test_text_that_follows_no_syntax_is_read_in_one_way_only(
-    data: st.DataObject, syntax: ToolSyntax, cuts: list[int]
+    data: st.DataObject, syntax: ToolCallFormat, cuts: list[int]
 ) -> None:
     text = data.draw(st.composite(lambda draw: nearly(draw, syntax))())
     content, calls = parse(syntax, text)
@@ -95,7 +95,7 @@ def test_text_that_follows_no_syntax_is_read_in_one_way_only(
 
 
 @each
-def test_text_is_told_as_soon_as_it_can_be_no_call(syntax: ToolSyntax) -> None:
+def test_text_is_told_as_soon_as_it_can_be_no_call(syntax: ToolCallFormat) -> None:
     parser = CallParser(syntax)
     told = [together(parser.feed(piece))[0] for piece in ("Hello", " ", "you", "!")]
     assert told == (["Hello", "", " you", "!"] if syntax.anywhere else ["Hello", " ", "you", "!"])
@@ -139,5 +139,5 @@ def test_where_the_name_comes_last_the_call_is_told_at_once() -> None:
         (NAME_LAST, '<call>{"arguments": \n {"a": 1}, "name": "f"}</call>', "", [Call("f", '{"a": 1}')]),
     ],
 )
-def test_what_is_no_call_is_content(syntax: ToolSyntax, text: str, content: str, calls: list[Any]) -> None:
+def test_what_is_no_call_is_content(syntax: ToolCallFormat, text: str, content: str, calls: list[Any]) -> None:
     assert parse(syntax, text) == (content, calls)

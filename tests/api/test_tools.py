@@ -13,18 +13,10 @@ import openai
 import pytest
 
 from serve_app.api.app import create_app
+from serve_app.core.events import Chunk, FinishReason
+from serve_app.core.queries import GetModelInfo, ModelInfo, ToolCallFormat
+from serve_app.core.requests import ChatMessage, ChatPrompt, GenerationRequest, ToolCall
 from serve_app.errors import NotReady
-from serve_app.types import (
-    ChatMessage,
-    ChatPrompt,
-    Chunk,
-    Describe,
-    FinishReason,
-    GenerationRequest,
-    ModelInfo,
-    ToolCall,
-    ToolSyntax,
-)
 
 from .scripted import ANSWERS, ScriptedGateway, app_config, chunk, frames, told
 from .syntaxes import ALL, HERMES, LLAMA, MISTRAL, written
@@ -38,15 +30,15 @@ CHAT: dict[str, Any] = {"messages": [HI], "tools": [WEATHER, CLOCK]}
 BOTH = [("weather", '{"city": "Łódź"}'), ("clock", "{}")]
 
 
-def info(syntax: ToolSyntax | None) -> ModelInfo:
-    known: ModelInfo = ANSWERS[Describe]
+def info(syntax: ToolCallFormat | None) -> ModelInfo:
+    known: ModelInfo = ANSWERS[GetModelInfo]
     return replace(known, tools=syntax)
 
 
 @pytest.fixture
 def gateway() -> ScriptedGateway:
     """A model that calls tools as Hermes does."""
-    return ScriptedGateway(answers={**ANSWERS, Describe: info(HERMES)})
+    return ScriptedGateway(answers={**ANSWERS, GetModelInfo: info(HERMES)})
 
 
 def says(text: str, size: int = 3, finish: FinishReason = FinishReason.STOP) -> list[Chunk]:
@@ -94,8 +86,10 @@ def message(told: Iterable[Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("syntax", ALL.values(), ids=ALL)
-async def test_calls_of_a_whole_answer(client: httpx.AsyncClient, gateway: ScriptedGateway, syntax: ToolSyntax) -> None:
-    gateway.answers[Describe] = info(syntax)
+async def test_calls_of_a_whole_answer(
+    client: httpx.AsyncClient, gateway: ScriptedGateway, syntax: ToolCallFormat
+) -> None:
+    gateway.answers[GetModelInfo] = info(syntax)
     calls = BOTH if syntax.between else BOTH[:1]
     gateway.plays(*says(written(syntax, *calls)))
     (choice,) = await choices(client)
@@ -116,9 +110,9 @@ async def test_calls_of_a_whole_answer(client: httpx.AsyncClient, gateway: Scrip
 @pytest.mark.parametrize("syntax", ALL.values(), ids=ALL)
 @pytest.mark.parametrize("size", [1, 4, 1000])
 async def test_a_stream_comes_to_the_same(
-    client: httpx.AsyncClient, gateway: ScriptedGateway, syntax: ToolSyntax, size: int
+    client: httpx.AsyncClient, gateway: ScriptedGateway, syntax: ToolCallFormat, size: int
 ) -> None:
-    gateway.answers[Describe] = info(syntax)
+    gateway.answers[GetModelInfo] = info(syntax)
     calls = BOTH if syntax.between else BOTH[:1]
     said = "One moment." if syntax.anywhere else ""
     gateway.plays(*says(said + written(syntax, *calls), size))
@@ -237,9 +231,9 @@ async def test_without_a_choice_to_call_they_are_only_shown(
 
 @pytest.mark.parametrize(("syntax", "shown"), [(HERMES, False), (LLAMA, False), (MISTRAL, True)])
 async def test_special_tokens_are_asked_for_where_calls_begin_with_one(
-    client: httpx.AsyncClient, gateway: ScriptedGateway, syntax: ToolSyntax, shown: bool
+    client: httpx.AsyncClient, gateway: ScriptedGateway, syntax: ToolCallFormat, shown: bool
 ) -> None:
-    gateway.answers[Describe] = info(syntax)
+    gateway.answers[GetModelInfo] = info(syntax)
     await choices(client)
     assert gateway.requests[0].params.skip_special_tokens is not shown
 
@@ -270,9 +264,9 @@ async def test_a_conversation_goes_on_with_what_the_tool_said(
 async def test_a_model_is_asked_once_what_it_is(client: httpx.AsyncClient, gateway: ScriptedGateway) -> None:
     await choices(client)
     await choices(client)
-    assert gateway.questions == [("small", Describe())]
+    assert gateway.questions == [("small", GetModelInfo())]
     await choices(client, model="org/large")
-    assert gateway.questions == [("small", Describe()), ("org/large", Describe())]
+    assert gateway.questions == [("small", GetModelInfo()), ("org/large", GetModelInfo())]
 
 
 # What is refused
@@ -357,7 +351,7 @@ async def test_what_cannot_be_is_refused_by_name(
 async def test_a_model_that_calls_no_tools_says_what_would_help(
     client: httpx.AsyncClient, gateway: ScriptedGateway, stream: bool
 ) -> None:
-    gateway.answers[Describe] = info(None)
+    gateway.answers[GetModelInfo] = info(None)
     answer = await client.post(PATH, json=CHAT | {"stream": stream})
     assert answer.status_code == 422
     assert told(answer)["param"] == "tools"
@@ -368,16 +362,16 @@ async def test_a_model_that_calls_no_tools_says_what_would_help(
 async def test_a_model_that_is_not_there_yet_is_asked_again(
     client: httpx.AsyncClient, gateway: ScriptedGateway
 ) -> None:
-    gateway.answers[Describe] = NotReady("small is being loaded")
+    gateway.answers[GetModelInfo] = NotReady("small is being loaded")
     assert (await client.post(PATH, json=CHAT)).status_code == 503
-    gateway.answers[Describe] = info(HERMES)
+    gateway.answers[GetModelInfo] = info(HERMES)
     assert (await client.post(PATH, json=CHAT)).status_code == 200
 
 
 async def test_the_end_of_an_answer_is_not_shown_with_the_signs_of_its_calls(
     client: httpx.AsyncClient, gateway: ScriptedGateway
 ) -> None:
-    gateway.answers[Describe] = info(MISTRAL)
+    gateway.answers[GetModelInfo] = info(MISTRAL)
     answer = await client.post(PATH, json=CHAT | {"include_stop_str_in_output": True})
     assert answer.status_code == 422
     assert told(answer)["param"] == "include_stop_str_in_output"

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import httpx
 
 from serve_app.api.app import create_app
-from serve_app.engine.engine import Engine
-from serve_app.engine.stream import TokenStream
-from serve_app.types import Chunk, GenerationRequest
+from serve_app.core.events import Chunk
+from serve_app.core.requests import GenerationRequest
+from serve_app.engines.native.engine import Engine
+from serve_app.engines.native.stream import TokenStream
 from tests.engine.toys import running
 
 from .scripted import ScriptedGateway, app_config

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import pytest
 from playwright.async_api import Browser, expect
 
+from serve_app.core.queries import ModelState, ModelStatus
 from serve_app.errors import DeadlineExceeded, InternalError, InvalidRequest, NotReady, QueueFull
-from serve_app.types import ModelState, ModelStatus
 from tests.api.scripted import BEAT, ScriptedGateway, Step, chunk
 from tests.browser.visitor import Visitor
 from tests.graph.house import Service, free_port, model, until

@@ -7,9 +7,9 @@ from typing import Any, get_args
 
 import schemathesis
 
-from serve_app.api.document import parse_document
+from serve_app.api.body import parse_document
 from serve_app.api.openapi import OPERATIONS
-from serve_app.api.schema_body import Body
+from serve_app.api.schema import Body
 from serve_app.errors import InvalidRequest
 
 BODIES: dict[tuple[str, str], tuple[type[Body], ...]] = {

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from prometheus_client.metrics_core import Metric
 
-from serve_app.deployments.metrics import GenAiSeries
+from serve_app.telemetry.metrics import GenAiSeries
 from tests.alerts.test_rules import families
 
 TEXT = (Path(__file__).parents[2] / "docs/metrics.md").read_text()

@@ -7,10 +7,10 @@ import math
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 
-from serve_app.deployments.exposition import Writer, exposition
-from serve_app.deployments.meter import IngressMetrics
-from serve_app.deployments.metrics import hub_up
-from serve_app.types import GenerationRequest, SamplingParams, TextPrompt
+from serve_app.core.requests import GenerationRequest, SamplingParams, TextPrompt
+from serve_app.telemetry.exposition import Writer, exposition
+from serve_app.telemetry.meter import IngressMetrics
+from serve_app.telemetry.metrics import hub_up
 
 
 def test_it_is_what_prometheus_client_writes() -> None:

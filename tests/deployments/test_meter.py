@@ -6,21 +6,12 @@ from collections.abc import Sequence
 
 import pytest
 
-from serve_app.deployments.exposition import exposition
-from serve_app.deployments.meter import IngressMetrics
+from serve_app.core.events import Chunk, FinishReason, TokenEvent
+from serve_app.core.http import HttpCall
+from serve_app.core.requests import ChatMessage, ChatPrompt, GenerationRequest, Prompt, SamplingParams, TextPrompt
 from serve_app.errors import InternalError, QueueFull, ServeAppError
-from serve_app.types import (
-    ChatMessage,
-    ChatPrompt,
-    Chunk,
-    FinishReason,
-    GenerationRequest,
-    HttpCall,
-    Prompt,
-    SamplingParams,
-    TextPrompt,
-    TokenEvent,
-)
+from serve_app.telemetry.exposition import exposition
+from serve_app.telemetry.meter import IngressMetrics
 
 
 def request(prompt: Prompt | None = None, embed: bool = False) -> GenerationRequest:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from serve_app.deployments.exposition import exposition
-from serve_app.deployments.process import ProcessMetrics
+from serve_app.telemetry.exposition import exposition
+from serve_app.telemetry.process import ProcessMetrics
 
 # Two GPUs with 8 GiB, of which the second does not tell its utilisation, as a part of a GPU does not.
 NVML = r"""
@@ -44,8 +44,8 @@ int nvmlDeviceGetUtilizationRates(int *gpu, use *u) {
 const char *nvmlErrorString(int code) { return "not supported"; }
 """
 SHOW = (
-    "from serve_app.deployments.exposition import exposition\n"
-    "from serve_app.deployments.process import Gpus\n"
+    "from serve_app.telemetry.exposition import exposition\n"
+    "from serve_app.telemetry.process import Gpus\n"
     "print(exposition([], Gpus('m', 'r').families()).decode())\n"
 )
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from serve_app.deployments.metrics import StepSeries
-from serve_app.engine.sequence import Advance, Step
+from serve_app.engines.native.sequence import Advance, Step
+from serve_app.telemetry.metrics import StepSeries
 from tests.engine.toys import sequence
 
 

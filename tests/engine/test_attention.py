@@ -7,15 +7,15 @@ from typing import Any
 import pytest
 import torch
 
-from serve_app.engine.arena import Copy, Trim
-from serve_app.engine.attention import (
+from serve_app.engines.native.attention import (
     IMPLEMENTATION,
     LayerCache,
     ShapeProbe,
     attention_modules,
     layout_of,
 )
-from serve_app.engine.rows import DecodeRun, PromptChunk, Rows, span
+from serve_app.engines.native.kv_cache import Copy, Trim
+from serve_app.engines.native.rows import DecodeRun, PromptChunk, Rows, span
 
 pytestmark = pytest.mark.model
 
@@ -46,7 +46,7 @@ def expected(
     return torch.stack(out)
 
 
-class Arena:
+class KVCache:
     """A cache, and beside it every sequence's keys and values in plain lists."""
 
     def __init__(self, heads: int, shared: int, seed: int) -> None:
@@ -105,7 +105,7 @@ def test_any_mixture_of_decoding_and_chunks_is_what_each_sequence_gets_alone(
     shared: int, window: int | None, extras: dict[str, Any]
 ) -> None:
     """Four query heads over 1, 2 or 4 key-value heads; slots are taken over with what their last owner left."""
-    arena, rng = Arena(4, shared, seed=shared), random.Random(shared)
+    arena, rng = KVCache(4, shared, seed=shared), random.Random(shared)
     for _ in range(12):
         decode, chunks = [], []
         for slot in range(SLOTS):
@@ -123,7 +123,7 @@ def test_any_mixture_of_decoding_and_chunks_is_what_each_sequence_gets_alone(
 
 def test_what_is_no_number_stays_with_who_made_it() -> None:
     """The next owner of the slot, and its neighbours, look at positions beyond their own behind a mask."""
-    arena = Arena(4, 2, seed=1)
+    arena = KVCache(4, 2, seed=1)
     arena.cache.layout = layout_of(span([0] * 6, slot=1, start=0), CPU)
     broken = torch.full((1, 4, 6, KEY_DIM), torch.nan)
     arena.cache.attend(broken, broken[:, :2], torch.full((1, 2, 6, VALUE_DIM), torch.inf), SCALING, None)
@@ -132,7 +132,7 @@ def test_what_is_no_number_stays_with_who_made_it() -> None:
 
 
 def test_layers_share_what_a_step_computed_once() -> None:
-    arena = Arena(4, 2, seed=2)
+    arena = KVCache(4, 2, seed=2)
     arena.step([], [(0, 5), (1, 3)], None)
     arena.step([0, 1], [(2, 4)], None)
     layout, other = arena.cache.layout, LayerCache(SLOTS, 2, LENGTH, KEY_DIM, VALUE_DIM, torch.float32, CPU)

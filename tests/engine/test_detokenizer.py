@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, strategies as st
 
-from serve_app.engine.detokenizer import Detokenizer
-from serve_app.text import overlap
+from serve_app.engines.text.detokenizer import Detokenizer
+from serve_app.engines.text.overlap import overlap
 
 
 class Pieces:

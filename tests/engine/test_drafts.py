@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from serve_app.engine.drafts import Drafter
+from serve_app.engines.native.drafts import Drafter
 
 
 def test_what_followed_before_is_proposed() -> None:

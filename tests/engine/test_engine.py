@@ -12,9 +12,12 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from serve_app.config import Engine as EngineConfig
-from serve_app.engine.engine import Engine, EngineStalled
-from serve_app.engine.sequence import Outcome, Sampled, Step
-from serve_app.engine.toy import END, ToyRunner, ToyText
+from serve_app.core.events import FinishReason, TextToken
+from serve_app.core.queries import Detokenize, GetModelInfo, ModelInfo, Query, Tokenize
+from serve_app.core.requests import ChatMessage, ChatPrompt, GenerationRequest, Prompt, SamplingParams, TextPrompt
+from serve_app.engines.native.engine import Engine, EngineStalled
+from serve_app.engines.native.sequence import Outcome, Sampled, Step
+from serve_app.engines.toy import END, ToyRunner, ToyText
 from serve_app.errors import (
     DeadlineExceeded,
     InternalError,
@@ -22,21 +25,6 @@ from serve_app.errors import (
     NotReady,
     PromptTooLong,
     QueueFull,
-)
-from serve_app.types import (
-    ChatMessage,
-    ChatPrompt,
-    Describe,
-    Detokenize,
-    FinishReason,
-    GenerationRequest,
-    ModelInfo,
-    Piece,
-    Prompt,
-    Question,
-    SamplingParams,
-    TextPrompt,
-    Tokenize,
 )
 
 from .toys import (
@@ -74,17 +62,17 @@ def idle(engine: Engine) -> bool:
 def test_questions_are_answered_beside_the_loop() -> None:
     with running(ToyRunner, max_context=64) as engine:
         pieces = engine.answer(Tokenize(TextPrompt("hi"), special_tokens=True))
-        assert pieces == (Piece(ord("h"), "h", 0, 1), Piece(ord("i"), "i", 1, 2))
+        assert pieces == (TextToken(ord("h"), "h", 0, 1), TextToken(ord("i"), "i", 1, 2))
         assert engine.answer(Detokenize((*b"hi", END))) == "hi<end>"
         assert engine.answer(Detokenize((*b"hi", END), skip_special_tokens=True)) == "hi"
-        assert engine.answer(Describe()) == ModelInfo(context=64, vocabulary=END + 1, special_ids=frozenset({END}))
+        assert engine.answer(GetModelInfo()) == ModelInfo(context=64, vocabulary=END + 1, special_ids=frozenset({END}))
         assert isinstance(engine.answer(Detokenize((END + 1,))), InvalidRequest)
         assert engine.stats().steps == 0
 
 
 def test_a_question_that_fails_is_an_error_of_ours() -> None:
     with running(ToyRunner) as engine:
-        assert isinstance(engine.answer(Question()), InternalError)
+        assert isinstance(engine.answer(Query()), InternalError)
 
 
 # What a request gets

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from serve_app.config import Engine as EngineConfig
-from serve_app.engine.machine import NotEnoughMemory, available_bytes, kv_tokens_that_fit, usable_cores
+from serve_app.engines.native.machine import NotEnoughMemory, available_bytes, kv_tokens_that_fit, usable_cores
 
 MIB = 2**20
 

@@ -2,19 +2,19 @@ from __future__ import annotations
 
 import pytest
 
-from serve_app.engine.pace import STRETCH, Pace
+from serve_app.engines.native.step_time import STRETCH, StepTimeModel
 
 
-def taught(*steps: tuple[int, float]) -> Pace:
-    pace = Pace()
+def taught(*steps: tuple[int, float]) -> StepTimeModel:
+    pace = StepTimeModel()
     for rows, seconds in steps:
         pace.record(rows, seconds)
     return pace
 
 
 def test_nothing_is_known_at_first() -> None:
-    assert Pace().seconds(1) is None
-    assert Pace().most_rows(1) is None
+    assert StepTimeModel().seconds(1) is None
+    assert StepTimeModel().most_rows(1) is None
 
 
 def test_between_what_is_known_it_is_in_proportion() -> None:

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 from hypothesis import given, strategies as st
 
-from serve_app.engine.rows import DecodeRun, PromptChunk, rows_of, span
-from serve_app.engine.sequence import Advance, Reading, Step
-from serve_app.types import Logprobs, TokenLogprob
+from serve_app.core.events import Logprobs, TokenLogprob
+from serve_app.engines.native.rows import DecodeRun, PromptChunk, rows_of, span
+from serve_app.engines.native.sequence import Advance, Reading, Step
 
 from .toys import sequence
 

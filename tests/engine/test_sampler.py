@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from serve_app.engine.sampler import how_likely, sample, uniform
-from serve_app.engine.sequence import Sequence
+from serve_app.core.requests import SamplingParams
+from serve_app.engines.native.sampler import how_likely, sample, uniform
+from serve_app.engines.native.sequence import Sequence
 from serve_app.errors import InternalError
-from serve_app.types import SamplingParams
 
 from .toys import request, sequence, sequences, tokens_of
 

@@ -8,14 +8,14 @@ from hypothesis import settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from serve_app.config import Engine as EngineConfig
-from serve_app.engine.arena import BLOCK, Arena
-from serve_app.engine.pace import Pace
-from serve_app.engine.scheduler import News, Scheduler, _turn
-from serve_app.engine.sequence import Sampled, Sequence, Step
-from serve_app.engine.stream import Embedded, Token
-from serve_app.engine.toy import ToyRunner
+from serve_app.core.requests import SamplingParams
+from serve_app.engines.native.kv_cache import BLOCK, KVCache
+from serve_app.engines.native.scheduler import News, Scheduler, _turn
+from serve_app.engines.native.sequence import Sampled, Sequence, Step
+from serve_app.engines.native.step_time import StepTimeModel
+from serve_app.engines.native.stream import Embedded, Token
+from serve_app.engines.toy import ToyRunner
 from serve_app.errors import DeadlineExceeded, InternalError, QueueFull
-from serve_app.types import SamplingParams
 
 from .toys import Keeper, request, sequence, sequences, successor
 
@@ -44,11 +44,11 @@ def made(
     rows: int,
     queue: int,
     tokens: int | None = None,
-    pace: Pace | None = None,
+    pace: StepTimeModel | None = None,
     draft_tokens: int = 0,
     prefix_cache: bool = True,
 ) -> Scheduler:
-    return Scheduler(Arena(slots, tokens or slots * 1024), rows, queue, pace, draft_tokens, prefix_cache)
+    return Scheduler(KVCache(slots, tokens or slots * 1024), rows, queue, pace, draft_tokens, prefix_cache)
 
 
 def prioritised(prompt: str, priority: int, tokens: int = 1) -> Sequence:
@@ -239,7 +239,7 @@ def test_draining_lets_go_of_everyone_in_order() -> None:
 
 def test_a_newcomers_prompt_takes_no_more_rows_than_keep_the_step_short() -> None:
     """Steps take 10 ms and 1 ms a row here: with two at work 12 ms, so at most 20.4."""
-    pace = Pace()
+    pace = StepTimeModel()
     scheduler = made(2, 512, 8, pace=pace)
     running, long = asking("a", 90), asking("x" * 300, 1)
     queued(scheduler, running)
@@ -255,7 +255,7 @@ def test_a_newcomers_prompt_takes_no_more_rows_than_keep_the_step_short() -> Non
 
 
 def test_without_anybody_to_disturb_a_prompt_takes_all_rows() -> None:
-    pace = Pace()
+    pace = StepTimeModel()
     scheduler = made(2, 512, 8, pace=pace)
     pace.record(1, 0.01)
     pace.record(100, 1.0)
@@ -502,7 +502,13 @@ class AnyHistory(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.scheduler = made(
-            SLOTS, ROWS, QUEUE, tokens=BLOCKS * BLOCK, pace=Pace(), draft_tokens=3, prefix_cache=self.prefix_cache
+            SLOTS,
+            ROWS,
+            QUEUE,
+            tokens=BLOCKS * BLOCK,
+            pace=StepTimeModel(),
+            draft_tokens=3,
+            prefix_cache=self.prefix_cache,
         )
         self.runner = Keeper(SLOTS)
         self.now = 0.0

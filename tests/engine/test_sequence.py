@@ -4,10 +4,11 @@ from dataclasses import replace
 
 import pytest
 
-from serve_app.engine.sequence import Advance, Sampled, Sequence, Step
-from serve_app.engine.stream import Token
-from serve_app.engine.toy import END
-from serve_app.types import FinishReason, Logprobs, SamplingParams, TokenLogprob
+from serve_app.core.events import FinishReason, Logprobs, TokenLogprob
+from serve_app.core.requests import SamplingParams
+from serve_app.engines.native.sequence import Advance, Sampled, Sequence, Step
+from serve_app.engines.native.stream import Token
+from serve_app.engines.toy import END
 
 from .toys import request, sequence, sequences
 

@@ -5,23 +5,24 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, strategies as st
 
-from serve_app.engine.engine import MOST_TOLD
-from serve_app.engine.shown import shown
-from serve_app.engine.toy import END, ToyRunner, ToyText
+from serve_app.core.events import PromptDetails, TextToken
+from serve_app.core.requests import ChatMessage, ChatPrompt, Prompt, SamplingParams, TextPrompt, TokenPrompt
+from serve_app.engines.native.engine import MOST_TOLD
+from serve_app.engines.text.prompt_details import shown
+from serve_app.engines.toy import END, ToyRunner, ToyText
 from serve_app.errors import InvalidRequest
-from serve_app.types import ChatMessage, ChatPrompt, Piece, Prompt, SamplingParams, ShownPrompt, TextPrompt, TokenPrompt
 
 from .toys import admitted, ask, read, request, running, streams
 
 TEXT = ToyText()
 
 
-def told(prompt: Prompt, kept: int | None = None, skip_special_tokens: bool = True) -> ShownPrompt:
+def told(prompt: Prompt, kept: int | None = None, skip_special_tokens: bool = True) -> PromptDetails:
     (ids,) = TEXT.encode([prompt])
     assert isinstance(ids, list)
     asked = replace(request(params=SamplingParams(skip_special_tokens=skip_special_tokens)), prompt=prompt)
     found = shown(TEXT, asked, ids if kept is None else ids[-kept:])
-    assert isinstance(found, ShownPrompt)
+    assert isinstance(found, PromptDetails)
     return found
 
 
@@ -50,16 +51,16 @@ def test_a_chat_is_shown_as_its_template_has_it() -> None:
 class Marked(ToyText):
     """Puts a sign before and after every text."""
 
-    def tokenize(self, prompt: Prompt, special_tokens: bool) -> tuple[Piece, ...]:
+    def tokenize(self, prompt: Prompt, special_tokens: bool) -> tuple[TextToken, ...]:
         pieces = super().tokenize(prompt, special_tokens)
         assert isinstance(pieces, tuple)
-        sign = Piece(END, "<end>", 0, 0)
+        sign = TextToken(END, "<end>", 0, 0)
         return (sign, *pieces, sign) if special_tokens else pieces
 
 
 def test_signs_around_a_text_are_no_part_of_it() -> None:
     found = shown(Marked(), request("ab"), [END, *b"ab", END])
-    assert isinstance(found, ShownPrompt)
+    assert isinstance(found, PromptDetails)
     assert found.text == "ab"
     assert [(piece.text, piece.start, piece.end) for piece in found.pieces] == [
         ("<end>", 0, 0),
@@ -75,7 +76,7 @@ def test_signs_around_a_text_are_no_part_of_it() -> None:
 async def test_a_prompt_is_told_once_and_first() -> None:
     params = SamplingParams(max_tokens=3, prompt_logprobs=0)
     with running(max_step_tokens=4, max_running=3) as engine:
-        answer = await ask(engine, replace(request("hello you", params=params), show_prompt=True))
+        answer = await ask(engine, replace(request("hello you", params=params), prompt_details=True))
         other = await ask(engine, request("hello you", params=SamplingParams(max_tokens=3)))
     first, *others = answer.chunks
     assert first.prompt is not None

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 from hypothesis import given, strategies as st
 
-from serve_app.engine.stream import Token, TokenStream, wake_all
-from serve_app.engine.toy import END, ToyDecoder
+from serve_app.core.events import Chunk, FinishReason, Logprobs, TokenLogprob
+from serve_app.core.requests import SamplingParams
+from serve_app.engines.native.stream import Token, TokenStream, wake_all
+from serve_app.engines.toy import END, ToyDecoder
 from serve_app.errors import InternalError
-from serve_app.types import Chunk, FinishReason, Logprobs, SamplingParams, TokenLogprob
 
 from .toys import Answer, read, request, streams
 

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, strategies as st
 
 from serve_app.config import Engine as EngineConfig
-from serve_app.engine.sequence import Advance, Step
-from serve_app.engine.toy import END, ToyDecoder, ToyRunner, ToyText
+from serve_app.core.requests import ChatMessage, ChatPrompt, Prompt, SamplingParams, TextPrompt, TokenPrompt
+from serve_app.engines.native.sequence import Advance, Step
+from serve_app.engines.toy import END, ToyDecoder, ToyRunner, ToyText
 from serve_app.errors import InvalidRequest
-from serve_app.types import ChatMessage, ChatPrompt, Prompt, SamplingParams, TextPrompt, TokenPrompt
 
 from .toys import sequence, tokens_of
 

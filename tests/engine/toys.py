@@ -10,23 +10,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from serve_app.config import Engine as EngineConfig
-from serve_app.engine.arena import BLOCK, Copy
-from serve_app.engine.engine import Engine
-from serve_app.engine.sequence import Advance, Outcome, Runner, Sampled, Sequence, Step
-from serve_app.engine.stream import Embedded, Token, TokenStream
-from serve_app.engine.toy import ToyRunner, ToyText
+from serve_app.core.events import Chunk, FinishReason, Logprobs, TokenEvent, TokenLogprob
+from serve_app.core.requests import GenerationRequest, SamplingParams, TextPrompt, TokenPrompt
+from serve_app.engines.native.engine import Engine
+from serve_app.engines.native.kv_cache import BLOCK, Copy
+from serve_app.engines.native.sequence import Advance, Outcome, Runner, Sampled, Sequence, Step
+from serve_app.engines.native.stream import Embedded, Token, TokenStream
+from serve_app.engines.toy import ToyRunner, ToyText
 from serve_app.errors import ServeAppError
-from serve_app.types import (
-    Chunk,
-    FinishReason,
-    GenerationRequest,
-    Logprobs,
-    SamplingParams,
-    TextPrompt,
-    TokenEvent,
-    TokenLogprob,
-    TokenPrompt,
-)
 
 PATIENCE_S = 10.0
 

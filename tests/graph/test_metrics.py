@@ -68,7 +68,7 @@ def series(name: str, **labels: str) -> Key:
 
 
 @dataclass
-class Tally:
+class CompletionState:
     """What clients saw. Every key is a series of the service's."""
 
     counts: Counter[Key] = field(default_factory=Counter)
@@ -92,7 +92,9 @@ def encoded(body: dict[str, object]) -> bytes:
     return json.dumps(body).encode()
 
 
-async def whole(client: httpx.AsyncClient, tally: Tally, name: str, prompt: str, tokens: int, route: str) -> None:
+async def whole(
+    client: httpx.AsyncClient, tally: CompletionState, name: str, prompt: str, tokens: int, route: str
+) -> None:
     """One answer that is not streamed, or its refusal."""
     sent = encoded({"model": name, "prompt": prompt, "max_tokens": tokens})
     answer = await client.post(route, content=sent)
@@ -107,7 +109,7 @@ async def whole(client: httpx.AsyncClient, tally: Tally, name: str, prompt: str,
         tally.error(code, name)
 
 
-async def streamed(client: httpx.AsyncClient, tally: Tally, name: str, tokens: int) -> None:
+async def streamed(client: httpx.AsyncClient, tally: CompletionState, name: str, tokens: int) -> None:
     """To its end, or to the error in it."""
     sent = encoded({"model": name, "prompt": "abc", "max_tokens": tokens, "include_text": False})
     got, size, end = 0, 0, "length"
@@ -128,7 +130,7 @@ async def streamed(client: httpx.AsyncClient, tally: Tally, name: str, tokens: i
         tally.counts[series("truncated_requests_total", model=name)] += 1
 
 
-async def left(client: httpx.AsyncClient, tally: Tally) -> None:
+async def left(client: httpx.AsyncClient, tally: CompletionState) -> None:
     """After the first token. How many more were on their way, nobody can tell."""
     sent = encoded({"model": "slow", "prompt": "abc", "max_tokens": 1000})
     async with client.stream("POST", "/generate_stream", content=sent) as response:
@@ -140,7 +142,7 @@ async def left(client: httpx.AsyncClient, tally: Tally) -> None:
     tally.counts[series("requests_total", model="slow", outcome="cancelled")] += 1
 
 
-async def wrong(client: httpx.AsyncClient, tally: Tally, number: int) -> None:
+async def wrong(client: httpx.AsyncClient, tally: CompletionState, number: int) -> None:
     """Refused before there is a request to a model."""
     if number % 2:
         sent, code = encoded({"model": "toy", "prompt": "x", "max_tokens": -1}), "invalid_request"
@@ -151,14 +153,14 @@ async def wrong(client: httpx.AsyncClient, tally: Tally, number: int) -> None:
     tally.error(code, "")
 
 
-async def embedded(client: httpx.AsyncClient, tally: Tally) -> None:
+async def embedded(client: httpx.AsyncClient, tally: CompletionState) -> None:
     sent = encoded({"model": "toy", "input": "hello"})
     answer = await client.post("/v1/embeddings", content=sent)
     tally.call("/v1/embeddings", answer.status_code, len(sent), len(answer.content))
     tally.request("toy", "embedded", 0, 5)
 
 
-async def failing(client: httpx.AsyncClient, tally: Tally) -> None:
+async def failing(client: httpx.AsyncClient, tally: CompletionState) -> None:
     """A step that fails, and one that does not: three in a row would have the replica replaced."""
     for prompt in ("bad", "good"):
         await whole(client, tally, "faulty", prompt, 3, "/generate")
@@ -166,7 +168,7 @@ async def failing(client: httpx.AsyncClient, tally: Tally) -> None:
 
 async def test_counters_are_what_clients_counted(client: httpx.AsyncClient) -> None:
     """1,000 requests: whole, streamed, refused, failing, out of time, left, in any order, 24 at a time."""
-    rng, tally, together, one = random.Random(7), Tally(), asyncio.Semaphore(24), asyncio.Lock()
+    rng, tally, together, one = random.Random(7), CompletionState(), asyncio.Semaphore(24), asyncio.Lock()
     before = await scrape(client)
 
     async def ask(number: int) -> None:

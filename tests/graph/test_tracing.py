@@ -392,7 +392,7 @@ async def test_the_log_is_json_with_the_ids_of_the_request(world: World, mixed: 
         assert {"time", "level", "logger", "message", "replica"} <= set(line)
         assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", line["time"])
     traces = of_calls(world, mixed.kinds)
-    told = {line["request_id"]: line for line in lines if line["logger"] == "serve_app.api.observe"}
+    told = {line["request_id"]: line for line in lines if line["logger"] == "serve_app.telemetry.http_spans"}
     assert set(mixed.kinds) <= set(told)
     for name in mixed.kinds:
         span, line = server(traces[name]), told[name]

@@ -14,10 +14,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from serve_app.config import Deployment, Engine as EngineConfig, Model
-from serve_app.engine.engine import Engine
-from serve_app.engine.runner import TorchRunner
-from serve_app.engine.stream import TokenStream
-from serve_app.types import GenerationRequest, Prompt, SamplingParams, TokenEvent, TokenPrompt
+from serve_app.core.events import TokenEvent
+from serve_app.core.requests import GenerationRequest, Prompt, SamplingParams, TokenPrompt
+from serve_app.engines.native.engine import Engine
+from serve_app.engines.native.runner import TorchRunner
+from serve_app.engines.native.stream import TokenStream
 
 _DEPLOYMENT = Deployment(max_ongoing_requests=64, max_queued_requests=64, num_replicas=1)
 

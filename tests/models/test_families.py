@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from serve_app.engine.arena import BLOCK
+from serve_app.engines.native.kv_cache import BLOCK
 from tests.models import tiny
 from tests.models.crowd import Ask, agree, crowd, generated, greedy, idle, model_config, random_asks, running
 

@@ -16,21 +16,16 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from serve_app.engine.engine import Engine
-from serve_app.engine.grammar import Constraint
-from serve_app.engine.loader import load
-from serve_app.engine.sampler import sample
-from serve_app.engine.sequence import Sequence
-from serve_app.engine.stream import TokenStream
-from serve_app.engine.text import HFText
+from serve_app.core.events import FinishReason, TokenEvent
+from serve_app.core.requests import Grammar, SamplingParams, TextPrompt
+from serve_app.engines.native.engine import Engine
+from serve_app.engines.native.loader import load
+from serve_app.engines.native.sampler import sample
+from serve_app.engines.native.sequence import Sequence
+from serve_app.engines.native.stream import TokenStream
+from serve_app.engines.text.grammar import Constraint
+from serve_app.engines.text.tokenizer import HFText
 from serve_app.errors import InvalidRequest
-from serve_app.types import (
-    FinishReason,
-    Grammar,
-    SamplingParams,
-    TextPrompt,
-    TokenEvent,
-)
 from tests.engine.toys import request, streams, tokens_of
 from tests.models import tiny
 from tests.models.crowd import ask, idle, model_config, running

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from serve_app.engine import kernels
-from serve_app.engine.lean import LeanModel
-from serve_app.engine.linear import DotLinear, Int8DotLinear, Quantization
-from serve_app.engine.rows import Rows
-from serve_app.engine.runner import TorchRunner
+from serve_app.engines.native import kernels
+from serve_app.engines.native.fused import LeanModel
+from serve_app.engines.native.linear import DotLinear, Int8DotLinear, Quantization
+from serve_app.engines.native.rows import Rows
+from serve_app.engines.native.runner import TorchRunner
 from tests.models import tiny
 from tests.models.crowd import model_config
 
@@ -274,7 +274,7 @@ def test_rows_outside_the_arena_are_refused() -> None:
 BUILD = """
 import sys
 from pathlib import Path
-from serve_app.engine import kernels
+from serve_app.engines.native import kernels
 print(kernels._built(lambda stage: print(stage, flush=True), Path(sys.argv[1])))
 """
 
@@ -309,7 +309,7 @@ def test_they_are_built_beside_other_work(tmp_path: Path) -> None:
 def test_without_them_the_model_runs_all_the_same(setting: dict[str, str], tmp_path: Path) -> None:
     program = (
         "import sys; from tests.models import tiny; from tests.models.crowd import model_config;"
-        "from pathlib import Path; from serve_app.engine.runner import TorchRunner; f = Path(sys.argv[1]);"
+        "from pathlib import Path; from serve_app.engines.native.runner import TorchRunner; f = Path(sys.argv[1]);"
         "print(TorchRunner.from_config(model_config(tiny.save('llama', f, tiny.LEAN)), lambda s: None).kind)"
     )
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), **setting}

@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, BertConfig, BertModel
 
 from serve_app.config import Deployment, Engine, Model, Resources
-from serve_app.engine.loader import (
+from serve_app.engines.native.loader import (
     SourceError,
     bitsandbytes_config,
     builtin_gguf,
@@ -33,7 +33,7 @@ from tests.models.hub import COMMIT, hub_of
 pytestmark = [pytest.mark.model, pytest.mark.timeout(120)]
 
 CPU = torch.device("cpu")
-CONVERT = "from pathlib import Path; from serve_app.engine.loader import *; import sys\n" + (
+CONVERT = "from pathlib import Path; from serve_app.engines.native.loader import *; import sys\n" + (
     "print(convert_gguf(builtin_gguf(), lambda stage: print(stage, flush=True), Path(sys.argv[1])))"
 )
 
@@ -326,7 +326,7 @@ def test_so_does_rope_of_a_single_kind_of_layers(tmp_path: Path) -> None:
 
 FETCH = """
 import sys
-from serve_app.engine.loader import SourceError, load
+from serve_app.engines.native.loader import SourceError, load
 from tests.models.test_loader import config
 try:
     loaded = load(config("org/model", revision=sys.argv[1] if len(sys.argv) > 1 else None), print)

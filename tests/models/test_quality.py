@@ -11,13 +11,13 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from serve_app.engine import int4, kernels
-from serve_app.engine.linear import DotLinear, Int4Linear, Int8DotLinear, Int8Linear, pack
-from serve_app.engine.loader import load
-from serve_app.engine.rows import span
-from serve_app.engine.runner import TorchRunner
-from serve_app.engine.smooth import smooth
-from serve_app.types import TextPrompt
+from serve_app.core.requests import TextPrompt
+from serve_app.engines.native import int4, kernels
+from serve_app.engines.native.linear import DotLinear, Int4Linear, Int8DotLinear, Int8Linear, pack
+from serve_app.engines.native.loader import load
+from serve_app.engines.native.rows import span
+from serve_app.engines.native.runner import TorchRunner
+from serve_app.engines.native.smooth import smooth
 from tests.models import tiny
 from tests.models.crowd import model_config
 

@@ -15,16 +15,17 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from serve_app.config import Model
-from serve_app.engine import kernels, linear
-from serve_app.engine.arena import BLOCK
-from serve_app.engine.engine import Engine
-from serve_app.engine.lean import LeanModel
-from serve_app.engine.linear import Int8DotLinear, Int8Linear
-from serve_app.engine.loader import Loaded, SourceError, load
-from serve_app.engine.rows import span
-from serve_app.engine.runner import TorchRunner
-from serve_app.engine.stream import TokenStream
-from serve_app.types import Chunk, GenerationRequest, Logprobs, SamplingParams, TokenPrompt
+from serve_app.core.events import Chunk, Logprobs
+from serve_app.core.requests import GenerationRequest, SamplingParams, TokenPrompt
+from serve_app.engines.native import kernels, linear
+from serve_app.engines.native.engine import Engine
+from serve_app.engines.native.fused import LeanModel
+from serve_app.engines.native.kv_cache import BLOCK
+from serve_app.engines.native.linear import Int8DotLinear, Int8Linear
+from serve_app.engines.native.loader import Loaded, SourceError, load
+from serve_app.engines.native.rows import span
+from serve_app.engines.native.runner import TorchRunner
+from serve_app.engines.native.stream import TokenStream
 from tests.models import tiny
 from tests.models.crowd import idle, model_config, running
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from serve_app.config import Model
-from serve_app.engine.loader import SourceError
-from serve_app.engine.machine import NotEnoughMemory
-from serve_app.engine.runner import TorchRunner
+from serve_app.engines.native.loader import SourceError
+from serve_app.engines.native.machine import NotEnoughMemory
+from serve_app.engines.native.runner import TorchRunner
 from tests.models import tiny
 from tests.models.crowd import model_config
 

@@ -12,20 +12,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from serve_app.engine.arena import BLOCK
-from serve_app.engine.engine import Engine
-from serve_app.engine.loader import builtin_gguf, convert_gguf
-from serve_app.engine.stream import TokenStream
-from serve_app.types import (
-    ChatMessage,
-    ChatPrompt,
-    FinishReason,
-    GenerationRequest,
-    SamplingParams,
-    TextPrompt,
-    TokenEvent,
-    TokenPrompt,
-)
+from serve_app.core.events import FinishReason, TokenEvent
+from serve_app.core.requests import ChatMessage, ChatPrompt, GenerationRequest, SamplingParams, TextPrompt, TokenPrompt
+from serve_app.engines.native.engine import Engine
+from serve_app.engines.native.kv_cache import BLOCK
+from serve_app.engines.native.loader import builtin_gguf, convert_gguf
+from serve_app.engines.native.stream import TokenStream
 from tests.models.crowd import Ask, agree, ask, crowd, generated, greedy, idle, model_config, random_asks, running
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(240)]
@@ -159,7 +151,7 @@ async def test_what_is_told_of_a_prompt_is_what_the_model_itself_says(engine: En
     prompt = TextPrompt("The capital of France is Paris, and that of Italy is Rome. " * 8)
     params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=2)
     requests = [
-        GenerationRequest("id", "m", prompt, params, timeout_s=120, show_prompt=True),
+        GenerationRequest("id", "m", prompt, params, timeout_s=120, prompt_details=True),
         GenerationRequest("id", "m", prompt, SamplingParams(), timeout_s=120, embed=True),
     ]
     streams = [TokenStream(request, time.monotonic()) for request in requests]

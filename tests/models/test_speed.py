@@ -14,9 +14,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from serve_app.engine.linear import Quantization
-from serve_app.engine.rows import DecodeRun, Rows
-from serve_app.engine.runner import TorchRunner
+from serve_app.engines.native.linear import Quantization
+from serve_app.engines.native.rows import DecodeRun, Rows
+from serve_app.engines.native.runner import TorchRunner
 from tests.models.crowd import model_config
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(240)]

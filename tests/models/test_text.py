@@ -10,20 +10,20 @@ from hypothesis import given, strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import AutoTokenizer
 
-from serve_app.engine.loader import builtin_gguf, convert_gguf
-from serve_app.engine.shown import shown
-from serve_app.engine.text import HFText, StreamDecoder
-from serve_app.errors import InternalError, InvalidRequest
-from serve_app.types import (
+from serve_app.core.events import PromptDetails
+from serve_app.core.requests import (
     ChatMessage,
     ChatPrompt,
     GenerationRequest,
     Prompt,
     SamplingParams,
-    ShownPrompt,
     TextPrompt,
     TokenPrompt,
 )
+from serve_app.engines.native.loader import builtin_gguf, convert_gguf
+from serve_app.engines.text.prompt_details import shown
+from serve_app.engines.text.tokenizer import HFText, StreamDecoder
+from serve_app.errors import InternalError, InvalidRequest
 from tests.models import tiny
 
 pytestmark = pytest.mark.model
@@ -218,7 +218,7 @@ def test_a_prompt_is_shown_as_it_was_sent(text: HFText, kept: int | None) -> Non
     for prompt in (TextPrompt(WILD), TokenPrompt(tuple(ids))):
         asked = GenerationRequest("id", "m", prompt, SamplingParams(), timeout_s=1)
         found = shown(text, asked, ids if kept is None else ids[-kept:])
-        assert isinstance(found, ShownPrompt)
+        assert isinstance(found, PromptDetails)
         assert WILD.endswith(found.text.removeprefix("\ufffd")), "but for half a character at the cut"
         assert kept is not None or found.text == WILD
         assert [piece.token_id for piece in found.pieces] == (ids if kept is None else ids[-kept:])
@@ -234,5 +234,5 @@ def test_a_plain_prompt_has_each_piece_at_its_place(text: HFText) -> None:
     assert isinstance(ids, list)
     for prompt in (TextPrompt(said), TokenPrompt(tuple(ids))):
         found = shown(text, GenerationRequest("id", "m", prompt, SamplingParams(), timeout_s=1), ids)
-        assert isinstance(found, ShownPrompt)
+        assert isinstance(found, PromptDetails)
         assert [said[piece.start : piece.end] for piece in found.pieces] == [piece.text for piece in found.pieces]

@@ -15,28 +15,19 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from serve_app.api.schema_tools import ToolFields
-from serve_app.api.tool_calls import Call, CallParser, parse
-from serve_app.api.tool_grammar import Tool, tool_grammar
+from serve_app.api.openai.tools import ToolFields
 from serve_app.config import template_path
-from serve_app.engine.engine import Engine
-from serve_app.engine.loader import SourceError, builtin_gguf, convert_gguf, load
-from serve_app.engine.sampler import sample
-from serve_app.engine.sequence import Sequence
-from serve_app.engine.text import HFText
+from serve_app.core.events import FinishReason, TokenEvent
+from serve_app.core.queries import GetModelInfo, ModelInfo, ToolCallFormat
+from serve_app.core.requests import ChatMessage, ChatPrompt, Grammar, SamplingParams, ToolCall
+from serve_app.engines.native.engine import Engine
+from serve_app.engines.native.loader import SourceError, builtin_gguf, convert_gguf, load
+from serve_app.engines.native.sampler import sample
+from serve_app.engines.native.sequence import Sequence
+from serve_app.engines.text.tokenizer import HFText
+from serve_app.engines.text.tool_grammar import Tool, tool_grammar
+from serve_app.engines.text.tool_parser import Call, CallParser, parse
 from serve_app.errors import InvalidRequest
-from serve_app.types import (
-    ChatMessage,
-    ChatPrompt,
-    Describe,
-    FinishReason,
-    Grammar,
-    ModelInfo,
-    SamplingParams,
-    TokenEvent,
-    ToolCall,
-    ToolSyntax,
-)
 from tests.api import syntaxes
 from tests.api.syntaxes import written
 from tests.api.test_tool_calls import together
@@ -50,7 +41,7 @@ pytestmark = [pytest.mark.model, pytest.mark.timeout(300)]
 SHIPPED = "builtin:chatml_tools"
 END = 2
 # Template, tokens of its own, those that are special, what it has to be found to write.
-FAMILIES: dict[str, tuple[str, list[str], list[str], ToolSyntax]] = {
+FAMILIES: dict[str, tuple[str, list[str], list[str], ToolCallFormat]] = {
     "shipped": (template_path(SHIPPED).read_text(), [], [], syntaxes.HERMES),
     "qwen": (templates.QWEN, ["<tool_call>", "</tool_call>", "<think>", "</think>"], [], syntaxes.HERMES),
     "qwen 3": (templates.QWEN_3, ["<tool_call>", "</tool_call>", "<think>", "</think>"], [], syntaxes.HERMES),
@@ -58,7 +49,7 @@ FAMILIES: dict[str, tuple[str, list[str], list[str], ToolSyntax]] = {
         templates.SMOLLM,
         [],
         [],
-        ToolSyntax(
+        ToolCallFormat(
             '<tool_call>[{"name": "', '", "arguments": ', '}, {"name": "', "}]</tool_call>", True, "<tool_call>", True
         ),
     ),
@@ -70,7 +61,7 @@ FAMILIES: dict[str, tuple[str, list[str], list[str], ToolSyntax]] = {
         templates.FUNCTION_TAG,
         [],
         [],
-        ToolSyntax("<function=", ">", "</function><function=", "</function>", True, "<function=", True),
+        ToolCallFormat("<function=", ">", "</function><function=", "</function>", True, "<function=", True),
     ),
 }
 families = pytest.mark.parametrize("family", FAMILIES)
@@ -110,7 +101,7 @@ def family_text(folder: Path, family: str) -> HFText:
     return HFText(tokenizer, frozenset({end}), len(tokenizer))
 
 
-def syntax_of(text: HFText) -> ToolSyntax:
+def syntax_of(text: HFText) -> ToolCallFormat:
     assert text.tools is not None
     return text.tools
 
@@ -247,7 +238,7 @@ def asked(choice: object = "auto", parallel: bool | None = None, tools: list[Any
     return ToolFields.parse({"tools": tools, "tool_choice": choice, "parallel_tool_calls": parallel})
 
 
-def wish(syntax: ToolSyntax, fields: ToolFields, **params: Any) -> SamplingParams:
+def wish(syntax: ToolCallFormat, fields: ToolFields, **params: Any) -> SamplingParams:
     return fields.constrained(SamplingParams(**params), syntax)
 
 
@@ -363,7 +354,7 @@ def test_a_schema_that_cannot_be_followed_is_refused_by_its_tool(
 
 @pytest.mark.parametrize("number", range(8))
 @pytest.mark.parametrize("syntax", syntaxes.ALL.values(), ids=syntaxes.ALL)
-def test_any_walk_is_calls_whose_arguments_fit(syntax: ToolSyntax, number: int) -> None:
+def test_any_walk_is_calls_whose_arguments_fit(syntax: ToolCallFormat, number: int) -> None:
     """Bytes by the roll of a die, through schemas with escapes, patterns and what not."""
     text = HFText(tiny.tokenizer(), frozenset({256}), tiny.VOCABULARY)
     rng = random.Random(number)
@@ -398,8 +389,8 @@ def engine() -> Iterator[Engine]:
         yield engine
 
 
-def known(engine: Engine) -> ToolSyntax:
-    info = engine.answer(Describe())
+def known(engine: Engine) -> ToolCallFormat:
+    info = engine.answer(GetModelInfo())
     assert isinstance(info, ModelInfo)
     assert info.tools is not None
     return info.tools

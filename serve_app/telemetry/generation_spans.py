@@ -1,0 +1,166 @@
+"""One generation as a span, by OpenTelemetry's semantic conventions for generative AI, and its wait as another."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import replace
+
+from opentelemetry.trace import Span, Status, StatusCode, Tracer, set_span_in_context
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+from opentelemetry.util.types import AttributeValue
+
+from serve_app.api.gateway import Gateway
+from serve_app.core.events import CANCELLED, EMBEDDED, Chunk
+from serve_app.core.requests import ChatMessage, ChatPrompt, GenerationRequest, TextPrompt
+from serve_app.errors import InternalError, ServeAppError
+
+# Characters of a prompt and of an answer that a span holds.
+MOST_CONTENT = 16_384
+
+_W3C = TraceContextTextMapPropagator()
+
+
+async def traced(
+    gateway: Gateway, request: GenerationRequest, warm_wait_s: float | None, tracer: Tracer, capture: bool
+) -> AsyncGenerator[Chunk, None]:
+    """The gateway's stream, told of in spans under the current one."""
+    told = _Generation(tracer, request, capture)
+    try:
+        async with aclosing(gateway.stream(told.request, warm_wait_s)) as chunks:
+            async for chunk in chunks:
+                told.heard(chunk)
+                yield chunk
+    except ServeAppError as error:
+        told.failed(error.code)
+        raise
+    except Exception:
+        told.failed(InternalError.code)
+        raise
+    finally:
+        told.end()
+
+
+class _Generation:
+    """The spans of one request, from its start to `end`. `request` is what goes on, with the span's name in it."""
+
+    def __init__(self, tracer: Tracer, request: GenerationRequest, capture: bool) -> None:
+        self._began = time.time_ns()
+        operation = request.operation
+        self._span = tracer.start_span(
+            f"{operation} {request.model}", attributes=_asked(request, operation), start_time=self._began
+        )
+        within = set_span_in_context(self._span)
+        self._queue: Span | None = tracer.start_span("queue", within, start_time=self._began)
+        carrier: dict[str, str] = {}
+        _W3C.inject(carrier, within)
+        self.request = replace(request, traceparent=carrier["traceparent"])
+        self._capture = capture
+        self._said: list[str] = []
+        self._room = MOST_CONTENT
+        self._tokens = 0
+        self._last: Chunk | None = None
+        self._outcome = CANCELLED
+
+    def heard(self, chunk: Chunk) -> None:
+        if self._queue is not None:
+            now = time.time_ns()
+            self._queue.end(min(max(self._began, chunk.began_ns), now))  # another machine's clock may be off
+            self._queue = None
+            self._span.set_attribute("gen_ai.response.time_to_first_chunk", (now - self._began) / 1e9)
+        self._last = chunk
+        self._tokens += len(chunk.events)
+        if self._capture and self._room > 0:
+            text = "".join(event.text for event in chunk.events)[: self._room]
+            self._room -= len(text)
+            self._said.append(text)
+        if chunk.finished:
+            self._outcome = chunk.outcome
+
+    def failed(self, code: str) -> None:
+        self._outcome = code
+        self._span.set_status(Status(StatusCode.ERROR))
+
+    def end(self) -> None:
+        """No later than the call's own span, which is why it does not wait for anybody."""
+        now, span, last = time.time_ns(), self._span, self._last
+        if self._queue is not None:
+            self._queue.end(now)
+        finished = last is not None and last.finished
+        span.set_attribute("serve_app.outcome", self._outcome)
+        if not finished:
+            span.set_attribute("error.type", self._outcome)
+        elif self._outcome != EMBEDDED:
+            span.set_attribute("gen_ai.response.finish_reasons", (self._outcome,))
+        if last is not None:
+            span.set_attribute("gen_ai.usage.input_tokens", last.prompt_tokens)
+            span.set_attribute("gen_ai.usage.output_tokens", self._tokens)
+            span.set_attribute("gen_ai.usage.cache_read.input_tokens", last.cached_tokens)
+        if self._capture:
+            self._tell_content()
+        span.end(now)
+
+    def _tell_content(self) -> None:
+        asked = _messages(self.request)
+        if asked:
+            self._span.set_attribute("gen_ai.input.messages", json.dumps(asked, ensure_ascii=False))
+        if self._said:
+            answer = {**_text("assistant", "".join(self._said)), "finish_reason": self._outcome}
+            self._span.set_attribute("gen_ai.output.messages", json.dumps([answer], ensure_ascii=False))
+
+
+def _asked(request: GenerationRequest, operation: str) -> dict[str, AttributeValue]:
+    found: dict[str, AttributeValue] = {
+        "gen_ai.operation.name": operation,
+        "gen_ai.provider.name": "serve_app",
+        "gen_ai.request.model": request.model,
+        "gen_ai.response.id": request.id,
+    }
+    if request.embed:
+        return found
+    params = request.params
+    found |= {
+        "gen_ai.request.temperature": params.temperature,
+        "gen_ai.request.top_p": params.top_p,
+        "gen_ai.request.top_k": params.top_k,
+        "gen_ai.request.frequency_penalty": params.frequency_penalty,
+        "gen_ai.request.presence_penalty": params.presence_penalty,
+    }
+    if params.max_tokens is not None:
+        found["gen_ai.request.max_tokens"] = params.max_tokens
+    if params.seed is not None:
+        found["gen_ai.request.seed"] = params.seed
+    if params.stop:
+        found["gen_ai.request.stop_sequences"] = params.stop
+    return found
+
+
+def _messages(request: GenerationRequest) -> list[dict[str, object]]:
+    """The prompt in the conventions' form, the newest messages of one that is long. Token ids are no text."""
+    if isinstance(request.prompt, TextPrompt):
+        return [_text("user", request.prompt.text[:MOST_CONTENT])]
+    room, found = MOST_CONTENT, list[dict[str, object]]()
+    for message in reversed(request.prompt.messages if isinstance(request.prompt, ChatPrompt) else ()):
+        if room <= 0:
+            break
+        found.append({"role": message.role, "parts": _parts(message, room)})
+        room -= len(message.content) + sum(len(call.arguments) for call in message.tool_calls)
+    return found[::-1]
+
+
+def _parts(message: ChatMessage, room: int) -> list[dict[str, object]]:
+    content = message.content[:room]
+    if message.role == "tool":
+        return [{"type": "tool_call_response", "id": message.tool_call_id, "response": content}]
+    parts: list[dict[str, object]] = [{"type": "text", "content": content}] if content else []
+    left = room - len(content)
+    for call in message.tool_calls:
+        parts.append({"type": "tool_call", "id": call.id, "name": call.name, "arguments": call.arguments[:left]})
+        left = max(0, left - len(call.arguments))
+    return parts
+
+
+def _text(role: str, text: str) -> dict[str, object]:
+    return {"role": role, "parts": [{"type": "text", "content": text}]}

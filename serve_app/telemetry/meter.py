@@ -1,0 +1,128 @@
+"""What an ingress measures: one request's times and tokens as its caller sees them, and calls over HTTP."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+
+from prometheus_client.metrics_core import Metric
+
+from serve_app.core.events import CANCELLED, Chunk
+from serve_app.core.requests import GenerationRequest
+from serve_app.errors import ServeAppError
+from serve_app.telemetry.metrics import (
+    FINISHED,
+    TPOT_OBJECTIVE_S,
+    TTFT_OBJECTIVE_S,
+    CallerSeries,
+    GenAiSeries,
+    HttpSeries,
+)
+from serve_app.telemetry.process import ProcessMetrics
+
+
+class IngressMetrics:
+    """All of one ingress. `alone` in its process, it tells of that as well."""
+
+    def __init__(self, replica: str, models: Iterable[str], opentelemetry: bool, alone: bool) -> None:
+        self.http = HttpSeries(replica, models)
+        self._series = {model: CallerSeries(model, replica) for model in models}
+        self._gen_ai = GenAiSeries(replica) if opentelemetry else None
+        self._process = ProcessMetrics("", replica) if alone else None
+
+    def families(self, lag_s: float) -> list[Metric]:
+        families = self._process.families(lag_s) if self._process else []
+        families += self.http.families()
+        for series in self._series.values():
+            families += series.families()
+        return families + (self._gen_ai.families() if self._gen_ai else [])
+
+    def meter(self, request: GenerationRequest) -> Meter:
+        return Meter(request, self._series[request.model], self._gen_ai)
+
+    def woke(self, model: str, seconds: float) -> None:
+        self._series[model].wake.observe(seconds)
+        self._series[model].changed = True
+
+
+class Meter:
+    """From a request's arrival to its end, which is told once, whatever it is."""
+
+    def __init__(self, request: GenerationRequest, series: CallerSeries, gen_ai: GenAiSeries | None) -> None:
+        self._request = request
+        self._series = series
+        self._gen_ai = gen_ai
+        self._arrived = time.monotonic()
+        self._sent_at = 0.0
+        self._ttft_s: float | None = None
+        self._last_s = 0.0
+        self._tokens = 0
+        self._prompt_tokens = 0
+        self._outcome = CANCELLED
+        series.active.inc()
+        series.changed = True
+
+    @property
+    def arrived(self) -> float:
+        """Monotonic seconds."""
+        return self._arrived
+
+    def chunk(self, chunk: Chunk) -> None:
+        """Just before it is sent."""
+        now = time.monotonic()
+        if self._tokens == 0:
+            self._first(chunk)
+        elif chunk.events:
+            self._series.itl.observe(now - self._sent_at)
+        self._sent_at = now
+        self._tokens += len(chunk.events)
+        self._last_s = chunk.events[-1].elapsed_s if chunk.events else 0.0
+        self._series.tokens.inc(len(chunk.events))
+        self._series.changed = True
+        if chunk.finished:
+            self._outcome = chunk.outcome
+
+    def failed(self, error: ServeAppError) -> None:
+        self._outcome = error.code
+
+    def ended(self) -> float | None:
+        """How long an answer took in seconds; None: there is none, or not all of it."""
+        seconds = time.monotonic() - self._arrived
+        series, whole = self._series, self._outcome in FINISHED
+        series.active.dec()
+        series.requests[self._outcome].inc()
+        tpot_s = self._finished(seconds) if whole else None
+        if not whole and self._outcome != CANCELLED and self._tokens:
+            series.truncated.inc()
+        series.changed = True
+        if self._gen_ai is not None:
+            error = "" if whole else self._outcome
+            request = self._request
+            self._gen_ai.ended(request.model, request.operation, error, seconds, self._ttft_s, tpot_s)
+        return seconds if whole else None
+
+    def _first(self, chunk: Chunk) -> None:
+        series = self._series
+        series.queue.observe(chunk.queue_s)
+        series.prompt_tokens.inc(chunk.prompt_tokens)
+        self._prompt_tokens = chunk.prompt_tokens
+        if chunk.events:
+            self._ttft_s = chunk.events[0].elapsed_s
+            series.ttft.observe(self._ttft_s)
+            series.prefill.observe(self._ttft_s - chunk.queue_s)
+
+    def _finished(self, seconds: float) -> float | None:
+        """Its time per token after the first, where there is one."""
+        series, tpot_s = self._series, None
+        series.duration.observe(seconds)
+        series.prompt_length.observe(self._prompt_tokens)
+        if self._ttft_s is None:  # an embedding
+            return None
+        series.answer_length.observe(self._tokens)
+        series.decode.observe(self._last_s - self._ttft_s)
+        if self._tokens > 1:
+            tpot_s = (self._last_s - self._ttft_s) / (self._tokens - 1)
+            series.tpot.observe(tpot_s)
+        if self._ttft_s <= TTFT_OBJECTIVE_S and (tpot_s or 0.0) <= TPOT_OBJECTIVE_S:
+            series.good.inc()
+        return tpot_s
