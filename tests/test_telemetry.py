@@ -151,8 +151,9 @@ class Entrance:
         self.phases = TracedAdmitter(provider.get_tracer("test"), self.engine.admit)
 
     def open(self, text: str, traceparent: str = PARENT) -> TokenStream:
+        now = time.monotonic()
         request = GenerationRequest(
-            text, "m", TextPrompt(text), SamplingParams(max_tokens=4), 10, traceparent=traceparent
+            text, "m", TextPrompt(text), SamplingParams(max_tokens=4), now, now + 10, traceparent=traceparent
         )
         return self.phases.open(request)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from uuid import uuid4
@@ -53,16 +54,22 @@ class RequestContext:
         in_address = self.model(http.query_params.get("model")).name
         return self.asked(http, in_address if name is None else name)
 
+    def deadline(self, http: Request) -> float:
+        """The instant by which every part of this call must have ended, on the monotonic clock."""
+        arrived: float = http.state.arrived
+        return arrived + self.config.limits.request_timeout_s
+
     def request(
-        self, id: str, model: Model, prompt: Prompt, params: SamplingParams, body: SamplingFields
+        self, http: Request, id: str, model: Model, prompt: Prompt, params: SamplingParams, body: SamplingFields
     ) -> GenerationRequest:
         return GenerationRequest(
             id,
             model.name,
             prompt,
             params,
-            self.config.limits.request_timeout_s,
-            body.cache_salt,
+            time.monotonic(),
+            self.deadline(http),
+            cache_salt=body.cache_salt,
             truncate_prompt_tokens=body.truncate_prompt_tokens,
             priority=body.priority,
         )

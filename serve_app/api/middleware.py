@@ -41,7 +41,7 @@ class RequestId:
             await send(message)
 
         # A fresh dict: a server may hand the same lifespan state to every request.
-        scope["state"] = {**scope.get("state", {}), "request_id": request_id}
+        scope["state"] = {**scope.get("state", {}), "request_id": request_id, "arrived": time.monotonic()}
         await self.app(scope, receive, named)
 
 

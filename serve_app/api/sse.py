@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from functools import partial
@@ -84,9 +85,9 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Raises ClientDisconnect, also of a client that does not read: it holds its place as long as others may."""
-        limit_s = max(request.timeout_s for request in self._requests) + UNREAD_S
+        limit = max(request.deadline for request in self._requests) + UNREAD_S - time.monotonic()
         try:
-            async with asyncio.timeout(limit_s) as clock:
+            async with asyncio.timeout(limit) as clock:
                 await unless_gone(receive, self._run(send))
         except TimeoutError:
             if not clock.expired():

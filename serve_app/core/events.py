@@ -7,13 +7,13 @@ from enum import StrEnum
 
 
 class FinishReason(StrEnum):
-    """Why a sequence ended. `stop` covers the end token, stop token ids and stop strings."""
+    """Why an answer ended. `stop` covers the end token, stop token ids and stop strings."""
 
     STOP = "stop"
     LENGTH = "length"
 
 
-# How a request ended that has all of its answer, beside its finish reason; and one whose caller left.
+# Outcomes of a request besides the finish reasons: an embedding was returned; the client left.
 EMBEDDED = "embedded"
 CANCELLED = "cancelled"
 
@@ -29,7 +29,10 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class Logprobs:
-    """`rank` is 1 and how many tokens are likelier than the chosen one; it is told of a prompt's tokens only."""
+    """The chosen token and the likeliest alternatives.
+
+    `rank` is 1 plus the number of likelier tokens; it is reported for tokens of a prompt only.
+    """
 
     chosen: TokenLogprob
     top: tuple[TokenLogprob, ...]
@@ -37,12 +40,45 @@ class Logprobs:
 
 
 @dataclass(frozen=True, slots=True)
+class TextDelta:
+    """Text of the answer that is not part of a tool call."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReasoningDelta:
+    """Text of the model's reasoning, before its answer."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallDelta:
+    """A part of tool call number `index`, counted from 0.
+
+    The first delta of a call carries its `name`; later ones carry more of its `arguments`, exactly as generated.
+    """
+
+    index: int
+    name: str = ""
+    arguments: str = ""
+
+
+Delta = TextDelta | ReasoningDelta | ToolCallDelta
+
+
+@dataclass(frozen=True, slots=True)
 class TokenEvent:
     """One generated token.
 
-    `text` is what this token released: "" while a stop string or half a character is held back.
+    `text` is the text that this token completed: "" while a stop string or part of a character is held back.
     `elapsed_s` counts from the request's arrival. `finish_reason` is set on the last event only. `stopped_by` is the
-    stop string or the stop token id of the request that ended it, None where the model ended by itself.
+    stop string or stop token id of the request that ended the answer; None if the model ended by itself.
+
+    `deltas` is set for requests with a `tool_choice`: the same text, divided into content and tool calls. Text that may
+    still become a tool call is held back in the deltas, so that they can be behind `text`; the last event completes
+    them.
     """
 
     token_id: int
@@ -51,11 +87,12 @@ class TokenEvent:
     finish_reason: FinishReason | None = None
     logprobs: Logprobs | None = None
     stopped_by: str | int | None = None
+    deltas: tuple[Delta, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class TextToken:
-    """A token of a text: its id, what it looks like by itself, and which characters of the text it covers."""
+    """A token of a text: its id, its text when decoded alone, and the characters `start` to `end` that it covers."""
 
     token_id: int
     text: str
@@ -65,24 +102,24 @@ class TextToken:
 
 @dataclass(frozen=True, slots=True)
 class PromptDetails:
-    """What a request asked to be told of its prompt: `pieces` of `text`, and `logprobs` of every token but the first.
+    """A prompt as the engine read it: the tokens of `text`, and `logprobs` of every token except the first.
 
-    A text is as it was sent, from the first token that was kept; anything else is as it is decoded.
+    The text of a text prompt is as it was sent, from the first token that was kept; that of other prompts is decoded.
     """
 
-    pieces: tuple[TextToken, ...] = ()
+    tokens: tuple[TextToken, ...] = ()
     text: str = ""
     logprobs: tuple[Logprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """The tokens of one flush, oldest first, with what is known of the request since admission.
+    """The tokens of one flush, oldest first, with the facts about the request that are known since its admission.
 
-    `queue_s` is the time before the model began with this request's prompt, of which `cached_tokens` were computed
-    already. The first chunk has the `prompt` if that was asked for. An `embedding`, of length 1 and in numbers that
-    float32 holds, comes without tokens in the only chunk. The first chunk of a traced request tells in `began_ns` when
-    that was by the model's clock, since 1970.
+    `queue_s` is the time from arrival until the engine began to compute the prompt, of which `cached_tokens` were in
+    the prefix cache. `prompt` is set in the first chunk if the request asked for it. An `embedding`, whose numbers fit
+    float32, comes in the only chunk of its request, without events. `began_ns` is set in the first chunk of a traced
+    request: the instant when the engine began with the prompt, by its wall clock, in ns since 1970.
     """
 
     events: tuple[TokenEvent, ...]
@@ -95,11 +132,11 @@ class Chunk:
 
     @property
     def finished(self) -> bool:
-        """Whether it is the request's last."""
+        """Whether this is the request's last chunk."""
         return self.embedding is not None or (bool(self.events) and self.events[-1].finish_reason is not None)
 
     @property
     def outcome(self) -> str:
-        """How a request ended whose last this is: the answer's finish reason, or EMBEDDED."""
+        """The outcome of the request whose last chunk this is: the finish reason, or EMBEDDED."""
         reason = self.events[-1].finish_reason if self.events else None
         return EMBEDDED if reason is None else reason.value

@@ -10,12 +10,13 @@ GrammarKind = Literal["json_object", "json_schema", "regex", "choice", "lark"]
 
 @dataclass(frozen=True, slots=True)
 class Grammar:
-    """What an answer must look like, to its last character.
+    """The language of an answer, which the answer follows to its last character.
 
-    `text` is nothing for a `json_object`, a JSON schema (an object), a regular expression for the whole answer
-    (Rust's syntax, without looking around), a JSON list of strings to choose from, or a grammar in llguidance's
-    dialect of Lark. `field` is what the caller calls it, for a refusal. `parts` are what a caller gave of it, each by
-    its own name: if the whole cannot be used, the first of them that cannot either is refused.
+    `text` is empty for a `json_object`; otherwise it is a JSON schema (an object), a regular expression for the whole
+    answer (Rust's syntax, without look-around), a JSON list of strings to choose from, or a grammar in llguidance's
+    dialect of Lark. `field` is the caller's name for the grammar, for error messages. `parts` are grammars that the
+    caller gave and this grammar was made from: if the whole is refused, the error names the first part that is refused
+    alone.
     """
 
     kind: GrammarKind
@@ -26,24 +27,25 @@ class Grammar:
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How one request wants its tokens chosen.
+    """How the tokens of one answer are chosen.
 
-    `temperature` 0 is greedy. `max_tokens` None means up to the model's context.
-    `top_k` 0, `top_p` 1 and `min_p` 0 switch the filter off. `logprobs` is how many
-    alternatives to report beside the chosen token; None reports nothing.
+    `temperature` 0 is greedy. `max_tokens` None means up to the model's context. `top_k` 0, `top_p` 1 and `min_p` 0
+    switch the filter off. `logprobs` is the number of alternatives to report beside each chosen token; None reports no
+    log probabilities.
 
-    `skip_special_tokens` false shows special tokens in the text. `include_stop_str_in_output` leaves what ended the
-    answer at its end: the stop string, the stop token, or, if special tokens are shown, the model's end token.
+    `skip_special_tokens` false keeps special tokens in the text. `include_stop_str_in_output` keeps at the end of the
+    answer what ended it: the stop string, the stop token, or, if special tokens are kept, the model's end token.
 
-    `logit_bias` is pairs of a token id and what is added to its logit, before penalties, temperature and filters, also
-    for a greedy choice; the logprobs that are reported are without it.
+    `logit_bias` is pairs of a token id and a value that is added to the token's logit before penalties, temperature and
+    filters, also for greedy sampling; reported log probabilities do not include it.
 
-    `prompt_logprobs` is how many alternatives to report for each token of the prompt but the first, which nothing
-    foretells; None reports nothing. Such a prompt is computed afresh.
+    `prompt_logprobs` is the number of alternatives to report for each token of the prompt except the first, which has
+    no prediction; None reports none. The engine computes such a prompt in full and does not use its prefix cache.
 
-    `grammar` comes before everything else that is asked for: penalties and filters choose among the tokens that it
-    allows, `min_tokens` and `ignore_eos` keep an answer going only while it can go on, and an answer that can not ends
-    there with `stop`. Stop strings, stop tokens and `max_tokens` still end an answer before it is complete.
+    `grammar` takes precedence over the other fields: penalties and filters choose among the tokens that the grammar
+    allows, and `min_tokens` and `ignore_eos` extend an answer only while the grammar allows another token. An answer
+    that the grammar does not allow to go on ends with `stop`. Stop strings, stop tokens and `max_tokens` can end an
+    answer before it is complete.
     """
 
     max_tokens: int | None = None
@@ -69,7 +71,7 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """What an assistant asked for. `arguments` is the text of a JSON object."""
+    """A tool call in an earlier assistant message. `arguments` is the text of a JSON object."""
 
     id: str
     name: str
@@ -78,7 +80,7 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True)
 class ChatMessage:
-    """A message of role `tool` is what the tool called `name` said to the call `tool_call_id`."""
+    """A message of role `tool` is the result of the tool `name` for the call `tool_call_id`."""
 
     role: str
     content: str
@@ -99,9 +101,9 @@ class TokenPrompt:
 
 @dataclass(frozen=True, slots=True)
 class ChatPrompt:
-    """Messages for the model's own chat template, which adds the assistant's turn.
+    """Messages for the model's chat template, which adds the beginning of the assistant's turn.
 
-    `tools` are those that it may call, each as JSON in OpenAI's form.
+    `tools` are the tools that the template shows to the model, each as JSON in OpenAI's form.
     """
 
     messages: tuple[ChatMessage, ...]
@@ -112,32 +114,63 @@ Prompt = TextPrompt | TokenPrompt | ChatPrompt
 
 
 @dataclass(frozen=True, slots=True)
+class Tool:
+    """A tool that an answer may call. `schema` is the JSON schema of its arguments, as text.
+
+    `field` is the path of that schema in the caller's body, for error messages.
+    """
+
+    name: str
+    schema: str
+    field: str
+
+
+@dataclass(frozen=True, slots=True)
+class ToolChoice:
+    """The tools that an answer may call. `required`: the answer is a call. `parallel`: it may hold several calls.
+
+    The engine constrains the answer to the model's own tool-call format and to the schemas of `tools`, and emits
+    `deltas` with every event. A model whose chat template takes no tools refuses the request.
+    """
+
+    tools: tuple[Tool, ...]
+    required: bool = False
+    parallel: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """One prompt for one model. `timeout_s` is what is left of the request's time at the receiver's door.
+    """One prompt for one model.
 
-    Requests share what is computed of a common beginning only if their `cache_salt` is the same.
+    `arrived` and `deadline` are instants of this process's monotonic clock, in seconds. Every stage and every item of
+    a batch call spends from the same deadline; RemoteEngine converts both to the clock of the receiving process.
+    `wake_wait_s` bounds the wait for a model that is scaled to zero, in seconds; None waits until the deadline.
 
-    Requests for several answers to one prompt have the same `group`, a name that nobody else has, and count themselves
-    by `index` from 0: the prompt is computed once for all of them, and number i draws with seed + i, as a request of
-    its own with that seed would.
+    Requests share the computed beginning of their prompts only if their `cache_salt` is equal.
 
-    Of a prompt only the last `truncate_prompt_tokens` tokens are kept, special tokens and a chat's template counted;
-    -1 keeps as many as the model takes, None all.
+    Requests for several answers to one prompt have the same unique `group` and differ in `index`, which counts from 0:
+    the prompt is computed once for all of them, and answer i is sampled with seed + i, as a separate request with that
+    seed would be.
 
-    Of those who wait, the lowest `priority` is served first, and of equals who came first. Whoever runs goes on, except
-    when memory runs out: then the highest is put off first.
+    Only the last `truncate_prompt_tokens` tokens of the prompt are kept, special tokens and chat template included;
+    -1 keeps as many as the model takes, None keeps all.
+
+    Among waiting requests, the one with the lowest `priority` goes first, and among equals the one that arrived first.
+    Running sequences continue, but when memory runs out, the sequence with the highest `priority` is preempted first.
 
     With `prompt_details` the first chunk carries the prompt's tokens and text. `embed` requests the prompt's embedding
-    instead of an answer: the mean of the model's last hidden states over all tokens, of length 1.
+    instead of an answer: the mean of the model's last hidden states over all tokens, scaled to length 1.
 
-    `traceparent`, as in W3C Trace Context, is the span that the request's spans belong under; "" if it is not traced.
+    `traceparent` (W3C Trace Context) is the parent of the request's spans; "" if the request is not traced.
     """
 
     id: str
     model: str
     prompt: Prompt
     params: SamplingParams
-    timeout_s: float
+    arrived: float
+    deadline: float
+    wake_wait_s: float | None = None
     cache_salt: str = ""
     group: str = ""
     index: int = 0
@@ -145,11 +178,17 @@ class GenerationRequest:
     priority: int = 0
     prompt_details: bool = False
     embed: bool = False
+    tool_choice: ToolChoice | None = None
     traceparent: str = ""
 
     @property
     def operation(self) -> str:
-        """What is asked for, by OpenTelemetry's semantic conventions for generative AI."""
+        """The operation's name in OpenTelemetry's semantic conventions for generative AI."""
         if self.embed:
             return "embeddings"
         return "chat" if isinstance(self.prompt, ChatPrompt) else "text_completion"
+
+    @property
+    def timeout_s(self) -> float:
+        """The seconds between arrival and deadline."""
+        return self.deadline - self.arrived

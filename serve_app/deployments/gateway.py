@@ -142,7 +142,7 @@ class ReplicaGateway:
         self._in_flight[model.name] += 1
         try:
             async with aclosing(self._backends[model.name].generate(request)) as items:
-                first = self._told(anext(items), model.name, request.id, arrived, request.timeout_s)
+                first = self._told(anext(items), model.name, request.id, arrived, request.deadline - arrived)
                 item = await self._once_awake(first, model.name, arrived, warm_wait_s)
                 offset = 0.0
                 if isinstance(item, Chunk):
@@ -152,7 +152,7 @@ class ReplicaGateway:
                     yield _later(item, offset) if offset > _NOW_S else item
                     if item.finished:
                         return
-                    item = await self._told(anext(items), model.name, request.id, arrived, request.timeout_s)
+                    item = await self._told(anext(items), model.name, request.id, arrived, request.deadline - arrived)
                 raise item
         finally:
             self._in_flight[model.name] -= 1

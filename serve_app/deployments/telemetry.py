@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING
 
 from starlette.types import ASGIApp
@@ -83,7 +82,7 @@ class Admitter:
 
     def open(self, request: GenerationRequest) -> TokenStream:
         """A stream for a request that has just come."""
-        return TokenStream(request, time.monotonic())
+        return TokenStream(request)
 
 
 def _exporter(settings: Settings, model: str, replica: str) -> Exporter | None:

@@ -9,9 +9,9 @@ from urllib.parse import parse_qsl, urlsplit
 
 from serve_app.config import Engine
 from serve_app.core.events import Logprobs, TextToken, TokenLogprob
-from serve_app.core.queries import ToolCallFormat
 from serve_app.core.requests import ChatPrompt, Grammar, Prompt, TextPrompt, TokenPrompt
 from serve_app.engines.native.sequence import Advance, Outcome, Sampled, Sequence, Step
+from serve_app.engines.text.tool_format import ToolCallFormat
 from serve_app.errors import InvalidRequest, ServeAppError
 
 END = 256

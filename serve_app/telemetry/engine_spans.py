@@ -35,8 +35,8 @@ class TracedAdmitter:
     def open(self, request: GenerationRequest) -> TokenStream:
         """A stream for a request that has just come."""
         if not request.traceparent:
-            return TokenStream(request, time.monotonic())
-        return TracedStream(request, time.monotonic(), self._tracer)
+            return TokenStream(request)
+        return TracedStream(request, self._tracer)
 
     def admit(self, streams: Sequence[TokenStream]) -> list[ServeAppError | None]:
         """See Engine.admit. A batch with traced members is a trace of its own, linked to their admissions and back."""
@@ -58,8 +58,8 @@ class TracedAdmitter:
 class TracedStream(TokenStream):
     """A stream that keeps the instants of its request. `admission` is the span of its way in."""
 
-    def __init__(self, request: GenerationRequest, arrived: float, tracer: Tracer) -> None:
-        super().__init__(request, arrived)
+    def __init__(self, request: GenerationRequest, tracer: Tracer) -> None:
+        super().__init__(request)
         self._wall = time.time_ns()
         self._tracer = tracer
         self._within = _W3C.extract({"traceparent": request.traceparent}, Context())

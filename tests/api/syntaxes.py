@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from serve_app.core.queries import ToolCallFormat
+from serve_app.engines.text.tool_format import ToolCallFormat
 
 HERMES = ToolCallFormat(
     before='<tool_call>\n{"name": "',

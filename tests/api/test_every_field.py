@@ -296,7 +296,8 @@ def changes(before: GenerationRequest, after: GenerationRequest) -> dict[str, ob
         field.name: getattr(new, field.name)
         for old, new in ((before, after), (before.params, after.params))
         for field in fields(old)
-        if field.name not in ("id", "params") and getattr(old, field.name) != getattr(new, field.name)
+        if field.name not in ("id", "params", "arrived", "deadline")
+        and getattr(old, field.name) != getattr(new, field.name)
     }
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 from typing import Any
 
 import httpx
+import pytest
 
 from serve_app.core.events import Chunk, FinishReason, Logprobs, TokenEvent, TokenLogprob
 from serve_app.core.requests import SamplingParams, TextPrompt
@@ -43,7 +44,7 @@ async def test_what_is_absent_comes_from_the_model(client: httpx.AsyncClient, ga
     request = gateway.requests[0]
     assert request.prompt == TextPrompt("hi")
     assert request.params == SamplingParams(max_tokens=128, temperature=0.2, top_p=0.9)
-    assert request.timeout_s == 600
+    assert request.timeout_s == pytest.approx(600, abs=1)
 
 
 async def test_every_field_arrives(client: httpx.AsyncClient, gateway: ScriptedGateway) -> None:

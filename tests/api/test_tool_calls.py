@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from serve_app.core.queries import ToolCallFormat
+from serve_app.engines.text.tool_format import ToolCallFormat
 from serve_app.engines.text.tool_parser import Arguments, Begun, Call, CallParser, Content, News, parse
 
 from .syntaxes import ALL, HERMES, LLAMA, MARKS, MISTRAL, NAME_LAST, written

@@ -14,8 +14,9 @@ import pytest
 
 from serve_app.api.app import create_app
 from serve_app.core.events import Chunk, FinishReason
-from serve_app.core.queries import GetModelInfo, ModelInfo, ToolCallFormat
+from serve_app.core.queries import GetModelInfo, ModelInfo
 from serve_app.core.requests import ChatMessage, ChatPrompt, GenerationRequest, ToolCall
+from serve_app.engines.text.tool_format import ToolCallFormat
 from serve_app.errors import NotReady
 
 from .scripted import ANSWERS, ScriptedGateway, app_config, chunk, frames, told

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ class EngineGateway(ScriptedGateway):
     async def stream(self, request: GenerationRequest, warm_wait_s: float | None = None) -> AsyncGenerator[Chunk, None]:
         assert self.engine is not None
         self.requests.append(request)
-        stream = TokenStream(request, time.monotonic())
+        stream = TokenStream(request)
         (refusal,) = await asyncio.to_thread(self.engine.admit, [stream])
         if refusal is not None:
             raise refusal

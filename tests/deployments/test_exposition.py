@@ -58,7 +58,7 @@ def test_what_is_held_and_what_is_counted_are_apart() -> None:
 def test_a_page_is_of_now_although_what_rests_is_not_looked_at_again() -> None:
     metrics, writer = IngressMetrics("r", ["m", "n"], opentelemetry=False, alone=False), Writer()
     first = metrics.families(0.0)  # kept, so that their numbers are not given twice
-    request = GenerationRequest("1", "m", TextPrompt("hello"), SamplingParams(), 10)
+    request = GenerationRequest("1", "m", TextPrompt("hello"), SamplingParams(), 0.0, 10.0)
 
     def shown() -> set[str]:
         written = writer.page(metrics.families(0.0))

@@ -15,7 +15,7 @@ from serve_app.telemetry.meter import IngressMetrics
 
 
 def request(prompt: Prompt | None = None, embed: bool = False) -> GenerationRequest:
-    return GenerationRequest("1", "m", prompt or TextPrompt("hello"), SamplingParams(), 10, embed=embed)
+    return GenerationRequest("1", "m", prompt or TextPrompt("hello"), SamplingParams(), 0.0, 10.0, embed=embed)
 
 
 def chunk(*times: float, end: FinishReason | None = None, queue_s: float = 0.01) -> Chunk:
@@ -140,7 +140,7 @@ def test_every_series_of_a_model_is_there_from_the_beginning() -> None:
     before = exposition([], metrics.families(0.0)).decode()
     for model in ("m", "n"):
         for error in (None, *(kind("x") for kind in ServeAppError.__subclasses__())):
-            meter = metrics.meter(GenerationRequest("1", model, TextPrompt("hello"), SamplingParams(), 10))
+            meter = metrics.meter(GenerationRequest("1", model, TextPrompt("hello"), SamplingParams(), 0.0, 10.0))
             meter.chunk(chunk(0.1))
             meter.chunk(chunk(0.2, end=FinishReason.STOP))
             if error is not None:

@@ -32,15 +32,15 @@ def test_each_piece_is_where_it_says_in_what_is_left(text: str, data: st.DataObj
     for prompt in (TextPrompt(text), TokenPrompt(tuple(text.encode()))):
         found = told(prompt, kept)
         assert found.text == text[-kept:]
-        assert "".join(found.text[piece.start : piece.end] for piece in found.pieces) == found.text
-        assert [piece.token_id for piece in found.pieces] == list(text[-kept:].encode())
+        assert "".join(found.text[piece.start : piece.end] for piece in found.tokens) == found.text
+        assert [piece.token_id for piece in found.tokens] == list(text[-kept:].encode())
 
 
 def test_tokens_are_shown_as_their_decoder_has_them() -> None:
     """A character is there with its last token, and a special token if it is to be seen."""
     ids = TokenPrompt((*"é".encode(), END, ord("x")))
     assert told(ids).text == "éx"
-    assert [(piece.start, piece.end) for piece in told(ids).pieces] == [(0, 0), (0, 1), (1, 1), (1, 2)]
+    assert [(piece.start, piece.end) for piece in told(ids).tokens] == [(0, 0), (0, 1), (1, 1), (1, 2)]
     assert told(ids, skip_special_tokens=False).text == "é<end>x"
 
 
@@ -62,7 +62,7 @@ def test_signs_around_a_text_are_no_part_of_it() -> None:
     found = shown(Marked(), request("ab"), [END, *b"ab", END])
     assert isinstance(found, PromptDetails)
     assert found.text == "ab"
-    assert [(piece.text, piece.start, piece.end) for piece in found.pieces] == [
+    assert [(piece.text, piece.start, piece.end) for piece in found.tokens] == [
         ("<end>", 0, 0),
         ("a", 0, 1),
         ("b", 1, 2),
@@ -81,7 +81,7 @@ async def test_a_prompt_is_told_once_and_first() -> None:
     first, *others = answer.chunks
     assert first.prompt is not None
     assert first.prompt.text == "hello you"
-    assert bytes(piece.token_id for piece in first.prompt.pieces) == b"hello you"
+    assert bytes(piece.token_id for piece in first.prompt.tokens) == b"hello you"
     assert bytes(one.chosen.token_id for one in first.prompt.logprobs) == b"ello you"
     assert all(chunk.prompt is None for chunk in (*others, *other.chunks))
     assert answer.text == "hel"

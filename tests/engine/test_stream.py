@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -34,7 +35,7 @@ def letters(chunk: Chunk) -> str:
 
 
 def made(params: SamplingParams | None = None) -> TokenStream:
-    stream = TokenStream(request(params=params), arrived=10.0)
+    stream = TokenStream(replace(request(params=params), arrived=10.0))
     stream.open(3, ToyDecoder())
     return stream
 
@@ -190,7 +191,7 @@ async def test_the_token_that_ends_an_answer_has_no_text() -> None:
 async def test_what_ended_an_answer_is_shown_when_asked_for(skip: bool, text: str) -> None:
     wish = SamplingParams(include_stop_str_in_output=True, skip_special_tokens=skip, stop=("END",))
     for said, told in (([ord("a"), END], text), ([*b"a!"], "a!")):
-        stream = TokenStream(request(params=wish), arrived=10.0)
+        stream = TokenStream(replace(request(params=wish), arrived=10.0))
         stream.open(3, ToyDecoder(skip))
         for token_id, reason in zip(said, (None, FinishReason.STOP), strict=True):
             stream.put(Token(token_id, 1.0, reason))

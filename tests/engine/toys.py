@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence as Seq
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from serve_app.config import Engine as EngineConfig
 from serve_app.core.events import Chunk, FinishReason, Logprobs, TokenEvent, TokenLogprob
@@ -35,8 +35,11 @@ class Clock:
 class Witness(TokenStream):
     """A stream that remembers everything the engine ever put into it."""
 
-    def __init__(self, request: GenerationRequest, arrived: float) -> None:
-        super().__init__(request, arrived)
+    def __init__(self, request: GenerationRequest, arrived: float | None = None) -> None:
+        """`arrived` replaces the request's arrival; the time to its deadline stays."""
+        if arrived is not None:
+            request = replace(request, arrived=arrived, deadline=arrived + request.timeout_s)
+        super().__init__(request)
         self.seen: list[Token] = []
         self.vectors: list[tuple[float, ...]] = []
         self.errors: list[ServeAppError] = []
@@ -86,7 +89,7 @@ def request(
     prompt: str | Seq[int] = "abc", timeout_s: float = 60.0, params: SamplingParams | None = None
 ) -> GenerationRequest:
     asked = TextPrompt(prompt) if isinstance(prompt, str) else TokenPrompt(tuple(prompt))
-    return GenerationRequest("id", "toy", asked, params or SamplingParams(max_tokens=5), timeout_s)
+    return GenerationRequest("id", "toy", asked, params or SamplingParams(max_tokens=5), 0.0, timeout_s)
 
 
 def streams(requests: Seq[GenerationRequest], arrived: float = 0.0) -> list[Witness]:

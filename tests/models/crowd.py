@@ -56,7 +56,7 @@ def running(model: Model, kv_tokens: int | None = None) -> Iterator[Engine]:
 async def ask(
     engine: Engine, prompt: Prompt, params: SamplingParams, leaves_after: int | None = None
 ) -> list[TokenEvent]:
-    stream = TokenStream(GenerationRequest("id", "m", prompt, params, timeout_s=900), time.monotonic())
+    stream = TokenStream(GenerationRequest("id", "m", prompt, params, time.monotonic(), time.monotonic() + 900))
     refusals = await asyncio.to_thread(engine.admit, [stream])
     assert refusals == [None]
     events: list[TokenEvent] = []

@@ -382,7 +382,10 @@ async def test_one_that_follows_a_grammar_is_not_guessed(engine: Engine) -> None
 
 async def test_a_grammar_that_does_not_compile_is_refused_among_good_requests(engine: Engine) -> None:
     wishes = [SamplingParams(max_tokens=1, grammar=g) for g in (DIGITS, Grammar("regex", "("), None)]
-    made = [TokenStream(request([5], params=params), time.monotonic()) for params in wishes]
+    made = [
+        TokenStream(replace(request([5], params=params), arrived=time.monotonic(), deadline=time.monotonic() + 60))
+        for params in wishes
+    ]
     outcomes = await asyncio.to_thread(engine.admit, made)
     for stream in made:
         stream.close()

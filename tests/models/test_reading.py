@@ -60,8 +60,10 @@ def prompts(count: int, longest: int = 60) -> list[Prompt]:
 
 async def answered(engine: Engine, prompt: Prompt, embed: bool, tokens: int = 4) -> list[Chunk]:
     params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True, prompt_logprobs=None if embed else TOP)
-    request = GenerationRequest("id", "m", TokenPrompt(prompt), params, timeout_s=120, embed=embed)
-    stream = TokenStream(request, time.monotonic())
+    request = GenerationRequest(
+        "id", "m", TokenPrompt(prompt), params, time.monotonic(), time.monotonic() + 120, embed=embed
+    )
+    stream = TokenStream(request)
     assert await asyncio.to_thread(engine.admit, [stream]) == [None]
     return [chunk async for chunk in stream.chunks(0.0)]
 

@@ -101,9 +101,11 @@ async def test_four_answers_to_one_prompt_are_those_of_four_requests_and_cost_on
     (ids,) = engine._runner.text.encode([TextPrompt("What was said about the sea, by those who sailed it? " * 20)])
     assert isinstance(ids, list)
     prompt, params = TokenPrompt(tuple(ids[:200])), SamplingParams(max_tokens=12, ignore_eos=True, seed=7)
-    asked = GenerationRequest("id", "m", prompt, params, timeout_s=60, cache_salt="four", group="g")
+    asked = GenerationRequest(
+        "id", "m", prompt, params, time.monotonic(), time.monotonic() + 60, cache_salt="four", group="g"
+    )
     before = engine.stats()
-    streams = [TokenStream(replace(asked, index=index), time.monotonic()) for index in range(4)]
+    streams = [TokenStream(replace(asked, index=index)) for index in range(4)]
     assert await asyncio.to_thread(engine.admit, streams) == [None] * 4
     together = [[event.token_id async for chunk in s.chunks(0.0) for event in chunk.events] for s in streams]
     after = engine.stats()
@@ -151,15 +153,15 @@ async def test_what_is_told_of_a_prompt_is_what_the_model_itself_says(engine: En
     prompt = TextPrompt("The capital of France is Paris, and that of Italy is Rome. " * 8)
     params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=2)
     requests = [
-        GenerationRequest("id", "m", prompt, params, timeout_s=120, prompt_details=True),
-        GenerationRequest("id", "m", prompt, SamplingParams(), timeout_s=120, embed=True),
+        GenerationRequest("id", "m", prompt, params, time.monotonic(), time.monotonic() + 120, prompt_details=True),
+        GenerationRequest("id", "m", prompt, SamplingParams(), time.monotonic(), time.monotonic() + 120, embed=True),
     ]
-    streams = [TokenStream(request, time.monotonic()) for request in requests]
+    streams = [TokenStream(request) for request in requests]
     assert await asyncio.to_thread(engine.admit, streams) == [None, None]
     ((told,), (embedded,)) = [[chunk async for chunk in stream.chunks(0.0)] for stream in streams]
     assert told.prompt is not None
     assert embedded.embedding is not None
-    ids = torch.tensor([[piece.token_id for piece in told.prompt.pieces]])
+    ids = torch.tensor([[piece.token_id for piece in told.prompt.tokens]])
     assert ids.shape[1] > 2 * 48
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.inference_mode():

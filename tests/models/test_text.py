@@ -216,16 +216,16 @@ def test_a_prompt_is_shown_as_it_was_sent(text: HFText, kept: int | None) -> Non
     (ids,) = text.encode([TextPrompt(WILD)])
     assert isinstance(ids, list)
     for prompt in (TextPrompt(WILD), TokenPrompt(tuple(ids))):
-        asked = GenerationRequest("id", "m", prompt, SamplingParams(), timeout_s=1)
+        asked = GenerationRequest("id", "m", prompt, SamplingParams(), arrived=0.0, deadline=1.0)
         found = shown(text, asked, ids if kept is None else ids[-kept:])
         assert isinstance(found, PromptDetails)
         assert WILD.endswith(found.text.removeprefix("\ufffd")), "but for half a character at the cut"
         assert kept is not None or found.text == WILD
-        assert [piece.token_id for piece in found.pieces] == (ids if kept is None else ids[-kept:])
-        assert [piece.text for piece in found.pieces] == [text.token_text(piece.token_id) for piece in found.pieces]
-        starts = [piece.start for piece in found.pieces]
+        assert [piece.token_id for piece in found.tokens] == (ids if kept is None else ids[-kept:])
+        assert [piece.text for piece in found.tokens] == [text.token_text(piece.token_id) for piece in found.tokens]
+        starts = [piece.start for piece in found.tokens]
         assert starts == sorted(starts)
-        assert found.pieces[-1].end == len(found.text)
+        assert found.tokens[-1].end == len(found.text)
 
 
 def test_a_plain_prompt_has_each_piece_at_its_place(text: HFText) -> None:
@@ -233,6 +233,6 @@ def test_a_plain_prompt_has_each_piece_at_its_place(text: HFText) -> None:
     (ids,) = text.encode([TextPrompt(said)])
     assert isinstance(ids, list)
     for prompt in (TextPrompt(said), TokenPrompt(tuple(ids))):
-        found = shown(text, GenerationRequest("id", "m", prompt, SamplingParams(), timeout_s=1), ids)
+        found = shown(text, GenerationRequest("id", "m", prompt, SamplingParams(), arrived=0.0, deadline=1.0), ids)
         assert isinstance(found, PromptDetails)
-        assert [said[piece.start : piece.end] for piece in found.pieces] == [piece.text for piece in found.pieces]
+        assert [said[piece.start : piece.end] for piece in found.tokens] == [piece.text for piece in found.tokens]

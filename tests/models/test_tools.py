@@ -18,13 +18,14 @@ from transformers import AutoTokenizer
 from serve_app.api.openai.tools import ToolFields
 from serve_app.config import template_path
 from serve_app.core.events import FinishReason, TokenEvent
-from serve_app.core.queries import GetModelInfo, ModelInfo, ToolCallFormat
+from serve_app.core.queries import GetModelInfo, ModelInfo
 from serve_app.core.requests import ChatMessage, ChatPrompt, Grammar, SamplingParams, ToolCall
 from serve_app.engines.native.engine import Engine
 from serve_app.engines.native.loader import SourceError, builtin_gguf, convert_gguf, load
 from serve_app.engines.native.sampler import sample
 from serve_app.engines.native.sequence import Sequence
 from serve_app.engines.text.tokenizer import HFText
+from serve_app.engines.text.tool_format import ToolCallFormat
 from serve_app.engines.text.tool_grammar import Tool, tool_grammar
 from serve_app.engines.text.tool_parser import Call, CallParser, parse
 from serve_app.errors import InvalidRequest

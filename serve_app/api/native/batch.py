@@ -24,6 +24,7 @@ class Batch:
         self._context = context
         self._request_id: str = http.state.request_id
         self._id = generation_id(http)
+        self._http = http
         self._items = items
         self._tallies: list[CompletionState] = []
 
@@ -40,7 +41,9 @@ class Batch:
             served = self._context.model(body.model)
             model = served.name
             params = body.params(served.sampling_defaults)
-            request = self._context.request(f"{self._id}-{index}", served, TextPrompt(body.prompt), params, body)
+            request = self._context.request(
+                self._http, f"{self._id}-{index}", served, TextPrompt(body.prompt), params, body
+            )
             tally = await collect(self._context.gateway, request, self._context.config.limits.warm_wait_s)
         except ServeAppError as error:
             self._context.gateway.refused(error, model)

@@ -61,7 +61,7 @@ class NativeRoutes:
     def _request(self, http: Request, body: GenerateBody) -> GenerationRequest:
         model = self._context.chosen(http, body.model)
         params = body.params(model.sampling_defaults)
-        return self._context.request(generation_id(http), model, TextPrompt(body.prompt), params, body)
+        return self._context.request(http, generation_id(http), model, TextPrompt(body.prompt), params, body)
 
 
 class OperatorRoutes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import time
 from base64 import b64encode
 from collections.abc import Sequence
 from functools import partial
@@ -62,17 +63,18 @@ class EmbeddingRoutes:
         check_size(asked, self._context.config.limits.max_batch_items, "input")
         name = generation_id(http)
         log_user(name, model, body.user)
-        requests = [self._request(f"{name}-{i}", model, prompt, body) for i, prompt in enumerate(asked)]
+        requests = [self._request(http, f"{name}-{i}", model, prompt, body) for i, prompt in enumerate(asked)]
         vectors = side_by_side(partial(self._vector, request, body.dimensions) for request in requests)
         return JSONResponse(_whole(model, body, await unless_gone(http.receive, vectors)))
 
-    def _request(self, id: str, model: Model, prompt: Prompt, body: EmbeddingsBody) -> GenerationRequest:
+    def _request(self, http: Request, id: str, model: Model, prompt: Prompt, body: EmbeddingsBody) -> GenerationRequest:
         return GenerationRequest(
             id,
             model.name,
             prompt,
             SamplingParams(),
-            self._context.config.limits.request_timeout_s,
+            time.monotonic(),
+            self._context.deadline(http),
             truncate_prompt_tokens=body.truncate_prompt_tokens,
             priority=body.priority,
             embed=True,

@@ -67,7 +67,7 @@ class OpenAIEncoder(ABC):
         """vLLM's fields, as far as they were asked for."""
         said: Json = {}
         if self._show.token_ids:
-            said["prompt_token_ids"] = [piece.token_id for piece in prompt.pieces]
+            said["prompt_token_ids"] = [piece.token_id for piece in prompt.tokens]
         if self._show.prompt_logprobs is not None:
             said["prompt_logprobs"] = [None, *(_ranked(one, self._show.prompt_logprobs) for one in prompt.logprobs)]
         return said
@@ -155,11 +155,11 @@ class CompletionEncoder(OpenAIEncoder):
             return None
         told = [replace(one, top=one.top[:most]) for one in prompt.logprobs]
         return {
-            "tokens": [*(piece.text for piece in prompt.pieces), *said["tokens"]],
+            "tokens": [*(piece.text for piece in prompt.tokens), *said["tokens"]],
             "token_logprobs": [None, *(finite(one.chosen.logprob) for one in told), *said["token_logprobs"]],
             "top_logprobs": [None, *map(_alternatives, told), *said["top_logprobs"]],
             "text_offset": [
-                *(piece.start for piece in prompt.pieces),
+                *(piece.start for piece in prompt.tokens),
                 *(len(prompt.text) + offset for offset in said["text_offset"]),
             ],
         }

@@ -20,8 +20,8 @@ from serve_app.api.openai.schema import ChatBody, CompletionBody, Show
 from serve_app.api.openai.tool_encoder import ToolEncoder
 from serve_app.api.sse import EventStream
 from serve_app.config import Model
-from serve_app.core.queries import ToolCallFormat
 from serve_app.core.requests import GenerationRequest, SamplingParams
+from serve_app.engines.text.tool_format import ToolCallFormat
 from serve_app.errors import InvalidRequest
 
 log = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ class OpenAIRoutes:
         kind: Callable[[str, list[GenerationRequest], int, bool, Show], OpenAIEncoder],
     ) -> Response:
         name, limits = generation_id(http), self._context.config.limits
-        requests = self._requests(name, model, body, params)
+        requests = self._requests(http, name, model, body, params)
         log_user(name, model, body.user)
         frames = kind(name, requests, _now(), body.include_usage, body.show)
         if body.stream:
@@ -79,7 +79,7 @@ class OpenAIRoutes:
         return JSONResponse(kept(whole, best_of_each(tallies, body.drawn, body.n)) if chooses else whole)
 
     def _requests(
-        self, name: str, model: Model, body: CompletionBody | ChatBody, params: SamplingParams
+        self, http: Request, name: str, model: Model, body: CompletionBody | ChatBody, params: SamplingParams
     ) -> list[GenerationRequest]:
         """One for each answer, in the order of the choices. Raises InvalidRequest when there are too many."""
         prompts, most = body.asked(), self._context.config.limits.max_batch_items
@@ -91,7 +91,7 @@ class OpenAIRoutes:
             )
         names = [name] if len(prompts) == 1 else [f"{name}-{number}" for number in range(len(prompts))]
         requests = [
-            self._context.request(each, model, prompt, params, body)
+            self._context.request(http, each, model, prompt, params, body)
             for each, prompt in zip(names, prompts, strict=True)
         ]
         requests = [replace(each, prompt_details=body.show.echo or body.show.token_ids) for each in requests]

@@ -9,8 +9,8 @@ from serve_app.api.completion import CompletionState
 from serve_app.api.openai.encoder import ChatEncoder, Json
 from serve_app.api.openai.schema import Show
 from serve_app.core.events import FinishReason, TokenEvent
-from serve_app.core.queries import ToolCallFormat
 from serve_app.core.requests import GenerationRequest
+from serve_app.engines.text.tool_format import ToolCallFormat
 from serve_app.engines.text.tool_parser import Arguments, Begun, CallParser, Content, News, parse
 
 

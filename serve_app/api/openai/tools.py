@@ -11,8 +11,8 @@ from pydantic_core import PydanticCustomError
 
 from serve_app.api.body import parse_document
 from serve_app.api.schema import OBJECT, TEXT, Body, Nested
-from serve_app.core.queries import ToolCallFormat
 from serve_app.core.requests import ChatMessage, SamplingParams, ToolCall
+from serve_app.engines.text.tool_format import ToolCallFormat
 from serve_app.engines.text.tool_grammar import Tool, tool_grammar
 from serve_app.errors import InvalidRequest
 

@@ -90,7 +90,7 @@ def _prefill(prompt: PromptDetails | None) -> list[Json]:
     logprobs = [None, *(finite(token.chosen.logprob) for token in prompt.logprobs)]
     return [
         {"id": piece.token_id, "text": piece.text, "logprob": logprob}
-        for piece, logprob in zip(prompt.pieces, logprobs, strict=True)
+        for piece, logprob in zip(prompt.tokens, logprobs, strict=True)
     ]
 
 

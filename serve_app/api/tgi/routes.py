@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing, suppress
 from functools import partial
@@ -92,7 +93,8 @@ class TgiRoutes:
             model.name,
             TextPrompt(body.inputs),
             params,
-            limits.request_timeout_s,
+            time.monotonic(),
+            self._context.deadline(http),
             truncate_prompt_tokens=body.parameters.truncate,
             prompt_details=body.parameters.decoder_input_details,
         )

@@ -220,7 +220,7 @@ def _admitted(
     params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True, grammar=grammar)
     began = time.monotonic()
     streams = [
-        TokenStream(GenerationRequest(str(i), "m", TokenPrompt(prompt), params, _PATIENCE_S), began)
+        TokenStream(GenerationRequest(str(i), "m", TokenPrompt(prompt), params, began, began + _PATIENCE_S))
         for i, prompt in enumerate(prompts)
     ]
     refusals = [refusal for refusal in engine.admit(streams) if refusal is not None]

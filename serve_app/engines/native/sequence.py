@@ -10,12 +10,12 @@ from random import getrandbits
 from typing import Protocol
 
 from serve_app.core.events import FinishReason, Logprobs, TextToken
-from serve_app.core.queries import ToolCallFormat
 from serve_app.core.requests import Grammar, Prompt, SamplingParams
 from serve_app.engines.native.drafts import Drafter
 from serve_app.engines.native.kv_cache import Copy, Trim
 from serve_app.engines.native.stream import Embedded, Token, TokenStream
 from serve_app.engines.text.detokenizer import Decoder
+from serve_app.engines.text.tool_format import ToolCallFormat
 from serve_app.errors import InternalError, ServeAppError
 
 
@@ -124,7 +124,7 @@ class Sequence:
         self.order = 0
         self.drafter = Drafter()
         self.slot: int | None = None
-        self.deadline = stream.arrived + stream.request.timeout_s
+        self.deadline = stream.request.deadline
         self.end_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else end_ids)
         self.seed = getrandbits(63) if params.seed is None else params.seed + stream.request.index
         room = context - self.prompt_len

@@ -48,9 +48,9 @@ class TokenStream:
     by the request's own max_tokens.
     """
 
-    def __init__(self, request: GenerationRequest, arrived: float) -> None:
+    def __init__(self, request: GenerationRequest) -> None:
         self.request = request
-        self.arrived = arrived
+        self.arrived = request.arrived
         self.prompt_tokens = 0
         self.cached_tokens = 0
         self.started: float | None = None

@@ -13,10 +13,9 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from serve_app.core.events import TextToken
-from serve_app.core.queries import ToolCallFormat
 from serve_app.core.requests import ChatPrompt, Grammar, Prompt, TextPrompt, TokenPrompt
 from serve_app.engines.text.grammar import Constraint, Grammars
-from serve_app.engines.text.tool_format import Convention, Manner, Signs, learn
+from serve_app.engines.text.tool_format import Convention, Manner, Signs, ToolCallFormat, learn
 from serve_app.errors import InternalError, InvalidRequest, ServeAppError
 
 logger = logging.getLogger(__name__)

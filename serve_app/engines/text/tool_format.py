@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from serve_app.core.queries import ToolCallFormat
 from serve_app.core.requests import ChatMessage, ToolCall
 
 Json = dict[str, Any]
@@ -37,6 +36,31 @@ _JSON_BEGINS = re.compile(r"\[?\s*\{")
 _NAME_CHARACTER = re.compile(r"[A-Za-z0-9_-]")
 # A shorter one would be met in any text.
 _LEAST_MARKER = 3
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallFormat:
+    """How a model writes calls of tools: `before`, two parts with `middle` between them, `after`.
+
+    The parts are the tool's name and its arguments, a JSON object, in this order if `name_first`. With several calls
+    `between` stands from one's second part to the next one's first; None: a message has one call only. From `trigger`
+    on, a beginning of `before`, an answer is calls and nothing else; if not `anywhere`, only if it begins with that.
+
+    Some of these texts' pieces are tokens of their own, no text to a grammar: `signs`, by text and id. Those that are
+    special are `hidden`, and have to be asked for. `free` are ranges of the other such tokens, first and last id, that
+    may stand in an answer before its calls.
+    """
+
+    before: str
+    middle: str
+    between: str | None
+    after: str
+    name_first: bool
+    trigger: str
+    anywhere: bool
+    signs: tuple[tuple[str, int], ...] = ()
+    hidden: tuple[str, ...] = ()
+    free: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

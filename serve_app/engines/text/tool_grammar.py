@@ -7,8 +7,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from serve_app.core.queries import ToolCallFormat
 from serve_app.core.requests import Grammar
+from serve_app.engines.text.tool_format import ToolCallFormat
 
 # Between the parts of a JSON document; without a bound an unsure model writes spaces until its tokens are used up.
 _SPACE = r" |\r?\n[ \t]{0,24}"

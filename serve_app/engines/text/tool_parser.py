@@ -6,8 +6,8 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from serve_app.core.queries import ToolCallFormat
 from serve_app.engines.text.overlap import overlap
+from serve_app.engines.text.tool_format import ToolCallFormat
 
 MOST_NAME = 64
 _OF_NAMES = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-")
