@@ -9,17 +9,19 @@ from ray.serve import Application
 from serve_app.config import AppConfig, Deployment, Model, Resources, deployment_name
 from serve_app.deployments.hub import Hub
 from serve_app.deployments.ingress import Ingress
-from serve_app.deployments.replica import FusedReplica, Replica
+from serve_app.deployments.replica import ModelReplica
 from serve_app.deployments.telemetry import check
+from serve_app.gateway.admission import QUERIES_RUNNING
 
-# A model that cannot be loaded fails the deployment after this many tries, rather than Ray's 20.
+# A model that cannot be loaded fails the deployment after this many tries; Ray's default is 20.
 _CONSTRUCTOR_TRIES = 3
-# What a fused replica lets in besides those its model takes: refusals, operators' questions, batch calls' frames.
-_CALLERS = 1024
+# Places for requests whose end has not reached Ray yet while the next request already comes.
+_SPARE = 32
+_NO_ACCESS_LOG = {"enable_access_log": False}
 
 
 def build(config: AppConfig) -> Application:
-    """Ingress -> one deployment a model, or one that is both; all of them report to the hub."""
+    """An ingress in front of one deployment a model; the hub, to which all of them report, beside them."""
     assert isinstance(config, AppConfig), "Ray did not validate the args of serve_config.yaml"
     check(config.telemetry)
     hub = Hub.options(  # type: ignore[attr-defined]
@@ -28,54 +30,35 @@ def build(config: AppConfig) -> Application:
         max_queued_requests=1000,
         ray_actor_options={"num_cpus": 0},
         graceful_shutdown_timeout_s=2,
-        logging_config={"enable_access_log": False},
+        logging_config=_NO_ACCESS_LOG,
     ).bind()
-    if config.ingress.fused:
-        (model,) = config.models
-        options = _callers(model.deployment) | _access_log(config)
-        return _model(FusedReplica, model, options).bind(config, hub)
-    assert config.ingress.deployment is not None, "an ingress that is not fused has a deployment"
-    models = [
-        _model(Replica, model, _called(model.deployment)).bind(model, hub, config.telemetry) for model in config.models
-    ]
+    models = [_model(model, config).bind(model, hub, config.telemetry) for model in config.models]
     ingress = Ingress.options(  # type: ignore[attr-defined]
         **_serve_options(config.ingress.deployment),
-        **_access_log(config),
         ray_actor_options={"num_cpus": config.ingress.num_cpus},
+        # Ray's access log has text lines without our route or trace, and the status from before the stream.
+        **({"logging_config": _NO_ACCESS_LOG} if config.telemetry.log_format == "json" else {}),
     )
     return ingress.bind(config, models, hub)
 
 
-def _model(kind: Any, model: Model, options: dict[str, Any]) -> Any:
-    return kind.options(
+def _model(model: Model, config: AppConfig) -> Any:
+    """The gateway counts generations and queries exactly, so that Ray's own bounds must only never be in their way."""
+    options = _serve_options(model.deployment)
+    ingresses = _most_replicas(config.ingress.deployment)
+    options["max_ongoing_requests"] += ingresses * QUERIES_RUNNING + _SPARE
+    options["max_queued_requests"] += _most_replicas(model.deployment) * options["max_ongoing_requests"]
+    return ModelReplica.options(  # type: ignore[attr-defined]
         name=deployment_name(model.name),
         max_constructor_retry_count=_CONSTRUCTOR_TRIES,
         ray_actor_options=_actor_options(model.resources),
-        **(_serve_options(model.deployment) | options),
+        logging_config=_NO_ACCESS_LOG,  # the ingress has one, by HTTP call
+        **options,
     )
 
 
-def _called(deployment: Deployment) -> dict[str, Any]:
-    """Let Ray's queue hold also those who are only on their way to a replica.
-
-    Ray counts them as waiting until it has asked the replica, so that after a pause it would refuse whom the gateway,
-    which counts exactly, has let in. The ingress has an access log, by request.
-    """
-    scale = deployment.autoscaling
-    replicas = scale.max_replicas if scale is not None else deployment.num_replicas or 1
-    queue = deployment.max_queued_requests + replicas * deployment.max_ongoing_requests
-    return {"max_queued_requests": queue, "logging_config": {"enable_access_log": False}}
-
-
-def _callers(deployment: Deployment) -> dict[str, Any]:
-    """Let Ray hold nobody back before the gateway, which counts: it knows a generation from a health check."""
-    admitted = deployment.max_ongoing_requests + deployment.max_queued_requests
-    return {"max_ongoing_requests": admitted + _CALLERS, "max_queued_requests": _CALLERS}
-
-
-def _access_log(config: AppConfig) -> dict[str, Any]:
-    """Ray's has text lines with no route of ours, no trace, and the status as it was before the stream."""
-    return {"logging_config": {"enable_access_log": False}} if config.telemetry.log_format == "json" else {}
+def _most_replicas(deployment: Deployment) -> int:
+    return deployment.autoscaling.max_replicas if deployment.autoscaling else deployment.num_replicas or 1
 
 
 def _serve_options(deployment: Deployment) -> dict[str, Any]:

@@ -60,13 +60,12 @@ class Deployment(Section):
 
     @model_validator(mode="after")
     def _can_scale(self) -> Deployment:
-        """Callers beyond the last place are refused and so not counted: replicas are added only for those before it."""
-        scaling, most = self.autoscaling, self.max_ongoing_requests + self.max_queued_requests
-        if scaling and scaling.max_replicas > 1 and scaling.target_ongoing_requests >= most:
+        """Ray counts the requests that replicas run, which are never more than their places."""
+        scaling = self.autoscaling
+        if scaling and scaling.max_replicas > 1 and scaling.target_ongoing_requests >= self.max_ongoing_requests:
             raise ValueError(
-                f"autoscaling.target_ongoing_requests {scaling.target_ongoing_requests:g} is never passed with "
-                f"{most} requests at most (max_ongoing_requests + max_queued_requests), so there would always be one "
-                "replica; lower it"
+                f"autoscaling.target_ongoing_requests {scaling.target_ongoing_requests:g} is never exceeded with "
+                f"max_ongoing_requests {self.max_ongoing_requests}, so there would always be one replica; lower it"
             )
         return self
 
@@ -169,23 +168,21 @@ class Model(Section):
         return self
 
 
-class Ingress(Section):
-    """Who answers HTTP: a deployment of its own, or (`fused`) the replicas of the only model themselves."""
+_INGRESS_DEPLOYMENT = Deployment(num_replicas=1, max_ongoing_requests=1024, max_queued_requests=256)
 
-    fused: bool = False
-    deployment: Deployment | None = None
+
+class Ingress(Section):
+    """The deployment that answers HTTP. It waits more than it computes, so that by default it reserves no CPU."""
+
+    deployment: Deployment = _INGRESS_DEPLOYMENT
     num_cpus: float = Field(0, ge=0)
 
-    @model_validator(mode="after")
-    def _one_shape(self) -> Ingress:
-        if self.fused and (self.deployment is not None or self.num_cpus):
-            raise ValueError(
-                "fused: true makes the model's own deployment the ingress; remove ingress.deployment and "
-                "ingress.num_cpus, or set fused: false"
-            )
-        if not self.fused and self.deployment is None:
-            raise ValueError("state ingress.deployment, or fused: true where there is exactly one model")
-        return self
+    @model_validator(mode="before")
+    @classmethod
+    def _not_fused(cls, section: Any) -> Any:
+        if isinstance(section, dict) and "fused" in section:
+            raise ValueError("fused was removed: an ingress in front of the models is the only shape. Remove the line")
+        return section
 
 
 class Limits(Section):
@@ -226,7 +223,7 @@ class AppConfig(Section):
     """The `args` of serve_config.yaml. The first model answers requests that name none."""
 
     models: Annotated[tuple[Model, ...], Field(min_length=1)]
-    ingress: Ingress
+    ingress: Ingress = Ingress()
     limits: Limits = Limits()
     telemetry: Telemetry = Telemetry()
 
@@ -236,20 +233,6 @@ class AppConfig(Section):
         twice = sorted({slug for slug in slugs if slugs.count(slug) > 1})
         if twice:
             raise ValueError(f"two models would share the deployment {', '.join(twice)}; give them distinct names")
-        return self
-
-    @model_validator(mode="after")
-    def _fusible(self) -> AppConfig:
-        if self.ingress.fused and len(self.models) != 1:
-            raise ValueError(
-                f"ingress.fused takes exactly one model, not {len(self.models)}; set it to false and state "
-                "ingress.deployment"
-            )
-        if self.ingress.fused and self.models[0].deployment.scales_to_zero:
-            raise ValueError(
-                "with ingress.fused nobody could answer while the model is scaled to zero, and health checks would "
-                "wake it; set min_replicas to 1 or more, or fused to false and state ingress.deployment"
-            )
         return self
 
 

@@ -1,4 +1,4 @@
-"""Where the service's notice board hangs, and how every process pushes to it."""
+"""The deployment that holds the registry, and the heartbeats of every process to it."""
 
 from __future__ import annotations
 
@@ -11,78 +11,93 @@ from prometheus_client.metrics_core import Metric
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from serve_app.deployments.registry import Heartbeat, Measured, RegistrySnapshot, ReplicaRegistry
+from serve_app.deployments.registry import Heartbeat, Measurements, RegistrySnapshot, ReplicaRegistry
 from serve_app.telemetry.exposition import MetricsSnapshot, Writer
 
 logger = logging.getLogger("ray.serve")
 
-PUSH_INTERVAL_S = 1.0
-_PUSH_S = 2.0
+HEARTBEAT_INTERVAL_S = 1.0
+_SEND_TIMEOUT_S = 2.0
 
 
 @serve.deployment
 class Hub:
-    """A process that holds the board."""
+    """One process that holds the registry."""
 
     def __init__(self) -> None:
-        self._notices = ReplicaRegistry()
+        self._registry = ReplicaRegistry()
 
-    async def push(self, notice: Heartbeat, page: MetricsSnapshot) -> None:
-        self._notices.take(notice, page)
+    async def push(self, heartbeat: Heartbeat, metrics: MetricsSnapshot) -> RegistrySnapshot:
+        """Take a report in; returns the state of all processes."""
+        self._registry.take(heartbeat, metrics)
+        return self._registry.snapshot()
 
-    async def board(self) -> RegistrySnapshot:
-        return self._notices.board()
+    async def snapshot(self) -> RegistrySnapshot:
+        return self._registry.snapshot()
 
-    async def exchange(self, notice: Heartbeat, page: MetricsSnapshot) -> tuple[RegistrySnapshot, Measured]:
-        """Take a push, and show all."""
-        self._notices.take(notice, page)
-        return self._notices.board(), self._notices.measured()
+    async def exchange(self, heartbeat: Heartbeat, metrics: MetricsSnapshot) -> tuple[RegistrySnapshot, Measurements]:
+        """Take a report in; returns the state and the metrics of all processes."""
+        self._registry.take(heartbeat, metrics)
+        return self._registry.snapshot(), self._registry.measurements()
 
 
-class Pusher:
-    """Pushes what a process has to say, every second until it is stopped. On an event loop only."""
+class HeartbeatSender:
+    """Reports this process to the hub every second until it is stopped. On an event loop only.
+
+    `seen` is called with the state of all processes after every report.
+    """
 
     def __init__(
-        self, hub: DeploymentHandle, notice: Callable[[], Heartbeat], families: Callable[[], list[Metric]]
+        self,
+        hub: DeploymentHandle,
+        heartbeat: Callable[[], Heartbeat],
+        families: Callable[[], list[Metric]],
+        seen: Callable[[RegistrySnapshot], None] | None = None,
     ) -> None:
         self._hub = hub
-        self._notice = notice
+        self._heartbeat = heartbeat
         self._families = families
+        self._seen = seen
         self._writer = Writer()
         self.lag_s = 0.0
-        self._task = asyncio.create_task(self._push_for_ever())
+        self._task = asyncio.create_task(self._send_forever())
 
-    async def stop(self, notice: Heartbeat) -> None:
-        """Say one last thing."""
+    async def send(self) -> None:
+        await self._send(self._heartbeat())
+
+    async def stop(self, last: Heartbeat) -> None:
+        """Send one last report."""
         self._task.cancel()
         with suppress(TimeoutError):
-            async with asyncio.timeout(PUSH_INTERVAL_S):
-                await self._push(notice)
+            async with asyncio.timeout(HEARTBEAT_INTERVAL_S):
+                await self._send(last)
 
-    async def push(self) -> None:
-        await self._push(self._notice())
+    async def exchange(self) -> tuple[RegistrySnapshot, Measurements]:
+        """Report, and return what all processes have reported. Raises what the handle raises."""
+        reported: tuple[RegistrySnapshot, Measurements] = await self._hub.exchange.remote(
+            self._heartbeat(), self.snapshot()
+        )
+        return reported
 
-    async def exchange(self) -> tuple[RegistrySnapshot, Measured]:
-        """Push, and see what all have pushed. Raises what the handle raises."""
-        shown: tuple[RegistrySnapshot, Measured] = await self._hub.exchange.remote(self._notice(), self.page())
-        return shown
+    def snapshot(self) -> MetricsSnapshot:
+        """The metrics of this process now."""
+        return self._writer.snapshot(self._families())
 
-    def page(self) -> MetricsSnapshot:
-        """What this process measures now."""
-        return self._writer.page(self._families())
-
-    async def _push(self, notice: Heartbeat) -> None:
+    async def _send(self, heartbeat: Heartbeat) -> None:
         try:
-            async with asyncio.timeout(_PUSH_S):  # a node that was lost without a word answers nothing for minutes
-                await self._hub.push.remote(notice, self.page())
+            async with asyncio.timeout(_SEND_TIMEOUT_S):  # a call to a lost node can stay without an answer for minutes
+                state: RegistrySnapshot = await self._hub.push.remote(heartbeat, self.snapshot())
         except Exception:
-            # The hub may be starting or moving; the next push says everything again.
-            logger.debug("push failed", exc_info=True)
+            # The hub may be starting or moving; the next report says everything again.
+            logger.debug("the heartbeat was not sent", exc_info=True)
+            return
+        if self._seen is not None:
+            self._seen(state)
 
-    async def _push_for_ever(self) -> None:
+    async def _send_forever(self) -> None:
         clock = asyncio.get_running_loop().time
         while True:
-            await self.push()
-            due = clock() + PUSH_INTERVAL_S
-            await asyncio.sleep(PUSH_INTERVAL_S)
+            await self.send()
+            due = clock() + HEARTBEAT_INTERVAL_S
+            await asyncio.sleep(HEARTBEAT_INTERVAL_S)
             self.lag_s = max(0.0, clock() - due)

@@ -1,9 +1,9 @@
-"""The service's notice board: what every process measures, and how far loading models have come."""
+"""What every process of the service reports: its heartbeats and its metrics. Plain data; Hub holds the registry."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -14,19 +14,21 @@ from serve_app.telemetry.exposition import MetricsSnapshot
 K = TypeVar("K")
 V = TypeVar("V")
 
-# A process that has not pushed for this long is gone.
-FORGET_AFTER_S = 5.0
-# What it counted is shown for two of Prometheus' usual scrapes more, so that its last requests are not lost.
-KEEP_COUNTS_S = 30.0
-# Why a model could not be loaded stays readable for this long, while Ray tries again.
-FAILURE_S = 60.0
+# A process whose last heartbeat is older is lost.
+HEARTBEAT_TIMEOUT_S = 5.0
+# The counters of a process that has ended are exported for two more of Prometheus' usual scrapes, so that its last
+# requests are counted.
+KEEP_COUNTERS_S = 30.0
+# The reason why a model could not be loaded is reported for this long while Ray tries again.
+KEEP_FAILURE_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
-    """One process's push. `model` is "" for an ingress; `stage` is what a replica that cannot answer yet does.
+    """One report of one process. `model` is "" for an ingress; `stage` is what a replica does until it can serve.
 
-    `leaving` is the last one, of a process that ends in an orderly way; `failed`, of one that could not load.
+    `leaving` marks the last report of a process that ends in an orderly way; `failed` that of a replica whose model
+    could not be loaded, with the reason in `stage`.
     """
 
     replica: str
@@ -37,8 +39,8 @@ class Heartbeat:
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
-    """What all processes measure: parts of pages. `ages` of those alive: model, replica, seconds since its push."""
+class Measurements:
+    """The metrics of all processes, as parts of a page, and the `ages` of the live ones: model, replica, seconds."""
 
     parts: list[bytes]
     ages: list[tuple[str, str, float]]
@@ -46,29 +48,43 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class RegistrySnapshot:
-    """All live processes' notices, and recent failures to load by model. `age_s`: how long it has been collecting."""
+    """The heartbeats of all live processes, and recent failures to load by model.
+
+    `age_s` is the time since the registry began to collect.
+    """
 
     age_s: float
-    notices: list[Heartbeat]
+    heartbeats: list[Heartbeat]
     failures: dict[str, str]
 
     @property
     def complete(self) -> bool:
-        """Whether every live process has had time to push."""
-        return self.age_s >= FORGET_AFTER_S
+        """Whether every live process has had time to report."""
+        return self.age_s >= HEARTBEAT_TIMEOUT_S
 
-    def ready(self, model: str) -> int:
-        """Number of the model's replicas that can answer."""
-        return sum(notice.model == model and not notice.stage for notice in self.notices)
+    @property
+    def ingresses(self) -> int:
+        return sum(not heartbeat.model for heartbeat in self.heartbeats)
 
-    def status(self, model: Model) -> ModelStatus | None:
-        """A model's state by its replicas' notices; None while the board cannot know."""
-        stages = [notice.stage for notice in self.notices if notice.model == model.name]
-        if "" in stages:
+    def ready(self, model: str, routed: Collection[str] | None = None) -> int:
+        """How many replicas of the model can serve.
+
+        `routed` are the replicas to which Ray routes requests, if known: a replica that drains is not among them.
+        """
+        return sum(
+            heartbeat.model == model and not heartbeat.stage and (routed is None or heartbeat.replica in routed)
+            for heartbeat in self.heartbeats
+        )
+
+    def status(self, model: Model, routed: Collection[str] | None = None) -> ModelStatus | None:
+        """The model's state; None while the registry cannot know it. `routed`: see `ready`."""
+        if self.ready(model.name, routed):
             return ModelStatus(model.name, ModelState.READY)
+        stages = [heartbeat.stage for heartbeat in self.heartbeats if heartbeat.model == model.name]
         failure = self.failures.get(model.name)
-        if stages:
-            detail = stages[0] if failure is None else f"{failure} (trying again: {stages[0]})"
+        loading = [stage or "registering with Ray Serve" for stage in stages]
+        if loading and not (model.deployment.scales_to_zero and not any(stages)):
+            detail = loading[0] if failure is None else f"{failure} (Ray tries again: {loading[0]})"
             return ModelStatus(model.name, ModelState.LOADING, detail)
         if failure is not None:
             return ModelStatus(model.name, ModelState.FAILED, failure)
@@ -76,54 +92,59 @@ class RegistrySnapshot:
             return None
         if model.deployment.scales_to_zero:
             return ModelStatus(model.name, ModelState.ASLEEP, "scaled to zero; the next request wakes it")
-        return ModelStatus(model.name, ModelState.LOADING, "no replica is up; Ray is starting one")
+        return ModelStatus(model.name, ModelState.LOADING, "no replica is running; Ray is starting one")
 
 
 class ReplicaRegistry:
-    """Keeps the latest notice of every process, for as long as it keeps coming. Holds nothing that cannot be lost."""
+    """Keeps the latest heartbeat and metrics of every process. All of it can be lost: the next reports restore it."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._began = clock()
-        # By replica and model: a fused replica is an ingress too, and pushes as both.
-        self._notices: dict[tuple[str, str], tuple[float, Heartbeat]] = {}
-        self._pages: dict[tuple[str, str], tuple[float, MetricsSnapshot]] = {}
+        self._heartbeats: dict[str, tuple[float, Heartbeat]] = {}
+        self._metrics: dict[str, tuple[float, MetricsSnapshot]] = {}
         self._failures: dict[str, tuple[float, str]] = {}
+        self._left: dict[str, tuple[float, None]] = {}
 
-    def take(self, notice: Heartbeat, page: MetricsSnapshot) -> None:
-        now, key = self._clock(), (notice.replica, notice.model)
-        self._pages[key] = (now, page)
-        if notice.failed:
-            self._failures[notice.model] = (now, notice.stage)
-        if notice.failed or notice.leaving:
-            self._notices.pop(key, None)
+    def take(self, heartbeat: Heartbeat, metrics: MetricsSnapshot) -> None:
+        """Take a report in. A late report of a replica that has left does not bring it back."""
+        now, replica = self._clock(), heartbeat.replica
+        if replica in self._left:
             return
-        self._notices[key] = (now, notice)
-        if not notice.stage:
-            self._failures.pop(notice.model, None)
+        self._metrics[replica] = (now, metrics)
+        if heartbeat.failed:
+            self._failures[heartbeat.model] = (now, heartbeat.stage)
+        if heartbeat.failed or heartbeat.leaving:
+            self._heartbeats.pop(replica, None)
+            self._left[replica] = (now, None)
+            return
+        self._heartbeats[replica] = (now, heartbeat)
+        if not heartbeat.stage:
+            self._failures.pop(heartbeat.model, None)
 
-    def board(self) -> RegistrySnapshot:
+    def snapshot(self) -> RegistrySnapshot:
         now = self._forget()
         return RegistrySnapshot(
             now - self._began,
-            [notice for _, notice in self._notices.values()],
+            [heartbeat for _, heartbeat in self._heartbeats.values()],
             {model: reason for model, (_, reason) in self._failures.items()},
         )
 
-    def measured(self) -> Measured:
-        """Of processes that are gone what they counted only: what they held is held no more."""
+    def measurements(self) -> Measurements:
+        """The counters of all processes, and the gauges of the live ones: a process that has ended holds nothing."""
         now = self._forget()
-        parts = [page.counted for _, page in self._pages.values()]
-        parts += [page.held for key, (_, page) in self._pages.items() if key in self._notices]
-        ages = [(model, replica, now - at) for (replica, model), (at, _) in self._notices.items()]
-        return Measured(parts, ages)
+        parts = [metrics.counters for _, metrics in self._metrics.values()]
+        parts += [metrics.gauges for replica, (_, metrics) in self._metrics.items() if replica in self._heartbeats]
+        ages = [(heartbeat.model, replica, now - at) for replica, (at, heartbeat) in self._heartbeats.items()]
+        return Measurements(parts, ages)
 
     def _forget(self) -> float:
-        """Let go of what is too old; the time of now."""
+        """Drop what is too old. Returns the time of the clock."""
         now = self._clock()
-        self._notices = _younger(self._notices, now - FORGET_AFTER_S)
-        self._pages = _younger(self._pages, now - FORGET_AFTER_S - KEEP_COUNTS_S)
-        self._failures = _younger(self._failures, now - FAILURE_S)
+        self._heartbeats = _younger(self._heartbeats, now - HEARTBEAT_TIMEOUT_S)
+        self._metrics = _younger(self._metrics, now - HEARTBEAT_TIMEOUT_S - KEEP_COUNTERS_S)
+        self._left = _younger(self._left, now - HEARTBEAT_TIMEOUT_S - KEEP_COUNTERS_S)
+        self._failures = _younger(self._failures, now - KEEP_FAILURE_S)
         return now
 
 

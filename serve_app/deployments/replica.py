@@ -1,60 +1,150 @@
-"""One replica of one model, in the two shapes of the graph: called by the ingress, or its own ingress."""
+"""A deployment of one model: an engine, admission by `@serve.batch`, and the events on their way to the ingress."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
+from prometheus_client.metrics_core import Metric
 from ray import serve
 from ray.serve.handle import DeploymentHandle
-from starlette.types import ASGIApp
 
-from serve_app.config import AppConfig
-from serve_app.core.events import Chunk
+from serve_app.config import Model, Telemetry as TelemetrySettings
+from serve_app.core.queries import A, Query
 from serve_app.core.requests import GenerationRequest
-from serve_app.deployments.gateway import Backend, ReplicaGateway
-from serve_app.deployments.worker import Worker
-from serve_app.errors import ServeAppError
+from serve_app.deployments import wire
+from serve_app.deployments.events import EventSender, ReplyAddress
+from serve_app.deployments.hub import HeartbeatSender
+from serve_app.deployments.registry import Heartbeat
+from serve_app.deployments.telemetry import ProcessTelemetry, log_to_serve
+from serve_app.engines.native.engine import Engine as NativeEngine, EngineStalled
+from serve_app.engines.native.sequence import Runner
+from serve_app.engines.native.stream import TokenStream
+from serve_app.engines.toy import ToyRunner
+from serve_app.errors import NotReady, ServeAppError
+from serve_app.telemetry.metrics import EngineMetrics, StepSeries
+from serve_app.telemetry.process import ProcessMetrics
+
+# Ray Serve's logger writes to the replica's log, with the replica's ids.
+logger = logging.getLogger("ray.serve")
+
+READY = ""
+# Threads for queries; admission has one of its own, so that neither waits for the other.
+_QUERY_THREADS = 2
 
 
 @serve.deployment
-class Replica(Worker):
-    """Behind an ingress, called through its handle."""
-
-
-@serve.deployment
-@serve.ingress()
-class FusedReplica(Worker):
-    """Hosts the Starlette app in the model's own process, so that tokens cross no border on their way to the proxy.
-
-    Ray sends requests here once `__init__` has returned, that is once the model can answer.
-    """
-
-    _gateway: ReplicaGateway | None = None
+class ModelReplica:
+    """One engine. Ray calls `generate` once a request, and routes requests here once `__init__` has returned."""
 
     async def __init__(  # type: ignore[misc]  # Ray awaits it
-        self, config: AppConfig, hub: DeploymentHandle
+        self, model: Model, hub: DeploymentHandle, telemetry: TelemetrySettings
     ) -> None:
-        (model,) = config.models
-        await super().__init__(model, hub, config.telemetry)
-        self._config = config
-        # Behind an ingress Ray lets no more than these in; here it lets everybody in who wants to speak to the app.
-        self._room = asyncio.Semaphore(model.deployment.max_ongoing_requests)
-        self._gateway = ReplicaGateway(
-            config, {model.name: Backend(self._in_turn, self.query)}, hub, self._id, here=True
-        )
+        began = time.monotonic()
+        self._model = model
+        self._id = serve.get_replica_context().replica_id.unique_id
+        self._stage = "starting"
+        log_to_serve()
+        self._telemetry = ProcessTelemetry(telemetry, model.name, self._id)
+        self._steps = StepSeries(model.name, self._id)
+        self._process = ProcessMetrics(model.name, self._id)
+        self._metrics: EngineMetrics | None = None
+        self._heartbeats = HeartbeatSender(hub, self._heartbeat, self._families)
+        self._events = EventSender()
+        self._admission_thread = ThreadPoolExecutor(1, "admission")
+        self._query_threads = ThreadPoolExecutor(_QUERY_THREADS, "query")
+        self._admit.set_max_batch_size(model.batching.max_batch_size)
+        self._admit.set_batch_wait_timeout_s(model.batching.batch_wait_timeout_s)
+        self._engine = NativeEngine(partial(_make_runner, model, self._report), model.engine, watch=self._steps.saw)
+        self._admitter = self._telemetry.admitter(self._engine)
+        try:
+            await asyncio.to_thread(self._engine.start)
+        except BaseException as error:
+            await self._heartbeats.stop(
+                Heartbeat(self._id, model.name, f"{type(error).__name__}: {error}", failed=True)
+            )
+            raise
+        self._metrics = EngineMetrics(model.name, self._id, self._engine, time.monotonic() - began)
+        self._report(READY)
+        await self._heartbeats.send()
 
-    def __serve_build_asgi_app__(self) -> ASGIApp:
-        assert self._gateway is not None, "Ray builds the app once the replica is there"
-        return self._telemetry.app(self._gateway, self._config)
+    async def generate(self, request: GenerationRequest, number: int, address: ReplyAddress) -> None:
+        """Send the request's chunks, or the error that ends it, to the ingress at `address` as stream `number`.
+
+        Returns when the last of them has been put on its way. Cancelled at any point, it frees the request's slot
+        before the engine's next step. Raises NotReady if the ingress cannot be reached.
+        """
+        stream = self._admitter.open(wire.incoming(request, time.monotonic()))
+        try:
+            connection = await self._events.connection(address)
+            refusal = await self._admit(stream)
+            if refusal is not None:
+                connection.put(number, refusal)
+                return
+            async for chunk in stream.chunks(self._model.engine.flush_interval_s):
+                connection.put(number, chunk)
+        except ServeAppError as error:
+            connection.put(number, error)
+        except (OSError, TimeoutError) as error:
+            logger.error("the ingress at %s:%d cannot be reached: %s", address.host, address.port, error)
+            raise NotReady("The model cannot reach the ingress. Send the request again.", None, 1.0) from None
+        finally:
+            stream.close()
+
+    async def query(self, query: Query[A]) -> A | ServeAppError:
+        """The query's result; an error is returned, never raised, so that it keeps its type."""
+        return await asyncio.get_running_loop().run_in_executor(self._query_threads, self._engine.answer, query)
+
+    @serve.batch(max_batch_size=1, batch_wait_timeout_s=0)  # both are set from the configuration
+    async def _admit(self, streams: list[TokenStream]) -> list[ServeAppError | None]:
+        """Let requests into the engine together: one outcome each. The engine batches from there on.
+
+        It never raises: an exception here would fail every request of the batch.
+        """
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._admission_thread, self._admitter.admit, streams)
+
+    async def check_health(self) -> None:
+        """Ray replaces the replica when this raises: the engine has ended, fails or does not finish a step."""
+        self._engine.check()
+        age, limit = self._engine.step_age(), self._model.deployment.health_check_timeout_s
+        if age > limit:
+            raise EngineStalled(f"a step has been running for {age:.0f} s, longer than {limit:.0f} s")
+
+    async def stats(self) -> dict[str, float]:
+        """The engine's counters, for tests and inspection."""
+        stats = self._engine.stats()
+        return {name: getattr(stats, name) for name in stats.__slots__}
 
     async def __del__(self) -> None:
-        await super().__del__()
-        if self._gateway is not None:  # else the model could not be loaded
-            await self._gateway.leave()
+        await asyncio.to_thread(self._engine.stop)
+        self._events.stop()
+        await self._heartbeats.stop(Heartbeat(self._id, self._model.name, "", leaving=True))
+        await asyncio.to_thread(self._telemetry.stop)
 
-    async def _in_turn(self, request: GenerationRequest) -> AsyncGenerator[Chunk | ServeAppError, None]:
-        async with self._room, aclosing(self.generate(request)) as items:
-            async for item in items:
-                yield item
+    def _report(self, stage: str) -> None:
+        """What this replica does until it can serve. Called from any thread."""
+        self._stage = stage
+        if stage:
+            logger.info("%s: %s", self._model.name, stage)
+
+    def _heartbeat(self) -> Heartbeat:
+        return Heartbeat(self._id, self._model.name, self._stage)
+
+    def _families(self) -> list[Metric]:
+        engine = self._metrics.families() if self._metrics else []
+        return [*engine, *self._steps.families(), *self._process.families(self._heartbeats.lag_s)]
+
+
+def _make_runner(model: Model, report: Callable[[str], None]) -> Runner:
+    """On the engine's thread. torch is imported here and nowhere else in this folder."""
+    if model.source.startswith("builtin:toy"):
+        return ToyRunner.from_source(model.source, model.engine)
+    report("importing torch")
+    from serve_app.engines.native.runner import TorchRunner
+
+    return TorchRunner.from_config(model, report)

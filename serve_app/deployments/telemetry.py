@@ -1,17 +1,20 @@
-"""What one process tells of single requests: traces and JSON log lines. What is off is not even imported."""
+"""The traces and JSON logs of one process. What is switched off is not imported."""
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 from starlette.types import ASGIApp
 
 from serve_app.api.app import create_app
-from serve_app.api.gateway import Gateway
 from serve_app.api.middleware import OneRequestId
+from serve_app.api.shim import Shim
+from serve_app.api.telemetry import ServiceTelemetry
 from serve_app.config import AppConfig, ConfigError, Telemetry as Settings
+from serve_app.core.engine import Engine
 from serve_app.core.requests import GenerationRequest
-from serve_app.engines.native.engine import Engine
+from serve_app.engines.native.engine import Engine as NativeEngine
 from serve_app.engines.native.stream import TokenStream
 
 if TYPE_CHECKING:
@@ -20,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def check(settings: Settings) -> None:
-    """Raises ConfigError if spans are asked for and what sends them is not installed."""
+    """Raises ConfigError if tracing is configured and the packages that send spans are not installed."""
     if settings.tracing is None:
         return
     try:
@@ -28,12 +31,19 @@ def check(settings: Settings) -> None:
     except ImportError as error:
         raise ConfigError(
             f"telemetry.tracing needs OpenTelemetry's SDK and its OTLP exporter ({error}); "
-            "pip install 'serve_app[tracing]', or set it to null"
+            "run pip install 'serve_app[tracing]', or set telemetry.tracing to null"
         ) from None
 
 
-class Telemetry:
-    """Of the replica `replica`, which runs `model` or, if that is "", is an ingress. Raises ConfigError: see check."""
+def log_to_serve() -> None:
+    """Write the log records of this project to the log of Ray Serve's replica."""
+    ours = logging.getLogger("serve_app")
+    ours.handlers, ours.propagate = logging.getLogger("ray.serve").handlers, False
+    ours.setLevel(logging.INFO)
+
+
+class ProcessTelemetry:
+    """Of the replica `replica` of `model`, or of an ingress if `model` is "". Raises ConfigError: see `check`."""
 
     def __init__(self, settings: Settings, model: str, replica: str) -> None:
         check(settings)
@@ -44,24 +54,25 @@ class Telemetry:
 
             write_json(model, replica)
 
-    def app(self, gateway: Gateway, config: AppConfig) -> ASGIApp:
-        """The front door with what watches it."""
+    def app(self, engine: Engine, telemetry: ServiceTelemetry, config: AppConfig) -> ASGIApp:
+        """The HTTP application, with spans and JSON access log if they are switched on."""
         from starlette.middleware import Middleware
 
-        named = Middleware(OneRequestId)
+        request_id = Middleware(OneRequestId)
         if self._exporter is None and self._settings.log_format == "text":
-            return create_app(gateway, config, around=[named])
+            return create_app(Shim(engine, telemetry, config), config, around=[request_id])
         from opentelemetry.trace import NoOpTracer
 
-        from serve_app.telemetry.http_spans import Observe, ObservedGateway
+        from serve_app.telemetry.http_spans import Observe, TracedEngine, TracedTelemetry
 
         tracer = NoOpTracer() if self._exporter is None else self._exporter.tracer
         capture = self._settings.tracing is not None and self._settings.tracing.capture_content
-        layer = Middleware(Observe, tracer=tracer, access_log=self._settings.log_format == "json")
-        return create_app(ObservedGateway(gateway, tracer, capture), config, around=[named, layer])
+        spans = Middleware(Observe, tracer=tracer, access_log=self._settings.log_format == "json")
+        traced = TracedEngine(engine, tracer, capture)
+        return create_app(traced, TracedTelemetry(telemetry), config, around=[request_id, spans])
 
-    def turnstile(self, engine: Engine) -> TracedAdmitter | Admitter:
-        """The way into an engine."""
+    def admitter(self, engine: NativeEngine) -> TracedAdmitter | Admitter:
+        """The way of requests into an engine."""
         if self._exporter is None:
             return Admitter(engine)
         from serve_app.telemetry.engine_spans import TracedAdmitter
@@ -69,19 +80,19 @@ class Telemetry:
         return TracedAdmitter(self._exporter.tracer, engine.admit)
 
     def stop(self) -> None:
-        """Send what is left; takes two seconds at most."""
+        """Send the spans that are left; takes at most two seconds."""
         if self._exporter is not None:
             self._exporter.stop()
 
 
 class Admitter:
-    """The way into an engine when nothing is traced."""
+    """The way of requests into an engine when nothing is traced."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: NativeEngine) -> None:
         self.admit = engine.admit
 
     def open(self, request: GenerationRequest) -> TokenStream:
-        """A stream for a request that has just come."""
+        """The stream of a request that has just arrived."""
         return TokenStream(request)
 
 

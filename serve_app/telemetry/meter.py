@@ -1,4 +1,4 @@
-"""What an ingress measures: one request's times and tokens as its caller sees them, and calls over HTTP."""
+"""What an ingress measures: the times and tokens of each request as its caller sees them, and its HTTP calls."""
 
 from __future__ import annotations
 
@@ -22,17 +22,16 @@ from serve_app.telemetry.process import ProcessMetrics
 
 
 class IngressMetrics:
-    """All of one ingress. `alone` in its process, it tells of that as well."""
+    """All metrics of one ingress and its process. `opentelemetry` adds the times under OpenTelemetry's names."""
 
-    def __init__(self, replica: str, models: Iterable[str], opentelemetry: bool, alone: bool) -> None:
+    def __init__(self, replica: str, models: Iterable[str], opentelemetry: bool) -> None:
         self.http = HttpSeries(replica, models)
         self._series = {model: CallerSeries(model, replica) for model in models}
         self._gen_ai = GenAiSeries(replica) if opentelemetry else None
-        self._process = ProcessMetrics("", replica) if alone else None
+        self._process = ProcessMetrics("", replica)
 
     def families(self, lag_s: float) -> list[Metric]:
-        families = self._process.families(lag_s) if self._process else []
-        families += self.http.families()
+        families = [*self._process.families(lag_s), *self.http.families()]
         for series in self._series.values():
             families += series.families()
         return families + (self._gen_ai.families() if self._gen_ai else [])
@@ -46,13 +45,12 @@ class IngressMetrics:
 
 
 class Meter:
-    """From a request's arrival to its end, which is told once, whatever it is."""
+    """Measures one request from its arrival until it ends, and records its outcome once."""
 
     def __init__(self, request: GenerationRequest, series: CallerSeries, gen_ai: GenAiSeries | None) -> None:
         self._request = request
         self._series = series
         self._gen_ai = gen_ai
-        self._arrived = time.monotonic()
         self._sent_at = 0.0
         self._ttft_s: float | None = None
         self._last_s = 0.0
@@ -62,13 +60,8 @@ class Meter:
         series.active.inc()
         series.changed = True
 
-    @property
-    def arrived(self) -> float:
-        """Monotonic seconds."""
-        return self._arrived
-
     def chunk(self, chunk: Chunk) -> None:
-        """Just before it is sent."""
+        """Record a chunk, just before it is sent."""
         now = time.monotonic()
         if self._tokens == 0:
             self._first(chunk)
@@ -85,9 +78,9 @@ class Meter:
     def failed(self, error: ServeAppError) -> None:
         self._outcome = error.code
 
-    def ended(self) -> float | None:
-        """How long an answer took in seconds; None: there is none, or not all of it."""
-        seconds = time.monotonic() - self._arrived
+    def ended(self) -> None:
+        """Record the outcome: the finish reason, an error's code, or CANCELLED."""
+        seconds = time.monotonic() - self._request.arrived
         series, whole = self._series, self._outcome in FINISHED
         series.active.dec()
         series.requests[self._outcome].inc()
@@ -99,7 +92,6 @@ class Meter:
             error = "" if whole else self._outcome
             request = self._request
             self._gen_ai.ended(request.model, request.operation, error, seconds, self._ttft_s, tpot_s)
-        return seconds if whole else None
 
     def _first(self, chunk: Chunk) -> None:
         series = self._series
@@ -112,7 +104,7 @@ class Meter:
             series.prefill.observe(self._ttft_s - chunk.queue_s)
 
     def _finished(self, seconds: float) -> float | None:
-        """Its time per token after the first, where there is one."""
+        """The mean time per token after the first, in seconds; None for an answer of one token and for an embedding."""
         series, tpot_s = self._series, None
         series.duration.observe(seconds)
         series.prompt_length.observe(self._prompt_tokens)

@@ -110,7 +110,7 @@ def promtool(*arguments: str | Path) -> str:
 
 def families() -> list[Metric]:
     """All of a replica that has had one call, as in its /metrics."""
-    ingress = IngressMetrics("r1", ["m"], opentelemetry=False, alone=True)
+    ingress = IngressMetrics("r1", ["m"], opentelemetry=False)
     ingress.http.ended(HttpCall("/generate", "POST", 200, 0.1, 10, 20))
     stats = SimpleNamespace(**dict.fromkeys(EngineStats.__slots__, 1))
     engine = cast(Engine, SimpleNamespace(stats=lambda: stats, kind="toy", step_age=lambda: 0.0))

@@ -72,14 +72,13 @@ def serve_file(
     models: Sequence[Config],
     port: int = 8000,
     ingress: Config | None = None,
-    fused: bool = False,
     telemetry: Config | None = None,
     **limits: Any,
 ) -> Config:
-    """`ingress` changes its deployment; `fused` makes the only model's replicas answer HTTP."""
+    """`ingress` changes the ingress's deployment."""
     deployment = {**DEPLOYMENT, "max_ongoing_requests": 1024, **(ingress or {})}
     args = {
-        "ingress": {"fused": True} if fused else {"deployment": deployment},
+        "ingress": {"deployment": deployment},
         "limits": limits,
         "telemetry": telemetry or {},
     }

@@ -28,7 +28,7 @@ def went(
     *chunks: Chunk, error: ServeAppError | None = None, of: GenerationRequest | None = None, opentelemetry: bool = False
 ) -> dict[str, float]:
     """What changed from the beginning, by series without what all have in common."""
-    metrics = IngressMetrics("r", ["m"], opentelemetry, alone=False)
+    metrics = IngressMetrics("r", ["m"], opentelemetry)
     before = samples(metrics)
     meter = metrics.meter(of or request())
     for one in chunks:
@@ -136,7 +136,7 @@ def test_opentelemetry_hears_of_errors() -> None:
 
 
 def test_every_series_of_a_model_is_there_from_the_beginning() -> None:
-    metrics = IngressMetrics("r", ["m", "n"], opentelemetry=False, alone=True)
+    metrics = IngressMetrics("r", ["m", "n"], opentelemetry=False)
     before = exposition([], metrics.families(0.0)).decode()
     for model in ("m", "n"):
         for error in (None, *(kind("x") for kind in ServeAppError.__subclasses__())):
@@ -155,7 +155,7 @@ def names(text: str) -> set[str]:
 
 
 def test_no_caller_makes_a_series() -> None:
-    metrics = IngressMetrics("r", ["m"], opentelemetry=False, alone=False)
+    metrics = IngressMetrics("r", ["m"], opentelemetry=False)
     metrics.http.refused("model_not_found", "made-up")
     metrics.http.ended(HttpCall("other", "BREW", 404, 0.1, 0, 0))
     first = names(exposition([], metrics.families(0.0)).decode())
@@ -167,7 +167,7 @@ def test_no_caller_makes_a_series() -> None:
 
 @pytest.mark.parametrize(("status", "told"), [(200, "2xx"), (404, "4xx"), (503, "5xx"), (None, "left")])
 def test_a_call_is_counted_by_its_status_line(status: int | None, told: str) -> None:
-    metrics = IngressMetrics("r", ["m"], opentelemetry=False, alone=False)
+    metrics = IngressMetrics("r", ["m"], opentelemetry=False)
     metrics.http.ended(HttpCall("/generate", "POST", status, 0.1, 10, 20))
     found = samples(metrics)
     assert found[f"http_requests_total//generate/POST/{told}"] == 1

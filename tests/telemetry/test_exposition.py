@@ -24,7 +24,7 @@ def test_it_is_what_prometheus_client_writes() -> None:
 
 
 def test_so_it_does_for_all_of_an_ingress() -> None:
-    metrics = IngressMetrics("r", ["m"], opentelemetry=True, alone=False)
+    metrics = IngressMetrics("r", ["m"], opentelemetry=True)
     metrics.http.refused("not_found", "")
     series = metrics._series["m"]
     assert exposition([], series.families()) == generate_latest(series._registry)
@@ -35,8 +35,8 @@ def test_a_family_of_several_processes_stands_together() -> None:
     for replica in ("r1", "r2"):
         family = GaugeMetricFamily("slots", "Slots", labels=["replica"])
         family.add_metric([replica], 4)
-        pages.append(Writer().page([family]))
-    assert exposition([one.held for one in pages], [hub_up(True)]).decode() == (
+        pages.append(Writer().snapshot([family]))
+    assert exposition([one.gauges for one in pages], [hub_up(True)]).decode() == (
         "# HELP slots Slots\n# TYPE slots gauge\n"
         'slots{replica="r1"} 4.0\nslots{replica="r2"} 4.0\n'
         "# HELP serve_app_metrics_hub_up Whether this is of all processes; 0: of the one that answers only\n"
@@ -45,24 +45,24 @@ def test_a_family_of_several_processes_stands_together() -> None:
 
 
 def test_what_is_held_and_what_is_counted_are_apart() -> None:
-    metrics = IngressMetrics("r", ["m"], opentelemetry=False, alone=True)
+    metrics = IngressMetrics("r", ["m"], opentelemetry=False)
     families = metrics.families(0.0)
-    written = Writer().page(families)
-    assert exposition([written.counted, written.held]).count(b"# TYPE") == len({family.name for family in families})
-    held = exposition([written.held]).decode()
+    written = Writer().snapshot(families)
+    assert exposition([written.counters, written.gauges]).count(b"# TYPE") == len({family.name for family in families})
+    held = exposition([written.gauges]).decode()
     assert "serve_app_active_requests" in held
     assert not any(line.endswith((" counter", " histogram")) for line in held.splitlines())
-    assert "gauge" not in exposition([written.counted]).decode()
+    assert "gauge" not in exposition([written.counters]).decode()
 
 
 def test_a_page_is_of_now_although_what_rests_is_not_looked_at_again() -> None:
-    metrics, writer = IngressMetrics("r", ["m", "n"], opentelemetry=False, alone=False), Writer()
+    metrics, writer = IngressMetrics("r", ["m", "n"], opentelemetry=False), Writer()
     first = metrics.families(0.0)  # kept, so that their numbers are not given twice
     request = GenerationRequest("1", "m", TextPrompt("hello"), SamplingParams(), 0.0, 10.0)
 
     def shown() -> set[str]:
-        written = writer.page(metrics.families(0.0))
-        return set(exposition([written.counted, written.held]).decode().splitlines())
+        written = writer.snapshot(metrics.families(0.0))
+        return set(exposition([written.counters, written.gauges]).decode().splitlines())
 
     resting = shown()
     assert resting == shown()

@@ -22,18 +22,18 @@ from starlette.applications import Starlette
 
 from serve_app.config import ConfigError, Engine as EngineConfig, Telemetry as Settings, Tracing
 from serve_app.core.requests import GenerationRequest, SamplingParams, TextPrompt
-from serve_app.deployments.telemetry import Telemetry, check
+from serve_app.deployments.telemetry import ProcessTelemetry, check
 from serve_app.engines.native.engine import Engine
 from serve_app.engines.native.stream import TokenStream
 from serve_app.engines.toy import ToyRunner
 from serve_app.telemetry.engine_spans import TracedAdmitter, TracedStream
 from serve_app.telemetry.logs import write_json
 from serve_app.telemetry.otlp import Exporter
-from tests.api.scripted import ScriptedGateway, app_config
+from tests.api.scripted import ScriptedEngine, ScriptedTelemetry, app_config
 from tests.collector import Collector
 
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -87,9 +87,9 @@ def test_what_is_off_is_not_there() -> None:
     program = (
         "import sys\n"
         "from serve_app.config import Telemetry as Settings\n"
-        "from serve_app.deployments.telemetry import Telemetry\n"
-        "from tests.api.scripted import ScriptedGateway, app_config\n"
-        "Telemetry(Settings(), '', 'r').app(ScriptedGateway(), app_config())\n"
+        "from serve_app.deployments.telemetry import ProcessTelemetry\n"
+        "from tests.api.scripted import ScriptedEngine, ScriptedTelemetry, app_config\n"
+        "ProcessTelemetry(Settings(), '', 'r').app(ScriptedEngine(), ScriptedTelemetry(), app_config())\n"
         "print(*sys.modules)\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
@@ -99,8 +99,8 @@ def test_what_is_off_is_not_there() -> None:
 
 @pytest.mark.parametrize(("settings", "layers"), [(Settings(), 0), (Settings(tracing=Tracing()), 1)])
 def test_the_front_door_has_a_layer_more_only_if_something_watches(settings: Settings, layers: int) -> None:
-    telemetry = Telemetry(settings, "", "r")
-    app = telemetry.app(ScriptedGateway(), app_config())
+    telemetry = ProcessTelemetry(settings, "", "r")
+    app = telemetry.app(ScriptedEngine(), ScriptedTelemetry(), app_config())
     telemetry.stop()
     assert isinstance(app, Starlette)
     assert [getattr(m.cls, "__name__", "") for m in app.user_middleware].count("Observe") == layers

@@ -1,0 +1,242 @@
+"""The connection on which a model replica sends events to an ingress: one frame a flush, for all of their streams.
+
+The ingress listens on its node's address and names that address, with a secret, in each request. A replica opens one
+connection to each ingress that has sent it a request. The stream of one ingress is read by nothing else: a connection
+that does not begin with the secret is closed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections import deque
+from contextlib import suppress
+from dataclasses import dataclass, field
+from hmac import compare_digest
+from typing import NamedTuple, cast
+
+from serve_app.deployments import wire
+from serve_app.errors import NotReady
+
+log = logging.getLogger(__name__)
+
+_SECRET_BYTES = 32
+_CONNECT_S = 5.0
+# What one connection may leave unsent before its streams fail: the ingress does not read, or is lost.
+_MAX_UNSENT_BYTES = 64 * 2**20
+
+
+class ReplyAddress(NamedTuple):
+    """Where an ingress receives events, and the secret that a replica has to begin with."""
+
+    host: str
+    port: int
+    secret: bytes
+
+
+@dataclass(slots=True)
+class Inbox:
+    """The items of one stream that have arrived and are not read yet."""
+
+    arrived: float
+    items: deque[wire.Item] = field(default_factory=deque)
+    offset_s: float | None = None
+    connection: asyncio.Transport | None = None
+    _filled: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def put(self, item: wire.Item) -> None:
+        self.items.append(item)
+        self._filled.set()
+
+    def take_in(self, packed: wire.Packed, connection: asyncio.Transport) -> None:
+        """Decode an item. The first one shows by how much the replica's clock of the request is behind ours."""
+        self.connection = connection
+        if self.offset_s is None and packed.elapsed_s is not None:
+            self.offset_s = max(0.0, time.monotonic() - self.arrived - packed.elapsed_s)
+        self.put(wire.decode(packed, self.offset_s or 0.0))
+
+    async def get(self) -> wire.Item:
+        while not self.items:
+            self._filled.clear()
+            await self._filled.wait()
+        return self.items.popleft()
+
+
+class EventReceiver:
+    """An ingress's end: hands the items of all connections to the inboxes of their streams."""
+
+    def __init__(self, host: str) -> None:
+        self._host = host
+        self._secret = secrets.token_bytes(_SECRET_BYTES)
+        self._numbers = 0
+        self._inboxes: dict[int, Inbox] = {}
+        self._server: asyncio.Server | None = None
+        self.address = ReplyAddress(host, 0, self._secret)
+
+    async def start(self) -> None:
+        """Listen on a free port of the host."""
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_server(lambda: _Receiving(self), self._host, 0)
+        self.address = ReplyAddress(self._host, self._server.sockets[0].getsockname()[1], self._secret)
+
+    def stop(self) -> None:
+        if self._server is not None:
+            self._server.close()
+
+    def open(self, arrived: float) -> tuple[int, Inbox]:
+        """A number for a new stream, whose request arrived at that instant, and the stream's inbox."""
+        self._numbers += 1
+        inbox = self._inboxes[self._numbers] = Inbox(arrived)
+        return self._numbers, inbox
+
+    def close(self, number: int) -> None:
+        self._inboxes.pop(number, None)
+
+    def authentic(self, secret: bytes) -> bool:
+        return compare_digest(secret, self._secret)
+
+    def received(self, items: list[wire.Packed], connection: asyncio.Transport) -> None:
+        for packed in items:
+            inbox = self._inboxes.get(packed.stream)
+            if inbox is not None:  # else its client has left
+                inbox.take_in(packed, connection)
+
+    def lost(self, connection: asyncio.Transport) -> None:
+        for inbox in self._inboxes.values():
+            if inbox.connection is connection:
+                inbox.put(replica_lost())
+
+
+def replica_lost() -> NotReady:
+    return NotReady("The replica that served this request was lost. Send the request again.", retry_after_s=1)
+
+
+class _Receiving(asyncio.Protocol):
+    """One connection from a replica: the secret, then frames."""
+
+    def __init__(self, receiver: EventReceiver) -> None:
+        self._receiver = receiver
+        self._buffer = bytearray()
+        self._known = False
+        self._transport: asyncio.Transport
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's is no subclass of it
+
+    def data_received(self, data: bytes) -> None:
+        self._buffer += data
+        if not self._known and not self._authenticate():
+            return
+        at = 0
+        while (end := self._end(at)) is not None:
+            self._take(bytes(self._buffer[at + wire.LENGTH.size : end]))
+            at = end
+        del self._buffer[:at]
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._receiver.lost(self._transport)
+
+    def _authenticate(self) -> bool:
+        if len(self._buffer) < _SECRET_BYTES:
+            return False
+        self._known = self._receiver.authentic(bytes(self._buffer[:_SECRET_BYTES]))
+        del self._buffer[:_SECRET_BYTES]
+        if not self._known:
+            log.warning("a connection for events did not begin with the secret and was closed")
+            self._transport.abort()
+        return self._known
+
+    def _end(self, at: int) -> int | None:
+        """Where the frame that begins at `at` ends; None while it is not complete."""
+        if len(self._buffer) < at + wire.LENGTH.size:
+            return None
+        (length,) = wire.LENGTH.unpack_from(self._buffer, at)
+        if length > wire.MAX_FRAME_BYTES:
+            log.error("a replica sent a frame of %d bytes; its connection was closed", length)
+            self._transport.abort()
+            return None
+        end: int = at + wire.LENGTH.size + length
+        return end if len(self._buffer) >= end else None
+
+    def _take(self, body: bytes) -> None:
+        try:
+            self._receiver.received(wire.unpack(body), self._transport)
+        except ValueError:
+            log.exception("a replica sent a frame that cannot be read; its connection was closed")
+            self._transport.abort()
+
+
+class EventSender:
+    """A replica's end: one connection to each ingress, made with its first request."""
+
+    def __init__(self) -> None:
+        self._connections: dict[ReplyAddress, Connection] = {}
+
+    async def connection(self, address: ReplyAddress) -> Connection:
+        """The open connection to an ingress. Raises OSError or TimeoutError if the ingress cannot be reached."""
+        known = self._connections.get(address)
+        if known is None or known.closed:
+            known = self._connections[address] = Connection()
+            self._forget_closed()
+        await known.opened(address)
+        return known
+
+    def stop(self) -> None:
+        for connection in self._connections.values():
+            connection.close()
+
+    def _forget_closed(self) -> None:
+        self._connections = {address: one for address, one in self._connections.items() if not one.closed}
+
+
+class Connection(asyncio.Protocol):
+    """Sends what all streams put into it during one pass of the event loop as one frame."""
+
+    def __init__(self) -> None:
+        self._opening: asyncio.Task[None] | None = None
+        self._transport: asyncio.Transport | None = None
+        self._items: list[tuple[int, wire.Item]] = []
+        self.closed = False
+
+    async def opened(self, address: ReplyAddress) -> None:
+        if self._opening is None:
+            self._opening = asyncio.create_task(self._open(address))
+        await asyncio.shield(self._opening)
+
+    def put(self, stream: int, item: wire.Item) -> None:
+        """Send an item soon. Items for a closed connection are dropped: its ingress is gone."""
+        if not self._items:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._items.append((stream, item))
+
+    def close(self) -> None:
+        self._flush()
+        self.closed = True
+        if self._transport is not None:
+            self._transport.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.closed = True
+
+    async def _open(self, address: ReplyAddress) -> None:
+        try:
+            async with asyncio.timeout(_CONNECT_S):
+                loop = asyncio.get_running_loop()
+                self._transport, _ = await loop.create_connection(lambda: self, address.host, address.port)
+        except (OSError, TimeoutError):
+            self.closed = True
+            raise
+        self._transport.write(address.secret)
+
+    def _flush(self) -> None:
+        items, self._items = self._items, []
+        if self.closed or self._transport is None or not items:
+            return
+        self._transport.write(wire.pack(items))
+        if self._transport.get_write_buffer_size() > _MAX_UNSENT_BYTES:
+            log.error("an ingress does not read its events; the connection was closed")
+            with suppress(OSError):
+                self._transport.abort()
+            self.closed = True

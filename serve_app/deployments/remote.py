@@ -1,0 +1,116 @@
+"""An Engine whose model runs in the replicas of another deployment: one Ray call a request, events over a socket."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from ray.exceptions import RayError, RayTaskError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle, DeploymentResponse
+
+from serve_app.core.engine import EngineLoad
+from serve_app.core.events import Chunk
+from serve_app.core.queries import A, ModelState, ModelStatus, Query
+from serve_app.core.requests import GenerationRequest
+from serve_app.deployments import wire
+from serve_app.deployments.events import EventReceiver, Inbox, replica_lost
+from serve_app.errors import InternalError, NotReady, QueueFull, ServeAppError
+from serve_app.gateway.outcome import out_of_time
+
+logger = logging.getLogger("ray.serve")
+
+# A replica ends a request at its deadline itself; this is for a replica that cannot.
+_GRACE_S = 5.0
+# Events travel beside the Ray call, so that its result can come before the last of them.
+_LAST_EVENTS_S = 5.0
+
+
+class RemoteEngine:
+    """Calls the replicas of `model` through `handle`. Closing a generator before its last chunk cancels the request.
+
+    Ray chooses the replica. The call stays open until the request has ended there, so that Ray counts the request as
+    ongoing; its events come to `receiver`.
+    """
+
+    def __init__(self, model: str, handle: DeploymentHandle, receiver: EventReceiver) -> None:
+        self._model = model
+        self._handle = handle
+        self._receiver = receiver
+        self._running = 0
+        self._calls: set[asyncio.Task[None]] = set()
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
+        number, inbox = self._receiver.open(request.arrived)
+        now = time.monotonic()
+        response = self._handle.generate.remote(wire.outgoing(request, now), number, self._receiver.address)
+        call = asyncio.create_task(self._follow(response, inbox, request.id))
+        self._calls.add(call)
+        call.add_done_callback(self._calls.discard)
+        late = asyncio.get_running_loop().call_later(
+            request.deadline + _GRACE_S - now, lambda: inbox.put(out_of_time(request))
+        )
+        self._running += 1
+        ended = False
+        try:
+            while not ended:
+                item = await inbox.get()
+                if isinstance(item, ServeAppError):
+                    raise item
+                ended = item.finished
+                yield item
+        finally:
+            self._running -= 1
+            late.cancel()
+            self._receiver.close(number)
+            if not ended:
+                response.cancel()
+
+    async def query(self, model: str, query: Query[A], deadline: float) -> A:
+        response: DeploymentResponse = self._handle.query.remote(query)
+        try:
+            result: Any = await response
+        except asyncio.CancelledError:
+            response.cancel()
+            raise
+        except Exception as error:
+            raise self._mapped(error, type(query).__name__) from error
+        if isinstance(result, ServeAppError):
+            raise result
+        return result  # type: ignore[no-any-return]  # Ray's results have no type
+
+    def health(self, model: str) -> ModelStatus:
+        return ModelStatus(self._model, ModelState.READY)
+
+    def load(self, model: str) -> EngineLoad:
+        return EngineLoad(self._running, 0, self._running)
+
+    async def _follow(self, response: DeploymentResponse, inbox: Inbox, id: str) -> None:
+        """Wait for the end of the call, and let the request end if its events do not end it."""
+        try:
+            await response
+        except asyncio.CancelledError:
+            return
+        except Exception as error:  # noqa: BLE001 - whatever Ray raises ends the request
+            inbox.put(self._mapped(error, id))
+            return
+        await asyncio.sleep(_LAST_EVENTS_S)
+        inbox.put(InternalError("The model ended this request without an answer."))
+
+    def _mapped(self, error: Exception, id: str) -> ServeAppError:
+        """Ray's exceptions as errors of this service."""
+        cause = getattr(error, "cause", error)  # Ray wraps what a replica raises
+        if isinstance(cause, ServeAppError):
+            return cause
+        if isinstance(error, BackPressureError):
+            return QueueFull(f"{self._model} has as many requests waiting as it takes. Try again later.", None, 1.0)
+        if isinstance(error, DeploymentUnavailableError):
+            return NotReady(f"{self._model} is not available: its deployment failed.", retry_after_s=30)
+        if isinstance(error, RayError) and not isinstance(error, RayTaskError):
+            logger.error("the replica with request %s was lost: %s", id, error)
+            return replica_lost()
+        logger.error("the replica failed on request %s", id, exc_info=error)
+        return InternalError("The model failed on this request.")

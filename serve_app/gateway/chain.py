@@ -1,0 +1,46 @@
+"""The stages of one model, in their order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from serve_app.config import Model
+from serve_app.core.engine import Engine
+from serve_app.core.queries import ModelStatus
+from serve_app.core.requests import GenerationRequest
+from serve_app.gateway.admission import Admission
+from serve_app.gateway.outcome import Outcome, RequestMeter
+from serve_app.gateway.readiness import Readiness
+
+
+class ModelChain:
+    """`engine` is the outermost stage around `innermost`, which reaches the model's replicas.
+
+    `meter` measures a request; `woke` receives the seconds that a model took to wake.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        innermost: Engine,
+        meter: Callable[[GenerationRequest], RequestMeter],
+        woke: Callable[[float], None],
+    ) -> None:
+        deployment = model.deployment
+        self._places_per_replica = self._places = deployment.max_ongoing_requests
+        self._admission = Admission(innermost, model.name, lambda: self._places, deployment.max_queued_requests)
+        held = deployment.max_ongoing_requests + deployment.max_queued_requests
+        self._readiness = Readiness(self._admission, model, held, woke)
+        self.engine: Engine = Outcome(self._readiness, meter)
+
+    def update(self, status: ModelStatus, ready: int, ingresses: int) -> None:
+        """Take in the model's state, its ready replicas, and the number of ingresses that share their places.
+
+        There are places for one replica also when none is ready, for the first requests after a start.
+        """
+        self._places = -(-max(1, ready) * self._places_per_replica // max(1, ingresses))
+        self._readiness.update(status)
+        self._admission.capacity_changed()
+
+    def stop(self) -> None:
+        self._readiness.stop()

@@ -1,0 +1,176 @@
+"""Replicas send events to an ingress over real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from dataclasses import replace
+
+import pytest
+
+from serve_app.deployments import wire
+from serve_app.deployments.events import Connection, EventReceiver, EventSender, Inbox
+from serve_app.errors import NotReady, QueueFull
+from tests.gateway.scripted import LAST, chunk
+
+
+@pytest.fixture
+async def receiver() -> AsyncIterator[EventReceiver]:
+    receiver = EventReceiver("127.0.0.1")
+    await receiver.start()
+    yield receiver
+    receiver.stop()
+
+
+@pytest.fixture
+async def sender() -> AsyncIterator[EventSender]:
+    sender = EventSender()
+    yield sender
+    sender.stop()
+
+
+async def got(inbox: Inbox) -> wire.Item:
+    async with asyncio.timeout(5):
+        return await inbox.get()
+
+
+async def test_items_reach_the_inbox_of_their_stream_in_order(receiver: EventReceiver, sender: EventSender) -> None:
+    now = time.monotonic()
+    (one, first), (two, second) = receiver.open(now), receiver.open(now)
+    connection = await sender.connection(receiver.address)
+    connection.put(one, chunk("a"))
+    connection.put(two, QueueFull("full", retry_after_s=2))
+    connection.put(one, LAST)
+    items = [await got(first), await got(first)]
+    assert [item.events[0].text for item in items if not isinstance(item, NotReady | QueueFull)] == ["a", "z"]
+    refused = await got(second)
+    assert isinstance(refused, QueueFull)
+    assert refused.retry_after_s == 2
+
+
+async def test_a_replica_has_one_connection_to_an_ingress(receiver: EventReceiver, sender: EventSender) -> None:
+    both = await asyncio.gather(sender.connection(receiver.address), sender.connection(receiver.address))
+    assert both[0] is both[1]
+    assert await sender.connection(receiver.address) is both[0]
+
+
+class Counting(EventReceiver):
+    frames = 0
+
+    def received(self, items: list[wire.Packed], connection: asyncio.Transport) -> None:
+        self.frames += 1
+        super().received(items, connection)
+
+
+async def test_what_comes_in_one_pass_of_the_event_loop_is_one_frame(sender: EventSender) -> None:
+    receiver = Counting("127.0.0.1")
+    await receiver.start()
+    opened = [receiver.open(time.monotonic()) for _ in range(32)]
+    connection = await sender.connection(receiver.address)
+    for turn in range(3):
+        for number, _ in opened:
+            connection.put(number, chunk(str(turn)))
+        for _, inbox in opened:
+            await got(inbox)
+    assert receiver.frames == 3
+    receiver.stop()
+
+
+async def test_times_count_from_the_arrival_at_the_ingress(receiver: EventReceiver, sender: EventSender) -> None:
+    """The replica saw the request 0.2 s later, and made its token 0.1 s after that."""
+    number, inbox = receiver.open(time.monotonic() - 0.3)
+    connection = await sender.connection(receiver.address)
+    connection.put(number, chunk("a"))
+    connection.put(number, replace(LAST, events=(replace(LAST.events[0], elapsed_s=0.5),)))
+    first, last = await got(inbox), await got(inbox)
+    assert not isinstance(first, Exception)
+    assert not isinstance(last, Exception)
+    offset = first.events[0].elapsed_s - 0.1
+    assert 0.2 <= offset < 1
+    assert last.events[0].elapsed_s == pytest.approx(0.5 + offset)
+    assert first.queue_s == pytest.approx(offset)
+
+
+async def test_a_lost_replica_ends_its_streams_and_no_others(receiver: EventReceiver, sender: EventSender) -> None:
+    other = EventSender()
+    now = time.monotonic()
+    (one, lost), (two, kept) = receiver.open(now), receiver.open(now)
+    connection = await sender.connection(receiver.address)
+    healthy = await other.connection(receiver.address)
+    connection.put(one, chunk("a"))
+    healthy.put(two, chunk("a"))
+    await got(lost)
+    await got(kept)
+    connection.close()
+    assert isinstance(await got(lost), NotReady)
+    healthy.put(two, LAST)
+    assert await got(kept) != chunk("a")
+    other.stop()
+
+
+async def test_items_of_a_stream_whose_client_left_are_dropped(receiver: EventReceiver, sender: EventSender) -> None:
+    (gone, _), (number, inbox) = receiver.open(time.monotonic()), receiver.open(time.monotonic())
+    receiver.close(gone)
+    connection = await sender.connection(receiver.address)
+    connection.put(gone, LAST)
+    connection.put(number, LAST)
+    await got(inbox)
+    assert list(receiver._inboxes) == [number]
+
+
+async def test_a_connection_without_the_secret_is_closed(receiver: EventReceiver) -> None:
+    number, inbox = receiver.open(time.monotonic())
+    reader, writer = await asyncio.open_connection(receiver.address.host, receiver.address.port)
+    writer.write(bytes(32) + wire.pack([(number, LAST)]))
+    async with asyncio.timeout(5):
+        with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
+            await reader.readexactly(1)
+    assert not inbox.items
+    writer.close()
+
+
+@pytest.mark.parametrize("frame", [b"\x00\x00\x00\x01\xc1", b"\xff\xff\xff\xff", b"\x00\x00\x00\x02\x91\x01"])
+async def test_a_frame_that_cannot_be_read_closes_the_connection(receiver: EventReceiver, frame: bytes) -> None:
+    reader, writer = await asyncio.open_connection(receiver.address.host, receiver.address.port)
+    writer.write(receiver.address.secret + frame)
+    async with asyncio.timeout(5):
+        with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
+            await reader.readexactly(1)
+    writer.close()
+
+
+async def test_frames_are_put_together_wherever_they_are_cut(receiver: EventReceiver) -> None:
+    number, inbox = receiver.open(time.monotonic())
+    _, writer = await asyncio.open_connection(receiver.address.host, receiver.address.port)
+    data = receiver.address.secret + wire.pack([(number, chunk("a"))]) + wire.pack([(number, LAST)])
+    for at in range(0, len(data), 7):
+        writer.write(data[at : at + 7])
+        await writer.drain()
+        await asyncio.sleep(0.001)
+    assert [item.events[0].text for item in (await got(inbox), await got(inbox)) if not isinstance(item, NotReady)] == [
+        "a",
+        "z",
+    ]
+    writer.close()
+
+
+async def test_an_ingress_that_cannot_be_reached_is_an_error_at_once(
+    receiver: EventReceiver, sender: EventSender
+) -> None:
+    address = receiver.address
+    receiver.stop()
+    with pytest.raises(OSError):
+        await sender.connection(address)
+    with pytest.raises(OSError):
+        await sender.connection(address)
+
+
+async def test_a_new_connection_replaces_a_closed_one(receiver: EventReceiver, sender: EventSender) -> None:
+    first: Connection = await sender.connection(receiver.address)
+    first.close()
+    second = await sender.connection(receiver.address)
+    assert second is not first
+    number, inbox = receiver.open(time.monotonic())
+    second.put(number, LAST)
+    await got(inbox)

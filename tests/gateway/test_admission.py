@@ -1,0 +1,157 @@
+"""One queue decides which request of a model goes next."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+
+import pytest
+
+from serve_app.core.queries import GetModelInfo
+from serve_app.errors import DeadlineExceeded, QueueFull
+from serve_app.gateway.admission import QUERIES_RUNNING, QUERIES_WAITING, Admission
+from tests.gateway.scripted import LAST, ScriptedEngine, chunk, request
+
+
+class Gate:
+    """An engine whose answers end one by one, and an admission stage in front of it."""
+
+    def __init__(self, places: int, waiting: int) -> None:
+        self.ends: dict[str, asyncio.Event] = {}
+        self.engine = ScriptedEngine(lambda r: [chunk(), self.ends.setdefault(r.id, asyncio.Event()), LAST])
+        self.places = places
+        self.stage = Admission(self.engine, "m", lambda: self.places, waiting)
+        self.tasks: dict[str, asyncio.Task[None]] = {}
+
+    async def send(self, id: str, priority: int = 0, timeout_s: float = 30.0) -> asyncio.Task[None]:
+        async def read() -> None:
+            async for _ in self.stage.generate(request(id, priority, timeout_s)):
+                pass
+
+        task = self.tasks[id] = asyncio.create_task(read())
+        await settle()
+        return task
+
+    async def end(self, id: str) -> None:
+        self.ends[id].set()
+        await settle()
+
+    @property
+    def begun(self) -> list[str]:
+        return [one.id for one in self.engine.requests]
+
+
+async def settle() -> None:
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+async def test_the_lowest_priority_value_goes_first_and_equals_in_order_of_arrival() -> None:
+    gate = Gate(places=1, waiting=10)
+    for name, priority in [("first", 0), ("b", 5), ("c", 0), ("d", -9), ("e", 0)]:
+        await gate.send(name, priority)
+    for name in ("first", "d", "c", "e", "b"):
+        await gate.end(name)
+    assert gate.begun == ["first", "d", "c", "e", "b"]
+    await asyncio.gather(*gate.tasks.values())
+
+
+async def test_a_full_queue_refuses_at_once_with_an_estimate() -> None:
+    gate = Gate(places=1, waiting=1)
+    await gate.send("a")
+    await gate.send("b")
+    assert (gate.stage.load("m").running, gate.stage.load("m").waiting) == (1, 1)
+    refused = await gate.send("c")
+    with pytest.raises(QueueFull, match="m has 1 requests waiting") as error:
+        await refused
+    assert (error.value.retry_after_s or 0) >= 1
+    await gate.end("a")
+    await gate.end("b")
+    assert gate.begun == ["a", "b"]
+
+
+async def test_a_waiting_request_ends_at_its_deadline_and_leaves_its_place() -> None:
+    gate = Gate(places=1, waiting=1)
+    await gate.send("a")
+    late = await gate.send("late", timeout_s=0.03)
+    with pytest.raises(DeadlineExceeded):
+        await late
+    await gate.send("b")
+    await gate.end("a")
+    await gate.end("b")
+    assert gate.begun == ["a", "b"]
+
+
+async def test_a_waiting_request_whose_caller_leaves_gives_its_place_back() -> None:
+    gate = Gate(places=1, waiting=1)
+    await gate.send("a")
+    task = await gate.send("gone")
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert gate.stage.load("m").waiting == 0
+    await gate.send("b")
+    await gate.end("a")
+    assert gate.begun == ["a", "b"]
+    await gate.end("b")
+
+
+async def test_more_places_let_waiting_requests_through() -> None:
+    gate = Gate(places=1, waiting=5)
+    for name in "abcd":
+        await gate.send(name)
+    gate.places = 3
+    gate.stage.capacity_changed()
+    await settle()
+    assert gate.begun == ["a", "b", "c"]
+    gate.places = 1  # running requests stay
+    for name in "abc":
+        await gate.end(name)
+    assert gate.begun == ["a", "b", "c", "d"]
+    await gate.end("d")
+
+
+async def test_no_permit_is_lost_whatever_leaves_when() -> None:
+    """300 random arrivals, ends, departures and capacities: never more than the places, and all are free at the end."""
+    draw = random.Random(7)
+    gate = Gate(places=3, waiting=4)
+    for number in range(300):
+        action = draw.choice(["send", "send", "end", "leave", "places"])
+        alive = [name for name, task in gate.tasks.items() if not task.done()]
+        if action == "send":
+            await gate.send(str(number), draw.randint(-2, 2))
+        elif action == "places":
+            gate.places = draw.randint(1, 4)
+            gate.stage.capacity_changed()
+        elif alive and action == "leave":
+            gate.tasks[draw.choice(alive)].cancel()
+        elif gate.ends:
+            gate.ends[draw.choice(list(gate.ends))].set()
+        if draw.random() < 0.7:
+            await settle()
+        assert gate.engine.running <= 4
+        assert gate.stage.load("m").waiting <= 4
+    while any(not task.done() for task in gate.tasks.values()):
+        for event in gate.ends.values():
+            event.set()
+        await settle()
+    await asyncio.gather(*gate.tasks.values(), return_exceptions=True)
+    assert (gate.stage.load("m").running, gate.stage.load("m").waiting, gate.engine.running) == (0, 0, 0)
+
+
+async def test_queries_are_bounded_apart_from_generations() -> None:
+    gate = Gate(places=1, waiting=1)
+    gate.engine.query_gate = asyncio.Event()
+    await gate.send("a")
+    asked = [
+        asyncio.create_task(gate.stage.query("m", GetModelInfo(), time.monotonic() + 9))
+        for _ in range(QUERIES_RUNNING + QUERIES_WAITING)
+    ]
+    await settle()
+    assert len(gate.engine.queries) == QUERIES_RUNNING
+    with pytest.raises(QueueFull, match="queries"):
+        await gate.stage.query("m", GetModelInfo(), time.monotonic() + 9)
+    gate.engine.query_gate.set()
+    assert set(await asyncio.gather(*asked)) == {"answer"}
+    await gate.end("a")
