@@ -1,4 +1,4 @@
-"""`python -m serve_app`: start.py, reached without a traceback whenever Ctrl-C comes."""
+"""`python -m serve_app`: runs cli.main. Ctrl-C ends it without a traceback at any time."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import signal
 import sys
 
 if __name__ == "__main__":
-    # Until it has its own handler; what it imports takes a moment.
+    # Until cli.main has installed its own handler: its imports take a moment.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     from serve_app.cli import main
 

@@ -7,7 +7,6 @@ from typing import Any
 from ray.serve import Application
 
 from serve_app.config import AppConfig, Deployment, Model, Resources, deployment_name
-from serve_app.deployments.hub import Hub
 from serve_app.deployments.ingress import Ingress
 from serve_app.deployments.replica import ModelReplica
 from serve_app.deployments.telemetry import check
@@ -21,25 +20,17 @@ _NO_ACCESS_LOG = {"enable_access_log": False}
 
 
 def build(config: AppConfig) -> Application:
-    """An ingress in front of one deployment a model; the hub, to which all of them report, beside them."""
+    """An ingress in front of one deployment a model."""
     assert isinstance(config, AppConfig), "Ray did not validate the args of serve_config.yaml"
     check(config.telemetry)
-    hub = Hub.options(  # type: ignore[attr-defined]
-        num_replicas=1,
-        max_ongoing_requests=100,
-        max_queued_requests=1000,
-        ray_actor_options={"num_cpus": 0},
-        graceful_shutdown_timeout_s=2,
-        logging_config=_NO_ACCESS_LOG,
-    ).bind()
-    models = [_model(model, config).bind(model, hub, config.telemetry) for model in config.models]
+    models = [_model(model, config).bind(model, config.telemetry) for model in config.models]
     ingress = Ingress.options(  # type: ignore[attr-defined]
         **_serve_options(config.ingress.deployment),
         ray_actor_options={"num_cpus": config.ingress.num_cpus},
         # Ray's access log has text lines without our route or trace, and the status from before the stream.
         **({"logging_config": _NO_ACCESS_LOG} if config.telemetry.log_format == "json" else {}),
     )
-    return ingress.bind(config, models, hub)
+    return ingress.bind(config, models)
 
 
 def _model(model: Model, config: AppConfig) -> Any:

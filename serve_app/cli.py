@@ -1,7 +1,7 @@
-"""The whole service on this machine, until Ctrl-C.
+"""Runs the whole service on this machine until Ctrl-C.
 
-Starts a local Ray when none is reachable, deploys the configuration to it, says how far the model is, and
-takes away again what it brought.
+Starts a local Ray if none is reachable, deploys the configuration to it, shows how far the models are, and removes
+what it started when it ends.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ import socket
 import sys
 import threading
 import time
-import urllib.parse
-import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
 
-from serve_app.config import ConfigError, ServeFile, load_serve_file
+from serve_app.config import ConfigError
 from serve_app.deployments.cluster import Cluster, ClusterError, connect
+from serve_app.readiness import waiting_models
+from serve_app.serve_file import ServeFile, load_serve_file
 
 _LOOK_S = 0.2
 
 
 class StartError(Exception):
-    """The service cannot start; the text says why and what to do."""
+    """The service cannot start. The text says why and what to do."""
 
 
 class Progress:
@@ -47,7 +47,7 @@ class Progress:
         self._shown = text
 
     def end(self) -> None:
-        """Let what is printed next begin on a line of its own."""
+        """Start a new line for what is printed next."""
         if self._live and self._shown:
             print(file=sys.stderr, flush=True)
         self._shown = ""
@@ -61,7 +61,7 @@ class Address:
     port: int
 
     def check(self) -> None:
-        """Raises StartError; Ray would only say that its proxy did not start."""
+        """Raises StartError if the address is in use; Ray would only say that its proxy did not start."""
         try:
             family, kind, _, _, address = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)[0]
             with socket.socket(family, kind) as probe:
@@ -71,7 +71,7 @@ class Address:
             raise StartError(f"cannot listen on {self.host}:{self.port}: {error}; choose another with --port") from None
 
     def url(self, route_prefix: str) -> str:
-        """As it is reached from this machine."""
+        """The URL of the service from this machine."""
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
         host = f"[{host}]" if ":" in host else host
         return f"http://{host}:{self.port}{route_prefix.rstrip('/')}"
@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except Exception as error:
         progress.end()
-        if _interrupted.is_set():  # other people's code, interrupted, fails as it likes
+        if _interrupted.is_set():  # code of other projects fails in any way when it is interrupted
             return 130
         if not isinstance(error, ConfigError | ClusterError | StartError):
             raise
@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m serve_app",
-        description="Run the LLM service on this machine: a local Ray (or the one that is reachable), the graph of the "
+        description="Run the LLM service on this machine: a local Ray (or a reachable one), the application of the "
         "configuration file, an HTTP address. Ctrl-C stops it and everything it started.",
     )
     parser.add_argument("--config", default="serve_config.yaml", help="Ray Serve config file (default: %(default)s)")
@@ -114,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--ray-address",
         default="auto",
-        help="auto: the Ray cluster that is reachable, or else a new local one; local: always a new one; "
+        help="auto: the reachable Ray cluster, or else a new local one; local: always a new one; "
         "or the address of a cluster (default: %(default)s)",
     )
     return parser
@@ -128,11 +128,11 @@ def _port(text: str) -> int:
 
 def _serve(ray_address: str, address: Address, file: ServeFile, progress: Progress) -> int:
     progress.show("starting Ray")
-    cluster = _connect(ray_address, file.args.limits.request_timeout_s)
+    cluster = _connect(ray_address, file.application.args.limits.request_timeout_s)
     try:
         progress.show("starting Ray Serve")
         _deploy(address, file, progress)
-        print(_banner(address.url(file.route_prefix), file, cluster), flush=True)
+        print(_banner(address.url(file.application.route_prefix), file, cluster), flush=True)
         threading.Event().wait()
         return 0
     except KeyboardInterrupt:
@@ -141,68 +141,62 @@ def _serve(ray_address: str, address: Address, file: ServeFile, progress: Progre
         # A second Ctrl-C would leave processes behind.
         _on_signals(signal.SIG_IGN)
         progress.show("stopping")
-        cluster.stop()
+        cluster.stop(file.application.name)
         progress.show("stopped")
         progress.end()
 
 
 def _connect(address: str, longest_s: float) -> Cluster:
-    """Join or start Ray. A signal waits until it is there: half a Ray could not be taken away again."""
+    """Join or start Ray. A signal waits until Ray runs: a Ray that has started in part could not be stopped."""
     signals: list[int] = []
     _on_signals(lambda number, _: signals.append(number))
     try:
         cluster = connect(address, longest_s)
     finally:
-        _on_signals(_interrupt)  # Ray too puts a handler of its own there
+        _on_signals(_interrupt)  # Ray installs a handler of its own
     if signals:
-        cluster.stop()
+        cluster.stop("")
         raise KeyboardInterrupt
     return cluster
 
 
 def _deploy(address: Address, file: ServeFile, progress: Progress) -> None:
-    """Deploy, and show how far the models are until they can answer. Raises StartError when the deployment fails."""
+    """Deploy, and show how far the models are until they can serve. Raises StartError when the deployment fails."""
     from ray import serve
 
     from serve_app.app import build
-    from serve_app.deployments.watch import Watch
 
     for name in ("ray.serve", "ray.serve._private"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    serve.start(http_options={"host": address.host, "port": address.port})
+    application = file.application
+    options = file.http_options.model_dump(exclude_none=True) | {"host": address.host, "port": address.port}
     failure: list[Exception] = []
 
     def run() -> None:
         try:
-            serve.run(build(file.args), name=file.name, route_prefix=file.route_prefix)
-        except Exception as error:  # noqa: BLE001 - whatever it is, the operator is told
+            serve.run(build(application.args), name=application.name, route_prefix=application.route_prefix)
+        except Exception as error:  # noqa: BLE001 - reported to the operator
             failure.append(error)
 
+    try:
+        serve.start(http_options=options)
+    except Exception as error:
+        raise StartError(f"Ray Serve did not start: {_reason(error)}") from error
     deployment = threading.Thread(target=run, daemon=True)
     deployment.start()
-    watch = Watch(file.name, file.args.models)
-    url = address.url(file.route_prefix)
-    stages: list[str] | None = None
-    while deployment.is_alive() or stages is None or stages or not _ready(url, file):
-        if _interrupted.is_set():  # and may have been swallowed by other people's code
+    url = address.url(application.route_prefix)
+    models = [model.name for model in application.args.models]
+    waiting: list[str] | None = None
+    while deployment.is_alive() or waiting is None or waiting:
+        if _interrupted.is_set():  # other projects' code may have swallowed the exception
             raise KeyboardInterrupt
         time.sleep(_LOOK_S)
         failed = bool(failure)
-        stages = watch.waiting()
+        waiting = waiting_models(url, models)
         if failed:
-            raise StartError(f"the deployment failed: {'; '.join(stages or []) or _reason(failure[0])}")
-        progress.show("starting the graph" if stages is None else "; ".join(stages))
+            raise StartError(f"the deployment failed: {'; '.join(waiting or []) or _reason(failure[0])}")
+        progress.show("starting the application" if waiting is None else "; ".join(waiting) or "ready")
     progress.end()
-
-
-def _ready(url: str, file: ServeFile) -> bool:
-    """Whether callers too find every model ready: the proxy and the ingress learn it a moment after the hub."""
-    try:
-        for model in file.args.models:
-            urllib.request.urlopen(f"{url}/ready?model={urllib.parse.quote(model.name)}", timeout=2).close()
-    except OSError:
-        return False
-    return True
 
 
 def _reason(error: Exception) -> str:
@@ -215,7 +209,7 @@ def _reason(error: Exception) -> str:
 
 
 def _on_signals(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> None:
-    """SIGTERM, and SIGINT: a shell that starts us in the background leaves that one ignored."""
+    """SIGTERM, and SIGINT: a shell that starts a program in the background leaves SIGINT ignored."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, handler)
 
@@ -226,17 +220,17 @@ def _interrupt(signum: int, frame: FrameType | None) -> None:
 
 
 def _banner(url: str, file: ServeFile, cluster: Cluster) -> str:
-    model = file.args.models[0].name
+    models = [model.name for model in file.application.args.models]
     stream: dict[str, object] = {"prompt": "The future of artificial intelligence is", "max_tokens": 40}
     chat: dict[str, object] = {
-        "model": model,
+        "model": models[0],
         "messages": [{"role": "user", "content": "What is the capital of France?"}],
     }
     token = " (asks for the token in ~/.ray/auth_token)" if cluster.asks_for_token else ""
     dashboard = f"   Ray dashboard: http://{cluster.dashboard}{token}" if cluster.dashboard else ""
     return (
         f"\nserve_app answers on {url}   (Ctrl-C stops it)\n"
-        f"Models: {', '.join(m.name for m in file.args.models)}{dashboard}\n"
+        f"Models: {', '.join(models)}{dashboard}\n"
         f"Playground, in a browser: {url}/\n"
         f"\nStream tokens:\n  {_curl(url + '/generate_stream', stream)}\n"
         f"\nChat:\n  {_curl(url + '/v1/chat/completions', chat)}\n"

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -248,53 +248,13 @@ def deployment_name(model: str) -> str:
     return "model-" + "".join(c if c.isalnum() or c in "._-" else "-" for c in model)
 
 
-class HttpOptions(BaseModel):
-    """Where Ray Serve's proxy listens; its other options are Ray's to judge."""
-
-    host: str = "127.0.0.1"
-    port: int = Field(8000, ge=1, le=65535)
-
-
-class ServeFile(Section):
-    """What the start-up program needs of a Ray Serve config file: the address, and the application's route and args."""
-
-    http_options: HttpOptions
-    name: str
-    route_prefix: str
-    args: AppConfig
-
-
-def load_serve_file(path: str | Path) -> ServeFile:
-    """Read the single application of a Ray Serve config file.
-
-    Raises ConfigError with every fault and its place when the file cannot be used.
-    """
-    try:
-        document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; pass --config with the path of a serve_config.yaml") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: {error}") from None
-    applications = document.get("applications") if isinstance(document, dict) else None
-    if not isinstance(applications, list) or len(applications) != 1 or not isinstance(applications[0], dict):
-        raise ConfigError(f"{path}: expected a Ray Serve config with exactly one entry under `applications`")
-    application: dict[str, Any] = applications[0]
-    try:
-        return ServeFile(
-            http_options=document.get("http_options", {}),
-            name=application.get("name", "default"),
-            route_prefix=application.get("route_prefix", "/"),
-            args=application.get("args", {}),
-        )
-    except ValidationError as error:
-        raise ConfigError(f"{path}:\n{describe(error)}") from None
-
-
-def describe(error: ValidationError) -> str:
-    """Every fault of a pydantic error, one a line: path, then what is wrong."""
+def describe(
+    error: ValidationError, sentence: Callable[[str, str, str], str] = lambda place, message, kind: message
+) -> str:
+    """Every fault of a pydantic error, one a line: its path, then `sentence(path, message, type)`."""
     faults = [(".".join(str(part) for part in fault["loc"]), fault) for fault in error.errors()]
     return "\n".join(
-        f"  {path or '(top)'}: {fault['msg']}"
+        f"  {path or '(top)'}: {sentence(path, fault['msg'], fault['type'])}"
         for path, fault in faults
         # A list with a faulty member is also reported as too short.
         if fault["type"] != "too_short" or not any(other.startswith(f"{path}.") for other, _ in faults)

@@ -1,6 +1,6 @@
-"""The Ray under the service: one that is reachable, or one of our own that ends with us.
+"""The Ray under the service: a reachable one, or one of our own that ends with us.
 
-Ray reads its switches when it is imported, so it is imported here only once they are set.
+Ray reads its switches when it is imported, so that it is imported here only after they are set.
 """
 
 from __future__ import annotations
@@ -18,42 +18,46 @@ from urllib.parse import urlsplit
 
 from serve_app.deployments import haproxy
 
-# A value that the user has set stands.
+# A variable that the user has set stays as it is.
 _ENVIRONMENT = {
-    # Ray reports usage to its makers unless told otherwise.
+    # Ray reports usage to its makers unless it is switched off.
     "RAY_USAGE_STATS_ENABLED": "0",
     # So does the model hub's library.
     "HF_HUB_DISABLE_TELEMETRY": "1",
-    # Left unset, Ray decides by what it finds in the home folder. Whoever reaches Ray's ports may run code, on
-    # loopback every user of the machine, so it asks for the token in ~/.ray/auth_token.
+    # Without it Ray decides by what it finds in the home folder. Code runs for anyone who reaches Ray's ports, on
+    # loopback for every user of the machine, so that Ray has to ask for the token in ~/.ray/auth_token.
     "RAY_AUTH_MODE": "token",
     # One event loop a replica and gRPC between deployments: 17 % more tokens a second at 8 and at 32 streams, on cores
     # that the model shares. Nothing here blocks a loop, which is what the default protects from.
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-    # Ray's controller looks after its deployments ten times a second, and each look interrupts the model on a machine
-    # with few cores: 3 to 7 % of the tokens at 32 streams.
+    # Ray's controller checks its deployments ten times a second, and each check interrupts the model on a machine with
+    # few cores: 3 to 7 % of the tokens at 32 streams.
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
-    # Ray's workers stand back behind every other program (niceness 15). A step is two threads in lock-step, and where
-    # one is kept waiting both are: beside one busy process at the usual priority, steps took ten times as long.
+    # A proxy that has died is replaced after one missed check. Ray's default of 10 s leaves the service without a
+    # proxy for up to 39 s.
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
+    # Ray starts its workers with niceness 15, behind every other program. A step is two threads that wait for each
+    # other: beside one busy process of the usual priority, steps took ten times as long.
     "RAY_worker_niceness": "0",
-    # Serve's own request log would be a line for every health check.
+    # Ray Serve's own request log would be a line for every health check.
     "RAY_SERVE_LOG_TO_STDERR": "0",
 }
 # Despite its name this decides on every system whether Ray listens on the network or on loopback only.
 _LOOPBACK_ONLY = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
-# Tokens are tiny and pass by value; Ray's default is 30 % of the machine's memory.
+_LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
+# Tokens are small and pass by value; Ray's default is 30 % of the machine's memory.
 _OBJECT_STORE_BYTES = 128 * 2**20
 _PORT = 6379
 _CONNECT_S = 5.0
 
 
 class ClusterError(Exception):
-    """There is no Ray to run on; the text says why and what to do."""
+    """There is no Ray to run on. The text says why and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """The Ray that carries the service, and whether it is ours to stop. `dashboard` is host:port, or ""."""
+    """The Ray that runs the service, and whether we started it. `dashboard` is host:port, or ""."""
 
     dashboard: str
     ours: bool
@@ -63,17 +67,26 @@ class Cluster:
     def asks_for_token(self) -> bool:
         return self.ours and os.environ["RAY_AUTH_MODE"] == "token" and "RAY_AUTH_TOKEN" not in os.environ
 
-    def stop(self) -> None:
-        """Take away what we brought. A Ray of our own goes down as a whole, which needs no care for its parts."""
+    def stop(self, application: str) -> None:
+        """Remove what we started: our own Ray as a whole; on a joined cluster the application, and Serve if unused."""
         import ray
-        from ray import serve
 
         if not self.ours:
             with suppress(Exception):
-                serve.shutdown()
+                _remove(application)
         ray.shutdown()
         if self.folder is not None:
             self.folder.cleanup()
+
+
+def _remove(application: str) -> None:
+    """Delete one application. Ray Serve itself, which we started, goes unless others have deployed to it since."""
+    from ray import serve
+
+    if application:
+        serve.delete(application)
+    if not serve.status().applications:
+        serve.shutdown()
 
 
 def connect(wanted: str, longest_s: float) -> Cluster:
@@ -99,36 +112,54 @@ def _join(address: str) -> Cluster:
         ray.shutdown()
         raise ClusterError(
             f"Ray Serve runs on the cluster at {address} already, with a port of its own: use `serve deploy` there, "
-            "or --ray-address local for a Ray apart from it"
+            "or --ray-address local for a Ray of its own"
         )
     return Cluster(context.dashboard_url or "", ours=False)
 
 
 def _start(longest_s: float) -> Cluster:
     _set_unless_set(_LOOPBACK_ONLY)
+    _no_proxy_for_loopback()
     folder = _put_haproxy_in_front(longest_s)
     import ray
 
-    context = ray.init(
-        address="local", _node_ip_address="127.0.0.1", object_store_memory=_OBJECT_STORE_BYTES, **_quiet()
-    )
+    try:
+        context = ray.init(
+            address="local", _node_ip_address="127.0.0.1", object_store_memory=_OBJECT_STORE_BYTES, **_quiet()
+        )
+    except Exception as error:
+        ray.shutdown()
+        if folder is not None:
+            folder.cleanup()
+        reason = (str(error).strip().splitlines() or [repr(error)])[-1]
+        raise ClusterError(
+            f"Ray did not start: {reason}; on a busy machine it can take too long: try again. Its logs are in "
+            f"{_temporary_folder()}/ray/session_latest/logs"
+        ) from error
     return Cluster(context.dashboard_url or "", ours=True, folder=folder)
 
 
+def _no_proxy_for_loopback() -> None:
+    """All of this Ray is on loopback, where a proxy from the environment cannot reach it."""
+    for name in ("no_proxy", "NO_PROXY"):
+        hosts = [host for host in os.environ.get(name, "").split(",") if host]
+        os.environ[name] = ",".join([*hosts, *(host for host in _LOOPBACK_HOSTS if host not in hosts)])
+
+
 def _put_haproxy_in_front(longest_s: float) -> tempfile.TemporaryDirectory[str] | None:
-    """Have Ray Serve use HAProxy where it is there. Returns the folder with its files, which goes when the Ray goes."""
+    """Have Ray Serve use HAProxy if it is installed. Returns the folder with its files, to remove after Ray."""
     binary = haproxy.find() if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY", "1") == "1" else None
     if binary is None:
         return None
-    # Whoever reaches HAProxy's admin socket may redirect the service: only we may enter the folder.
+    # HAProxy's admin socket can redirect the service: only this user may enter the folder.
     folder = tempfile.TemporaryDirectory(prefix="sa-", dir="/tmp", ignore_cleanup_errors=True)
     variables = haproxy.environment(binary, Path(folder.name), longest_s)
     start = variables.pop("RAY_SERVE_HAPROXY_BINARY_PATH")
-    if not os.access(start, os.X_OK):  # no program may run from /tmp here
+    if not os.access(start, os.X_OK):  # /tmp is mounted without permission to run programs
         folder.cleanup()
         return None
     _set_unless_set(variables)
-    os.environ["RAY_SERVE_HAPROXY_BINARY_PATH"] = start  # which runs the one that the user named, if any
+    os.environ["RAY_SERVE_HAPROXY_BINARY_PATH"] = start  # it runs the binary that the user named, if any
     return folder
 
 
@@ -142,13 +173,12 @@ def _quiet() -> dict[str, Any]:
 
 
 def _running() -> str | None:
-    """The cluster that Ray's own tools would take: by RAY_ADDRESS, else the last one started on this machine."""
+    """The cluster that Ray's own tools would use: by RAY_ADDRESS, else the last one started on this machine."""
     named = os.environ.get("RAY_ADDRESS")
     if named:
         _reach(named)
         return named
-    temporary = os.environ.get("RAY_TMPDIR") or (sys.platform == "linux" and os.environ.get("TMPDIR")) or "/tmp"
-    note = Path(temporary) / "ray" / "ray_current_cluster"
+    note = Path(_temporary_folder()) / "ray" / "ray_current_cluster"
     with suppress(OSError, ClusterError):
         address = note.read_text().strip()
         _reach(address)
@@ -156,8 +186,13 @@ def _running() -> str | None:
     return None
 
 
+def _temporary_folder() -> str:
+    """Where Ray keeps its sessions."""
+    return os.environ.get("RAY_TMPDIR") or (sys.platform == "linux" and os.environ.get("TMPDIR")) or "/tmp"
+
+
 def _reach(address: str) -> None:
-    """Raises ClusterError when nobody listens there; Ray itself would try for minutes."""
+    """Raises ClusterError if nothing listens there; Ray itself would try for minutes."""
     try:
         parts = urlsplit(address if "://" in address else f"//{address}")
         with socket.create_connection((parts.hostname or "", parts.port or _PORT), timeout=_CONNECT_S):

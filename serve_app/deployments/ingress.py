@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Collection
+from contextlib import suppress
 from functools import partial
 
 import ray
@@ -13,48 +15,63 @@ from starlette.types import ASGIApp
 
 from serve_app.config import AppConfig, Model
 from serve_app.deployments.events import EventReceiver
-from serve_app.deployments.hub import HeartbeatSender
+from serve_app.deployments.heartbeats import Report, Reporter, to_every_replica
 from serve_app.deployments.ingress_telemetry import IngressTelemetry
-from serve_app.deployments.registry import Heartbeat, RegistrySnapshot
+from serve_app.deployments.registry import Heartbeat, ReplicaRegistry
 from serve_app.deployments.remote import RemoteEngine
 from serve_app.deployments.telemetry import ProcessTelemetry, log_to_serve
 from serve_app.gateway.catalog import Catalog
 from serve_app.gateway.chain import ModelChain
 
-_FIRST_LOOK_S = 2.0
+logger = logging.getLogger("ray.serve")
+
+# How long a new ingress waits for the reports of running replicas before it serves.
+_FIRST_REPORTS_S = 1.0
+_LOOK_S = 0.5
 
 
 @serve.deployment
 @serve.ingress()
 class Ingress:
-    """Serves HTTP, also while no model is loaded."""
+    """Serves HTTP, also while no model is loaded. Every process of the service reports to every ingress."""
 
     async def __init__(  # type: ignore[misc]  # Ray awaits it
-        self, config: AppConfig, handles: list[DeploymentHandle], hub: DeploymentHandle
+        self, config: AppConfig, handles: list[DeploymentHandle]
     ) -> None:
         log_to_serve()
+        context = serve.get_replica_context()
         self._config = config
-        self._id = serve.get_replica_context().replica_id.unique_id
+        self._id = context.replica_id.unique_id
         self._process = ProcessTelemetry(config.telemetry, "", self._id)
+        self._registry = ReplicaRegistry()
         self._receiver = EventReceiver(ray.util.get_node_ip_address())
         await self._receiver.start()
-        self._telemetry = IngressTelemetry(config, self._id)
+        self._telemetry = IngressTelemetry(config, self._id, self._registry)
         self._handles = {model.name: handle for model, handle in zip(config.models, handles, strict=True)}
         self._chains = {model.name: self._chain(model) for model in config.models}
-        self._heartbeats = HeartbeatSender(
-            hub, lambda: Heartbeat(self._id, "", ""), self._telemetry.families, self._update
-        )
-        self._telemetry.heartbeats = self._heartbeats
-        await asyncio.wait([asyncio.create_task(self._heartbeats.send())], timeout=_FIRST_LOOK_S)
+        self._ingresses = serve.get_deployment_handle(context.deployment, context.app_name)
+        self._reporter = Reporter(self._report, lambda: Heartbeat(self._id, "", ""), self._telemetry.families)
+        self._telemetry.reporter = self._reporter
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_FIRST_REPORTS_S):
+                await asyncio.gather(*map(self._ask_replicas, handles))
+        self._update()
+        self._looking = asyncio.create_task(self._look_forever())
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         engine = Catalog({name: chain.engine for name, chain in self._chains.items()})
         return self._process.app(engine, self._telemetry, self._config)
 
+    async def push(self, *report: object) -> None:
+        """Take in the report of another process: see `heartbeats.Report`."""
+        heartbeat, metrics = report
+        self._registry.take(heartbeat, metrics)  # type: ignore[arg-type]
+
     async def __del__(self) -> None:
+        self._looking.cancel()
         for chain in self._chains.values():
             chain.stop()
-        await self._heartbeats.stop(Heartbeat(self._id, "", "", leaving=True))
+        await self._reporter.stop(Heartbeat(self._id, "", "", leaving=True))
         self._receiver.stop()
         await asyncio.to_thread(self._process.stop)
 
@@ -62,8 +79,32 @@ class Ingress:
         remote = RemoteEngine(model.name, self._handles[model.name], self._receiver)
         return ModelChain(model, remote, self._telemetry.meter, partial(self._telemetry.woke, model.name))
 
-    def _update(self, state: RegistrySnapshot) -> None:
-        """Pass on what the registry reports about each model."""
+    async def _ask_replicas(self, handle: DeploymentHandle) -> None:
+        """Replicas that run already report within a second; a new ingress does not let requests wait for that."""
+        try:
+            reports: list[Report] = await handle.broadcast("report").results_async(timeout_s=_FIRST_REPORTS_S)
+            for report in reports:
+                self._registry.take(*report)
+        except Exception:
+            logger.debug("the replicas did not report", exc_info=True)
+
+    async def _report(self, report: Report) -> None:
+        """Report to this ingress, and to the others if there are any."""
+        self._registry.take(*report)
+        if (routed_replicas(self._ingresses) or {self._id}) != {self._id}:
+            await to_every_replica(self._ingresses, "push")(report)
+
+    async def _look_forever(self) -> None:
+        while True:
+            await asyncio.sleep(_LOOK_S)
+            try:
+                self._update()
+            except Exception:
+                logger.exception("the state of the models could not be updated")
+
+    def _update(self) -> None:
+        """Pass on to each model's stages what the registry knows about it."""
+        state = self._registry.snapshot()
         for model in self._config.models:
             routed = routed_replicas(self._handles[model.name])
             status = state.status(model, routed)
@@ -79,6 +120,6 @@ def routed_replicas(handle: DeploymentHandle) -> Collection[str] | None:
     """
     try:
         replicas = handle._router._asyncio_router._active_request_router.curr_replicas
-        return {replica.unique_id for replica in replicas}
     except AttributeError:
         return None
+    return {replica.unique_id for replica in replicas}

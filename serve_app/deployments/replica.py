@@ -11,14 +11,13 @@ from functools import partial
 
 from prometheus_client.metrics_core import Metric
 from ray import serve
-from ray.serve.handle import DeploymentHandle
 
 from serve_app.config import Model, Telemetry as TelemetrySettings
 from serve_app.core.queries import A, Query
 from serve_app.core.requests import GenerationRequest
 from serve_app.deployments import wire
 from serve_app.deployments.events import EventSender, ReplyAddress
-from serve_app.deployments.hub import HeartbeatSender
+from serve_app.deployments.heartbeats import Report, Reporter, to_every_replica
 from serve_app.deployments.registry import Heartbeat
 from serve_app.deployments.telemetry import ProcessTelemetry, log_to_serve
 from serve_app.engines.native.engine import Engine as NativeEngine, EngineStalled
@@ -42,18 +41,20 @@ class ModelReplica:
     """One engine. Ray calls `generate` once a request, and routes requests here once `__init__` has returned."""
 
     async def __init__(  # type: ignore[misc]  # Ray awaits it
-        self, model: Model, hub: DeploymentHandle, telemetry: TelemetrySettings
+        self, model: Model, telemetry: TelemetrySettings
     ) -> None:
         began = time.monotonic()
         self._model = model
-        self._id = serve.get_replica_context().replica_id.unique_id
+        context = serve.get_replica_context()
+        self._id = context.replica_id.unique_id
         self._stage = "starting"
         log_to_serve()
         self._telemetry = ProcessTelemetry(telemetry, model.name, self._id)
         self._steps = StepSeries(model.name, self._id)
         self._process = ProcessMetrics(model.name, self._id)
         self._metrics: EngineMetrics | None = None
-        self._heartbeats = HeartbeatSender(hub, self._heartbeat, self._families)
+        ingress = serve.get_deployment_handle("Ingress", context.app_name)
+        self._reporter = Reporter(to_every_replica(ingress, "push"), self._heartbeat, self._families)
         self._events = EventSender()
         self._admission_thread = ThreadPoolExecutor(1, "admission")
         self._query_threads = ThreadPoolExecutor(_QUERY_THREADS, "query")
@@ -64,13 +65,11 @@ class ModelReplica:
         try:
             await asyncio.to_thread(self._engine.start)
         except BaseException as error:
-            await self._heartbeats.stop(
-                Heartbeat(self._id, model.name, f"{type(error).__name__}: {error}", failed=True)
-            )
+            await self._reporter.stop(Heartbeat(self._id, model.name, f"{type(error).__name__}: {error}", failed=True))
             raise
         self._metrics = EngineMetrics(model.name, self._id, self._engine, time.monotonic() - began)
         self._report(READY)
-        await self._heartbeats.send()
+        await self._reporter.send()
 
     async def generate(self, request: GenerationRequest, number: int, address: ReplyAddress) -> None:
         """Send the request's chunks, or the error that ends it, to the ingress at `address` as stream `number`.
@@ -115,6 +114,10 @@ class ModelReplica:
         if age > limit:
             raise EngineStalled(f"a step has been running for {age:.0f} s, longer than {limit:.0f} s")
 
+    async def report(self) -> Report:
+        """The heartbeat and the metrics of this replica, for an ingress that has just started."""
+        return self._reporter.report()
+
     async def stats(self) -> dict[str, float]:
         """The engine's counters, for tests and inspection."""
         stats = self._engine.stats()
@@ -123,7 +126,7 @@ class ModelReplica:
     async def __del__(self) -> None:
         await asyncio.to_thread(self._engine.stop)
         self._events.stop()
-        await self._heartbeats.stop(Heartbeat(self._id, self._model.name, "", leaving=True))
+        await self._reporter.stop(Heartbeat(self._id, self._model.name, "", leaving=True))
         await asyncio.to_thread(self._telemetry.stop)
 
     def _report(self, stage: str) -> None:
@@ -137,7 +140,7 @@ class ModelReplica:
 
     def _families(self) -> list[Metric]:
         engine = self._metrics.families() if self._metrics else []
-        return [*engine, *self._steps.families(), *self._process.families(self._heartbeats.lag_s)]
+        return [*engine, *self._steps.families(), *self._process.families(self._reporter.lag_s)]
 
 
 def _make_runner(model: Model, report: Callable[[str], None]) -> Runner:

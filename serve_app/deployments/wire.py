@@ -109,7 +109,8 @@ def _packed(item: Item) -> tuple[bool, list[Any]]:
 def _packed_event(event: TokenEvent) -> list[Any]:
     """Only as many fields as the event needs: most have no log probabilities and no deltas."""
     fields: list[Any] = [event.token_id, event.text, event.elapsed_s]
-    if event.finish_reason is event.logprobs is event.stopped_by is None and not event.deltas:
+    rest = (event.finish_reason, event.logprobs, event.stopped_by)
+    if rest == (None, None, None) and not event.deltas:
         return fields
     logprobs = None if event.logprobs is None else _packed_logprobs(event.logprobs)
     deltas = [[_DELTAS.index(type(delta)), *_values(delta)] for delta in event.deltas]

@@ -303,9 +303,10 @@ def ages(seconds: Iterable[tuple[str, str, float]]) -> list[Metric]:
     return [age]
 
 
-def hub_up(up: bool) -> Metric:
-    family = _gauge("metrics_hub_up", "Whether this is of all processes; 0: of the one that answers only", ())
-    family.add_metric([], up)
+def metrics_complete(complete: bool) -> Metric:
+    text = "1 once every process has had time to report to the ingress that answers; before that, some are missing"
+    family = _gauge("metrics_complete", text, ())
+    family.add_metric([], complete)
     return family
 
 

@@ -10,7 +10,7 @@ from prometheus_client.core import GaugeMetricFamily
 from serve_app.core.requests import GenerationRequest, SamplingParams, TextPrompt
 from serve_app.telemetry.exposition import Writer, exposition
 from serve_app.telemetry.meter import IngressMetrics
-from serve_app.telemetry.metrics import hub_up
+from serve_app.telemetry.metrics import metrics_complete
 
 
 def test_it_is_what_prometheus_client_writes() -> None:
@@ -36,11 +36,11 @@ def test_a_family_of_several_processes_stands_together() -> None:
         family = GaugeMetricFamily("slots", "Slots", labels=["replica"])
         family.add_metric([replica], 4)
         pages.append(Writer().snapshot([family]))
-    assert exposition([one.gauges for one in pages], [hub_up(True)]).decode() == (
+    assert exposition([one.gauges for one in pages], [metrics_complete(True)]).decode() == (
         "# HELP slots Slots\n# TYPE slots gauge\n"
         'slots{replica="r1"} 4.0\nslots{replica="r2"} 4.0\n'
-        "# HELP serve_app_metrics_hub_up Whether this is of all processes; 0: of the one that answers only\n"
-        "# TYPE serve_app_metrics_hub_up gauge\nserve_app_metrics_hub_up 1.0\n"
+        "# HELP serve_app_metrics_metrics_complete Whether this is of all processes; 0: of the one that answers only\n"
+        "# TYPE serve_app_metrics_metrics_complete gauge\nserve_app_metrics_metrics_complete 1.0\n"
     )
 
 

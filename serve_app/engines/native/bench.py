@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from serve_app.config import ConfigError, Model, load_serve_file
+from serve_app.config import ConfigError, Model
 from serve_app.core.requests import GenerationRequest, Grammar, SamplingParams, TokenPrompt
 from serve_app.engines.native.engine import Engine, EngineStats
 from serve_app.engines.native.linear import pack
@@ -27,6 +27,7 @@ from serve_app.engines.native.loader import SourceError
 from serve_app.engines.native.machine import NotEnoughMemory
 from serve_app.engines.native.runner import TorchRunner
 from serve_app.engines.native.stream import TokenStream
+from serve_app.serve_file import load_serve_file
 
 _READ_BYTES = 256 * 2**20
 _FLOP_SIZE = 1024
@@ -114,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _model(arguments: argparse.Namespace) -> Model:
-    models = load_serve_file(arguments.config).args.models
+    models = load_serve_file(arguments.config).application.args.models
     found = [model for model in models if arguments.model in (None, model.name)]
     if not found:
         raise ConfigError(f"no model {arguments.model!r} in {arguments.config}")
