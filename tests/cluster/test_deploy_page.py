@@ -11,11 +11,11 @@ import pytest
 import yaml
 
 from infra_pulumi import options
-from infra_pulumi.charts import RECEIVERS, ROUTES
-from infra_pulumi.objects import CALLER, IDENTITY_ANNOTATION, MONITORING_NAMESPACE, OPERATOR_NAMESPACE
+from infra_pulumi.charts import ALERTMANAGER_CREDENTIALS_SECRET, ALERTMANAGER_CONFIG_SECRET
+from infra_pulumi.objects import CALLER_LABEL, IDENTITY_ANNOTATION, MONITORING_NAMESPACE, OPERATOR_NAMESPACE
 from infra_pulumi.rayservice import IDLE_S, MODEL_SECRET, NAME, REDIS, TOKEN_SECRET
 from infra_pulumi.render import KEPT, ROOT
-from tests.cluster.world import kept
+from tests.cluster.helpers import kept
 
 PAGE = (ROOT / "docs/deploy.md").read_text()
 CODE = [*re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL), *re.findall(r"`([^`\n]+)`", PAGE)]
@@ -54,10 +54,10 @@ def test_secrets_are_those_that_the_service_asks_for() -> None:
 def test_alertmanager_reads_the_secrets_that_its_page_makes() -> None:
     page = (KEPT / "monitoring/README.md").read_text()
     told = yaml.safe_load(CHARTS["prometheus"].read_text())["alertmanager"]["alertmanagerSpec"]
-    assert told == {"useExistingSecret": True, "configSecret": ROUTES, "secrets": [RECEIVERS, ROUTES]}
+    assert told == {"useExistingSecret": True, "configSecret": ALERTMANAGER_CONFIG_SECRET, "secrets": [ALERTMANAGER_CREDENTIALS_SECRET, ALERTMANAGER_CONFIG_SECRET]}
     made = set(re.findall(r"create secret generic (\S+) --from-file", page))
-    assert made == {ROUTES, RECEIVERS}
-    assert f"/etc/alertmanager/secrets/{RECEIVERS}/" in page
+    assert made == {ALERTMANAGER_CONFIG_SECRET, ALERTMANAGER_CREDENTIALS_SECRET}
+    assert f"/etc/alertmanager/secrets/{ALERTMANAGER_CREDENTIALS_SECRET}/" in page
     assert "### Who is told" in page
 
 
@@ -69,13 +69,13 @@ def test_namespaces_and_releases_are_those_of_the_files() -> None:
     assert {release for _, releases in helm for release in releases.split()} <= set(CHARTS)
     assert f"svc/{NAME}-serve-svc" in TYPED
     assert f"svc/{NAME}-head-svc" in TYPED
-    (label,) = CALLER.items()
+    (label,) = CALLER_LABEL.items()
     assert "=".join(label) in TYPED
     assert all(f"{key}=" in TYPED for key in IDENTITY_ANNOTATION.values())
 
 
 def test_objects_that_a_check_asks_for_are_made() -> None:
-    made = {(each["kind"].lower(), each["metadata"]["name"]) for each in (*kept("kubernetes/aws/beside.yaml"), SERVICE)}
+    made = {(each["kind"].lower(), each["metadata"]["name"]) for each in (*kept("kubernetes/aws/namespace.yaml"), SERVICE)}
     asked = re.findall(r"(?:get|patch|annotate) (rayservice|namespace|serviceaccount) ([a-z][\w-]+)", TYPED)
     assert set(asked) <= made
     assert ("poddisruptionbudget", "serve-app-head") in made

@@ -19,10 +19,10 @@ from infra_pulumi import catalogue, render, sizes
 from infra_pulumi.__main__ import main
 from infra_pulumi.charts import charts
 from infra_pulumi.objects import network_policies, service_account
-from infra_pulumi.rayservice import POD_START_S, RAY_POD, longest_request_s, on_gpus, rayservice, read_config
+from infra_pulumi.rayservice import POD_START_S, RAY_POD, longest_request_s, cluster_config, rayservice, read_config
 from infra_pulumi.render import KEPT, ROOT
 from infra_pulumi.spec import POOL_LABEL, SpecError
-from tests.cluster.world import CLOUDS, CONFIG, KNOWN, Json, changed, description, kept
+from tests.cluster.helpers import CLOUDS, CONFIG, KNOWN, Json, changed, description, kept
 
 KUBERAY = json.loads(Path(__file__).with_name("kuberay-rayservice.json").read_text())
 KUBERNETES = "1.35"  # as the descriptions have it
@@ -47,7 +47,7 @@ def worker(document: Json) -> Json:
 
 
 def beside(cloud: str, kind: str) -> dict[str, Json]:
-    return {each["metadata"]["name"]: each for each in kept(f"kubernetes/{cloud}/beside.yaml") if each["kind"] == kind}
+    return {each["metadata"]["name"]: each for each in kept(f"kubernetes/{cloud}/namespace.yaml") if each["kind"] == kind}
 
 
 def names(container: Json) -> dict[str, int]:
@@ -95,7 +95,7 @@ def test_a_key_that_kuberay_does_not_know_is_found(path: tuple[str, ...]) -> Non
 
 @pytest.mark.parametrize("cloud", CLOUDS)
 def test_kubernetes_takes_everything_else(cloud: str) -> None:
-    for document in kept(f"kubernetes/{cloud}/beside.yaml"):
+    for document in kept(f"kubernetes/{cloud}/namespace.yaml"):
         as_kubernetes(document)
     for template in pods(service(cloud)):
         as_kubernetes({"apiVersion": "v1", "kind": "Pod", **named(template)})
@@ -130,14 +130,14 @@ def test_a_model_says_itself_what_it_reserves() -> None:
     config = read_config(CONFIG)
     (model,) = config["applications"][0]["args"]["models"]
     model["resources"]["num_gpus"] = 0.5
-    (shared,) = on_gpus(description("aws"), KNOWN, config)["applications"][0]["args"]["models"]
+    (shared,) = cluster_config(description("aws"), KNOWN, config)["applications"][0]["args"]["models"]
     assert shared["resources"]["num_gpus"] == 0.5
     assert shared["deployment"]["autoscaling"]["max_replicas"] == 8, "two on each of four"
     model["deployment"]["autoscaling"]["max_replicas"] = 3
-    (bounded,) = on_gpus(description("aws"), KNOWN, config)["applications"][0]["args"]["models"]
+    (bounded,) = cluster_config(description("aws"), KNOWN, config)["applications"][0]["args"]["models"]
     assert bounded["deployment"]["autoscaling"]["max_replicas"] == 3
     model["device"] = "cpu"
-    (plain,) = on_gpus(description("aws"), KNOWN, config)["applications"][0]["args"]["models"]
+    (plain,) = cluster_config(description("aws"), KNOWN, config)["applications"][0]["args"]["models"]
     assert plain == model
 
 
@@ -167,14 +167,14 @@ def test_what_a_config_leaves_empty_is_filled_in(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("applications: [{args: {limits:, models: [{name: x, resources:, deployment:}]}}]")
     config = read_config(tmp_path / "c.yaml")
     assert longest_request_s(config) == 600
-    (model,) = on_gpus(description("aws"), KNOWN, config)["applications"][0]["args"]["models"]
+    (model,) = cluster_config(description("aws"), KNOWN, config)["applications"][0]["args"]["models"]
     assert model["resources"] == {"num_gpus": 1}
     assert model["deployment"] == {"autoscaling": {"max_replicas": 4}}
 
 
 def test_a_number_of_replicas_that_is_said_stays(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("applications: [{args: {models: [{name: x, deployment: {num_replicas: 2}}]}}]")
-    (model,) = on_gpus(description("aws"), KNOWN, read_config(tmp_path / "c.yaml"))["applications"][0]["args"]["models"]
+    (model,) = cluster_config(description("aws"), KNOWN, read_config(tmp_path / "c.yaml"))["applications"][0]["args"]["models"]
     assert model["deployment"] == {"num_replicas": 2}
 
 
@@ -348,7 +348,7 @@ def test_what_the_description_leaves_out_is_left_out() -> None:
     addons = {"network_policy": False, "disruption_budget": False, "prometheus": False, "dcgm_exporter": False}
     spec = changed("aws", addons=addons)
     files = render.manifests(spec, KNOWN, CONFIG)
-    kinds = {each["kind"] for each in yaml.safe_load_all(files["beside.yaml"])}
+    kinds = {each["kind"] for each in yaml.safe_load_all(files["namespace.yaml"])}
     assert kinds == {"Namespace", "ServiceAccount", "Service", "StatefulSet", "StorageClass"}
     assert [chart.release for chart in charts(spec)] == [
         "cluster-autoscaler",
@@ -447,13 +447,13 @@ def test_on_gke_the_cloud_brings_the_device_plugin_and_the_autoscaler() -> None:
 )
 def test_a_pod_leaves_the_node_what_it_needs(memory_gib: float, least: float, most: float) -> None:
     """A hand sum for 16 GiB: 15.36 seen; 1 + 0.8 + 0.736 kept, 0.1 for eviction, 1 for daemons: 11.724."""
-    assert least < sizes.allocatable_gib(memory_gib) < most
-    assert sizes.allocatable_gib(16) == pytest.approx(11.724)
+    assert least < pod_resources.allocatable_gib(memory_gib) < most
+    assert pod_resources.allocatable_gib(16) == pytest.approx(11.724)
 
 
 def test_a_pool_with_alternatives_is_as_small_as_the_smallest() -> None:
     spec = changed("aws", pool={"instance_types": ["g5.4xlarge", "g5.xlarge"]})
-    assert sizes.pod_size(spec, KNOWN, 0) == sizes.PodSize(cpus=3, cpu_limit=4, memory_gib=11, gpus=1)
+    assert pod_resources.pod_size(spec, KNOWN, 0) == pod_resources.PodSize(cpus=3, cpu_limit=4, memory_gib=11, gpus=1)
 
 
 def test_a_machine_without_a_place_in_the_catalogue_is_refused_before_anything_is_written() -> None:
@@ -484,7 +484,7 @@ def test_the_crd_is_the_one_of_the_operator_that_is_installed() -> None:
 
 def test_everything_is_in_the_namespace_whose_pods_have_the_clouds_identity() -> None:
     files = render.manifests(changed("aws", name="other"), KNOWN, CONFIG)
-    documents = [each for name in ("beside.yaml", "rayservice.yaml") for each in yaml.safe_load_all(files[name])]
+    documents = [each for name in ("namespace.yaml", "rayservice.yaml") for each in yaml.safe_load_all(files[name])]
     documents = [each for each in documents if each["kind"] != "StorageClass"]  # which has none
     places = {each["metadata"].get("namespace") or each["metadata"]["name"] for each in documents}
     assert places == {"other"}

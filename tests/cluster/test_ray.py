@@ -13,10 +13,10 @@ import pytest
 import yaml
 
 from infra_pulumi.catalogue import CatalogueError
-from infra_pulumi.rayservice import RAY_VERSION, environment, on_gpus, rayservice, read_config
+from infra_pulumi.rayservice import RAY_VERSION, environment, cluster_config, rayservice, read_config
 from infra_pulumi.rayup import Site, rayup
 from infra_pulumi.render import KEPT, ROOT
-from tests.cluster.world import CLOUDS, CONFIG, KNOWN, Json, ask_ray, changed, description, kept
+from tests.cluster.helpers import CLOUDS, CONFIG, KNOWN, Json, ask_ray, changed, description, kept
 
 pytestmark = pytest.mark.system  # Ray takes its time to be imported
 
@@ -48,7 +48,7 @@ def shaped(provider: str, spot: bool, least: int, base: int, most: int) -> Json:
 
 def spoiled() -> dict[str, list[Json]]:
     """One of each that has to be refused, or the judges judge nothing."""
-    config = on_gpus(description("aws"), KNOWN, read_config(CONFIG))
+    config = cluster_config(description("aws"), KNOWN, read_config(CONFIG))
     config["applications"][0]["import_path"] = "nowhere"
     service = rayservice(description("aws"), KNOWN, read_config(CONFIG))
     del service["spec"]["rayClusterConfig"]["workerGroupSpecs"][0]["maxReplicas"]

@@ -7,7 +7,7 @@ import xml.etree.ElementTree as ET
 import pytest
 
 from infra_pulumi.topology import WIDTH, svg
-from tests.cluster.world import CLOUDS, KNOWN, changed, description
+from tests.cluster.helpers import CLOUDS, KNOWN, changed, description
 
 _SVG = "{http://www.w3.org/2000/svg}"
 

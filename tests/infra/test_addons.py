@@ -23,7 +23,7 @@ from infra_pulumi.rayservice import image_in
 from infra_pulumi.record import Recording, RecordingMonitor, Resource, record
 from infra_pulumi.spec import Provider, SpecError, parse
 from tests.infra.test_deploy import Command
-from tests.infra.world import CONFIG, TYPES, document, full, recorded
+from tests.infra.helpers import CONFIG, TYPES, document, full, recorded
 
 pytestmark = pytest.mark.infra
 
@@ -239,8 +239,8 @@ def test_a_deployment_is_the_planned_program(
 
 
 def run(made: Any) -> Recording:
-    promised = importlib.import_module("infra_pulumi.aws").promised
-    return record(made, "serve-app", RecordingMonitor(promised))
+    computed_outputs = importlib.import_module("infra_pulumi.aws").computed_outputs
+    return record(made, "serve-app", RecordingMonitor(computed_outputs))
 
 
 def test_the_program_for_pulumis_own_cli_finds_the_config_wherever_it_is_run(

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from infra_pulumi.__main__ import main
-from tests.infra.world import TYPES
+from tests.infra.helpers import TYPES
 
 pytestmark = pytest.mark.infra
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from infra_pulumi import catalogue, cost, sizing
+from infra_pulumi import catalogue, cost, model_sizing
 from infra_pulumi.catalogue import CatalogueError
 from infra_pulumi.spec import SpecError, parse
-from tests.infra.world import document
+from tests.infra.helpers import document
 
 TODAY = datetime.date(2026, 11, 27)
 
@@ -127,24 +127,24 @@ def test_a_catalogue_that_cannot_be_used(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("text", "count"), [("7b", 7e9), ("0.5B", 5e8), ("135m", 1.35e8)])
 def test_sizes(text: str, count: float) -> None:
-    assert sizing.parameters(text) == count
+    assert model_sizing.parameters(text) == count
 
 
 @pytest.mark.parametrize("text", ["7", "b", "7t", "-1b", "99999b", "1e9b", ""])
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(ValueError, match="write it like 7b"):
-        sizing.parameters(text)
+        model_sizing.parameters(text)
 
 
 def test_memory_by_hand() -> None:
-    load = sizing.Load(streams=32, context=2048)
-    assert sizing.needed_bytes(7e9, "int8", load) == 7e9 * 1.04 + 128 * 1024 * 32 * 2048
-    assert sizing.needed_bytes(7e9, "float16", load) == 14e9 + 8 * 2**30
+    load = model_sizing.Load(streams=32, context=2048)
+    assert model_sizing.needed_bytes(7e9, "int8", load) == 7e9 * 1.04 + 128 * 1024 * 32 * 2048
+    assert model_sizing.needed_bytes(7e9, "float16", load) == 14e9 + 8 * 2**30
 
 
-def ranked(size: str, dtype: sizing.Dtype, **measured: float) -> dict[str, sizing.Fit]:
+def ranked(size: str, dtype: model_sizing.Dtype, **measured: float) -> dict[str, model_sizing.Fit]:
     names = {name.replace("_", "."): rate for name, rate in measured.items()}
-    found = sizing.ranked(catalogue.load(), sizing.parameters(size), dtype, sizing.Load(), names)
+    found = model_sizing.ranked(catalogue.load(), model_sizing.parameters(size), dtype, model_sizing.Load(), names)
     assert [fit.usd_per_million_tokens for fit in found] == sorted(fit.usd_per_million_tokens for fit in found)
     return {fit.machine.type: fit for fit in found}
 
@@ -179,10 +179,10 @@ def test_a_measurement_counts_more_than_a_derivation() -> None:
 def test_one_stream_on_an_a100_is_near_what_was_measured() -> None:
     """Llama-3.1-8B in 16 bits: 75 tokens a second at one stream (vLLM 0.23, A100 of 40 GiB, johnmusgrave.com)."""
     machine = catalogue.load().get("gcp", "a2-highgpu-1g")
-    rate = sizing.derived_tokens_per_s(machine, 8e9, "bfloat16", sizing.Load(streams=1, context=1152))
+    rate = model_sizing.derived_tokens_per_s(machine, 8e9, "bfloat16", model_sizing.Load(streams=1, context=1152))
     assert 0.6 < rate / 75 < 1.2
 
 
 def test_every_gpu_of_the_catalogue_has_its_data_sheet() -> None:
     gpus = {(str(each.gpu), float(each.gpu_memory_gib or 0)) for each in catalogue.load().instance_types if each.gpu}
-    assert gpus <= set(sizing.GPUS)
+    assert gpus <= set(model_sizing.GPUS)

@@ -17,7 +17,7 @@ from semver import VersionInfo
 from infra_pulumi import catalogue, deploy
 from infra_pulumi.__main__ import main
 from infra_pulumi.spec import parse
-from tests.infra.world import document, recorded
+from tests.infra.helpers import document, recorded
 
 pytestmark = pytest.mark.infra
 EXAMPLE = ["--provider", "aws", "--instance-type", "g5.xlarge"]

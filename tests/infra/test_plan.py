@@ -22,7 +22,7 @@ from infra_pulumi import catalogue, program
 from infra_pulumi.plan import evaluate
 from infra_pulumi.record import PROJECT, Recording, RecordingMonitor, Resource, record
 from infra_pulumi.spec import Provider, SpecError, load, parse
-from tests.infra.world import TYPES, document, full, recorded
+from tests.infra.helpers import TYPES, document, full, recorded
 
 pytestmark = pytest.mark.infra
 
@@ -230,13 +230,13 @@ def test_the_program_for_pulumis_own_cli_makes_the_same(provider: str) -> None:
     """As `pulumi up` runs it, with the description that the stack's file names."""
     where = Path(program.__file__).parent
     config = yaml.safe_load((where / f"Pulumi.{provider}.yaml").read_text())["config"]
-    promised = importlib.import_module(f"infra_pulumi.{provider}").promised
+    computed_outputs = importlib.import_module(f"infra_pulumi.{provider}").computed_outputs
 
     def run() -> None:
         pulumi.runtime.set_all_config(config)
         program.main()
 
-    made = record(run, "serve-app", RecordingMonitor(promised))
+    made = record(run, "serve-app", RecordingMonitor(computed_outputs))
     planned = evaluate(load(where / config["serve-app:spec"]))
     assert [each.name for each in made.resources] == [each.name for each in planned.resources]
     assert made.outputs == planned.outputs

@@ -14,7 +14,7 @@ from infra_pulumi import policy
 from infra_pulumi.plan import evaluate
 from infra_pulumi.record import Recording, Resource
 from infra_pulumi.spec import ClusterSpec, Provider, parse
-from tests.infra.world import document, full, recorded
+from tests.infra.helpers import document, full, recorded
 
 pytestmark = pytest.mark.infra
 

@@ -8,7 +8,7 @@ import pytest
 
 from infra_pulumi import catalogue, quotas
 from infra_pulumi.spec import parse
-from tests.infra.world import document
+from tests.infra.helpers import document
 
 
 @pytest.mark.parametrize(

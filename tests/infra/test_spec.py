@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from infra_pulumi.spec import ClusterSpec, SpecError, load, parse
-from tests.infra.world import document
+from tests.infra.helpers import document
 
 
 def faults(wrong: dict[str, Any]) -> list[str]:
