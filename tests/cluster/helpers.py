@@ -1,4 +1,4 @@
-"""The kept files as data, and Ray's opinion of data."""
+"""Rendered files as data, each rendered once per test session, and Ray's validation of data."""
 
 from __future__ import annotations
 
@@ -6,39 +6,60 @@ import json
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import yaml
 
-from infra_pulumi import spec as descriptions
+from infra_pulumi import render, spec as descriptions
 from infra_pulumi.catalogue import load
-from infra_pulumi.render import KEPT, ROOT
 from infra_pulumi.spec import ClusterSpec, parse
 
 Json: TypeAlias = Any
 CLOUDS = ("aws", "gcp", "azure")
+ROOT = Path(__file__).parents[2]
+CLUSTER = ROOT / "cluster"
 CONFIG = ROOT / "serve_config.yaml"
-KNOWN = load()
+CATALOGUE = load()
 
 
 def description(provider: str) -> ClusterSpec:
-    return descriptions.load(KEPT / f"descriptions/{provider}.yaml")
+    """The repository's description for a cloud."""
+    return descriptions.load(CLUSTER / f"descriptions/{provider}.yaml")
 
 
 def changed(provider: str, **changes: Any) -> ClusterSpec:
-    """The kept description with other values of its own keys; `pool` changes its only pool."""
-    document = yaml.safe_load((KEPT / f"descriptions/{provider}.yaml").read_text())
+    """The repository's description with other values; `pool` changes keys of its only pool."""
+    document = yaml.safe_load((CLUSTER / f"descriptions/{provider}.yaml").read_text())
     pool = changes.pop("pool", {})
     return parse({**document, "gpu_pools": [{**document["gpu_pools"][0], **pool}], **changes})
 
 
-def kept(path: str) -> list[Json]:
-    return list(yaml.safe_load_all((KEPT / path).read_text()))
+@cache
+def rendered(provider: str, folder: str = "rendered") -> dict[str, str]:
+    """The files that `python -m infra_pulumi render --output FOLDER` writes, by path relative to the folder."""
+    return render.files(description(provider), CATALOGUE, CONFIG, Path(folder))
 
 
-def ask_ray(home: Path, **subjects: list[Json]) -> Json:
-    """What tests/cluster/judge.py says, with `home` as the home folder."""
+def documents(provider: str, path: str) -> list[Json]:
+    """The YAML documents of a rendered file. The caller may change them."""
+    return list(yaml.load_all(rendered(provider)[path], yaml.CSafeLoader))
+
+
+def service(provider: str) -> Json:
+    """The rendered RayService."""
+    (document,) = documents(provider, "kubernetes/rayservice.yaml")
+    return document
+
+
+def monitoring(name: str) -> list[Json]:
+    """The YAML documents of a file in cluster/monitoring/."""
+    return list(yaml.load_all((CLUSTER / "monitoring" / name).read_text(), yaml.CSafeLoader))
+
+
+def validate_with_ray(home: Path, **subjects: list[Json]) -> Json:
+    """The results of tests/cluster/ray_validators.py, run with `home` as the home folder."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.cluster.ray_validators"],
         input=json.dumps(subjects),

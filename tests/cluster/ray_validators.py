@@ -1,7 +1,7 @@
-"""Ray's own opinion of our files, asked in a process of its own: Ray's warnings are not ours, and it is slow to import.
+"""Validates data with Ray's own code, in a separate process, because Ray is slow to import and prints warnings.
 
-Reads one JSON object from stdin: names of judges below, each with a list of what to judge. Writes the same with what
-each judge made of it, or {"refused": why}.
+Reads a JSON object from stdin that maps the name of a validator below to a list of subjects. Writes the same object
+with each subject replaced by the validator's result, or by {"refused": reason}.
 """
 
 from __future__ import annotations
@@ -12,25 +12,25 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-Judge = Callable[[Any], Any]
+Validator = Callable[[Any], Any]
 
 
 def serve(config: Any) -> Any:
-    """A Ray Serve config, as `serve deploy` takes it."""
+    """Validate a Ray Serve config like `serve deploy`."""
     from ray.serve.schema import ServeDeploySchema
 
     return json.loads(ServeDeploySchema.model_validate(config).model_dump_json(exclude_unset=True))
 
 
 def groups(cluster: Any) -> Any:
-    """A RayCluster, as Ray's autoscaler reads it on Kubernetes."""
+    """The configuration that Ray's autoscaler derives from a RayCluster on Kubernetes."""
     from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 
     return _derive_autoscaling_config_from_ray_cr(cluster)
 
 
 def ray_up(config: Any) -> Any:
-    """A `ray up` file, as that command reads it."""
+    """Validate a file like `ray up`."""
     from ray.autoscaler._private.util import prepare_config, validate_config
 
     prepared = prepare_config(config)
@@ -39,14 +39,14 @@ def ray_up(config: Any) -> Any:
 
 
 def drain(options: Any) -> Any:
-    """Arguments of `ray drain-node`: its parser's result."""
+    """Parse the arguments of `ray drain-node`."""
     from ray.scripts.scripts import drain_node
 
     return drain_node.make_context("drain-node", options).params
 
 
 def options(words: Any) -> Any:
-    """A command line of `ray` or `serve`, as far as its subcommand: the options that it knows."""
+    """The options of a subcommand of `ray` or `serve`, given as [program, subcommand]."""
     import ray.scripts.scripts
     import ray.serve.scripts
 
@@ -55,7 +55,7 @@ def options(words: Any) -> Any:
 
 
 def bootstrap(config: Any) -> Any:
-    """A `ray up` file of AWS in an account that has what the file names. Returns the file, groups, roles, instances."""
+    """Run a `ray up` file of AWS in a simulated account. Returns the file, security groups, roles and instances."""
     os.environ |= {"AWS_ACCESS_KEY_ID": "none", "AWS_SECRET_ACCESS_KEY": "none"}
     import boto3
     from moto import mock_aws
@@ -76,16 +76,15 @@ def bootstrap(config: Any) -> Any:
         for each in config["available_node_types"].values():
             each["node_config"] |= {"SecurityGroupIds": [group.id], "ImageId": image, "SubnetIds": [private.id]}
 
-        made = bootstrap_aws(config)
-        provider = AWSNodeProvider({**made["provider"], "cache_stopped_nodes": False}, made["cluster_name"])
-        for name, each in made["available_node_types"].items():
+        bootstrapped = bootstrap_aws(config)
+        provider = AWSNodeProvider(
+            {**bootstrapped["provider"], "cache_stopped_nodes": False}, bootstrapped["cluster_name"]
+        )
+        for name, each in bootstrapped["available_node_types"].items():
             provider.create_node(each["node_config"], {"ray-user-node-type": name}, 1)
-        groups = [
-            {"name": each.group_name, "ours": each.id == group.id, "rules": each.ip_permissions}
-            for each in network.security_groups.all()
-        ]
+        groups = [{"name": each.group_name, "rules": each.ip_permissions} for each in network.security_groups.all()]
         return {
-            "config": made,
+            "config": bootstrapped,
             "groups": groups,
             "roles": [role["RoleName"] for role in iam.list_roles()["Roles"]],
             "instances": {
@@ -102,19 +101,20 @@ def bootstrap(config: Any) -> Any:
         }
 
 
-JUDGES: dict[str, Judge] = {each.__name__: each for each in (serve, groups, ray_up, drain, options, bootstrap)}
+VALIDATORS: dict[str, Validator] = {each.__name__: each for each in (serve, groups, ray_up, drain, options, bootstrap)}
 
 
-def asked(judge: Judge, subject: Any) -> Any:
+def validate(validator: Validator, subject: Any) -> Any:
     try:
-        return judge(subject)
-    except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever Ray throws is its opinion
+        return validator(subject)
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - any error of Ray is a refusal
         return {"refused": f"{type(error).__name__}: {error}"}
 
 
 if __name__ == "__main__":
-    said, sys.stdout = sys.stdout, sys.stderr
-    answers = {
-        name: [asked(JUDGES[name], subject) for subject in subjects] for name, subjects in json.load(sys.stdin).items()
+    output, sys.stdout = sys.stdout, sys.stderr
+    results = {
+        name: [validate(VALIDATORS[name], subject) for subject in subjects]
+        for name, subjects in json.load(sys.stdin).items()
     }
-    json.dump(answers, said)
+    json.dump(results, output)

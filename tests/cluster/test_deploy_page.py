@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from infra_pulumi import options
-from infra_pulumi.charts import ALERTMANAGER_CREDENTIALS_SECRET, ALERTMANAGER_CONFIG_SECRET
+from infra_pulumi.charts import ALERTMANAGER_CONFIG_SECRET, ALERTMANAGER_CREDENTIALS_SECRET
 from infra_pulumi.objects import CALLER_LABEL, IDENTITY_ANNOTATION, MONITORING_NAMESPACE, OPERATOR_NAMESPACE
 from infra_pulumi.rayservice import IDLE_S, MODEL_SECRET, NAME, REDIS, TOKEN_SECRET
 from infra_pulumi.render import KEPT, ROOT
@@ -54,7 +54,11 @@ def test_secrets_are_those_that_the_service_asks_for() -> None:
 def test_alertmanager_reads_the_secrets_that_its_page_makes() -> None:
     page = (KEPT / "monitoring/README.md").read_text()
     told = yaml.safe_load(CHARTS["prometheus"].read_text())["alertmanager"]["alertmanagerSpec"]
-    assert told == {"useExistingSecret": True, "configSecret": ALERTMANAGER_CONFIG_SECRET, "secrets": [ALERTMANAGER_CREDENTIALS_SECRET, ALERTMANAGER_CONFIG_SECRET]}
+    assert told == {
+        "useExistingSecret": True,
+        "configSecret": ALERTMANAGER_CONFIG_SECRET,
+        "secrets": [ALERTMANAGER_CREDENTIALS_SECRET, ALERTMANAGER_CONFIG_SECRET],
+    }
     made = set(re.findall(r"create secret generic (\S+) --from-file", page))
     assert made == {ALERTMANAGER_CONFIG_SECRET, ALERTMANAGER_CREDENTIALS_SECRET}
     assert f"/etc/alertmanager/secrets/{ALERTMANAGER_CREDENTIALS_SECRET}/" in page
@@ -75,7 +79,9 @@ def test_namespaces_and_releases_are_those_of_the_files() -> None:
 
 
 def test_objects_that_a_check_asks_for_are_made() -> None:
-    made = {(each["kind"].lower(), each["metadata"]["name"]) for each in (*kept("kubernetes/aws/namespace.yaml"), SERVICE)}
+    made = {
+        (each["kind"].lower(), each["metadata"]["name"]) for each in (*kept("kubernetes/aws/namespace.yaml"), SERVICE)
+    }
     asked = re.findall(r"(?:get|patch|annotate) (rayservice|namespace|serviceaccount) ([a-z][\w-]+)", TYPED)
     assert set(asked) <= made
     assert ("poddisruptionbudget", "serve-app-head") in made
