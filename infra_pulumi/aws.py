@@ -241,7 +241,7 @@ class AwsCluster(GpuCluster):
         return node_group
 
     def _gpu_labels(self, group: NodeGroup) -> dict[str, str]:
-        """Labels of a GPU node, with the one that tells the autoscaler to expect a GPU on a node without one yet.
+        """Labels of a GPU node, including the one that makes the autoscaler expect a GPU.
 
         Without `k8s.amazonaws.com/accelerator` a group scales from zero only once (kubernetes/autoscaler#8799), and the
         autoscaler adds more nodes than needed until the GPU is registered (#3164).

@@ -148,7 +148,7 @@ class AzureCluster(GpuCluster):
             scope=self.group.id,
             lock_name=self.name("lock"),
             level="CanNotDelete",
-            notes="The description says protect: true.",
+            notes="The description has protect: true.",
             opts=self.child_options(),
         )
 

@@ -90,7 +90,7 @@ def open_stack(
         name=PROJECT,
         runtime="python",
         backend=auto.ProjectBackend(url=location.url),
-        description="GPU nodes of serve_app",
+        description="A cluster with GPU nodes for serve_app",
     )
     options = auto.LocalWorkspaceOptions(project_settings=settings, pulumi_command=command)
     return _run_pulumi(

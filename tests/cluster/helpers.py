@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 
 import yaml
 
+from alerts.dashboards import write
 from infra_pulumi import render, spec as descriptions
 from infra_pulumi.catalogue import load
 from infra_pulumi.spec import ClusterSpec, parse
@@ -53,9 +54,14 @@ def service(provider: str) -> Json:
     return document
 
 
-def monitoring(name: str) -> list[Json]:
-    """The YAML documents of a file in cluster/monitoring/."""
-    return list(yaml.load_all((CLUSTER / "monitoring" / name).read_text(), yaml.CSafeLoader))
+def pod_monitors() -> list[Json]:
+    """The PodMonitors of the service and of Ray."""
+    return list(yaml.load_all((CLUSTER / "monitoring/podmonitor.yaml").read_text(), yaml.CSafeLoader))
+
+
+def prometheus_rule() -> Json:
+    """The PrometheusRule that `python -m alerts dashboards` writes."""
+    return yaml.load(write.files()["prometheusrule.yaml"], yaml.CSafeLoader)
 
 
 def validate_with_ray(home: Path, **subjects: list[Json]) -> Json:

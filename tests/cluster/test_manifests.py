@@ -29,7 +29,8 @@ from tests.cluster.helpers import (
     changed,
     description,
     documents,
-    monitoring,
+    pod_monitors,
+    prometheus_rule,
     rendered,
     service,
 )
@@ -319,7 +320,7 @@ def test_pods_have_no_privileges_on_their_node(cloud: str) -> None:
 
 @pytest.mark.parametrize("cloud", CLOUDS)
 def test_the_pods_have_the_ports_of_prometheus_monitors(cloud: str) -> None:
-    service_monitor, ray_monitor = monitoring("podmonitor.yaml")
+    service_monitor, ray_monitor = pod_monitors()
     head, *workers = (template["spec"]["containers"][0] for template in pods(service(cloud)))
     assert {each["port"] for each in service_monitor["spec"]["podMetricsEndpoints"]} <= set(port_numbers(head))
     assert {each["port"] for each in ray_monitor["spec"]["podMetricsEndpoints"]} <= set(port_numbers(head))
@@ -442,19 +443,14 @@ def test_each_values_file_has_its_helm_command(cloud: str) -> None:
 def test_prometheus_is_installed_before_its_monitors() -> None:
     releases = [chart.release for chart in charts(description("aws"))]
     assert releases[0] == "prometheus"
-    labels = {
-        each["metadata"]["labels"]["release"]
-        for name in ("podmonitor.yaml", "prometheusrule.yaml")
-        for each in monitoring(name)
-    }
+    labels = {each["metadata"]["labels"]["release"] for each in (*pod_monitors(), prometheus_rule())}
     assert labels == {"prometheus"}, "kube-prometheus-stack selects its release's name"
 
 
 def test_prometheus_jobs_have_the_names_in_the_rules() -> None:
     """The chart's own Watchdog alert is off, because it would continue without this project's rules."""
     chart = values("aws", "prometheus")
-    rules = (CLUSTER / "monitoring/prometheusrule.yaml").read_text()
-    required = set(re.findall(r'up\{job="(\w+)"\}', rules))
+    required = set(re.findall(r'up\{job="(\w+)"\}', json.dumps(prometheus_rule()).replace('\\"', '"')))
     of_chart = {
         rule["replacement"]
         for part in ("alertmanager", "prometheus")
@@ -462,7 +458,7 @@ def test_prometheus_jobs_have_the_names_in_the_rules() -> None:
     }
     monitors = {
         rule["replacement"]
-        for document in monitoring("podmonitor.yaml")
+        for document in pod_monitors()
         for endpoint in document["spec"]["podMetricsEndpoints"]
         for rule in endpoint["relabelings"]
         if rule.get("targetLabel") == "job"
