@@ -79,8 +79,8 @@ def test_the_table_of_commands_has_every_command() -> None:
     (table,) = re.findall(r"\| command \| result \|\n(.*?)\n\n", PAGE, re.DOTALL)
     rows = [row.split(" | ")[0] for row in table.splitlines()[1:]]
     listed = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
-    parser = options.parser()
-    assert listed == set(next(each.choices for each in parser._actions if each.dest == "command") or ())
+    (commands,) = (each.choices for each in options.parser()._actions if each.dest == "command")
+    assert listed == set(commands or ())
 
 
 def test_secrets_are_those_of_the_manifests() -> None:
