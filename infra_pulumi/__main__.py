@@ -83,7 +83,7 @@ def _plan(args: argparse.Namespace) -> int:
     spec, catalogue = _load_inputs(args)
     if missing := _missing_packages(spec):
         return _fail(missing, Exit.MISSING)
-    recording, found = _evaluate(spec, catalogue)
+    recording, findings = _evaluate(spec, catalogue)
     estimate = cost.estimate(spec, catalogue, _busy_share(args))
     warnings = [
         *catalogues.warnings(spec, catalogue, datetime.date.today()),
@@ -92,7 +92,7 @@ def _plan(args: argparse.Namespace) -> int:
     ]
     phases = cold_start.phases(args.image_gb, args.weights_gib)
     if args.json:
-        data = _plan_data(spec, recording, found, estimate, warnings)
+        data = _plan_data(spec, recording, findings, estimate, warnings)
         data["cold_start"] = {
             "phases": [asdict(phase) for phase in phases],
             "seconds": cold_start.total(phases),
@@ -100,31 +100,31 @@ def _plan(args: argparse.Namespace) -> int:
         }
         print(json.dumps(data, indent=2, sort_keys=True))
     else:
-        print(show.summary(spec), show.tree(recording), show.findings(found), sep="\n\n")
+        print(show.summary(spec), show.tree(recording), show.findings(findings), sep="\n\n")
         print("", show.cost(estimate, spec.budget.monthly_usd if spec.budget else None), "", sep="\n")
         print(show.cold_start(phases, cold_start.source(spec.provider)), "", sep="\n")
         print("warnings:", *show.bullets(warnings or ["none"]), sep="\n")
-    return _exit_code(found)
+    return _exit_code(findings)
 
 
 def _plan_data(
     spec: ClusterSpec,
     recording: Recording,
-    found: Sequence[Finding],
+    findings: Sequence[Finding],
     estimate: cost.Estimate,
     warnings: Sequence[str],
 ) -> dict[str, Any]:
     return {
         "spec": spec.model_dump(mode="json"),
         "plan": json.loads(recording.json()),
-        "findings": [asdict(each) for each in found],
+        "findings": [asdict(each) for each in findings],
         "cost": show.estimate_data(estimate),
         "warnings": list(warnings),
     }
 
 
-def _exit_code(found: Sequence[Finding]) -> int:
-    return Exit.FAILED if any(each.severity == "error" for each in found) else Exit.OK
+def _exit_code(findings: Sequence[Finding]) -> int:
+    return Exit.FAILED if any(each.severity == "error" for each in findings) else Exit.OK
 
 
 def _busy_share(args: argparse.Namespace) -> float:
@@ -154,9 +154,9 @@ def _policy(args: argparse.Namespace) -> int:
     spec, catalogue = _load_inputs(args)
     if missing := _missing_packages(spec):
         return _fail(missing, Exit.MISSING)
-    _, found = _evaluate(spec, catalogue)
-    print(json.dumps([asdict(each) for each in found], indent=2) if args.json else show.findings(found))
-    return _exit_code(found)
+    _, findings = _evaluate(spec, catalogue)
+    print(json.dumps([asdict(each) for each in findings], indent=2) if args.json else show.findings(findings))
+    return _exit_code(findings)
 
 
 def _render(args: argparse.Namespace) -> int:
@@ -192,11 +192,11 @@ def _fits(args: argparse.Namespace, catalogue: Catalogue) -> int:
     measured = dict(args.measured or ())
     if unknown := sorted(set(measured) - {each.type for each in catalogue.instance_types}):
         return _fail(f"--measured: {', '.join(unknown)} is not in the catalogue", Exit.USAGE)
-    found = model_sizing.ranked(catalogue, args.fits, args.dtype, load, measured)
+    fits = model_sizing.ranked(catalogue, args.fits, args.dtype, load, measured)
     if args.json:
-        print(json.dumps([show.fit_data(fit) for fit in found], indent=2))
-    elif found:
-        print(show.fits(found))
+        print(json.dumps([show.fit_data(fit) for fit in fits], indent=2))
+    elif fits:
+        print(show.fits(fits))
         print(
             f"\nEach replica decodes {load.streams} streams of {load.context} tokens at the same time. A `derived`"
             "\nthroughput comes from the GPU's memory bandwidth and arithmetic; use it only to rank machines. To"
@@ -248,9 +248,11 @@ def _pulumi_command(args: argparse.Namespace) -> int:
     from infra_pulumi import deploy
 
     if args.command == "deploy":
-        _, found = _evaluate(spec, catalogue)
-        if _exit_code(found):
-            return _fail(f"nothing was deployed, because the policy found errors:\n{show.findings(found)}", Exit.FAILED)
+        _, findings = _evaluate(spec, catalogue)
+        if _exit_code(findings):
+            return _fail(
+                f"nothing was deployed, because the policy found errors:\n{show.findings(findings)}", Exit.FAILED
+            )
     try:
         command = deploy.find_command()
         if args.command != "outputs" and not args.yes and not _confirmed(args.command, spec):

@@ -178,15 +178,15 @@ def charts(spec: ClusterSpec) -> list[Chart]:
 
     Prometheus comes first, because it defines the ServiceMonitor kind that the other charts use.
     """
-    addons, found = spec.addons, []
+    addons, enabled = spec.addons, list[Chart]()
     if addons.prometheus:
-        found.append(prometheus())
+        enabled.append(prometheus())
     if addons.cluster_autoscaler and spec.provider == "aws":
-        found.append(cluster_autoscaler(spec))
+        enabled.append(cluster_autoscaler(spec))
     if addons.device_plugin and spec.provider != "gcp":
-        found.append(device_plugin(spec))
+        enabled.append(device_plugin(spec))
     if addons.dcgm_exporter:
-        found.append(dcgm_exporter(spec))
+        enabled.append(dcgm_exporter(spec))
     if addons.kuberay:
-        found.append(kuberay(spec))
-    return found
+        enabled.append(kuberay(spec))
+    return enabled

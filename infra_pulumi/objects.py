@@ -196,11 +196,11 @@ def network_policies(spec: ClusterSpec) -> list[Object]:
 
 def namespace_objects(spec: ClusterSpec, identity: str = "") -> list[Object]:
     """All objects that the description enables, in creation order."""
-    found = [namespace(spec), service_account(spec, identity), redis_service(spec), redis(spec)]
+    enabled = [namespace(spec), service_account(spec, identity), redis_service(spec), redis(spec)]
     if spec.provider == "aws":
-        found.insert(0, storage_class())
+        enabled.insert(0, storage_class())
     if spec.addons.disruption_budget:
-        found.append(disruption_budget(spec))
+        enabled.append(disruption_budget(spec))
     if spec.addons.network_policy:
-        found += network_policies(spec)
-    return found
+        enabled += network_policies(spec)
+    return enabled

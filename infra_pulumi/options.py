@@ -50,13 +50,16 @@ def parser() -> argparse.ArgumentParser:
     plan = _add_spec_command(commands, "plan", "list resources, findings, costs and warnings")
     cold = plan.add_argument_group("cold start")
     cold.add_argument(
-        "--image-gb", type=_number_up_to(1000), default=cold_start.IMAGE_GB, help="image size (default: %(default)s)"
+        "--image-gb",
+        type=_number_up_to(1000),
+        default=cold_start.IMAGE_GB,
+        help="image size in GB (default: %(default)s)",
     )
     cold.add_argument(
         "--weights-gib",
         type=_number_up_to(10_000),
         default=cold_start.WEIGHTS_GIB,
-        help="weights (default: %(default)s)",
+        help="weights in GiB (default: %(default)s)",
     )
     _add_spec_command(commands, "cost", "list the monthly cost")
     checks = _add_spec_command(commands, "policy", "list the policy's findings")
@@ -88,7 +91,7 @@ def _add_spec_command(commands: Any, name: str, text: str) -> argparse.ArgumentP
     group.add_argument("--spec", type=Path, metavar="FILE", help="YAML file; flags override its values")
     group.add_argument("--provider", choices=get_args(Provider))
     group.add_argument("--name", help="cluster name (default: serve-app)")
-    group.add_argument("--region", help="default: us-west-2, us-central1, eastus")
+    group.add_argument("--region", help="default: us-west-2 (AWS), us-central1 (GCP), eastus (Azure)")
     group.add_argument("--zone", action="append", metavar="ZONE", help="repeat for several zones")
     group.add_argument("--instance-type", action="append", metavar="TYPE", help="repeat for alternatives (AWS only)")
     group.add_argument("--min", type=int, metavar="N", help="minimum number of GPU nodes (default: 0)")
@@ -143,14 +146,14 @@ def _size(text: str) -> float:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def _number_up_to(most: int) -> Callable[[str], float]:
+def _number_up_to(maximum: int) -> Callable[[str], float]:
     def number(text: str) -> float:
         try:
             value = float(text)
         except ValueError:
             value = -1.0
-        if not 0 < value <= most:
-            raise argparse.ArgumentTypeError(f"{text} must be a number above 0 and at most {most}")
+        if not 0 < value <= maximum:
+            raise argparse.ArgumentTypeError(f"{text} must be a number above 0 and at most {maximum}")
         return value
 
     return number

@@ -64,7 +64,7 @@ def cost(estimate: Estimate, budget: float | None) -> str:
     ]
     sums = (estimate.idle, estimate.expected, estimate.maximum)
     rows.append(("total", *(f"{usd:,.2f}" for usd in sums), "", ""))
-    text = table(("USD a month", "idle", "expected", "maximum", "price date", ""), rows, frozenset({1, 2, 3}))
+    text = table(("USD per month", "idle", "expected", "maximum", "price date", ""), rows, frozenset({1, 2, 3}))
     text += f"\n`expected` assumes that all nodes run {estimate.busy_share:.0%} of the time. "
     text += "Traffic, logs and support are not included."
     if budget is not None and estimate.maximum > budget:
