@@ -1,1 +1,1 @@
-"""GPU node pools on three clouds, from one description, with a plan that needs no cloud."""
+"""GPU clusters on AWS, GCP and Azure from one description; plan, policy and cost need no cloud."""

@@ -1,4 +1,4 @@
-"""`python -m infra_pulumi`: the cluster under the service, planned without a cloud and made on one."""
+"""Command line of `python -m infra_pulumi`: plan, price, check, render and deploy one GPU cluster."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dataclasses import asdict
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
-from infra_pulumi import account, catalogue as catalogues, coldstart, cost, options, quotas, show, sizing
+from infra_pulumi import account, catalogue as catalogues, cold_start, cost, model_sizing, options, quotas, show
 from infra_pulumi.catalogue import Catalogue, CatalogueError
 from infra_pulumi.spec import ClusterSpec, SpecError
 
@@ -24,27 +24,30 @@ if TYPE_CHECKING:
 
 SDKS = {"aws": "pulumi_aws", "gcp": "pulumi_gcp", "azure": "pulumi_azure_native"}
 ADDONS_SDK = "pulumi_kubernetes"
-INSTALL = "in the repository: .venv/bin/pip install --no-deps -r requirements-infra.lock"
+INSTALL = "in the repository, run: .venv/bin/pip install --no-deps -r requirements-infra.lock"
 
 
 class Exit(IntEnum):
+    """Exit codes; `python -m infra_pulumi --help` documents them."""
+
     OK = 0
-    WRONG = 1
+    FAILED = 1
     USAGE = 2
     MISSING = 3
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    asked = options.parser().parse_args(arguments)
+    """Run one command and return its exit code."""
+    args = options.parser().parse_args(arguments)
     try:
-        return _COMMANDS[asked.command](asked)
+        return _COMMANDS[args.command](args)
     except SpecError as error:
-        if getattr(asked, "json", False):
+        if getattr(args, "json", False):
             print(json.dumps({"faults": [asdict(fault) for fault in error.faults]}, indent=2))
         return _fail(str(error), Exit.USAGE)
     except CatalogueError as error:
         return _fail(str(error), Exit.USAGE)
-    except BrokenPipeError:  # the reader, such as head, has seen enough
+    except BrokenPipeError:  # the reader of the pipe, such as `head`, has closed it
         sys.stderr.close()
         return Exit.OK
 
@@ -54,227 +57,231 @@ def _fail(text: str, code: Exit) -> int:
     return code
 
 
-def _given(asked: argparse.Namespace) -> tuple[ClusterSpec, Catalogue]:
-    spec = options.described(asked)
-    known = catalogues.load(asked.prices)
-    catalogues.check(spec, known)
-    return spec, known
+def _load_inputs(args: argparse.Namespace) -> tuple[ClusterSpec, Catalogue]:
+    spec = options.spec_from_args(args)
+    catalogue = catalogues.load(args.prices)
+    catalogues.check(spec, catalogue)
+    return spec, catalogue
 
 
-def _lacking(spec: ClusterSpec) -> str | None:
-    """What has to be installed before this description can be planned."""
-    wanted = ["pulumi", SDKS[spec.provider], *([ADDONS_SDK] if spec.addons.by_pulumi else [])]
-    missing = [name for name in wanted if importlib.util.find_spec(name) is None]
-    return f"{' and '.join(missing)} cannot be imported; {INSTALL}" if missing else None
+def _missing_packages(spec: ClusterSpec) -> str | None:
+    """A sentence that names the packages to install before this description can be planned; None if none is missing."""
+    required = ["pulumi", SDKS[spec.provider], *([ADDONS_SDK] if spec.addons.by_pulumi else [])]
+    missing = [name for name in required if importlib.util.find_spec(name) is None]
+    return f"cannot import {' and '.join(missing)}; {INSTALL}" if missing else None
 
 
-def _judged(spec: ClusterSpec, known: Catalogue) -> tuple[Recording, tuple[Finding, ...]]:
+def _evaluate(spec: ClusterSpec, catalogue: Catalogue) -> tuple[Recording, tuple[Finding, ...]]:
     from infra_pulumi import plan, policy
 
-    recording = plan.evaluate(spec, known)
-    gc.freeze()  # the SDK stays until the end: nobody needs to look through it then
+    recording = plan.evaluate(spec, catalogue)
+    gc.freeze()  # the SDK's objects live until the process ends, so that collecting them at exit only costs time
     return recording, policy.findings(recording, spec)
 
 
-def _plan(asked: argparse.Namespace) -> int:
-    spec, known = _given(asked)
-    if lacking := _lacking(spec):
-        return _fail(lacking, Exit.MISSING)
-    recording, found = _judged(spec, known)
-    estimate = cost.estimate(spec, known, _busy(asked))
+def _plan(args: argparse.Namespace) -> int:
+    spec, catalogue = _load_inputs(args)
+    if missing := _missing_packages(spec):
+        return _fail(missing, Exit.MISSING)
+    recording, findings = _evaluate(spec, catalogue)
+    estimate = cost.estimate(spec, catalogue, _busy_share(args))
     warnings = [
-        *catalogues.warnings(spec, known, datetime.date.today()),
-        *quotas.warnings(spec, known),
+        *catalogues.warnings(spec, catalogue, datetime.date.today()),
+        *quotas.warnings(spec, catalogue),
         *account.steps(spec),
     ]
-    cold = coldstart.phases(asked.image_gb, asked.weights_gib)
-    if asked.json:
-        told = _plain_plan(spec, recording, found, estimate, warnings)
-        told["cold_start"] = {
-            "phases": [asdict(phase) for phase in cold],
-            "seconds": coldstart.total(cold),
-            "source": coldstart.caveat(spec.provider),
+    phases = cold_start.phases(args.image_gb, args.weights_gib)
+    if args.json:
+        data = _plan_data(spec, recording, findings, estimate, warnings)
+        data["cold_start"] = {
+            "phases": [asdict(phase) for phase in phases],
+            "seconds": cold_start.total(phases),
+            "source": cold_start.source(spec.provider),
         }
-        print(json.dumps(told, indent=2, sort_keys=True))
+        print(json.dumps(data, indent=2, sort_keys=True))
     else:
-        print(show.summary(spec), show.tree(recording), show.findings(found), sep="\n\n")
+        print(show.summary(spec), show.tree(recording), show.findings(findings), sep="\n\n")
         print("", show.cost(estimate, spec.budget.monthly_usd if spec.budget else None), "", sep="\n")
-        print(show.cold_start(cold, coldstart.caveat(spec.provider)), "", sep="\n")
+        print(show.cold_start(phases, cold_start.source(spec.provider)), "", sep="\n")
         print("warnings:", *show.bullets(warnings or ["none"]), sep="\n")
-    return _verdict(found)
+    return _exit_code(findings)
 
 
-def _plain_plan(
+def _plan_data(
     spec: ClusterSpec,
     recording: Recording,
-    found: Sequence[Finding],
+    findings: Sequence[Finding],
     estimate: cost.Estimate,
     warnings: Sequence[str],
 ) -> dict[str, Any]:
     return {
         "spec": spec.model_dump(mode="json"),
         "plan": json.loads(recording.json()),
-        "findings": [asdict(each) for each in found],
-        "cost": show.plain_estimate(estimate),
+        "findings": [asdict(each) for each in findings],
+        "cost": show.estimate_data(estimate),
         "warnings": list(warnings),
     }
 
 
-def _verdict(found: Sequence[Finding]) -> int:
-    return Exit.WRONG if any(each.severity == "error" for each in found) else Exit.OK
+def _exit_code(findings: Sequence[Finding]) -> int:
+    return Exit.FAILED if any(each.severity == "error" for each in findings) else Exit.OK
 
 
-def _busy(asked: argparse.Namespace) -> float:
-    return cost.BUSY_SHARE if asked.busy_share is None else float(asked.busy_share)
+def _busy_share(args: argparse.Namespace) -> float:
+    return cost.BUSY_SHARE if args.busy_share is None else float(args.busy_share)
 
 
-def _cost(asked: argparse.Namespace) -> int:
-    spec, known = _given(asked)
-    estimate = cost.estimate(spec, known, _busy(asked))
-    if asked.json:
-        print(json.dumps(show.plain_estimate(estimate), indent=2))
+def _cost(args: argparse.Namespace) -> int:
+    spec, catalogue = _load_inputs(args)
+    estimate = cost.estimate(spec, catalogue, _busy_share(args))
+    if args.json:
+        print(json.dumps(show.estimate_data(estimate), indent=2))
         return Exit.OK
     print(show.summary(spec), show.cost(estimate, spec.budget.monthly_usd if spec.budget else None), sep="\n\n")
     print("\nsources:", *show.bullets(sorted({f"{line.source} ({line.as_of})" for line in estimate.lines})), sep="\n")
     return Exit.OK
 
 
-def _policy(asked: argparse.Namespace) -> int:
-    if asked.rules:
+def _policy(args: argparse.Namespace) -> int:
+    if args.rules:
         if importlib.util.find_spec("pulumi") is None:
-            return _fail(f"pulumi cannot be imported; {INSTALL}", Exit.MISSING)
+            return _fail(f"cannot import pulumi; {INSTALL}", Exit.MISSING)
         from infra_pulumi import policy
 
-        print(show.table(("rule", "", "why"), [(each.name, each.severity, each.why) for each in policy.rules()]))
+        rows = [(each.name, each.severity, each.why) for each in policy.rules()]
+        print(show.table(("rule", "severity", "reason"), rows))
         return Exit.OK
-    spec, known = _given(asked)
-    if lacking := _lacking(spec):
-        return _fail(lacking, Exit.MISSING)
-    _, found = _judged(spec, known)
-    print(json.dumps([asdict(each) for each in found], indent=2) if asked.json else show.findings(found))
-    return _verdict(found)
+    spec, catalogue = _load_inputs(args)
+    if missing := _missing_packages(spec):
+        return _fail(missing, Exit.MISSING)
+    _, findings = _evaluate(spec, catalogue)
+    print(json.dumps([asdict(each) for each in findings], indent=2) if args.json else show.findings(findings))
+    return _exit_code(findings)
 
 
-def _render(asked: argparse.Namespace) -> int:
+def _render(args: argparse.Namespace) -> int:
     from infra_pulumi import render
 
-    spec, known = _given(asked)
+    spec, catalogue = _load_inputs(args)
+    files = render.files(spec, catalogue, spec.serve.config, args.output)
     try:
-        written = [str(path) for path in render.write(render.every(spec, known, spec.serve.config), asked.output)]
+        written = [str(path) for path in render.write(files, args.output)]
     except OSError as error:
-        return _fail(f"{error.filename}: {error.strerror}", Exit.WRONG)
-    print(json.dumps(written, indent=2) if asked.json else "\n".join(f"wrote {path}" for path in written))
+        return _fail(f"cannot write {error.filename}: {error.strerror}", Exit.FAILED)
+    print(json.dumps(written, indent=2) if args.json else "\n".join(f"wrote {path}" for path in written))
     return Exit.OK
 
 
-def _catalogue(asked: argparse.Namespace) -> int:
-    known = catalogues.load(asked.prices)
-    if asked.provider:
-        chosen = tuple(each for each in known.instance_types if each.provider == asked.provider)
-        known = known.model_copy(update={"instance_types": chosen})
-    if asked.fits is not None:
-        return _fits(asked, known)
-    if asked.json:
-        print(json.dumps([each.model_dump(mode="json") for each in known.instance_types], indent=2))
+def _catalogue(args: argparse.Namespace) -> int:
+    catalogue = catalogues.load(args.prices)
+    if args.provider:
+        chosen = tuple(each for each in catalogue.instance_types if each.provider == args.provider)
+        catalogue = catalogue.model_copy(update={"instance_types": chosen})
+    if args.fits is not None:
+        return _fits(args, catalogue)
+    if args.json:
+        print(json.dumps([each.model_dump(mode="json") for each in catalogue.instance_types], indent=2))
     else:
-        print(show.machines(known.instance_types))
-        print(*(f"\n{each.type}: {each.refused}" for each in known.instance_types if each.refused), sep="")
+        print(show.machines(catalogue.instance_types))
+        print(*(f"\n{each.type}: {each.refused}" for each in catalogue.instance_types if each.refused), sep="")
     return Exit.OK
 
 
-def _fits(asked: argparse.Namespace, known: Catalogue) -> int:
-    load = sizing.Load(asked.streams, asked.context)
-    measured = dict(asked.measured or ())
-    if strange := sorted(set(measured) - {each.type for each in known.instance_types}):
-        return _fail(f"--measured: {', '.join(strange)} is no machine of the catalogue", Exit.USAGE)
-    found = sizing.ranked(known, asked.fits, asked.dtype, load, measured)
-    if asked.json:
-        print(json.dumps([show.plain_fit(fit) for fit in found], indent=2))
-    elif found:
-        print(show.fits(found))
+def _fits(args: argparse.Namespace, catalogue: Catalogue) -> int:
+    load = model_sizing.Load(args.streams, args.context)
+    measured = dict(args.measured or ())
+    if unknown := sorted(set(measured) - {each.type for each in catalogue.instance_types}):
+        return _fail(f"--measured: {', '.join(unknown)} is not in the catalogue", Exit.USAGE)
+    fits = model_sizing.ranked(catalogue, args.fits, args.dtype, load, measured)
+    if args.json:
+        print(json.dumps([show.fit_data(fit) for fit in fits], indent=2))
+    elif fits:
+        print(show.fits(fits))
         print(
-            f"\nWith {load.streams} streams of {load.context} tokens on each replica, all of them busy. `derived` is"
-            "\nfrom the GPU's memory bandwidth and arithmetic, good for a ranking. Measure with python -m perf.suite,"
-            "\nand say --measured TYPE=TOKENS_PER_S."
+            f"\nEach replica decodes {load.streams} streams of {load.context} tokens at the same time. A `derived`"
+            "\nthroughput comes from the GPU's memory bandwidth and arithmetic; use it only to rank machines. To"
+            "\nreplace it, measure with python -m perf.suite and pass --measured TYPE=TOKENS_PER_S."
         )
-        for machine in known.instance_types:
-            if machine.gpu and not sizing.derivable(machine) and machine.type not in measured:
-                print(f"{machine.type} is not ranked: how fast its {machine.gpu} is, is not known; say --measured")
+        for machine in catalogue.instance_types:
+            if machine.gpu and not model_sizing.derivable(machine) and machine.type not in measured:
+                print(f"{machine.type} is not ranked: the speed of its {machine.gpu} is unknown; pass --measured")
     else:
-        needed = sizing.needed_bytes(asked.fits, asked.dtype, load) / sizing.GIB
-        print(f"no machine holds the {needed:.0f} GiB that it needs; take int8 or int4, or fewer --streams")
+        required = model_sizing.required_bytes(args.fits, args.dtype, load) / model_sizing.GIB
+        print(f"no machine holds the required {required:.0f} GiB; take int8 or int4, or fewer --streams")
     return Exit.OK
 
 
-def _doctor(asked: argparse.Namespace) -> int:
-    """What is here, and what it is for."""
-    needed = ("pulumi", *SDKS.values())
-    packages = {name: importlib.util.find_spec(name) is not None for name in (*needed, ADDONS_SDK)}
-    programs = {name: shutil.which(name) for name in _NEEDED}
-    if asked.json:
+def _doctor(args: argparse.Namespace) -> int:
+    """List the packages and programs that this package uses, with the purpose of each missing one."""
+    required = ("pulumi", *SDKS.values())
+    packages = {name: importlib.util.find_spec(name) is not None for name in (*required, ADDONS_SDK)}
+    programs = {name: shutil.which(name) for name in _PROGRAMS}
+    if args.json:
         print(json.dumps({"packages": packages, "programs": programs}, indent=2))
     else:
-        missing = dict.fromkeys(needed, INSTALL) | {ADDONS_SDK: f"for addons.by_pulumi; {INSTALL}"}
+        hints = dict.fromkeys(required, INSTALL) | {ADDONS_SDK: f"for addons.by_pulumi; {INSTALL}"}
         rows = [
-            (f"package {name}", "here" if there else f"missing: {missing[name]}") for name, there in packages.items()
+            (f"package {name}", "installed" if found else f"missing: {hints[name]}") for name, found in packages.items()
         ]
-        rows += [(f"program {name}", where or f"missing: {_NEEDED[name]}") for name, where in programs.items()]
+        rows += [(f"program {name}", path or f"missing: {_PROGRAMS[name]}") for name, path in programs.items()]
         print(show.table(("", ""), rows).strip())
-    return Exit.OK if all(packages[name] for name in needed) and programs["pulumi"] else Exit.MISSING
+    return Exit.OK if all(packages[name] for name in required) and programs["pulumi"] else Exit.MISSING
 
 
-_NEEDED = {
+_PROGRAMS = {
     "pulumi": "for deploy; https://get.pulumi.com",
-    "kubectl": "for what runs in the cluster",
-    "helm": "for the addons without Pulumi",
-    "aws": "for a kubeconfig on AWS",
-    "gcloud": "for a kubeconfig on GCP",
-    "az": "for a kubeconfig on Azure",
-    "gke-gcloud-auth-plugin": "for a token on GCP",
-    "kubelogin": "for a token on Azure",
+    "kubectl": "to manage what runs in the cluster",
+    "helm": "to install the addons without Pulumi",
+    "aws": "to write a kubeconfig on AWS",
+    "gcloud": "to write a kubeconfig on GCP",
+    "az": "to write a kubeconfig on Azure",
+    "gke-gcloud-auth-plugin": "to get a token on GCP",
+    "kubelogin": "to get a token on Azure",
 }
 
 
-def _engine(asked: argparse.Namespace) -> int:
-    """deploy, outputs and destroy: those that need Pulumi's CLI."""
-    spec, known = _given(asked)
-    if lacking := _lacking(spec):
-        return _fail(lacking, Exit.MISSING)
+def _pulumi_command(args: argparse.Namespace) -> int:
+    """Run deploy, outputs or destroy, which need Pulumi's CLI."""
+    spec, catalogue = _load_inputs(args)
+    if missing := _missing_packages(spec):
+        return _fail(missing, Exit.MISSING)
     from infra_pulumi import deploy
 
-    if asked.command == "deploy":
-        _, found = _judged(spec, known)
-        if _verdict(found):
-            return _fail(f"nothing was deployed:\n{show.findings(found)}", Exit.WRONG)
+    if args.command == "deploy":
+        _, findings = _evaluate(spec, catalogue)
+        if _exit_code(findings):
+            return _fail(
+                f"nothing was deployed, because the policy found errors:\n{show.findings(findings)}", Exit.FAILED
+            )
     try:
         command = deploy.find_command()
-        if asked.command != "outputs" and not asked.yes and not _agreed(asked.command, spec):
-            return _fail("nothing was changed", Exit.WRONG)
-        stack = deploy.open_stack(spec, known, deploy.Place(asked.state, asked.backend), command)
-        return _run(asked.command, stack, spec)
+        if args.command != "outputs" and not args.yes and not _confirmed(args.command, spec):
+            return _fail("not confirmed; nothing was changed", Exit.FAILED)
+        stack = deploy.open_stack(spec, catalogue, deploy.StateLocation(args.state, args.backend), command)
+        return _run(args.command, stack, spec)
     except deploy.MissingError as error:
         return _fail(str(error), Exit.MISSING)
     except deploy.DeployError as error:
-        return _fail(str(error), Exit.WRONG)
+        return _fail(str(error), Exit.FAILED)
 
 
 def _run(command: str, stack: Any, spec: ClusterSpec) -> int:
     from infra_pulumi import deploy
 
-    def say(text: str) -> None:
+    def log(text: str) -> None:
         print(text, file=sys.stderr)
 
     if command == "destroy":
-        deploy.destroy(stack, say)
+        deploy.destroy(stack, log)
     else:
-        told = deploy.update(stack, spec.provider, say) if command == "deploy" else deploy.outputs(stack)
-        print(json.dumps(told, indent=2, sort_keys=True))
+        outputs = deploy.update(stack, spec.provider, log) if command == "deploy" else deploy.outputs(stack)
+        print(json.dumps(outputs, indent=2, sort_keys=True))
     return Exit.OK
 
 
-def _agreed(command: str, spec: ClusterSpec) -> bool:
+def _confirmed(command: str, spec: ClusterSpec) -> bool:
     if not sys.stdin.isatty():
-        print("nobody can be asked here; say --yes", file=sys.stderr)
+        print("standard input is not a terminal, so that the command cannot ask; pass --yes", file=sys.stderr)
         return False
     try:
         return input(f"{command} {show.summary(spec)}? Type the cluster's name: ").strip() == spec.name
@@ -289,9 +296,9 @@ _COMMANDS = {
     "render": _render,
     "catalogue": _catalogue,
     "doctor": _doctor,
-    "deploy": _engine,
-    "outputs": _engine,
-    "destroy": _engine,
+    "deploy": _pulumi_command,
+    "outputs": _pulumi_command,
+    "destroy": _pulumi_command,
 }
 
 

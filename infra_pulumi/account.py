@@ -1,4 +1,4 @@
-"""What a plan cannot do: the steps that an account needs by hand, once, before the first deployment."""
+"""Lists the manual steps that a cloud account needs once, before the first deployment."""
 
 from __future__ import annotations
 
@@ -20,41 +20,41 @@ GOOGLE_APIS = (
 
 
 def steps(spec: ClusterSpec) -> Iterator[str]:
-    """Sentences with the command in them. Nothing here can be seen without an account, so they are always told."""
+    """Sentences with a command each. A plan cannot see an account's state, so it always lists every step."""
     match spec.provider:
         case "aws":
             if spec.budget:
                 yield (
-                    "Once an account: activate the cost allocation tag `cluster`, or the budget sees nothing: "
+                    "Once per account: activate the cost allocation tag `cluster`, because the budget filters by it: "
                     "aws ce update-cost-allocation-tags-status --cost-allocation-tags-status "
-                    "TagKey=cluster,Status=Active (a day after something has the tag)"
+                    "TagKey=cluster,Status=Active (one day after the first resource has the tag)"
                 )
         case "gcp":
-            yield "Once a person: gcloud auth application-default login; export GOOGLE_PROJECT=the project's id"
+            yield "Once per user: gcloud auth application-default login; export GOOGLE_PROJECT=PROJECT_ID"
             apis = " ".join(f"{name}.googleapis.com" for name in GOOGLE_APIS)
-            yield f"Once a project: gcloud services enable {apis}"
+            yield f"Once per project: gcloud services enable {apis}"
             if spec.budget:
-                yield "Whoever deploys needs roles/billing.costsManager on the billing account, to make a budget there"
+                yield "To create the budget, the deploying user needs roles/billing.costsManager on the billing account"
         case _:
             yield (
-                "Once a subscription: az feature register --namespace Microsoft.Compute --name EncryptionAtHost; when "
-                "it is Registered: az provider register --namespace Microsoft.Compute"
+                "Once per subscription: az feature register --namespace Microsoft.Compute --name EncryptionAtHost; "
+                "when its state is Registered: az provider register --namespace Microsoft.Compute"
             )
             for name in sorted({name for pool in spec.gpu_pools for name in pool.instance_types}):
                 yield (
-                    f"Which zones have {name} is each subscription's own: az vm list-skus --location {spec.region} "
-                    f"--size {name} --zone --output table; name them in the pool's `zones`"
+                    f"The zones that offer {name} differ by subscription: az vm list-skus --location {spec.region} "
+                    f"--size {name} --zone --output table; list them in the pool's `zones`"
                 )
-    yield from _way_in(spec)
+    yield from _api_access(spec)
 
 
-def _way_in(spec: ClusterSpec) -> Iterator[str]:
+def _api_access(spec: ClusterSpec) -> Iterator[str]:
     if spec.network.api_cidrs:
         return
     if spec.addons.by_pulumi:
         yield (
-            "addons.by_pulumi with a private Kubernetes API: deploy from inside the network, or name your address in "
-            "network.api_cidrs"
+            "addons.by_pulumi needs the Kubernetes API, which is private here: deploy from inside the network, or add "
+            "your address to network.api_cidrs"
         )
     if spec.provider == "azure":
-        yield "AKS cannot make a private Kubernetes API public later, nor the other way: choose network.api_cidrs now"
+        yield "AKS cannot switch between a private and a public Kubernetes API later: choose network.api_cidrs now"

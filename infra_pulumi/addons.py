@@ -1,4 +1,4 @@
-"""What runs in the cluster, made by Pulumi: the very charts and objects that `render` writes as files."""
+"""Creates the charts and objects in the cluster with Pulumi; `render` writes the same ones as files."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from pulumi_kubernetes.helm.v3 import Release, RepositoryOptsArgs
 
 from infra_pulumi.base import Access, GpuCluster
 from infra_pulumi.charts import Chart, charts
-from infra_pulumi.objects import beside
+from infra_pulumi.objects import namespace_objects
 from infra_pulumi.rayservice import image_in, longest_request_s, rayservice
 
 Object = dict[str, Any]
 
-# What Pulumi is told about an object, which it reads in the object's annotations.
+# Annotations that Pulumi reads, by kind.
 #
-# Redis waits for a secret that is made by hand later, and Pulumi would wait for Redis. A RayService goes when KubeRay
-# has emptied Redis; deleted in the foreground, which is Pulumi's way, Kubernetes would take the job away that does it.
-_TOLD: Mapping[str, dict[str, str]] = {
+# Redis starts only after its secret exists, which is created by hand later, so that Pulumi must not wait for it. When a
+# RayService is deleted, a job of KubeRay empties Redis first. Pulumi deletes in the foreground by default, and
+# Kubernetes would then delete that job before it has run.
+_PULUMI_ANNOTATIONS: Mapping[str, dict[str, str]] = {
     "Service": {"pulumi.com/skipAwait": "true"},
     "StatefulSet": {"pulumi.com/skipAwait": "true"},
     "RayService": {"pulumi.com/deletionPropagationPolicy": "background"},
@@ -29,26 +30,26 @@ _DELETION_MARGIN_S = 900
 
 
 class Addons(pulumi.ComponentResource):
-    """Charts, objects and the service, each after the one before it and all of them after the cluster.
+    """The objects, charts and RayService in the cluster, created one after the other, after the cluster.
 
-    So they are made in the order in which they are to be installed, and taken down in the reverse of it. `config` is
-    the service's, as `read_config` gives it.
+    Each depends on the previous one, so that they are created in installation order and deleted in reverse order.
+    `config` is the service's configuration as `read_config` returns it.
     """
 
     def __init__(self, cluster: GpuCluster, config: Object) -> None:
         super().__init__("serve-app:infra:Addons", cluster.name("addons"))
         spec, outputs, access = cluster.spec, cluster.outputs, cluster.access()
-        self._named = cluster.name
-        # A namespace goes with its last pod, and a worker with its last stream.
+        self._name = cluster.name
+        # Deleting the namespace waits for its last pod, and a worker pod waits for its last stream.
         self._timeouts = pulumi.CustomTimeouts(delete=f"{longest_request_s(config) + _DELETION_MARGIN_S}s")
         self._kubernetes = kubernetes.Provider(
             cluster.name("kubernetes"),
             kubeconfig=kubeconfig(access),
-            cluster_identifier=access.server,  # a new certificate is not a new cluster
+            cluster_identifier=access.server,  # a new certificate must not replace the objects
             opts=pulumi.ResourceOptions(parent=self, depends_on=[cluster]),
         )
-        self._last: list[pulumi.Resource] = []
-        for document in beside(spec, outputs.identity):
+        self._previous: list[pulumi.Resource] = []
+        for document in namespace_objects(spec, outputs.identity):
             self._object(document)
         for chart in charts(spec):
             self._release(chart)
@@ -56,28 +57,29 @@ class Addons(pulumi.ComponentResource):
         self._object(rayservice(spec, cluster.catalogue, config, image))
         self.register_outputs({})
 
-    def _after(self) -> pulumi.ResourceOptions:
+    def _options(self) -> pulumi.ResourceOptions:
         return pulumi.ResourceOptions(
-            parent=self, provider=self._kubernetes, depends_on=self._last, custom_timeouts=self._timeouts
+            parent=self, provider=self._kubernetes, depends_on=self._previous, custom_timeouts=self._timeouts
         )
 
     def _object(self, document: Object) -> None:
-        """As it is in a manifest; the SDK has a class for each kind, and wants it in words of its own."""
+        """Register an object as its manifest states it. The SDK's classes would need Python names for every key."""
         version, kind, metadata = document["apiVersion"], document["kind"], document["metadata"]
-        if kind in _TOLD:
-            metadata = {**metadata, "annotations": {**metadata.get("annotations", {}), **_TOLD[kind]}}
-        made = pulumi.CustomResource(
+        if kind in _PULUMI_ANNOTATIONS:
+            annotations = {**metadata.get("annotations", {}), **_PULUMI_ANNOTATIONS[kind]}
+            metadata = {**metadata, "annotations": annotations}
+        created = pulumi.CustomResource(
             f"kubernetes:{version if '/' in version else f'core/{version}'}:{kind}",
-            self._named(kind.lower(), metadata["name"]),
+            self._name(kind.lower(), metadata["name"]),
             {**document, "metadata": metadata},
-            self._after(),
+            self._options(),
         )
-        self._last = [made]
+        self._previous = [created]
 
     def _release(self, chart: Chart) -> None:
-        """Like `helm upgrade --install` it does not wait until everything runs: Grafana's password is made by hand."""
-        made = Release(
-            self._named("release", chart.release),
+        """Install a chart without waiting for its pods, because Grafana's password is created by hand later."""
+        created = Release(
+            self._name("release", chart.release),
             name=chart.release,
             chart=chart.chart,
             version=chart.version,
@@ -86,13 +88,13 @@ class Addons(pulumi.ComponentResource):
             create_namespace=True,
             values=chart.values,
             skip_await=True,
-            opts=self._after(),
+            opts=self._options(),
         )
-        self._last = [made]
+        self._previous = [created]
 
 
 def kubeconfig(access: Access) -> pulumi.Output[str]:
-    """Without credentials: whoever runs Pulumi gets a token by the cloud's own program, with rights of their own."""
+    """A kubeconfig without credentials: the cloud's own program prints a token with the rights of Pulumi's user."""
     name = "cluster"
     program, *arguments = access.command
     token = {
@@ -109,7 +111,7 @@ def kubeconfig(access: Access) -> pulumi.Output[str]:
             "clusters": [
                 {
                     "name": name,
-                    "cluster": {"server": access.server, "certificate-authority-data": access.authority},
+                    "cluster": {"server": access.server, "certificate-authority-data": access.certificate_authority},
                 }
             ],
             "users": [{"name": name, "user": {"exec": token}}],

@@ -1,4 +1,4 @@
-"""EKS: managed GPU node groups on private subnets, in plain resources that a plan can see into."""
+"""The EKS cluster: managed GPU node groups on private subnets, made of plain resources so that a plan lists all."""
 
 from __future__ import annotations
 
@@ -18,38 +18,38 @@ GPU_AMI = "AL2023_x86_64_NVIDIA"  # driver and container toolkit, but no device 
 CPU_AMI = "AL2023_x86_64_STANDARD"
 NODE_POLICIES = ("AmazonEKSWorkerNodePolicy", "AmazonEKS_CNI_Policy", "AmazonEC2ContainerRegistryPullOnly")
 TEMPLATE = "k8s.io/cluster-autoscaler/node-template"
-# NoSchedule as EKS's API writes it.
+# Taint effects in the spelling of EKS's API.
 EFFECTS = {"NoSchedule": "NO_SCHEDULE", "PreferNoSchedule": "PREFER_NO_SCHEDULE", "NoExecute": "NO_EXECUTE"}
 
 
-def promised(kind: str, name: str, inputs: dict[str, Any]) -> dict[str, Any]:
-    """What AWS adds to a resource that somebody here reads, for a plan."""
-    told: dict[str, Any] = {"arn": f"${{{name}.arn}}"}
+def computed_outputs(kind: str, name: str, inputs: dict[str, Any]) -> dict[str, Any]:
+    """The outputs of AWS that this program reads, as placeholders for a plan."""
+    outputs: dict[str, Any] = {"arn": f"${{{name}.arn}}"}
     match kind:
         case "aws.eks.Cluster":
-            told |= {
+            outputs |= {
                 "name": inputs["name"],
                 "endpoint": f"${{{name}.endpoint}}",
                 "certificateAuthority": {"data": f"${{{name}.certificateAuthority}}"},
                 "vpcConfig": {**inputs["vpcConfig"], "clusterSecurityGroupId": f"${{{name}.securityGroup}}"},
             }
         case "aws.eks.NodeGroup":
-            told["resources"] = [{"autoscalingGroups": [{"name": f"${{{name}.autoscalingGroup}}"}]}]
-            told["nodeGroupName"] = f"${{{name}.nodeGroupName}}"
+            outputs["resources"] = [{"autoscalingGroups": [{"name": f"${{{name}.autoscalingGroup}}"}]}]
+            outputs["nodeGroupName"] = f"${{{name}.nodeGroupName}}"
         case "aws.ecr.Repository":
-            told["repositoryUrl"] = f"${{{name}.repositoryUrl}}"
+            outputs["repositoryUrl"] = f"${{{name}.repositoryUrl}}"
         case "aws.iam.Role":
-            told["name"] = f"${{{name}.name}}"
+            outputs["name"] = f"${{{name}.name}}"
         case "aws.ec2.LaunchTemplate":
-            told["latestVersion"] = f"${{{name}.latestVersion}}"
-    return told
+            outputs["latestVersion"] = f"${{{name}.latestVersion}}"
+    return outputs
 
 
 class AwsCluster(GpuCluster):
     def create(self) -> Outputs:
         spec = self.spec
         self.tags = spec.all_tags()
-        self.attached: dict[str, list[pulumi.Resource]] = {}  # a role's policies and pods, by its name
+        self.attached: dict[str, list[pulumi.Resource]] = {}  # policy attachments and pod identities, by role name
         self.partition = "aws-us-gov" if "-gov-" in spec.region else "aws"
         provider = aws.Provider(self.name("aws"), region=spec.region, opts=pulumi.ResourceOptions(parent=self))
         self._provider = provider
@@ -57,7 +57,7 @@ class AwsCluster(GpuCluster):
         self._eks = cluster = self._cluster(network)
         nodes = self._role("nodes", _trust("ec2.amazonaws.com", ["sts:AssumeRole"]), *NODE_POLICIES)
         agent = self._addon(cluster, "eks-pod-identity-agent", [])
-        self._api_from_inside(cluster)
+        self._allow_api_from_network(cluster)
         self._administrators(cluster)
         cni = self._addon(cluster, "vpc-cni", [], {"enableNetworkPolicy": str(spec.addons.network_policy).lower()})
         system = self._system_group(cluster, network, nodes, [cni])
@@ -79,8 +79,8 @@ class AwsCluster(GpuCluster):
         command = ("aws", "eks", "get-token", "--region", self.spec.region, "--cluster-name", self.spec.name)
         return Access(self._eks.endpoint, self._eks.certificate_authority.data, command)
 
-    def under(self, **options: Any) -> pulumi.ResourceOptions:
-        return super().under(provider=self._provider, **options)
+    def child_options(self, **options: Any) -> pulumi.ResourceOptions:
+        return super().child_options(provider=self._provider, **options)
 
     def _cluster(self, network: Vpc) -> aws.eks.Cluster:
         spec = self.spec
@@ -93,21 +93,21 @@ class AwsCluster(GpuCluster):
             enable_key_rotation=True,
             deletion_window_in_days=30,
             tags=self.tags,
-            opts=self.kept(),
+            opts=self.protected_options(),
         )
         logs = aws.cloudwatch.LogGroup(
             self.name("logs"),
-            name=f"/aws/eks/{spec.name}/cluster",  # EKS would make it itself, and keep logs for ever
+            name=f"/aws/eks/{spec.name}/cluster",  # otherwise EKS creates it and keeps logs without limit
             retention_in_days=LOG_DAYS,
             tags=self.tags,
-            opts=self.under(),
+            opts=self.child_options(),
         )
         return aws.eks.Cluster(
             self.name("cluster"),
             name=spec.name,
             version=spec.kubernetes_version,
             role_arn=role.arn,
-            # Out of standard support EKS upgrades the cluster by itself, and does not cost six times as much.
+            # When standard support ends, EKS upgrades the cluster instead of charging six times the price.
             upgrade_policy=aws.eks.ClusterUpgradePolicyArgs(support_type="STANDARD"),
             access_config=aws.eks.ClusterAccessConfigArgs(
                 authentication_mode="API", bootstrap_cluster_creator_admin_permissions=True
@@ -128,11 +128,11 @@ class AwsCluster(GpuCluster):
                 public_access_cidrs=list(spec.network.api_cidrs) or None,
             ),
             tags=self.tags,
-            opts=self.kept(depends_on=[logs, *network.ready, *self.attached["cluster"]]),
+            opts=self.protected_options(depends_on=[logs, *network.ready, *self.attached["cluster"]]),
         )
 
-    def _api_from_inside(self, cluster: aws.eks.Cluster) -> None:
-        """EKS lets nodes reach the API's private address and nobody else: no bastion of the network, and no VPN."""
+    def _allow_api_from_network(self, cluster: aws.eks.Cluster) -> None:
+        """Let the whole network reach the API. By default EKS lets only nodes reach it, not a bastion host or a VPN."""
         aws.vpc.SecurityGroupIngressRule(
             self.name("api-from-inside"),
             security_group_id=cluster.vpc_config.cluster_security_group_id,
@@ -142,7 +142,7 @@ class AwsCluster(GpuCluster):
             from_port=443,
             to_port=443,
             tags=self.tags,
-            opts=self.under(),
+            opts=self.child_options(),
         )
 
     def _administrators(self, cluster: aws.eks.Cluster) -> None:
@@ -153,7 +153,7 @@ class AwsCluster(GpuCluster):
                 principal_arn=arn,
                 type="STANDARD",
                 tags=self.tags,
-                opts=self.under(),
+                opts=self.child_options(),
             )
             aws.eks.AccessPolicyAssociation(
                 self.name("admin", name, "policy"),
@@ -161,17 +161,19 @@ class AwsCluster(GpuCluster):
                 principal_arn=arn,
                 policy_arn=f"arn:{self.partition}:eks::aws:cluster-access-policy/AmazonEKSClusterAdminPolicy",
                 access_scope=aws.eks.AccessPolicyAssociationAccessScopeArgs(type="cluster"),
-                opts=self.under(depends_on=[entry]),
+                opts=self.child_options(depends_on=[entry]),
             )
 
     def _role(self, name: str, trust: str, *policies: str) -> aws.iam.Role:
-        role = aws.iam.Role(self.name(name, "role"), assume_role_policy=trust, tags=self.tags, opts=self.under())
+        role = aws.iam.Role(
+            self.name(name, "role"), assume_role_policy=trust, tags=self.tags, opts=self.child_options()
+        )
         self.attached[name] = [
             aws.iam.RolePolicyAttachment(
                 self.name(name, policy.lower().replace("_", "-").rpartition("/")[2]),
                 role=role.name,
                 policy_arn=f"arn:{self.partition}:iam::aws:policy/{policy}",
-                opts=self.under(),
+                opts=self.child_options(),
             )
             for policy in policies
         ]
@@ -185,7 +187,7 @@ class AwsCluster(GpuCluster):
             self.name("system"),
             cluster_name=cluster.name,
             node_group_name_prefix="system-",
-            version=cluster.version,  # the control plane's: an upgrade takes the nodes along
+            version=cluster.version,  # an upgrade of the control plane upgrades the nodes too
             node_role_arn=role.arn,
             subnet_ids=[subnet.id for subnet in network.private.values()],
             ami_type=CPU_AMI,
@@ -197,7 +199,9 @@ class AwsCluster(GpuCluster):
             update_config=aws.eks.NodeGroupUpdateConfigArgs(max_unavailable=1),
             node_repair_config=aws.eks.NodeGroupNodeRepairConfigArgs(enabled=True),
             tags=self.tags,
-            opts=self.under(depends_on=[*after, *self.attached["nodes"]], ignore_changes=["scalingConfig.desiredSize"]),
+            opts=self.child_options(
+                depends_on=[*after, *self.attached["nodes"]], ignore_changes=["scalingConfig.desiredSize"]
+            ),
         )
 
     def _gpu_group(
@@ -208,7 +212,7 @@ class AwsCluster(GpuCluster):
         group: NodeGroup,
         after: list[pulumi.Resource],
     ) -> aws.eks.NodeGroup:
-        made = aws.eks.NodeGroup(
+        node_group = aws.eks.NodeGroup(
             self.pool_name(group),
             cluster_name=cluster.name,
             node_group_name_prefix=f"{group.name}-",
@@ -228,42 +232,46 @@ class AwsCluster(GpuCluster):
             update_config=aws.eks.NodeGroupUpdateConfigArgs(max_unavailable=1),
             node_repair_config=aws.eks.NodeGroupNodeRepairConfigArgs(enabled=True),
             tags=self.tags,
-            # The autoscaler decides how many there are; an update must not decide otherwise.
-            opts=self.under(depends_on=[*after, *self.attached["nodes"]], ignore_changes=["scalingConfig.desiredSize"]),
+            # The autoscaler sets the number of nodes; an update must not change it.
+            opts=self.child_options(
+                depends_on=[*after, *self.attached["nodes"]], ignore_changes=["scalingConfig.desiredSize"]
+            ),
         )
-        self._autoscaler_tags(made, group)
-        return made
+        self._autoscaler_tags(node_group, group)
+        return node_group
 
     def _gpu_labels(self, group: NodeGroup) -> dict[str, str]:
-        """By `k8s.amazonaws.com/accelerator` the autoscaler knows that a node which shows no GPU yet will have one.
+        """Labels of a GPU node, including the one that makes the autoscaler expect a GPU.
 
-        Without it a group scales from zero once and never again (kubernetes/autoscaler#8799), and while the GPU is not
-        there yet more nodes are added than are needed (#3164).
+        Without `k8s.amazonaws.com/accelerator` a group scales from zero only once (kubernetes/autoscaler#8799), and the
+        autoscaler adds more nodes than needed until the GPU is registered (#3164).
         """
         labels = self.labels(group)
         return {**labels, "k8s.amazonaws.com/accelerator": labels["serve-app/accelerator"]}
 
-    def _autoscaler_tags(self, made: aws.eks.NodeGroup, group: NodeGroup) -> None:
-        """What a node would be, for a group that has none. EKS does not pass a node group's tags on to its group of
-        EC2's autoscaling, so each is put there by itself."""
+    def _autoscaler_tags(self, node_group: aws.eks.NodeGroup, group: NodeGroup) -> None:
+        """Tag the EC2 Auto Scaling group with what its nodes would have, so that the autoscaler can scale from zero.
+
+        EKS does not copy a node group's tags to its Auto Scaling group, so each tag is a resource.
+        """
         machine = self.machine(group.pool)
-        wanted = {f"label/{key}": value for key, value in self._gpu_labels(group).items()}
-        wanted |= {f"taint/{key}": f"{value}:{effect}" for key, value, effect in self.taints(group)}
-        wanted |= {
+        tags = {f"label/{key}": value for key, value in self._gpu_labels(group).items()}
+        tags |= {f"taint/{key}": f"{value}:{effect}" for key, value, effect in self.taints(group)}
+        tags |= {
             "resources/nvidia.com/gpu": str(machine.gpu_count),
             "resources/ephemeral-storage": f"{group.pool.disk_gib}Gi",
         }
-        scaled = made.resources[0].autoscaling_groups[0].name
-        for key, value in sorted(wanted.items()):
+        scaling_group = node_group.resources[0].autoscaling_groups[0].name
+        for key, value in sorted(tags.items()):
             aws.autoscaling.Tag(
                 self.pool_name(group, "tag", key.replace("/", ".")),
-                autoscaling_group_name=scaled,
+                autoscaling_group_name=scaling_group,
                 tag=aws.autoscaling.TagTagArgs(key=f"{TEMPLATE}/{key}", value=value, propagate_at_launch=False),
-                opts=self.under(),
+                opts=self.child_options(),
             )
 
     def _template(self, name: str, disk_gib: int) -> aws.eks.NodeGroupLaunchTemplateArgs:
-        """Encrypted disks, and instance metadata that a pod cannot reach: a token, and one hop."""
+        """A launch template with encrypted disks, and instance metadata that pods cannot reach (token, one hop)."""
         template = aws.ec2.LaunchTemplate(
             f"{name}-template",
             block_device_mappings=[
@@ -272,7 +280,7 @@ class AwsCluster(GpuCluster):
                     ebs=aws.ec2.LaunchTemplateBlockDeviceMappingEbsArgs(
                         volume_type="gp3",
                         volume_size=disk_gib,
-                        throughput=250,  # MiB/s: an image of 10 GiB is unpacked at the speed of the disk
+                        throughput=250,  # MiB/s: the disk limits how fast a 10 GiB image is unpacked
                         iops=3000,
                         encrypted="true",
                         delete_on_termination="true",
@@ -288,7 +296,7 @@ class AwsCluster(GpuCluster):
             ],
             update_default_version=True,
             tags=self.tags,
-            opts=self.under(),
+            opts=self.child_options(),
         )
         return aws.eks.NodeGroupLaunchTemplateArgs(
             id=template.id, version=template.latest_version.apply(lambda version: str(version))
@@ -305,14 +313,14 @@ class AwsCluster(GpuCluster):
             resolve_conflicts_on_create="OVERWRITE",
             resolve_conflicts_on_update="PRESERVE",
             tags=self.tags,
-            opts=self.under(depends_on=after),
+            opts=self.child_options(depends_on=after),
         )
 
     def _cluster_services(self, cluster: aws.eks.Cluster, system: aws.eks.NodeGroup, agent: aws.eks.Addon) -> None:
-        """What has to run on nodes: so after there are some."""
+        """Add-ons that run on nodes, and therefore need the system node group first."""
         self._addon(cluster, "kube-proxy", [])
         self._addon(cluster, "coredns", [system])
-        # Ray's memory is on a disk, and so is Prometheus' history.
+        # Redis and Prometheus store their data on volumes.
         self._pod_role(
             cluster, "disks", "kube-system", "ebs-csi-controller-sa", agent, "service-role/AmazonEBSCSIDriverPolicy"
         )
@@ -323,13 +331,13 @@ class AwsCluster(GpuCluster):
                 self.name("autoscaler", "policy"),
                 role=role.name,
                 policy=json.dumps(_autoscaler_policy(self.spec.name)),
-                opts=self.under(),
+                opts=self.child_options(),
             )
 
     def _pod_role(
         self, cluster: aws.eks.Cluster, name: str, namespace: str, account: str, agent: aws.eks.Addon, *policies: str
     ) -> aws.iam.Role:
-        """A role that the pods of one service account have, by EKS Pod Identity."""
+        """A role for the pods of one service account, by EKS Pod Identity."""
         role = self._role(name, _trust("pods.eks.amazonaws.com", ["sts:AssumeRole", "sts:TagSession"]), *policies)
         self.attached[name].append(
             aws.eks.PodIdentityAssociation(
@@ -339,7 +347,7 @@ class AwsCluster(GpuCluster):
                 service_account=account,
                 role_arn=role.arn,
                 tags=self.tags,
-                opts=self.under(depends_on=[agent]),
+                opts=self.child_options(depends_on=[agent]),
             )
         )
         return role
@@ -351,17 +359,17 @@ class AwsCluster(GpuCluster):
             image_tag_mutability="IMMUTABLE",
             image_scanning_configuration=aws.ecr.RepositoryImageScanningConfigurationArgs(scan_on_push=True),
             encryption_configurations=[aws.ecr.RepositoryEncryptionConfigurationArgs(encryption_type="KMS")],
-            force_delete=not self.spec.protect,  # or it could not be taken down with an image in it
+            force_delete=not self.spec.protect,  # otherwise a registry with images cannot be deleted
             tags=self.tags,
-            opts=self.kept(),
+            opts=self.protected_options(),
         )
 
     def _budget(self) -> None:
-        """Of what is tagged with the cluster's name; `cluster` has to be activated as a cost allocation tag once."""
+        """A budget for resources with the tag `cluster`, which must be activated as a cost allocation tag once."""
         budget = self.spec.budget
         if budget is None:
             return
-        alarms = [("ACTUAL", threshold) for threshold in budget.thresholds] + [("FORECASTED", 100)]
+        alerts = [("ACTUAL", threshold) for threshold in budget.thresholds] + [("FORECASTED", 100)]
         aws.budgets.Budget(
             self.name("budget"),
             budget_type="COST",
@@ -371,7 +379,7 @@ class AwsCluster(GpuCluster):
             cost_filters=[
                 aws.budgets.BudgetCostFilterArgs(name="TagKeyValue", values=[f"user:cluster${self.spec.name}"])
             ],
-            notifications=[  # one without a subscriber is refused by AWS
+            notifications=[  # AWS refuses a notification without a subscriber
                 aws.budgets.BudgetNotificationArgs(
                     comparison_operator="GREATER_THAN",
                     notification_type=kind,
@@ -379,16 +387,16 @@ class AwsCluster(GpuCluster):
                     threshold_type="PERCENTAGE",
                     subscriber_email_addresses=list(budget.emails),
                 )
-                for kind, threshold in alarms
+                for kind, threshold in alerts
                 if budget.emails
             ],
             tags=self.tags,
-            opts=self.under(),
+            opts=self.child_options(),
         )
 
 
-def _scaling(least: int, most: int) -> aws.eks.NodeGroupScalingConfigArgs:
-    return aws.eks.NodeGroupScalingConfigArgs(min_size=least, max_size=most, desired_size=least)
+def _scaling(minimum: int, maximum: int) -> aws.eks.NodeGroupScalingConfigArgs:
+    return aws.eks.NodeGroupScalingConfigArgs(min_size=minimum, max_size=maximum, desired_size=minimum)
 
 
 def _trust(service: str, actions: list[str]) -> str:
@@ -397,20 +405,20 @@ def _trust(service: str, actions: list[str]) -> str:
 
 
 def _autoscaler_policy(cluster: str) -> dict[str, Any]:
-    """It may look at everything, and change the groups of this cluster only."""
-    looks = [
+    """An IAM policy: read everything, change only the node groups of this cluster."""
+    read_actions = [
         "autoscaling:Describe*",
         "ec2:DescribeImages",
         "ec2:DescribeInstanceTypes",
         "ec2:DescribeLaunchTemplateVersions",
     ]
-    looks += ["ec2:GetInstanceTypesFromInstanceRequirements", "eks:DescribeNodegroup"]
-    acts = ["autoscaling:SetDesiredCapacity", "autoscaling:TerminateInstanceInAutoScalingGroup"]
+    read_actions += ["ec2:GetInstanceTypesFromInstanceRequirements", "eks:DescribeNodegroup"]
+    write_actions = ["autoscaling:SetDesiredCapacity", "autoscaling:TerminateInstanceInAutoScalingGroup"]
     owned = {"StringEquals": {f"aws:ResourceTag/k8s.io/cluster-autoscaler/{cluster}": "owned"}}
     return {
         "Version": "2012-10-17",
         "Statement": [
-            {"Effect": "Allow", "Action": looks, "Resource": "*"},
-            {"Effect": "Allow", "Action": acts, "Resource": "*", "Condition": owned},
+            {"Effect": "Allow", "Action": read_actions, "Resource": "*"},
+            {"Effect": "Allow", "Action": write_actions, "Resource": "*", "Condition": owned},
         ],
     }

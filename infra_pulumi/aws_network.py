@@ -1,4 +1,4 @@
-"""The VPC under an EKS cluster: private subnets for nodes, public ones for load balancers and NAT only."""
+"""The VPC of an EKS cluster: private subnets for nodes, public subnets for load balancers and NAT only."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ANYWHERE = "0.0.0.0/0"
 
 @dataclass(frozen=True, slots=True)
 class Vpc:
-    """`private` by zone; `ready` is what has to be there before a node can reach the internet."""
+    """`private` has the private subnets by zone; nodes reach the internet once the resources in `ready` exist."""
 
     vpc: aws.ec2.Vpc
     private: dict[str, aws.ec2.Subnet]
@@ -22,6 +22,7 @@ class Vpc:
 
 
 def vpc(cluster: GpuCluster, tags: dict[str, str]) -> Vpc:
+    """Create the VPC, its subnets, routes and NAT gateways."""
     spec = cluster.spec
     network = aws.ec2.Vpc(
         cluster.name("vpc"),
@@ -29,10 +30,10 @@ def vpc(cluster: GpuCluster, tags: dict[str, str]) -> Vpc:
         enable_dns_hostnames=True,
         enable_dns_support=True,
         tags={**tags, "Name": spec.name},
-        opts=cluster.kept(),
+        opts=cluster.protected_options(),
     )
-    # A VPC's default group lets its members talk to each other; without rules nobody can rely on it by accident.
-    aws.ec2.DefaultSecurityGroup(cluster.name("default"), vpc_id=network.id, tags=tags, opts=cluster.under())
+    # The default security group lets its members reach each other; managing it without rules removes that access.
+    aws.ec2.DefaultSecurityGroup(cluster.name("default"), vpc_id=network.id, tags=tags, opts=cluster.child_options())
     gateways = _gateways(cluster, network, tags)
     private = {
         zone: _subnet(cluster, network, zone, block, "private", "internal-elb", tags)
@@ -45,7 +46,7 @@ def vpc(cluster: GpuCluster, tags: dict[str, str]) -> Vpc:
         table, route = _table(cluster, network, f"private-{zone}", [subnet], tags, nat_gateway_id=nat.id)
         tables.append(table)
         routes.append(route)
-    # Layers of images in ECR and weights in S3 then cost nothing in NAT.
+    # Image layers of ECR and weights in S3 then bypass NAT, which costs per GB.
     aws.ec2.VpcEndpoint(
         cluster.name("s3"),
         vpc_id=network.id,
@@ -53,15 +54,17 @@ def vpc(cluster: GpuCluster, tags: dict[str, str]) -> Vpc:
         vpc_endpoint_type="Gateway",
         route_table_ids=[table.id for table in tables],
         tags=tags,
-        opts=cluster.under(),
+        opts=cluster.child_options(),
     )
     return Vpc(network, private, list(routes))
 
 
 def _gateways(cluster: GpuCluster, network: aws.ec2.Vpc, tags: dict[str, str]) -> list[aws.ec2.NatGateway]:
-    """Public subnets and their way out, and NAT in the first of them or in each."""
+    """Create the public subnets with their internet route, and a NAT gateway in the first subnet or in each."""
     spec = cluster.spec
-    internet = aws.ec2.InternetGateway(cluster.name("internet"), vpc_id=network.id, tags=tags, opts=cluster.under())
+    internet = aws.ec2.InternetGateway(
+        cluster.name("internet"), vpc_id=network.id, tags=tags, opts=cluster.child_options()
+    )
     public = [
         _subnet(cluster, network, zone, block, "public", "elb", tags)
         for zone, block in zip(spec.zones, public_blocks(spec.network.cidr, len(spec.zones)), strict=True)
@@ -76,13 +79,13 @@ def _gateways(cluster: GpuCluster, network: aws.ec2.Vpc, tags: dict[str, str]) -
 def _nat(
     cluster: GpuCluster, zone: str, subnet: aws.ec2.Subnet, route: aws.ec2.Route, tags: dict[str, str]
 ) -> aws.ec2.NatGateway:
-    address = aws.ec2.Eip(cluster.name("nat-ip", zone), domain="vpc", tags=tags, opts=cluster.under())
+    address = aws.ec2.Eip(cluster.name("nat-ip", zone), domain="vpc", tags=tags, opts=cluster.child_options())
     return aws.ec2.NatGateway(
         cluster.name("nat", zone),
         allocation_id=address.id,
         subnet_id=subnet.id,
         tags=tags,
-        opts=cluster.under(depends_on=[route]),
+        opts=cluster.child_options(depends_on=[route]),
     )
 
 
@@ -96,7 +99,7 @@ def _subnet(
         cidr_block=block,
         map_public_ip_on_launch=False,
         tags={**tags, "Name": cluster.name(kind, zone), f"kubernetes.io/role/{role}": "1"},
-        opts=cluster.under(),
+        opts=cluster.child_options(),
     )
 
 
@@ -108,13 +111,13 @@ def _table(
     tags: dict[str, str],
     **target: pulumi.Input[str],
 ) -> tuple[aws.ec2.RouteTable, aws.ec2.Route]:
-    """A route table whose way to everywhere is `target`, for these subnets."""
-    table = aws.ec2.RouteTable(cluster.name("routes", name), vpc_id=network.id, tags=tags, opts=cluster.under())
+    """A route table with the default route `target`, associated with `subnets`."""
+    table = aws.ec2.RouteTable(cluster.name("routes", name), vpc_id=network.id, tags=tags, opts=cluster.child_options())
     route = aws.ec2.Route(
         cluster.name("route", name),
         route_table_id=table.id,
         destination_cidr_block=ANYWHERE,
-        opts=cluster.under(),
+        opts=cluster.child_options(),
         **target,
     )
     for index, subnet in enumerate(subnets):
@@ -122,6 +125,6 @@ def _table(
             cluster.name("route", name, str(index)),
             route_table_id=table.id,
             subnet_id=subnet.id,
-            opts=cluster.under(),
+            opts=cluster.child_options(),
         )
     return table, route

@@ -1,4 +1,4 @@
-"""AKS: GPU agent pools with Azure's driver, private nodes behind a NAT gateway, nobody's passwords."""
+"""The AKS cluster: GPU agent pools with Azure's driver, private nodes behind a NAT gateway, no local accounts."""
 
 from __future__ import annotations
 
@@ -25,57 +25,60 @@ from pulumi_azure_native import (
 from infra_pulumi.base import Access, GpuCluster, Outputs
 from infra_pulumi.spec import POOL_LABEL, NodeGroup
 
-# Azure's ids of the roles that are given, the same in every subscription.
+# Azure's ids of built-in roles, the same in every subscription.
 NETWORK_CONTRIBUTOR = "4d97b98b-1d4f-4787-a291-c67834d212e7"
 ACR_PULL = "7f951dda-4ed3-4680-a7ca-43fe172d538d"
 RBAC_CLUSTER_ADMIN = "b1ff04bb-8a4e-4dc4-8eb5-8693973ce19b"
 CLUSTER_USER = "4abbcc35-e782-43d8-92c5-2d3f1bd2253f"
-AKS_SERVER = "6dae42f8-4368-4678-94ff-3960e28e3630"  # what a token for any AKS cluster is meant for
-# AKS puts this on spot pools by itself; said here too, the next update finds no difference.
+AKS_SERVER = "6dae42f8-4368-4678-94ff-3960e28e3630"  # the audience of tokens for AKS clusters
+# AKS adds this taint to spot pools. Stating it here too prevents a difference at the next update.
 SPOT_TAINT = "kubernetes.azure.com/scalesetpriority=spot:NoSchedule"
 SPOT_LABEL = ("kubernetes.azure.com/scalesetpriority", "spot")
 AUDIT_LOGS = ("kube-audit-admin", "kube-apiserver", "kube-controller-manager", "kube-scheduler", "guard")
 LOG_DAYS = 30
-# AKS keeps memory for each pod that a node may have; with the 250 of its overlay that would be 5 GB of a small machine.
+# AKS reserves memory for each possible pod. The overlay's default of 250 pods would reserve 5 GB of each node.
 MAX_PODS = 110
 
 
-def promised(kind: str, name: str, inputs: dict[str, Any]) -> dict[str, Any]:
-    """What Azure adds to a resource that somebody here reads, for a plan."""
-    told: dict[str, Any] = {}
+def computed_outputs(kind: str, name: str, inputs: dict[str, Any]) -> dict[str, Any]:
+    """The outputs of Azure that this program reads, as placeholders for a plan."""
+    outputs: dict[str, Any] = {}
     match kind:
         case "azure-native.resources.ResourceGroup":
-            told["name"] = inputs["resourceGroupName"]
+            outputs["name"] = inputs["resourceGroupName"]
         case "azure-native.containerservice.ManagedCluster":
-            told |= {
+            outputs |= {
                 "name": inputs["resourceName"],
-                "identity": {"type": "UserAssigned", "userAssignedIdentities": {}},  # asked for as a list
+                "identity": {
+                    "type": "UserAssigned",
+                    "userAssignedIdentities": {},
+                },  # the request has a list, the response a mapping
                 "fqdn": f"${{{name}.fqdn}}",
                 "privateFQDN": f"${{{name}.privateFQDN}}",
                 "identityProfile": {"kubeletidentity": {"objectId": f"${{{name}.kubelet}}"}},
                 "oidcIssuerProfile": {"enabled": True, "issuerURL": f"${{{name}.issuer}}"},
             }
         case "azure-native.containerservice.AgentPool":
-            told["name"] = inputs["agentPoolName"]
+            outputs["name"] = inputs["agentPoolName"]
         case "azure-native.managedidentity.UserAssignedIdentity":
-            told |= {
+            outputs |= {
                 "name": inputs["resourceName"],
                 "clientId": f"${{{name}.clientId}}",
                 "principalId": f"${{{name}.principalId}}",
             }
         case "azure-native.network.PublicIPAddress":
-            told["ipAddress"] = f"${{{name}.ipAddress}}"
+            outputs["ipAddress"] = f"${{{name}.ipAddress}}"
         case "azure-native.containerregistry.Registry":
-            told["loginServer"] = f"${{{name}.loginServer}}"
+            outputs["loginServer"] = f"${{{name}.loginServer}}"
         case "azure-native.network.VirtualNetwork":
-            told["subnets"] = [{"id": f"${{{name}.subnet}}", "name": "nodes"}]
+            outputs["subnets"] = [{"id": f"${{{name}.subnet}}", "name": "nodes"}]
         case "azure-native:authorization:getClientConfig":
-            told |= {"subscriptionId": "${azure.subscription}", "objectId": "${azure.caller}"}
+            outputs |= {"subscriptionId": "${azure.subscription}", "objectId": "${azure.caller}"}
         case "azure-native:containerservice:listManagedClusterUserCredentials":
             cluster = {"certificate-authority-data": "${cluster.certificateAuthority}"}
             kubeconfig = yaml.safe_dump({"clusters": [{"cluster": cluster}]}).encode()
-            told["kubeconfigs"] = [{"name": "clusterUser", "value": base64.b64encode(kubeconfig).decode()}]
-    return told
+            outputs["kubeconfigs"] = [{"name": "clusterUser", "value": base64.b64encode(kubeconfig).decode()}]
+    return outputs
 
 
 class AzureCluster(GpuCluster):
@@ -89,7 +92,11 @@ class AzureCluster(GpuCluster):
         self.subscription = client.subscription_id
         self._nodes_group = self.name("nodes")
         self.group = resources.ResourceGroup(
-            self.name("group"), resource_group_name=spec.name, location=spec.region, tags=self.tags, opts=self.kept()
+            self.name("group"),
+            resource_group_name=spec.name,
+            location=spec.region,
+            tags=self.tags,
+            opts=self.protected_options(),
         )
         if spec.protect:
             self._lock()
@@ -98,7 +105,7 @@ class AzureCluster(GpuCluster):
         self._aks = cluster = self._cluster(subnet, control, allowed)
         self._endpoint = cluster.fqdn if spec.network.api_cidrs else cluster.private_fqdn
         pools: list[aks.AgentPool] = []
-        for group in spec.node_groups():  # one after the other: AKS refuses to change a cluster that is being changed
+        for group in spec.node_groups():  # one after the other: AKS refuses concurrent changes of a cluster
             pools.append(self._pool(cluster, subnet, group, pools[-1:]))
         registry = self._registry(cluster)
         identity = self._identity(cluster)
@@ -116,39 +123,39 @@ class AzureCluster(GpuCluster):
         )
 
     def access(self) -> Access:
-        """Azure tells the authority only in a kubeconfig, which, with local accounts off, has no credentials."""
-        told = aks.list_managed_cluster_user_credentials_output(
+        """Read the certificate authority from a kubeconfig, its only source; it contains no credentials."""
+        credentials = aks.list_managed_cluster_user_credentials_output(
             resource_group_name=self.group.name,
             resource_name=self._aks.name,
             opts=pulumi.InvokeOptions(parent=self, provider=self._provider),
         )
         return Access(
             pulumi.Output.format("https://{0}:443", self._endpoint),
-            told.kubeconfigs.apply(lambda found: _authority(found[0].value)),
+            credentials.kubeconfigs.apply(lambda found: _certificate_authority(found[0].value)),
             ("kubelogin", "get-token", "--login", "azurecli", "--server-id", AKS_SERVER),
         )
 
-    def under(self, **options: Any) -> pulumi.ResourceOptions:
-        return super().under(provider=self._provider, **options)
+    def child_options(self, **options: Any) -> pulumi.ResourceOptions:
+        return super().child_options(provider=self._provider, **options)
 
     def _lock(self) -> None:
-        """Azure has no deletion protection of a cluster; a lock on its group is one, for everything in it.
+        """Lock the resource group, because Azure has no deletion protection for a cluster.
 
-        Nothing holds the lock itself: without `protect` it is no longer asked for, and Pulumi has to take it away.
+        The lock itself is not protected: without `protect` Pulumi must be able to delete it.
         """
         authorization.ManagementLockByScope(
             self.name("lock"),
             scope=self.group.id,
             lock_name=self.name("lock"),
             level="CanNotDelete",
-            notes="The description says protect: true.",
-            opts=self.under(),
+            notes="The description has protect: true.",
+            opts=self.child_options(),
         )
 
     def _network(self) -> pulumi.Output[str]:
-        """The id of the subnet of all nodes. It reaches out through one NAT gateway."""
+        """Create the network and return the id of the nodes' subnet. Outbound traffic uses one NAT gateway."""
         spec = self.spec
-        self._way_out = network.PublicIPAddress(
+        self._nat_address = network.PublicIPAddress(
             self.name("nat-ip"),
             resource_group_name=self.group.name,
             location=spec.region,
@@ -156,17 +163,17 @@ class AzureCluster(GpuCluster):
             public_ip_allocation_method="Static",
             zones=[spec.zones[0]] if spec.network.nat == "one" else None,
             tags=self.tags,
-            opts=self.under(),
+            opts=self.child_options(),
         )
         gateway = network.NatGateway(
             self.name("nat"),
             resource_group_name=self.group.name,
             location=spec.region,
             sku=network.NatGatewaySkuArgs(name="Standard"),
-            public_ip_addresses=[network.SubResourceArgs(id=self._way_out.id)],
+            public_ip_addresses=[network.SubResourceArgs(id=self._nat_address.id)],
             zones=[spec.zones[0]] if spec.network.nat == "one" else None,
             tags=self.tags,
-            opts=self.under(),
+            opts=self.child_options(),
         )
         net = network.VirtualNetwork(
             self.name("vnet"),
@@ -182,21 +189,21 @@ class AzureCluster(GpuCluster):
                 )
             ],
             tags=self.tags,
-            opts=self.kept(),
+            opts=self.protected_options(),
         )
         return net.subnets.apply(lambda subnets: str((subnets or [])[0].id))
 
     def _control_identity(
         self, subnet: pulumi.Output[str]
     ) -> tuple[managedidentity.UserAssignedIdentity, authorization.RoleAssignment]:
-        """What the control plane is: it has to manage load balancers in the subnet, and nothing else."""
+        """The control plane's identity: it manages load balancers in the subnet and has no other rights."""
         identity = managedidentity.UserAssignedIdentity(
             self.name("control"),
             resource_group_name=self.group.name,
             resource_name_=self.name("control"),
             location=self.spec.region,
             tags=self.tags,
-            opts=self.under(),
+            opts=self.child_options(),
         )
         return identity, self._grant("control-network", NETWORK_CONTRIBUTOR, identity.principal_id, subnet)
 
@@ -218,15 +225,15 @@ class AzureCluster(GpuCluster):
             principal_id=principal,
             principal_type=kind,
             scope=scope,
-            opts=self.under(**options),
+            opts=self.child_options(**options),
         )
 
     def _creator(self, client: Any, cluster: aks.ManagedCluster) -> None:
-        """Whoever makes the cluster administers it, as on AWS; with local accounts off nobody else gets in at all."""
+        """Make the creating user an administrator, as on AWS; without local accounts no other user has access."""
         self._grant("creator", RBAC_CLUSTER_ADMIN, client.object_id, cluster.id, None, ignore_changes=["principalId"])
 
     def _administrators(self, cluster: aks.ManagedCluster) -> None:
-        """The second role lets them ask for a kubeconfig."""
+        """Grant each administrator the cluster and, by the second role, the download of a kubeconfig."""
         for name, principal in self.principals().items():
             self._grant(f"admin-{name}", RBAC_CLUSTER_ADMIN, principal, cluster.id, None)
             self._grant(f"admin-{name}-kubeconfig", CLUSTER_USER, principal, cluster.id, None)
@@ -239,8 +246,8 @@ class AzureCluster(GpuCluster):
     ) -> aks.ManagedCluster:
         spec = self.spec
         callers: list[pulumi.Input[str]] = list(spec.network.api_cidrs)
-        if callers:  # nodes reach a public API by the way they reach everything
-            callers.append(pulumi.Output.format("{0}/32", self._way_out.ip_address))
+        if callers:  # nodes reach a public API through NAT, so NAT's address must be allowed
+            callers.append(pulumi.Output.format("{0}/32", self._nat_address.ip_address))
         return aks.ManagedCluster(
             self.name("cluster"),
             resource_group_name=self.group.name,
@@ -282,7 +289,9 @@ class AzureCluster(GpuCluster):
             ),
             agent_pool_profiles=[self._system_pool(subnet)],
             tags=self.tags,
-            opts=self.kept(depends_on=[allowed], ignore_changes=["agentPoolProfiles[0].count", "kubernetesVersion"]),
+            opts=self.protected_options(
+                depends_on=[allowed], ignore_changes=["agentPoolProfiles[0].count", "kubernetesVersion"]
+            ),
         )
 
     def _system_pool(self, subnet: pulumi.Output[str]) -> aks.ManagedClusterAgentPoolProfileArgs:
@@ -308,7 +317,7 @@ class AzureCluster(GpuCluster):
         )
 
     def _pool(
-        self, cluster: aks.ManagedCluster, subnet: pulumi.Output[str], group: NodeGroup, after: list[aks.AgentPool]
+        self, cluster: aks.ManagedCluster, subnet: pulumi.Output[str], group: NodeGroup, previous: list[aks.AgentPool]
     ) -> aks.AgentPool:
         spot: dict[str, Any] = (
             {"scale_set_priority": "Spot", "scale_set_eviction_policy": "Delete", "spot_max_price": -1}
@@ -341,12 +350,12 @@ class AzureCluster(GpuCluster):
             + ([SPOT_TAINT] if group.spot else []),
             vnet_subnet_id=subnet,
             tags=self.tags,
-            opts=self.under(depends_on=after, ignore_changes=["count"]),
+            opts=self.child_options(depends_on=previous, ignore_changes=["count"]),
             **spot,
         )
 
     def _registry(self, cluster: aks.ManagedCluster) -> containerregistry.Registry:
-        """Its name is the world's, so Azure's provider adds a random end to it; it takes no hyphens."""
+        """The registry. Its name is globally unique, so the provider adds a random suffix; it has no hyphens."""
         registry = containerregistry.Registry(
             self.spec.name.replace("-", "") + "images",
             resource_group_name=self.group.name,
@@ -355,21 +364,21 @@ class AzureCluster(GpuCluster):
             admin_user_enabled=False,
             anonymous_pull_enabled=False,
             tags=self.tags,
-            opts=self.kept(),
+            opts=self.protected_options(),
         )
         kubelet = cluster.identity_profile.apply(lambda profile: str((profile or {})["kubeletidentity"].object_id))
         self._grant("nodes-pull", ACR_PULL, kubelet, registry.id)
         return registry
 
     def _identity(self, cluster: aks.ManagedCluster) -> managedidentity.UserAssignedIdentity:
-        """What the service's pods are, by workload identity: without any right, until one is given."""
+        """The workload identity of the service's pods, without rights until some are granted."""
         identity = managedidentity.UserAssignedIdentity(
             self.name("serve"),
             resource_group_name=self.group.name,
             resource_name_=self.name("serve"),
             location=self.spec.region,
             tags=self.tags,
-            opts=self.under(),
+            opts=self.child_options(),
         )
         managedidentity.FederatedIdentityCredential(
             self.name("serve", "identity"),
@@ -379,7 +388,7 @@ class AzureCluster(GpuCluster):
             issuer=cluster.oidc_issuer_profile.apply(lambda profile: str(profile.issuer_url if profile else "")),
             subject=f"system:serviceaccount:{self.spec.name}:serve-app",
             audiences=["api://AzureADTokenExchange"],
-            opts=self.under(),
+            opts=self.child_options(),
         )
         return identity
 
@@ -391,7 +400,7 @@ class AzureCluster(GpuCluster):
             sku=operationalinsights.WorkspaceSkuArgs(name="PerGB2018"),
             retention_in_days=LOG_DAYS,
             tags=self.tags,
-            opts=self.under(),
+            opts=self.child_options(),
         )
         monitor.DiagnosticSetting(
             self.name("audit"),
@@ -399,18 +408,18 @@ class AzureCluster(GpuCluster):
             resource_uri=cluster.id,
             workspace_id=workspace.id,
             logs=[monitor.DiagnosticsLogSettingsArgs(category=category, enabled=True) for category in AUDIT_LOGS],
-            opts=self.under(),
+            opts=self.child_options(),
         )
 
     def _budget(self) -> None:
-        """Of both resource groups: machines and disks are in the one that AKS makes.
+        """A budget for both resource groups: machines and disks are in the one that AKS creates.
 
-        The subscription's owners are told, and the addresses besides.
+        Alerts go to the subscription's owners and to the budget's addresses.
         """
         budget = self.spec.budget
         if budget is None:
             return
-        alarms = [("Actual", threshold) for threshold in budget.thresholds] + [("Forecasted", 100)]
+        alerts = [("Actual", threshold) for threshold in budget.thresholds] + [("Forecasted", 100)]
         consumption.Budget(
             self.name("budget"),
             budget_name=self.name("budget"),
@@ -433,23 +442,23 @@ class AzureCluster(GpuCluster):
                     contact_emails=list(budget.emails),
                     contact_roles=["Owner"],
                 )
-                for kind, threshold in alarms
+                for kind, threshold in alerts
             },
-            opts=self.under(ignore_changes=["timePeriod"]),
+            opts=self.child_options(ignore_changes=["timePeriod"]),
         )
 
 
 def _guid(subscription: str, name: str) -> str:
-    """What names an assignment: a GUID that nobody else in the whole tenant has, and that is the same each time."""
+    """A stable GUID for a role assignment, unique in the tenant."""
     return str(uuid.uuid5(uuid.NAMESPACE_URL, f"{subscription}/{name}"))
 
 
 def _tenth(cidr: str) -> str:
-    """The address of the cluster's DNS: the tenth of its services', as AKS has it."""
+    """The address of the cluster's DNS service: the tenth address of the service range, AKS's convention."""
     return str(ipaddress.IPv4Network(cidr)[10])
 
 
-def _authority(kubeconfig: str) -> str:
-    """What the cluster's certificate is signed by, of a kubeconfig in base64."""
+def _certificate_authority(kubeconfig: str) -> str:
+    """The certificate authority (PEM in base64) of a kubeconfig in base64."""
     (cluster,) = yaml.safe_load(base64.b64decode(kubeconfig))["clusters"]
     return str(cluster["cluster"]["certificate-authority-data"])

@@ -1,4 +1,4 @@
-"""The machines that the service can run on, from catalogue.yaml or another file of its shape."""
+"""Loads the catalogue of machines and prices, and checks a cluster description against it."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ Positive: TypeAlias = Annotated[float, Field(gt=0)]
 
 
 class CatalogueError(Exception):
-    """The file cannot be used, or has no such machine; the sentence says what would help."""
+    """The catalogue file is invalid, or has no such machine. The message states a remedy."""
 
 
 class InstanceType(BaseModel):
-    """On demand, Linux, in USD; disks, addresses and traffic excluded. Spot prices move: see `spot_as_of`."""
+    """One machine type with its Linux prices in USD, without disks, addresses and traffic. Spot prices have a date."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -34,7 +34,7 @@ class InstanceType(BaseModel):
     region: str
     gpu: str | None = None
     gpu_count: int = Field(0, ge=0)
-    gpu_memory_gib: Positive | None = Field(None, description="Of one GPU.")
+    gpu_memory_gib: Positive | None = Field(None, description="Memory of one GPU.")
     compute_capability: str | None = Field(None, pattern=r"^\d+\.\d+$")
     vcpu: int = Field(gt=0)
     memory_gib: Positive
@@ -44,30 +44,30 @@ class InstanceType(BaseModel):
     spot_usd_per_hour: Positive | None = None
     spot_as_of: datetime.date | None = None
     spot_source: str | None = Field(None, min_length=1)
-    zones: tuple[str, ...] = Field((), description="Of `region`, where not all have it.")
+    zones: tuple[str, ...] = Field((), description="Zones of `region` that offer it; empty: all.")
     note: str | None = None
-    refused: str | None = Field(None, description="Why this service does not run there as it is.")
+    refused: str | None = Field(None, description="Why the service does not run on this machine.")
 
     @model_validator(mode="after")
-    def _whole(self) -> Self:
+    def _complete_groups(self) -> Self:
         gpu = [self.gpu is not None, self.gpu_count > 0, self.gpu_memory_gib is not None, bool(self.compute_capability)]
         if any(gpu) != all(gpu):
-            raise ValueError(f"{self.name}: gpu, gpu_count, gpu_memory_gib and compute_capability go together")
+            raise ValueError(f"{self.name}: gpu, gpu_count, gpu_memory_gib and compute_capability must be set together")
         spot = [self.spot_usd_per_hour is not None, self.spot_as_of is not None, self.spot_source is not None]
         if any(spot) != all(spot):
-            raise ValueError(f"{self.name}: spot_usd_per_hour, spot_as_of and spot_source go together")
+            raise ValueError(f"{self.name}: spot_usd_per_hour, spot_as_of and spot_source must be set together")
         return self
 
     @property
     def name(self) -> str:
         return f"{self.provider}:{self.region}:{self.type}"
 
-    def of_zones(self, zones: tuple[str, ...]) -> tuple[str, ...]:
-        """Those that have it, as far as is known."""
+    def available_zones(self, zones: tuple[str, ...]) -> tuple[str, ...]:
+        """The members of `zones` that offer this machine. Zones of a region without data count as offering it."""
         return tuple(zone for zone in zones if not (self.zones and zone.startswith(self.region)) or zone in self.zones)
 
     def price(self, spot: bool) -> float:
-        """USD an hour; of a machine whose spot price is not known, the price on demand."""
+        """USD per hour. Without a known spot price this is the on-demand price."""
         return self.spot_usd_per_hour if spot and self.spot_usd_per_hour is not None else self.usd_per_hour
 
 
@@ -79,36 +79,37 @@ class Catalogue(BaseModel):
     @model_validator(mode="after")
     def _names_are_unique(self) -> Self:
         names = [each.name for each in self.instance_types]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"twice in the catalogue: {', '.join(twice)}")
+        if duplicates := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"duplicate machines in the catalogue: {', '.join(duplicates)}")
         return self
 
-    def of(self, provider: str, instance_type: str) -> InstanceType | None:
-        """The first that is called so; the region is the one whose price is known, not the one of a cluster."""
+    def find(self, provider: str, instance_type: str) -> InstanceType | None:
+        """The first machine of this type, or None. Its `region` is the region of the price, not of a cluster."""
         return next(
             (each for each in self.instance_types if (each.provider, each.type) == (provider, instance_type)), None
         )
 
     def get(self, provider: str, instance_type: str) -> InstanceType:
-        """Raises CatalogueError."""
-        found = self.of(provider, instance_type)
+        """The machine of this type. Raises CatalogueError if it is unknown."""
+        found = self.find(provider, instance_type)
         if found is None:
             raise CatalogueError(self.unknown(provider, instance_type))
         return found
 
     def zones(self, spec: ClusterSpec, pool: GpuPool) -> tuple[str, ...]:
-        """A pool's own, or those of the cluster's that have its machine as far as is known. Raises CatalogueError."""
-        return pool.zones or self.get(spec.provider, pool.instance_types[0]).of_zones(spec.zones)
+        """The zones of a pool: its own, or the cluster's zones that offer its machine. Raises CatalogueError."""
+        return pool.zones or self.get(spec.provider, pool.instance_types[0]).available_zones(spec.zones)
 
     def unknown(self, provider: str, instance_type: str) -> str:
+        """A sentence about an unknown machine, with similar names."""
         known = {each.type.lower(): each.type for each in self.instance_types if each.provider == provider}
         close = [known[name] for name in difflib.get_close_matches(instance_type.lower(), known, n=3, cutoff=0.5)]
         hint = f"did you mean {' or '.join(close)}?" if close else "`python -m infra_pulumi catalogue` lists them"
-        return f"no machine {instance_type!r} of {provider} is known; {hint}"
+        return f"unknown machine {instance_type!r} of {provider}; {hint}"
 
 
 def load(path: Path | None = None) -> Catalogue:
-    """The shipped one, or another file of its shape. Raises CatalogueError."""
+    """Load the shipped catalogue, or another file with the same schema. Raises CatalogueError."""
     return _read(path) if path else _shipped()
 
 
@@ -126,17 +127,17 @@ def _read(path: Path) -> Catalogue:
 
 def _parse(text: str, name: str) -> Catalogue:
     try:
-        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where PyYAML was built with it
+        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast; not every build of PyYAML has it
         return Catalogue.model_validate(yaml.load(text, loader))
     except yaml.YAMLError as error:
-        raise CatalogueError(f"{name} is not YAML: {' '.join(str(error).split())}") from None
+        raise CatalogueError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from None
     except ValidationError as error:
         faults = [f"  {'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
-        raise CatalogueError("\n".join([f"{name} cannot be used:", *faults])) from None
+        raise CatalogueError("\n".join([f"{name} is invalid:", *faults])) from None
 
 
 def check(spec: ClusterSpec, catalogue: Catalogue) -> None:
-    """Whether the machines of a description are known, have GPUs, and can run the service. Raises SpecError."""
+    """Check that a description's machines are known, have GPUs and can run the service. Raises SpecError."""
     faults = [*_system_faults(spec, catalogue), *_pool_faults(spec, catalogue)]
     if faults:
         raise SpecError(faults)
@@ -144,11 +145,11 @@ def check(spec: ClusterSpec, catalogue: Catalogue) -> None:
 
 def _system_faults(spec: ClusterSpec, catalogue: Catalogue) -> Iterator[Fault]:
     name = str(spec.system.instance_type)
-    machine = catalogue.of(spec.provider, name)
+    machine = catalogue.find(spec.provider, name)
     if machine is None:
         yield Fault("system.instance_type", catalogue.unknown(spec.provider, name))
     elif machine.gpu:
-        yield Fault("system.instance_type", f"{name} has a GPU, which the system pool leaves idle; take a CPU machine")
+        yield Fault("system.instance_type", f"{name} has a GPU, which the system pool does not use; take a CPU machine")
 
 
 def _pool_faults(spec: ClusterSpec, catalogue: Catalogue) -> Iterator[Fault]:
@@ -156,42 +157,44 @@ def _pool_faults(spec: ClusterSpec, catalogue: Catalogue) -> Iterator[Fault]:
         machines = []
         for place, name in enumerate(pool.instance_types):
             path = f"gpu_pools.{index}.instance_types.{place}"
-            machine = catalogue.of(spec.provider, name)
+            machine = catalogue.find(spec.provider, name)
             if machine is None:
                 yield Fault(path, catalogue.unknown(spec.provider, name))
                 continue
             machines.append(machine)
             zones = pool.zones or spec.zones
-            if (lacking := set(pool.zones) - set(there := machine.of_zones(zones))) or not there:
-                without = ", ".join(sorted(lacking or set(zones)))
-                yield Fault(path, f"{name} is not in {without}; it is in {', '.join(machine.zones)}")
+            if (missing := set(pool.zones) - set(offered := machine.available_zones(zones))) or not offered:
+                without = ", ".join(sorted(missing or set(zones)))
+                yield Fault(
+                    path, f"{name} is not available in {without}; it is available in {', '.join(machine.zones)}"
+                )
             if not machine.gpu:
-                yield Fault(path, f"{name} has no GPU; CPU machines are for the system pool")
+                yield Fault(path, f"{name} has no GPU; use CPU machines in the system pool")
             elif machine.refused and not spec.allow_refused:
                 yield Fault(path, f"{name} is refused: {machine.refused}; or set allow_refused: true")
         if len({(machine.gpu, machine.gpu_count, machine.gpu_memory_gib) for machine in machines}) > 1:
             yield Fault(
                 f"gpu_pools.{index}.instance_types",
-                "these have different GPUs, and nodes of a pool are taken for equal; make a pool of each",
+                "these types have different GPUs, but a pool needs equal nodes; define a pool for each",
             )
 
 
 def warnings(spec: ClusterSpec, catalogue: Catalogue, today: datetime.date) -> Iterator[str]:
-    """Sentences about prices that are old, of another region, or not known. One for each machine and trouble."""
+    """Sentences about prices that are old, unknown or from another region, and about each machine's notes."""
     names = {str(spec.system.instance_type): False}
     for pool in spec.gpu_pools:
         names |= dict.fromkeys(pool.instance_types, pool.spot)
     for name, spot in names.items():
         machine = catalogue.get(spec.provider, name)
         if machine.refused:
-            yield f"{name} is allowed although {machine.refused}."
+            yield f"{name} is allowed by allow_refused, although {machine.refused}."
         if machine.note:
             yield f"{name}: {machine.note}."
         if (today - machine.as_of).days > STALE_DAYS:
-            yield f"The price of {name} is of {machine.as_of}, which is long ago; look at the provider's page."
+            yield f"The price of {name} dates from {machine.as_of}; check the provider's page."
         if machine.region != spec.region:
-            yield f"The price of {name} is that of {machine.region}; {spec.region} may differ, or not have it at all."
+            yield f"The price of {name} is from {machine.region}; {spec.region} may differ, or not offer it."
         if spot and machine.spot_usd_per_hour is None:
-            yield f"No spot price of {name} is known, so it is counted at the price on demand."
+            yield f"The spot price of {name} is unknown; the on-demand price is used instead."
         elif spot and machine.spot_as_of and (today - machine.spot_as_of).days > STALE_DAYS:
-            yield f"The spot price of {name} is of {machine.spot_as_of}; spot prices move every day."
+            yield f"The spot price of {name} dates from {machine.spot_as_of}; spot prices change every day."

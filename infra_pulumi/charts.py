@@ -1,4 +1,4 @@
-"""The Helm charts under the service: versions, and only those values that differ from the charts' own."""
+"""The Helm charts that the service needs: pinned versions, and the values that differ from the defaults."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 from infra_pulumi.objects import MONITORING_NAMESPACE, OPERATOR_NAMESPACE
 from infra_pulumi.spec import POOL_LABEL, ClusterSpec
 
-ROUTES = "serve-app-alertmanager"  # the secret with Alertmanager's configuration and the texts of its messages
-RECEIVERS = "serve-app-alerts"  # that with the keys, addresses and tokens which the configuration names
+ALERTMANAGER_CONFIG_SECRET = "serve-app-alertmanager"  # secret: configuration, message templates
+ALERTMANAGER_CREDENTIALS_SECRET = "serve-app-alerts"  # secret: keys and tokens that it names
 
 Values = dict[str, Any]
 
@@ -27,7 +27,7 @@ class Chart:
 
 
 def _gpu_nodes(spec: ClusterSpec) -> Values:
-    """On nodes of GPU pools, whatever their taints, and nowhere else."""
+    """Values that schedule a DaemonSet on all GPU nodes, whatever their taints, and on no other node."""
     pools = [pool.name for pool in spec.gpu_pools]
     term = {"matchExpressions": [{"key": POOL_LABEL, "operator": "In", "values": pools}]}
     required = {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [term]}}
@@ -35,7 +35,7 @@ def _gpu_nodes(spec: ClusterSpec) -> Values:
 
 
 def kuberay(spec: ClusterSpec) -> Chart:
-    """It watches all namespaces; its leader is elected, so that two share one work and one may go."""
+    """The KubeRay operator for all namespaces, with two replicas: one leads, the other takes over if it fails."""
     values: Values = {
         "replicas": 2,
         "image": {"repository": "quay.io/kuberay/operator", "tag": "v1.7.0"},
@@ -54,7 +54,7 @@ def kuberay(spec: ClusterSpec) -> Chart:
 
 
 def device_plugin(spec: ClusterSpec) -> Chart:
-    """Tells Kubernetes of a node's GPUs. The driver is in the node's image."""
+    """NVIDIA's device plugin, which registers a node's GPUs. The node image contains the driver."""
     return Chart(
         "nvidia-device-plugin",
         "nvidia-device-plugin",
@@ -66,12 +66,12 @@ def device_plugin(spec: ClusterSpec) -> Chart:
 
 
 def dcgm_exporter(spec: ClusterSpec) -> Chart:
-    """GPU metrics by pod, for the dashboards of machines."""
+    """NVIDIA's exporter of GPU metrics per pod, which the resource dashboard shows."""
     monitor: Values = {"enabled": spec.addons.prometheus}
     if spec.addons.prometheus:
         monitor["additionalLabels"] = {"release": "prometheus"}
     values = {**_gpu_nodes(spec), "serviceMonitor": monitor}
-    if spec.provider == "gcp":  # its driver is on the host only, and critical pods are for kube-system
+    if spec.provider == "gcp":  # the driver is on the host; only kube-system may have critical pods
         values["extraHostVolumes"] = [{"name": "nvidia", "hostPath": "/home/kubernetes/bin/nvidia"}]
         values["extraVolumeMounts"] = [
             {
@@ -99,18 +99,18 @@ def _as_job(name: str) -> Values:
 
 
 def prometheus() -> Chart:
-    """What cluster/monitoring/ is for: its PodMonitors and rules carry `release: prometheus`, the release's name.
+    """Prometheus, Alertmanager and Grafana. The monitors and rules of cluster/monitoring/ select this release's name.
 
-    Scrapes and evaluations are 15 s apart, as the rules' times need; error budgets look back 30 days. The cloud runs
-    the control plane, so its parts cannot be scraped. Grafana's password is a secret that is never in a file.
+    The rules need scrapes and evaluations every 15 s and, for error budgets, 30 days of data. The control plane belongs
+    to the cloud and cannot be scraped. Grafana's password is a secret that no file contains.
 
-    The rules know Prometheus and Alertmanager as jobs of these names; the chart's own rules about the two, which know
-    them by others, are left out, and so is its Watchdog, or the dead-man's switch would hear the wrong one.
+    The rules expect the jobs `prometheus` and `alertmanager`. The chart's own rules for both expect other job names, so
+    they are disabled; so is its Watchdog alert, because the dead-man's switch must receive only this project's.
     """
-    watchdog_and_jobs = ("alertmanager", "general", "prometheus")
-    unseen = ("etcd", "kubeControllerManager", "kubeProxy", "kubeSchedulerAlerting", "kubeSchedulerRecording")
+    replaced_rules = ("alertmanager", "general", "prometheus")
+    managed_by_cloud = ("etcd", "kubeControllerManager", "kubeProxy", "kubeSchedulerAlerting", "kubeSchedulerRecording")
     disk = {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": "50Gi"}}}
-    hidden = ("kubeControllerManager", "kubeEtcd", "kubeProxy", "kubeScheduler")
+    not_scraped = ("kubeControllerManager", "kubeEtcd", "kubeProxy", "kubeScheduler")
     return Chart(
         "prometheus",
         "kube-prometheus-stack",
@@ -120,10 +120,14 @@ def prometheus() -> Chart:
         {
             "alertmanager": {
                 "serviceMonitor": _as_job("alertmanager"),
-                # The chart's own configuration tells nobody anything. cluster/monitoring/README.md says how the two are
-                # made. Both are mounted, so that without one it does not start: the operator would put a configuration
-                # in its place that tells nobody either.
-                "alertmanagerSpec": {"useExistingSecret": True, "configSecret": ROUTES, "secrets": [RECEIVERS, ROUTES]},
+                # The chart's default configuration notifies no receiver. cluster/monitoring/README.md describes how to
+                # create the two secrets. Both are mounted, so that Alertmanager does not start without them; otherwise
+                # the operator would use a default configuration, again without receivers.
+                "alertmanagerSpec": {
+                    "useExistingSecret": True,
+                    "configSecret": ALERTMANAGER_CONFIG_SECRET,
+                    "secrets": [ALERTMANAGER_CREDENTIALS_SECRET, ALERTMANAGER_CONFIG_SECRET],
+                },
             },
             "prometheus": {
                 "serviceMonitor": _as_job("prometheus"),
@@ -137,16 +141,16 @@ def prometheus() -> Chart:
                 },
             },
             "grafana": {"admin": {"existingSecret": "grafana-admin"}},
-            "defaultRules": {"rules": dict.fromkeys((*watchdog_and_jobs, *unseen), False)},
-            **{part: {"enabled": False} for part in hidden},
+            "defaultRules": {"rules": dict.fromkeys((*replaced_rules, *managed_by_cloud), False)},
+            **{part: {"enabled": False} for part in not_scraped},
         },
     )
 
 
 def cluster_autoscaler(spec: ClusterSpec) -> Chart:
-    """Adds and removes AWS' nodes, by the tags of their groups; GKE and AKS bring their own.
+    """The cluster autoscaler of AWS, which finds node groups by tags. GKE and AKS include an autoscaler.
 
-    Its service account gets its rights by the name below (EKS Pod Identity).
+    EKS Pod Identity grants rights to its service account by the name below.
     """
     return Chart(
         "cluster-autoscaler",
@@ -170,19 +174,19 @@ def cluster_autoscaler(spec: ClusterSpec) -> Chart:
 
 
 def charts(spec: ClusterSpec) -> list[Chart]:
-    """Those that the description wants, in the order in which they are to be installed.
+    """The charts that the description enables, in installation order.
 
-    Prometheus comes first: it brings the kinds that the others' monitors are of.
+    Prometheus comes first, because it defines the ServiceMonitor kind that the other charts use.
     """
-    addons, found = spec.addons, []
+    addons, enabled = spec.addons, list[Chart]()
     if addons.prometheus:
-        found.append(prometheus())
+        enabled.append(prometheus())
     if addons.cluster_autoscaler and spec.provider == "aws":
-        found.append(cluster_autoscaler(spec))
+        enabled.append(cluster_autoscaler(spec))
     if addons.device_plugin and spec.provider != "gcp":
-        found.append(device_plugin(spec))
+        enabled.append(device_plugin(spec))
     if addons.dcgm_exporter:
-        found.append(dcgm_exporter(spec))
+        enabled.append(dcgm_exporter(spec))
     if addons.kuberay:
-        found.append(kuberay(spec))
-    return found
+        enabled.append(kuberay(spec))
+    return enabled

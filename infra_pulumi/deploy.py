@@ -1,4 +1,4 @@
-"""Pulumi's engine, driven through its Automation API: update, outputs, destroy. State is a folder by default."""
+"""Deploys, reads and destroys a stack through Pulumi's Automation API. By default the state is a local folder."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from infra_pulumi.plan import program
 from infra_pulumi.record import PROJECT
 from infra_pulumi.spec import ClusterSpec
 
-VERSION = "3.272.0"  # of the SDK in pyproject.toml, which the CLI should be too
+VERSION = "3.272.0"  # the SDK's version in pyproject.toml; the CLI should have the same one
 
-# The resources whose number of nodes is sent with every other change. GKE takes changes one by one.
-COUNTED = {"aws": "aws:eks/nodeGroup:NodeGroup", "azure": "azure-native:containerservice:AgentPool"}
+# Resources whose updates include the number of nodes. GKE updates each setting separately.
+AUTOSCALED_TYPES = {"aws": "aws:eks/nodeGroup:NodeGroup", "azure": "azure-native:containerservice:AgentPool"}
 
 INSTALL = f"""\
-Pulumi's CLI is not on PATH. It is one program, and needs no account:
+Pulumi's CLI is not on PATH. It is one program and needs no account:
 
   curl -fsSL https://get.pulumi.com | sh -s -- --version {VERSION}
   export PATH="$HOME/.pulumi/bin:$PATH"
 
-or, on a Mac, brew install pulumi/tap/pulumi. Then run the same command again. `plan`, `cost`, `policy` and `catalogue`
-need none of it."""
+On macOS you can run `brew install pulumi/tap/pulumi` instead. Then repeat the command. The commands `plan`, `cost`,
+`policy`, `catalogue` and `render` do not need the CLI."""
 
 PASSPHRASE = """\
-Secrets in the state are encrypted with a passphrase, and none is set. Choose one, and keep it: without it the state
-cannot be read again.
+Pulumi encrypts secrets in its state with a passphrase, and no passphrase is set. Choose one and keep it: without it the
+state cannot be read again.
 
-  export PULUMI_CONFIG_PASSPHRASE_FILE=$HOME/.serve-app-passphrase   # a file that holds it
+  export PULUMI_CONFIG_PASSPHRASE_FILE=$HOME/.serve-app-passphrase   # a file with the passphrase
   export PULUMI_CONFIG_PASSPHRASE=...                                # or the passphrase itself"""
 
 
@@ -43,16 +43,16 @@ _PASSPHRASES = {"PULUMI_CONFIG_PASSPHRASE", "PULUMI_CONFIG_PASSPHRASE_FILE"}
 
 
 class MissingError(Exception):
-    """Something that is needed is not here; the text says how to get it."""
+    """A required program or setting is missing. The message states how to provide it."""
 
 
 class DeployError(Exception):
-    """Pulumi failed; the text says with what, and what to do now."""
+    """Pulumi failed. The message has the cause and the next step."""
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where state is kept: a folder, or a backend of Pulumi's such as s3://bucket."""
+class StateLocation:
+    """Where Pulumi keeps its state: a folder, or a backend URL such as s3://bucket."""
 
     state: Path
     backend: str = ""
@@ -63,89 +63,96 @@ class Place:
 
 
 def find_command() -> auto.PulumiCommand:
-    """The CLI on PATH. Raises MissingError."""
+    """Find Pulumi's CLI on PATH. Raises MissingError."""
     if shutil.which("pulumi") is None:
         raise MissingError(INSTALL)
     return auto.PulumiCommand()
 
 
 def open_stack(
-    spec: ClusterSpec, catalogue: Catalogue, place: Place, command: auto.PulumiCommand, now: datetime | None = None
+    spec: ClusterSpec,
+    catalogue: Catalogue,
+    location: StateLocation,
+    command: auto.PulumiCommand,
+    now: datetime | None = None,
 ) -> auto.Stack:
-    """The stack of a description, made if it is not there. Raises MissingError and DeployError."""
-    # Pulumi's own service keeps keys, and is reached by HTTPS; a bucket or a folder does not.
-    if not place.backend.startswith("https:") and not _PASSPHRASES & set(os.environ):
+    """Open the description's stack and create it if it does not exist. Raises MissingError and DeployError."""
+    # Pulumi's own service (an https URL) manages keys; a bucket or a folder does not.
+    if not location.backend.startswith("https:") and not _PASSPHRASES & set(os.environ):
         raise MissingError(PASSPHRASE)
-    if not place.backend:
+    if not location.backend:
         try:
-            place.state.mkdir(parents=True, exist_ok=True)
+            location.state.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise DeployError(f"--state {place.state}: {error.strerror}; name a folder") from None
+            raise DeployError(f"--state {location.state}: {error.strerror}; pass the path of a folder") from None
     month = (now or datetime.now(UTC)).strftime("%Y-%m-01T00:00:00Z")
     settings = auto.ProjectSettings(
-        name=PROJECT, runtime="python", backend=auto.ProjectBackend(url=place.url), description="GPU nodes of serve_app"
+        name=PROJECT,
+        runtime="python",
+        backend=auto.ProjectBackend(url=location.url),
+        description="A cluster with GPU nodes for serve_app",
     )
     options = auto.LocalWorkspaceOptions(project_settings=settings, pulumi_command=command)
-    return _told(
+    return _run_pulumi(
         lambda: auto.create_or_select_stack(
             stack_name=spec.name,
             project_name=PROJECT,
             program=lambda: program(spec, catalogue, month),
             opts=options,
         ),
-        "nothing was changed",
+        "nothing was changed; correct the cause and repeat the command",
     )
 
 
-def update(stack: auto.Stack, provider: str, say: Callable[[str], None]) -> dict[str, Any]:
-    """Make it so. What the stack tells of itself afterwards. Raises DeployError.
+def update(stack: auto.Stack, provider: str, log: Callable[[str], None]) -> dict[str, Any]:
+    """Create or update the stack and return its outputs. Raises DeployError.
 
-    The node groups are looked at first: how many nodes one has is the autoscaler's to say, and Pulumi, told to leave
-    that alone, sends what it saw last. Nothing else is: AKS tells of a cluster more than was asked for, its other
-    pools, which Pulumi would take for a change (pulumi-azure-native#1532).
+    Node groups are refreshed first: the autoscaler sets their number of nodes, and Pulumi, which ignores changes of
+    that number, otherwise sends the number in its state. Other resources are not refreshed: AKS returns all pools of a
+    cluster, which Pulumi would treat as a change (pulumi-azure-native#1532).
     """
 
-    def make() -> auto.UpResult:
-        if kinds := COUNTED.get(provider):
-            stack.refresh(target=[f"**{kinds}::**"], on_output=say, color="never", suppress_progress=True)
-        return stack.up(on_output=say, color="never", suppress_progress=True)
+    def refresh_and_update() -> auto.UpResult:
+        if kinds := AUTOSCALED_TYPES.get(provider):
+            stack.refresh(target=[f"**{kinds}::**"], on_output=log, color="never", suppress_progress=True)
+        return stack.up(on_output=log, color="never", suppress_progress=True)
 
-    done = _told(
-        make,
-        "what was made stays; run the same command again and Pulumi goes on where it stopped, or take all of it down "
-        "with `destroy`",
+    done = _run_pulumi(
+        refresh_and_update,
+        "created resources remain; repeat the command to continue where Pulumi stopped, or delete everything with "
+        "`destroy`",
     )
     return {name: value.value for name, value in done.outputs.items()}
 
 
 def outputs(stack: auto.Stack) -> dict[str, Any]:
-    """What the stack told of itself last. Raises DeployError."""
-    told = _told(stack.outputs, "has it been deployed?")
-    return {name: value.value for name, value in told.items()}
+    """The outputs of the last update. Raises DeployError."""
+    found = _run_pulumi(stack.outputs, "check that the stack has been deployed")
+    return {name: value.value for name, value in found.items()}
 
 
-def destroy(stack: auto.Stack, say: Callable[[str], None]) -> None:
-    """Take everything down. Raises DeployError."""
-    _told(
-        lambda: stack.destroy(on_output=say, color="never", suppress_progress=True),
-        "what is left still costs; run the same command again. What is protected is only deleted after a deploy of the "
+def destroy(stack: auto.Stack, log: Callable[[str], None]) -> None:
+    """Delete all resources of the stack. Raises DeployError."""
+    _run_pulumi(
+        lambda: stack.destroy(on_output=log, color="never", suppress_progress=True),
+        "remaining resources still cost money; repeat the command. To delete protected resources, first deploy the "
         "description with protect: false",
     )
 
 
-def _told(action: Callable[[], Any], then: str) -> Any:
-    """What an action of Pulumi's gives, or its failure in words."""
+def _run_pulumi(action: Callable[[], Any], next_step: str) -> Any:
+    """Run an action of Pulumi and map its errors to DeployError with the next step."""
     try:
         return action()
     except auto.ConcurrentUpdateError as error:
         raise DeployError(
-            "another update of this stack is under way, or was killed; wait for it, or if nobody runs one: "
+            "another update of this stack is running or was killed; wait for it to end, or, if none is running, run: "
             f"pulumi cancel\n{_tail(str(error))}"
         ) from None
     except auto.CommandError as error:
-        raise DeployError(f"Pulumi failed: {_tail(str(error))}\n\nNow: {then}.") from None
+        raise DeployError(f"Pulumi failed: {_tail(str(error))}\n\nNext step: {next_step}.") from None
 
 
 def _tail(text: str, lines: int = 20) -> str:
-    """Pulumi prints the cause last."""
+    """The last lines, where Pulumi prints the cause."""
     return "\n".join([line for line in text.splitlines() if line.strip()][-lines:])

@@ -1,4 +1,4 @@
-"""GKE: GPU node pools of a regional cluster with private nodes. Google installs the driver and the device plugin."""
+"""The GKE cluster: regional, private GPU node pools; Google installs the driver and the device plugin."""
 
 from __future__ import annotations
 
@@ -12,43 +12,43 @@ from infra_pulumi.base import GPU_TAINT, Access, GpuCluster, Outputs
 from infra_pulumi.catalogue import CatalogueError, InstanceType
 from infra_pulumi.spec import POOL_LABEL, NodeGroup
 
-# What a node needs to report of itself and to pull images; the default account could edit the whole project.
+# Roles for logs, metrics and image pulls. The default account could edit the whole project.
 NODE_ROLES = ("roles/container.defaultNodeServiceAccount", "roles/artifactregistry.reader")
-ATTACHED = {"t4": "nvidia-tesla-t4"}  # GPUs that are added to a machine, as the catalogue writes them behind a +
+ATTACHED = {"t4": "nvidia-tesla-t4"}  # GPUs attached to a machine; the catalogue writes them after a +
 BUILT_IN = {("L4", 24): "nvidia-l4", ("A100", 40): "nvidia-tesla-a100", ("A100", 80): "nvidia-a100-80gb"}
 
 
-def promised(kind: str, name: str, inputs: dict[str, Any]) -> dict[str, Any]:
-    """What Google adds to a resource that somebody here reads, for a plan."""
-    told: dict[str, Any] = {}
+def computed_outputs(kind: str, name: str, inputs: dict[str, Any]) -> dict[str, Any]:
+    """The outputs of Google Cloud that this program reads, as placeholders for a plan."""
+    outputs: dict[str, Any] = {}
     match kind:
         case "gcp.serviceaccount.Account":
-            told["name"] = f"${{{name}.name}}"
-            told["email"] = f"{inputs['accountId']}@${{gcp.project}}.iam.gserviceaccount.com"
+            outputs["name"] = f"${{{name}.name}}"
+            outputs["email"] = f"{inputs['accountId']}@${{gcp.project}}.iam.gserviceaccount.com"
         case "gcp.container.Cluster":
-            told |= {
+            outputs |= {
                 "endpoint": f"${{{name}.endpoint}}",
                 "masterAuth": {**inputs["masterAuth"], "clusterCaCertificate": f"${{{name}.clusterCaCertificate}}"},
                 "workloadIdentityConfig": {"workloadPool": "${gcp.project}.svc.id.goog"},
             }
         case "gcp.artifactregistry.Repository":
-            told["registryUri"] = f"{inputs['location']}-docker.pkg.dev/${{gcp.project}}/{inputs['repositoryId']}"
+            outputs["registryUri"] = f"{inputs['location']}-docker.pkg.dev/${{gcp.project}}/{inputs['repositoryId']}"
         case "gcp:organizations/getProject:getProject":
-            told |= {
+            outputs |= {
                 "projectId": "${gcp.project}",
                 "number": "${gcp.projectNumber}",
                 "billingAccount": "${gcp.billingAccount}",
             }
-    return told
+    return outputs
 
 
 def _accelerator(machine: InstanceType) -> str:
-    """What Google calls its GPU. Raises CatalogueError for one of a catalogue that is not ours."""
+    """Google's name of the machine's GPU. Raises CatalogueError for a GPU that this module does not list."""
     _, _, attached = machine.type.partition("+")
     found = ATTACHED.get(attached) if attached else BUILT_IN.get((str(machine.gpu), int(machine.gpu_memory_gib or 0)))
     if found is None:
         raise CatalogueError(
-            f"{machine.type}: it is not known what Google calls its GPU; infra_pulumi/gcp.py has a list"
+            f"{machine.type}: Google's name of its GPU is unknown; add it to the tables in infra_pulumi/gcp.py"
         )
     return found
 
@@ -64,7 +64,7 @@ class GcpCluster(GpuCluster):
         nodes = self._node_account()
         self._gke = cluster = self._cluster(subnetwork, nat, nodes)
         system = self._pool(cluster, nodes, None)
-        # GKE taints a GPU pool only if another pool is there already (terraform-google-kubernetes-engine#703).
+        # GKE taints a GPU pool only if another pool already exists (terraform-google-kubernetes-engine#703).
         groups = [self._pool(cluster, nodes, group, [system]) for group in spec.node_groups()]
         repository = self._registry()
         identity = self._identity(cluster)
@@ -83,31 +83,33 @@ class GcpCluster(GpuCluster):
         server = pulumi.Output.format("https://{0}", self._gke.endpoint)
         return Access(server, self._gke.master_auth.cluster_ca_certificate, ("gke-gcloud-auth-plugin",))
 
-    def under(self, **options: Any) -> pulumi.ResourceOptions:
-        return super().under(provider=self._provider, **options)
+    def child_options(self, **options: Any) -> pulumi.ResourceOptions:
+        return super().child_options(provider=self._provider, **options)
 
     def _network(self) -> tuple[gcp.compute.Subnetwork, gcp.compute.RouterNat]:
         spec = self.spec
-        network = gcp.compute.Network(self.name("vpc"), name=spec.name, auto_create_subnetworks=False, opts=self.kept())
+        network = gcp.compute.Network(
+            self.name("vpc"), name=spec.name, auto_create_subnetworks=False, opts=self.protected_options()
+        )
         subnetwork = gcp.compute.Subnetwork(
             self.name("nodes", "subnet"),
             name=spec.name,
             network=network.id,
             region=spec.region,
             ip_cidr_range=spec.network.cidr,
-            private_ip_google_access=True,  # the registry and buckets, past NAT
+            private_ip_google_access=True,  # reach the registry and buckets without NAT
             secondary_ip_ranges=[
                 gcp.compute.SubnetworkSecondaryIpRangeArgs(range_name="pods", ip_cidr_range=spec.network.pods_cidr),
                 gcp.compute.SubnetworkSecondaryIpRangeArgs(
                     range_name="services", ip_cidr_range=spec.network.services_cidr
                 ),
             ],
-            opts=self.under(),
+            opts=self.child_options(),
         )
         router = gcp.compute.Router(
-            self.name("router"), name=spec.name, network=network.id, region=spec.region, opts=self.under()
+            self.name("router"), name=spec.name, network=network.id, region=spec.region, opts=self.child_options()
         )
-        nat = gcp.compute.RouterNat(  # over all zones, whatever `nat` says
+        nat = gcp.compute.RouterNat(  # regional, for both values of `network.nat`
             self.name("nat"),
             name=spec.name,
             router=router.name,
@@ -115,7 +117,7 @@ class GcpCluster(GpuCluster):
             nat_ip_allocate_option="AUTO_ONLY",
             source_subnetwork_ip_ranges_to_nat="ALL_SUBNETWORKS_ALL_IP_RANGES",
             log_config=gcp.compute.RouterNatLogConfigArgs(enable=True, filter="ERRORS_ONLY"),
-            opts=self.under(),
+            opts=self.child_options(),
         )
         return subnetwork, nat
 
@@ -124,7 +126,7 @@ class GcpCluster(GpuCluster):
             self.name("nodes", "account"),
             account_id=self.name("nodes"),
             display_name=f"Nodes of {self.spec.name}",
-            opts=self.under(),
+            opts=self.child_options(),
         )
         self.granted: list[pulumi.Resource] = [
             gcp.projects.IAMMember(
@@ -132,7 +134,7 @@ class GcpCluster(GpuCluster):
                 project=self.project,
                 role=role,
                 member=pulumi.Output.format("serviceAccount:{0}", account.email),
-                opts=self.under(),
+                opts=self.child_options(),
             )
             for role in NODE_ROLES
         ]
@@ -157,7 +159,7 @@ class GcpCluster(GpuCluster):
             release_channel=gcp.container.ClusterReleaseChannelArgs(channel="REGULAR"),
             remove_default_node_pool=True,
             initial_node_count=1,
-            # Of the pool that is removed at once: an organisation may allow no default account and no plain machine.
+            # For the default pool, removed after creation: an organisation's policy may forbid the defaults.
             node_config=gcp.container.ClusterNodeConfigArgs(
                 service_account=nodes.email,
                 shielded_instance_config=gcp.container.ClusterNodeConfigShieldedInstanceConfigArgs(
@@ -190,7 +192,9 @@ class GcpCluster(GpuCluster):
             ),
             cost_management_config=gcp.container.ClusterCostManagementConfigArgs(enabled=True),
             resource_labels=self.tags,
-            opts=self.kept(depends_on=[nat, *self.granted], ignore_changes=["nodeConfig", "minMasterVersion"]),
+            opts=self.protected_options(
+                depends_on=[nat, *self.granted], ignore_changes=["nodeConfig", "minMasterVersion"]
+            ),
         )
 
     def _pool(
@@ -198,31 +202,31 @@ class GcpCluster(GpuCluster):
         cluster: gcp.container.Cluster,
         account: gcp.serviceaccount.Account,
         group: NodeGroup | None,
-        after: list[pulumi.Resource] | None = None,
+        previous: list[pulumi.Resource] | None = None,
     ) -> gcp.container.NodePool:
-        """The system pool, or one of GPUs. Counts are over all zones."""
+        """The system pool (`group` is None) or a GPU pool. Node counts are totals over all zones."""
         system = self.spec.system
-        least, most = (system.min, system.max) if group is None else (group.min, group.max)
-        zones = self.zones(group.pool) if group else self.spec.zones[:most]
+        minimum, maximum = (system.min, system.max) if group is None else (group.min, group.max)
+        zones = self.zones(group.pool) if group else self.spec.zones[:maximum]
         return gcp.container.NodePool(
             self.pool_name(group) if group else self.name("system"),
             name=group.name if group else "system",
             cluster=cluster.id,
             location=self.spec.region,
             node_locations=list(zones),
-            # In each zone, and the autoscaler adds none before a pod asks: those of the service do, the cluster's own
-            # need nodes to begin with.
-            initial_node_count=0 if group else math.ceil(least / len(zones)),
+            # Per zone. The autoscaler adds nodes for pending pods only; the cluster's own pods need nodes at the
+            # start, so that the system pool begins with its minimum.
+            initial_node_count=0 if group else math.ceil(minimum / len(zones)),
             autoscaling=gcp.container.NodePoolAutoscalingArgs(
-                total_min_node_count=least,
-                total_max_node_count=most,
+                total_min_node_count=minimum,
+                total_max_node_count=maximum,
                 location_policy="ANY" if group else "BALANCED",
             ),
             management=gcp.container.NodePoolManagementArgs(auto_repair=True, auto_upgrade=True),
             upgrade_settings=gcp.container.NodePoolUpgradeSettingsArgs(max_surge=0 if group else 1, max_unavailable=1),
             node_config=self._node_config(account, group),
-            opts=self.under(
-                depends_on=[*self.granted, *(after or [])], ignore_changes=["nodeCount", "initialNodeCount"]
+            opts=self.child_options(
+                depends_on=[*self.granted, *(previous or [])], ignore_changes=["nodeCount", "initialNodeCount"]
             ),
         )
 
@@ -238,12 +242,12 @@ class GcpCluster(GpuCluster):
             image_type="COS_CONTAINERD",
             spot=bool(group and group.spot),
             service_account=account.email,
-            oauth_scopes=["https://www.googleapis.com/auth/cloud-platform"],  # what it may is up to the account's roles
+            oauth_scopes=["https://www.googleapis.com/auth/cloud-platform"],  # the account's roles limit access
             labels={POOL_LABEL: "system"} if group is None else self.labels(group),
             resource_labels=self.tags,
             taints=self._pool_taints(group),
             guest_accelerators=self._accelerators(group),
-            gcfs_config=gcp.container.NodePoolNodeConfigGcfsConfigArgs(enabled=True),  # images are streamed
+            gcfs_config=gcp.container.NodePoolNodeConfigGcfsConfigArgs(enabled=True),  # image streaming
             gvnic=gcp.container.NodePoolNodeConfigGvnicArgs(enabled=True),
             metadata={"disable-legacy-endpoints": "true"},
             workload_metadata_config=gcp.container.NodePoolNodeConfigWorkloadMetadataConfigArgs(mode="GKE_METADATA"),
@@ -254,7 +258,7 @@ class GcpCluster(GpuCluster):
         )
 
     def _pool_taints(self, group: NodeGroup | None) -> list[gcp.container.NodePoolNodeConfigTaintArgs] | None:
-        """Without the one for GPUs: GKE adds it, and refuses it twice (terraform-provider-google#7928)."""
+        """Taints without the GPU taint: GKE adds it and refuses a duplicate (terraform-provider-google#7928)."""
         if group is None:
             return None
         effects = {"NoSchedule": "NO_SCHEDULE", "PreferNoSchedule": "PREFER_NO_SCHEDULE", "NoExecute": "NO_EXECUTE"}
@@ -290,16 +294,16 @@ class GcpCluster(GpuCluster):
             format="DOCKER",
             docker_config=gcp.artifactregistry.RepositoryDockerConfigArgs(immutable_tags=True),
             labels=self.tags,
-            opts=self.kept(),
+            opts=self.protected_options(),
         )
 
     def _identity(self, cluster: gcp.container.Cluster) -> gcp.serviceaccount.Account:
-        """What the service's pods are, by Workload Identity: an account without any right, until one is given."""
+        """The workload identity of the service's pods, without rights until some are granted."""
         account = gcp.serviceaccount.Account(
             self.name("serve", "account"),
             account_id=self.name("serve"),
             display_name=f"Pods of {self.spec.name}",
-            opts=self.under(),
+            opts=self.child_options(),
         )
         pool = cluster.workload_identity_config.workload_pool
         gcp.serviceaccount.IAMMember(
@@ -307,7 +311,7 @@ class GcpCluster(GpuCluster):
             service_account_id=account.name,
             role="roles/iam.workloadIdentityUser",
             member=pulumi.Output.format("serviceAccount:{0}[{1}/serve-app]", pool, self.spec.name),
-            opts=self.under(),
+            opts=self.child_options(),
         )
         return account
 
@@ -318,11 +322,11 @@ class GcpCluster(GpuCluster):
                 project=self.project,
                 role="roles/container.admin",
                 member=member,
-                opts=self.under(),
+                opts=self.child_options(),
             )
 
     def _budget(self, project: Any) -> None:
-        """Those who administer billing are told, and the addresses besides."""
+        """A budget. Alerts go to billing administrators and to the budget's addresses."""
         budget = self.spec.budget
         if budget is None:
             return
@@ -333,13 +337,13 @@ class GcpCluster(GpuCluster):
                 display_name=f"Budget of {self.spec.name}",
                 labels={"email_address": address},
                 user_labels=self.tags,
-                opts=self.under(),
+                opts=self.child_options(),
             )
             for index, address in enumerate(budget.emails)
         ]
         rules = [("CURRENT_SPEND", threshold) for threshold in budget.thresholds] + [("FORECASTED_SPEND", 100)]
         whole, cents = divmod(round(budget.monthly_usd * 100), 100)
-        # Google wants to know whose quota a call of this API takes, if a person makes it.
+        # With a user's credentials this API needs the project whose quota its calls use.
         billing = gcp.Provider(
             self.name("billing"),
             region=self.spec.region,
@@ -369,5 +373,5 @@ class GcpCluster(GpuCluster):
             )
             if channels
             else None,
-            opts=super().under(provider=billing),
+            opts=super().child_options(provider=billing),
         )

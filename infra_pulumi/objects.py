@@ -1,4 +1,4 @@
-"""What stands beside the RayService in its namespace: Ray's memory, who may talk to whom, what may not be evicted."""
+"""Builds the objects in the RayService's namespace: Redis, service account, network policies, disruption budget."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from infra_pulumi.rayservice import NAME, RAY_POD, REDIS, SERVICE_ACCOUNT, conta
 from infra_pulumi.spec import ClusterSpec
 
 REDIS_IMAGE = "redis:7.4.6"
-REDIS_USER = 999  # that image's
+REDIS_USER = 999  # the image's user id
 OPERATOR_NAMESPACE = "kuberay-system"
 MONITORING_NAMESPACE = "monitoring"
 IDENTITY_ANNOTATION = {"gcp": "iam.gke.io/gcp-service-account", "azure": "azure.workload.identity/client-id"}
-CALLER = {"serve-app/caller": "true"}  # on a pod beside the service, or on a namespace: may call it
+CALLER_LABEL = {"serve-app/caller": "true"}  # label of pods and namespaces that may call it
 
 _REDIS = {"app.kubernetes.io/name": REDIS}
 _SERVE, _DASHBOARD = 8000, 8265
-_METRICS = (_SERVE, 8080, 44217, 44227)  # as cluster/monitoring/podmonitor.yaml names them
-# Where a pod gets credentials of its own from; nothing else has business with link-local addresses.
+_METRICS = (_SERVE, 8080, 44217, 44227)  # the ports in cluster/monitoring/podmonitor.yaml
+# Where pods get their cloud credentials; network policies block all other link-local addresses.
 _IDENTITY = {"aws": ("169.254.170.23/32", 80), "gcp": ("169.254.169.254/32", 80)}
 
 Object = dict[str, Any]
@@ -28,7 +28,7 @@ def _meta(spec: ClusterSpec, name: str, component: str) -> Object:
 
 
 def namespace(spec: ClusterSpec) -> Object:
-    """In it no pod may be privileged, run as root or use the node's network."""
+    """The namespace, with the restricted Pod Security level: no root, no privileges, no host network."""
     level = {"pod-security.kubernetes.io/enforce": "restricted", "pod-security.kubernetes.io/warn": "restricted"}
     return {
         "apiVersion": "v1",
@@ -38,7 +38,7 @@ def namespace(spec: ClusterSpec) -> Object:
 
 
 def storage_class() -> Object:
-    """What disks are made of on AWS, where a new cluster has no default; made where the pod is, and encrypted."""
+    """The default storage class for AWS, where a new cluster has none: encrypted, in the zone of the pod."""
     return {
         "apiVersion": "storage.k8s.io/v1",
         "kind": "StorageClass",
@@ -56,10 +56,10 @@ def storage_class() -> Object:
 
 
 def service_account(spec: ClusterSpec, identity: str = "") -> Object:
-    """The workers'. It may nothing in Kubernetes; the cloud may let it read a bucket of weights.
+    """The workers' service account. It has no rights in Kubernetes; the cloud may let it read a bucket of weights.
 
-    `identity` is what it is to the cloud, once that is known: GCP's service account by its address, Azure's managed
-    identity by its client id. AWS associates them without being told here.
+    `identity` is its cloud identity if known: the address of a GCP service account or the client id of an Azure managed
+    identity. On AWS the cluster has the association, so that no annotation is needed.
     """
     key = IDENTITY_ANNOTATION.get(spec.provider)
     annotations = {"annotations": {key: identity}} if key and identity else {}
@@ -72,6 +72,7 @@ def service_account(spec: ClusterSpec, identity: str = "") -> Object:
 
 
 def redis_service(spec: ClusterSpec) -> Object:
+    """The Kubernetes service of Redis."""
     return {
         "apiVersion": "v1",
         "kind": "Service",
@@ -81,7 +82,7 @@ def redis_service(spec: ClusterSpec) -> Object:
 
 
 def redis(spec: ClusterSpec) -> Object:
-    """Where Ray's head keeps what it knows, so that a new head finds its workers and the service goes on meanwhile."""
+    """Redis, which stores the state of Ray's GCS, so that a new head finds its workers while the service continues."""
     password = {"secretKeyRef": {"name": REDIS, "key": "password"}}
     ping = {"exec": {"command": ["redis-cli", "ping"]}, "periodSeconds": 10, "timeoutSeconds": 5}
     container = {
@@ -117,10 +118,10 @@ def redis(spec: ClusterSpec) -> Object:
 
 
 def disruption_budget(spec: ClusterSpec) -> Object:
-    """Nobody evicts the last healthy head: a node's upgrade waits until it is deleted by hand, at a quiet time.
+    """Prevents the eviction of the only head: a node upgrade waits until an operator deletes the head by hand.
 
-    Workers have none. Such a budget counts replicas by the owner's `scale`, which a RayCluster has not; what guards
-    their streams is that they drain.
+    Workers have no budget: it would need the owner's `scale` subresource, which a RayCluster does not have. Draining
+    protects their streams instead.
     """
     return {
         "apiVersion": "policy/v1",
@@ -138,7 +139,7 @@ def _tcp(*ports: int) -> list[Object]:
     return [{"protocol": "TCP", "port": port} for port in ports]
 
 
-def _space(name: str) -> Object:
+def _in_namespace(name: str) -> Object:
     return {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": name}}}
 
 
@@ -160,27 +161,27 @@ def _policy(spec: ClusterSpec, name: str, pods: dict[str, str], ingress: list[Ob
     }
 
 
-def _names() -> Object:
-    return {"to": [_space("kube-system")], "ports": [{"protocol": "UDP", "port": 53}, *_tcp(53)]}
+def _dns() -> Object:
+    return {"to": [_in_namespace("kube-system")], "ports": [{"protocol": "UDP", "port": 53}, *_tcp(53)]}
 
 
 def network_policies(spec: ClusterSpec) -> list[Object]:
-    """Whoever reaches Ray's ports may run code, token or not: nobody does but Ray, its operator and Prometheus.
+    """Network policies. Only Ray, the operator and Prometheus reach Ray's ports, where callers can execute code.
 
-    Callers reach the service alone, from pods or namespaces with the label CALLER. Out it goes to names, to Redis, and
-    by HTTPS to everywhere (Kubernetes, model hub, buckets) except link-local addresses.
+    Clients reach only the service's port, from pods or namespaces with the label CALLER_LABEL. Outbound traffic is
+    allowed to DNS, to Redis, and by HTTPS to all addresses (Kubernetes, model hub, buckets) except link-local ones.
     """
     anywhere = {"ipBlock": {"cidr": "0.0.0.0/0", "except": ["169.254.0.0/16"]}}
     ingress = [
         {"from": [_pods(RAY_POD)]},
-        {"from": [_space(OPERATOR_NAMESPACE)], "ports": _tcp(_DASHBOARD, _SERVE)},
-        {"from": [_space(MONITORING_NAMESPACE)], "ports": _tcp(*_METRICS)},
-        {"from": [_pods(CALLER), {"namespaceSelector": {"matchLabels": CALLER}}], "ports": _tcp(_SERVE)},
+        {"from": [_in_namespace(OPERATOR_NAMESPACE)], "ports": _tcp(_DASHBOARD, _SERVE)},
+        {"from": [_in_namespace(MONITORING_NAMESPACE)], "ports": _tcp(*_METRICS)},
+        {"from": [_pods(CALLER_LABEL), {"namespaceSelector": {"matchLabels": CALLER_LABEL}}], "ports": _tcp(_SERVE)},
     ]
     egress = [
         {"to": [_pods(RAY_POD)]},
         {"to": [_pods(_REDIS)], "ports": _tcp(6379)},
-        _names(),
+        _dns(),
         {"to": [anywhere], "ports": _tcp(443)},
     ]
     if spec.provider in _IDENTITY:
@@ -193,13 +194,13 @@ def network_policies(spec: ClusterSpec) -> list[Object]:
     ]
 
 
-def beside(spec: ClusterSpec, identity: str = "") -> list[Object]:
-    """All of them that the description wants, in the order in which they are to be made."""
-    found = [namespace(spec), service_account(spec, identity), redis_service(spec), redis(spec)]
+def namespace_objects(spec: ClusterSpec, identity: str = "") -> list[Object]:
+    """All objects that the description enables, in creation order."""
+    enabled = [namespace(spec), service_account(spec, identity), redis_service(spec), redis(spec)]
     if spec.provider == "aws":
-        found.insert(0, storage_class())
+        enabled.insert(0, storage_class())
     if spec.addons.disruption_budget:
-        found.append(disruption_budget(spec))
+        enabled.append(disruption_budget(spec))
     if spec.addons.network_policy:
-        found += network_policies(spec)
-    return found
+        enabled += network_policies(spec)
+    return enabled

@@ -1,4 +1,4 @@
-"""What a description would make: the program of its cloud, recorded."""
+"""Evaluates a description: runs its cloud's Pulumi program against the recording monitor."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from infra_pulumi.spec import ClusterSpec
 
 
 def evaluate(spec: ClusterSpec, catalogue: Catalogue | None = None) -> Recording:
-    """Needs no cloud, no credentials and no Pulumi CLI. Raises SpecError for machines that cannot be."""
-    known = catalogue or catalogues.load()
-    catalogues.check(spec, known)
-    with _without_collection():
-        promised = importlib.import_module(f"infra_pulumi.{spec.provider}").promised
-        return record(lambda: program(spec, known, "${month}"), spec.name, RecordingMonitor(promised))
+    """Record the description's resources without a cloud, credentials or Pulumi's CLI. Raises SpecError."""
+    machines = catalogue or catalogues.load()
+    catalogues.check(spec, machines)
+    with _paused_garbage_collection():
+        computed_outputs = importlib.import_module(f"infra_pulumi.{spec.provider}").computed_outputs
+        return record(lambda: program(spec, machines, "${month}"), spec.name, RecordingMonitor(computed_outputs))
 
 
 @contextmanager
-def _without_collection() -> Iterator[None]:
-    """A cloud's SDK is half a million objects that stay; to look for garbage among them takes longer than the plan."""
+def _paused_garbage_collection() -> Iterator[None]:
+    """Pause the garbage collector: an SDK has half a million live objects, and scanning them outlasts the plan."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -37,12 +37,12 @@ def _without_collection() -> Iterator[None]:
 
 
 def program(spec: ClusterSpec, catalogue: Catalogue, month: str, folder: Path = Path()) -> None:
-    """The Pulumi program itself, the same under the engine and under the recorder.
+    """The Pulumi program, which both Pulumi's engine and the recording monitor run.
 
-    A relative path of the service's config is meant from `folder`. Raises SpecError if it is no config.
+    A relative `serve.config` is resolved against `folder`. Raises SpecError if that file is not a valid config.
     """
     cluster = base.build(spec, catalogue, month)
-    if spec.addons.by_pulumi:  # whose SDK is an extra
+    if spec.addons.by_pulumi:  # imported here, because its SDK is optional
         addons = importlib.import_module("infra_pulumi.addons")
         addons.Addons(cluster, read_config(folder / spec.serve.config))
-    export(cluster.outputs.plain())
+    export(cluster.outputs.as_dict())

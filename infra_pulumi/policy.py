@@ -1,6 +1,6 @@
-"""What a cluster must not be. Rules are functions over what was recorded: they look, and name what is wrong.
+"""Policy rules over a recording. A rule is a function that yields a message for each resource that violates it.
 
-A rule yields a sentence for each resource that breaks it. `error` stops a deployment, `warning` does not.
+A finding of severity `error` prevents a deployment, a `warning` does not.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from infra_pulumi.record import Recording, Resource
 from infra_pulumi.spec import ClusterSpec
 
 Severity: TypeAlias = Literal["error", "warning"]
-Broken: TypeAlias = Iterator[tuple[str, str]]  # the resource's name, and what is wrong with it
-Check: TypeAlias = Callable[[Recording, ClusterSpec], Broken]
+Violations: TypeAlias = Iterator[tuple[str, str]]  # (resource name, message)
+Check: TypeAlias = Callable[[Recording, ClusterSpec], Violations]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,24 +41,24 @@ _RULES: list[Rule] = []
 
 
 def rule(name: str, severity: Severity, remedy: str) -> Callable[[Check], Check]:
-    """Enter a check; its docstring is why it is there."""
+    """Decorator that registers a check as a rule. The check's docstring is the rule's reason."""
 
-    def enter(check: Check) -> Check:
+    def register(check: Check) -> Check:
         _RULES.append(Rule(name, severity, (check.__doc__ or "").strip(), remedy, check))
         return check
 
-    return enter
+    return register
 
 
 def rules() -> list[Rule]:
-    """All of them. They enter themselves when their files are read."""
-    for name in ("access", "addons", "data", "running"):
+    """All rules. The modules rules_*.py register them on import."""
+    for name in ("access", "addons", "data", "operations"):
         importlib.import_module(f"infra_pulumi.rules_{name}")
     return _RULES
 
 
 def findings(recording: Recording, spec: ClusterSpec) -> tuple[Finding, ...]:
-    """Errors first, then by rule and resource."""
+    """The violations of all rules: errors first, then by rule and resource."""
     found = [
         Finding(each.name, each.severity, resource, message, each.remedy)
         for each in rules()
@@ -68,7 +68,7 @@ def findings(recording: Recording, spec: ClusterSpec) -> tuple[Finding, ...]:
 
 
 def get(value: Any, path: str) -> Any:
-    """`vpcConfig.subnetIds.0` of nested data; None where there is nothing."""
+    """The value at a dotted path such as `vpcConfig.subnetIds.0` in nested data, or None."""
     for key in path.split("."):
         if isinstance(value, list):
             value = value[int(key)] if key.isdigit() and int(key) < len(value) else None
@@ -79,40 +79,41 @@ def get(value: Any, path: str) -> Any:
     return value
 
 
-HOUSE = "it is set by the component; change it back there"
+COMPONENT_REMEDY = "restore the value that the component sets"
 
 
-def of(recording: Recording, kinds: set[str]) -> Iterator[Resource]:
+def resources_of(recording: Recording, kinds: set[str]) -> Iterator[Resource]:
+    """The resources of several kinds."""
     return (resource for resource in recording.resources if resource.kind in kinds)
 
 
-def expect(kind: str, path: str, wanted: Any) -> Check:
-    """That every resource of a kind has a value there, such as `True`."""
+def _value_check(kind: str, path: str, required: Any) -> Check:
+    """A check that every resource of a kind has the required value at a path."""
 
-    def check(recording: Recording, spec: ClusterSpec) -> Broken:
+    def check(recording: Recording, spec: ClusterSpec) -> Violations:
         for resource in recording.of(kind):
-            if (is_ := get(resource.inputs, path)) != wanted:
-                yield resource.name, f"{path} is {json.dumps(is_)} and not {json.dumps(wanted)}"
+            if (actual := get(resource.inputs, path)) != required:
+                yield resource.name, f"{path} is {json.dumps(actual)}, but must be {json.dumps(required)}"
 
     return check
 
 
-def expected(name: str, severity: Severity, kind: str, path: str, wanted: Any, why: str, remedy: str) -> None:
-    """A rule that is one value."""
-    check = expect(kind, path, wanted)
+def value_rule(name: str, severity: Severity, kind: str, path: str, required: Any, why: str, remedy: str) -> None:
+    """Register a rule that requires one value."""
+    check = _value_check(kind, path, required)
     check.__doc__ = why
     rule(name, severity, remedy)(check)
 
 
 def inline_pools(recording: Recording) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The pools that an AKS cluster is made with, each beside the cluster's name."""
+    """The node pools in the AKS cluster resource itself, as (cluster name, pool)."""
     for resource in recording.of("azure-native.containerservice.ManagedCluster"):
         for pool in resource.inputs.get("agentPoolProfiles", []):
             yield resource.name, pool
 
 
 def gpu_pools(recording: Recording, kind: str, labels: str) -> Iterator[Resource]:
-    """Those of a kind whose label `serve-app/pool`, at `labels`, is not the system pool's."""
+    """The GPU pools among the resources of a kind, by the label `serve-app/pool` at the path `labels`."""
     return (
         each
         for each in recording.of(kind)

@@ -1,8 +1,8 @@
-"""The program for whoever runs Pulumi's CLI by hand: `pulumi up` in this folder.
+"""The Pulumi program for use with Pulumi's CLI: `pulumi up` in this folder.
 
-`pulumi config set spec cluster.yaml` names the description; a relative path is meant from where this file is, and that
-of the service's config from the folder above. Before a second `pulumi up` look at the nodes that the autoscaler added,
-or they are taken away: `pulumi refresh --target '**NodeGroup::**'` on AWS, `'**AgentPool::**'` on Azure.
+`pulumi config set spec cluster.yaml` sets the description. A relative path is resolved against this folder, and the
+path of the service's config against the folder above. Before each further `pulumi up`, run `pulumi refresh --target
+'**NodeGroup::**'` on AWS or `'**AgentPool::**'` on Azure; otherwise the update removes nodes that the autoscaler added.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from infra_pulumi.spec import load
 
 
 def main() -> None:
-    """Raises SpecError with every fault of the description."""
+    """Run the program for the description in the stack's configuration. Raises SpecError with all faults."""
     here = Path(__file__).parent
     spec = load(here / pulumi.Config().require("spec"))
-    known = catalogue.load()
-    catalogue.check(spec, known)
-    program(spec, known, datetime.now(UTC).strftime("%Y-%m-01T00:00:00Z"), here.parent)
+    machines = catalogue.load()
+    catalogue.check(spec, machines)
+    program(spec, machines, datetime.now(UTC).strftime("%Y-%m-01T00:00:00Z"), here.parent)
 
 
-if __name__ == "__main__":  # as Pulumi's language host runs it
+if __name__ == "__main__":  # Pulumi's language host runs this file as a script
     main()

@@ -1,6 +1,6 @@
-"""What a description takes of the cloud's quotas at most, by the names under which they are looked up and raised.
+"""Computes the cloud quotas that a description needs at its maximum size, by quota name.
 
-A new account has none of most GPUs, which shows late: as nodes that never come.
+A new account has no quota for most GPUs; without a quota, the cloud creates no nodes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from infra_pulumi.catalogue import Catalogue, InstanceType
 from infra_pulumi.spec import ClusterSpec
 
-# By the first letters of a type, and by spot; counted in vCPUs.
+# By the first letters of the type and by spot; unit vCPUs.
 # https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/ec2-instance-quotas.html
 _AWS = {
     ("g", False): ("Running On-Demand G and VT instances", "L-DB2E81BA"),
@@ -22,7 +22,7 @@ _AWS = {
     ("p", True): ("All P4, P3 and P2 Spot Instance Requests", "L-7212CCBC"),
     ("p5", True): ("All P5 Spot Instance Requests", "L-C4BD4855"),
 }
-# By the end of a type; spot machines of all families have one quota together. Counted in vCPUs.
+# By the suffix of the type; spot machines of all families share one quota. Unit vCPUs.
 # https://learn.microsoft.com/azure/virtual-machines/quotas
 _AZURE = {
     "_T4_v3": "StandardNCASv3_T4Family",
@@ -34,7 +34,7 @@ _AZURE_SPOT = "lowPriorityCores"
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """`command` shows how much there is."""
+    """One required quota. `command` prints its current limit."""
 
     quota: str
     amount: int
@@ -43,14 +43,14 @@ class Need:
 
 
 def needs(spec: ClusterSpec, catalogue: Catalogue) -> Iterator[Need]:
-    """Of all GPU pools at their maximum. Machines whose quota is not known are left out."""
+    """The quotas of all GPU pools at their maximum size. Machines with an unknown quota are left out."""
     amounts: Counter[str] = Counter()
     commands: dict[str, str] = {}
     unit = "GPUs" if spec.provider == "gcp" else "vCPUs"
     for group in spec.node_groups():
         machines = [catalogue.get(spec.provider, name) for name in group.pool.instance_types]
         each = max((each.gpu_count if unit == "GPUs" else each.vcpu) for each in machines)
-        # Types of one pool have the same GPUs, and so, but for a mixture of families, the same quota.
+        # The types of a pool have the same GPUs, and therefore the same quota unless families are mixed.
         for quota, command in _quotas(machines[0], group.spot, spec.region):
             amounts[quota] += group.max * each
             commands[quota] = command
@@ -60,15 +60,16 @@ def needs(spec: ClusterSpec, catalogue: Catalogue) -> Iterator[Need]:
 
 
 def warnings(spec: ClusterSpec, catalogue: Catalogue) -> Iterator[str]:
+    """A sentence for each required quota."""
     for need in needs(spec, catalogue):
         yield (
-            f"It takes up to {need.amount} {need.unit} of the quota {need.quota}, "
-            f"of which a new account has few or none: {need.command}"
+            f"The cluster needs up to {need.amount} {need.unit} of the quota {need.quota}; "
+            f"a new account has few or none: {need.command}"
         )
 
 
 def _quotas(machine: InstanceType, spot: bool, region: str) -> Iterator[tuple[str, str]]:
-    """Names, and the commands that show them."""
+    """Quota names with the commands that print them."""
     match machine.provider:
         case "aws":
             family = "p5" if spot and machine.type.startswith("p5") else machine.type[0]

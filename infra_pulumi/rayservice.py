@@ -1,6 +1,6 @@
-"""The RayService: this very serve_config.yaml on the GPU pools of a description. Pure: data in, data out.
+"""Builds the RayService that runs a Ray Serve config on the GPU pools of a description. Pure functions over data.
 
-Field names are those of KubeRay 1.7; tests hold them against its CustomResourceDefinition.
+Field names are those of KubeRay 1.7; tests validate them against its CustomResourceDefinition.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from infra_pulumi import sizes
+from infra_pulumi import pod_resources
 from infra_pulumi.catalogue import Catalogue
 from infra_pulumi.spec import POOL_LABEL, ClusterSpec, Fault, GpuPool, SpecError
 
-NAME = "serve-app"  # KubeRay calls the service in front of it serve-app-serve-svc, which Prometheus is told of
-RAY_VERSION = "2.60.0"  # that of pyproject.toml
-USER_ID = 10001  # the image's
-HAPROXY = "/opt/serve_app/haproxy"  # both are in the image: cluster/image/
+NAME = "serve-app"  # KubeRay derives the service name serve-app-serve-svc from it; Prometheus selects that name
+RAY_VERSION = "2.60.0"  # the version in pyproject.toml
+USER_ID = 10001  # the image's user id
+HAPROXY = "/opt/serve_app/haproxy"  # both programs are in the image: cluster/image/
 DRAIN = "/opt/serve_app/drain"
 
 TOKEN_SECRET = "serve-app-ray-token"  # key auth_token
-REDIS = "serve-app-redis"  # its service, and the secret with the key password
+REDIS = "serve-app-redis"  # the service, and the secret with key password
 MODEL_SECRET = "serve-app-models"  # optional: key hf_token
-RAY_POD = {"serve-app/ray": "true"}  # head, workers, and the job that empties Redis: what network policies select by
-SERVICE_ACCOUNT = "serve-app"  # of the workers: what may read weights in a bucket
+RAY_POD = {"serve-app/ray": "true"}  # on head, workers and the cleanup job; network policies select it
+SERVICE_ACCOUNT = "serve-app"  # the workers' account, for access to a bucket of weights
 
-# Ray's autoscaler gives a pod up that has not started by then, and asks for another. A fresh GPU node needs up to ten
-# minutes: the machine, its driver, 10 GB of image.
+# Ray's autoscaler replaces a pod that has not started after this time. A new GPU node needs up to ten minutes for the
+# machine, its driver and an image of 10 GB.
 POD_START_S = 1800
 IDLE_S = 300
 _DRAIN_MARGIN_S = 60
@@ -45,9 +45,9 @@ Object = dict[str, Any]
 
 
 class _Section(BaseModel):
-    """What is read here of the service's own configuration; the service judges the rest.
+    """The part of the service's configuration that this module reads; the service validates the rest.
 
-    Numbers are strict, for it is the file as it was written that goes on.
+    Numbers are strict, because the cluster gets the file's values unchanged.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -75,7 +75,13 @@ class _Limits(_Section):
     request_timeout_s: float = Field(600, gt=0, strict=True)
 
 
+class _Ingress(_Section):
+    deployment: dict[str, Any] | None = None
+    num_cpus: float = Field(0, ge=0, strict=True)
+
+
 class _Service(_Section):
+    ingress: _Ingress | None = None
     models: tuple[_Model, ...] = Field(min_length=1)
     limits: _Limits | None = None
 
@@ -94,68 +100,78 @@ class _File(_Section):
 
 
 def read_config(path: Path) -> Object:
-    """A Ray Serve config file of this service. Raises SpecError with every fault of what is read here."""
+    """Read a Ray Serve config file of this service. Raises SpecError with all faults of the validated part."""
     try:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
         _File.model_validate(document)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise SpecError([Fault("serve.config", " ".join(str(error).split()))]) from None
     except ValidationError as error:
-        message = f"{path} is no config file of Ray Serve with this service; begin with the repository's"
+        message = f"{path} is not a Ray Serve config of this service; start from the repository's serve_config.yaml"
         faults = [Fault(f"serve.config: {'.'.join(map(str, each['loc']))}", each["msg"]) for each in error.errors()]
         raise SpecError([Fault("serve.config", message), *faults]) from None
     assert isinstance(document, dict)
     return document
 
 
-def _models(config: Object) -> list[Object]:
-    return [model for application in config["applications"] for model in application["args"]["models"]]
+def _services(config: Object) -> list[Object]:
+    return [application["args"] for application in config["applications"]]
 
 
 def longest_request_s(config: Object) -> int:
-    """How long a request may take, in whole seconds."""
+    """The longest allowed duration of a request, in whole seconds."""
     services = [application.args for application in _File.model_validate(config).applications]
     return math.ceil(max((service.limits or _Limits()).request_timeout_s for service in services))
 
 
-def on_gpus(spec: ClusterSpec, catalogue: Catalogue, config: Object) -> Object:
-    """The config as the cluster runs it. What differs from the file:
+def cluster_config(spec: ClusterSpec, catalogue: Catalogue, config: Object) -> Object:
+    """The config for the cluster. It differs from the file in these values:
 
-    Pods are reached by their addresses, so HTTP listens on all of a pod's. A model that reserves no GPU gets one, or it
-    would compute on the CPU of a GPU machine; if it says `device: cpu` that is meant. `auto` becomes `cuda`, or a node
-    whose driver is too old would do the same without a word. One that was to have a single replica may have as many as
-    the pools have GPUs for.
+    - HTTP listens on all addresses of a pod, because other pods connect to the pod's address.
+    - An ingress deployment that reserves no CPU reserves one, so that it runs on a worker: Ray's head has no CPU to
+      give, and a replica on the head would end with it.
+    - A model that reserves no GPU reserves one, unless it has `device: cpu`.
+    - `device: auto` becomes `cuda`, so that a missing or old driver is an error instead of a slow replica on the CPU.
+    - A model with at most one replica may have as many replicas as the pools have GPUs for.
     """
     config = deepcopy(config)
     config["http_options"] = {**(config.get("http_options") or {}), "host": "0.0.0.0"}
-    for model in _models(config):
-        if model.get("device", "auto") == "cpu":
-            continue
-        resources = model.get("resources") or {}
-        resources["num_gpus"] = resources.get("num_gpus") or 1
-        model |= {"device": "cuda", "resources": resources}
-        deployment = model.get("deployment") or {}
-        autoscaling = deployment.get("autoscaling") or {}
-        if "num_replicas" not in deployment and autoscaling.get("max_replicas", 1) == 1:
-            autoscaling["max_replicas"] = max(1, int(sizes.gpus(spec, catalogue) / resources["num_gpus"]))
-            model["deployment"] = {**deployment, "autoscaling": autoscaling}
+    gpus = pod_resources.gpus(spec, catalogue)
+    for service in _services(config):
+        if (service.get("ingress") or {}).get("deployment"):
+            service["ingress"]["num_cpus"] = service["ingress"].get("num_cpus") or 1
+        for model in service["models"]:
+            _reserve_gpus(model, gpus)
     return config
 
 
+def _reserve_gpus(model: Object, gpus: int) -> None:
+    if model.get("device", "auto") == "cpu":
+        return
+    resources = model.get("resources") or {}
+    resources["num_gpus"] = resources.get("num_gpus") or 1
+    model |= {"device": "cuda", "resources": resources}
+    deployment = model.get("deployment") or {}
+    autoscaling = deployment.get("autoscaling") or {}
+    if "num_replicas" not in deployment and autoscaling.get("max_replicas", 1) == 1:
+        autoscaling["max_replicas"] = max(1, int(gpus / resources["num_gpus"]))
+        model["deployment"] = {**deployment, "autoscaling": autoscaling}
+
+
 def image_in(spec: ClusterSpec, registry: str) -> str:
-    """The description's image as it is pulled: one without a registry of its own is in the cluster's."""
+    """The image reference for pulls: an image without a registry is in the cluster's registry."""
     image = spec.serve.image
     host, _, path = image.partition("/")
     if path and (host == "localhost" or {".", ":"} & set(host)):
         return image
-    if spec.provider == "aws":  # whose registry is of one image
+    if spec.provider == "aws":  # an ECR repository holds one image
         return registry + re.sub(r"^[^:@]*", "", image)
     return f"{registry}/{image}"
 
 
 def environment(longest_s: int) -> list[Object]:
-    """Ray's and Ray Serve's switches, the same on every node. README, "On a cluster", says why."""
-    switches = {
+    """Environment variables of Ray and Ray Serve, the same on every node; docs/deploy.md gives the reasons."""
+    variables = {
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
@@ -167,16 +183,18 @@ def environment(longest_s: int) -> list[Object]:
         "RAY_worker_niceness": "0",
     }
     token = {"secretKeyRef": {"name": MODEL_SECRET, "key": "hf_token", "optional": True}}
-    return [{"name": name, "value": value} for name, value in switches.items()] + [
+    return [{"name": name, "value": value} for name, value in variables.items()] + [
         {"name": "HF_TOKEN", "valueFrom": token}
     ]
 
 
 def container_security() -> Object:
+    """The security context of every container."""
     return {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
 
 
 def pod_security(user: int = USER_ID) -> Object:
+    """The security context of every pod."""
     return {
         "runAsNonRoot": True,
         "runAsUser": user,
@@ -187,6 +205,7 @@ def pod_security(user: int = USER_ID) -> Object:
 
 
 def labels(component: str) -> dict[str, str]:
+    """The standard labels of an object."""
     return {
         "app.kubernetes.io/name": NAME,
         "app.kubernetes.io/component": component,
@@ -195,7 +214,7 @@ def labels(component: str) -> dict[str, str]:
 
 
 def _pod_labels(component: str) -> dict[str, str]:
-    """Without a name: KubeRay gives one, by which the service in front of the head finds it (kuberay#2648)."""
+    """Pod labels without a name: KubeRay sets the name, by which the head's service selects its pod (kuberay#2648)."""
     return {
         "app.kubernetes.io/component": component,
         "app.kubernetes.io/part-of": NAME,
@@ -217,7 +236,7 @@ def _probe(path: str, port: int | str, period_s: int, failures: int, timeout_s: 
 
 
 def _scratch() -> tuple[list[Object], list[Object]]:
-    """Volumes and their mounts: Ray's shared memory, which counts as the pod's, and its logs."""
+    """Volumes and mounts for Ray's shared memory, which counts as the pod's memory, and for its logs."""
     volumes = [
         {"name": "shared-mem", "emptyDir": {"medium": "Memory", "sizeLimit": f"{_SHM_GIB}Gi"}},
         {"name": "ray-logs", "emptyDir": {"sizeLimit": "10Gi"}},
@@ -226,11 +245,13 @@ def _scratch() -> tuple[list[Object], list[Object]]:
 
 
 def _object_store() -> dict[str, str]:
-    return {"object-store-memory": str(2**30)}  # tokens are tiny and pass by value
+    return {
+        "object-store-memory": str(2**30)
+    }  # bytes; the service sends tokens by value, so that the default is not needed
 
 
 def _head(spec: ClusterSpec, config: Object, image: str) -> Object:
-    """On a CPU node, and with no CPU for Ray to give away: what it dies of is never a model."""
+    """The head group: on a CPU node, and with zero CPUs for Ray, so that no replica runs on it."""
     longest_s, port = longest_request_s(config), config["http_options"].get("port", 8000)
     volumes, mounts = _scratch()
     container = {
@@ -244,19 +265,20 @@ def _head(spec: ClusterSpec, config: Object, image: str) -> Object:
             "limits": {"cpu": "4", "memory": "8Gi"},
         },
         "securityContext": container_security(),
-        # The agent answers for raylet and GCS. Starting takes a minute; later, two without an answer are the end.
+        # The agent reports the health of raylet and GCS. The start takes up to a minute; later, two minutes without an
+        # answer restart the container.
         "startupProbe": _probe("/api/healthz", _AGENT_PORT, 5, 60),
         "livenessProbe": _probe("/api/healthz", _AGENT_PORT, 10, 12),
         "readinessProbe": _probe("/api/healthz", _AGENT_PORT, 5, 3),
         "volumeMounts": mounts,
     }
     pools = [pool.name for pool in spec.gpu_pools]
-    away = {"matchExpressions": [{"key": POOL_LABEL, "operator": "NotIn", "values": pools}]}
+    not_gpu_pool = {"matchExpressions": [{"key": POOL_LABEL, "operator": "NotIn", "values": pools}]}
     return {
         "serviceType": "ClusterIP",
         "enableIngress": False,
-        # The operator deploys through the dashboard's port, at the pod's address: it asks for the token, has no
-        # ingress, and the network policy lets the operator alone reach it.
+        # The operator deploys through the dashboard's port at the pod's address. The port needs the token, has no
+        # ingress, and the network policy allows only the operator.
         "rayStartParams": {"dashboard-host": "0.0.0.0", "num-cpus": "0", **_object_store()},
         "template": {
             "metadata": {
@@ -267,7 +289,7 @@ def _head(spec: ClusterSpec, config: Object, image: str) -> Object:
                 "securityContext": pod_security(),
                 "affinity": {
                     "nodeAffinity": {
-                        "requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [away]},
+                        "requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [not_gpu_pool]},
                     }
                 },
                 "terminationGracePeriodSeconds": 60,
@@ -279,7 +301,7 @@ def _head(spec: ClusterSpec, config: Object, image: str) -> Object:
 
 
 def tolerations(spec: ClusterSpec, pool: GpuPool) -> list[Object]:
-    """For the taints of the pool's nodes: our own, the provider's, the description's."""
+    """Tolerations for the taints of the pool's nodes: the GPU taint, the provider's and the description's."""
     found: list[Object] = [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
     spot = {"azure": "kubernetes.azure.com/scalesetpriority", "gcp": "cloud.google.com/gke-spot"}
     if pool.spot and spec.provider in spot:
@@ -290,13 +312,13 @@ def tolerations(spec: ClusterSpec, pool: GpuPool) -> list[Object]:
 
 
 def _identity_label(spec: ClusterSpec) -> dict[str, str]:
-    """On Azure only pods with it are given a token of their identity."""
+    """The label that a pod needs on Azure to get a token of its identity."""
     return {"azure.workload.identity/use": "true"} if spec.provider == "azure" else {}
 
 
 def _workers(spec: ClusterSpec, catalogue: Catalogue, index: int, config: Object, image: str) -> Object:
-    """One group for each pool, one pod for each node of it; spot or on demand, they are alike to Ray."""
-    pool, size = spec.gpu_pools[index], sizes.pod_size(spec, catalogue, index)
+    """The worker group of a pool: one pod per node. Ray does not distinguish spot and on-demand nodes."""
+    pool, size = spec.gpu_pools[index], pod_resources.pod_size(spec, catalogue, index)
     longest_s, port = longest_request_s(config), config["http_options"].get("port", 8000)
     volumes, mounts = _scratch()
     amount = {"memory": f"{size.memory_gib}Gi", "nvidia.com/gpu": str(size.gpus)}
@@ -306,7 +328,7 @@ def _workers(spec: ClusterSpec, catalogue: Catalogue, index: int, config: Object
         "imagePullPolicy": "IfNotPresent",
         "ports": _ports({"metrics": _PORTS["metrics"], "serve": port}),
         "env": environment(longest_s),
-        # More CPU than is asked for may be used: what is asked for is only what is surely free on the node.
+        # The limit exceeds the request: the request is the CPU that is free on every node.
         "resources": {
             "requests": {"cpu": str(size.cpus), **amount},
             "limits": {"cpu": str(size.cpu_limit), **amount},
@@ -314,9 +336,9 @@ def _workers(spec: ClusterSpec, catalogue: Catalogue, index: int, config: Object
         "securityContext": container_security(),
         "startupProbe": _probe("/api/healthz", _AGENT_PORT, 5, 60),
         "livenessProbe": _probe("/api/healthz", _AGENT_PORT, 10, 12),
-        # Ready is one whose proxy answers, and only those get requests; a worker without a replica has no proxy.
+        # A worker is ready if its proxy answers; a worker without a replica has no proxy and gets no requests.
         "readinessProbe": _probe("/-/healthz", "serve", 5, 2),
-        # Ray moves its replicas elsewhere and ends when the last stream has ended, but for a spot node's short notice.
+        # Ray moves the replicas to other nodes and stops after the last stream, unless a spot node is reclaimed first.
         "lifecycle": {"preStop": {"exec": {"command": [DRAIN, str(longest_s)]}}},
         "volumeMounts": mounts,
     }
@@ -358,23 +380,22 @@ def _autoscaler() -> Object:
 
 
 def rayservice(spec: ClusterSpec, catalogue: Catalogue, config: Object, image: str = "") -> Object:
-    """The RayService of a description and a config as `read_config` gives it. Raises CatalogueError.
+    """The RayService of a description and of a config that `read_config` returned. Raises CatalogueError.
 
-    Its namespace is called like the cluster, as the clouds' identities of its pods are told.
-    `image` is the description's with its registry, once that is known. Two secrets are needed that are never in a file:
-    TOKEN_SECRET and REDIS.
+    The namespace has the cluster's name, which the cloud identities of the pods refer to. `image` is the image with its
+    registry, if known; the default is the description's image. The secrets TOKEN_SECRET and REDIS must exist.
     """
-    config, image = on_gpus(spec, catalogue, config), image or spec.serve.image
+    config, image = cluster_config(spec, catalogue, config), image or spec.serve.image
     password = {"valueFrom": {"secretKeyRef": {"name": REDIS, "key": "password"}}}
     return {
         "apiVersion": "ray.io/v1",
         "kind": "RayService",
         "metadata": {"name": NAME, "namespace": spec.name, "labels": labels("service")},
         "spec": {
-            # A changed config is deployed in place; a changed cluster is a second one, which takes over once it serves.
+            # A changed config is deployed in place. For other changes KubeRay starts a second cluster first.
             "upgradeStrategy": {"type": "NewCluster"},
             "rayClusterDeletionDelaySeconds": longest_request_s(config) + _DRAIN_MARGIN_S,
-            # Streams pass through workers only, so that the head can go and come without cutting one.
+            # Requests pass through workers only, so that a restart of the head interrupts no stream.
             "excludeHeadPodFromServeSvc": True,
             "serveConfigV2": yaml.safe_dump(config, sort_keys=False, width=120),
             "rayClusterConfig": {

@@ -1,6 +1,6 @@
-"""`ray up` files: the same service on plain machines, without Kubernetes. Pure: data in, data out.
+"""Builds `ray up` files, which run the service on virtual machines without Kubernetes. Pure functions over data.
 
-What Ray does by itself is kept out: a dashboard on all addresses, SSH from everywhere, a role that may do everything, a
+They override Ray's unsafe defaults: a dashboard on all addresses, SSH from all addresses, a role with all rights, a
 nightly build. Sources: Ray 2.60, autoscaler/{aws,gcp,azure}/defaults.yaml and autoscaler/_private/aws/config.py.
 """
 
@@ -9,18 +9,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from infra_pulumi import sizes
+from infra_pulumi import pod_resources
 from infra_pulumi.catalogue import Catalogue, CatalogueError
 from infra_pulumi.rayservice import RAY_VERSION, environment
 from infra_pulumi.spec import ClusterSpec
 
-HOME = "~/serve_app"  # where the service is on every node
-# What the service is made of. Not the whole folder: Ray reads every file of it, again and again, for changes.
+HOME = "~/serve_app"  # the service's folder on every node
+# The service's files, instead of the whole repository: Ray repeatedly hashes all files to detect changes.
 SOURCES = (
     "LICENSE",
     "README.md",
     "cluster/image",
-    "cluster/ray-up",
     "pyproject.toml",
     "requirements.lock",
     "serve_app",
@@ -33,11 +32,11 @@ Object = dict[str, Any]
 
 @dataclass(frozen=True)
 class Site:
-    """What only the account knows. Left as they are, `ray up` fails at once; the file says where to find each.
+    """Values of a cloud account. With the placeholders `ray up` fails immediately; the file explains each one.
 
-    `network` is a security group (AWS), a subnetwork (GCP) or an address range to be made (Azure); `subnet` is AWS's
-    alone, where Ray takes any subnet of the group's network, the public ones too. The two identities
-    are an instance profile's name, a service account's address or a managed identity's name.
+    `network` is a security group (AWS), a subnetwork (GCP) or the address range of a new network (Azure). `subnet` is
+    for AWS, where Ray otherwise uses any subnet of the group's network, including public ones. The identities are names
+    of instance profiles (AWS), addresses of service accounts (GCP) or names of managed identities (Azure).
     """
 
     image: str = "REPLACE_IMAGE"
@@ -49,10 +48,10 @@ class Site:
 
 
 def _exports(longest_s: int) -> str:
-    """Ray's switches as a shell takes them. Those with a value from a secret are not among them."""
-    switches = {each["name"]: each["value"] for each in environment(longest_s) if "value" in each}
-    switches |= {"RAY_AUTH_MODE": "token", "RAY_SERVE_HAPROXY_BINARY_PATH": HAPROXY}
-    return "export " + " ".join(f"{name}={value}" for name, value in sorted(switches.items()))
+    """A shell `export` of Ray's environment variables, without those whose value comes from a secret."""
+    variables = {each["name"]: each["value"] for each in environment(longest_s) if "value" in each}
+    variables |= {"RAY_AUTH_MODE": "token", "RAY_SERVE_HAPROXY_BINARY_PATH": HAPROXY}
+    return "export " + " ".join(f"{name}={value}" for name, value in sorted(variables.items()))
 
 
 def _setup() -> list[str]:
@@ -69,14 +68,18 @@ def _setup() -> list[str]:
     ]
 
 
-def _common(name: str, longest_s: int) -> Object:
+def _common(name: str, longest_s: int, config: str) -> Object:
     start = f"{_exports(longest_s)}; ulimit -n 65536; ~/venv/bin/ray start"
     return {
         "cluster_name": name,
         "upscaling_speed": 1.0,
         "idle_timeout_minutes": 5,
-        # The token is made once, by `ray get-auth-token --generate`.
-        "file_mounts": {**{f"{HOME}/{name}": name for name in SOURCES}, "~/.ray/auth_token": "~/.ray/auth_token"},
+        # `ray get-auth-token --generate` creates the token once.
+        "file_mounts": {
+            **{f"{HOME}/{name}": name for name in SOURCES},
+            f"{HOME}/serve.yaml": config,
+            "~/.ray/auth_token": "~/.ray/auth_token",
+        },
         "rsync_exclude": ["**/__pycache__"],
         "setup_commands": _setup(),
         "head_start_ray_commands": [
@@ -92,10 +95,10 @@ def _common(name: str, longest_s: int) -> Object:
 
 
 def _node_types(spec: ClusterSpec, catalogue: Catalogue, head: Object, workers: list[Object]) -> Object:
-    """`workers` are the node groups' configurations, in their order."""
+    """The node types. `workers` has the node configuration of each node group, in order."""
     types: Object = {"head": {"resources": {"CPU": 0}, "node_config": head}}
     for group, config in zip(spec.node_groups(), workers, strict=True):
-        size = sizes.pod_size(spec, catalogue, spec.gpu_pools.index(group.pool))
+        size = pod_resources.pod_size(spec, catalogue, spec.gpu_pools.index(group.pool))
         types[group.name] = {
             "min_workers": group.min,
             "max_workers": group.max,
@@ -110,7 +113,7 @@ def _node_types(spec: ClusterSpec, catalogue: Catalogue, head: Object, workers: 
 
 
 def _aws(spec: ClusterSpec, catalogue: Catalogue, site: Site) -> Object:
-    """No SSH from outside: the group of one's own lets its members talk, and Systems Manager carries the sessions."""
+    """AWS: no SSH port is open; the security group connects its members, and Systems Manager tunnels the sessions."""
 
     def node(instance_type: str, disk_gib: int, identity: str) -> Object:
         disk = {"VolumeSize": disk_gib, "VolumeType": "gp3", "Encrypted": True, "DeleteOnTermination": True}
@@ -126,7 +129,7 @@ def _aws(spec: ClusterSpec, catalogue: Catalogue, site: Site) -> Object:
 
     workers = []
     for group in spec.node_groups():
-        # One type a node type here: the first of the pool's alternatives.
+        # A node type of `ray up` has one machine type: the first alternative of the pool.
         config = node(group.pool.instance_types[0], group.pool.disk_gib, site.worker_identity)
         if group.spot:
             config["InstanceMarketOptions"] = {"MarketType": "spot"}
@@ -152,18 +155,18 @@ def _aws(spec: ClusterSpec, catalogue: Catalogue, site: Site) -> Object:
 
 
 def _zone(spec: ClusterSpec, catalogue: Catalogue) -> str:
-    """The one that Ray puts everything into on GCP: the first that all pools may be in. Raises CatalogueError."""
-    every = [catalogue.zones(spec, pool) for pool in spec.gpu_pools]
-    found = [zone for zone in spec.zones if all(zone in zones for zones in every)]
+    """The zone of all machines on GCP: the first one that offers every pool's machine. Raises CatalogueError."""
+    zones_of_pools = [catalogue.zones(spec, pool) for pool in spec.gpu_pools]
+    found = [zone for zone in spec.zones if all(zone in zones for zones in zones_of_pools)]
     if not found:
-        raise CatalogueError("`ray up` puts all machines into one zone, and none has those of every pool")
+        raise CatalogueError("`ray up` puts all machines into one zone, and no zone offers the machines of every pool")
     return found[0]
 
 
 def _gcp(spec: ClusterSpec, catalogue: Catalogue, site: Site) -> Object:
-    """No public addresses; Identity-Aware Proxy carries the sessions. Google encrypts its disks always.
+    """GCP: no public addresses; Identity-Aware Proxy tunnels the sessions. Google always encrypts disks.
 
-    Ray gives the head a service account that it makes itself (gcp/config.py), whatever is written here.
+    Ray creates the head's service account itself (gcp/config.py) and ignores a configured one.
     """
 
     zone = _zone(spec, catalogue)
@@ -188,7 +191,7 @@ def _gcp(spec: ClusterSpec, catalogue: Catalogue, site: Site) -> Object:
         scopes = ["https://www.googleapis.com/auth/cloud-platform"]
         config["serviceAccounts"] = [{"email": site.worker_identity, "scopes": scopes}]
         if card:
-            count = sizes.pod_size(spec, catalogue, spec.gpu_pools.index(group.pool)).gpus
+            count = pod_resources.pod_size(spec, catalogue, spec.gpu_pools.index(group.pool)).gpus
             kind = f"zones/{zone}/acceleratorTypes/nvidia-tesla-{card}"
             config["guestAccelerators"] = [{"acceleratorType": kind, "acceleratorCount": count}]
         config["scheduling"] = {"onHostMaintenance": "TERMINATE"}
@@ -215,8 +218,10 @@ def _gcp(spec: ClusterSpec, catalogue: Catalogue, site: Site) -> Object:
 
 
 def _azure(spec: ClusterSpec, catalogue: Catalogue, site: Site) -> Object:
-    """No public addresses. Ray makes network and security group, whose rule for SSH names no source: nothing outside
-    that network reaches it, unless the network is opened. Azure encrypts its disks always.
+    """Azure: no public addresses. Azure always encrypts disks.
+
+    Ray creates the network and a security group that allows SSH from all addresses; without public addresses only
+    machines in the network can connect.
     """
 
     def node(size: str, disk_gib: int) -> Object:
@@ -229,7 +234,7 @@ def _azure(spec: ClusterSpec, catalogue: Catalogue, site: Site) -> Object:
     workers = []
     for group in spec.node_groups():
         parameters = node(group.pool.instance_types[0], group.pool.disk_gib)
-        if group.spot:  # at most the price on demand
+        if group.spot:  # -1: at most the on-demand price
             parameters |= {"priority": "Spot", "evictionPolicy": "Delete", "billingProfile": {"maxPrice": -1}}
         workers.append({"azure_arm_parameters": parameters})
     pins = (
@@ -255,19 +260,23 @@ def _azure(spec: ClusterSpec, catalogue: Catalogue, site: Site) -> Object:
     }
 
 
-def rayup(spec: ClusterSpec, catalogue: Catalogue, longest_s: int, site: Site | None = None) -> Object:
-    """The file for the description's cloud. `longest_s` is how long a request may take. Raises CatalogueError."""
+def rayup(spec: ClusterSpec, catalogue: Catalogue, longest_s: int, config: str, site: Site | None = None) -> Object:
+    """The file for the description's cloud. Raises CatalogueError.
+
+    `longest_s` is the longest duration of a request in seconds, `config` the path of the Ray Serve config to copy to
+    the nodes.
+    """
     clouds = {"aws": _aws, "gcp": _gcp, "azure": _azure}
-    return {**_common(spec.name, longest_s), **clouds[spec.provider](spec, catalogue, site or Site())}
+    return {**_common(spec.name, longest_s, config), **clouds[spec.provider](spec, catalogue, site or Site())}
 
 
-def on_premises(name: str, longest_s: int, head: str, workers: tuple[str, ...]) -> Object:
-    """For machines that are there, by their addresses: Ubuntu 24.04 with NVIDIA's driver, and sudo without a password.
+def on_premises(name: str, longest_s: int, config: str, head: str, workers: tuple[str, ...]) -> Object:
+    """The file for existing machines by address: Ubuntu 24.04 with NVIDIA's driver, and sudo without a password.
 
-    Ray finds out what they have.
+    Ray detects the resources of each machine.
     """
     return {
-        **_common(name, longest_s),
+        **_common(name, longest_s, config),
         "provider": {"type": "local", "head_ip": head, "worker_ips": list(workers)},
         "auth": {"ssh_user": "ubuntu", "ssh_private_key": "~/.ssh/id_ed25519"},
         "min_workers": len(workers),

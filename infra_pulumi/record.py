@@ -1,7 +1,7 @@
-"""The Pulumi program run for real, against a monitor that writes down what it is asked for and makes nothing.
+"""Records a Pulumi program: runs it against a monitor that stores every request and creates nothing.
 
-Pulumi's own mock monitor keeps what a resource is given, and drops the rest of the request: parent, dependencies,
-protection. This one keeps all of it, which is a whole plan, with no engine, no provider plugin and no credentials.
+Pulumi's mock monitor stores a resource's inputs only. This monitor also stores parent, dependencies and protection, so
+that a recording is a complete plan, without Pulumi's engine, provider plugins or credentials.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ _STACK = "pulumi:pulumi:Stack"
 
 @dataclass(frozen=True, slots=True)
 class Resource:
-    """What the engine would be asked to make. `inputs` are plain data with the provider's own names (camelCase).
+    """A resource that the program requests. `inputs` are plain data with the provider's names (camelCase).
 
-    What only the cloud can know is written `${name.property}`. `parent` and `dependencies` are names of others.
+    Values that only the cloud knows are written as `${name.property}`. `parent` and `dependencies` are resource names.
     """
 
     name: str
@@ -49,49 +49,49 @@ class Resource:
 
     @property
     def kind(self) -> str:
-        """`aws:eks/nodeGroup:NodeGroup` is an `aws.eks.NodeGroup`."""
+        """The short type name: `aws.eks.NodeGroup` for the type `aws:eks/nodeGroup:NodeGroup`."""
         package, module, name = self.type.split(":")
         return f"{package}.{module.partition('/')[0]}.{name}"
 
 
 @dataclass(frozen=True, slots=True)
 class Recording:
-    """Resources in an order in which they can be made: each after its parent and its dependencies."""
+    """Resources in creation order: each one after its parent and its dependencies."""
 
     resources: tuple[Resource, ...]
     outputs: dict[str, Any] = field(default_factory=dict)
 
     def of(self, kind: str) -> tuple[Resource, ...]:
-        """Those of a kind such as `aws.eks.NodeGroup`."""
+        """The resources of a kind such as `aws.eks.NodeGroup`."""
         return tuple(resource for resource in self.resources if resource.kind == kind)
 
     def json(self) -> str:
-        """The same program gives the same bytes."""
-        whole = {"outputs": self.outputs, "resources": [asdict(resource) for resource in self.resources]}
-        return json.dumps(whole, sort_keys=True, indent=2)
+        """The recording as JSON; the same program gives the same bytes."""
+        data = {"outputs": self.outputs, "resources": [asdict(resource) for resource in self.resources]}
+        return json.dumps(data, sort_keys=True, indent=2)
 
 
 class _NoMocks(Mocks):
-    """What a function of a provider answers with. Nothing is invented: see RecordingMonitor for resources."""
+    """The base class needs mocks; RecordingMonitor answers all requests, so that none is ever called."""
 
     def new_resource(self, args: MockResourceArgs) -> tuple[str | None, dict[str, Any]]:
-        raise AssertionError("the recording monitor answers by itself")
+        raise AssertionError("the recording monitor answers resource requests itself")
 
     def call(self, args: pulumi_mocks.MockCallArgs) -> tuple[dict[str, Any], list[tuple[str, str]] | None]:
-        raise NotImplementedError(f"{args.token} asks the cloud, which a plan without one cannot")
+        raise NotImplementedError(f"{args.token} needs a cloud, which a plan does not have")
 
 
 class RecordingMonitor(pulumi_mocks.MockMonitor):
-    """Keeps every request.
+    """Stores every request.
 
-    `outputs(kind, name, inputs)` says what else a resource has once it is there. For a function of a provider `kind` is
-    its token, and the answer is whole.
+    `outputs(kind, name, inputs)` returns a resource's outputs beyond its inputs. For a provider function, `kind` is the
+    function's token, `name` is empty, and the result is the function's whole answer.
     """
 
     def __init__(self, outputs: Callable[[str, str, dict[str, Any]], dict[str, Any]]) -> None:
         super().__init__(_NoMocks())
         self._outputs_of = outputs
-        self._lock = threading.Lock()  # requests come from several threads
+        self._lock = threading.Lock()  # Pulumi sends requests from several threads
         self.recorded: dict[str, Resource] = {}  # by URN
         self.stack_outputs: dict[str, Any] = {}
 
@@ -102,7 +102,7 @@ class RecordingMonitor(pulumi_mocks.MockMonitor):
         resource = _resource(request)
         with self._lock:
             if urn in self.recorded:
-                raise ValueError(f"two resources would be {urn}")
+                raise ValueError(f"two resources have the URN {urn}")
             self.recorded[urn] = resource
         state = {**resource.inputs, **self._outputs_of(resource.kind, resource.name, resource.inputs)}
         identity = f"${{{resource.name}.id}}" if request.custom else ""
@@ -110,11 +110,11 @@ class RecordingMonitor(pulumi_mocks.MockMonitor):
 
     def RegisterResourceOutputs(self, request: Any) -> Any:
         if _is_stack(request.urn):
-            self.stack_outputs = _plain(request.outputs)
+            self.stack_outputs = _to_python(request.outputs)
         return empty_pb2.Empty()
 
     def Invoke(self, request: Any) -> Any:
-        answer = self._outputs_of(request.tok, "", _plain(request.args))
+        answer = self._outputs_of(request.tok, "", _to_python(request.args))
         return resource_pb2.ResourceInvokeResponse(**{"return": _struct(answer)})
 
 
@@ -123,7 +123,7 @@ def _resource(request: Any) -> Resource:
         name=request.name,
         type=request.type,
         parent=_name(request.parent) if request.parent and not _is_stack(request.parent) else None,
-        inputs=_plain(request.object),
+        inputs=_to_python(request.object),
         dependencies=tuple(sorted({_name(urn) for urn in request.dependencies} | _provider(request.provider))),
         protect=request.protect,
         ignore_changes=tuple(request.ignoreChanges),
@@ -134,7 +134,7 @@ def _resource(request: Any) -> Resource:
 
 
 def _provider(reference: str) -> set[str]:
-    """The name of an explicit provider: its reference is a URN, and its id behind another `::`."""
+    """The name of an explicit provider, from its reference `URN::ID`."""
     return {_name(reference.rpartition("::")[0])} if reference else set()
 
 
@@ -146,21 +146,21 @@ def _name(urn: str) -> str:
     return str(urn).rpartition("::")[2]
 
 
-def _plain(message: Any) -> dict[str, Any]:
-    """A protobuf struct as plain data, whole numbers as such, and secrets as what they hold."""
-    whole = _unwrapped(json_format.MessageToDict(message))
-    assert isinstance(whole, dict)
-    return whole
+def _to_python(message: Any) -> dict[str, Any]:
+    """A protobuf struct as plain data, with integers for whole numbers and secrets replaced by their values."""
+    data = _unwrap(json_format.MessageToDict(message))
+    assert isinstance(data, dict)
+    return data
 
 
-def _unwrapped(value: Any) -> Any:
+def _unwrap(value: Any) -> Any:
     match value:
         case {rpc._special_sig_key: rpc._special_secret_sig}:
-            return _unwrapped(value.get("value"))
+            return _unwrap(value.get("value"))
         case dict():
-            return {key: _unwrapped(inner) for key, inner in sorted(value.items()) if inner is not None}
+            return {key: _unwrap(inner) for key, inner in sorted(value.items()) if inner is not None}
         case list():
-            return [_unwrapped(inner) for inner in value]
+            return [_unwrap(inner) for inner in value]
         case float() if value.is_integer():
             return int(value)
         case _:
@@ -174,17 +174,17 @@ def _struct(value: Mapping[str, Any]) -> struct_pb2.Struct:
 
 
 def record(program: Callable[[], None], stack: str, monitor: RecordingMonitor) -> Recording:
-    """Run a Pulumi program. What it raises is raised here; nothing is left behind for the next run."""
-    worker = _Worker(program, stack, monitor)
-    worker.start()
-    worker.join()
-    if worker.failure is not None:
-        raise worker.failure
-    return Recording(_ordered(monitor.recorded), monitor.stack_outputs)
+    """Run a Pulumi program and return its recording. Raises what the program raises."""
+    thread = _ProgramThread(program, stack, monitor)
+    thread.start()
+    thread.join()
+    if thread.failure is not None:
+        raise thread.failure
+    return Recording(_topological_order(monitor.recorded), monitor.stack_outputs)
 
 
-class _Worker(threading.Thread):
-    """Pulumi keeps its event loop and its settings in the thread: so each run has a thread of its own."""
+class _ProgramThread(threading.Thread):
+    """Runs the program in a new thread, because Pulumi stores its event loop and settings per thread."""
 
     def __init__(self, program: Callable[[], None], stack: str, monitor: RecordingMonitor) -> None:
         super().__init__(name="pulumi-program", daemon=True)
@@ -196,16 +196,16 @@ class _Worker(threading.Thread):
         asyncio.set_event_loop(loop)
         try:
             loop.run_until_complete(self._main())
-        except BaseException as failure:  # noqa: BLE001  handed to the caller's thread
+        except BaseException as failure:  # noqa: BLE001  re-raised in the caller's thread
             self.failure = failure
         finally:
-            _cancel_rest(loop)
+            _cancel_pending_tasks(loop)
             loop.run_until_complete(loop.shutdown_default_executor())
             asyncio.set_event_loop(None)
             loop.close()
 
     async def _main(self) -> None:
-        # As set_mocks does it, but for the root stack, which run_in_stack makes.
+        # Like Pulumi's set_mocks, but without a root stack, which run_in_stack creates.
         features = set(self._monitor.GetDeploymentInfo(empty_pb2.Empty()).supportedFeatures)
         pulumi_settings.configure(
             pulumi_mocks.MockSettings(
@@ -223,20 +223,20 @@ class _Worker(threading.Thread):
         await pulumi_stack.run_in_stack(self._program)
 
 
-def _cancel_rest(loop: asyncio.AbstractEventLoop) -> None:
-    """After a failure others still wait for what will not come."""
-    rest = asyncio.all_tasks(loop)
-    for task in rest:
+def _cancel_pending_tasks(loop: asyncio.AbstractEventLoop) -> None:
+    """After a failure, tasks still wait for outputs that will never be set."""
+    pending = asyncio.all_tasks(loop)
+    for task in pending:
         task.cancel()
-    loop.run_until_complete(asyncio.gather(*rest, return_exceptions=True))
+    loop.run_until_complete(asyncio.gather(*pending, return_exceptions=True))
 
 
-def _ordered(recorded: Mapping[str, Resource]) -> tuple[Resource, ...]:
-    """Parents and dependencies first, otherwise by name: the same whatever thread was first."""
+def _topological_order(recorded: Mapping[str, Resource]) -> tuple[Resource, ...]:
+    """Parents and dependencies first, otherwise by name, independent of the threads' timing."""
     by_name: dict[str, Resource] = {}
     for urn, resource in recorded.items():
         if resource.name in by_name:
-            raise ValueError(f"{urn} has another's name, so that a plan could not tell them apart")
+            raise ValueError(f"{urn} has the name of another resource; names must be unique in a plan")
         by_name[resource.name] = resource
     done: dict[str, Resource] = {}
 
@@ -253,6 +253,6 @@ def _ordered(recorded: Mapping[str, Resource]) -> tuple[Resource, ...]:
 
 
 def export(outputs: Mapping[str, Any]) -> None:
-    """What a stack tells of itself, in the order of names."""
+    """Export stack outputs in the order of their names."""
     for name in sorted(outputs):
         pulumi.export(name, outputs[name])

@@ -1,12 +1,12 @@
-"""Rules about what is encrypted, what is written down, and whose it is."""
+"""Policy rules about encryption, logs, images and tags."""
 
 from __future__ import annotations
 
-from infra_pulumi.policy import HOUSE, Broken, expected, get, inline_pools, rule
+from infra_pulumi.policy import COMPONENT_REMEDY, Violations, get, inline_pools, rule, value_rule
 from infra_pulumi.record import Recording
 from infra_pulumi.spec import ClusterSpec
 
-# Where those have their tags that can have some.
+# The path of the tags of each kind that can have tags.
 _TAGS = {
     "aws.ec2.Vpc": "tags",
     "aws.ec2.Subnet": "tags",
@@ -28,9 +28,9 @@ _TAGS = {
 }
 
 
-@rule("disk-not-encrypted", "error", HOUSE)
-def _disks_are_encrypted(recording: Recording, spec: ClusterSpec) -> Broken:
-    """Weights, prompts and tokens are on disks. (Google encrypts every disk.)"""
+@rule("disk-not-encrypted", "error", COMPONENT_REMEDY)
+def _disks_are_encrypted(recording: Recording, spec: ClusterSpec) -> Violations:
+    """Disks contain weights, prompts and tokens. Google encrypts every disk."""
     for resource in recording.of("aws.ec2.LaunchTemplate"):
         for mapping in resource.inputs.get("blockDeviceMappings", []):
             if get(mapping, "ebs.encrypted") != "true":
@@ -43,42 +43,42 @@ def _disks_are_encrypted(recording: Recording, spec: ClusterSpec) -> Broken:
             yield cluster, f"pool {pool.get('name')}: enableEncryptionAtHost is not set"
 
 
-@rule("secrets-not-encrypted", "error", HOUSE)
-def _secrets_are_encrypted(recording: Recording, spec: ClusterSpec) -> Broken:
-    """Kubernetes keeps secrets in plain text unless a key of one's own is named."""
+@rule("secrets-not-encrypted", "error", COMPONENT_REMEDY)
+def _secrets_are_encrypted(recording: Recording, spec: ClusterSpec) -> Violations:
+    """Kubernetes stores secrets in plain text unless a KMS key is configured."""
     for resource in recording.of("aws.eks.Cluster"):
         if "secrets" not in (get(resource.inputs, "encryptionConfig.resources") or []):
-            yield resource.name, "encryptionConfig does not name secrets"
+            yield resource.name, "encryptionConfig.resources does not contain secrets"
 
 
-expected(
+value_rule(
     "key-not-rotated",
     "error",
     "aws.kms.Key",
     "enableKeyRotation",
     True,
-    "A key that never changes leaks once for ever.",
-    HOUSE,
+    "A leaked key stays valid until it is rotated.",
+    COMPONENT_REMEDY,
 )
 
 
-@rule("key-deleted-at-once", "warning", HOUSE)
-def _keys_wait(recording: Recording, spec: ClusterSpec) -> Broken:
-    """What a deleted key had encrypted is lost: there has to be time to notice."""
+@rule("key-deleted-at-once", "warning", COMPONENT_REMEDY)
+def _keys_wait(recording: Recording, spec: ClusterSpec) -> Violations:
+    """Data encrypted with a deleted key is lost; a waiting period allows to cancel the deletion."""
     for resource in recording.of("aws.kms.Key"):
         if resource.inputs.get("deletionWindowInDays", 30) < 14:
             yield resource.name, f"deletionWindowInDays is {resource.inputs['deletionWindowInDays']}"
 
 
-@rule("control-plane-not-logged", "error", HOUSE)
-def _audit_logs(recording: Recording, spec: ClusterSpec) -> Broken:
-    """Who did what cannot be found out afterwards if nobody wrote it down."""
+@rule("control-plane-not-logged", "error", COMPONENT_REMEDY)
+def _audit_logs(recording: Recording, spec: ClusterSpec) -> Violations:
+    """Without audit logs, an incident cannot be investigated."""
     for resource in recording.of("aws.eks.Cluster"):
         if missing := {"api", "audit", "authenticator"} - set(resource.inputs.get("enabledClusterLogTypes", [])):
-            yield resource.name, f"no logs of {', '.join(sorted(missing))}"
+            yield resource.name, f"the logs {', '.join(sorted(missing))} are not enabled"
     for resource in recording.of("gcp.container.Cluster"):
         if "APISERVER" not in (get(resource.inputs, "loggingConfig.enableComponents") or []):
-            yield resource.name, "no logs of APISERVER"
+            yield resource.name, "the logs of APISERVER are not enabled"
     logged = {
         log["category"]
         for setting in recording.of("azure-native.monitor.DiagnosticSetting")
@@ -87,12 +87,12 @@ def _audit_logs(recording: Recording, spec: ClusterSpec) -> Broken:
     }
     for resource in recording.of("azure-native.containerservice.ManagedCluster"):
         if not logged & {"kube-audit", "kube-audit-admin"}:
-            yield resource.name, "no logs of kube-audit-admin"
+            yield resource.name, "the logs kube-audit-admin are not enabled"
 
 
-@rule("logs-kept-for-ever", "warning", HOUSE)
-def _logs_end(recording: Recording, spec: ClusterSpec) -> Broken:
-    """Logs without an end cost more every month."""
+@rule("logs-kept-for-ever", "warning", COMPONENT_REMEDY)
+def _logs_expire(recording: Recording, spec: ClusterSpec) -> Violations:
+    """Logs that never expire cost more every month."""
     for resource in recording.of("aws.cloudwatch.LogGroup"):
         if not resource.inputs.get("retentionInDays"):
             yield resource.name, "retentionInDays is not set"
@@ -101,9 +101,9 @@ def _logs_end(recording: Recording, spec: ClusterSpec) -> Broken:
             yield resource.name, "retentionInDays is not set"
 
 
-@rule("image-changes-under-its-tag", "error", HOUSE)
-def _images_stay(recording: Recording, spec: ClusterSpec) -> Broken:
-    """What was tested is what runs only if a tag cannot be moved."""
+@rule("image-changes-under-its-tag", "error", COMPONENT_REMEDY)
+def _tags_are_immutable(recording: Recording, spec: ClusterSpec) -> Violations:
+    """A tag that can move may refer to an image that was never tested."""
     for resource in recording.of("aws.ecr.Repository"):
         if resource.inputs.get("imageTagMutability") != "IMMUTABLE":
             yield resource.name, "imageTagMutability is not IMMUTABLE"
@@ -112,20 +112,20 @@ def _images_stay(recording: Recording, spec: ClusterSpec) -> Broken:
             yield resource.name, "dockerConfig.immutableTags is not set"
 
 
-expected(
+value_rule(
     "image-not-scanned",
     "warning",
     "aws.ecr.Repository",
     "imageScanningConfiguration.scanOnPush",
     True,
-    "Known holes are found when an image comes, not when it is used.",
-    HOUSE,
+    "A scan on push finds known vulnerabilities before the image runs.",
+    COMPONENT_REMEDY,
 )
 
 
-@rule("tags-missing", "error", "add them in the component: all_tags()")
-def _tagged(recording: Recording, spec: ClusterSpec) -> Broken:
-    """What has no tags is in nobody's budget."""
+@rule("tags-missing", "error", "set the tags of ClusterSpec.all_tags() in the component")
+def _tagged(recording: Recording, spec: ClusterSpec) -> Violations:
+    """Budgets do not include resources without tags."""
     for resource in recording.resources:
         if (path := _TAGS.get(resource.kind)) is None:
             continue

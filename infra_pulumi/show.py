@@ -1,4 +1,4 @@
-"""Plans, costs and machines as text for people, and as plain data for programs."""
+"""Formats plans, costs and machines as text tables, and as plain data for JSON."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from infra_pulumi.catalogue import InstanceType
-from infra_pulumi.coldstart import Phase, total
+from infra_pulumi.cold_start import Phase, total
 from infra_pulumi.cost import Estimate
-from infra_pulumi.sizing import Fit
+from infra_pulumi.model_sizing import Fit
 from infra_pulumi.spec import ClusterSpec
 
-if TYPE_CHECKING:  # they need Pulumi, which a list of prices does not
+if TYPE_CHECKING:  # these modules import Pulumi, which `cost` and `catalogue` do not need
     from infra_pulumi.policy import Finding
     from infra_pulumi.record import Recording
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[str]], right: frozenset[int] = frozenset()) -> str:
-    """Columns as wide as what is in them; those in `right` end at the same place."""
+    """A text table. Columns are as wide as their widest cell; the columns in `right` are right-aligned."""
     lines = [list(headings), *map(list, rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(headings))]
     return "\n".join(
@@ -31,7 +31,7 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[str]], right: frozens
 
 
 def tree(recording: Recording) -> str:
-    """Every resource in its order, with what it waits for, apart from the provider, which all do."""
+    """Every resource in creation order, with its dependencies. Providers are left out: all resources depend on one."""
     providers = {each.name for each in recording.resources if each.type.startswith("pulumi:providers:")}
     rows = [
         (
@@ -39,21 +39,21 @@ def tree(recording: Recording) -> str:
             resource.kind,
             resource.name,
             "protected" if resource.protect else "",
-            _after([name for name in resource.dependencies if name not in providers]),
+            _shorten([name for name in resource.dependencies if name not in providers]),
         )
         for number, resource in enumerate(recording.resources, 1)
     ]
-    return table(("", "kind", "name", "", "after"), rows, frozenset({0}))
+    return table(("", "kind", "name", "", "depends on"), rows, frozenset({0}))
 
 
-def _after(names: Sequence[str], most: int = 3) -> str:
+def _shorten(names: Sequence[str], most: int = 3) -> str:
     rest = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + rest
 
 
 def findings(found: Sequence[Finding]) -> str:
     if not found:
-        return "nothing is wrong with it"
+        return "the policy has no findings"
     return "\n".join(f"{each.severity} {each.rule}: {each.resource}: {each.message}; {each.remedy}" for each in found)
 
 
@@ -63,23 +63,23 @@ def cost(estimate: Estimate, budget: float | None) -> str:
         for line in estimate.lines
     ]
     sums = (estimate.idle, estimate.expected, estimate.maximum)
-    rows.append(("together", *(f"{usd:,.2f}" for usd in sums), "", ""))
-    text = table(("USD a month", "idle", "expected", "maximum", "price of", ""), rows, frozenset({1, 2, 3}))
-    text += f"\nexpected: all nodes are there {estimate.busy_share:.0%} of the time. "
-    text += "Traffic, logs and support are not in it."
+    rows.append(("total", *(f"{usd:,.2f}" for usd in sums), "", ""))
+    text = table(("USD per month", "idle", "expected", "maximum", "price date", ""), rows, frozenset({1, 2, 3}))
+    text += f"\n`expected` assumes that all nodes run {estimate.busy_share:.0%} of the time. "
+    text += "Traffic, logs and support are not included."
     if budget is not None and estimate.maximum > budget:
         over = "expected" if estimate.expected > budget else "maximum"
-        text += f"\nThe {over} cost is above the budget of {budget:,.2f} USD. The budget tells; it stops nothing."
+        text += f"\nThe {over} cost is above the budget of {budget:,.2f} USD. A budget sends alerts; it stops nothing."
     return text
 
 
-def cold_start(phases: tuple[Phase, ...], caveat: str) -> str:
+def cold_start(phases: tuple[Phase, ...], source: str) -> str:
     rows = [(phase.name, f"{phase.seconds:.0f}") for phase in phases]
-    rows.append(("together", f"{total(phases):.0f}"))
-    return table(("from no GPU node to an answer", "seconds"), rows, frozenset({1})) + f"\n{caveat}"
+    rows.append(("total", f"{total(phases):.0f}"))
+    return table(("cold start without a GPU node", "seconds"), rows, frozenset({1})) + f"\n{source}"
 
 
-def machines(known: Iterable[InstanceType]) -> str:
+def machines(types: Iterable[InstanceType]) -> str:
     rows = [
         (
             each.provider,
@@ -93,9 +93,9 @@ def machines(known: Iterable[InstanceType]) -> str:
             str(each.as_of),
             "refused" if each.refused else "",
         )
-        for each in known
+        for each in types
     ]
-    headings = ("cloud", "type", "GPUs", "cc", "vCPU", "GiB", "USD/h", "spot", "price of", "")
+    headings = ("cloud", "type", "GPUs", "cc", "vCPU", "GiB", "USD/h", "spot", "price date", "")
     return table(headings, rows, frozenset({4, 5, 6, 7}))
 
 
@@ -105,7 +105,7 @@ def fits(found: Iterable[Fit]) -> str:
             fit.machine.provider,
             fit.machine.type,
             f"{fit.replicas} x {fit.gpus_per_replica} GPU",
-            f"{fit.needed_gib:.1f}",
+            f"{fit.required_gib:.1f}",
             f"{fit.tokens_per_s:,.0f}",
             fit.throughput,
             f"{fit.usd_per_million_tokens:.3f}",
@@ -114,11 +114,12 @@ def fits(found: Iterable[Fit]) -> str:
         )
         for fit in found
     ]
-    headings = ("cloud", "type", "replicas", "GiB each", "tokens/s", "", "USD/M tokens", "spot", "price of")
+    headings = ("cloud", "type", "replicas", "GiB each", "tokens/s", "", "USD/M tokens", "spot", "price date")
     return table(headings, rows, frozenset({3, 4, 6, 7}))
 
 
 def summary(spec: ClusterSpec) -> str:
+    """The cluster in one line: name, cloud, region, zones and node groups."""
     pools = [
         f"{group.name} {group.min} to {group.max} x {' or '.join(group.pool.instance_types)}"
         + (", spot" if group.spot else "")
@@ -127,7 +128,8 @@ def summary(spec: ClusterSpec) -> str:
     return f"{spec.name} on {spec.provider}, {spec.region} ({', '.join(spec.zones)}): {'; '.join(pools)}"
 
 
-def plain_estimate(estimate: Estimate) -> dict[str, Any]:
+def estimate_data(estimate: Estimate) -> dict[str, Any]:
+    """An estimate as JSON values."""
     sums = {"idle": estimate.idle, "expected": estimate.expected, "maximum": estimate.maximum}
     lines = [{**asdict(line), "as_of": line.as_of.isoformat()} for line in estimate.lines]
     return {
@@ -137,9 +139,11 @@ def plain_estimate(estimate: Estimate) -> dict[str, Any]:
     }
 
 
-def plain_fit(fit: Fit) -> dict[str, Any]:
+def fit_data(fit: Fit) -> dict[str, Any]:
+    """A fit as JSON values."""
     return {**asdict(fit), "machine": fit.machine.model_dump(mode="json")}
 
 
 def bullets(sentences: Iterable[str]) -> Iterator[str]:
+    """Each sentence as an indented line."""
     return (f"  {sentence}" for sentence in sentences)

@@ -1,20 +1,25 @@
-"""A picture of a cluster: who talks to whom, what is private, what may come and go. SVG, light and dark."""
+"""Draws a cluster as SVG: connections, private and public parts, autoscaled nodes; light and dark colours."""
 
 from __future__ import annotations
 
 from html import escape
 
-from infra_pulumi import sizes
+from infra_pulumi import pod_resources
 from infra_pulumi.catalogue import Catalogue
 from infra_pulumi.spec import ClusterSpec
 
 WIDTH = 960
 _LINE = 18
 
-_WORDS = {
+_PRODUCT_NAMES = {
     "aws": {"cluster": "EKS", "network": "VPC", "registry": "ECR", "keys": "KMS"},
-    "gcp": {"cluster": "GKE", "network": "VPC", "registry": "Artifact Registry", "keys": "Google's keys"},
-    "azure": {"cluster": "AKS", "network": "virtual network", "registry": "Container Registry", "keys": "Azure's keys"},
+    "gcp": {"cluster": "GKE", "network": "VPC", "registry": "Artifact Registry", "keys": "Google-managed keys"},
+    "azure": {
+        "cluster": "AKS",
+        "network": "virtual network",
+        "registry": "Container Registry",
+        "keys": "Azure-managed keys",
+    },
 }
 
 _STYLE = """
@@ -27,7 +32,7 @@ _STYLE = """
   text { fill: var(--text) } .soft { fill: var(--soft); font-size: 13px } .title { font-weight: 600 }
   .name { font-weight: 600; font-size: 18px }
   rect { fill: var(--box); stroke: var(--line) } .system { fill: var(--system) } .gpu { fill: var(--gpu) }
-  .may { stroke-dasharray: 6 4 } path { stroke: var(--mark); stroke-width: 1.5; fill: none }
+  .autoscaled { stroke-dasharray: 6 4 } path { stroke: var(--mark); stroke-width: 1.5; fill: none }
   marker path { fill: var(--mark); stroke: none }
 """
 
@@ -37,7 +42,7 @@ def _text(x: float, y: float, text: str, kind: str = "") -> str:
 
 
 def _box(x: float, y: float, width: float, height: float, lines: list[str], kind: str = "") -> list[str]:
-    """A box with its title and what there is to say, one a line."""
+    """A box with a title and further lines of text."""
     title, *rest = lines
     attribute = f' class="{kind}"' if kind else ""
     return [
@@ -54,36 +59,36 @@ def _arrow(*points: tuple[float, float], both: bool = False) -> str:
 
 
 def _pool_lines(spec: ClusterSpec, catalogue: Catalogue, index: int) -> list[str]:
-    pool, machines = spec.gpu_pools[index], sizes.machines(spec, catalogue, index)
-    size = sizes.pod_size(spec, catalogue, index)
-    how = f"spot, {pool.on_demand_base} on demand" if pool.on_demand_base else "spot" if pool.spot else "on demand"
+    pool, machines = spec.gpu_pools[index], pod_resources.machines(spec, catalogue, index)
+    size = pod_resources.pod_size(spec, catalogue, index)
+    capacity = f"spot, {pool.on_demand_base} on demand" if pool.on_demand_base else "spot" if pool.spot else "on demand"
     others = f" or {len(machines) - 1} more" if len(machines) > 1 else ""
     return [
         f"GPU pool {pool.name}: {pool.min} to {pool.max} nodes",
         f"{machines[0].type}{others}",
-        f"{size.gpus} x {machines[0].gpu}, {how}",
-        f"one Ray worker a node: {size.cpus} CPU, {size.memory_gib} GiB",
-        "HAProxy, replicas, engine",
+        f"{size.gpus} x {machines[0].gpu}, {capacity}",
+        f"one Ray worker per node: {size.cpus} CPU, {size.memory_gib} GiB",
+        "HAProxy, ingress and model replicas",
     ]
 
 
 def svg(spec: ClusterSpec, catalogue: Catalogue) -> str:
-    """The description's cluster. The same description gives the same bytes. Raises CatalogueError."""
-    words = _WORDS[spec.provider]
+    """The SVG of a description's cluster; the same description gives the same bytes. Raises CatalogueError."""
+    names = _PRODUCT_NAMES[spec.provider]
     pools = [_pool_lines(spec, catalogue, index) for index in range(len(spec.gpu_pools))]
     pool_height, gap, top = 116, 24, 156
     inner = max(len(pools) * (pool_height + gap) - gap, 300)
     bottom = top + inner + 30
     height = bottom + 70
-    addresses = ", ".join(spec.network.api_cidrs) or "from inside only"
+    addresses = ", ".join(spec.network.api_cidrs) or "only from inside"
     system = spec.system
     parts = [
-        _text(24, 38, f"{spec.name} on {words['cluster']}, {spec.region}", "name"),
+        _text(24, 38, f"{spec.name} on {names['cluster']}, {spec.region}", "name"),
         _text(24, 62, f"Kubernetes {spec.kubernetes_version}, zones {', '.join(spec.zones)}", "soft"),
         f'<rect x="196" y="88" width="740" height="{bottom - 88}" rx="8"/>',
-        _text(212, 112, f"{words['network']} {spec.network.cidr}", "title"),
-        _text(212, 132, f"private nodes, out by NAT ({spec.network.nat}); Kubernetes API: {addresses}", "soft"),
-        *_box(24, top, 148, 86, ["Callers", "HTTP and SSE,", "port 8000"]),
+        _text(212, 112, f"{names['network']} {spec.network.cidr}", "title"),
+        _text(212, 132, f"private nodes, outbound by NAT ({spec.network.nat}); Kubernetes API: {addresses}", "soft"),
+        *_box(24, top, 148, 86, ["Clients", "HTTP and SSE,", "port 8000"]),
         *_box(24, top + 196, 148, 104, ["Administrators", "kubectl; Ray's", "dashboard by", "port-forward"]),
         *_box(
             212,
@@ -96,14 +101,14 @@ def svg(spec: ClusterSpec, catalogue: Catalogue) -> str:
             ],
             "system",
         ),
-        *_box(230, top + 56, 264, 66, ["Service serve-app-serve-svc", "to workers that are ready"]),
-        *_box(230, top + 132, 264, 80, ["Ray head", "GCS, autoscaler; no replicas", "asks for a token"]),
+        *_box(230, top + 56, 264, 66, ["Service serve-app-serve-svc", "routes to ready workers"]),
+        *_box(230, top + 132, 264, 80, ["Ray head", "GCS, autoscaler; no replicas", "access by token"]),
         *_box(230, top + 236, 122, 46, ["Redis"]),
         *_box(372, top + 236, 122, 46, ["Monitoring"]),
     ]
     for number, lines in enumerate(pools):
         y = top + number * (pool_height + gap)
-        parts += _box(600, y, 320, pool_height, lines, "gpu may")
+        parts += _box(600, y, 320, pool_height, lines, "gpu autoscaled")
         parts.append(_arrow((494, top + 89), (548, top + 89), (548, y + 40), (596, y + 40)))
         parts.append(_arrow((498, top + 172), (572, top + 172), (572, y + 80), (596, y + 80), both=True))
     parts += [
@@ -111,16 +116,14 @@ def svg(spec: ClusterSpec, catalogue: Catalogue) -> str:
         _arrow((172, top + 248), (200, top + 248), (200, top + 172), (226, top + 172)),
         _arrow((291, top + 212), (291, top + 232)),
         _text(
-            24, bottom + 30, f"Image from {words['registry']}; disks and secrets encrypted ({words['keys']}).", "soft"
+            24, bottom + 30, f"Image from {names['registry']}; disks and secrets encrypted ({names['keys']}).", "soft"
         ),
-        _text(
-            24, bottom + 50, "Dashed: comes and goes with the load, and costs nothing while it is not there.", "soft"
-        ),
+        _text(24, bottom + 50, "Dashed: autoscaled with the load; nodes that do not run cost nothing.", "soft"),
     ]
     body = "\n".join(f"  {part}" for part in parts)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" '
-        f'role="img" aria-label="{escape(spec.name)} on {words["cluster"]}">\n'
+        f'role="img" aria-label="{escape(spec.name)} on {names["cluster"]}">\n'
         f"  <style>{_STYLE}  </style>\n"
         '  <defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="8" markerHeight="8" '
         'orient="auto-start-reverse"><path d="M 0 0 L 8 4 L 0 8 Z"/></marker></defs>\n'

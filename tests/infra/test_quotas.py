@@ -1,4 +1,4 @@
-"""What a description takes of the cloud's quotas, by hand."""
+"""Cloud quotas that a description needs, compared with values computed by hand."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import pytest
 
 from infra_pulumi import catalogue, quotas
 from infra_pulumi.spec import parse
-from tests.infra.world import document
+from tests.infra.helpers import document
 
 
 @pytest.mark.parametrize(
-    ("provider", "pool", "wanted"),
+    ("provider", "pool", "expected"),
     [
         ("aws", {"max": 3}, [("'Running On-Demand G and VT instances' (L-DB2E81BA)", 12, "vCPUs")]),
         (
@@ -53,16 +53,18 @@ from tests.infra.world import document
         ("azure", {"max": 2, "spot": True}, [("lowPriorityCores", 48, "vCPUs")]),
     ],
 )
-def test_by_hand(provider: str, pool: dict[str, Any], wanted: list[tuple[str, int, str]]) -> None:
+def test_quotas_equal_hand_computed_values(
+    provider: str, pool: dict[str, Any], expected: list[tuple[str, int, str]]
+) -> None:
     found = quotas.needs(parse(document(provider, pool=pool)), catalogue.load())
-    assert [(need.quota, need.amount, need.unit) for need in found] == wanted
+    assert [(need.quota, need.amount, need.unit) for need in found] == expected
 
 
 GPUS = [each for each in catalogue.load().instance_types if each.gpu]
 
 
 @pytest.mark.parametrize("machine", GPUS, ids=lambda machine: machine.name)
-def test_every_gpu_machine_has_one(machine: catalogue.InstanceType) -> None:
+def test_every_gpu_machine_has_a_quota(machine: catalogue.InstanceType) -> None:
     pool = {"instance_types": [machine.type], "max": 1}
     for spot in (False, True):
         spec = parse(document(machine.provider, pool={**pool, "spot": spot}))
