@@ -52,13 +52,13 @@ def test_secrets_are_those_that_the_service_asks_for() -> None:
 
 
 def test_alertmanager_reads_the_secrets_that_its_page_makes() -> None:
-    page = (KEPT / "monitoring/README.md").read_text()
+    page = (ROOT / "docs/operations.md").read_text()
     told = yaml.safe_load(CHARTS["prometheus"].read_text())["alertmanager"]["alertmanagerSpec"]
     assert told == {"useExistingSecret": True, "configSecret": ROUTES, "secrets": [RECEIVERS, ROUTES]}
     made = set(re.findall(r"create secret generic (\S+) --from-file", page))
     assert made == {ROUTES, RECEIVERS}
     assert f"/etc/alertmanager/secrets/{RECEIVERS}/" in page
-    assert "### Who is told" in page
+    assert "### Alertmanager on Kubernetes" in page
 
 
 def test_namespaces_and_releases_are_those_of_the_files() -> None:

@@ -15,6 +15,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from alerts.dashboards import write
 from infra_pulumi import catalogue, render, sizes
 from infra_pulumi.__main__ import main
 from infra_pulumi.charts import charts
@@ -406,8 +407,7 @@ def test_the_kinds_of_monitors_are_installed_before_their_monitors() -> None:
     assert releases[0] == "prometheus"
     labels = {
         each["metadata"]["labels"]["release"]
-        for path in ("monitoring/podmonitor.yaml", "monitoring/prometheusrule.yaml")
-        for each in kept(path)
+        for each in (*kept("monitoring/podmonitor.yaml"), yaml.safe_load(write.files()["prometheusrule.yaml"]))
     }
     assert labels == {"prometheus"}, "kube-prometheus-stack looks for its release's name"
 
@@ -415,7 +415,7 @@ def test_the_kinds_of_monitors_are_installed_before_their_monitors() -> None:
 def test_jobs_are_called_as_the_rules_know_them() -> None:
     """And only one Watchdog is heard: the chart's would go on if our rules were gone."""
     values = yaml.safe_load((KEPT / "kubernetes/aws/values/1-prometheus.yaml").read_text())
-    wanted = set(re.findall(r'up\{job="(\w+)"\}', (KEPT / "monitoring/prometheusrule.yaml").read_text()))
+    wanted = set(re.findall(r'up\{job="(\w+)"\}', write.files()["prometheusrule.yaml"]))
     ours = {
         rule["replacement"]
         for part in ("alertmanager", "prometheus")
