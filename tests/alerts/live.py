@@ -365,8 +365,9 @@ async def service_outage(live: LiveService) -> ServiceOutage:
             url = f"http://127.0.0.1:{address.port}"
             async with watch(live, live.folder("service"), url) as watched:
                 alarm = asyncio.create_task(_alarm(watched.webhooks))
+                closed = time.monotonic()
                 await address.close()
-                fired = await watched.notified("ServiceDown", "trigger", time.monotonic())
+                fired = await watched.notified("ServiceDown", "trigger", closed)
                 pages = watched.pages()
                 assert not alarm.done(), "the dead man's switch received nothing although Prometheus worked"
                 (prometheus,) = watched.monitor.find("--storage.tsdb.path")

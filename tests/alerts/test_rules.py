@@ -36,6 +36,7 @@ from serve_app.types import HttpCall, ModelState
 ALERTS = Path(slo.__file__).parent
 RULE_FILES = sorted(ALERTS.glob("rules/*.yml"))
 TEST_FILES = sorted(ALERTS.glob("tests/*.yml"))
+SLO_TEST_FILES = sorted(ALERTS.glob("tests/slo*.yml"))
 RUNBOOKS = sorted(ALERTS.glob("runbooks/*.md"))
 
 Document = dict[str, Any]
@@ -181,9 +182,35 @@ def test_prometheus_accepts_the_rules(path: Path) -> None:
 
 
 @pytest.mark.system
-@pytest.mark.parametrize("path", TEST_FILES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted({*TEST_FILES} - {*SLO_TEST_FILES}), ids=lambda path: path.name)
 def test_alerts_fire_at_the_expected_times_only(path: Path) -> None:
     promtool("test", "rules", path)
+
+
+@pytest.mark.system
+@pytest.mark.parametrize("objective", slo.SLOS, ids=lambda one: one.slug)
+@pytest.mark.parametrize("path", SLO_TEST_FILES, ids=lambda path: path.name)
+def test_alerts_of_an_objective_fire_at_the_expected_times_only(tmp_path: Path, path: Path, objective: slo.Slo) -> None:
+    """With the rules of one objective, because promtool evaluates all loaded rules for each test."""
+    rules = yaml.safe_load(slo.FILE.read_text())
+    (group,) = (one for one in rules["groups"] if one["name"] == f"slo-{objective.slug}")
+    (tmp_path / "rules.yml").write_text(yaml.safe_dump({"groups": [group]}))
+    document = yaml.safe_load(path.read_text())
+    tests = [one for one in document["tests"] if objectives(one) == {objective.name}]
+    (tmp_path / "tests.yml").write_text(yaml.safe_dump({**document, "rule_files": ["rules.yml"], "tests": tests}))
+    promtool("test", "rules", tmp_path / "tests.yml")
+
+
+def objectives(test: Document) -> set[str]:
+    """The objectives whose alerts a rule test names."""
+    return set(re.findall(r"\b([A-Za-z]+)(?:BudgetBurns|DataMissing)", yaml.safe_dump(test)))
+
+
+@pytest.mark.parametrize("path", SLO_TEST_FILES, ids=lambda path: path.name)
+def test_every_test_of_the_objectives_names_one_of_them(path: Path) -> None:
+    names = [objectives(one) for one in yaml.safe_load(path.read_text())["tests"]]
+    assert all(len(one) == 1 for one in names)
+    assert set[str]().union(*names) == {one.name for one in slo.SLOS}
 
 
 @pytest.mark.parametrize("alert", sorted(BY_NAME.keys() - {"Watchdog"}))
