@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -172,10 +172,10 @@ class Monitor(Program):
 class Notified:
     """The notifications of one alert, and the seconds after the fault or its repair at which each arrived."""
 
-    page: Json = field(default_factory=dict)
-    slack: Json = field(default_factory=dict)
-    email: Email | None = None
-    after_s: dict[str, float] = field(default_factory=dict)
+    page: Json
+    slack: Json
+    email: Email
+    after_s: dict[str, float]
 
     @property
     def last_s(self) -> float:
@@ -221,7 +221,7 @@ class Watch:
     async def notified(self, alert: str, action: str, since: float) -> Notified:
         """Wait until all three receivers have been notified of this alert, and record when each was."""
         verb = {"trigger": "[FIRING", "resolve": "[RESOLVED"}[action]
-        notified = Notified()
+        after_s = dict[str, float]()
 
         def pages() -> list[Json]:
             return [
@@ -240,13 +240,13 @@ class Watch:
         async def first(name: str, probe: Callable[[], list[T]]) -> T:
             within_s = (_PAGE_S if action == "trigger" else _RESOLVED_S) - (time.monotonic() - since)
             found = await until(probe, f"{alert} at {name}", within_s)
-            notified.after_s[name] = time.monotonic() - since
+            after_s[name] = time.monotonic() - since
             return found[0]
 
-        notified.page, notified.slack, notified.email = await asyncio.gather(
+        page, slack, email = await asyncio.gather(
             first("PagerDuty", pages), first("Slack", posts), first("email", emails)
         )
-        return notified
+        return Notified(page, slack, email, after_s)
 
 
 @contextlib.asynccontextmanager
