@@ -1,1 +1,1 @@
-"""Alerts: their rules, who is told of them, and the history of when they were."""
+"""Alert rules, Alertmanager configuration, Grafana dashboards, and the alert history."""

@@ -1,8 +1,8 @@
-"""What Alertmanager told, kept: when each alert began, was first told of and was resolved.
+"""The alert history: a webhook receiver that records when each alert started, was first notified and was resolved.
 
-An alert is known by its fingerprint and the instant it began. It counts once, however often it is told of: Alertmanager
-repeats itself, tries again, and two of them may tell the same. Once resolved it stays so. Instants are seconds since
-1970; those in Alertmanager's messages are by Prometheus's clock, the notification's by ours.
+The fingerprint and the start time identify an alert. An alert counts once, although Alertmanager repeats notifications
+and two Alertmanagers may send the same alert. A resolved alert stays resolved. Times are seconds since 1970. The start
+and the end are times of Prometheus's clock, the notification times are times of this machine's clock.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import AwareDatetime, BaseModel, Field, ValidationError, model_validator
 
-from alerts.settings import HEARD_EVERY_S
+from alerts.settings import HISTORY_REPEAT_S
 
-MAX_BODY = 8 * 2**20  # some thousands of alerts
+MAX_BODY = 8 * 2**20  # bytes; enough for several thousand alerts
 MAX_LISTED = 1000
-MAX_NAMES = 300  # rules are some dozens; a name more than these is `other`
+MAX_NAMES = 300  # further alert names are counted as `other`
 
 _SEVERITIES = ("critical", "warning", "info", "none")
 _DAY = 86400
@@ -37,8 +37,8 @@ _SCHEMA = f"""
 CREATE TABLE IF NOT EXISTS alerts (
     fingerprint TEXT NOT NULL,
     starts_at REAL NOT NULL,
-    ends_at REAL,             -- NULL while it fires
-    first_notification REAL,  -- NULL if we first heard of it when it was over
+    ends_at REAL,             -- NULL while the alert fires
+    first_notification REAL,  -- NULL if the first notification was the resolved one
     last_notification REAL NOT NULL,
     labels TEXT NOT NULL,     -- JSON
     PRIMARY KEY (fingerprint, starts_at)
@@ -47,17 +47,17 @@ CREATE INDEX IF NOT EXISTS alerts_by_age ON alerts (starts_at);
 PRAGMA user_version = {_VERSION};
 """
 
-# Bounds of what people ask: a page within 150 s is what the whole chain promises.
+# Bucket bounds in seconds. The design target for a page is 150 s.
 _DETECTION_S = (1, 2, 5, 10, 15, 20, 30, 45, 60, 90, 120, 150, 180, 300, 600, 1800, 3600)
 _RESOLUTION_S = (60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 28800, _DAY, 3 * _DAY, 7 * _DAY)
 
 
 class HistoryError(Exception):
-    """The receiver cannot start; the text says why and what would work."""
+    """The receiver cannot start. The message contains the reason and a solution."""
 
 
-class Told(BaseModel):
-    """One alert of a notification, as Alertmanager writes it. `endsAt` means nothing while it fires."""
+class NotifiedAlert(BaseModel):
+    """One alert of an Alertmanager notification. `endsAt` has no meaning while the alert fires."""
 
     status: Literal["firing", "resolved"]
     labels: dict[str, str]
@@ -66,8 +66,8 @@ class Told(BaseModel):
     fingerprint: str = Field(min_length=1, max_length=64)
 
     @model_validator(mode="after")
-    def _in_our_time(self) -> Told:
-        """Or one row could not be shown, and with it none."""
+    def _valid_times(self) -> NotifiedAlert:
+        """Reject times that datetime cannot format: a single such row would make the whole table fail."""
         instants = {"startsAt": self.starts_at, **({"endsAt": self.ends_at} if self.status == "resolved" else {})}
         for name, instant in instants.items():
             if not 1970 <= instant.year < 2200:
@@ -77,12 +77,12 @@ class Told(BaseModel):
 
 class Notification(BaseModel):
     version: Literal["4"]
-    alerts: list[Told]
+    alerts: list[NotifiedAlert]
 
 
 @dataclass(frozen=True)
 class Row:
-    """An alert as it is kept."""
+    """A stored alert. Times are seconds since 1970."""
 
     fingerprint: str
     labels: dict[str, str]
@@ -100,10 +100,10 @@ class Row:
         return None if self.ends_at is None else self.ends_at - self.starts_at
 
     def status(self, now: float) -> Literal["firing", "resolved", "unheard"]:
-        """`unheard`: nothing says that it is over, nor, for long, that it still fires."""
+        """`unheard` means: not resolved, but without a notification for three hours."""
         if self.ends_at is not None:
             return "resolved"
-        return "firing" if now - self.last_notification <= 3 * HEARD_EVERY_S else "unheard"
+        return "firing" if now - self.last_notification <= 3 * HISTORY_REPEAT_S else "unheard"
 
     def document(self, now: float) -> dict[str, Any]:
         return {
@@ -126,32 +126,34 @@ def _iso(instant: float | None) -> str | None:
 
 
 class Store:
-    """The SQLite file. What a notification tells is kept as a whole or not at all."""
+    """The SQLite file. The alerts of a notification are stored in one transaction."""
 
     def __init__(self, path: Path) -> None:
         """Raises sqlite3.Error, HistoryError."""
         self._database = sqlite3.connect(path, timeout=5)
         (version,) = self._database.execute("PRAGMA user_version").fetchone()
         if version > _VERSION:
-            raise HistoryError(f"{path}: written by a newer version of this program; give another --database")
+            raise HistoryError(
+                f"{path}: the file was written by a newer version of this program; give another file with --database"
+            )
         self._database.execute("PRAGMA journal_mode = WAL")
         self._database.executescript(_SCHEMA)
 
     def close(self) -> None:
         self._database.close()
 
-    def keep(self, alerts: list[Told], at: float) -> list[tuple[Row | None, Row]]:
-        """Each alert as it was before, if it was known, and as it is now. Raises sqlite3.Error."""
+    def save(self, alerts: list[NotifiedAlert], at: float) -> list[tuple[Row | None, Row]]:
+        """Store alerts notified at `at`. Returns each row before (None if new) and after. Raises sqlite3.Error."""
         with self._database:
-            return [self._keep(alert, at) for alert in alerts]
+            return [self._save(alert, at) for alert in alerts]
 
-    def _keep(self, told: Told, at: float) -> tuple[Row | None, Row]:
-        key = (told.fingerprint, told.starts_at.timestamp())
+    def _save(self, alert: NotifiedAlert, at: float) -> tuple[Row | None, Row]:
+        key = (alert.fingerprint, alert.starts_at.timestamp())
         before = next(self._rows("WHERE fingerprint = ? AND starts_at = ?", key), None)
-        over = told.status == "resolved"
-        ended = told.ends_at.timestamp() if over else None
+        resolved = alert.status == "resolved"
+        ended = alert.ends_at.timestamp() if resolved else None
         if before is None:
-            after = Row(key[0], told.labels, key[1], ended, None if over else at, at)
+            after = Row(key[0], alert.labels, key[1], ended, None if resolved else at, at)
         else:
             ended = ended if before.ends_at is None else before.ends_at
             after = Row(
@@ -164,8 +166,8 @@ class Store:
         )
         return before, after
 
-    def forget(self, before: float) -> None:
-        """Alerts not told of since."""
+    def delete_before(self, before: float) -> None:
+        """Delete alerts whose last notification is older."""
         with self._database:
             self._database.execute("DELETE FROM alerts WHERE last_notification < ?", (before,))
 
@@ -182,27 +184,27 @@ class Store:
 
 
 class Metrics:
-    """Filled from the store at the start, so that a restart neither loses an alert nor counts it twice."""
+    """Prometheus metrics. They start with the stored alerts, so that a restart neither loses nor repeats an alert."""
 
     def __init__(self, rows: Iterator[Row]) -> None:
         self.registry = CollectorRegistry()
         labels = ("alertname", "severity")
         self._received = Counter(
             "alerts_received_total",
-            "Alerts told of by Alertmanager: each once as it fires and once as it is resolved.",
+            "Alerts received from Alertmanager, counted once when they fire and once when they are resolved.",
             (*labels, "status"),
             registry=self.registry,
         )
         self._detection = Histogram(
             "alert_detection_seconds",
-            "From an alert's startsAt (its rule fires, after `for`) to its first notification here.",
+            "Time from an alert's startsAt (after the `for` of its rule) to its first notification here.",
             labels,
             buckets=_DETECTION_S,
             registry=self.registry,
         )
         self._resolution = Histogram(
             "alert_resolution_seconds",
-            "From an alert's startsAt to its endsAt.",
+            "Time from an alert's startsAt to its endsAt.",
             labels,
             buckets=_RESOLUTION_S,
             registry=self.registry,
@@ -212,7 +214,7 @@ class Metrics:
             self.count(None, row)
 
     def count(self, before: Row | None, after: Row) -> None:
-        """What is new in `after`. Clocks that disagree may make a time negative; it is counted as none at all."""
+        """Count the changes between two rows. A negative time, caused by different clocks, counts as 0."""
         name, severity = self._labels(after)
         if before is None and after.detection_s is not None:
             self._received.labels(name, severity, "firing").inc()
@@ -232,14 +234,14 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class Receiver:
-    """`app()` answers over HTTP. `now` gives seconds since 1970."""
+    """The HTTP application. `now` returns seconds since 1970."""
 
     def __init__(self, store: Store, token: str | None, keep_s: float, now: Callable[[], float] = time.time) -> None:
         self._store = store
         self._token = token
         self._keep_s = keep_s
         self._now = now
-        store.forget(now() - keep_s)
+        store.delete_before(now() - keep_s)
         self._metrics = Metrics(store.oldest_first())
 
     def app(self) -> web.Application:
@@ -257,25 +259,25 @@ class Receiver:
         given = request.headers.get("Authorization", "").encode("utf-8", "surrogateescape")
         if hmac.compare_digest(given, f"Bearer {self._token}".encode()):
             return await handler(request)
-        refused = _error(401, "the header Authorization needs to be `Bearer` and the token of --token-file")
-        refused.headers["WWW-Authenticate"] = "Bearer"
-        return refused
+        response = _error(401, "the Authorization header must be `Bearer` and the token of --token-file")
+        response.headers["WWW-Authenticate"] = "Bearer"
+        return response
 
     async def _webhook(self, request: web.Request) -> web.Response:
         at = self._now()
         try:
             notification = Notification.model_validate_json(await request.read())
         except web.HTTPRequestEntityTooLarge:
-            return _error(413, f"more than {MAX_BODY} bytes")
+            return _error(413, f"the body has more than {MAX_BODY} bytes")
         except ValidationError as error:
-            fault = error.errors()[0]
-            return _error(400, f"no notification of Alertmanager's: {'.'.join(map(str, fault['loc']))}: {fault['msg']}")
+            first = error.errors()[0]
+            return _error(400, f"not an Alertmanager notification: {'.'.join(map(str, first['loc']))}: {first['msg']}")
         try:
-            changes = self._store.keep(notification.alerts, at)
-            self._store.forget(at - self._keep_s)
-        except sqlite3.Error as error:  # 5xx: Alertmanager tries again
-            print(f"alerts: not kept: {error}", file=sys.stderr)
-            return _error(503, "the database did not take it")
+            changes = self._store.save(notification.alerts, at)
+            self._store.delete_before(at - self._keep_s)
+        except sqlite3.Error as error:  # Alertmanager retries after a status of 5xx
+            print(f"alerts: cannot store a notification: {error}", file=sys.stderr)
+            return _error(503, "the database is not available")
         for before, after in changes:
             self._metrics.count(before, after)
         return web.json_response({"alerts": len(changes)})
@@ -283,7 +285,7 @@ class Receiver:
     async def _alerts(self, request: web.Request) -> web.Response:
         limit = request.query.get("limit", "100")
         if not (limit.isascii() and limit.isdigit() and len(limit) <= 4 and 1 <= int(limit) <= MAX_LISTED):
-            return _error(400, f"limit is a whole number from 1 to {MAX_LISTED}")
+            return _error(400, f"limit must be an integer from 1 to {MAX_LISTED}")
         now = self._now()
         return web.json_response([row.document(now) for row in self._store.newest(int(limit))])
 
@@ -299,18 +301,18 @@ def _error(status: int, text: str) -> web.Response:
 
 
 def run(host: str, port: int, database: Path, token_file: Path | None, keep_days: int) -> None:
-    """Until Ctrl-C or SIGTERM. Raises HistoryError, sqlite3.Error, OSError."""
+    """Run until Ctrl-C or SIGTERM. Raises HistoryError, sqlite3.Error, OSError."""
     token = _token(host, token_file)
     if keep_days < 1:
-        raise HistoryError("--keep-days is at least 1")
+        raise HistoryError("--keep-days must be at least 1")
     store = Store(database)
     try:
         app = Receiver(store, token, keep_days * _DAY).app()
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         with socket.create_server((host, port), family=family) as listener:
             listening = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
-            say = f"alert history in {database}; webhooks at {listening}/webhook, table at /alerts, /metrics"
-            web.run_app(app, sock=listener, print=lambda _: print(say, flush=True), access_log=None)
+            message = f"alert history in {database}; webhooks at {listening}/webhook, table at /alerts, /metrics"
+            web.run_app(app, sock=listener, print=lambda _: print(message, flush=True), access_log=None)
     finally:
         store.close()
 
@@ -318,12 +320,14 @@ def run(host: str, port: int, database: Path, token_file: Path | None, keep_days
 def _token(host: str, file: Path | None) -> str | None:
     if file is None:
         if host not in ("127.0.0.1", "::1", "localhost"):
-            raise HistoryError(f"whoever reaches {host} could write here; give a --token-file, or listen on 127.0.0.1")
+            raise HistoryError(
+                f"every host that reaches {host} could write without a token; give a --token-file, or use 127.0.0.1"
+            )
         return None
     try:
         token = file.read_text(encoding="utf-8").strip()
     except UnicodeDecodeError:
-        raise HistoryError(f"{file}: not text; it is to hold one line with the token") from None
+        raise HistoryError(f"{file}: the file is not text; it must contain one line with the token") from None
     if not token or len(token.split()) > 1:
-        raise HistoryError(f"{file}: expected one line with the token")
+        raise HistoryError(f"{file}: the file must contain one line with the token")
     return token

@@ -1,4 +1,4 @@
-"""Prometheus, Alertmanager and the history of alerts beside a service on this machine, until Ctrl-C."""
+"""Runs Prometheus, Alertmanager and the alert history next to a service on this machine, until Ctrl-C."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from urllib.parse import urlsplit
 import yaml
 
 from alerts import prometheus, render, slo
-from alerts.programs import Child, ProgramError, check, find, port
+from alerts.programs import Child, ProgramError, available_port, check, find
 from alerts.settings import Settings, SettingsError, Timing, Webhook, load
-from alerts.targets import State, look
+from alerts.targets import State, states
 
 _HOST = "127.0.0.1"
-_LOOK_S = 1.0
+_POLL_S = 1.0
 _RAY_FILE = "prom_metrics_service_discovery.json"
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What the command line says. A port of 0 is any that is free."""
+class Options:
+    """The command line options of `python -m alerts monitor`. A port of 0 means any free port."""
 
     url: str
     data: Path
@@ -45,7 +45,7 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that is decided before the first program starts. Addresses are `host:port`."""
+    """All decisions that are made before the first program starts. Addresses are `host:port`."""
 
     programs: dict[str, str]
     folder: Path
@@ -54,17 +54,17 @@ class Plan:
     history: str
     external_url: str
     token: Path
-    lock: IO[str]  # held as long as it is open
+    lock: IO[str]  # the lock is held while this file is open
 
     def commands(self) -> Iterator[tuple[str, list[str], str]]:
-        """In the order in which they start: name, command, and where it answers once it is ready."""
+        """Name, command and readiness URL of each program, in the order in which they start."""
         history = [sys.executable, "-m", "alerts", "history", "--port", self.history.rpartition(":")[2]]
         history += [f"--database={self.folder / 'alerts.sqlite'}", f"--token-file={self.token}"]
         yield "history", history, f"http://{self.history}/healthy"
         alertmanager = render.start_command(
             self.programs["Alertmanager"], self.folder, self.external_url, "alertmanager", self.alertmanager
         )
-        # The settings' address may have a path, where a proxy in front has it; here is none.
+        # external_url may have a path that a proxy adds. There is no proxy here, so the prefix is set explicitly.
         yield "alertmanager", [*alertmanager, "--web.route-prefix=/"], f"http://{self.alertmanager}/-/ready"
         command = [
             self.programs["Prometheus"],
@@ -72,29 +72,29 @@ class Plan:
             f"--storage.tsdb.path={self.folder / 'prometheus'}",
             f"--web.listen-address={self.prometheus}",
             f"--web.external-url=http://{self.prometheus}/",
-            "--storage.tsdb.retention.time=35d",  # error budgets look back 30 days
+            "--storage.tsdb.retention.time=35d",  # the error budgets cover 30 days
             "--rules.alert.resend-delay=15s",
         ]
         yield "prometheus", command, f"http://{self.prometheus}/-/ready"
 
 
-def run(wanted: Wanted) -> None:
-    """Until Ctrl-C or SIGTERM. Raises SettingsError, ProgramError, OSError."""
+def run(options: Options) -> None:
+    """Run until Ctrl-C or SIGTERM. Raises SettingsError, ProgramError, OSError."""
     before = {number: signal.signal(number, _interrupt) for number in _SIGNALS}
     children: list[Child] = []
     try:
-        plan = _plan(wanted)
+        plan = _prepare(options)
         for name, command, url in plan.commands():
             child = Child(name, command, plan.folder / f"{name}.log")
             children.append(child)
-            child.ready(url)
-        print(_banner(wanted, plan), flush=True)
-        _watch(wanted, plan, children)
+            child.wait_until_ready(url)
+        print(_banner(options, plan), flush=True)
+        _watch(options, plan, children)
     except KeyboardInterrupt:
         print("stopping", flush=True)
     finally:
         for number in _SIGNALS:
-            signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C would leave programs behind
+            signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C must not interrupt the stopping of the children
         for child in reversed(children):
             child.stop()
         for number, handler in before.items():
@@ -105,13 +105,13 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _plan(wanted: Wanted) -> Plan:
-    """Find the programs, take the ports, write the files and have them checked."""
-    place = _service(wanted.url)
-    settings = None if wanted.settings is None else _usable(wanted.settings)
+def _prepare(options: Options) -> Plan:
+    """Find the programs, choose the ports, and write and check the configuration files."""
+    service = _service(options.url)
+    settings = None if options.settings is None else _complete_settings(options.settings)
     programs = find("Prometheus", "promtool", "Alertmanager", "amtool")
-    prometheus_at, alertmanager_at, history_at = _addresses(wanted)
-    folder = wanted.data.absolute()
+    prometheus_at, alertmanager_at, history_at = _addresses(options)
+    folder = options.data.absolute()
     folder.mkdir(parents=True, exist_ok=True)
     lock = _lock(folder)
     token = folder / "history_token"
@@ -121,51 +121,55 @@ def _plan(wanted: Wanted) -> Plan:
         _write_secret(token)
     external = f"http://{alertmanager_at}" if settings is None else settings.external_url
     plan = Plan(programs, folder, prometheus_at, alertmanager_at, history_at, external, token, lock)
-    _write(wanted, plan, settings, place)
+    _write(options, plan, settings, service)
     check([programs["promtool"], "check", "config", str(folder / prometheus.CONFIG)])
     check([programs["amtool"], "check-config", str(folder / render.CONFIG)])
     return plan
 
 
-def _addresses(wanted: Wanted) -> tuple[str, str, str]:
-    """Prometheus', Alertmanager's, the history's. Raises ProgramError."""
+def _addresses(options: Options) -> tuple[str, str, str]:
+    """Addresses of Prometheus, Alertmanager and the alert history. Raises ProgramError."""
     ports = (
-        port(wanted.prometheus_port, "--prometheus-port", "Prometheus"),
-        port(wanted.alertmanager_port, "--alertmanager-port", "Alertmanager"),
-        port(wanted.history_port, "--history-port", "the history of alerts"),
+        available_port(options.prometheus_port, "--prometheus-port", "Prometheus"),
+        available_port(options.alertmanager_port, "--alertmanager-port", "Alertmanager"),
+        available_port(options.history_port, "--history-port", "the alert history"),
     )
     if len(set(ports)) < len(ports):
-        raise ProgramError(f"each of the three needs a port of its own, not {ports}")
+        raise ProgramError(f"the three ports must be different, but are {ports}")
     first, second, third = (f"{_HOST}:{number}" for number in ports)
     return first, second, third
 
 
 def _lock(folder: Path) -> IO[str]:
-    """Or a second one would write its configuration under the first one's programs."""
+    """Lock the folder, so that a second monitor cannot overwrite its configuration files. Raises ProgramError."""
     lock = (folder / "lock").open("w")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ProgramError(f"another monitor works in {folder}; stop it, or give another --data") from None
+        raise ProgramError(f"another monitor uses {folder}. Stop it, or give another folder with --data") from None
     return lock
 
 
 def _service(url: str) -> tuple[str, str, str]:
-    """Scheme, host:port and the path of the service's metrics. Raises ProgramError."""
+    """Scheme, host:port and metrics path of the service. Raises ProgramError."""
     parts = urlsplit(url)
-    with contextlib.suppress(ValueError):  # of .port
+    with contextlib.suppress(ValueError):  # .port raises it
         if parts.scheme in ("http", "https") and parts.hostname and not parts.query and not parts.username:
             address = parts.netloc if parts.port else f"{parts.netloc}:{443 if parts.scheme == 'https' else 80}"
             return parts.scheme, address, f"{parts.path.rstrip('/')}/metrics"
-    raise ProgramError(f"--url {url!r} is no address of a service; write it like http://127.0.0.1:8000")
+    raise ProgramError(f"--url {url!r} is not the address of a service; an example is http://127.0.0.1:8000")
 
 
-def _usable(path: Path) -> Settings:
+def _complete_settings(path: Path) -> Settings:
+    """Raises SettingsError if values or secrets are missing."""
     settings = load(path)
-    obstacles = render.obstacles(settings)
-    if obstacles:
-        listed = "\n".join(f"  {line}" for line in obstacles)
-        raise SettingsError(f"{path} would reach nobody; without --settings alerts are only kept here:\n{listed}")
+    problems = render.problems(settings)
+    if problems:
+        listed = "\n".join(f"  {line}" for line in problems)
+        raise SettingsError(
+            f"{path} is incomplete, so no notification would be delivered. Without --settings, alerts are only "
+            f"recorded here.\n{listed}"
+        )
     return settings
 
 
@@ -175,80 +179,80 @@ def _write_secret(path: Path) -> None:
         path.write_text(secrets.token_hex(16) + "\n")
 
 
-def _write(wanted: Wanted, plan: Plan, settings: Settings | None, service: tuple[str, str, str]) -> None:
+def _write(options: Options, plan: Plan, settings: Settings | None, service: tuple[str, str, str]) -> None:
     scheme, address, path = service
-    place = prometheus.Place(
+    targets = prometheus.Targets(
         service=address,
         prometheus=plan.prometheus,
         alertmanager=plan.alertmanager,
         history=plan.history,
         history_token=str(plan.token),
-        ray_file=str(_ray_file(wanted)),
+        ray_file=str(_ray_file(options)),
         scheme=scheme,
         path=path,
-        made_by="Written by `python -m alerts monitor`, anew at every start.",
+        header="Written by `python -m alerts monitor` at every start.",
     )
-    prometheus.write(place, plan.folder)
+    prometheus.write(targets, plan.folder)
     webhook = Webhook(url=f"http://{plan.history}/webhook", token_file=plan.token)
     if settings is None:
-        links = ((render.HERE / "runbooks").as_uri(), slo.DASHBOARDS)
-        render.replace(plan.folder / render.CONFIG, _local_routes(webhook))
+        links = ((render.PACKAGE / "runbooks").as_uri(), slo.DASHBOARDS_URL)
+        render.write_file(plan.folder / render.CONFIG, _history_only_config(webhook))
     else:
         links = (settings.runbooks_url, settings.dashboards_url)
         render.write(settings.model_copy(update={"history": webhook}), plan.folder)
     list(prometheus.write_rules(plan.folder, *links))
 
 
-def _local_routes(history: Webhook) -> str:
-    """Alertmanager's configuration that tells the history receiver alone."""
-    times = Timing().history.model_dump()
-    told = {
+def _history_only_config(history: Webhook) -> str:
+    """An Alertmanager configuration whose only receiver is the alert history."""
+    timing = Timing().history.model_dump()
+    webhook = {
         "url": history.url,
         "send_resolved": True,
         "http_config": {"authorization": {"credentials_file": str(history.token_file)}},
     }
-    nobody = {"receiver": "nobody", "matchers": ['severity="none"']}
-    route = {"receiver": "history", "group_by": ["alertname", "model"], **times, "routes": [nobody]}
-    receivers = [{"name": "history", "webhook_configs": [told]}, {"name": "nobody"}]
+    watchdog = {"receiver": "none", "matchers": ['severity="none"']}
+    route = {"receiver": "history", "group_by": ["alertname", "model"], **timing, "routes": [watchdog]}
+    receivers = [{"name": "history", "webhook_configs": [webhook]}, {"name": "none"}]
     return yaml.safe_dump({"route": route, "receivers": receivers}, sort_keys=False)
 
 
-def _ray_file(wanted: Wanted) -> Path:
-    """Where the Ray that is (or will be) started on this machine lists its metrics: in its folder of temporary files,
-    which it finds as here. It need not be there yet; Prometheus looks again and again."""
-    if wanted.ray_metrics is not None:
-        return wanted.ray_metrics.absolute()
+def _ray_file(options: Options) -> Path:
+    """The file in which Ray lists its metrics addresses. It is in Ray's temporary folder, which is determined here in
+    the same way as in Ray. The file does not have to exist yet, because Prometheus reads it repeatedly."""
+    if options.ray_metrics is not None:
+        return options.ray_metrics.absolute()
     temporary = os.environ.get("RAY_TMPDIR") or (sys.platform == "linux" and os.environ.get("TMPDIR"))
     if not temporary:
         temporary = "/tmp" if sys.platform in ("darwin", "linux") else tempfile.gettempdir()
     return Path(temporary) / "ray" / _RAY_FILE
 
 
-def _banner(wanted: Wanted, plan: Plan) -> str:
-    told = (
-        "Alerts are only kept here, nobody is told; --settings FILE tells people (python -m alerts --help)"
-        if wanted.settings is None
-        else f"Alerts are told to whom {wanted.settings} names, and kept here"
+def _banner(options: Options, plan: Plan) -> str:
+    receivers = (
+        "Alerts are only recorded here. To send notifications, use --settings FILE (see python -m alerts --help)"
+        if options.settings is None
+        else f"Alerts are sent to the receivers in {options.settings} and recorded here"
     )
     return (
-        f"\nmonitoring {wanted.url}   (Ctrl-C stops it; files and logs are in {plan.folder})\n"
+        f"\nmonitoring {options.url}   (Ctrl-C stops it; files and logs are in {plan.folder})\n"
         f"  Prometheus     http://{plan.prometheus}/graph\n"
         f"  Alerts         http://{plan.prometheus}/alerts\n"
         f"  Targets        http://{plan.prometheus}/targets\n"
         f"  Alertmanager   http://{plan.alertmanager}/\n"
         f'  History        curl -H "Authorization: Bearer $(cat {plan.token})" http://{plan.history}/alerts\n'
-        f"{told}.\n"
+        f"{receivers}.\n"
     )
 
 
-def _watch(wanted: Wanted, plan: Plan, children: list[Child]) -> None:
-    """Say when what is watched comes and goes. Raises Ended when one of ours does."""
+def _watch(options: Options, plan: Plan, children: list[Child]) -> None:
+    """Print each change of state of the service and of Ray. Raises ProgramEnded when a child ends."""
     known: dict[str, State] = {}
     while True:
         for child in children:
-            child.ended()
-        for job, (state, text) in look(plan.prometheus, _ray_file(wanted)).items():
+            child.raise_if_ended()
+        for job, (state, text) in states(plan.prometheus, _ray_file(options)).items():
             if known.get(job) != state:
                 print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
             known[job] = state
-        time.sleep(_LOOK_S)
+        time.sleep(_POLL_S)

@@ -1,4 +1,4 @@
-"""Other people's programs: whether they are there, started so that nothing is left over, and stopped."""
+"""Finds, checks, starts and stops Prometheus and Alertmanager, and sends HTTP requests to programs on this machine."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 
-# By what they are: the names that they have as packages (Debian's first), and Debian's package.
 ALERTMANAGER = ("prometheus-alertmanager", "alertmanager")
+# Program name -> (names of its executable, Debian's first; name of the Debian package).
 PROGRAMS = {
     "Prometheus": (("prometheus",), "prometheus"),
     "promtool": (("promtool",), "prometheus"),
@@ -26,56 +26,59 @@ PROGRAMS = {
 
 _PR_SET_PDEATHSIG = 1
 _STOP_S = 10.0
+# urllib uses the proxies of the environment by default. A proxy cannot reach the loopback interface of this machine.
+_WITHOUT_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 class ProgramError(Exception):
-    """A program cannot be used; the text says why and what would work."""
+    """A program cannot be used. The message contains the reason and a solution."""
 
 
-class Ended(ProgramError):
-    """A program that had started has ended, or does not come to life."""
+class ProgramEnded(ProgramError):
+    """A started program has ended or does not become ready."""
 
 
-def find(*wanted: str) -> dict[str, str]:
-    """Their paths, by what they are. Raises ProgramError that names all that is missing."""
-    found = {name: next(filter(None, map(shutil.which, PROGRAMS[name][0])), None) for name in wanted}
+def find(*names: str) -> dict[str, str]:
+    """Paths of the executables by program name. Raises ProgramError that lists all missing programs."""
+    found = {name: next(filter(None, map(shutil.which, PROGRAMS[name][0])), None) for name in names}
     missing = [name for name, path in found.items() if path is None]
     if missing:
         packages = dict.fromkeys(PROGRAMS[name][1] for name in missing)
         raise ProgramError(
-            f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing; on Debian or Ubuntu: "
-            f"apt-get install -y {' '.join(packages)}   (elsewhere: https://prometheus.io/download/, put on the PATH)"
+            f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed. On Debian or Ubuntu: "
+            f"apt-get install -y {' '.join(packages)}. On other systems, download them from "
+            "https://prometheus.io/download/ into a folder of the PATH."
         )
     return {name: path for name, path in found.items() if path is not None}
 
 
-def port(asked: int, option: str, what: str) -> int:
-    """`asked`, or for 0 one that is free. Raises ProgramError when somebody has it."""
+def available_port(number: int, option: str, program: str) -> int:
+    """`number`, or a free port if `number` is 0. Raises ProgramError if the port is in use."""
     try:
-        with socket.create_server(("127.0.0.1", asked)) as probe:
+        with socket.create_server(("127.0.0.1", number)) as probe:
             return int(probe.getsockname()[1])
     except OSError as error:
         reason = os.strerror(error.errno or 0)
         raise ProgramError(
-            f"{what} cannot listen on 127.0.0.1:{asked}: {reason}; choose another port with {option} (0 takes a free "
-            f"one), or stop who has it. {_service(what)}"
+            f"{program} cannot listen on 127.0.0.1:{number}: {reason}. Choose another port with {option} (0 takes a "
+            f"free port), or stop the program that uses the port. {_system_service(program)}"
         ) from None
 
 
-def _service(what: str) -> str:
-    package = PROGRAMS[what][1] if what in PROGRAMS else None
-    return f"Debian's package starts one of its own: systemctl disable --now {package}" if package else ""
+def _system_service(program: str) -> str:
+    package = PROGRAMS[program][1] if program in PROGRAMS else None
+    return f"Debian's package starts it as a service: systemctl disable --now {package}" if package else ""
 
 
 def check(command: Sequence[str]) -> None:
-    """Have a program judge a file. Raises ProgramError with what it says."""
+    """Run a command that validates a file. Raises ProgramError with its output if it fails."""
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     if done.returncode:
-        raise ProgramError(f"{Path(command[0]).name} refuses the configuration:\n{done.stdout}{done.stderr}".rstrip())
+        raise ProgramError(f"{Path(command[0]).name} rejects the configuration:\n{done.stdout}{done.stderr}".rstrip())
 
 
 class Child:
-    """A program that runs until `stop`, or until we end, however that happens (on Linux). It writes to `log`."""
+    """A child process that writes to the file `log`. On Linux it also ends when this process ends for any reason."""
 
     def __init__(self, name: str, command: Sequence[str], log: Path) -> None:
         self.name = name
@@ -86,24 +89,24 @@ class Child:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                start_new_session=True,  # Ctrl-C in a terminal is for us; we stop them in their order
+                start_new_session=True,  # Ctrl-C reaches this process only, which stops its children in order
                 preexec_fn=_die_with_parent if sys.platform == "linux" else None,
             )
 
-    def ended(self) -> None:
-        """Raises Ended if it has."""
+    def raise_if_ended(self) -> None:
+        """Raises ProgramEnded with the last lines of the log."""
         code = self._process.poll()
         if code is not None:
             last = "\n".join(self._log.read_text(errors="replace").splitlines()[-5:])
-            raise Ended(f"{self.name} ended with {code}; the end of {self._log}:\n{last}")
+            raise ProgramEnded(f"{self.name} ended with exit code {code}. The last lines of {self._log}:\n{last}")
 
-    def ready(self, url: str, within_s: float = 30) -> None:
-        """Wait until it answers there. Raises Ended."""
+    def wait_until_ready(self, url: str, within_s: float = 30) -> None:
+        """Wait until `url` answers. Raises ProgramEnded."""
         deadline = time.monotonic() + within_s
         while not answers(url):
-            self.ended()
+            self.raise_if_ended()
             if time.monotonic() > deadline:
-                raise Ended(f"{self.name} does not answer at {url} after {within_s:.0f} s; see {self._log}")
+                raise ProgramEnded(f"{self.name} has not answered at {url} within {within_s:.0f} s; see {self._log}")
             time.sleep(0.1)
 
     def stop(self) -> None:
@@ -116,9 +119,15 @@ class Child:
             self._process.wait()
 
 
+def get(url: str, timeout_s: float) -> bytes:
+    """The body of a URL on this machine, requested without a proxy. Raises OSError."""
+    with _WITHOUT_PROXY.open(url, timeout=timeout_s) as response:
+        return bytes(response.read())
+
+
 def answers(url: str) -> bool:
     try:
-        urllib.request.urlopen(url, timeout=2).close()
+        get(url, 2)
     except OSError:
         return False
     return True

@@ -1,7 +1,7 @@
-"""What Prometheus reads: where it finds what it watches, and the rules with links that lead somewhere.
+"""Configuration files for Prometheus: scrape targets, and the alert rules with the right links.
 
-Two configurations are kept in the repository, `python -m alerts prometheus` writes them: for containers beside a
-service on this machine, and for Kubernetes. `python -m alerts monitor` renders its own.
+`python -m alerts prometheus` writes two configurations: one for a container next to a service on the same machine, and
+one for Kubernetes. `python -m alerts monitor` writes its own.
 """
 
 from __future__ import annotations
@@ -11,22 +11,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from alerts import slo
-from alerts.render import HERE, fill, replace
+from alerts.render import PACKAGE, render_template, write_file
 
 CONFIG = "prometheus.yml"
 RULES = "rules"
-KEPT = HERE.parent / "cluster/monitoring/prometheus"
+FOLDER = PACKAGE.parent / "cluster/monitoring/prometheus"
 
-_WRITTEN = "Written by `python -m alerts prometheus` from alerts/prometheus.yml.jinja."
+_HEADER = "Written by `python -m alerts prometheus` from alerts/prometheus.yml.jinja."
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a Prometheus finds its targets: each `host:port`, as it is reached from there.
+class Targets:
+    """The addresses that a Prometheus scrapes: `host:port`, as seen from Prometheus.
 
-    `rules` is a glob, `history_token` a file with the history receiver's bearer token; both may be relative to the
-    configuration's folder. `ray_file` is Ray's service discovery file; None asks Kubernetes. `loopback` stands for
-    loopback addresses in that file, where those are not Prometheus's own.
+    `rules` is a glob pattern, `history_token` the path of a file with the bearer token of the alert history. Both may
+    be relative to the folder of the configuration. `ray_file` is the path of Ray's service discovery file; None means
+    discovery by Kubernetes. `loopback` replaces loopback addresses in that file, for a Prometheus that runs in a
+    container.
     """
 
     service: str
@@ -39,13 +40,13 @@ class Place:
     loopback: str | None = None
     scheme: str = "http"
     path: str = "/metrics"
-    made_by: str = _WRITTEN
+    header: str = _HEADER
     notes: tuple[str, ...] = ()
 
 
 _SECRET = "secrets/history_token"
-PLACES = {
-    "prometheus.yml": Place(
+CONFIGS = {
+    "prometheus.yml": Targets(
         service="host.docker.internal:8000",
         prometheus="localhost:9090",
         alertmanager="alertmanager:9093",
@@ -54,42 +55,41 @@ PLACES = {
         ray_file="/tmp/ray/prom_metrics_service_discovery.json",
         loopback="host.docker.internal",
         notes=(
-            "For a container beside a service on the machine itself, which it knows as host.docker.internal. Mount",
-            "/tmp/ray at the same path: Ray's file there is a link. On Linux a container reaches only what does not",
-            "listen on loopback: make serve ARGS='--host 0.0.0.0', and a Ray of `ray start --head` for its metrics.",
-            "Beside this file: rules/ and secrets/history_token.",
+            "For a container next to a service on the same machine, whose name is host.docker.internal. Mount /tmp/ray",
+            "at the same path, because Ray's file there is a symbolic link. On Linux a container cannot reach a",
+            "program that listens on loopback: use make serve ARGS='--host 0.0.0.0' and ray start --head.",
+            "Put rules/ and secrets/history_token next to this file.",
         ),
     ),
-    "prometheus-kubernetes.yml": Place(
+    "prometheus-kubernetes.yml": Targets(
         service="serve-app-serve-svc:8000",
         prometheus="localhost:9090",
         alertmanager="alertmanager:9093",
         history=None,
         history_token=_SECRET,
         notes=(
-            "For a pod in the namespace of a RayService called serve-app; it may list, get and watch pods.",
-            "Beside this file: rules/.",
+            "For a pod in the namespace of the RayService serve-app. It needs permission to list, get and watch pods.",
+            "Put rules/ next to this file.",
         ),
     ),
 }
 
 
-def config(place: Place) -> str:
-    return fill(f"{CONFIG}.jinja", place=place)
+def config(targets: Targets) -> str:
+    return render_template(f"{CONFIG}.jinja", targets=targets)
 
 
-def write(place: Place, folder: Path) -> Path:
-    return replace(folder / CONFIG, config(place))
+def write(targets: Targets, folder: Path) -> Path:
+    return write_file(folder / CONFIG, config(targets))
 
 
-def write_kept() -> Iterator[Path]:
-    """Those in the repository."""
-    for name, place in PLACES.items():
-        yield replace(KEPT / name, config(place))
+def write_configs(folder: Path) -> Iterator[Path]:
+    for name, targets in CONFIGS.items():
+        yield write_file(folder / name, config(targets))
 
 
 def write_rules(folder: Path, runbooks: str, dashboards: str) -> Iterator[Path]:
-    """The rules into `folder`/rules. The two addresses take the place of those that the repository's rules have."""
-    for source in sorted((HERE / RULES).glob("*.yml")):
+    """Write the rules to `folder`/rules, with the two base addresses in their links."""
+    for source in sorted((PACKAGE / RULES).glob("*.yml")):
         text = source.read_text(encoding="utf-8")
-        yield replace(folder / RULES / source.name, slo.linked(text, runbooks, dashboards))
+        yield write_file(folder / RULES / source.name, slo.linked(text, runbooks, dashboards))

@@ -1,4 +1,4 @@
-"""Who is told of alerts, and where: one small file of addresses. Secrets are only ever files that it names."""
+"""The settings file: the receivers of alerts. It contains addresses and the paths of secret files, but no secrets."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 EXAMPLE = Path(__file__).with_name("settings.example.yml")
 
-HEARD_EVERY_S = 3600  # at least, the history receiver is told of what still fires
-# After so long a silence whoever is the dead-man's switch has to raise the alarm. It hears of life every 30 s, and for
-# at most a minute after Prometheus has died: two messages may be lost, and the alarm still comes within 3 minutes.
+HISTORY_REPEAT_S = 3600  # the history receives firing alerts at least this often
+# The dead man's switch must raise an alarm after this time without a message. Alertmanager sends one every 30 s, and
+# for at most 60 s after Prometheus has stopped. So two messages may be lost, and the alarm arrives within 3 minutes.
 DEAD_MAN_SILENCE_S = 90
 
 _UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -31,51 +31,55 @@ _PLACEHOLDER = re.compile(
 
 
 class SettingsError(Exception):
-    """The settings cannot be used; the text lists every fault with its key."""
+    """The settings cannot be used. The message lists every error with its key."""
 
 
 def seconds(duration: str) -> float:
-    """Of a duration as Alertmanager writes it: `1h30m` is 5400."""
+    """The seconds of a duration in the format of Alertmanager: `1h30m` is 5400."""
     return sum(int(number) * _UNITS[unit] for number, unit in _DURATION.findall(duration))
 
 
 def _url(text: str) -> str:
     parts = urlsplit(text)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(f"{text!r} is no URL; write it like https://host/path")
+        raise ValueError(f"{text!r} is not a URL; an example is https://host/path")
     if parts.username is not None or parts.password is not None:  # Alertmanager 0.25 logs the URLs of webhooks
-        raise ValueError("a URL here holds no user or password; put the secret into the file that is named beside it")
+        raise ValueError("a URL must not contain a user or password; write the secret to the file named next to it")
     return text
 
 
 def _base(text: str) -> str:
-    """It is written into the rules, whose texts are YAML and Prometheus' templates."""
+    """Check a base address strictly, because it is inserted into the rules, which are YAML and Prometheus templates."""
     if not re.fullmatch(r"https?://[\w.:\[\]-]+(/[\w./~%+@-]*)?", text):
-        raise ValueError(f"{text!r} is no address that a path can be put behind; write it like https://host/path")
+        raise ValueError(f"{text!r} is not a base address; an example is https://host/path")
     return text.rstrip("/")
 
 
 def _duration(text: str) -> str:
     if not re.fullmatch(rf"(?:{_DURATION.pattern})+", text) or seconds(text) == 0:
-        raise ValueError(f"{text!r} is no duration above zero; write it like 30s, 5m or 1h30m")
+        raise ValueError(f"{text!r} is not a duration above zero; examples are 30s, 5m and 1h30m")
     return text
 
 
 def _address(text: str) -> str:
     if not re.fullmatch(r"[^@\s,]+@[^@\s,]+", text):
-        raise ValueError(f"{text!r} is no mail address; write it like team@host, and several as a list")
+        raise ValueError(
+            f"{text!r} is not an email address; an example is team@host. Write several addresses as a list"
+        )
     return text
 
 
 def _channel(text: str) -> str:
     if not re.fullmatch(r"[#@]\S+", text):
-        raise ValueError(f"{text!r} is no channel; write it like '#alerts' (in quotes, or YAML takes it for a comment)")
+        raise ValueError(
+            f"{text!r} is not a channel; an example is '#alerts', in quotes because # starts a comment in YAML"
+        )
     return text
 
 
 def _smarthost(text: str) -> str:
     if not re.fullmatch(r"\S+:\d{1,5}", text):
-        raise ValueError(f"{text!r} has no port; write it like smtp.host:587")
+        raise ValueError(f"{text!r} has no port; an example is smtp.host:587")
     return text
 
 
@@ -83,31 +87,31 @@ def _location(text: str) -> str:
     try:
         zoneinfo.ZoneInfo(text)
     except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
-        raise ValueError(f"{text!r} is no time zone of this system; write it like Europe/Berlin or UTC") from None
+        raise ValueError(f"{text!r} is not a time zone of this system; examples are Europe/Berlin and UTC") from None
     return text
 
 
 def _days(text: str) -> str:
     if not _DAYS.fullmatch(text):
-        raise ValueError(f"{text!r} is no day or range of days; write it like monday:friday, or saturday")
+        raise ValueError(f"{text!r} is not a day or a range of days; examples are monday:friday and saturday")
     return text
 
 
 def _time(text: str) -> str:
     if not _TIME.fullmatch(text):
-        raise ValueError(f"{text!r} is no time of day; write it like '09:00', in quotes")
+        raise ValueError(f"{text!r} is not a time of day; an example is '09:00', in quotes")
     return text
 
 
 def _label(text: str) -> str:
     if not _LABEL.fullmatch(text):
-        raise ValueError(f"{text!r} is no name of a label or an alert; letters, digits and _ make one")
+        raise ValueError(f"{text!r} is not the name of a label or an alert; use letters, digits and _")
     return text
 
 
 def _symptom(text: str) -> str:
     if not re.fullmatch(r"[a-z0-9-]+", text):
-        raise ValueError(f"{text!r} is no symptom; small letters, digits and - make one")
+        raise ValueError(f"{text!r} is not a symptom; use lower-case letters, digits and -")
     return text
 
 
@@ -129,25 +133,25 @@ class Section(BaseModel):
 
 
 class PagerDuty(Section):
-    """An integration of the kind Events API v2."""
+    """An integration of the type Events API v2."""
 
     routing_key_file: Path
     url: Url = "https://events.pagerduty.com/v2/enqueue"
 
 
 class Slack(Section):
-    """Each channel with its own incoming webhook: an app's webhook posts to the channel it was made for."""
+    """Channels, each with its own incoming webhook, because a webhook of a Slack app posts to a fixed channel."""
 
-    class Place(Section):
+    class Destination(Section):
         channel: Channel
         api_url_file: Path
 
-    critical: Place
-    warning: Place
+    critical: Destination
+    warning: Destination
 
 
 class Email(Section):
-    """`smarthost` takes mail with STARTTLS, and after a login if there is a `username`."""
+    """`smarthost` accepts mail with STARTTLS, after a login if `username` is set."""
 
     smarthost: Smarthost
     sender: Address
@@ -158,21 +162,21 @@ class Email(Section):
     require_tls: bool = True
 
     @model_validator(mode="after")
-    def _login_is_whole(self) -> Email:
+    def _login_is_complete(self) -> Email:
         if (self.username is None) != (self.password_file is None):
-            raise ValueError("username and password_file go together; give both, or neither")
+            raise ValueError("username and password_file must be given together")
         return self
 
 
 class Webhook(Section):
-    """`token_file` holds the bearer token."""
+    """`token_file` is the path of a file with the bearer token."""
 
     url: Url
     token_file: Path
 
 
 class BusinessHours(Section):
-    """When warnings are told. From `start` to `end` on `days`, in the time of `location`."""
+    """When warnings are sent: from `start` to `end` on `days`, in the time zone `location`."""
 
     location: Location
     days: tuple[Days, ...] = Field(("monday:friday",), min_length=1)
@@ -182,63 +186,67 @@ class BusinessHours(Section):
     @model_validator(mode="after")
     def _ordered(self) -> BusinessHours:
         if self.start >= self.end:
-            raise ValueError(f"start {self.start} is not before end {self.end}; hours over midnight are not possible")
+            raise ValueError(
+                f"start {self.start} is not before end {self.end}; hours across midnight are not supported"
+            )
         return self
 
 
-class Wait(Section):
-    """How long a new group of alerts is waited for, how often its changes are told, and when it is told again."""
+class GroupTiming(Section):
+    """The delay of a new group's first notification, the interval of its changes, and the interval of its
+    repetitions."""
 
     group_wait: Duration
     group_interval: Duration
     repeat_interval: Duration
 
     @model_validator(mode="after")
-    def _ordered(self) -> Wait:
+    def _ordered(self) -> GroupTiming:
         if seconds(self.repeat_interval) < seconds(self.group_interval):
             raise ValueError(
-                f"repeat_interval {self.repeat_interval} is below group_interval {self.group_interval}, "
-                "at which alone Alertmanager looks; make it the same or longer"
+                f"repeat_interval {self.repeat_interval} is below group_interval {self.group_interval}; "
+                "it must be at least as long, because Alertmanager checks a group once per group_interval"
             )
         return self
 
 
-def _wait(group_wait: str, group_interval: str, repeat_interval: str) -> Wait:
-    return Wait(group_wait=group_wait, group_interval=group_interval, repeat_interval=repeat_interval)
+def _timing(group_wait: str, group_interval: str, repeat_interval: str) -> GroupTiming:
+    return GroupTiming(group_wait=group_wait, group_interval=group_interval, repeat_interval=repeat_interval)
 
 
 class Timing(Section):
-    """`history` waits as `critical` does: the first notification that it measures is then the page's.
+    """`history` has the timing of `critical`, so that the detection time that it measures is that of a page.
 
-    `dead_man` is how often the dead-man's switch is told that everything works.
+    `dead_man` is the interval of the messages to the dead man's switch.
     """
 
-    critical: Wait = _wait("10s", "1m", "4h")
-    warning: Wait = _wait("30s", "5m", "12h")
-    digest: Wait = _wait("30m", "12h", "1d")
-    history: Wait = _wait("10s", "1m", "1h")
+    critical: GroupTiming = _timing("10s", "1m", "4h")
+    warning: GroupTiming = _timing("30s", "5m", "12h")
+    digest: GroupTiming = _timing("30m", "12h", "1d")
+    history: GroupTiming = _timing("10s", "1m", "1h")
     dead_man: Duration = "30s"
 
     @model_validator(mode="after")
-    def _history_hears_often(self) -> Timing:
-        if seconds(self.history.repeat_interval) > HEARD_EVERY_S:
+    def _history_repeats_often(self) -> Timing:
+        if seconds(self.history.repeat_interval) > HISTORY_REPEAT_S:
             raise ValueError(
-                f"history.repeat_interval {self.history.repeat_interval} is above 1h: the history takes an alert that "
-                "it has not heard of for three hours for one whose end it was not told"
+                f"history.repeat_interval {self.history.repeat_interval} is above 1h; this is too long, because the "
+                "history marks an alert as `unheard` after three hours without a notification"
             )
         return self
 
 
 class Inhibition(Section):
-    """Which alerts keep quiet while another one fires.
+    """Which alerts Alertmanager suppresses while another alert fires.
 
-    A more severe alert silences a less severe one with the same name or the same label `symptom`, in the same place:
-    all labels in `place` are equal, or missing in both. While an alert in `service_down` fires, all others of its
-    cluster that have a symptom are silent; one without is somebody else's. Alerts with a symptom in `spared` are
-    silenced by neither: what watches the watchers, and what may be the cause.
+    A more severe alert suppresses a less severe one with the same name or the same label `symptom`, if all labels in
+    `place` are equal or missing in both. While an alert in `service_down` fires, all other alerts of its cluster that
+    have a symptom are suppressed; alerts without a symptom belong to other services. Alerts with a symptom in `spared`
+    are about the monitoring itself or may be the cause, so only a more severe alert with the same name suppresses
+    them.
 
-    Alertmanager keeps back ends too: who was told of an alert that is then silenced so, and resolved meanwhile, is not
-    told that it is over (seen with 0.25).
+    If an alert is suppressed after its first notification and is resolved meanwhile, Alertmanager does not send its end
+    (observed with version 0.25).
     """
 
     place: tuple[Name, ...] = ("cluster", "model")
@@ -247,10 +255,10 @@ class Inhibition(Section):
 
 
 class Settings(Section):
-    """`group_by` are the labels that alerts told together have in common.
+    """All settings. Alerts with equal labels `group_by` are sent in one notification.
 
-    Without `history` nobody keeps when alerts fired and ended, and the dashboards know no MTTD and no MTTR. Links of
-    alerts are `runbooks_url`/NAME.md and `dashboards_url`/UID.
+    Without `history` no alert history is recorded, so the dashboards have no MTTD and no MTTR. The links in alerts are
+    `runbooks_url`/NAME.md and `dashboards_url`/UID.
     """
 
     external_url: Url = "http://127.0.0.1:9093"
@@ -267,11 +275,11 @@ class Settings(Section):
     timing: Timing = Timing()
 
     def secret_files(self) -> dict[str, Path]:
-        """Every file with a secret, by its key."""
+        """The paths of all secret files by key."""
         return {key: value for key, value in self._leaves() if isinstance(value, Path)}
 
     def placeholders(self) -> dict[str, str]:
-        """What the example has and nobody changed, by its key."""
+        """The values that are still those of the example, by key."""
         texts = {key: value for key, value in self._leaves() if isinstance(value, str)}
         return {key: text for key, text in texts.items() if is_placeholder(text)}
 
@@ -292,15 +300,15 @@ def _leaves(value: Any, path: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
 
 
 def load(path: Path) -> Settings:
-    """Paths of secrets become absolute; they are meant from the settings file's folder. Raises SettingsError."""
+    """Read a settings file. Relative paths of secrets are relative to its folder. Raises SettingsError."""
     try:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise SettingsError(f"{path}: no such file; begin with a copy of {EXAMPLE}") from None
+        raise SettingsError(f"{path}: no such file; start with a copy of {EXAMPLE}") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise SettingsError(f"{path}: {error}") from None
     if not isinstance(document, dict):
-        raise SettingsError(f"{path}: not a mapping of keys; begin with a copy of {EXAMPLE}")
+        raise SettingsError(f"{path}: the file is not a mapping of keys; start with a copy of {EXAMPLE}")
     try:
         return Settings.model_validate(_absolute(document, path.absolute().parent))
     except ValidationError as error:
@@ -317,28 +325,28 @@ def _absolute(value: Any, folder: Path) -> Any:
 
 
 def describe(error: ValidationError) -> str:
-    """Every fault, one a line: its key, what is wrong, and what would work."""
-    return "\n".join(f"  {_key(fault['loc'])}: {_sentence(fault)}" for fault in error.errors())
+    """All errors, one per line: the key, the error and a solution."""
+    return "\n".join(f"  {_key(one['loc'])}: {_sentence(one)}" for one in error.errors())
 
 
 def _key(location: tuple[int | str, ...]) -> str:
     return ".".join(map(str, location)) or "(top)"
 
 
-def _sentence(fault: Any) -> str:
-    match fault["type"]:
+def _sentence(error: Any) -> str:
+    match error["type"]:
         case "missing":
-            return f"missing; {EXAMPLE.name} shows it"
+            return f"missing; see {EXAMPLE.name}"
         case "extra_forbidden":
-            return f"no such key; there are {', '.join(_keys(fault['loc'][:-1]))}"
-        case "string_type":  # 17:00 without quotes is 1020 to YAML
-            return f"{fault['input']!r} is no text; put it in quotes"
+            return f"unknown key; the keys are {', '.join(_keys(error['loc'][:-1]))}"
+        case "string_type":  # YAML reads 17:00 without quotes as 1020
+            return f"{error['input']!r} is not text; write it in quotes"
         case _:
-            return str(fault["msg"]).removeprefix("Value error, ")
+            return str(error["msg"]).removeprefix("Value error, ")
 
 
 def _keys(location: tuple[int | str, ...]) -> list[str]:
-    """The keys of the section there."""
+    """The keys of the section at this location."""
     section: type[BaseModel] = Settings
     for name in location:
         annotation = section.model_fields[str(name)].annotation

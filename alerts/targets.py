@@ -1,21 +1,22 @@
-"""Whether the service and Ray are there, as a Prometheus on this machine sees it."""
+"""The state of the scrape jobs `serve_app` and `ray` in a Prometheus on this machine."""
 
 from __future__ import annotations
 
 import json
-import urllib.request
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
+
+from alerts.programs import get
 
 State: TypeAlias = Literal["up", "down", "unknown"]
 Target: TypeAlias = dict[str, Any]
 
 
-def look(prometheus: str, ray_file: Path) -> dict[str, tuple[State, str]]:
-    """By job its state and a sentence about it; nothing while `prometheus` (host:port) has not looked itself."""
+def states(prometheus: str, ray_file: Path) -> dict[str, tuple[State, str]]:
+    """State and explanation by job, or {} before `prometheus` (host:port) has scraped all targets once."""
     try:
-        with urllib.request.urlopen(f"http://{prometheus}/api/v1/targets?state=active", timeout=5) as answer:
-            targets: list[Target] = json.load(answer)["data"]["activeTargets"]
+        body = get(f"http://{prometheus}/api/v1/targets?state=active", 5)
+        targets: list[Target] = json.loads(body)["data"]["activeTargets"]
     except (OSError, ValueError):
         return {}
     service = [target for target in targets if target["labels"]["job"] == "serve_app"]
@@ -27,19 +28,19 @@ def look(prometheus: str, ray_file: Path) -> dict[str, tuple[State, str]]:
 
 def _service(target: Target) -> tuple[State, str]:
     if target["health"] == "up":
-        return "up", f"the service is up: {target['scrapeUrl']} is scraped every 15 s"
+        return "up", f"the service is up: Prometheus scrapes {target['scrapeUrl']} every 15 s"
     return "down", (
-        f"the service does not answer: {target['lastError']}; after a minute of that ServiceDown fires. "
-        "Start it with `make serve`, or say where it is with --url"
+        f"the service does not answer: {target['lastError']}. ServiceDown fires after 1 minute. "
+        "Start the service with `make serve`, or give its address with --url"
     )
 
 
 def _ray(targets: list[Target], file: Path) -> tuple[State, str]:
     if not targets:
         return "unknown", (
-            f"Ray is not found: {file} lists nothing yet; alerts about nodes and deployments are silent. It comes with "
-            "a Ray on this machine; for one with another RAY_TMPDIR say where: --ray-metrics FILE"
+            f"Ray is not found: {file} lists no targets yet, so alerts about nodes and deployments cannot fire. Ray "
+            "writes this file when it runs on this machine. If RAY_TMPDIR differs, give the file with --ray-metrics"
         )
     if not any(target["health"] == "up" for target in targets):
-        return "down", f"Ray does not answer: none of the addresses ({len(targets)}) that {file} lists"
-    return "up", f"Ray is up: scraped every 15 s at the addresses that {file} lists"
+        return "down", f"Ray does not answer at any of the addresses ({len(targets)}) in {file}"
+    return "up", f"Ray is up: Prometheus scrapes the addresses in {file} every 15 s"

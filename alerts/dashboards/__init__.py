@@ -1,1 +1,1 @@
-"""Grafana's dashboards, as tables of panels: `python -m alerts dashboards` writes them as JSON."""
+"""The Grafana dashboards as tables of panels, which `python -m alerts dashboards` converts to JSON."""

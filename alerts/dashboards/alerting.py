@@ -1,20 +1,20 @@
-"""Alerts: which there are, which there were, how soon they were told and over, and whether all of it works."""
+"""The alerting dashboard: active and past alerts, times to detect and resolve, and the health of the alert delivery."""
 
 from __future__ import annotations
 
-from alerts.dashboards.panels import Board, Panel
-from alerts.dashboards.promql import bound
+from alerts.dashboards.panels import Dashboard, Panel
+from alerts.dashboards.promql import threshold
 
-PEOPLE = 'severity!="none"'  # and not the Watchdog, which is for Alertmanager
-TOLD = 'alerts_received_total{status="firing"}'
+WITHOUT_WATCHDOG = 'severity!="none"'
+RECEIVED = 'alerts_received_total{status="firing"}'
 SEVERITIES = ("critical", "warning", "info")
 YES_NO = {0: ("no", "red"), 1: ("yes", "green")}
 MONITORING = ("ScrapeTargetDown", "ScrapeJobMissing")
 
 
 def _since(counter: str, by: str, offset: str = "$__range") -> str:
-    """What came to the history's counters. They begin at what its database holds, so a difference misses none, where
-    `increase` would miss the first of each name."""
+    """PromQL of the increase of a counter of the alert history. The counters start with the stored alerts, so a
+    difference is exact, while `increase` would miss the first alert of each name."""
     now = f"sum by ({by}) ({counter})"
     return f"({now} - (sum by ({by}) ({counter} offset {offset}) or 0 * {now}))"
 
@@ -29,41 +29,41 @@ NOW = (
         Panel(
             f"Firing: {severity}",
             {
-                "critical": "Somebody is paged for each of these. Take the runbook of the one that began first.",
-                "warning": "Told in business hours. Read the oldest first; a page often has its cause among them.",
-                "info": "Told once a day. Many of one name ask for another threshold.",
+                "critical": "Alerts that page. Start with the runbook of the alert that started first.",
+                "warning": "Alerts that are sent in business hours. The oldest one is often the cause of a page.",
+                "info": "Alerts in the daily digest. If one of them fires often, change its threshold.",
             }[severity],
             "short",
             ((f'count(ALERTS{{alertstate="firing", severity="{severity}"}}) or vector(0)', severity),),
             "stat",
-            bounds=(1,),
+            thresholds=(1,),
             width=4,
         )
         for severity in SEVERITIES
     ),
     Panel(
         "Pending",
-        "Alerts whose condition holds and whose waiting time does not yet: what may fire next.",
+        "Alerts whose condition holds but whose `for` time has not passed yet. They may fire next.",
         "short",
-        ((f'count(ALERTS{{alertstate="pending", {PEOPLE}}}) or vector(0)', "pending"),),
+        ((f'count(ALERTS{{alertstate="pending", {WITHOUT_WATCHDOG}}}) or vector(0)', "pending"),),
         "stat",
         width=4,
     ),
     Panel(
         "MTTD",
-        "Mean time from an alert's firing to its first notification, in the range above. Minutes: look at group_wait "
-        "and at Alertmanager's queue.",
+        "Mean time from the firing of an alert to its first notification, in the selected time range. If it takes "
+        "minutes, check group_wait and the queue of Alertmanager.",
         "s",
         ((_mean("alert_detection_seconds"), "{{severity}}"),),
         "stat",
-        bounds=(150,),
+        thresholds=(150,),
         alerts=("NotificationsFail",),
         width=4,
     ),
     Panel(
         "MTTR",
-        "Mean time from an alert's firing to its end, of those that ended in the range above. Growing: runbooks are "
-        "not followed, or do not help.",
+        "Mean time from the firing of an alert to its end, for alerts that ended in the selected time range. If it "
+        "grows, the runbooks are not followed or do not help.",
         "s",
         ((_mean("alert_resolution_seconds"), "{{severity}}"),),
         "stat",
@@ -71,9 +71,10 @@ NOW = (
     ),
     Panel(
         "Active alerts",
-        "All that fire, with their labels. The name leads to alerts/runbooks; silences are made in Alertmanager.",
+        "All firing alerts with their labels. The runbook of an alert has its name or subject; silences are created "
+        "in Alertmanager.",
         "short",
-        ((f'ALERTS{{alertstate="firing", {PEOPLE}}}', ""),),
+        ((f'ALERTS{{alertstate="firing", {WITHOUT_WATCHDOG}}}', ""),),
         "table",
         width=24,
     ),
@@ -82,90 +83,99 @@ NOW = (
 HISTORY = (
     Panel(
         "Alerts over time",
-        "How many fired, by name. A name that comes and goes flaps: its threshold or its cause needs work.",
+        "Number of firing alerts by name. If an alert starts and ends repeatedly, its threshold or its cause needs "
+        "work.",
         "short",
-        ((f'count by (alertname, severity) (ALERTS{{alertstate="firing", {PEOPLE}}})', "{{severity}} {{alertname}}"),),
+        (
+            (
+                f'count by (alertname, severity) (ALERTS{{alertstate="firing", {WITHOUT_WATCHDOG}}})',
+                "{{severity}} {{alertname}}",
+            ),
+        ),
         width=12,
         stacked=True,
     ),
     Panel(
-        "Told in a day, by severity",
-        "Alerts that began, in the 24 hours before each instant. A growing line is a service that degrades, or noise.",
+        "Alerts per day, by severity",
+        "Alerts that started in the 24 hours before each point. A growing line means that the service degrades or "
+        "that thresholds are too strict.",
         "short",
-        ((_since(TOLD, "severity", "1d"), "{{severity}}"),),
+        ((_since(RECEIVED, "severity", "1d"), "{{severity}}"),),
         width=12,
     ),
     Panel(
-        "Told most",
-        "Alerts that began in the range above, by name. The first in the list deserves an hour of work.",
+        "Most frequent alerts",
+        "Alerts that started in the selected time range, by name. Investigate the first one in the list.",
         "short",
-        ((f"topk(10, {_since(TOLD, 'alertname')})", "{{alertname}}"),),
+        ((f"topk(10, {_since(RECEIVED, 'alertname')})", "{{alertname}}"),),
         "table",
     ),
     Panel(
         "MTTD over time",
-        "Mean time to the first notification, of the 24 hours before each instant. The whole chain promises 150 s, "
-        "from the fault itself.",
+        "Mean time to the first notification, over the 24 hours before each point. The design target is 150 s from "
+        "the fault, including the `for` of the rule.",
         "s",
         ((_mean("alert_detection_seconds", "1d"), "{{severity}}"),),
-        bounds=(150,),
+        thresholds=(150,),
     ),
     Panel(
         "MTTR over time",
-        "Mean time from firing to the end, of the 24 hours before each instant.",
+        "Mean time from firing to the end of an alert, over the 24 hours before each point.",
         "s",
         ((_mean("alert_resolution_seconds", "1d"), "{{severity}}"),),
     ),
     Panel(
-        "Detection, share within a minute",
-        "Share of the alerts told within 60 s of their firing, of all that the history holds.",
+        "Share detected within 60 s",
+        "Share of all recorded alerts that were notified within 60 s of firing.",
         "percentunit",
         (
             (
                 'sum(alert_detection_seconds_bucket{le="60.0"}) / (sum(alert_detection_seconds_count) > 0)',
-                "within a minute",
+                "within 60 s",
             ),
         ),
-        full=1,
+        maximum=1,
         width=12,
     ),
     Panel(
-        "Resolution, share within an hour",
-        "Share of the alerts that were over within an hour, of all that the history holds.",
+        "Share resolved within 1 hour",
+        "Share of all recorded alerts that ended within one hour of firing.",
         "percentunit",
         (
             (
                 'sum(alert_resolution_seconds_bucket{le="3600.0"}) / (sum(alert_resolution_seconds_count) > 0)',
-                "within an hour",
+                "within 1 hour",
             ),
         ),
-        full=1,
+        maximum=1,
         width=12,
     ),
 )
 
-CHAIN = (
+DELIVERY = (
     Panel(
         "Watchdog",
-        "The alert that always fires. A gap: rules were not evaluated, and the dead-man's switch should have rung.",
+        "The alert that always fires. A gap means that the rules were not evaluated. The dead man's switch should "
+        "have raised an alarm.",
         "short",
         (('max(ALERTS{alertname="Watchdog", alertstate="firing"})', "Watchdog"),),
         "states",
         alerts=("Watchdog",),
-        words=YES_NO,
+        value_names=YES_NO,
     ),
     Panel(
-        "Alertmanagers known",
-        "How many Prometheus sends to. Below 1 no alert reaches anybody.",
+        "Alertmanagers in use",
+        "Number of Alertmanagers that Prometheus sends alerts to. Below 1 no alert is delivered.",
         "short",
         (("max by (instance) (prometheus_notifications_alertmanagers_discovered)", "{{instance}}"),),
-        bounds=(1,),
-        low=True,
+        thresholds=(1,),
+        low_is_bad=True,
         alerts=("AlertmanagerUnreachable",),
     ),
     Panel(
-        "Sent by Prometheus",
-        "Alerts sent to Alertmanager a second, those dropped and those that failed. Dropped and failed ones are lost.",
+        "Alerts sent by Prometheus",
+        "Alerts per second that Prometheus sent to Alertmanager, dropped, or failed to send. Dropped and failed "
+        "alerts are lost.",
         "ops",
         (
             ("sum by (instance) (rate(prometheus_notifications_sent_total[$__rate_interval]))", "{{instance}} sent"),
@@ -182,14 +192,15 @@ CHAIN = (
     ),
     Panel(
         "Notifications",
-        "What Alertmanager told, by the way it went.",
+        "Notifications per second that Alertmanager sent, by integration.",
         "ops",
         (("sum by (integration) (rate(alertmanager_notifications_total[$__rate_interval]))", "{{integration}}"),),
         stacked=True,
     ),
     Panel(
-        "Notifications that failed",
-        "Share of the notifications that did not get out. Another way still works: use that meanwhile.",
+        "Failed notifications",
+        "Share of the notifications that could not be sent, by integration. Use another integration until it is "
+        "repaired.",
         "percentunit",
         (
             (
@@ -198,13 +209,14 @@ CHAIN = (
                 "{{integration}}",
             ),
         ),
-        bounds=(bound("NotificationsFail"),),
+        thresholds=(threshold("NotificationsFail"),),
         alerts=("NotificationsFail",),
-        full=1,
+        maximum=1,
     ),
     Panel(
-        "Time of a notification",
-        "How long a receiver takes to take one. Seconds: it is slow, and others in its group wait.",
+        "Notification latency",
+        "90th percentile of the time that a receiver takes to accept a notification. Seconds mean that the receiver "
+        "is slow and delays its group.",
         "s",
         (
             (
@@ -216,30 +228,32 @@ CHAIN = (
         alerts=("NotificationsFail",),
     ),
     Panel(
-        "Scraped",
-        "Whether each target answered. What is red is blind: its alerts cannot fire, and panels end there.",
+        "Scrape state",
+        "Whether each target answers. Alerts that use the metrics of a red target cannot fire, and panels have a gap.",
         "short",
         (("up", "{{job}} {{instance}}"),),
         "states",
         alerts=(*MONITORING, "ServiceDown"),
-        words=YES_NO,
+        value_names=YES_NO,
     ),
     Panel(
-        "Time of a scrape",
-        "How long targets take. Near the interval, samples are lost: too many series, or a machine without reserve.",
+        "Scrape duration",
+        "Duration of the scrape of each target. Close to the scrape interval samples are lost: the target has too "
+        "many series, or the machine is overloaded.",
         "s",
         (("max by (job, instance) (scrape_duration_seconds)", "{{job}} {{instance}}"),),
         alerts=("ScrapeTargetDown",),
     ),
     Panel(
-        "Samples a scrape",
-        "How many series each target has. A jump is a label whose values nobody bounds.",
+        "Samples per scrape",
+        "Number of samples of each target. A jump means that a label has too many values.",
         "short",
         (("max by (job, instance) (scrape_samples_scraped)", "{{job}} {{instance}}"),),
     ),
     Panel(
-        "Rules: time of an evaluation",
-        "Time that each group took last, beside how often it is to run. Longer than that, alerts come late.",
+        "Rule evaluation time",
+        "Duration of the last evaluation of each rule group, and the evaluation interval. If the duration exceeds "
+        "the interval, alerts are late.",
         "s",
         (
             ("max by (rule_group) (prometheus_rule_group_last_duration_seconds)", "{{rule_group}}"),
@@ -248,8 +262,8 @@ CHAIN = (
         alerts=("RulesFail",),
     ),
     Panel(
-        "Rules that failed or were late",
-        "Evaluations that failed, and rounds that were left out, in 10 minutes. Either makes alerts silent.",
+        "Failed and missed rule evaluations",
+        "Failed evaluations and skipped rounds in 10 minutes. Both can prevent alerts from firing.",
         "short",
         (
             ("sum by (rule_group) (increase(prometheus_rule_evaluation_failures_total[10m]))", "{{rule_group}} failed"),
@@ -261,8 +275,9 @@ CHAIN = (
         alerts=("RulesFail",),
     ),
     Panel(
-        "Configuration taken",
-        "Whether the last reload was accepted. No: it still runs with the old one, and new alerts are not there.",
+        "Configuration reload successful",
+        "Whether the last reload of the configuration succeeded. After a failed reload the old configuration remains"
+        " active and new alerts are missing.",
         "short",
         (
             ("max by (instance) (prometheus_config_last_reload_successful)", "Prometheus {{instance}}"),
@@ -270,14 +285,14 @@ CHAIN = (
         ),
         "states",
         alerts=("ConfigNotReloaded",),
-        words=YES_NO,
+        value_names=YES_NO,
     ),
 )
 
-BOARD = Board(
+DASHBOARD = Dashboard(
     uid="serve-app-alerting",
     title="serve_app: alerting",
-    description="Active alerts, their history, how soon they are told and over, and whether the chain itself works.",
-    rows={"Now": NOW, "History": HISTORY, "The chain": CHAIN},
+    description="Active alerts, past alerts, times to detect and resolve, and the health of the alert delivery.",
+    rows={"Now": NOW, "History": HISTORY, "Delivery": DELIVERY},
     since="now-24h",
 )

@@ -1,39 +1,39 @@
-"""What callers get, and what the engines do for it."""
+"""The LLM performance dashboard: requests, latencies, tokens, HTTP calls and engines."""
 
 from __future__ import annotations
 
-from alerts.dashboards.panels import Board, Panel, Variable
+from alerts.dashboards.panels import Dashboard, Panel, Variable
 from alerts.dashboards.promql import (
     MODEL,
-    bound,
     buckets,
-    highest,
+    maximum,
     objective,
     per_second,
     quantiles,
-    share,
+    ratio,
+    threshold,
     total,
 )
 
 TTFT = "serve_app_time_to_first_token_seconds"
 TPOT = "serve_app_time_per_output_token_seconds"
-ENDED = "serve_app_requests_total"
+REQUESTS_TOTAL = "serve_app_requests_total"
 ROUTE = ("route",)
-TTFT_BOUNDS = (bound("TimeToFirstTokenHigh"), bound("TimeToFirstTokenVeryHigh"))
-ERROR_BOUNDS = (bound("ErrorRateHigh"), bound("ErrorRateVeryHigh"))
+TTFT_THRESHOLDS = (threshold("TimeToFirstTokenHigh"), threshold("TimeToFirstTokenVeryHigh"))
+ERROR_THRESHOLDS = (threshold("ErrorRateHigh"), threshold("ErrorRateVeryHigh"))
 ERRORS = ("ErrorRateHigh", "ErrorRateVeryHigh", "AvailabilityBudgetBurnsFast")
-NOBODY = f'{MODEL}, outcome="queue_full"'
+REJECTED = f'{MODEL}, outcome="queue_full"'
 
 
 def _recorded(name: str) -> tuple[tuple[str, str], ...]:
     return ((f"{name}{{{MODEL}}}", "{{model}}"),)
 
 
-GLANCE = (
+OVERVIEW = (
     Panel(
-        "Requests a second",
-        "Requests that ended, whatever way, without those who left or asked for what cannot be done, over 5 minutes. "
-        "None at all while callers are there: look at HTTP below, then at the resources dashboard.",
+        "Requests per second",
+        "Requests that ended in the last 5 minutes, without cancelled and invalid requests. If it is 0 although "
+        "clients send requests, check the HTTP row, then the resources dashboard.",
         "reqps",
         _recorded("serve_app:requests:rate5m"),
         "stat",
@@ -41,35 +41,39 @@ GLANCE = (
     ),
     Panel(
         "Failed",
-        "Share of 5 minutes' requests that failed or were turned away. Above the bounds: Errors by code says which.",
+        "Share of the requests in the last 5 minutes that failed or were rejected. Above the threshold, check the "
+        "panel Errors by code.",
         "percentunit",
         _recorded("serve_app:bad_requests:ratio_rate5m"),
         "stat",
-        bounds=ERROR_BOUNDS,
+        thresholds=ERROR_THRESHOLDS,
         alerts=ERRORS,
         width=4,
     ),
     Panel(
-        "First token, p95",
-        "Arrival to first token over 5 minutes; nothing below 10 requests. High: compare queue and prefill below.",
+        "TTFT, p95",
+        "Time from arrival to the first token over the last 5 minutes. Empty below 10 requests. If it is high, "
+        "compare the panels Queue time and Prefill time.",
         "s",
         _recorded("serve_app:time_to_first_token_seconds:p95_5m"),
         "stat",
-        bounds=TTFT_BOUNDS,
+        thresholds=TTFT_THRESHOLDS,
         alerts=("TimeToFirstTokenHigh", "TimeToFirstTokenVeryHigh"),
         width=4,
     ),
     Panel(
-        "Tokens a second",
-        "Tokens sent to callers over 5 minutes, of all streams together. Few while sequences run: the engine is slow.",
+        "Tokens per second",
+        "Tokens sent to all clients together, over the last 5 minutes. If it is low while sequences run, the engine "
+        "is slow.",
         "short",
         _recorded("serve_app:generated_tokens:rate5m"),
         "stat",
         width=4,
     ),
     Panel(
-        "Under way",
-        "Requests that have arrived and not ended. Far above the slots: they wait; see the queue.",
+        "Active requests",
+        "Requests that have arrived and have not ended. If there are many more than slots, the others wait: see "
+        "Slots and queue.",
         "short",
         ((total("serve_app_active_requests"), "{{model}}"),),
         "stat",
@@ -77,14 +81,14 @@ GLANCE = (
     ),
     Panel(
         "Goodput",
-        "Share of whole answers whose first token came within 2 s and the others at 50 ms or less. "
-        "It falls before errors rise: add replicas, or admit fewer at a time.",
+        "Share of the complete responses with a TTFT of at most 2 s and a TPOT of at most 50 ms. It falls before "
+        "errors rise: add replicas or admit fewer requests at a time.",
         "percentunit",
         (
             (
-                share(
+                ratio(
                     per_second("serve_app_goodput_requests_total"),
-                    per_second(ENDED, where=f'{MODEL}, outcome=~"stop|length|embedded"'),
+                    per_second(REQUESTS_TOTAL, where=f'{MODEL}, outcome=~"stop|length|embedded"'),
                 ),
                 "{{model}}",
             ),
@@ -97,69 +101,72 @@ GLANCE = (
 REQUESTS = (
     Panel(
         "Requests by outcome",
-        "How requests ended: with their answer (stop, length, embedded), by their caller (cancelled), or with an "
-        "error. A new colour that grows is what to look for.",
+        "How requests ended: complete (stop, length, embedded), cancelled by the client, or with an error. Look for "
+        "a new outcome that grows.",
         "reqps",
-        ((per_second(ENDED, ("outcome",)), "{{outcome}}"),),
+        ((per_second(REQUESTS_TOTAL, ("outcome",)), "{{outcome}}"),),
         stacked=True,
     ),
     Panel(
         "Response time",
-        "Arrival to last token, of whole answers. It grows with the length of answers: judge by TTFT and TPOT.",
+        "Time from arrival to the last token of complete responses. It grows with the length of responses, so use "
+        "TTFT and TPOT to assess the service.",
         "s",
         quantiles("serve_app_request_seconds"),
     ),
     Panel(
         "Response time, distribution",
-        "Whole answers by their time. Two bands are two kinds of callers, or of replicas.",
+        "Complete responses by response time. Two bands mean two kinds of clients or replicas.",
         "s",
         buckets("serve_app_request_seconds"),
         "heatmap",
     ),
     Panel(
         "Failed requests",
-        "Share of 5 minutes' requests that failed or were turned away, as the alerts count it.",
+        "Share of the requests in 5 minutes that failed or were rejected, as in the alerts.",
         "percentunit",
         _recorded("serve_app:bad_requests:ratio_rate5m"),
-        bounds=ERROR_BOUNDS,
+        thresholds=ERROR_THRESHOLDS,
         alerts=ERRORS,
     ),
     Panel(
         "Errors by code",
-        "Refusals and failures by their code, as callers read it. Codes of 4xx are the callers' own; "
-        "internal_error has its trace in the log, by the request's id.",
+        "Error responses by error code. Codes with status 4xx are errors of the client. For internal_error the log "
+        "contains the traceback with the request id.",
         "reqps",
         ((per_second("serve_app_errors_total", ("code",)), "{{code}}"),),
         alerts=ERRORS,
         stacked=True,
     ),
     Panel(
-        "Turned away",
-        "Share of requests that got 429 since the queue was full. Above the bound: more replicas, or a longer queue.",
+        "Rejected requests",
+        "Share of the requests that got status 429 because the queue was full. Above the threshold, add replicas or "
+        "allow a longer queue.",
         "percentunit",
-        ((share(per_second(ENDED, where=NOBODY), per_second(ENDED)), "{{model}}"),),
-        bounds=(bound("RequestsTurnedAway"),),
+        ((ratio(per_second(REQUESTS_TOTAL, where=REJECTED), per_second(REQUESTS_TOTAL)), "{{model}}"),),
+        thresholds=(threshold("RequestsTurnedAway"),),
         alerts=("RequestsTurnedAway",),
     ),
     Panel(
-        "Broken answers",
-        "Answers that began and ended with an error. Each was half read by somebody: see which replica failed.",
+        "Truncated responses",
+        "Responses per second that ended with an error after the first token. Check which replica failed.",
         "reqps",
         ((per_second("serve_app_truncated_requests_total"), "{{model}}"),),
         alerts=("StreamCompletenessBudgetBurnsFast",),
     ),
     Panel(
         "Goodput over time",
-        "Whole answers a second that kept both bounds of time, beside all that were whole.",
+        "Complete responses per second that met both time objectives, and all complete responses.",
         "reqps",
         (
-            (per_second("serve_app_goodput_requests_total"), "{{model}} within bounds"),
-            (per_second(ENDED, where=f'{MODEL}, outcome=~"stop|length|embedded"'), "{{model}} whole"),
+            (per_second("serve_app_goodput_requests_total"), "{{model}} within objectives"),
+            (per_second(REQUESTS_TOTAL, where=f'{MODEL}, outcome=~"stop|length|embedded"'), "{{model}} complete"),
         ),
     ),
     Panel(
-        "Requests under way",
-        "Arrived and not ended, at every ingress. A line that only rises is a leak or a stalled engine.",
+        "Active requests over time",
+        "Requests that have arrived and have not ended, at all ingress replicas. If the number only rises, requests "
+        "leak or an engine is stalled.",
         "short",
         ((total("serve_app_active_requests"), "{{model}}"),),
         alerts=("EngineStalled",),
@@ -169,43 +176,46 @@ REQUESTS = (
 FIRST_TOKEN = (
     Panel(
         "TTFT",
-        "Arrival to first token. If the queue's time is most of it, capacity is short; if prefill's, prompts are long.",
+        "Time from arrival to the first token. If most of it is queue time, capacity is too low. If most of it is "
+        "prefill time, prompts are long.",
         "s",
         quantiles(TTFT),
-        bounds=TTFT_BOUNDS,
+        thresholds=TTFT_THRESHOLDS,
         alerts=("TimeToFirstTokenHigh", "TimeToFirstTokenVeryHigh", "TTFTBudgetBurnsFast"),
     ),
     Panel(
         "TTFT, distribution",
-        "First tokens by their time. A second band above is a queue, or prompts that the prefix cache does not know.",
+        "Requests by TTFT. A second, higher band means queueing, or prompts that are not in the prefix cache.",
         "s",
         buckets(TTFT),
         "heatmap",
     ),
     Panel(
-        "Queue",
-        "Arrival to the model's beginning. Above the bound, replicas or slots are too few for the load.",
+        "Queue time",
+        "Time from arrival until the model starts the request. Above the threshold there are too few replicas or "
+        "slots for the load.",
         "s",
         quantiles("serve_app_queue_seconds"),
-        bounds=(objective("queue-wait"),),
+        thresholds=(objective("queue-wait"),),
         alerts=("QueueWaitBudgetBurnsFast", "QueueLong"),
     ),
     Panel(
-        "Queue, distribution",
-        "Waits before the model's beginning. A healthy service has all of them in the lowest buckets.",
+        "Queue time, distribution",
+        "Requests by queue time. In a healthy service all of them are in the lowest buckets.",
         "s",
         buckets("serve_app_queue_seconds"),
         "heatmap",
     ),
     Panel(
-        "Prefill",
-        "Beginning to first token: the prompt's computation. It grows with prompts and with neighbours.",
+        "Prefill time",
+        "Time to compute the prompt, until the first token. It grows with the length of prompts and with the number "
+        "of other sequences.",
         "s",
         quantiles("serve_app_prefill_seconds"),
     ),
     Panel(
-        "Decode",
-        "First to last token of an answer. Divided by its length it is TPOT.",
+        "Decode time",
+        "Time from the first to the last token of a response. Divided by the number of tokens it is the TPOT.",
         "s",
         quantiles("serve_app_decode_seconds"),
     ),
@@ -214,46 +224,47 @@ FIRST_TOKEN = (
 TOKENS = (
     Panel(
         "TPOT",
-        "Mean time of an answer's tokens after the first. Above the bound text comes slower than it should: "
-        "look at the batch's size and the step's time.",
+        "Mean time per token after the first token of a response. Above the threshold, check the batch size and the "
+        "step time.",
         "s",
         quantiles(TPOT),
-        bounds=(objective("tpot"),),
+        thresholds=(objective("tpot"),),
         alerts=("TPOTBudgetBurnsFast",),
     ),
     Panel(
         "TPOT, distribution",
-        "Answers by their mean time a token. A second band is a replica on a slower machine, or larger batches.",
+        "Responses by TPOT. A second band means a replica on a slower machine, or larger batches.",
         "s",
         buckets(TPOT),
         "heatmap",
     ),
     Panel(
         "ITL",
-        "Gaps between the flushes of one answer, as a reader sees them. High p99 beside a low p50: long prompts of "
-        "others, or sequences that are put off.",
+        "Time between two flushes of tokens of one response. A high p99 with a low p50 means long prompts of other "
+        "requests, or preempted sequences.",
         "s",
         quantiles("serve_app_inter_token_seconds"),
     ),
     Panel(
         "ITL, distribution",
-        "Gaps by their length. A band far above the rest is what readers call stuttering: see the steps by phase.",
+        "Gaps between flushes by length. A band far above the others means that streams stutter: see Step time by "
+        "phase.",
         "s",
         buckets("serve_app_inter_token_seconds"),
         "heatmap",
     ),
     Panel(
-        "Tokens out",
-        "Tokens sent to callers a second. Below the bound while something runs, ThroughputLow fires.",
+        "Tokens sent",
+        "Tokens sent to clients per second. If it is below the threshold while sequences run, ThroughputLow fires.",
         "short",
         ((per_second("serve_app_generated_tokens_total"), "{{model}}"),),
-        bounds=(bound("ThroughputLow"),),
-        low=True,
+        thresholds=(threshold("ThroughputLow"),),
+        low_is_bad=True,
         alerts=("ThroughputLow",),
     ),
     Panel(
-        "Tokens in",
-        "Tokens of admitted prompts a second: what prefill has to compute, but for what the prefix cache has.",
+        "Prompt tokens",
+        "Tokens of admitted prompts per second. Prefill computes those that are not in the prefix cache.",
         "short",
         ((per_second("serve_app_prompt_tokens_total"), "{{model}}"),),
     ),
@@ -262,7 +273,8 @@ TOKENS = (
 HTTP = (
     Panel(
         "HTTP by status",
-        "Answers by their status line; `left` are callers who went before it. What breaks off later is still 2xx here.",
+        "HTTP calls by status. `left` means that the client disconnected before the status was sent. A response that"
+        " fails after its first token is counted as 2xx here.",
         "reqps",
         ((per_second("serve_app_http_requests_total", ("status",), ""), "{{status}}"),),
         alerts=("ServiceDown",),
@@ -270,14 +282,16 @@ HTTP = (
     ),
     Panel(
         "HTTP by route",
-        "Which of the APIs callers use. `other` are paths that do not exist: somebody's wrong address, or a scanner.",
+        "HTTP calls by route and method. `other` means unknown paths, for example from a wrong client address or a "
+        "scanner.",
         "reqps",
         ((per_second("serve_app_http_requests_total", ("route", "method"), ""), "{{method}} {{route}}"),),
         stacked=True,
     ),
     Panel(
         "HTTP time by route",
-        "Request to the answer's last byte. Streams take as long as their text; health checks must not.",
+        "Time from the call to the last byte of the response. Streams take as long as their text. Health checks must"
+        " be short.",
         "s",
         quantiles("serve_app_http_request_seconds", ROUTE, "", ("0.5", "0.99")),
     ),
@@ -285,77 +299,81 @@ HTTP = (
 
 ENGINE = (
     Panel(
-        "Sequences a step",
-        "How many sequences a forward pass served. Near 1 under load: requests do not overlap, or slots are few.",
+        "Batch size",
+        "Sequences in one forward pass. If it is close to 1 under load, requests do not overlap or there are few "
+        "slots.",
         "short",
-        quantiles("serve_app_engine_batch_size", shares=("0.5", "0.99")),
+        quantiles("serve_app_engine_batch_size", levels=("0.5", "0.99")),
     ),
     Panel(
-        "Sequences a step, distribution",
-        "Steps by the number of their sequences. All in the lowest bucket under load: see slots and queue.",
+        "Batch size, distribution",
+        "Forward passes by number of sequences. If all are in the lowest bucket under load, check Slots and queue.",
         "short",
         buckets("serve_app_engine_batch_size"),
         "heatmap",
     ),
     Panel(
-        "Rows a step",
-        "Tokens that a forward pass computed, prompts' chunks among them; p99 at max_step_tokens means long prompts.",
+        "Tokens per step",
+        "Tokens that one forward pass computes, including prompt chunks. A p99 at max_step_tokens means long prompts.",
         "short",
         (
-            *quantiles("serve_app_engine_batch_tokens", shares=("0.5", "0.99")),
+            *quantiles("serve_app_engine_batch_tokens", levels=("0.5", "0.99")),
             (
-                share(per_second("serve_app_engine_rows_total"), per_second("serve_app_engine_steps_total")),
+                ratio(per_second("serve_app_engine_rows_total"), per_second("serve_app_engine_steps_total")),
                 "{{model}} mean",
             ),
         ),
     ),
     Panel(
         "Step time by phase",
-        "Time of a forward pass: decode alone, prefill alone, or both. Mixed steps are what neighbours of a long "
-        "prompt wait for.",
+        "Time of a forward pass with only decoding, only prefill, or both. Other streams wait for the mixed steps of"
+        " a long prompt.",
         "s",
-        quantiles("serve_app_engine_step_seconds", ("phase",), shares=("0.5", "0.99")),
+        quantiles("serve_app_engine_step_seconds", ("phase",), levels=("0.5", "0.99")),
     ),
     Panel(
-        "Steps and decoding rows",
-        "Forward passes a second, rows of them that decode, and tokens sampled. Sampled but not sent: callers left.",
+        "Steps and decode rows",
+        "Per second: forward passes, their decode rows, and sampled tokens. Sampled tokens that were not sent belong"
+        " to clients that disconnected.",
         "short",
         (
             (per_second("serve_app_engine_steps_total"), "{{model}} steps"),
-            (per_second("serve_app_engine_decode_rows_total"), "{{model}} decoding rows"),
+            (per_second("serve_app_engine_decode_rows_total"), "{{model}} decode rows"),
             (per_second("serve_app_engine_generated_tokens_total"), "{{model}} sampled"),
         ),
     ),
     Panel(
-        "Busy",
-        "Share of the time that an engine spends in steps. At 100 % its pace is the machine's; below it while "
-        "requests wait, something else holds it up.",
+        "Engine busy",
+        "Share of the time that an engine spends in steps. At 100 % the machine is the limit. If it is lower while "
+        "requests wait, something else delays the engine.",
         "percentunit",
         ((per_second("serve_app_engine_busy_seconds_total", ("model", "replica")), "{{model}} {{replica}}"),),
-        full=1,
+        maximum=1,
     ),
     Panel(
         "Failed steps",
-        "Forward passes that raised, each with all the sequences that it held. Any at all is worth the log.",
+        "Forward passes that raised an exception. All sequences in them failed. Check the log of the replica.",
         "ops",
         ((per_second("serve_app_engine_failed_steps_total", ("model", "replica")), "{{model}} {{replica}}"),),
         alerts=("EngineStepsFail",),
     ),
     Panel(
-        "Time of the step under way",
-        "How long the forward pass that runs now has taken so far. Seconds: it hangs, or a step is far too large.",
+        "Age of the current step",
+        "Time that the current forward pass has taken so far. Seconds mean that it hangs or that the step is too "
+        "large.",
         "s",
-        ((highest("serve_app_engine_step_age_seconds", ("model", "replica")), "{{model}} {{replica}}"),),
+        ((maximum("serve_app_engine_step_age_seconds", ("model", "replica")), "{{model}} {{replica}}"),),
         alerts=("EngineStalled",),
     ),
     Panel(
         "Slots and queue",
-        "Sequences that run, that wait for a slot, and the slots. Waiting as long as slots are free is a fault.",
+        "Running sequences, sequences that wait for a slot, and slots. Waiting sequences while slots are free mean "
+        "that memory is the limit, or a fault.",
         "short",
         (
-            *((question, f"{legend} run") for question, legend in _recorded("serve_app:running_sequences:sum")),
-            *((question, f"{legend} wait") for question, legend in _recorded("serve_app:queue_depth:sum")),
-            *((question, f"{legend} slots") for question, legend in _recorded("serve_app:slots:sum")),
+            *((query, f"{legend} running") for query, legend in _recorded("serve_app:running_sequences:sum")),
+            *((query, f"{legend} waiting") for query, legend in _recorded("serve_app:queue_depth:sum")),
+            *((query, f"{legend} slots") for query, legend in _recorded("serve_app:slots:sum")),
         ),
         alerts=("QueueLong",),
     ),
@@ -363,72 +381,73 @@ ENGINE = (
 
 MEMORY = (
     Panel(
-        "KV memory in use",
-        "Share of the KV memory that running sequences' tokens take. Above the bound sequences will be put off.",
+        "KV cache usage",
+        "Share of the KV cache that running sequences use. Above the threshold sequences will be preempted.",
         "percentunit",
-        ((highest("serve_app_kv_usage_ratio", ("model", "replica")), "{{model}} {{replica}}"),),
-        bounds=(bound("KVCacheNearlyFull"),),
+        ((maximum("serve_app_kv_usage_ratio", ("model", "replica")), "{{model}} {{replica}}"),),
+        thresholds=(threshold("KVCacheNearlyFull"),),
         alerts=("KVCacheNearlyFull",),
-        full=1,
+        maximum=1,
     ),
     Panel(
-        "Put off",
-        "Sequences that gave their memory back, to be computed again. Many: fewer slots, or more memory.",
+        "Preemptions",
+        "Sequences per second that gave their memory back and are computed again. If there are many, use fewer slots"
+        " or more memory.",
         "ops",
         ((per_second("serve_app_engine_preemptions_total"), "{{model}}"),),
         alerts=("SequencesPreempted",),
     ),
     Panel(
-        "Prefix cache",
-        "Share of prompt tokens that were computed already. It falls when callers' prompts begin differently, "
-        "for instance with a time.",
+        "Prefix cache hit rate",
+        "Share of the prompt tokens that were in the prefix cache. It falls when prompts begin differently, for "
+        "example with the time of day.",
         "percentunit",
         (
             (
-                share(
+                ratio(
                     per_second("serve_app_prefix_cache_hit_tokens_total"),
                     per_second("serve_app_prefix_cache_queried_tokens_total"),
                 ),
                 "{{model}}",
             ),
         ),
-        full=1,
+        maximum=1,
     ),
     Panel(
-        "Guesses that were right",
-        "Share of the tokens guessed ahead that the model would have said. Low: guessing costs more than it gives.",
+        "Draft acceptance rate",
+        "Share of the draft tokens that the model accepted. If it is low, drafting costs more time than it saves.",
         "percentunit",
         (
             (
-                share(per_second("serve_app_draft_accepted_tokens_total"), per_second("serve_app_draft_tokens_total")),
+                ratio(per_second("serve_app_draft_accepted_tokens_total"), per_second("serve_app_draft_tokens_total")),
                 "{{model}}",
             ),
         ),
-        full=1,
+        maximum=1,
     ),
     Panel(
         "Prompt lengths",
-        "Tokens of prompts. Their growth explains a growing TTFT.",
+        "Tokens per prompt. Longer prompts cause a longer TTFT.",
         "short",
         quantiles("serve_app_request_prompt_tokens"),
     ),
     Panel(
-        "Answer lengths",
-        "Tokens of answers. Their growth explains a growing response time.",
+        "Response lengths",
+        "Tokens per response. Longer responses cause a longer response time.",
         "short",
         quantiles("serve_app_request_generated_tokens"),
     ),
     Panel(
         "Prompt lengths, distribution",
-        "Requests by the tokens of their prompts. A band that is new is a caller who is new, or who changed.",
+        "Requests by prompt length. A new band means a new client or a changed client.",
         "short",
         buckets("serve_app_request_prompt_tokens"),
         "heatmap",
         width=12,
     ),
     Panel(
-        "Answer lengths, distribution",
-        "Requests by the tokens of their answers. A band at the top is max_tokens, not the model's end.",
+        "Response lengths, distribution",
+        "Requests by response length. A band at the top is the limit max_tokens, not the end of the text.",
         "short",
         buckets("serve_app_request_generated_tokens"),
         "heatmap",
@@ -436,18 +455,18 @@ MEMORY = (
     ),
 )
 
-BOARD = Board(
+DASHBOARD = Dashboard(
     uid="serve-app-llm",
     title="serve_app: LLM performance",
-    description="Requests, first tokens, gaps, throughput, errors, and the engines behind them.",
+    description="Requests, errors, latencies, tokens, HTTP calls and engines.",
     variables=(Variable("model", "Model", "label_values(serve_app_model_state, model)"),),
     rows={
-        "At a glance": GLANCE,
+        "Overview": OVERVIEW,
         "Requests": REQUESTS,
         "First token": FIRST_TOKEN,
         "Tokens": TOKENS,
         "HTTP": HTTP,
         "Engine": ENGINE,
-        "Memory, reuse and lengths": MEMORY,
+        "KV cache and lengths": MEMORY,
     },
 )

@@ -1,4 +1,4 @@
-"""What a table of panels says, as Grafana's JSON: places, thresholds, links to runbooks."""
+"""Converts tables of panels to Grafana's JSON: positions, thresholds and links to runbooks."""
 
 from __future__ import annotations
 
@@ -35,25 +35,27 @@ HEIGHT: dict[Kind, int] = {"lines": 8, "stat": 4, "heatmap": 8, "states": 8, "ta
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """`queries` are PromQL and legend. From `bounds` on, or below them if `low`, it is yellow and then red."""
+    """A panel. `queries` are pairs of PromQL and legend. Values above `thresholds`, or below if `low_is_bad`, are
+    yellow or red."""
 
     title: str
     description: str
-    unit: str  # Grafana's id of it
+    unit: str  # Grafana's id of the unit
     queries: tuple[tuple[str, str], ...]
     kind: Kind = "lines"
-    bounds: tuple[float, ...] = ()
-    low: bool = False
+    thresholds: tuple[float, ...] = ()
+    low_is_bad: bool = False
     alerts: tuple[str, ...] = ()
     width: int = 8
     stacked: bool = False
-    full: float | None = None  # what cannot be passed, for ratios
-    words: Mapping[int, tuple[str, str]] = field(default_factory=dict)  # values as words, with their colours
+    maximum: float | None = None  # upper end of the axis
+    value_names: Mapping[int, tuple[str, str]] = field(default_factory=dict)  # value -> (text, colour)
 
 
 @dataclass(frozen=True, slots=True)
 class Variable:
-    """What a reader chooses, some of them or all. `regex` takes the choices out of `query`'s series."""
+    """A dashboard variable of which a user selects some values or all. `regex` extracts the values from the series of
+    `query`."""
 
     name: str
     label: str
@@ -62,7 +64,7 @@ class Variable:
 
 
 @dataclass(frozen=True, slots=True)
-class Board:
+class Dashboard:
     uid: str
     title: str
     description: str
@@ -71,14 +73,14 @@ class Board:
     since: str = "now-3h"
 
 
-def document(board: Board) -> str:
-    """Its JSON, the same for the same table."""
+def document(dashboard: Dashboard) -> str:
+    """The dashboard as JSON. Equal tables give equal JSON."""
     made = (
-        build.Dashboard(board.title)
-        .uid(board.uid)
-        .description(board.description)
+        build.Dashboard(dashboard.title)
+        .uid(dashboard.uid)
+        .description(dashboard.description)
         .tags([TAG])
-        .time(board.since, "now")
+        .time(dashboard.since, "now")
         .refresh("30s")
         .timezone("browser")
         .tooltip(model.DashboardCursorSync.CROSSHAIR)
@@ -86,9 +88,9 @@ def document(board: Board) -> str:
         .annotation(_firing())
         .with_variable(build.DatasourceVariable("datasource").label("Data source").type("prometheus"))
     )
-    for variable in board.variables:
-        made.with_variable(_chosen(variable))
-    for placed in _placed(board):
+    for variable in dashboard.variables:
+        made.with_variable(_variable(variable))
+    for placed in _placed(dashboard):
         if isinstance(placed, build.Row):
             made.with_row(placed)
         else:
@@ -97,18 +99,18 @@ def document(board: Board) -> str:
 
 
 def _siblings() -> build.DashboardLink:
-    """To the other dashboards, with what was chosen here."""
+    """A link to the other dashboards that keeps the selected variables and the time range."""
     kind = model.DashboardLinkType.DASHBOARDS
     return build.DashboardLink(TAG).type(kind).tags([TAG]).include_vars(True).keep_time(True)
 
 
 def _firing() -> build.AnnotationQuery:
-    """Alerts, as marks in every panel."""
+    """Firing alerts as annotations in every panel."""
     firing = 'ALERTS{alertstate="firing", severity=~"critical|warning"}'
     return build.AnnotationQuery().name("Alerts").datasource(SOURCE).enable(True).icon_color("red").expr(firing)
 
 
-def _chosen(variable: Variable) -> build.QueryVariable:
+def _variable(variable: Variable) -> build.QueryVariable:
     return (
         build.QueryVariable(variable.name)
         .label(variable.label)
@@ -124,10 +126,10 @@ def _chosen(variable: Variable) -> build.QueryVariable:
     )
 
 
-def _placed(board: Board) -> Iterator[build.Row | Builder]:
-    """Rows under each other, their panels on lines of one height."""
+def _placed(dashboard: Dashboard) -> Iterator[build.Row | Builder]:
+    """Rows and panels with their positions in the grid."""
     y = number = 0
-    for title, panels in board.rows.items():
+    for title, panels in dashboard.rows.items():
         number += 1
         yield build.Row(title).id(number).grid_pos(model.GridPos(h=1, w=COLUMNS, x=0, y=y))
         y += 1
@@ -141,7 +143,7 @@ def _placed(board: Board) -> Iterator[build.Row | Builder]:
 
 
 def _on_lines(panels: Sequence[Panel]) -> Iterator[list[Panel]]:
-    """From left to right, as many as fit."""
+    """Split panels into lines that fit into the width of the grid."""
     line: list[Panel] = []
     for panel in panels:
         if sum(one.width for one in (*line, panel)) > COLUMNS:
@@ -155,8 +157,8 @@ def _built(panel: Panel) -> Builder:
     made = _OF_KIND[panel.kind](panel)
     made.title(panel.title).description(panel.description).datasource(SOURCE).unit(panel.unit)
     made.thresholds(_thresholds(panel)).links(_runbooks(panel))
-    if panel.words:
-        made.mappings([_words(panel.words)])
+    if panel.value_names:
+        made.mappings([_value_names(panel.value_names)])
     for number, (expression, legend) in enumerate(panel.queries):
         made.with_target(_target(panel, expression, legend).ref_id(chr(ord("A") + number)))
     return made
@@ -173,18 +175,18 @@ def _target(panel: Panel, expression: str, legend: str) -> prometheus.Dataquery:
 
 
 def _thresholds(panel: Panel) -> build.ThresholdsConfig:
-    colours = ("yellow", "red") if len(panel.bounds) > 1 else ("red",)
-    if panel.low:  # the worst first, and green above all of them
-        first, *above = (*reversed(colours[: len(panel.bounds)]), "green") if panel.bounds else ("green",)
-        steps = list(zip(sorted(panel.bounds), above, strict=True))
+    colours = ("yellow", "red") if len(panel.thresholds) > 1 else ("red",)
+    if panel.low_is_bad:  # from the worst value to the best, with green above all thresholds
+        first, *above = (*reversed(colours[: len(panel.thresholds)]), "green") if panel.thresholds else ("green",)
+        steps = list(zip(sorted(panel.thresholds), above, strict=True))
     else:
-        first, steps = "green", list(zip(sorted(panel.bounds), colours, strict=False))
+        first, steps = "green", list(zip(sorted(panel.thresholds), colours, strict=False))
     all_steps = [model.Threshold(value=None, color=first), *(model.Threshold(value, colour) for value, colour in steps)]
     return build.ThresholdsConfig().mode(model.ThresholdsMode.ABSOLUTE).steps(all_steps)
 
 
 def _runbooks(panel: Panel) -> list[cog.Builder[model.DashboardLink]]:
-    """One a runbook; several alerts may share it."""
+    """One link for each runbook. Several alerts may share a runbook."""
     urls = dict.fromkeys(alerts()[name]["annotations"]["runbook_url"] for name in panel.alerts)
     link = model.DashboardLinkType.LINK
     return [
@@ -196,8 +198,8 @@ def _runbooks(panel: Panel) -> list[cog.Builder[model.DashboardLink]]:
     ]
 
 
-def _words(words: Mapping[int, tuple[str, str]]) -> model.ValueMap:
-    results = {str(value): model.ValueMappingResult(text=text, color=colour) for value, (text, colour) in words.items()}
+def _value_names(names: Mapping[int, tuple[str, str]]) -> model.ValueMap:
+    results = {str(value): model.ValueMappingResult(text=text, color=colour) for value, (text, colour) in names.items()}
     return model.ValueMap(options=results)
 
 
@@ -212,11 +214,11 @@ def _lines(panel: Panel) -> timeseries.Panel:
         .legend(legend.placement(shape.LegendPlacement.BOTTOM))
         .tooltip(common.VizTooltipOptions().mode(shape.TooltipDisplayMode.MULTI).sort(shape.SortOrder.DESCENDING))
     )
-    if panel.full is not None:
-        made.max(panel.full)
+    if panel.maximum is not None:
+        made.max(panel.maximum)
     if panel.stacked:
         made.stacking(common.StackingConfig().mode(shape.StackingMode.NORMAL))
-    if panel.bounds:
+    if panel.thresholds:
         made.thresholds_style(common.GraphThresholdsStyleConfig().mode(shape.GraphThresholdsStyleMode.DASHED))
     return made
 

@@ -1,27 +1,27 @@
-"""What the service runs on: replicas, GPUs, machines, processes, Ray."""
+"""The resources dashboard: replicas, load, GPUs, nodes, processes and Ray Serve."""
 
 from __future__ import annotations
 
-from alerts.dashboards.panels import Board, Panel, Variable
+from alerts.dashboards.panels import Dashboard, Panel, Variable
 from alerts.dashboards.promql import (
     DEPLOYMENT,
     MODEL,
-    bound,
     bucket,
-    highest,
+    maximum,
     on_node,
     per_second,
     quantile,
     quantiles,
-    share,
+    ratio,
+    threshold,
     total,
 )
 
 REPLICA = ("model", "replica")
-OF_ONE = "{{model}} {{replica}}"
+REPLICA_LEGEND = "{{model}} {{replica}}"
 NODE = ("instance",)
-MIB = 2**20  # Ray calls its figures of GPUs bytes
-# Ray Serve's numbers of them.
+MIB = 2**20  # Ray documents the memory of GPUs as bytes, but the unit is MiB
+# Ray Serve's numbers of deployment and proxy states.
 STATUS = {
     0: ("unknown", "text"),
     1: ("deploy failed", "red"),
@@ -41,30 +41,30 @@ PROXY = {
 CPUS = 'Name="CPU"'
 CPUS_USED = f'{CPUS}, State="USED"'
 YES_NO = {0: ("no", "red"), 1: ("yes", "green")}
-IN_STATE = {0: (" ", "transparent"), 1: ("here", "blue")}
+IN_STATE = {0: (" ", "transparent"), 1: ("active", "blue")}
 
 
-def _of_nodes(metric: str, where: str = "", by: tuple[str, ...] = NODE) -> str:
+def _by_node(metric: str, where: str = "", by: tuple[str, ...] = NODE) -> str:
     return f"max by ({', '.join(by)}) {on_node(metric, where)}"
 
 
 REPLICAS = (
     Panel(
-        "Replicas ready",
-        "Replicas that can answer, beside what their load asks for and what Ray starts. Asked for and not ready "
-        "for long: no room in the cluster, or max_replicas.",
+        "Ready replicas",
+        "Ready replicas, the number that the load needs (desired), and the number that Ray Serve starts (target). If"
+        " desired is above ready for long, the cluster is full or max_replicas is the limit.",
         "short",
         (
             (f"max by (model) (serve_app_ready_replicas{{{MODEL}}})", "{{model}} ready"),
-            (highest("ray_serve_autoscaling_desired_replicas", ("deployment",), DEPLOYMENT), "{{deployment}} desired"),
-            (highest("ray_serve_autoscaling_target_replicas", ("deployment",), DEPLOYMENT), "{{deployment}} target"),
+            (maximum("ray_serve_autoscaling_desired_replicas", ("deployment",), DEPLOYMENT), "{{deployment}} desired"),
+            (maximum("ray_serve_autoscaling_target_replicas", ("deployment",), DEPLOYMENT), "{{deployment}} target"),
         ),
         alerts=("NoReadyReplicas", "ReplicasTooFew", "DeploymentWithoutReplica"),
     ),
     Panel(
-        "Healthy to Ray, and engines seen",
-        "Replicas whose health checks pass, and engines that report. An engine without health is about to be replaced; "
-        "a line like a saw is a replica that crashes again and again.",
+        "Healthy replicas and reporting engines",
+        "Replicas that pass Ray's health check, and engines that send metrics. An engine without a healthy replica "
+        "will be replaced. A line that rises and falls repeatedly is a replica that crashes.",
         "short",
         (
             (
@@ -77,34 +77,36 @@ REPLICAS = (
         alerts=("ReplicasFlap",),
     ),
     Panel(
-        "Deployments",
-        "Ray Serve's status of each. Asleep by intent is healthy; what stays blue for minutes does not come up.",
+        "Deployment status",
+        "Ray Serve's status of each deployment. A model that has scaled to zero is healthy. A deployment that stays "
+        "blue for minutes does not start.",
         "short",
-        ((highest("ray_serve_deployment_status", ("deployment",), DEPLOYMENT), "{{deployment}}"),),
+        ((maximum("ray_serve_deployment_status", ("deployment",), DEPLOYMENT), "{{deployment}}"),),
         "states",
         alerts=("DeploymentWithoutReplica", "DeployFailed"),
-        words=STATUS,
+        value_names=STATUS,
     ),
     Panel(
-        "Models",
-        "Ready, loading, asleep or failed, one line for each that was. Failed: /ready says why, and Ray tries again.",
+        "Model states",
+        "Ready, loading, asleep (scaled to zero) or failed. If a model has failed, /ready contains the reason, and "
+        "Ray tries again.",
         "short",
         ((f"max by (model, state) (serve_app_model_state{{{MODEL}}}) == 1", "{{model}} {{state}}"),),
         "states",
         alerts=("ScaleFromZeroSlow",),
-        words=IN_STATE,
+        value_names=IN_STATE,
     ),
     Panel(
-        "Loading",
-        "How long each engine took to load, once. It is what a new replica and a waking model cost.",
+        "Load time",
+        "Time that each engine took to load. A new replica and a start from zero take this time.",
         "s",
-        ((highest("serve_app_model_load_seconds", REPLICA), OF_ONE),),
+        ((maximum("serve_app_model_load_seconds", REPLICA), REPLICA_LEGEND),),
         alerts=("ScaleFromZeroSlow",),
     ),
     Panel(
-        "Waking",
-        "First request that found a model asleep to its first answer, of the last hour. Above the bound callers "
-        "without a stream got 503: keep a replica, or make loading faster.",
+        "Start from zero",
+        "Time from the first request to a model at zero replicas until the model was ready, over the last hour. "
+        "Above the threshold, requests without streaming got status 503: keep a replica or load faster.",
         "s",
         tuple(
             (
@@ -114,7 +116,7 @@ REPLICAS = (
             )
             for one in ("0.5", "0.99")
         ),
-        bounds=(bucket("ScaleFromZeroSlow"),),
+        thresholds=(bucket("ScaleFromZeroSlow"),),
         alerts=("ScaleFromZeroSlow",),
     ),
 )
@@ -122,7 +124,7 @@ REPLICAS = (
 LOAD = (
     Panel(
         "Active requests",
-        "Requests that have arrived and not ended, and open HTTP connections that wait for or read an answer.",
+        "Requests that have arrived and have not ended, and open HTTP calls.",
         "short",
         (
             (total("serve_app_active_requests"), "{{model}} requests"),
@@ -131,23 +133,25 @@ LOAD = (
     ),
     Panel(
         "Queue",
-        "Sequences that wait for a slot. As many as there are slots, for minutes: the last waits for a whole answer.",
+        "Sequences that wait for a slot, and slots. If as many wait as there are slots for minutes, the last one "
+        "waits as long as a whole response takes.",
         "short",
         (
-            (f"serve_app:queue_depth:sum{{{MODEL}}}", "{{model}} wait"),
+            (f"serve_app:queue_depth:sum{{{MODEL}}}", "{{model}} waiting"),
             (f"serve_app:slots:sum{{{MODEL}}}", "{{model}} slots"),
         ),
         alerts=("QueueLong",),
     ),
     Panel(
-        "Slots in use by replica",
-        "Sequences in a slot, of each replica. Far apart: the router sees something that this board does not.",
+        "Running sequences by replica",
+        "Running sequences of each replica. If the replicas differ much, requests are not distributed evenly.",
         "short",
-        ((highest("serve_app_running_sequences", REPLICA), OF_ONE),),
+        ((maximum("serve_app_running_sequences", REPLICA), REPLICA_LEGEND),),
     ),
     Panel(
         "Ray: queued and processing",
-        "Requests in Ray's handles and in its replicas. Queued here as well as above: max_ongoing_requests is low.",
+        "Requests in the queues of Ray's handles and in its replicas. If requests are queued both here and in the "
+        "engine, max_ongoing_requests is too low.",
         "short",
         (
             (
@@ -162,24 +166,26 @@ LOAD = (
         width=12,
     ),
     Panel(
-        "Load that scaling sees",
-        "Ongoing requests that Ray divides by target_ongoing_requests to know how many replicas it wants.",
+        "Ongoing requests for autoscaling",
+        "Ongoing requests of a deployment. Ray divides them by target_ongoing_requests to get the desired number of "
+        "replicas.",
         "short",
-        ((highest("ray_serve_autoscaling_total_requests", ("deployment",), DEPLOYMENT), "{{deployment}}"),),
+        ((maximum("ray_serve_autoscaling_total_requests", ("deployment",), DEPLOYMENT), "{{deployment}}"),),
         alerts=("ReplicasTooFew",),
         width=12,
     ),
     Panel(
-        "Bytes out by route",
-        "What callers were sent. Streams are some hundred bytes a frame; a jump without tokens is large answers.",
+        "Bytes sent by route",
+        "Bytes of response bodies. A token frame of a stream has a few hundred bytes. A jump without more tokens "
+        "means large responses.",
         "Bps",
         ((per_second("serve_app_http_sent_bytes_total", ("route",), ""), "{{route}}"),),
         stacked=True,
         width=12,
     ),
     Panel(
-        "Bytes in by route",
-        "What callers sent: prompts. A jump here comes before a jump of prefill.",
+        "Bytes received by route",
+        "Bytes of request bodies. A jump here comes before a jump of prefill time.",
         "Bps",
         ((per_second("serve_app_http_received_bytes_total", ("route",), ""), "{{route}}"),),
         stacked=True,
@@ -190,105 +196,110 @@ LOAD = (
 GPUS = (
     Panel(
         "GPU utilisation",
-        "Share of the time in which a kernel ran, whoever measured it. Above the bound for long there is no reserve.",
+        "Share of the time in which a kernel ran. Above the threshold for long there is no spare capacity.",
         "percentunit",
         (('serve_app:gpu_utilization:ratio{node=~"$node"}', "{{node}} {{gpu}}"),),
-        bounds=(bound("GPUUtilizationHigh"),),
+        thresholds=(threshold("GPUUtilizationHigh"),),
         alerts=("GPUUtilizationHigh",),
-        full=1,
+        maximum=1,
     ),
     Panel(
-        "GPU memory in use",
-        "Share of each GPU's memory. Above the bound the next allocation may end a replica: lower kv_memory_fraction.",
+        "GPU memory usage",
+        "Share of the memory of each GPU in use. Above the threshold the next allocation may end a replica: lower "
+        "kv_memory_fraction.",
         "percentunit",
         (('serve_app:gpu_memory:ratio{node=~"$node"}', "{{node}} {{gpu}}"),),
-        bounds=(bound("GPUMemoryNearlyFull"),),
+        thresholds=(threshold("GPUMemoryNearlyFull"),),
         alerts=("GPUMemoryNearlyFull",),
-        full=1,
+        maximum=1,
     ),
     Panel(
         "GPU memory, bytes",
-        "What replicas see by NVML, and where they do not, what Ray's agents see.",
+        "Memory in use, measured by the replicas with NVML and by Ray's node agents.",
         "bytes",
         (
             ('max by (node, gpu) (serve_app_gpu_memory_used_bytes{node=~"$node"})', "{{node}} {{gpu}} used"),
-            (f"{MIB} * {_of_nodes('ray_node_gram_used', by=('ip', 'GpuIndex'))}", "{{ip}} {{GpuIndex}} used, by Ray"),
+            (f"{MIB} * {_by_node('ray_node_gram_used', by=('ip', 'GpuIndex'))}", "{{ip}} {{GpuIndex}} used, by Ray"),
         ),
         alerts=("GPUMemoryNearlyFull",),
     ),
 )
 
-MACHINES = (
+NODE_PANELS = (
     Panel(
-        "CPU of nodes",
-        "Share of all cores. On CPU a busy model takes all that it may; beside a GPU it should stay low.",
+        "CPU usage of nodes",
+        "Share of all cores. A busy model on the CPU uses all cores that it may. With a GPU the CPU usage should "
+        "stay low.",
         "percent",
-        ((_of_nodes("ray_node_cpu_utilization"), "{{instance}}"),),
-        full=100,
+        ((_by_node("ray_node_cpu_utilization"), "{{instance}}"),),
+        maximum=100,
     ),
     Panel(
-        "Memory of nodes",
-        "Share of a node's memory, by its control group where it has one. Near 100 % Ray kills the youngest worker.",
+        "Memory usage of nodes",
+        "Share of the memory of a node or of its control group. Close to 100 % Ray kills the youngest worker process.",
         "percentunit",
         (
             (
-                f"{_of_nodes('ray_node_mem_used')} / {_of_nodes('ray_node_mem_total')}",
+                f"{_by_node('ray_node_mem_used')} / {_by_node('ray_node_mem_total')}",
                 "{{instance}}",
             ),
         ),
-        full=1,
+        maximum=1,
     ),
     Panel(
-        "Network of nodes",
-        "Bytes a second of all interfaces, by Ray's agents. Tokens need little; much is a model that is fetched.",
+        "Network traffic of nodes",
+        "Bytes per second over all network interfaces. Tokens need little bandwidth. High traffic means that a model"
+        " is downloaded.",
         "Bps",
         (
-            (_of_nodes("ray_node_network_receive_speed"), "{{instance}} received"),
-            (_of_nodes("ray_node_network_send_speed"), "{{instance}} sent"),
+            (_by_node("ray_node_network_receive_speed"), "{{instance}} received"),
+            (_by_node("ray_node_network_send_speed"), "{{instance}} sent"),
         ),
     ),
     Panel(
-        "Disk in use",
-        "Share of each disk, by node_exporter or by Ray. Full disks stop logs, spilling and downloads of models.",
+        "Disk usage",
+        "Share of each disk in use, measured by node_exporter or Ray. A full disk stops logs, object spilling and "
+        "model downloads.",
         "percentunit",
         (
             ('1 - serve_app:disk_free:ratio{instance=~"$node"}', "{{instance}} {{mountpoint}}"),
             (
-                f"{_of_nodes('ray_node_disk_usage')} / "
-                f"({_of_nodes('ray_node_disk_usage')} + {_of_nodes('ray_node_disk_free')})",
+                f"{_by_node('ray_node_disk_usage')} / "
+                f"({_by_node('ray_node_disk_usage')} + {_by_node('ray_node_disk_free')})",
                 "{{instance}} /, by Ray",
             ),
         ),
-        bounds=(round(1 - bound("DiskNearlyFull"), 4),),
+        thresholds=(round(1 - threshold("DiskNearlyFull"), 4),),
         alerts=("DiskNearlyFull",),
-        full=1,
+        maximum=1,
     ),
     Panel(
         "Disk traffic",
-        "Bytes a second read and written. Reading for minutes after a start is a model that loads.",
+        "Bytes read and written per second. Reading for minutes after a start means that a model is loading.",
         "Bps",
         (
-            (_of_nodes("ray_node_disk_io_read_speed"), "{{instance}} read"),
-            (_of_nodes("ray_node_disk_io_write_speed"), "{{instance}} written"),
+            (_by_node("ray_node_disk_io_read_speed"), "{{instance}} read"),
+            (_by_node("ray_node_disk_io_write_speed"), "{{instance}} written"),
         ),
     ),
     Panel(
         "Object store",
-        "Ray's shared memory in use and spilled to disk. Tokens hardly touch it; growth is somebody else's objects.",
+        "Ray's shared memory in use, and spilled to disk. The service hardly uses it, so growth means objects of "
+        "other applications.",
         "bytes",
         (
-            (_of_nodes("ray_object_store_used_memory"), "{{instance}} used"),
-            (_of_nodes("ray_object_store_memory", 'Location="SPILLED"'), "{{instance}} spilled"),
+            (_by_node("ray_object_store_used_memory"), "{{instance}} used"),
+            (_by_node("ray_object_store_memory", 'Location="SPILLED"'), "{{instance}} spilled"),
         ),
     ),
     Panel(
-        "CPUs that are reserved",
-        "CPUs of each node that replicas have reserved, of those there are. All reserved: no further replica fits. "
-        "A line that ends is a node that is gone.",
+        "Reserved CPUs",
+        "CPUs of each node that replicas have reserved, and all CPUs of the node. If all are reserved, no further "
+        "replica fits. A line that ends is a node that has disappeared.",
         "short",
         (
             (f"sum by (instance) {on_node('ray_resources', CPUS_USED)}", "{{instance}} reserved"),
-            (f"sum by (instance) {on_node('ray_resources', CPUS)}", "{{instance}} there"),
+            (f"sum by (instance) {on_node('ray_resources', CPUS)}", "{{instance}} total"),
         ),
         alerts=("NodeLost",),
         width=24,
@@ -297,65 +308,70 @@ MACHINES = (
 
 PROCESSES = (
     Panel(
-        "CPU of processes",
-        "Cores that each process uses. An ingress near 1 is the bottleneck, whatever the models do.",
+        "CPU usage of processes",
+        "Cores that each process uses. An ingress replica close to 1 is the bottleneck.",
         "short",
-        ((per_second("process_cpu_seconds_total", REPLICA), OF_ONE),),
+        ((per_second("process_cpu_seconds_total", REPLICA), REPLICA_LEGEND),),
     ),
     Panel(
         "Memory of processes",
-        "Resident memory of each, and the address space. Resident that only rises is a leak; address space alone means "
-        "nothing, since slots that nobody used are in it.",
+        "Resident memory and address space of each process. Resident memory that only rises is a leak. The address "
+        "space includes slots that were never used.",
         "bytes",
         (
-            (highest("process_resident_memory_bytes", REPLICA), f"{OF_ONE} resident"),
-            (highest("process_virtual_memory_bytes", REPLICA), f"{OF_ONE} address space"),
+            (maximum("process_resident_memory_bytes", REPLICA), f"{REPLICA_LEGEND} resident"),
+            (maximum("process_virtual_memory_bytes", REPLICA), f"{REPLICA_LEGEND} address space"),
         ),
     ),
     Panel(
         "Open files",
-        "Share of the files and connections that a process may open. At 1 it accepts nobody: raise the limit.",
+        "Share of the allowed open files and connections of a process. At 1 it accepts no new connection: raise the "
+        "limit.",
         "percentunit",
-        ((share(highest("process_open_fds", REPLICA), highest("process_max_fds", REPLICA)), OF_ONE),),
-        full=1,
+        ((ratio(maximum("process_open_fds", REPLICA), maximum("process_max_fds", REPLICA)), REPLICA_LEGEND),),
+        maximum=1,
     ),
     Panel(
-        "Event loop's delay",
-        "How late a process's event loop comes to its turns. Over 50 ms every stream of it stutters: something blocks.",
+        "Event loop delay",
+        "Delay of the event loop of each process. Above 50 ms all its streams stutter, because some code blocks the "
+        "loop.",
         "s",
-        ((highest("serve_app_event_loop_lag_seconds", REPLICA), OF_ONE),),
+        ((maximum("serve_app_event_loop_lag_seconds", REPLICA), REPLICA_LEGEND),),
     ),
     Panel(
-        "Age of the figures",
-        "How old the newest push of each process is. Over 5 s a process is forgotten, and its lines end.",
+        "Age of the metrics",
+        "Age of the newest metrics that each process has sent. After 5 s without metrics a process is removed, and "
+        "its lines end.",
         "s",
-        ((highest("serve_app_snapshot_age_seconds", REPLICA), OF_ONE),),
+        ((maximum("serve_app_snapshot_age_seconds", REPLICA), REPLICA_LEGEND),),
     ),
     Panel(
         "Uptime",
-        "Time since each process began. What falls to 0 has been replaced.",
+        "Time since each process started. A drop to 0 means that the process was replaced.",
         "s",
-        ((f"time() - {highest('process_start_time_seconds', REPLICA)}", OF_ONE),),
+        ((f"time() - {maximum('process_start_time_seconds', REPLICA)}", REPLICA_LEGEND),),
         alerts=("ReplicasFlap",),
     ),
     Panel(
-        "Notice board answers",
-        "Whether the hub that gathers all figures could be asked. Without it, requests go on and this page is empty.",
+        "Metrics are complete",
+        "Whether every process has had time to report its metrics to the ingress that was scraped. An ingress that has "
+        "just started has the metrics of some processes only.",
         "short",
-        (("max(serve_app_metrics_hub_up)", "hub"),),
+        (("max(serve_app_metrics_complete)", "complete"),),
         "states",
-        words=YES_NO,
+        value_names=YES_NO,
     ),
     Panel(
         "Versions",
-        "What runs. Two rows are a rollout under way, or one that stopped half-way.",
+        "Versions of the running software. Two rows mean a rollout in progress, or one that stopped.",
         "short",
         (("max by (version, python, ray, torch, transformers) (serve_app_build_info)", ""),),
         "table",
     ),
     Panel(
-        "How models run",
-        "lean is the quick path; packed on a Llama-like model means that no compiler was found, or a self-test failed.",
+        "Runners",
+        "`lean` is the fast CPU path, `packed` the Hugging Face path. `packed` for a Llama-like model on a CPU means"
+        " that no compiler was found or a self-test failed.",
         "short",
         ((f"max by (model, replica, kind) (serve_app_runner_info{{{MODEL}}})", ""),),
         "table",
@@ -365,7 +381,8 @@ PROCESSES = (
 SERVE = (
     Panel(
         "Ray: HTTP by status",
-        "Requests at Ray's proxy by status. 5xx here and not in our own figures: the proxy had nobody to ask.",
+        "HTTP calls at Ray's proxy by status. 5xx here but not in the metrics of the service means that the proxy "
+        "had no ingress replica.",
         "reqps",
         (("sum by (status_code) (rate(ray_serve_num_http_requests_total[$__rate_interval]))", "{{status_code}}"),),
         alerts=("ServiceDown",),
@@ -373,26 +390,27 @@ SERVE = (
     ),
     Panel(
         "Ray: HTTP time",
-        "At the proxy, by route. Its excess over our own HTTP time is the proxy's and the network's.",
+        "HTTP time at Ray's proxy by route. The difference to HTTP time by route is the time of the proxy and the "
+        "network.",
         "ms",
         quantiles("ray_serve_http_request_latency_ms", ("route",), "", ("0.5", "0.99")),
     ),
     Panel(
         "Ray: health checks",
-        "Time of a replica's answer to Ray's question whether it lives. Near its time-out it will be replaced.",
+        "Time that replicas take to answer Ray's health check. Close to the timeout a replica will be replaced.",
         "ms",
         ((quantile("0.99", "ray_serve_health_check_latency_ms", ("deployment",), DEPLOYMENT), "{{deployment}} p99"),),
     ),
     Panel(
         "Ray: event loops",
-        "How late the loops of Ray's proxy and replicas come to their turns.",
+        "Delay of the event loops of Ray's proxy and replicas.",
         "ms",
         ((quantile("0.99", "ray_serve_event_loop_scheduling_latency_ms", ("component",), ""), "{{component}} p99"),),
         width=12,
     ),
     Panel(
-        "Ray: replicas' start",
-        "From Ray's decision to a replica that answers, of all starts that the cluster has seen.",
+        "Ray: replica start time",
+        "Time from Ray's decision to start a replica until it is ready, over all starts in this cluster.",
         "ms",
         (
             (
@@ -406,34 +424,35 @@ SERVE = (
     ),
     Panel(
         "Ray: proxies",
-        "One a node. Not healthy: callers of that node are turned away, whatever the models do.",
+        "State of the proxy of each node. An unhealthy proxy rejects the requests that reach its node.",
         "short",
         (("max by (node_ip_address) (ray_serve_proxy_status)", "{{node_ip_address}}"),),
         "states",
         alerts=("ServiceDown",),
-        words=PROXY,
+        value_names=PROXY,
         width=12,
     ),
     Panel(
-        "Ray: controller's round",
-        "Time of the controller's control loop. Over a second it is late with health checks and scaling.",
+        "Ray: controller loop time",
+        "Duration of the control loop of Ray Serve's controller. Above one second health checks and scaling are late.",
         "s",
-        (("max(ray_serve_controller_control_loop_duration_s)", "round"),),
+        (("max(ray_serve_controller_control_loop_duration_s)", "control loop"),),
         width=12,
     ),
 )
 
-# An alert's node is a host's name (NVML), an address (Ray's GPUs) or a scrape's instance: any of them can be chosen.
+# The node of an alert is a host name (NVML), an address (Ray's GPUs) or the instance of a scrape target. The variable
+# offers all three.
 NODES = (
     'query_result(group by (node) (label_replace(ray_node_mem_total, "node", "$1", "instance", "(.*)"))'
     ' or group by (node) (label_replace(ray_node_mem_total, "node", "$1", "ip", "(.*)"))'
     " or group by (node) (serve_app_gpu_memory_total_bytes))"
 )
 
-BOARD = Board(
+DASHBOARD = Dashboard(
     uid="serve-app-resources",
     title="serve_app: resources and Ray",
-    description="Replicas, load, GPUs, machines, processes and Ray Serve.",
+    description="Replicas, load, GPUs, nodes, processes and Ray Serve.",
     variables=(
         Variable("model", "Model", "label_values(serve_app_model_state, model)"),
         Variable("deployment", "Deployment", "label_values(ray_serve_deployment_status, deployment)"),
@@ -443,7 +462,7 @@ BOARD = Board(
         "Replicas and models": REPLICAS,
         "Load": LOAD,
         "GPUs": GPUS,
-        "Machines": MACHINES,
+        "Nodes": NODE_PANELS,
         "Processes": PROCESSES,
         "Ray Serve": SERVE,
     },

@@ -1,4 +1,4 @@
-"""The dashboards: what their panels say, ask and link to. test_dashboards_live.py asks a real Prometheus."""
+"""The dashboards: texts, queries and links of their panels. test_dashboards_live.py runs the queries in Prometheus."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 import yaml
 
-from alerts import slo
+from alerts import prometheus, slo
 from alerts.__main__ import MONITORING, main
 from alerts.dashboards import objectives, promql, write
 from alerts.dashboards.panels import COLUMNS
@@ -22,48 +22,48 @@ from alerts.settings import EXAMPLE
 from serve_app.telemetry.metrics import GenAiSeries
 from tests.alerts.test_rules import RECORDED, RULE_FILES, RULES, RUNBOOKS, Document, exported, metrics_in, promtool
 
-BOARDS: dict[str, Document] = {}
-for _name, _text in write.files().items():
-    if _name.endswith(".json"):
-        BOARDS[Path(_name).stem] = json.loads(_text)
-
-# Exported and on no panel and in no rule, with the reason.
-UNUSED = {
-    "gen_ai_server_request_duration_seconds": "serve_app_request_seconds by another name, if a switch is set",
-    "gen_ai_server_time_to_first_token_seconds": "likewise serve_app_time_to_first_token_seconds",
-    "gen_ai_server_time_per_output_token_seconds": "likewise serve_app_time_per_output_token_seconds",
+FILES = write.files()
+DASHBOARDS: dict[str, Document] = {
+    Path(name).stem: json.loads(text) for name, text in FILES.items() if name.endswith(".json")
 }
-# What others export; the live test proves that they do.
+
+# Exported metrics that no panel and no rule uses, with the reason.
+UNUSED = {
+    "gen_ai_server_request_duration_seconds": "serve_app_request_seconds under another name, if it is switched on",
+    "gen_ai_server_time_to_first_token_seconds": "serve_app_time_to_first_token_seconds under another name",
+    "gen_ai_server_time_per_output_token_seconds": "serve_app_time_per_output_token_seconds under another name",
+}
+# Prefixes of the metrics of other programs. The live test checks that they exist.
 OTHERS = ("ray_", "prometheus_", "alertmanager_", "alert_", "alerts_received_", "scrape_")
-# Windows that a panel may have whatever the range is: as long as the alert's beside it, or as rare as what it counts.
+# Fixed windows that a panel may use: that of an alert, or one for rare events.
 FIXED = {"10m", "1h"}
 
 
-class Question(NamedTuple):
-    board: str
+class Query(NamedTuple):
+    dashboard: str
     panel: str
     expression: str
     instant: bool
 
 
-def panels(board: Document) -> list[Document]:
-    return [panel for panel in board["panels"] if panel["type"] != "row"]
+def panels(dashboard: Document) -> list[Document]:
+    return [panel for panel in dashboard["panels"] if panel["type"] != "row"]
 
 
-def questions() -> list[Question]:
-    """Everything that is asked of Prometheus but for the variables' choices."""
+def all_queries() -> list[Query]:
+    """All queries of panels and annotations."""
     found = [
-        Question(uid, panel["title"], target["expr"], target["instant"])
-        for uid, board in BOARDS.items()
-        for panel in panels(board)
+        Query(uid, panel["title"], target["expr"], target["instant"])
+        for uid, dashboard in DASHBOARDS.items()
+        for panel in panels(dashboard)
         for target in panel["targets"]
     ]
-    marks = {one["expr"] for board in BOARDS.values() for one in board["annotations"]["list"]}
-    return [*found, *(Question("each", "Alerts, as marks", expression, False) for expression in marks)]
+    annotations = {one["expr"] for dashboard in DASHBOARDS.values() for one in dashboard["annotations"]["list"]}
+    return [*found, *(Query("all", "annotations", expression, False) for expression in annotations)]
 
 
 def filled(expression: str, **chosen: str) -> str:
-    """What Grafana sends: with all of each variable, unless something is chosen."""
+    """The query that Grafana sends if `chosen` is selected, or everything."""
     values = {"__rate_interval": "15s", "__range": "10m", "model": ".*", "deployment": ".*", "node": ".*", **chosen}
     return re.sub(r"\$(\w+)", lambda name: values[name[1]], expression)
 
@@ -73,31 +73,28 @@ def family(name: str) -> str:
 
 
 def used() -> set[str]:
-    """Names of series in panels and rules."""
-    asked = {name for question in questions() for name in metrics_in(filled(question.expression))}
-    return asked | {name for rule in RULES for name in metrics_in(rule["expr"])}
+    """The metrics in panels and rules."""
+    in_panels = {name for query in all_queries() for name in metrics_in(filled(query.expression))}
+    return in_panels | {name for rule in RULES for name in metrics_in(rule["expr"])}
 
 
-@pytest.mark.parametrize("name", write.files())
-def test_the_files_are_those_of_the_tables(name: str) -> None:
-    assert (MONITORING / name).read_text() == write.files()[name], "run: python -m alerts dashboards"
-
-
-def test_the_command_writes_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_writes_the_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["dashboards", "--output", str(tmp_path / "new")]) == 0
-    written = {path.relative_to(tmp_path / "new").as_posix() for path in (tmp_path / "new").rglob("*.*")}
-    assert written == write.files().keys()
+    written = {
+        path.relative_to(tmp_path / "new").as_posix(): path.read_text() for path in (tmp_path / "new").rglob("*.*")
+    }
+    assert written == FILES
     assert capsys.readouterr().out.count("wrote") == len(written)
-    assert main(["dashboards", "--output", str(tmp_path / "ours"), "--runbooks", "https://llm.test/runbooks/"]) == 0
-    for name, text in write.files().items():
-        assert (tmp_path / "ours" / name).read_text() == text.replace(slo.RUNBOOKS, "https://llm.test/runbooks")
+    assert main(["dashboards", "--output", str(tmp_path / "runbooks"), "--runbooks", "https://llm.test/runbooks/"]) == 0
+    for name, text in FILES.items():
+        assert (tmp_path / "runbooks" / name).read_text() == text.replace(slo.RUNBOOKS_URL, "https://llm.test/runbooks")
     assert main(["dashboards", "--output", str(tmp_path / "grafana"), "--dashboards", "https://llm.test/d/"]) == 0
     rules = (tmp_path / "grafana/prometheusrule.yaml").read_text()
     assert "https://llm.test/d/serve-app-llm?var-model=" in rules
-    assert slo.DASHBOARDS not in rules
+    assert slo.DASHBOARDS_URL not in rules
     (tmp_path / "file").touch()
     assert main(["dashboards", "--output", str(tmp_path / "file")]) == 2
-    assert "give another --output" in capsys.readouterr().err
+    assert "give another folder with --output" in capsys.readouterr().err
 
 
 def test_without_the_sdk_the_command_says_how_to_get_it(tmp_path: Path) -> None:
@@ -105,41 +102,40 @@ def test_without_the_sdk_the_command_says_how_to_get_it(tmp_path: Path) -> None:
     program += f"sys.exit(main(['dashboards', '--output', {str(tmp_path)!r}]))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=MONITORING.parents[1])
     assert done.returncode == 2
-    assert done.stderr == "alerts: grafana-foundation-sdk is missing; pip install 'serve_app[dashboards]'\n"
+    assert done.stderr == "alerts: grafana-foundation-sdk is not installed; run pip install 'serve_app[dashboards]'\n"
     assert list(tmp_path.iterdir()) == []
 
 
-def test_nothing_else_is_among_the_dashboards() -> None:
-    there = {path.stem for path in (MONITORING / "grafana/dashboards").iterdir()}
-    assert there == BOARDS.keys() == {"serve-app-alerting", "serve-app-llm", "serve-app-resources", "serve-app-slo"}
-    assert all(board["uid"] == uid for uid, board in BOARDS.items())
-    assert len({board["title"] for board in BOARDS.values()}) == len(BOARDS)
+def test_there_are_four_dashboards() -> None:
+    assert DASHBOARDS.keys() == {"serve-app-alerting", "serve-app-llm", "serve-app-resources", "serve-app-slo"}
+    assert all(dashboard["uid"] == uid for uid, dashboard in DASHBOARDS.items())
+    assert len({dashboard["title"] for dashboard in DASHBOARDS.values()}) == len(DASHBOARDS)
 
 
-def lacks(panel: Document, runbooks: set[str]) -> Iterator[str]:
+def problems(panel: Document, runbooks: set[str]) -> Iterator[str]:
     title = panel["title"]
     if len(panel.get("description", "")) < 30:
         yield f"{title}: no description"
     if not panel["fieldConfig"]["defaults"].get("unit"):
         yield f"{title}: no unit"
     if not panel["targets"] or len({target["refId"] for target in panel["targets"]}) < len(panel["targets"]):
-        yield f"{title}: no questions, or two with one name"
+        yield f"{title}: no queries, or two with the same name"
     if any(one["datasource"]["uid"] != "${datasource}" for one in (panel, *panel["targets"])):
-        yield f"{title}: not from the chosen data source"
+        yield f"{title}: not from the selected data source"
     for link in panel["links"]:
         base, _, file = link["url"].rpartition("/")
-        if base != slo.RUNBOOKS or file not in runbooks:
-            yield f"{title}: no such runbook"
+        if base != slo.RUNBOOKS_URL or file not in runbooks:
+            yield f"{title}: the runbook does not exist"
 
 
-@pytest.mark.parametrize("uid", BOARDS)
-def test_every_panel_says_what_it_is(uid: str) -> None:
+@pytest.mark.parametrize("uid", DASHBOARDS)
+def test_every_panel_is_described(uid: str) -> None:
     runbooks = {path.name for path in RUNBOOKS}
-    board = BOARDS[uid]
-    assert [problem for panel in panels(board) for problem in lacks(panel, runbooks)] == []
-    titles = [panel["title"] for panel in board["panels"]]
+    dashboard = DASHBOARDS[uid]
+    assert [problem for panel in panels(dashboard) for problem in problems(panel, runbooks)] == []
+    titles = [panel["title"] for panel in dashboard["panels"]]
     assert len(set(titles)) == len(titles)
-    assert len({panel["id"] for panel in board["panels"]}) == len(titles)
+    assert len({panel["id"] for panel in dashboard["panels"]}) == len(titles)
 
 
 @pytest.mark.parametrize(
@@ -147,34 +143,34 @@ def test_every_panel_says_what_it_is(uid: str) -> None:
     [
         ({"description": ""}, "no description"),
         ({"fieldConfig": {"defaults": {}}}, "no unit"),
-        ({"targets": []}, "no questions"),
-        ({"datasource": {"uid": "prometheus"}}, "not from the chosen data source"),
-        ({"links": [{"url": f"{slo.RUNBOOKS}/Gone.md"}]}, "no such runbook"),
+        ({"targets": []}, "no queries"),
+        ({"datasource": {"uid": "prometheus"}}, "not from the selected data source"),
+        ({"links": [{"url": f"{slo.RUNBOOKS_URL}/Gone.md"}]}, "the runbook does not exist"),
     ],
 )
-def test_a_panel_that_lacks_something_is_found(change: Document, problem: str) -> None:
-    whole = panels(BOARDS["serve-app-llm"])[0]
-    (found,) = lacks({**whole, **change}, {path.name for path in RUNBOOKS})
+def test_an_incomplete_panel_is_found(change: Document, problem: str) -> None:
+    complete = panels(DASHBOARDS["serve-app-llm"])[0]
+    (found,) = problems({**complete, **change}, {path.name for path in RUNBOOKS})
     assert problem in found
 
 
-@pytest.mark.parametrize("uid", BOARDS)
-def test_panels_fill_the_grid_and_none_lies_on_another(uid: str) -> None:
+@pytest.mark.parametrize("uid", DASHBOARDS)
+def test_panels_fill_the_grid_without_overlap(uid: str) -> None:
     taken = set[tuple[int, int]]()
-    for panel in BOARDS[uid]["panels"]:
+    for panel in DASHBOARDS[uid]["panels"]:
         place = panel["gridPos"]
         assert place["x"] + place["w"] <= COLUMNS, panel["title"]
         cells = {(place["x"] + x, place["y"] + y) for x in range(place["w"]) for y in range(place["h"])}
-        assert not cells & taken, f"{panel['title']} lies on another"
+        assert not cells & taken, f"{panel['title']} overlaps another panel"
         taken |= cells
-    assert len(taken) == COLUMNS * len({y for _, y in taken}), "a line is not full"
+    assert len(taken) == COLUMNS * len({y for _, y in taken}), "a line of the grid is not full"
 
 
-def test_the_reader_chooses_what_the_questions_ask_for() -> None:
-    for uid, board in BOARDS.items():
-        variables = {variable["name"]: variable for variable in board["templating"]["list"]}
-        asked = {name for question in questions() if question.board == uid for name in names(question.expression)}
-        assert asked == variables.keys() - {"datasource"}, uid
+def test_the_queries_use_all_variables() -> None:
+    for uid, dashboard in DASHBOARDS.items():
+        variables = {variable["name"]: variable for variable in dashboard["templating"]["list"]}
+        in_queries = {name for query in all_queries() if query.dashboard == uid for name in names(query.expression)}
+        assert in_queries == variables.keys() - {"datasource"}, uid
         assert variables.pop("datasource")["query"] == "prometheus"
         for variable in variables.values():
             assert variable["multi"]
@@ -187,13 +183,13 @@ def names(expression: str) -> set[str]:
     return {name for name in re.findall(r"\$(\w+)", expression) if not name.startswith("__")}
 
 
-def test_what_an_alert_links_to_is_there() -> None:
+def test_dashboard_links_of_alerts_are_valid() -> None:
     for rule in RULES:
         if "alert" not in rule:
             continue
         url = rule["annotations"]["dashboard_url"]
-        uid, _, query = url.removeprefix(f"{slo.DASHBOARDS}/").partition("?")
-        variables = {variable["name"] for variable in BOARDS[uid]["templating"]["list"]}
+        uid, _, query = url.removeprefix(f"{slo.DASHBOARDS_URL}/").partition("?")
+        variables = {variable["name"] for variable in DASHBOARDS[uid]["templating"]["list"]}
         given = re.findall(r"var-(\w+)=\{\{ \$labels\.(\w+) \}\}", query)
         assert bool(given) == bool(query), url
         for variable, label in given:
@@ -201,89 +197,89 @@ def test_what_an_alert_links_to_is_there() -> None:
             assert variable == label or (variable == "node" and label in ("instance", "NodeAddress"))
 
 
-def test_rates_look_back_as_far_as_the_picture_needs() -> None:
-    for question in questions():
-        for function, window in re.findall(r"\b(i?rate|increase|delta)\([^\[]*\[([^\]]*)\]", question.expression):
+def test_rates_use_the_rate_interval() -> None:
+    for query in all_queries():
+        for function, window in re.findall(r"\b(i?rate|increase|delta)\([^\[]*\[([^\]]*)\]", query.expression):
             allowed = {"$__rate_interval", *(FIXED if function == "increase" else ())}
-            assert window in allowed, question
-        assert "irate(" not in question.expression
+            assert window in allowed, query
+        assert "irate(" not in query.expression
 
 
-def test_quantiles_are_of_rates_by_bucket() -> None:
-    for question in questions():
-        found = re.findall(r"histogram_quantile\([\d.]+, sum by \(le", question.expression)
-        assert len(found) == question.expression.count("histogram_quantile"), question
+def test_quantiles_aggregate_rates_by_bucket() -> None:
+    for query in all_queries():
+        found = re.findall(r"histogram_quantile\([\d.]+, sum by \(le", query.expression)
+        assert len(found) == query.expression.count("histogram_quantile"), query
 
 
-def test_no_question_trusts_what_ray_makes_up() -> None:
-    """The sums of its histograms are guesses, and its bytes of GPU memory are MiB."""
-    for question in questions():
-        assert not re.search(r"\bray_\w+_sum\b", question.expression), question
-        if "_gram_" in question.expression:
-            assert "1048576" in question.expression, question
+def test_queries_avoid_inexact_metrics_of_ray() -> None:
+    """The sums of Ray's histograms are estimates, and the unit of its GPU memory is MiB."""
+    for query in all_queries():
+        assert not re.search(r"\bray_\w+_sum\b", query.expression), query
+        if "_gram_" in query.expression:
+            assert "1048576" in query.expression, query
 
 
-def test_no_question_depends_on_a_jobs_name() -> None:
-    assert [question for question in questions() if re.search(r"\bjob *(=|!)", question.expression)] == []
+def test_no_query_depends_on_the_name_of_a_job() -> None:
+    assert [query for query in all_queries() if re.search(r"\bjob *(=|!)", query.expression)] == []
 
 
-def test_every_metric_of_a_panel_is_exported_by_somebody() -> None:
+def test_every_metric_of_a_panel_is_exported() -> None:
     known = exported() | RECORDED | {"up", "ALERTS"}
     unknown = {name for name in used() - known if not name.startswith(OTHERS) and not name.startswith("node_")}
     assert unknown == set()
 
 
-def test_every_exported_metric_is_looked_at_or_is_not_on_purpose() -> None:
-    told = {family(name) for name in exported()} | {one.name for one in GenAiSeries("r").families()}
-    looked_at = {family(name) for name in used()}
-    assert told - looked_at == UNUSED.keys()
-    assert not looked_at & UNUSED.keys()
+def test_every_exported_metric_is_used_or_listed_as_unused() -> None:
+    all_families = {family(name) for name in exported()} | {one.name for one in GenAiSeries("r").families()}
+    in_use = {family(name) for name in used()}
+    assert all_families - in_use == UNUSED.keys()
+    assert not in_use & UNUSED.keys()
 
 
-def test_thresholds_are_the_rules() -> None:
-    assert promql.bound("ErrorRateVeryHigh") == 0.1
-    assert promql.bound("TimeToFirstTokenHigh") == 2
-    assert promql.bound("RequestsTurnedAway") == 0.01
-    assert promql.bound("ThroughputLow") == 10
+def test_thresholds_are_those_of_the_rules() -> None:
+    assert promql.threshold("ErrorRateVeryHigh") == 0.1
+    assert promql.threshold("TimeToFirstTokenHigh") == 2
+    assert promql.threshold("RequestsTurnedAway") == 0.01
+    assert promql.threshold("ThroughputLow") == 10
     assert promql.objective("tpot") == 0.05
     assert promql.bucket("ScaleFromZeroSlow") == 60
-    (ttft,) = (panel for panel in panels(BOARDS["serve-app-llm"]) if panel["title"] == "TTFT")
+    (ttft,) = (panel for panel in panels(DASHBOARDS["serve-app-llm"]) if panel["title"] == "TTFT")
     steps = ttft["fieldConfig"]["defaults"]["thresholds"]["steps"]
     assert steps == [
         {"color": "green", "value": None},
         {"color": "yellow", "value": 2},
         {"color": "red", "value": 5},
     ]
-    (left,) = (panel for panel in panels(BOARDS["serve-app-slo"]) if panel["title"] == "TTFT: budget left")
+    (left,) = (panel for panel in panels(DASHBOARDS["serve-app-slo"]) if panel["title"] == "TTFT: budget left")
     steps = left["fieldConfig"]["defaults"]["thresholds"]["steps"]
     assert [step["color"] for step in steps] == ["red", "yellow", "green"]
     assert [step["value"] for step in steps] == [None, 0, 0.25]
 
 
-def test_every_objective_has_its_row() -> None:
-    titles = {panel["title"] for panel in BOARDS["serve-app-slo"]["panels"]}
+def test_every_objective_has_a_row() -> None:
+    titles = {panel["title"] for panel in DASHBOARDS["serve-app-slo"]["panels"]}
     for one in slo.SLOS:
         assert {f"{one.name}: budget left", f"{one.name}: burn rate", f"{one.name}: requests"} <= titles
     assert objectives.FACTORS == (1, 3, 6, 14.4)
 
 
 @pytest.mark.system
-def test_prometheus_takes_the_questions(tmp_path: Path) -> None:
-    asked = sorted({filled(question.expression) for question in questions()})
-    assert len(asked) > 150
-    rules = [{"record": f"question:{number}", "expr": text} for number, text in enumerate(asked)]
-    path = tmp_path / "questions.yml"
+def test_prometheus_accepts_the_queries(tmp_path: Path) -> None:
+    queries = sorted({filled(query.expression) for query in all_queries()})
+    assert len(queries) > 150
+    rules = [{"record": f"query:{number}", "expr": text} for number, text in enumerate(queries)]
+    path = tmp_path / "queries.yml"
     path.write_text(yaml.safe_dump({"groups": [{"name": "dashboards", "rules": rules}]}))
     promtool("check", "rules", path)
 
 
-def test_kubernetes_has_every_rule() -> None:
-    manifest = yaml.safe_load((MONITORING / "prometheusrule.yaml").read_text())
+def test_the_kubernetes_manifest_has_every_rule() -> None:
+    manifest = yaml.safe_load(FILES["prometheusrule.yaml"])
     assert (manifest["apiVersion"], manifest["kind"]) == ("monitoring.coreos.com/v1", "PrometheusRule")
     assert [rule for group in manifest["spec"]["groups"] for rule in group["rules"]] == RULES
 
 
-def test_kubernetes_scrapes_what_the_rules_know_by_name() -> None:
+def test_pod_monitors_define_the_jobs_of_the_rules() -> None:
     monitors = list(yaml.safe_load_all((MONITORING / "podmonitor.yaml").read_text()))
     assert {monitor["kind"] for monitor in monitors} == {"PodMonitor"}
     jobs: dict[str, list[str]] = {}
@@ -299,7 +295,7 @@ def compose() -> Document:
     return document
 
 
-def test_containers_listen_on_loopback_with_images_of_one_version() -> None:
+def test_containers_listen_on_loopback_and_have_fixed_versions() -> None:
     services: dict[str, Any] = compose()["services"]
     assert services.keys() == {"prometheus", "alertmanager", "grafana", "jaeger"}
     for name, service in services.items():
@@ -310,7 +306,7 @@ def test_containers_listen_on_loopback_with_images_of_one_version() -> None:
         assert service["cap_drop"] == ["ALL"]
 
 
-def test_no_container_comes_with_a_password() -> None:
+def test_no_container_has_a_password() -> None:
     document = compose()
     for service in document["services"].values():
         for key, value in service.get("environment", {}).items():
@@ -320,24 +316,27 @@ def test_no_container_comes_with_a_password() -> None:
     assert "/cluster/monitoring/secrets/" in ignored
 
 
-# Made by whoever starts the containers, as README.md says, or beside the service.
-MADE = {"./data", "./secrets", "./alertmanager"}
+# Created by the commands in docs/operations.md.
+CREATED = ("./data", "./secrets", "./alertmanager", "./grafana/dashboards", "./prometheus")
 
 
-def test_what_is_mounted_is_there() -> None:
+def test_mounted_files_exist_or_are_created() -> None:
     for name, service in compose()["services"].items():
         for volume in service.get("volumes", ()):
             source = volume["source"] if isinstance(volume, dict) else volume.partition(":")[0]
-            if source.startswith(("./", "../")) and not source.startswith(tuple(MADE)):
+            if source.startswith(("./", "../")) and not source.startswith(CREATED):
                 assert (MONITORING / source).exists(), f"{name}: {source}"
             else:
-                assert source.startswith((*MADE, "/tmp/ray")), f"{name}: {source}"
-    told = (MONITORING / "README.md").read_text()
-    assert all(f"data/{name}" in told for name in ("prometheus", "alertmanager", "grafana"))
+                assert source.startswith((*CREATED, "/tmp/ray")), f"{name}: {source}"
+    assert {path for path in FILES if path.startswith("grafana/dashboards/")}
+    assert "prometheus.yml" in prometheus.CONFIGS
+    page = (MONITORING.parents[1] / "docs/operations.md").read_text()
+    assert all(f"data/{name}" in page for name in ("prometheus", "alertmanager", "grafana"))
+    assert all(f"python -m alerts {command}" in page for command in ("dashboards", "prometheus", "render"))
 
 
-def test_what_render_writes_is_what_is_mounted(tmp_path: Path) -> None:
-    """As README.md says it, in a folder of the repository's shape."""
+def test_mounted_files_are_those_that_render_writes(tmp_path: Path) -> None:
+    """With the command of docs/operations.md, in a folder like cluster/monitoring."""
     folder = tmp_path / "cluster/monitoring"
     folder.mkdir(parents=True)
     shutil.copy(EXAMPLE, folder / "settings.yml")

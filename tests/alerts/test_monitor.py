@@ -1,4 +1,4 @@
-"""`python -m alerts monitor`: that it starts what it says, that it leaves nothing, and what it says when it cannot."""
+"""`python -m alerts monitor`: the programs it starts and stops, its output, and its error messages."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ import socket
 import time
 import urllib.request
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import pytest
@@ -21,23 +19,23 @@ from alerts import prometheus, render
 from alerts.__main__ import main
 from alerts.programs import ProgramError, check
 from alerts.settings import EXAMPLE
+from tests.alerts.receivers import production_settings, write_secrets, write_settings
 from tests.alerts.test_rules import promtool
-from tests.alerts.world import ready, secrets, written
-from tests.graph.house import Program, free_port
+from tests.graph.house import Program
 
-NOWHERE = "http://127.0.0.1:9"
+CLOSED = "http://127.0.0.1:9"
 
 
 def monitor(folder: Path, *options: str, **environment: str) -> Program:
-    """On ports that are free."""
+    """The monitor of a closed address, on free ports."""
     ports = [word for name in ("prometheus", "alertmanager", "history") for word in (f"--{name}-port", "0")]
-    command = ["alerts", "monitor", "--url", NOWHERE, "--data", str(folder / "data"), *ports, *options]
+    command = ["alerts", "monitor", "--url", CLOSED, "--data", str(folder / "data"), *ports, *options]
     return Program(command, **environment)
 
 
-def address(said: str, name: str) -> str:
-    """Where `name` answers, as the monitor says."""
-    (found,) = re.findall(rf"{name} .*(http://127\.0\.0\.1:\d+)/", said)
+def address(output: str, name: str) -> str:
+    """The address of a program in the output of the monitor."""
+    (found,) = re.findall(rf"{name} .*(http://127\.0\.0\.1:\d+)/", output)
     return str(found)
 
 
@@ -47,7 +45,7 @@ def get(url: str, **headers: str) -> Any:
 
 
 def until(probe: Callable[[], Any], seconds: float) -> Any:
-    """The first that is not nothing."""
+    """Wait for the first true value of `probe` and return it."""
     end = time.monotonic() + seconds
     while not (found := probe()):
         assert time.monotonic() < end
@@ -55,125 +53,111 @@ def until(probe: Callable[[], Any], seconds: float) -> Any:
     return found
 
 
-@pytest.mark.parametrize("name", prometheus.PLACES)
-def test_the_kept_configurations_are_those_of_the_template(name: str) -> None:
-    assert (prometheus.KEPT / name).read_text() == prometheus.config(prometheus.PLACES[name]), (
-        "run: python -m alerts prometheus"
-    )
+def test_the_command_writes_the_configurations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["prometheus", "--output", str(tmp_path / "new")]) == 0
+    written = {path.name: path.read_text() for path in (tmp_path / "new").iterdir()}
+    assert written == {name: prometheus.config(targets) for name, targets in prometheus.CONFIGS.items()}
+    (tmp_path / "file").touch()
+    assert main(["prometheus", "--output", str(tmp_path / "file")]) == 2
+    assert "give another folder with --output" in capsys.readouterr().err
 
 
-def test_the_command_writes_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prometheus, "KEPT", tmp_path)
-    assert main(["prometheus"]) == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(prometheus.PLACES)
-
-
-@pytest.mark.parametrize("name", prometheus.PLACES)
-def test_every_job_that_the_rules_know_is_scraped(name: str) -> None:
-    document = yaml.safe_load((prometheus.KEPT / name).read_text())
+@pytest.mark.parametrize("name", prometheus.CONFIGS)
+def test_every_job_of_the_rules_is_scraped(name: str) -> None:
+    document = yaml.safe_load(prometheus.config(prometheus.CONFIGS[name]))
     jobs = {job["job_name"] for job in document["scrape_configs"]}
-    kept = {"alert_history"} if prometheus.PLACES[name].history else set()
-    assert jobs == {"serve_app", "ray", "prometheus", "alertmanager", *kept}
-    texts = "".join(path.read_text() for path in (render.HERE / "rules").glob("*.yml"))
+    optional = {"alert_history"} if prometheus.CONFIGS[name].history else set()
+    assert jobs == {"serve_app", "ray", "prometheus", "alertmanager", *optional}
+    texts = "".join(path.read_text() for path in (render.PACKAGE / "rules").glob("*.yml"))
     assert set(re.findall(r'job="(\w+)"', texts)) <= jobs
     assert document["global"] == {"scrape_interval": "15s", "evaluation_interval": "15s"}
 
 
 @pytest.mark.system
-@pytest.mark.parametrize("name", prometheus.PLACES)
-def test_prometheus_takes_the_kept_configurations(tmp_path: Path, name: str) -> None:
-    text = (prometheus.KEPT / name).read_text()
-    # Debian's Prometheus is built without Kubernetes; for it, what stands there instead is the smallest discovery.
+@pytest.mark.parametrize("name", prometheus.CONFIGS)
+def test_prometheus_accepts_the_configurations(tmp_path: Path, name: str) -> None:
+    text = prometheus.config(prometheus.CONFIGS[name])
+    # Debian's Prometheus is built without Kubernetes, so the discovery is replaced by the smallest other one.
     discovery = "kubernetes_sd_configs:\n      - role: pod\n        selectors: [{role: pod, label: ray.io/cluster}]\n"
     assert (discovery in text) == (name == "prometheus-kubernetes.yml")
     (tmp_path / prometheus.CONFIG).write_text(text.replace(discovery, "static_configs: []\n"))
-    secrets(tmp_path / "secrets")
+    write_secrets(tmp_path / "secrets")
     list(prometheus.write_rules(tmp_path, "https://llm.test/runbooks", "https://llm.test/d"))
-    said = promtool("check", "config", tmp_path / prometheus.CONFIG)
-    assert "5 rule files found" in said
+    output = promtool("check", "config", tmp_path / prometheus.CONFIG)
+    assert "5 rule files found" in output
 
 
 @pytest.mark.system
-def test_without_service_and_settings_it_works_and_leaves_nothing(tmp_path: Path) -> None:
+def test_it_starts_and_stops_everything_without_settings(tmp_path: Path) -> None:
     with monitor(tmp_path) as program:
-        said = program.wait_for("the service does not answer: ")
-        said = program.wait_for("Ray is not found: ")
-        assert "nobody is told" in said
-        assert f"{program.folder}/ray/prom_metrics_service_discovery.json lists nothing yet" in said
-        rules = get(f"{address(said, 'Prometheus')}/api/v1/rules")["data"]["groups"]
+        output = program.wait_for("monitoring http")
+        assert "Alerts are only recorded here." in output
+        rules = get(f"{address(output, 'Prometheus')}/api/v1/rules")["data"]["groups"]
         alerts = [rule for group in rules for rule in group["rules"] if rule["type"] == "alerting"]
         assert len(alerts) > 40
         (watchdog,) = (rule for rule in alerts if rule["name"] == "Watchdog")
         runbook = Path(watchdog["annotations"]["runbook_url"].removeprefix("file://"))
-        assert runbook.read_text().startswith("# Alerts get through")
+        assert runbook.read_text().startswith("# Alert delivery works")
         assert all(rule["health"] != "err" for rule in alerts)
-        told = get(f"{address(said, 'Prometheus')}/api/v1/alertmanagers")["data"]["activeAlertmanagers"]
-        assert [one["url"] for one in told] == [f"{address(said, 'Alertmanager')}/api/v2/alerts"]
+        alertmanagers = f"{address(output, 'Prometheus')}/api/v1/alertmanagers"
+        active = until(lambda: get(alertmanagers)["data"]["activeAlertmanagers"], 20)
+        assert [one["url"] for one in active] == [f"{address(output, 'Alertmanager')}/api/v2/alerts"]
         token = (tmp_path / "data/history_token").read_text().strip()
         assert (tmp_path / "data/history_token").stat().st_mode & 0o777 == 0o600
-        history = address(said, "History")
+        history = address(output, "History")
         assert get(f"{history}/alerts", Authorization=f"Bearer {token}") == []
-        only_here = [process.net_connections("tcp") for process in program.family()]
-        listening = {one.laddr.ip for every in only_here for one in every if one.status == "LISTEN"}
+        connections = [process.net_connections("tcp") for process in program.family()]
+        listening = {one.laddr.ip for every in connections for one in every if one.status == "LISTEN"}
         assert listening == {"127.0.0.1"}
         assert program.interrupt(signal.SIGTERM) == 0
         assert program.left() == []
         assert program.said().endswith("stopping\n")
 
 
-class Metrics(BaseHTTPRequestHandler):
-    """Whatever is asked for, as Prometheus reads it."""
-
-    def do_GET(self) -> None:
-        self.send_response(200)
-        self.end_headers()
-        self.wfile.write(b"serve_app_ready_replicas 1\n")
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
+@pytest.mark.system
+@pytest.mark.timeout(720)
+def test_it_reports_when_the_service_and_ray_appear_and_disappear(reported: str) -> None:
+    """Prometheus notices a change after up to 15 s, so the story runs in the background (changes.py)."""
+    expected = (
+        "the service does not answer: ",
+        "Ray is not found: ",
+        "the service is up: Prometheus scrapes http://127.0.0.1:",
+        "Ray is up: Prometheus scrapes",
+        "Ray does not answer at any of the addresses (1)",
+    )
+    assert [text for text in expected if text not in reported] == []
+    assert reported.count("the service is up") == 1, "a state is reported once"
 
 
 @pytest.mark.system
-def test_it_notices_who_comes_and_finds_ray(tmp_path: Path) -> None:
-    """The service and Ray are there only after it; the service is behind a path."""
-    port = free_port()
-    with monitor(tmp_path, "--url", f"http://127.0.0.1:{port}/llm/") as program:
-        program.wait_for("the service does not answer: ")
-        server = ThreadingHTTPServer(("127.0.0.1", port), Metrics)
-        Thread(target=server.serve_forever, daemon=True).start()
-        (program.folder / "ray").mkdir()
-        listed = [{"labels": {"job": "other"}, "targets": [f"127.0.0.1:{port}"]}]
-        (program.folder / "ray/prom_metrics_service_discovery.json").write_text(json.dumps(listed))
-        try:
-            program.wait_for(f"the service is up: http://127.0.0.1:{port}/llm/metrics is scraped")
-            said = program.wait_for("Ray is up: scraped")
-        finally:
-            server.shutdown()
-            server.server_close()
-        program.wait_for("Ray does not answer: none of the addresses (1)")
-        assert said.count("the service is up") == 1, "a state is said once"
-        assert program.interrupt() == 0
-
-
-@pytest.mark.system
-def test_alerts_reach_the_history_and_people_by_the_settings_links(tmp_path: Path) -> None:
-    secrets(tmp_path / "secrets")
-    settings = written(tmp_path, ready())
+def test_the_settings_determine_receivers_and_links(tmp_path: Path) -> None:
+    write_secrets(tmp_path / "secrets")
+    settings = write_settings(tmp_path, production_settings())
     with monitor(tmp_path, "--settings", str(settings)) as program:
-        said = program.wait_for("Ray is not found")
-        assert f"told to whom {settings} names" in said
-        rules = get(f"{address(said, 'Prometheus')}/api/v1/rules")["data"]["groups"]
+        output = program.wait_for("monitoring http")
+        assert f"Alerts are sent to the receivers in {settings}" in output
+        rules = get(f"{address(output, 'Prometheus')}/api/v1/rules")["data"]["groups"]
         links = {rule["annotations"]["runbook_url"] for one in rules for rule in one["rules"] if "annotations" in rule}
         assert {link.rpartition("/")[0] for link in links} == {"https://llm.test/runbooks"}
-        status = get(f"{address(said, 'Alertmanager')}/api/v2/status")
+        status = get(f"{address(output, 'Alertmanager')}/api/v2/status")
         config = yaml.safe_load(status["config"]["original"])
         (history,) = (one for one in config["receivers"] if one["name"] == "history")
-        assert history["webhook_configs"][0]["url"] == f"{address(said, 'History')}/webhook"
+        assert history["webhook_configs"][0]["url"] == f"{address(output, 'History')}/webhook"
         assert program.interrupt() == 0
 
 
 @pytest.mark.system
-def test_when_it_is_killed_nothing_stays(tmp_path: Path) -> None:
+def test_a_proxy_in_the_environment_is_not_used_for_loopback(tmp_path: Path) -> None:
+    """The proxy's port is closed, so every request through it would fail."""
+    proxy = dict.fromkeys(("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"), CLOSED)
+    with monitor(tmp_path, **proxy) as program:
+        program.wait_for("monitoring http", 60)
+        program.wait_for("Ray is not found: ", 60)  # Prometheus answered the monitor
+        assert program.interrupt() == 0
+
+
+@pytest.mark.system
+def test_its_programs_end_when_it_is_killed(tmp_path: Path) -> None:
     with monitor(tmp_path) as program:
         program.wait_for("monitoring http")
         assert len(program.family()) == 3
@@ -183,18 +167,18 @@ def test_when_it_is_killed_nothing_stays(tmp_path: Path) -> None:
 
 
 @pytest.mark.system
-def test_when_one_of_its_programs_ends_so_does_it(tmp_path: Path) -> None:
+def test_it_ends_when_one_of_its_programs_ends(tmp_path: Path) -> None:
     with monitor(tmp_path) as program:
         program.wait_for("monitoring http")
         (alertmanager,) = program.find("--cluster.listen-address")
         alertmanager.kill()
         assert program.process.wait(20) == 1
-        assert "alertmanager ended with -9; the end of" in program.said()
+        assert "alertmanager ended with exit code -9. The last lines of" in program.said()
         assert program.left() == []
 
 
 @pytest.mark.system
-def test_two_with_the_same_folder(tmp_path: Path) -> None:
+def test_two_monitors_with_the_same_folder(tmp_path: Path) -> None:
     with monitor(tmp_path) as first:
         first.wait_for("monitoring http")
         with monitor(tmp_path) as second:
@@ -207,60 +191,60 @@ def test_two_with_the_same_folder(tmp_path: Path) -> None:
 
 @pytest.mark.system
 @pytest.mark.parametrize("name", ["prometheus", "alertmanager", "history"])
-def test_a_port_that_somebody_has(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_port_in_use(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         assert main(["monitor", "--data", str(tmp_path), f"--{name}-port", str(port), *free(name)]) == 2
-    said = capsys.readouterr().err
-    assert f"cannot listen on 127.0.0.1:{port}: Address already in use" in said
-    assert f"choose another port with --{name}-port" in said
+    output = capsys.readouterr().err
+    assert f"cannot listen on 127.0.0.1:{port}: Address already in use" in output
+    assert f"Choose another port with --{name}-port" in output
 
 
 def free(but: str) -> list[str]:
     return [word for name in {"prometheus", "alertmanager", "history"} - {but} for word in (f"--{name}-port", "0")]
 
 
-def test_programs_that_are_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_missing_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert main(["monitor", "--data", str(tmp_path / "data")]) == 2
-    said = capsys.readouterr().err
-    assert "Prometheus and promtool and Alertmanager and amtool are missing" in said
-    assert "apt-get install -y prometheus prometheus-alertmanager" in said
+    output = capsys.readouterr().err
+    assert "Prometheus and promtool and Alertmanager and amtool are not installed" in output
+    assert "apt-get install -y prometheus prometheus-alertmanager" in output
     assert not (tmp_path / "data").exists()
 
 
 @pytest.mark.parametrize(
     "url", ["127.0.0.1:8000", "ftp://a", "http://", "http://h:port", "http://h:99999", "http://h/?a=b", "http://u:p@h"]
 )
-def test_a_url_that_is_none(tmp_path: Path, url: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_invalid_url(tmp_path: Path, url: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["monitor", "--data", str(tmp_path), "--url", url]) == 2
-    assert "write it like http://127.0.0.1:8000" in capsys.readouterr().err
+    assert "an example is http://127.0.0.1:8000" in capsys.readouterr().err
 
 
-def test_settings_that_would_reach_nobody(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_incomplete_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["monitor", "--data", str(tmp_path), "--settings", str(EXAMPLE)]) == 2
-    said = capsys.readouterr().err
-    assert "would reach nobody" in said
-    assert "runbooks_url: 'https://git.example.com" in said
+    output = capsys.readouterr().err
+    assert "is incomplete, so no notification would be delivered" in output
+    assert "runbooks_url: 'https://git.example.com" in output
     assert main(["monitor", "--data", str(tmp_path), "--settings", str(tmp_path / "no.yml")]) == 2
     assert "no such file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("port", ["http", "-1", "65536"])
-def test_a_port_that_is_none(port: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_invalid_port(port: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["monitor", "--prometheus-port", port])
     assert ended.value.code == 2
-    assert "a port is 1 to 65535, or 0" in capsys.readouterr().err
+    assert "a port is a number from 1 to 65535, or 0" in capsys.readouterr().err
 
 
 @pytest.mark.system
 def test_a_folder_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
     assert main(["monitor", "--data", str(tmp_path / "file"), *free("")]) == 2
-    assert "give another --data" in capsys.readouterr().err
+    assert "give another folder with --data" in capsys.readouterr().err
 
 
-def test_a_configuration_that_is_refused_says_by_whom() -> None:
-    with pytest.raises(ProgramError, match="sh refuses the configuration:\nno good"):
+def test_a_rejected_configuration_names_the_program() -> None:
+    with pytest.raises(ProgramError, match="sh rejects the configuration:\nno good"):
         check(["sh", "-c", "echo no good; exit 1"])

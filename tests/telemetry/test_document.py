@@ -1,4 +1,4 @@
-"""docs/metrics.md is what the code says."""
+"""The tables of docs/operations.md are what the code says."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from prometheus_client.metrics_core import Metric
 from serve_app.telemetry.metrics import GenAiSeries
 from tests.alerts.test_rules import families
 
-TEXT = (Path(__file__).parents[2] / "docs/metrics.md").read_text()
+TEXT = (Path(__file__).parents[2] / "docs/operations.md").read_text()
 
 
 def exposed(family: Metric) -> str:

@@ -1,4 +1,4 @@
-"""A real Alertmanager on loopback, and everybody it tells: PagerDuty, Slack, mail and webhooks, on real sockets."""
+"""A real Alertmanager on loopback with fake receivers on real sockets: PagerDuty, Slack, email and webhooks."""
 
 from __future__ import annotations
 
@@ -32,22 +32,22 @@ T = TypeVar("T")
 EVERY_DAY = {"location": "UTC", "days": ["sunday:saturday"], "start": "00:00", "end": "24:00"}
 
 
-def never_now() -> Json:
-    """Business hours on a day that neither today nor a neighbour of it is."""
+def closed_business_hours() -> Json:
+    """Business hours that are closed yesterday, today and tomorrow."""
     day = (datetime.now(UTC) + timedelta(days=3)).strftime("%A").lower()
     return {**EVERY_DAY, "days": [day]}
 
 
-def program(*names: str) -> str:
-    """The first that is there."""
+def executable(*names: str) -> str:
+    """The path of the first executable that is installed."""
     found = [path for name in names if (path := shutil.which(name)) is not None]
     if not found:
-        pytest.fail(f"{names[0]} is missing; install it: {render.INSTALL}")
+        pytest.fail(f"{names[0]} is not installed; run {render.INSTALL}")
     return found[0]
 
 
-def secrets(folder: Path, **texts: str) -> Path:
-    """A folder with the files that `ready` names. All but the password end in a new line, as an editor makes them."""
+def write_secrets(folder: Path, **texts: str) -> Path:
+    """A folder with the secret files of `production_settings`. All except the password end with a newline."""
     folder.mkdir(exist_ok=True)
     all_texts = {
         "pagerduty_routing_key": "0123456789abcdef0123456789abcdef",
@@ -63,8 +63,8 @@ def secrets(folder: Path, **texts: str) -> Path:
     return folder
 
 
-def ready(**changes: Any) -> Json:
-    """Settings that can be used in production, as a document. `changes` replace whole sections."""
+def production_settings(**changes: Any) -> Json:
+    """Complete settings as a document. `changes` replace whole sections."""
     return {
         "runbooks_url": "https://llm.test/runbooks",
         "dashboards_url": "https://llm.test/d",
@@ -87,42 +87,42 @@ def ready(**changes: Any) -> Json:
     } | changes
 
 
-def written(folder: Path, document: Mapping[str, Any]) -> Path:
-    """The settings file."""
+def write_settings(folder: Path, document: Mapping[str, Any]) -> Path:
+    """Write the settings file and return its path."""
     path = folder / "settings.yml"
     path.write_text(yaml.safe_dump(dict(document)))
     return path
 
 
 async def until(probe: Callable[[], T | None], what: str, within_s: float = 10) -> T:
-    """The first that is not nothing."""
+    """Wait for the first true value of `probe` and return it."""
     deadline = time.monotonic() + within_s
     while not (found := probe()):
-        assert time.monotonic() < deadline, f"not within {within_s} s: {what}"
+        assert time.monotonic() < deadline, f"timeout after {within_s} s: {what}"
         await asyncio.sleep(0.02)
     return found
 
 
 @dataclass(frozen=True)
-class Post:
+class ReceivedPost:
     path: str
     authorization: str | None
     body: Json
 
 
 @dataclass
-class Web:
-    """PagerDuty, Slack's two webhooks, the dead-man's switch and the history: all that are told over HTTP.
+class WebhookServer:
+    """All HTTP receivers: PagerDuty, two Slack webhooks, the dead man's switch and the history.
 
-    `failing` are paths that answer 503.
+    Paths in `failing` answer with status 503.
     """
 
-    posts: list[Post] = field(default_factory=list)
+    posts: list[ReceivedPost] = field(default_factory=list)
     failing: set[str] = field(default_factory=set)
     url: str = ""
 
     async def take(self, request: web.Request) -> web.Response:
-        self.posts.append(Post(request.path, request.headers.get("Authorization"), await request.json()))
+        self.posts.append(ReceivedPost(request.path, request.headers.get("Authorization"), await request.json()))
         status = 503 if request.path in self.failing else 202 if request.path == "/pagerduty" else 200
         return web.Response(status=status, text="ok")
 
@@ -146,7 +146,7 @@ class Web:
         return self.at("/history")
 
     @contextlib.asynccontextmanager
-    async def open(self) -> AsyncIterator[Web]:
+    async def open(self) -> AsyncIterator[WebhookServer]:
         app = web.Application()
         app.router.add_post("/{path:.*}", self.take)
         runner = web.AppRunner(app, shutdown_timeout=0.1)
@@ -160,7 +160,7 @@ class Web:
 
 
 @dataclass(frozen=True)
-class Letter:
+class Email:
     recipients: list[str]
     message: EmailMessage
 
@@ -175,17 +175,17 @@ class Letter:
         return str(body.get_content()).replace("\r\n", "\n")
 
 
-class Mail:
-    """Takes letters from whoever logs in with `login`."""
+class MailServer:
+    """An SMTP server that accepts emails after a login with `login`."""
 
     def __init__(self, login: tuple[str, str]) -> None:
-        self.letters: list[Letter] = []
+        self.emails: list[Email] = []
         self.refused = 0
         self.port = 0
         self._login = base64.b64encode("\0".join(("", *login)).encode()).decode()
 
     @contextlib.asynccontextmanager
-    async def open(self) -> AsyncIterator[Mail]:
+    async def open(self) -> AsyncIterator[MailServer]:
         server = await asyncio.start_server(self._talk, "127.0.0.1", 0)
         self.port = server.sockets[0].getsockname()[1]
         try:
@@ -213,7 +213,7 @@ class Mail:
                 writer.write(b"354 go on\r\n")
                 data = await reader.readuntil(b"\r\n.\r\n")
                 message = email.message_from_bytes(data[:-3], policy=email.policy.default)
-                self.letters.append(Letter(recipients, message))
+                self.emails.append(Email(recipients, message))
                 recipients = []
                 writer.write(b"250 taken\r\n")
             elif verb == "QUIT":
@@ -226,32 +226,32 @@ class Mail:
 
 
 @dataclass
-class World:
-    """An Alertmanager with everybody it tells. `url` is Alertmanager's."""
+class AlertingStack:
+    """An Alertmanager and its receivers. `url` is the address of Alertmanager."""
 
     url: str
-    web: Web
-    mail: Mail
+    webhooks: WebhookServer
+    mail: MailServer
     client: aiohttp.ClientSession
 
-    async def tell(self, *alerts: Json) -> None:
-        """They begin now: for one that began longer ago than group_wait, Alertmanager would not wait."""
+    async def fire(self, *alerts: Json) -> None:
+        """Send alerts that start now. Alertmanager skips group_wait for an alert that started earlier."""
         for one in alerts:
             one.setdefault("startsAt", _now())
         async with self.client.post(f"{self.url}/api/v2/alerts", json=list(alerts)) as answer:
             assert answer.status == 200, await answer.text()
 
     async def resolve(self, *alerts: Json) -> None:
-        await self.tell(*({**alert, "endsAt": _now()} for alert in alerts))
+        await self.fire(*({**alert, "endsAt": _now()} for alert in alerts))
 
     async def states(self) -> dict[str, str]:
-        """`active` or `suppressed`, by the name and model of an alert."""
+        """`active` or `suppressed` by name, severity and model of the alert."""
         async with self.client.get(f"{self.url}/api/v2/alerts") as answer:
             alerts = await answer.json()
-        return {" ".join(_who(alert["labels"])): alert["status"]["state"] for alert in alerts}
+        return {" ".join(_identity(alert["labels"])): alert["status"]["state"] for alert in alerts}
 
 
-def _who(labels: dict[str, str]) -> list[str]:
+def _identity(labels: dict[str, str]) -> list[str]:
     return [labels[name] for name in ("alertname", "severity", "model") if name in labels]
 
 
@@ -268,33 +268,33 @@ FAST = {"group_wait": "300ms", "group_interval": "500ms", "repeat_interval": "1h
 TIMING = dict.fromkeys(("critical", "warning", "digest", "history"), FAST) | {"dead_man": "300ms"}
 
 
-def on_loopback(folder: Path, told: Web, mail: Mail, **changes: Any) -> Path:
-    """The settings file: as for production, but that everybody is here."""
-    places = {f"slack_{name}_url": f"{told.url}/slack/{name}" for name in ("critical", "warning")}
-    secrets(folder / "secrets", **places)
-    document = ready(**changes)
-    document["pagerduty"]["url"] = f"{told.url}/pagerduty"
+def loopback_settings(folder: Path, webhooks: WebhookServer, mail: MailServer, **changes: Any) -> Path:
+    """Write complete settings whose receivers are on loopback, and return the path of the file."""
+    places = {f"slack_{name}_url": f"{webhooks.url}/slack/{name}" for name in ("critical", "warning")}
+    write_secrets(folder / "secrets", **places)
+    document = production_settings(**changes)
+    document["pagerduty"]["url"] = f"{webhooks.url}/pagerduty"
     document["email"] |= {"smarthost": f"127.0.0.1:{mail.port}", "require_tls": False}
-    document["dead_man"]["url"] = f"{told.url}/dead-man"
-    return written(folder, document)
+    document["dead_man"]["url"] = f"{webhooks.url}/dead-man"
+    return write_settings(folder, document)
 
 
-def everybody() -> Mail:
-    """Takes the letters of `ready`'s sender."""
-    return Mail(("alerts", "mail secret"))
+def mail_server() -> MailServer:
+    """A mail server that accepts the login of `production_settings`."""
+    return MailServer(("alerts", "mail secret"))
 
 
 @contextlib.asynccontextmanager
-async def world(folder: Path, history_url: str | None = None, **changes: Any) -> AsyncIterator[World]:
-    """Rendered as for production, but that everybody is on loopback, and waits are short."""
-    mail = everybody()
-    async with Web().open() as told, mail.open(), aiohttp.ClientSession() as client:
-        history = {"url": history_url or f"{told.url}/history", "token_file": "secrets/history_token"}
-        settings = load(on_loopback(folder, told, mail, timing=TIMING, history=history, **changes))
-        assert render.obstacles(settings) == []
+async def alerting_stack(folder: Path, history_url: str | None = None, **changes: Any) -> AsyncIterator[AlertingStack]:
+    """An Alertmanager with the rendered configuration, receivers on loopback, and short waiting times."""
+    mail = mail_server()
+    async with WebhookServer().open() as webhooks, mail.open(), aiohttp.ClientSession() as client:
+        history = {"url": history_url or f"{webhooks.url}/history", "token_file": "secrets/history_token"}
+        settings = load(loopback_settings(folder, webhooks, mail, timing=TIMING, history=history, **changes))
+        assert render.problems(settings) == []
         render.write(settings, folder / "out")
         async with _alertmanager(folder, client) as url:
-            yield World(url, told, mail, client)
+            yield AlertingStack(url, webhooks, mail, client)
 
 
 @contextlib.asynccontextmanager
@@ -302,7 +302,7 @@ async def _alertmanager(folder: Path, client: aiohttp.ClientSession) -> AsyncIte
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = f"127.0.0.1:{free.getsockname()[1]}"
     command = [
-        program("prometheus-alertmanager", "alertmanager"),
+        executable("prometheus-alertmanager", "alertmanager"),
         f"--config.file={folder / 'out' / render.CONFIG}",
         f"--storage.path={folder / 'data'}",
         f"--web.listen-address={address}",
@@ -316,12 +316,12 @@ async def _alertmanager(folder: Path, client: aiohttp.ClientSession) -> AsyncIte
 
 @contextlib.asynccontextmanager
 async def running(name: str, command: list[str], url: str, client: aiohttp.ClientSession) -> AsyncIterator[str]:
-    """A program that says at `url`/-/ready when it is; its `url` as long as it runs."""
+    """Run a program that answers at `url`/-/ready when it is ready. Yields `url`."""
     process = await asyncio.create_subprocess_exec(*command, stdout=PIPE, stderr=STDOUT)
     assert process.stdout is not None
-    output = asyncio.create_task(process.stdout.read())  # or a full pipe would stop it
+    output = asyncio.create_task(process.stdout.read())  # a full pipe would block the program
     try:
-        await _answers(name, client, f"{url}/-/ready", output)
+        await _wait_until_ready(name, client, f"{url}/-/ready", output)
         yield url
     finally:
         with contextlib.suppress(ProcessLookupError):
@@ -331,10 +331,10 @@ async def running(name: str, command: list[str], url: str, client: aiohttp.Clien
         except TimeoutError:
             process.kill()
             await process.wait()
-        print((await output).decode())  # which pytest shows if the test fails
+        print((await output).decode())  # pytest shows the output if the test fails
 
 
-async def _answers(name: str, client: aiohttp.ClientSession, url: str, output: asyncio.Task[bytes]) -> None:
+async def _wait_until_ready(name: str, client: aiohttp.ClientSession, url: str, output: asyncio.Task[bytes]) -> None:
     deadline = time.monotonic() + 20
     while True:
         with contextlib.suppress(aiohttp.ClientError):
