@@ -39,8 +39,9 @@ def test_a_family_of_several_processes_stands_together() -> None:
     assert exposition([one.gauges for one in pages], [metrics_complete(True)]).decode() == (
         "# HELP slots Slots\n# TYPE slots gauge\n"
         'slots{replica="r1"} 4.0\nslots{replica="r2"} 4.0\n'
-        "# HELP serve_app_metrics_metrics_complete Whether this is of all processes; 0: of the one that answers only\n"
-        "# TYPE serve_app_metrics_metrics_complete gauge\nserve_app_metrics_metrics_complete 1.0\n"
+        "# HELP serve_app_metrics_complete 1 once every process has had time to report to the ingress that answers; "
+        "before that, some are missing\n"
+        "# TYPE serve_app_metrics_complete gauge\nserve_app_metrics_complete 1.0\n"
     )
 
 

@@ -46,7 +46,7 @@ def samples(metrics: IngressMetrics) -> dict[str, float]:
         for sample in family.samples:
             rest = [value for key, value in sample.labels.items() if key not in ("model", "replica", "le")]
             name = sample.name.removeprefix("serve_app_")
-            if not name.endswith(("_sum", "_bucket")):
+            if not name.endswith(("_sum", "_bucket")) and not name.startswith("process_"):
                 found["/".join([name, *rest])] = sample.value
     return found
 
