@@ -2,7 +2,8 @@
 
 Ray Serve writes HAProxy's configuration and starts a new HAProxy at every change. What that configuration opens to the
 network besides the service itself (metrics, statistics, a log) has no switch, so that Ray runs this file in place of
-HAProxy: it removes those parts, adds the time of arrival to every request, and then becomes HAProxy.
+HAProxy: it removes those parts, limits the time for headers, adds the time of arrival to every request, and then becomes
+HAProxy.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ _STAMP = "http-request set-header X-Request-Start t=%[date(0,us)]"
 # Between the ports that Ray's workers take and those of replicas.
 _PORTS = range(20_000, 30_000)
 _PR_SET_PDEATHSIG = 1
-_HEADERS_S = 10
+# A client that sends its headers slowly holds a connection no longer than this. Ray has no switch for it.
+_HEADERS = "timeout http-request 10s"
 
 
 def find() -> str | None:
@@ -66,8 +68,6 @@ def environment(binary: str, folder: Path, longest_s: float) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_NBTHREAD": "1",
         # After a change the previous HAProxy finishes its streams; Ray's 120 s would cut longer ones.
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(math.ceil(longest_s) + 30),
-        # A client that sends its headers slowly holds a connection no longer than this.
-        "RAY_SERVE_HAPROXY_TIMEOUT_HTTP_REQUEST_S": str(_HEADERS_S),
         # A line for each request, read by a Python process. The service counts its requests itself.
         "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
         # The port of Ray's own proxy, which is the fallback. Ray lets several programs share a fixed one.
@@ -78,7 +78,7 @@ def environment(binary: str, folder: Path, longest_s: float) -> dict[str, str]:
 def fenced(configuration: str, asked: Container[str]) -> str:
     """The configuration without what listens or logs besides the service. Parts named in `asked` stay, on loopback.
 
-    The service's own part adds the time of arrival to every request.
+    The service's own part limits the time for a request's headers, and adds the time of arrival to every request.
     """
     parts = re.split(r"(?m)^(?=\w)", configuration)
     return "".join(part for part in (_fenced(part, asked) for part in parts))
@@ -89,7 +89,7 @@ def _fenced(part: str, asked: Container[str]) -> str:
         if re.match(beginning, part):
             return re.sub(r"(?m)^( +bind )[^:\n]*:", r"\g<1>127.0.0.1:", part) if variable in asked else ""
     if part.startswith("frontend http_frontend\n"):
-        return re.sub(r"(?m)^( +)bind .*\n", rf"\g<0>\g<1>{_STAMP}\n", part, count=1)
+        return re.sub(r"(?m)^( +)bind .*\n", rf"\g<0>\g<1>{_HEADERS}\n\g<1>{_STAMP}\n", part, count=1)
     if part.startswith("global\n") and _LOG not in asked:
         return re.sub(r"(?m)^ +log .*\n", "", part)
     return part

@@ -113,7 +113,9 @@ class LiveService:
         one_request = {"max_ongoing_requests": 1, "max_queued_requests": 1}
         return Service(
             [
-                model_config(HEALTHY, "builtin:toy?step_ms=5", engine={"draft_tokens": 4, "max_running": 8}, embeddings=True),
+                model_config(
+                    HEALTHY, "builtin:toy?step_ms=5", engine={"draft_tokens": 4, "max_running": 8}, embeddings=True
+                ),
                 model_config("narrow", "builtin:toy?step_ms=20", deployment=one_request),
                 zero_scaled_model_config("sleepy", "builtin:toy?load_s=1", downscale_to_zero_delay_s=600),
                 # The log folder takes the place of weights: the toy engine cannot load without it.

@@ -31,6 +31,7 @@ listen stats
   bind *:8404
   stats enable
 """
+HEADERS = "timeout http-request 10s"
 STAMP = "http-request set-header X-Request-Start t=%[date(0,us)]"
 
 
@@ -39,7 +40,7 @@ def test_only_the_service_listens_and_nothing_is_logged_elsewhere() -> None:
     for first, after in (("frontend prometheus", "frontend http_frontend"), ("listen stats", None)):
         end = expected.index(after) if after else len(expected)
         expected = expected[: expected.index(first)] + expected[end:]
-    expected = expected.replace("    bind *:8000\n", f"    bind *:8000\n    {STAMP}\n")
+    expected = expected.replace("    bind *:8000\n", f"    bind *:8000\n    {HEADERS}\n    {STAMP}\n")
     assert haproxy.fenced(WRITTEN, {}) == expected
     assert [line.strip() for line in expected.splitlines() if "bind" in line] == ["bind *:8000"]
 

@@ -70,7 +70,10 @@ HEADERS: dict[str, dict[str, str]] = {
 async def test_a_client_that_does_not_stream_frees_its_slot_too(client: httpx.AsyncClient, token_log: Path) -> None:
     """On each path, and with each header that Ray Serve knows."""
     calls: list[tuple[str, str, dict[str, str]]] = [
-        *((path.replace("/", "-"), path, {}) for path in ("/generate", "/v1/completions", "/generate_batch")),
+        *(
+            (path.replace("/", "-").replace("_", "-"), path, {})
+            for path in ("/generate", "/v1/completions", "/generate_batch")
+        ),
         *((name, "/generate", headers) for name, headers in HEADERS.items()),
     ]
 
@@ -78,7 +81,7 @@ async def test_a_client_that_does_not_stream_frees_its_slot_too(client: httpx.As
         prompt: dict[str, Any] = {"prompts": ["a"]} if path == "/generate_batch" else {"prompt": "a"}
         body = {"model": "slow", "max_tokens": 1000, **prompt}
         with pytest.raises(httpx.ReadTimeout):
-            await client.post(path, json=body, timeout=0.7, headers={"x-request-id": f"{id}_", **headers})
+            await client.post(path, json=body, timeout=0.7, headers={"x-request-id": f"{name}_", **headers})
         return name, time.monotonic()
 
     cuts = dict(await asyncio.gather(*(leave(f"whole-{name}", path, headers) for name, path, headers in calls)))
