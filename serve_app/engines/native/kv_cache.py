@@ -10,13 +10,16 @@ from __future__ import annotations
 import sys
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence as Seq
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import blake2b
 
 # Tokens that are shared, and counted, together. 32 tokens of 64 numbers in bfloat16 are one page of memory.
 BLOCK = 32
 _HASH_BYTES = 16
+# Blocks that a lookup hashes together. After a group without a match it hashes no more.
+_GROUP = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,18 +43,20 @@ CacheOp = Copy | Trim
 
 
 class _Slot:
-    """The content of one slot. Other sequences can reuse its first `len(hashes)` blocks.
+    """The content of one slot. Other sequences can reuse its first `published` blocks.
 
-    `tokens` are the tokens of the sequence that uses, or last used, the slot. `written` is the number of blocks that
-    take memory; `reserved` of them belong to the sequence that uses the slot, 0 in a free slot.
+    `tokens` are the tokens of the sequence that uses, or last used, the slot, and `hashes` the hashes of its first
+    blocks as far as they were needed. `written` is the number of blocks that take memory; `reserved` of them belong
+    to the sequence that uses the slot, 0 in a free slot.
     """
 
-    __slots__ = ("hashes", "reserved", "salt", "tokens", "written")
+    __slots__ = ("hashes", "published", "reserved", "salt", "tokens", "written")
 
     def __init__(self) -> None:
-        self.tokens: Seq[int] = ()
+        self.tokens: list[int] = []
         self.salt: str | None = None
         self.hashes: list[bytes] = []
+        self.published = 0
         self.written = 0
         self.reserved = 0
 
@@ -83,22 +88,23 @@ class KVCache:
     def used_slots(self) -> int:
         return self.size - len(self._free)
 
-    def cached_tokens(self, tokens: Seq[int], salt: str) -> int:
+    def cached_tokens(self, tokens: list[int], salt: str) -> int:
         """The number of leading tokens of a sequence that a slot with this salt holds."""
-        return self._longest_match(tokens[:-1], salt)[1]
+        return self._longest_match(tokens, salt)[1]
 
-    def allocate(self, tokens: Seq[int], salt: str | None, reuse: bool = True) -> tuple[int, int] | None:
+    def allocate(self, tokens: list[int], salt: str | None, reuse: bool = True) -> tuple[int, int] | None:
         """A slot for a sequence, and the number of its tokens that the slot holds: 0 without `reuse`.
 
         None if no slot is free, or if the memory does not hold one token more than `tokens`. At least one token is
         left to compute, because its logits are needed.
         """
-        source, shared = self._longest_match(tokens[:-1], salt) if reuse and salt is not None else (None, 0)
+        source, shared, hashes = self._longest_match(tokens, salt) if reuse and salt is not None else (None, 0, [])
         needed = _blocks(len(tokens) + 1)
         for slot in self._candidates(source, shared):
             missing = max(0, needed - self._slots[slot].written)
-            if self._reclaim(missing, keep={slot, slot if source is None else source}):
+            if self._reclaim(missing, keep=(slot, source)):
                 self._assign(slot, source, shared, salt)
+                self._slots[slot].hashes = hashes
                 self._reserve(slot, needed)
                 return slot, shared
         return None
@@ -106,36 +112,38 @@ class KVCache:
     def grow(self, slot: int, tokens: int) -> bool:
         """Reserve memory for `tokens` tokens in a used slot; False if there is not enough."""
         needed = _blocks(tokens)
-        if not self._reclaim(needed - self._slots[slot].written, keep={slot}):
+        if not self._reclaim(needed - self._slots[slot].written, keep=(slot,)):
             return False
         self._reserve(slot, max(needed, self._slots[slot].reserved))
         return True
 
-    def publish(self, slot: int, tokens: Seq[int], count: int) -> None:
+    def publish(self, slot: int, tokens: list[int], count: int) -> None:
         """Let other sequences reuse the first `count` of `tokens`, which are computed in this slot."""
         state = self._slots[slot]
         state.tokens = tokens
         if state.salt is None:
             return
-        first = len(state.hashes)
-        parent = state.hashes[-1] if first else _root(state.salt)
-        for block_hash in _hashes(parent, tokens[first * BLOCK : count // BLOCK * BLOCK]):
-            state.hashes.append(block_hash)
+        blocks = count // BLOCK
+        if len(state.hashes) < blocks:
+            state.hashes += _hash_blocks(state.hashes, state.salt, tokens, blocks)
+        for block_hash in state.hashes[state.published : blocks]:
             self._index.setdefault(block_hash, []).append(slot)
+        state.published = max(state.published, blocks)
 
-    def free(self, slot: int, tokens: Seq[int], count: int) -> None:
+    def free(self, slot: int, tokens: list[int], count: int) -> None:
         """Free the slot. Its content, the first `count` of `tokens`, stays until its memory is needed."""
         self.publish(slot, tokens, count)
         state = self._slots[slot]
-        state.tokens, state.reserved = tuple(tokens[:count]), 0
+        state.tokens, state.reserved = tokens[:count], 0
+        del state.hashes[state.published :]
         self._free[slot] = None
-        if not state.hashes:
+        if not state.published:
             self._free.move_to_end(slot, last=False)
 
     def discard(self, slot: int) -> None:
         """Free the slot and forget its content."""
         self._unpublish(slot, 0)
-        self.free(slot, (), 0)
+        self.free(slot, [], 0)
 
     def take_ops(self) -> tuple[CacheOp, ...]:
         """The copies and trims that the runner has to execute before the next step."""
@@ -152,25 +160,30 @@ class KVCache:
         for slot, state in enumerate(self._slots):
             assert state.reserved <= state.written, "more blocks reserved than written"
             assert (state.reserved == 0) == (slot in self._free), "used slot without reserved blocks"
-            covered = state.tokens[: len(state.hashes) * BLOCK]
-            hashes = [] if state.salt is None else block_hashes(state.salt, covered)
-            assert state.hashes == hashes, "hashes do not match the tokens"
-            assert all(slot in self._index[block_hash] for block_hash in state.hashes), "block missing from the index"
-        assert sum(map(len, self._index.values())) == sum(len(s.hashes) for s in self._slots), "stale index entry"
+            published = state.tokens[: state.published * BLOCK]
+            hashes = [] if state.salt is None else block_hashes(state.salt, published)
+            assert state.hashes[: state.published] == hashes, "hashes do not match the tokens"
+            assert all(slot in self._index[block_hash] for block_hash in hashes), "block missing from the index"
+        assert sum(map(len, self._index.values())) == sum(s.published for s in self._slots), "stale index entry"
 
-    def _longest_match(self, tokens: Seq[int], salt: str) -> tuple[int | None, int]:
-        """The slot that holds most leading blocks of a sequence, and their number of tokens."""
-        source, count = None, 0
-        for block_hash in _hashes(_root(salt), tokens):
-            if block_hash not in self._index:
-                break
-            source, count = self._index[block_hash][-1], count + BLOCK
-        if source is None:
-            return None, 0
+    def _longest_match(self, tokens: list[int], salt: str) -> tuple[int | None, int, list[bytes]]:
+        """The slot that holds most leading blocks of a sequence, their number of tokens, and the hashes computed.
+
+        The block of the last token is left out.
+        """
+        blocks, matched = (len(tokens) - 1) // BLOCK, 0
+        hashes: list[bytes] = []
+        while matched == len(hashes) < blocks:
+            hashes += _hash_blocks(hashes, salt, tokens, min(matched + _GROUP, blocks))
+            while matched < len(hashes) and hashes[matched] in self._index:
+                matched += 1
+        if not matched:
+            return None, 0, hashes
+        source, count = self._index[hashes[matched - 1]][-1], matched * BLOCK
         state = self._slots[source]
-        if state.salt != salt or list(state.tokens[:count]) != list(tokens[:count]):
-            return None, 0
-        return source, count
+        if state.salt != salt or state.tokens[:count] != tokens[:count]:
+            return None, 0, []
+        return source, count, hashes
 
     def _candidates(self, source: int | None, shared: int) -> list[int]:
         """Free slots to try: first the least recently used one, so that `source` stays, then `source` itself.
@@ -180,7 +193,7 @@ class KVCache:
         oldest = next(iter(self._free), None)
         if oldest is None or source is None or source not in self._free:
             return [] if oldest is None else [oldest]
-        overwrite = len(self._slots[source].hashes) - shared // BLOCK <= 1
+        overwrite = self._slots[source].published - shared // BLOCK <= 1
         return [source] if overwrite or oldest == source else [oldest, source]
 
     def _assign(self, slot: int, source: int | None, shared: int, salt: str | None) -> None:
@@ -191,7 +204,7 @@ class KVCache:
         self._unpublish(slot, shared // BLOCK if source == slot else 0)
         self._slots[slot].salt = salt
 
-    def _reclaim(self, blocks: int, keep: set[int]) -> bool:
+    def _reclaim(self, blocks: int, keep: tuple[int | None, ...]) -> bool:
         """Free memory until `blocks` more can be written, from the least recently used slot on."""
         excess = self.blocks + blocks - self._max_blocks
         if excess <= 0:
@@ -223,38 +236,41 @@ class KVCache:
     def _unpublish(self, slot: int, blocks: int) -> None:
         """Remove all but the first `blocks` of this slot from the index."""
         state = self._slots[slot]
-        for block_hash in state.hashes[blocks:]:
+        for block_hash in state.hashes[blocks : state.published]:
             slots = self._index[block_hash]
             slots.remove(slot)
             if not slots:
                 del self._index[block_hash]
-        del state.hashes[blocks:]
+        state.published = min(state.published, blocks)
 
 
-def block_hashes(salt: str, tokens: Seq[int]) -> list[bytes]:
+def block_hashes(salt: str, tokens: list[int]) -> list[bytes]:
     """The hash of each whole block of `tokens`, over the salt, the block and all blocks before it; 16 bytes each.
 
     Equal in every process and on every machine, so that replicas of one model with the same BLOCK can compare their
     caches by them: BLAKE2b over the block's token ids as little-endian uint32, chained through BLAKE2b's salt
     parameter, which starts as the hash of the UTF-8 salt.
     """
-    return list(_hashes(_root(salt), tokens))
+    return _hash_blocks([], salt, tokens, len(tokens) // BLOCK)
 
 
+@lru_cache(maxsize=64)
 def _root(salt: str) -> bytes:
     return blake2b(salt.encode(errors="surrogatepass"), digest_size=_HASH_BYTES).digest()
 
 
-def _hashes(parent: bytes, tokens: Seq[int]) -> Iterator[bytes]:
-    """The hash of each whole block that follows the block with hash `parent`."""
-    ids = array("I", tokens)
+def _hash_blocks(known: list[bytes], salt: str, tokens: list[int], blocks: int) -> list[bytes]:
+    """The hashes of the blocks after the `known` ones, up to `blocks` in all."""
+    ids = array("I", tokens[len(known) * BLOCK : blocks * BLOCK])
     if sys.byteorder == "big":
         ids.byteswap()
     data, size = ids.tobytes(), BLOCK * ids.itemsize
-    for start in range(0, len(data) - size + 1, size):
+    parent, hashes = known[-1] if known else _root(salt), []
+    for start in range(0, len(data), size):
         # A block fills one compression of BLAKE2b; the parent in front of it would need a second one.
         parent = blake2b(data[start : start + size], digest_size=_HASH_BYTES, salt=parent).digest()
-        yield parent
+        hashes.append(parent)
+    return hashes
 
 
 def _blocks(tokens: int) -> int:

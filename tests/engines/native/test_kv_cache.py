@@ -186,7 +186,7 @@ def test_the_trims_of_a_failed_step_are_scheduled_again() -> None:
 
 HASH_IN_ANOTHER_PROCESS = """
 from serve_app.engines.native.kv_cache import BLOCK, block_hashes
-print(*(block_hash.hex() for block_hash in block_hashes("s\\u00e4lt", range(100_000, 100_000 + 3 * BLOCK))))
+print(*(block_hash.hex() for block_hash in block_hashes("s\\u00e4lt", list(range(100_000, 100_000 + 3 * BLOCK)))))
 """
 
 
@@ -195,7 +195,7 @@ def test_block_hashes_are_equal_in_every_process(seed: str) -> None:
     environment = {**os.environ, "PYTHONHASHSEED": seed}
     command = [sys.executable, "-c", HASH_IN_ANOTHER_PROCESS]
     output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-    assert output.split() == [h.hex() for h in block_hashes("sält", range(100_000, 100_000 + 3 * BLOCK))]
+    assert output.split() == [h.hex() for h in block_hashes("sält", list(range(100_000, 100_000 + 3 * BLOCK)))]
 
 
 def test_block_hashes_do_not_change_between_releases() -> None:
