@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 from serve_app.config import Engine as EngineConfig
-from serve_app.core.events import Chunk, FinishReason, Logprobs, TokenEvent, TokenLogprob
+from serve_app.core.events import Chunk, Delta, FinishReason, Logprobs, TokenEvent, TokenLogprob, ToolCallDelta
 from serve_app.core.requests import GenerationRequest, SamplingParams, TextPrompt, TokenPrompt
 from serve_app.engines.native.engine import NativeEngine
 from serve_app.engines.native.kv_cache import BLOCK, Copy
@@ -20,6 +20,28 @@ from serve_app.engines.toy import ToyRunner, ToyText
 from serve_app.errors import ServeAppError
 
 TIMEOUT_S = 10.0
+
+
+class Panic(BaseException):
+    """Like pyo3's PanicException, which is a BaseException and no Exception."""
+
+
+class ScriptedParser:
+    """A tool-call parser that returns each text as arguments of one call, and `last` at the end."""
+
+    def __init__(self, last: Delta, fails_on: str = "") -> None:
+        self.fed: list[str] = []
+        self._last = last
+        self._fails_on = fails_on
+
+    def feed(self, text: str) -> list[Delta]:
+        self.fed.append(text)
+        if text and text == self._fails_on:
+            raise Panic
+        return [ToolCallDelta(0, arguments=text)] if text else []
+
+    def end(self) -> list[Delta]:
+        return [self._last]
 
 
 class ManualClock:

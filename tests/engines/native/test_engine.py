@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from serve_app.config import Engine as EngineConfig
-from serve_app.core.events import Delta, FinishReason, TextDelta, TextToken, ToolCallDelta
+from serve_app.core.events import FinishReason, TextDelta, TextToken, ToolCallDelta
 from serve_app.core.queries import Detokenize, GetModelInfo, ModelInfo, Query, Tokenize
 from serve_app.core.requests import (
     ChatMessage,
@@ -47,7 +47,9 @@ from .helpers import (
     Answer,
     FaultyRunner,
     ManualClock,
+    Panic,
     RecordingStream,
+    ScriptedParser,
     SteppedRunner,
     admit,
     generate,
@@ -253,10 +255,6 @@ async def test_an_invalid_logit_bias_is_refused() -> None:
     ]
 
 
-class Panic(BaseException):
-    """Like pyo3's PanicException, which is a BaseException and no Exception."""
-
-
 class FaultyText(ToyText):
     """Raises `fault` for prompts with "bad", in a batch for all of its prompts, and for queries and decoders of them.
 
@@ -326,16 +324,6 @@ async def test_a_tokenizer_that_returns_too_few_results_is_called_for_each_promp
     assert [answer.text for answer in answers] == ["abcab", "deded"]
 
 
-class ScriptedParser:
-    """Emits every text as a tool call's arguments, and the content "end" at the end."""
-
-    def feed(self, text: str) -> list[Delta]:
-        return [ToolCallDelta(0, arguments=text)] if text else []
-
-    def end(self) -> list[Delta]:
-        return [TextDelta("end")]
-
-
 class ThreeTokens:
     """A constraint that is complete after any three tokens."""
 
@@ -356,7 +344,9 @@ class ToolText(ToyText):
     def tool_use(self, choice: ToolChoice, params: SamplingParams) -> ToolUse | ServeAppError:  # type: ignore[override]
         if not choice.tools:
             return InvalidRequest("no tools", param="tools")
-        return ToolUse(Grammar("lark", "tools"), replace(params, skip_special_tokens=False), ScriptedParser())
+        return ToolUse(
+            Grammar("lark", "tools"), replace(params, skip_special_tokens=False), ScriptedParser(TextDelta("end"))
+        )
 
     def constraint(self, grammar: Grammar, ignore_eos: bool) -> ThreeTokens:  # type: ignore[override]
         assert (grammar.text, ignore_eos) == ("tools", True)

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 from hypothesis import given, strategies as st
 
-from serve_app.core.events import Chunk, Delta, FinishReason, Logprobs, TextDelta, TokenLogprob, ToolCallDelta
+from serve_app.core.events import Chunk, FinishReason, Logprobs, TextDelta, TokenLogprob, ToolCallDelta
 from serve_app.core.requests import Grammar, SamplingParams
 from serve_app.engines.native.stream import Token, TokenStream, wake_all
 from serve_app.engines.text.tool_use import ToolUse
 from serve_app.engines.toy import END, ToyDecoder
 from serve_app.errors import InternalError
 
-from .helpers import Answer, read, request, streams
+from .helpers import Answer, Panic, ScriptedParser, read, request, streams
 
 LONG_S = 1000.0
 
@@ -280,10 +280,6 @@ async def test_a_decoder_error_ends_its_own_answer() -> None:
     assert isinstance(answer.error, InternalError)
 
 
-class Panic(BaseException):
-    """Like pyo3's PanicException, which is a BaseException and no Exception."""
-
-
 class PanickingDecoder(ToyDecoder):
     def step(self, token_id: int) -> str:
         raise Panic
@@ -304,24 +300,6 @@ async def test_a_panic_in_one_stream_does_not_keep_others_from_waking() -> None:
 # Tool calls
 
 
-class ScriptedParser:
-    """Returns one delta for each text that it is fed, and the script's `end` at the end."""
-
-    def __init__(self, end: list[Delta], fails_on: str = "") -> None:
-        self.fed: list[str] = []
-        self._end = end
-        self._fails_on = fails_on
-
-    def feed(self, text: str) -> list[Delta]:
-        self.fed.append(text)
-        if text and text == self._fails_on:
-            raise Panic
-        return [TextDelta(text.upper())] if text else []
-
-    def end(self) -> list[Delta]:
-        return self._end
-
-
 def open_with_parser(parser: ScriptedParser, params: SamplingParams | None = None) -> TokenStream:
     stream = TokenStream(request())
     params = params or SamplingParams(skip_special_tokens=False, include_stop_str_in_output=True)
@@ -330,8 +308,7 @@ def open_with_parser(parser: ScriptedParser, params: SamplingParams | None = Non
 
 
 async def test_each_event_carries_the_deltas_of_its_text_and_the_last_one_those_of_the_end() -> None:
-    call = ToolCallDelta(0, "f", "{}")
-    parser = ScriptedParser([call])
+    parser = ScriptedParser(TextDelta("held"))
     stream = open_with_parser(parser)
     for token_id in "aé".encode():
         stream.put(Token(token_id, 1.0))
@@ -340,15 +317,15 @@ async def test_each_event_carries_the_deltas_of_its_text_and_the_last_one_those_
     events = (await read(stream)).events
     assert parser.fed == ["a", "", "é", "<end>"], "the parameters of the tool use replace those of the request"
     assert [event.deltas for event in events] == [
-        (TextDelta("A"),),
+        (ToolCallDelta(0, arguments="a"),),
         (),
-        (TextDelta("É"),),
-        (TextDelta("<END>"), call),
+        (ToolCallDelta(0, arguments="é"),),
+        (ToolCallDelta(0, arguments="<end>"), TextDelta("held")),
     ]
 
 
 async def test_a_stop_string_completes_the_deltas() -> None:
-    parser = ScriptedParser([TextDelta("held")])
+    parser = ScriptedParser(TextDelta("held"))
     stream = open_with_parser(parser, SamplingParams(stop=("END",)))
     send(stream, *"fine ENDless")
     events = (await read(stream)).events
@@ -357,7 +334,7 @@ async def test_a_stop_string_completes_the_deltas() -> None:
 
 
 async def test_a_parser_error_ends_its_own_answer() -> None:
-    stream = open_with_parser(ScriptedParser([], fails_on="b"))
+    stream = open_with_parser(ScriptedParser(TextDelta("held"), fails_on="b"))
     send(stream, "a", "b", "c")
     answer = await read(stream)
     assert (answer.text, stream.closed) == ("a", True)
