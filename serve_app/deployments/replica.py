@@ -20,7 +20,7 @@ from serve_app.deployments.events import EventSender, ReplyAddress
 from serve_app.deployments.heartbeats import Report, Reporter, to_every_replica
 from serve_app.deployments.registry import Heartbeat
 from serve_app.deployments.telemetry import ProcessTelemetry, log_to_serve
-from serve_app.engines.native.engine import Engine as NativeEngine, EngineStalled
+from serve_app.engines.native.engine import EngineStalled, NativeEngine
 from serve_app.engines.native.sequence import Runner
 from serve_app.engines.native.stream import TokenStream
 from serve_app.engines.toy import ToyRunner

@@ -14,7 +14,7 @@ from serve_app.api.telemetry import ServiceTelemetry
 from serve_app.config import AppConfig, ConfigError, Telemetry as Settings
 from serve_app.core.engine import Engine
 from serve_app.core.requests import GenerationRequest
-from serve_app.engines.native.engine import Engine as NativeEngine
+from serve_app.engines.native.engine import NativeEngine
 from serve_app.engines.native.stream import TokenStream
 
 if TYPE_CHECKING:

@@ -2,17 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 from serve_app.engines.text.overlap import overlap
-
-
-class Decoder(Protocol):
-    """Incremental decoding of one sequence; keeps incomplete characters back."""
-
-    def step(self, token_id: int) -> str:
-        """The text that this token completes; "" while a character is incomplete or the token not to be shown."""
-        ...
+from serve_app.engines.text.protocol import Decoder
 
 
 class Detokenizer:

@@ -8,7 +8,7 @@ from itertools import accumulate
 
 from serve_app.core.events import PromptDetails, TextToken
 from serve_app.core.requests import GenerationRequest, TextPrompt, TokenPrompt
-from serve_app.engines.native.sequence import Text
+from serve_app.engines.text.protocol import Text
 from serve_app.errors import ServeAppError
 
 
