@@ -14,7 +14,7 @@ from serve_app.core.events import Chunk
 from serve_app.core.requests import GenerationRequest
 from serve_app.engines.native.engine import Engine
 from serve_app.engines.native.stream import TokenStream
-from tests.engine.toys import running
+from tests.engines.native.helpers import running
 
 from .scripted import ScriptedGateway, app_config
 

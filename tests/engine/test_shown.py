@@ -11,8 +11,7 @@ from serve_app.engines.native.engine import MOST_TOLD
 from serve_app.engines.text.prompt_details import shown
 from serve_app.engines.toy import END, ToyRunner, ToyText
 from serve_app.errors import InvalidRequest
-
-from .toys import admitted, ask, read, request, running, streams
+from tests.engines.native.helpers import admitted, ask, read, request, running, streams
 
 TEXT = ToyText()
 

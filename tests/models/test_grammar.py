@@ -26,7 +26,7 @@ from serve_app.engines.native.stream import TokenStream
 from serve_app.engines.text.grammar import Constraint
 from serve_app.engines.text.tokenizer import HFText
 from serve_app.errors import InvalidRequest
-from tests.engine.toys import request, streams, tokens_of
+from tests.engines.native.helpers import request, streams, tokens_of
 from tests.models import tiny
 from tests.models.crowd import ask, idle, model_config, running
 from tests.models.schemas import schema

@@ -32,7 +32,7 @@ from serve_app.errors import InvalidRequest
 from tests.api import syntaxes
 from tests.api.syntaxes import written
 from tests.api.test_tool_calls import together
-from tests.engine.toys import request, streams, tokens_of
+from tests.engines.native.helpers import request, streams, tokens_of
 from tests.models import templates, tiny
 from tests.models.crowd import ask, model_config, running
 from tests.models.schemas import schema

@@ -6,7 +6,7 @@ from serve_app.core.events import Logprobs, TokenLogprob
 from serve_app.engines.native.rows import DecodeRun, PromptChunk, rows_of, span
 from serve_app.engines.native.sequence import Advance, Reading, Step
 
-from .toys import sequence
+from .helpers import sequence
 
 
 def advance(tokens: bytes, slot: int, computed: int, count: int) -> Advance:

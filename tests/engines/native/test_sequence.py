@@ -10,7 +10,7 @@ from serve_app.engines.native.sequence import Advance, Sampled, Sequence, Step
 from serve_app.engines.native.stream import Token
 from serve_app.engines.toy import END
 
-from .toys import request, sequence, sequences
+from .helpers import request, sequence, sequences
 
 
 def speak(spoken: Sequence, tokens: bytes | list[int]) -> list[Token]:

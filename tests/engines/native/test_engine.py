@@ -27,7 +27,7 @@ from serve_app.errors import (
     QueueFull,
 )
 
-from .toys import (
+from .helpers import (
     PATIENCE_S,
     Answer,
     Clock,

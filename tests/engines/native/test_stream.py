@@ -14,7 +14,7 @@ from serve_app.engines.native.stream import Token, TokenStream, wake_all
 from serve_app.engines.toy import END, ToyDecoder
 from serve_app.errors import InternalError
 
-from .toys import Answer, read, request, streams
+from .helpers import Answer, read, request, streams
 
 FOREVER_S = 1000.0
 

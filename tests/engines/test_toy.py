@@ -12,7 +12,7 @@ from serve_app.engines.native.sequence import Advance, Step
 from serve_app.engines.toy import END, ToyDecoder, ToyRunner, ToyText
 from serve_app.errors import InvalidRequest
 
-from .toys import sequence, tokens_of
+from .native.helpers import sequence, tokens_of
 
 
 @given(st.binary(max_size=12))

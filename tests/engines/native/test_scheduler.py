@@ -17,7 +17,7 @@ from serve_app.engines.native.stream import Embedded, Token
 from serve_app.engines.toy import ToyRunner
 from serve_app.errors import DeadlineExceeded, InternalError, QueueFull
 
-from .toys import Keeper, request, sequence, sequences, successor
+from .helpers import Keeper, request, sequence, sequences, successor
 
 RUNNER = ToyRunner(EngineConfig())
 LEAST = 16
