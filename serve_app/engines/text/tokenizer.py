@@ -106,7 +106,7 @@ class HFText:
         self.vocabulary = vocabulary
         self.end_ids = end_ids
         self._added = self._backend.get_added_tokens_decoder()
-        self.special_ids = frozenset(id for id, token in self._added.items() if token.special)
+        self.special_ids = frozenset(token_id for token_id, token in self._added.items() if token.special)
         self._grammars = GrammarCompiler(self._backend, end_ids, vocabulary)
 
     def encode(self, prompts: Seq[Prompt]) -> list[list[int] | ServeAppError]:
@@ -237,7 +237,7 @@ class HFText:
         markers = self._grammars.marker_tokens(self._added)
         if markers is None or not self._tokenizer.chat_template:
             return None
-        ids = {token.content: id for id, token in self._added.items() if id in markers}
+        ids = {token.content: token_id for token_id, token in self._added.items() if token_id in markers}
         return detect_tool_template(self._rendered, MarkerTokens(ids, self.special_ids, self.end_ids))
 
 

@@ -222,9 +222,9 @@ class _FormatDetector:
 
 def _without_ids(text: str, ids: list[str]) -> str | None:
     """The text without the JSON members that hold call ids; None if an id occurs elsewhere."""
-    for id in ids:
-        text = re.sub(rf',\s*"\w+"\s*:\s*"{id}"|"\w+"\s*:\s*"{id}"\s*,\s*', "", text)
-    remains = any(part in text for id in ids for part in (id[:9], id[-5:]))  # a template may shorten ids
+    for call_id in ids:
+        text = re.sub(rf',\s*"\w+"\s*:\s*"{call_id}"|"\w+"\s*:\s*"{call_id}"\s*,\s*', "", text)
+    remains = any(part in text for call_id in ids for part in (call_id[:9], call_id[-5:]))  # a template may shorten ids
     return None if remains else text.rstrip()
 
 
