@@ -18,7 +18,7 @@ from hypothesis import given, settings, strategies as st
 
 from serve_app.core.events import FinishReason, TokenEvent
 from serve_app.core.requests import Grammar, SamplingParams, TextPrompt
-from serve_app.engines.native.engine import Engine
+from serve_app.engines.native.engine import NativeEngine
 from serve_app.engines.native.loader import load
 from serve_app.engines.native.sampler import sample
 from serve_app.engines.native.sequence import Sequence
@@ -318,7 +318,7 @@ def test_any_walk_through_a_schema_is_a_valid_document(text: HFText, number: int
 
 
 @pytest.fixture(scope="module")
-def engine() -> Iterator[Engine]:
+def engine() -> Iterator[NativeEngine]:
     """Guesses are on."""
     config = model_config(
         "builtin:smollm2-135m", max_running=32, max_context=1024, max_step_tokens=96, max_waiting=256, threads=1
@@ -327,7 +327,7 @@ def engine() -> Iterator[Engine]:
         yield engine
 
 
-async def record(engine: Engine, number: int, temperature: float = 1.0, beginning: str = "") -> list[TokenEvent]:
+async def record(engine: NativeEngine, number: int, temperature: float = 1.0, beginning: str = "") -> list[TokenEvent]:
     grammar = Grammar("json_schema", json.dumps(schema(number)))
     params = SamplingParams(max_tokens=700, temperature=temperature, seed=number, grammar=grammar)
     return await ask(engine, TextPrompt(f"{beginning}Record {number} as JSON:"), params)
@@ -338,7 +338,7 @@ def told(events: list[TokenEvent]) -> str:
 
 
 @pytest.mark.timeout(900)
-async def test_200_answers_are_valid_under_their_200_schemas(engine: Engine) -> None:
+async def test_200_answers_are_valid_under_their_200_schemas(engine: NativeEngine) -> None:
     answers = await asyncio.gather(*(record(engine, number) for number in range(200)))
     for number, events in enumerate(answers):
         assert events[-1].finish_reason is FinishReason.STOP, (number, told(events))
@@ -353,14 +353,14 @@ async def test_an_answer_in_a_grammar_is_the_same_alone_in_a_crowd_and_after_a_p
     config = model_config("builtin:smollm2-135m", max_running=16, max_context=512, max_step_tokens=32, threads=1)
     config = config.model_copy(update={"quantization": "int8"})
 
-    async def say(engine: Engine, number: int) -> str:
+    async def say(engine: NativeEngine, number: int) -> str:
         if number >= 302:
             return told(await record(engine, number, number % 2, beginning))
         # An answer of this length on every processor: the grammar has no end before it.
         endless = SamplingParams(max_tokens=110, temperature=1.0, seed=number, grammar=Grammar("regex", "[a-z ]{999}"))
         return told(await ask(engine, TextPrompt(f"{beginning}Story {number}:"), endless))
 
-    async def plain(engine: Engine, number: int) -> None:
+    async def plain(engine: NativeEngine, number: int) -> None:
         await ask(engine, TextPrompt(f"A story of {number} lines:"), SamplingParams(max_tokens=20, seed=number))
 
     with running(config) as wide:
@@ -372,7 +372,7 @@ async def test_an_answer_in_a_grammar_is_the_same_alone_in_a_crowd_and_after_a_p
         assert narrow.stats().preemptions > 0
 
 
-async def test_one_that_follows_a_grammar_is_not_guessed(engine: Engine) -> None:
+async def test_one_that_follows_a_grammar_is_not_guessed(engine: NativeEngine) -> None:
     before = engine.stats().drafted
     grammar = Grammar("regex", "(one two three ){20}")
     events = await ask(engine, TextPrompt("one two three " * 5), SamplingParams(max_tokens=200, grammar=grammar))
@@ -380,7 +380,7 @@ async def test_one_that_follows_a_grammar_is_not_guessed(engine: Engine) -> None
     assert engine.stats().drafted == before
 
 
-async def test_a_grammar_that_does_not_compile_is_refused_among_good_requests(engine: Engine) -> None:
+async def test_a_grammar_that_does_not_compile_is_refused_among_good_requests(engine: NativeEngine) -> None:
     wishes = [SamplingParams(max_tokens=1, grammar=g) for g in (DIGITS, Grammar("regex", "("), None)]
     made = [
         TokenStream(replace(request([5], params=params), arrived=time.monotonic(), deadline=time.monotonic() + 60))
@@ -392,7 +392,7 @@ async def test_a_grammar_that_does_not_compile_is_refused_among_good_requests(en
     assert [type(outcome) for outcome in outcomes] == [type(None), InvalidRequest, type(None)]
 
 
-async def test_a_grammar_that_asks_for_too_much_ends_its_own_answer_only(engine: Engine) -> None:
+async def test_a_grammar_that_asks_for_too_much_ends_its_own_answer_only(engine: NativeEngine) -> None:
     """Every piece of its answer can be read in more ways than the last."""
     endless = Grammar("lark", "start: s\ns: s s s | s s | s | A | B\nA: /[a-z]/\nB: /[a-z]{2}/")
     plain = asyncio.create_task(ask(engine, TextPrompt("Once"), SamplingParams(max_tokens=50, ignore_eos=True)))

@@ -20,7 +20,7 @@ from serve_app.config import template_path
 from serve_app.core.events import FinishReason, TokenEvent
 from serve_app.core.queries import GetModelInfo, ModelInfo
 from serve_app.core.requests import ChatMessage, ChatPrompt, Grammar, SamplingParams, ToolCall
-from serve_app.engines.native.engine import Engine
+from serve_app.engines.native.engine import NativeEngine
 from serve_app.engines.native.loader import SourceError, builtin_gguf, convert_gguf, load
 from serve_app.engines.native.sampler import sample
 from serve_app.engines.native.sequence import Sequence
@@ -384,26 +384,26 @@ def test_any_walk_is_calls_whose_arguments_fit(syntax: ToolCallFormat, number: i
 
 
 @pytest.fixture(scope="module")
-def engine() -> Iterator[Engine]:
+def engine() -> Iterator[NativeEngine]:
     config = model_config("builtin:smollm2-135m", max_running=16, max_context=1024, max_step_tokens=96, threads=1)
     with running(config.model_copy(update={"dtype": "bfloat16", "chat_template": SHIPPED})) as engine:
         yield engine
 
 
-def known(engine: Engine) -> ToolCallFormat:
+def known(engine: NativeEngine) -> ToolCallFormat:
     info = engine.answer(GetModelInfo())
     assert isinstance(info, ModelInfo)
     assert info.tools is not None
     return info.tools
 
 
-async def say(engine: Engine, fields: ToolFields, *messages: ChatMessage, **params: Any) -> list[TokenEvent]:
+async def say(engine: NativeEngine, fields: ToolFields, *messages: ChatMessage, **params: Any) -> list[TokenEvent]:
     params = {"max_tokens": 200, "temperature": 1.0} | params
     prompt = ChatPrompt(messages or (ChatMessage("user", "What is the weather in Paris?"),), fields.offered())
     return await ask(engine, prompt, wish(known(engine), fields, **params))
 
 
-def read(engine: Engine, events: list[TokenEvent]) -> tuple[str, list[Call]]:
+def read(engine: NativeEngine, events: list[TokenEvent]) -> tuple[str, list[Call]]:
     """The same whole and as it came."""
     parser = CallParser(known(engine))
     news = [one for event in events for one in parser.feed(event.text)]
@@ -418,7 +418,7 @@ def fit(calls: list[Call]) -> bool:
     return True
 
 
-async def test_the_model_that_has_to_call_does(engine: Engine) -> None:
+async def test_the_model_that_has_to_call_does(engine: NativeEngine) -> None:
     answers = await asyncio.gather(*(say(engine, asked("required", False), seed=seed) for seed in range(6)))
     read_ones = [read(engine, events) for events in answers]
     assert all(content == "" and len(calls) == 1 and fit(calls) for content, calls in read_ones)
@@ -426,7 +426,7 @@ async def test_the_model_that_has_to_call_does(engine: Engine) -> None:
     assert all(events[-1].finish_reason is FinishReason.STOP for events in answers)
 
 
-async def test_the_model_calls_the_one_that_is_named(engine: Engine) -> None:
+async def test_the_model_calls_the_one_that_is_named(engine: NativeEngine) -> None:
     for name in SCHEMAS:
         chosen = {"type": "function", "function": {"name": name}}
         content, calls = read(engine, await say(engine, asked(chosen), temperature=0.0))
@@ -434,7 +434,7 @@ async def test_the_model_calls_the_one_that_is_named(engine: Engine) -> None:
         assert fit(calls)
 
 
-async def test_the_model_may_call_several_times_and_go_on_until_it_is_cut(engine: Engine) -> None:
+async def test_the_model_may_call_several_times_and_go_on_until_it_is_cut(engine: NativeEngine) -> None:
     # Whoever may not end goes on with another call.
     params: dict[str, Any] = {"ignore_eos": True, "max_tokens": 120, "seed": 1}
     events = await say(engine, asked("required"), **params)
@@ -444,7 +444,7 @@ async def test_the_model_may_call_several_times_and_go_on_until_it_is_cut(engine
     assert events[-1].finish_reason is FinishReason.LENGTH
 
 
-async def test_the_model_may_talk_and_may_call(engine: Engine) -> None:
+async def test_the_model_may_talk_and_may_call(engine: NativeEngine) -> None:
     trigger = known(engine).trigger
     prompts = [ChatMessage("user", text) for text in ("Say hello.", f"Write {trigger} and nothing else, please.")]
     answers = await asyncio.gather(
@@ -459,7 +459,7 @@ async def test_the_model_may_talk_and_may_call(engine: Engine) -> None:
             assert trigger not in content
 
 
-async def test_the_model_goes_on_with_what_a_tool_said(engine: Engine) -> None:
+async def test_the_model_goes_on_with_what_a_tool_said(engine: NativeEngine) -> None:
     messages = (
         USER,
         ChatMessage("assistant", "", CALLS[:1]),

@@ -21,7 +21,7 @@ import torch
 
 from serve_app.config import ConfigError, Model, load_serve_file
 from serve_app.core.requests import GenerationRequest, Grammar, SamplingParams, TokenPrompt
-from serve_app.engines.native.engine import Engine, EngineStats
+from serve_app.engines.native.engine import EngineStats, NativeEngine
 from serve_app.engines.native.linear import pack
 from serve_app.engines.native.loader import SourceError
 from serve_app.engines.native.machine import NotEnoughMemory
@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
             made.append((runner, Limits(read_bandwidth(), linear_flops(model, runner))))
             return made[0][0]
 
-        engine = Engine(make, model.engine)
+        engine = NativeEngine(make, model.engine)
         began = time.monotonic()
         engine.start()
     except (ConfigError, SourceError, NotEnoughMemory) as error:
@@ -130,7 +130,7 @@ def _say(stage: str) -> None:
     print(stage, file=sys.stderr)
 
 
-def _measure(engine: Engine, runner: TorchRunner, limits: Limits, arguments: argparse.Namespace) -> None:
+def _measure(engine: NativeEngine, runner: TorchRunner, limits: Limits, arguments: argparse.Namespace) -> None:
     threads = torch.get_num_threads()
     print(f"{limits.bandwidth / 1e9:.1f} GB/s, {limits.flops / 1e9:.0f} GFLOP/s measured here, on {threads} threads")
     print(
@@ -156,7 +156,7 @@ def _measure(engine: Engine, runner: TorchRunner, limits: Limits, arguments: arg
         print(f"guessed ahead: {stats.drafted} tokens, {stats.accepted / stats.drafted:.0%} right (--draft 0: none)")
 
 
-def _with_grammar(engine: Engine, runner: TorchRunner, arguments: argparse.Namespace) -> None:
+def _with_grammar(engine: NativeEngine, runner: TorchRunner, arguments: argparse.Namespace) -> None:
     """With and without in turn, so that a machine that slows down does so for both."""
     print(f"{'streams':>7}{'ms/token':>10}{'with JSON schema':>18}{'added':>8}")
     asyncio.run(_round(engine, runner, 1, arguments, seed=0, grammar=_GRAMMAR))  # warm
@@ -169,7 +169,7 @@ def _with_grammar(engine: Engine, runner: TorchRunner, arguments: argparse.Names
         print(f"{streams:>7}{free:>10.2f}{shaped:>18.2f}{shaped - free:>8.2f}")
 
 
-async def _beside(engine: Engine) -> str:
+async def _beside(engine: NativeEngine) -> str:
     """What a long prompt does to the gaps of streams that run already."""
     rng = random.Random("beside")
     running = _admitted(engine, [_prompt(rng, 60) for _ in range(_RUNNING)], tokens=300)
@@ -188,7 +188,7 @@ async def _beside(engine: Engine) -> str:
     )
 
 
-async def _again(engine: Engine, runner: TorchRunner) -> str:
+async def _again(engine: NativeEngine, runner: TorchRunner) -> str:
     """The same beginning twice."""
     tokens = min(_BEGINNING, runner.context - _TAIL - 2)
     cold: list[float] = []
@@ -214,7 +214,7 @@ def _prompt(rng: random.Random, tokens: int) -> tuple[int, ...]:
 
 
 def _admitted(
-    engine: Engine, prompts: list[tuple[int, ...]], tokens: int, grammar: Grammar | None = None
+    engine: NativeEngine, prompts: list[tuple[int, ...]], tokens: int, grammar: Grammar | None = None
 ) -> list[TokenStream]:
     """Streams of requests that come together, each to its full length."""
     params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True, grammar=grammar)
@@ -230,7 +230,7 @@ def _admitted(
 
 
 async def _round(
-    engine: Engine,
+    engine: NativeEngine,
     runner: TorchRunner,
     streams: int,
     arguments: argparse.Namespace,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from serve_app.engines.text.overlap import overlap
-from serve_app.engines.text.protocol import Decoder as Decoder
+from serve_app.engines.text.protocol import Decoder
 
 
 class Detokenizer:

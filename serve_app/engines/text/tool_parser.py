@@ -18,7 +18,7 @@ _OUTSIDE_STRINGS = re.compile(r'["{}\[\]]')
 _State = Callable[[], list[Delta]]
 
 
-class ToolCallParser:
+class ToolCallFormatParser:
     """Parses one answer, in pieces of any size. Emits each piece as soon as its meaning is certain.
 
     Text that does not follow the format is content, from the beginning of the malformed call to the end of the answer.

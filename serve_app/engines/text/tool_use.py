@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Protocol
 
+from serve_app.core.events import Delta
 from serve_app.core.requests import Grammar, SamplingParams, ToolChoice
 from serve_app.engines.text.tool_format import ToolCallFormat
 from serve_app.engines.text.tool_grammar import tool_grammar
-from serve_app.engines.text.tool_parser import ToolCallParser
+from serve_app.engines.text.tool_parser import ToolCallFormatParser
 from serve_app.errors import InvalidRequest, ServeAppError
-
-__all__ = ["NO_TOOL_SUPPORT", "ToolCallParser", "ToolUse", "prepare_tool_use"]
 
 NO_TOOL_SUPPORT = (
     "this model does not call tools: its chat template takes no tools, or writes tool calls in a format that is not "
     "supported. Remove tools from the request, or configure a chat template that takes tools, for example "
     "chat_template: builtin:chatml_tools"
 )
+
+
+class ToolCallParser(Protocol):
+    """Divides the text of one answer into content and tool calls."""
+
+    def feed(self, text: str) -> list[Delta]:
+        """The deltas that this text completes."""
+        ...
+
+    def end(self) -> list[Delta]:
+        """The deltas still held back; called after the last text."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,4 +63,4 @@ def prepare_tool_use(
         return error
     skip_special_tokens = params.skip_special_tokens and not hides_markers
     params = replace(params, grammar=grammar, skip_special_tokens=skip_special_tokens)
-    return ToolUse(grammar, params, ToolCallParser(call_format))
+    return ToolUse(grammar, params, ToolCallFormatParser(call_format))

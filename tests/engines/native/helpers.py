@@ -1,4 +1,4 @@
-"""Makers for the engine's tests: requests, streams, sequences, scripted runners and their readers."""
+"""Builders and fakes for tests of the native engine: requests, streams, sequences, runners and stream readers."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from dataclasses import dataclass, field, replace
 from serve_app.config import Engine as EngineConfig
 from serve_app.core.events import Chunk, FinishReason, Logprobs, TokenEvent, TokenLogprob
 from serve_app.core.requests import GenerationRequest, SamplingParams, TextPrompt, TokenPrompt
-from serve_app.engines.native.engine import Engine
+from serve_app.engines.native.engine import NativeEngine
 from serve_app.engines.native.kv_cache import BLOCK, Copy
 from serve_app.engines.native.sequence import Advance, Outcome, Runner, Sampled, Sequence, Step
-from serve_app.engines.native.stream import Embedded, Token, TokenStream
+from serve_app.engines.native.stream import Embedding, Token, TokenStream
 from serve_app.engines.toy import ToyRunner, ToyText
 from serve_app.errors import ServeAppError
 
-PATIENCE_S = 10.0
+TIMEOUT_S = 10.0
 
 
-class Clock:
-    """Time that stands still until told otherwise."""
+class ManualClock:
+    """A clock that advances only when a test changes `now`."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -32,38 +32,39 @@ class Clock:
         return self.now
 
 
-class Witness(TokenStream):
-    """A stream that remembers everything the engine ever put into it."""
+class RecordingStream(TokenStream):
+    """A stream that records everything that the engine puts into it."""
 
     def __init__(self, request: GenerationRequest, arrived: float | None = None) -> None:
         """`arrived` replaces the request's arrival; the time to its deadline stays."""
         if arrived is not None:
             request = replace(request, arrived=arrived, deadline=arrived + request.timeout_s)
         super().__init__(request)
-        self.seen: list[Token] = []
-        self.vectors: list[tuple[float, ...]] = []
+        self.tokens: list[Token] = []
+        self.embeddings: list[tuple[float, ...]] = []
         self.errors: list[ServeAppError] = []
 
-    def put(self, told: Token | Embedded) -> None:
-        if isinstance(told, Token):
-            self.seen.append(told)
+    def put(self, result: Token | Embedding) -> None:
+        if isinstance(result, Token):
+            self.tokens.append(result)
         else:
-            self.vectors.append(told.vector)
-        super().put(told)
+            self.embeddings.append(result.vector)
+        super().put(result)
 
     def fail(self, error: ServeAppError) -> None:
         self.errors.append(error)
         super().fail(error)
 
     @property
-    def ends(self) -> int:
-        """Terminal events: exactly one for whoever was admitted and stayed."""
-        return len(self.errors) + len(self.vectors) + sum(token.finish_reason is not None for token in self.seen)
+    def terminal_events(self) -> int:
+        """Must be 1 for an admitted request whose consumer stayed."""
+        finished = sum(token.finish_reason is not None for token in self.tokens)
+        return len(self.errors) + len(self.embeddings) + finished
 
 
 @dataclass
 class Answer:
-    """What a reader got."""
+    """The chunks that a consumer received, and the error that ended them."""
 
     chunks: list[Chunk] = field(default_factory=list)
     error: ServeAppError | None = None
@@ -88,15 +89,19 @@ class Answer:
 def request(
     prompt: str | Seq[int] = "abc", timeout_s: float = 60.0, params: SamplingParams | None = None
 ) -> GenerationRequest:
-    asked = TextPrompt(prompt) if isinstance(prompt, str) else TokenPrompt(tuple(prompt))
-    return GenerationRequest("id", "toy", asked, params or SamplingParams(max_tokens=5), 0.0, timeout_s)
+    content = TextPrompt(prompt) if isinstance(prompt, str) else TokenPrompt(tuple(prompt))
+    return GenerationRequest("id", "toy", content, params or SamplingParams(max_tokens=5), 0.0, timeout_s)
 
 
-def streams(requests: Seq[GenerationRequest], arrived: float = 0.0) -> list[Witness]:
-    """Streams whose event loop is closed already: nobody reads them."""
+def limited_request(prompt: str | Seq[int], max_tokens: int) -> GenerationRequest:
+    return request(prompt, params=SamplingParams(max_tokens=max_tokens))
 
-    async def make() -> list[Witness]:
-        return [Witness(request, arrived) for request in requests]
+
+def streams(requests: Seq[GenerationRequest], arrived: float = 0.0) -> list[RecordingStream]:
+    """Streams without consumers: their event loop is closed."""
+
+    async def make() -> list[RecordingStream]:
+        return [RecordingStream(request, arrived) for request in requests]
 
     with asyncio.Runner() as runner:
         return runner.run(make())
@@ -119,88 +124,88 @@ def sequence(
 
 
 def tokens_of(outcomes: Seq[Sampled | Outcome]) -> list[Sampled]:
-    """The outcomes of a step in which every sequence got one token."""
+    """The tokens of a step that sampled one token for every sequence."""
     tokens = [one for outcome in outcomes for one in (outcome if isinstance(outcome, tuple) else (outcome,))]
     assert len(tokens) == len(outcomes)
     return [token for token in tokens if isinstance(token, Sampled)]
 
 
-def successor(tokens: Seq[int]) -> int:
-    """The next token of a text, in a language of few words that often repeats itself."""
+def next_token(tokens: Seq[int]) -> int:
+    """The token after `tokens` in FakeCacheRunner's language: a function of them with 4 values that often repeats."""
     return (tokens[-1] + len(tokens) // 7 + sum(tokens[-9:-4])) % 4 + 1
 
 
-class Keeper:
-    """Holds tokens where a model holds keys and values, and answers from what is really there."""
+class FakeCacheRunner:
+    """Keeps token ids where a model keeps keys and values, and samples from the token ids in its cache."""
 
     def __init__(self, slots: int) -> None:
-        self._held: list[dict[int, int]] = [{} for _ in range(slots)]
+        self._cache: list[dict[int, int]] = [{} for _ in range(slots)]
 
     def run(self, step: Step) -> list[Outcome]:
-        for order in step.orders:
-            if isinstance(order, Copy):
-                source = self._held[order.source]
-                self._held[order.target] |= {position: source[position] for position in range(order.count)}
+        for op in step.cache_ops:
+            if isinstance(op, Copy):
+                source = self._cache[op.source]
+                self._cache[op.target] |= {position: source[position] for position in range(op.count)}
             else:
-                self._held[order.slot] = {p: token for p, token in self._held[order.slot].items() if p < order.keep}
+                self._cache[op.slot] = {p: token for p, token in self._cache[op.slot].items() if p < op.keep}
         return [outcome for advance in step.advances for outcome in self._advance(advance)]
 
-    def memory(self, blocks: Seq[int]) -> bool:
-        """Whether no slot holds more than it may."""
-        return all(max(held, default=-1) < n * BLOCK for held, n in zip(self._held, blocks, strict=True))
+    def within(self, blocks: Seq[int]) -> bool:
+        """Whether each slot holds at most its number of blocks."""
+        return all(max(held, default=-1) < n * BLOCK for held, n in zip(self._cache, blocks, strict=True))
 
     def _advance(self, advance: Advance) -> list[Outcome]:
-        asked = advance.sequence
-        assert asked.slot is not None
-        held, start, end = self._held[asked.slot], asked.computed, asked.computed + advance.count
-        held |= dict(enumerate((*asked.tokens[start:end], *advance.drafts), start=start))
-        self._read(advance, held)
-        texts = [[held[position] for position in range(end + ahead)] for ahead in range(1 + len(advance.drafts))]
-        return [tuple(Sampled(successor(text)) for text in texts)] if advance.samples else []
+        sequence = advance.sequence
+        assert sequence.slot is not None
+        cached, start, end = self._cache[sequence.slot], sequence.computed, sequence.computed + advance.count
+        cached |= dict(enumerate((*sequence.tokens[start:end], *advance.drafts), start=start))
+        self._read_out(advance, cached)
+        texts = [[cached[position] for position in range(end + ahead)] for ahead in range(1 + len(advance.drafts))]
+        return [tuple(Sampled(next_token(text)) for text in texts)] if advance.samples else []
 
-    def _read(self, advance: Advance, held: dict[int, int]) -> None:
-        """The position of each token of a prompt as its probability; the sum of tokens, and one for each, as states."""
-        asked, reading = advance.sequence, advance.sequence.reading
-        rows = [asked.computed + row for row in advance.reads]
-        if reading is None or not rows:
+    def _read_out(self, advance: Advance, cached: dict[int, int]) -> None:
+        """The log probability of a prompt token is its position; the hidden state of a row is (token, 1)."""
+        sequence, readout = advance.sequence, advance.sequence.readout
+        rows = [sequence.computed + row for row in advance.readout_rows]
+        if readout is None or not rows:
             return
-        if asked.embeds:
-            reading.add_states([sum(held[row] for row in rows), len(rows)], len(rows))
+        if sequence.embeds:
+            readout.add_states([sum(cached[row] for row in rows), len(rows)], len(rows))
         else:
-            told = [TokenLogprob(asked.tokens[row + 1], "", row + 1) for row in rows]
-            reading.add_logprobs([Logprobs(one, ()) for one in told])
+            tokens = [TokenLogprob(sequence.tokens[row + 1], "", row + 1) for row in rows]
+            readout.add_logprobs([Logprobs(token, ()) for token in tokens])
 
 
 class SteppedRunner(ToyRunner):
-    """Takes a step only when the test says so, and keeps a record of who was in it."""
+    """Runs a step only when the test permits it, and records the sequences and rows of every step."""
 
     def __init__(self, config: EngineConfig) -> None:
         super().__init__(config)
         self.begun: list[list[Sequence]] = []
         self.rows: list[int] = []
         self._permits = threading.Semaphore(0)
-        self._free = False
+        self._unblocked = False
 
     def run(self, step: Step) -> list[Outcome]:
         self.rows.append(step.rows)
         self.begun.append([advance.sequence for advance in step.advances])
-        assert self._free or self._permits.acquire(timeout=PATIENCE_S), "the test forgot to let the runner go"
+        assert self._unblocked or self._permits.acquire(timeout=TIMEOUT_S), "the test did not permit this step"
         return super().run(step)
 
-    def go(self, steps: int = 1) -> None:
-        """Let the step under way end, and `steps - 1` more; returns once the next one is under way."""
-        wanted = len(self.begun) + steps
+    def permit(self, steps: int = 1) -> None:
+        """Let the current step end, and `steps - 1` more; returns once the next one has begun."""
+        expected = len(self.begun) + steps
         self._permits.release(steps)
-        until(lambda: len(self.begun) >= wanted)
+        wait_until(lambda: len(self.begun) >= expected)
 
-    def let_go(self) -> None:
-        """No more waiting."""
-        self._free = True
+    def unblock(self) -> None:
+        """Permit all further steps."""
+        self._unblocked = True
         self._permits.release()
 
 
 class FaultyRunner(ToyRunner):
-    """Raises what the script holds for each step; None, or the script's end, is a good step."""
+    """Raises the exception that `script` holds for each step; None, or the end of the script, is a good step."""
 
     def __init__(self, config: EngineConfig, script: Seq[BaseException | None]) -> None:
         super().__init__(config)
@@ -216,21 +221,22 @@ class FaultyRunner(ToyRunner):
 @contextmanager
 def running(
     make: Callable[[EngineConfig], Runner] = ToyRunner, clock: Callable[[], float] = time.monotonic, **config: int
-) -> Iterator[Engine]:
+) -> Iterator[NativeEngine]:
+    """A started engine, without drafts unless `config` sets them."""
     settings = EngineConfig(**{"draft_tokens": 0, **config})
-    engine = Engine(lambda: make(settings), settings, clock)
+    engine = NativeEngine(lambda: make(settings), settings, clock)
     engine.start()
     try:
         yield engine
     finally:
-        engine.stop(PATIENCE_S)
+        engine.stop(TIMEOUT_S)
 
 
 @contextmanager
 def stepped(
     clock: Callable[[], float] = time.monotonic, kind: type[SteppedRunner] = SteppedRunner, **config: int
-) -> Iterator[tuple[Engine, SteppedRunner]]:
-    """An engine whose every step waits for the test."""
+) -> Iterator[tuple[NativeEngine, SteppedRunner]]:
+    """A started engine whose steps wait for the test's permission."""
     made: list[SteppedRunner] = []
 
     def make(settings: EngineConfig) -> SteppedRunner:
@@ -241,22 +247,22 @@ def stepped(
         try:
             yield engine, made[0]
         finally:
-            made[0].let_go()
+            made[0].unblock()
 
 
-def until(condition: Callable[[], bool]) -> None:
-    """Wait, within reason, for another thread."""
-    end = time.monotonic() + PATIENCE_S
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Wait for another thread, TIMEOUT_S at most."""
+    end = time.monotonic() + TIMEOUT_S
     while not condition():
-        assert time.monotonic() < end, "waited in vain"
+        assert time.monotonic() < end, "the condition did not become true"
         time.sleep(0.0005)
 
 
 async def read(stream: TokenStream, flush_interval_s: float = 0.0, leave_after: int | None = None) -> Answer:
-    """All of a stream, or `leave_after` tokens of it."""
+    """Consume a stream to its end, or until `leave_after` tokens have come, and close it."""
     answer = Answer()
     try:
-        async with asyncio.timeout(PATIENCE_S):
+        async with asyncio.timeout(TIMEOUT_S):
             async for chunk in stream.chunks(flush_interval_s):
                 answer.chunks.append(chunk)
                 if leave_after is not None and len(answer.events) >= leave_after:
@@ -268,13 +274,18 @@ async def read(stream: TokenStream, flush_interval_s: float = 0.0, leave_after: 
     return answer
 
 
-def admitted(engine: Engine, *requests: GenerationRequest, arrived: float | None = None) -> list[Witness]:
-    """Streams of requests that the engine took in together."""
-    made = [Witness(request, time.monotonic() if arrived is None else arrived) for request in requests]
+def open_streams(*requests: GenerationRequest) -> list[RecordingStream]:
+    """Streams of requests that arrive now."""
+    return [RecordingStream(request, time.monotonic()) for request in requests]
+
+
+def admit(engine: NativeEngine, *requests: GenerationRequest, arrived: float | None = None) -> list[RecordingStream]:
+    """Streams of requests that the engine admitted in one batch."""
+    made = [RecordingStream(request, time.monotonic() if arrived is None else arrived) for request in requests]
     assert engine.admit(made) == [None] * len(made)
     return made
 
 
-async def ask(engine: Engine, asked: GenerationRequest, leave_after: int | None = None) -> Answer:
-    (stream,) = admitted(engine, asked)
+async def generate(engine: NativeEngine, request: GenerationRequest, leave_after: int | None = None) -> Answer:
+    (stream,) = admit(engine, request)
     return await read(stream, leave_after=leave_after)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from serve_app.core.events import Delta, ReasoningDelta, TextDelta, ToolCallDelta
 from serve_app.engines.text.tool_format import ToolCallFormat
-from serve_app.engines.text.tool_parser import ToolCallParser
+from serve_app.engines.text.tool_parser import ToolCallFormatParser
 
 HERMES = ToolCallFormat(
     before='<tool_call>\n{"name": "',
@@ -94,6 +94,6 @@ def join_deltas(deltas: Iterable[Delta]) -> tuple[str, list[Call]]:
 
 def parse(call_format: ToolCallFormat, *pieces: str) -> tuple[str, list[Call]]:
     """The content and the calls of an answer that arrives in these pieces."""
-    parser = ToolCallParser(call_format)
+    parser = ToolCallFormatParser(call_format)
     deltas = [delta for piece in pieces for delta in parser.feed(piece)]
     return join_deltas([*deltas, *parser.end()])

@@ -10,7 +10,7 @@ from hypothesis import given, settings, strategies as st
 
 from serve_app.core.events import TextDelta, ToolCallDelta
 from serve_app.engines.text.tool_format import ToolCallFormat
-from serve_app.engines.text.tool_parser import ToolCallParser
+from serve_app.engines.text.tool_parser import ToolCallFormatParser
 
 from .call_formats import DEEPSEEK, FORMATS, HERMES, LLAMA, MISTRAL, NAME_LAST, Call, parse, write_calls
 
@@ -85,14 +85,14 @@ def test_result_does_not_depend_on_the_pieces_of_a_malformed_answer(
 
 @each_format
 def test_content_is_emitted_as_soon_as_it_cannot_begin_a_call(call_format: ToolCallFormat) -> None:
-    parser = ToolCallParser(call_format)
+    parser = ToolCallFormatParser(call_format)
     emitted = [parser.feed(piece) for piece in ("Hello", " ", "you", "!")]
     texts = ["Hello", "", " you", "!"] if call_format.anywhere else ["Hello", " ", "you", "!"]
     assert emitted == [[TextDelta(text)] if text else [] for text in texts]
 
 
 def test_arguments_are_emitted_as_they_are_generated() -> None:
-    parser = ToolCallParser(HERMES)
+    parser = ToolCallFormatParser(HERMES)
     assert parser.feed('Hi <tool_call>\n{"name": "f", "argum') == [TextDelta("Hi")]
     assert parser.feed('ents": ') == []
     assert parser.feed('{"a') == [ToolCallDelta(0, name="f"), ToolCallDelta(0, arguments='{"a')]
@@ -102,14 +102,14 @@ def test_arguments_are_emitted_as_they_are_generated() -> None:
 
 
 def test_call_is_emitted_at_its_end_if_the_name_is_last() -> None:
-    parser = ToolCallParser(NAME_LAST)
+    parser = ToolCallFormatParser(NAME_LAST)
     assert parser.feed('<call>{"arguments": {"a": 1}, "name": "f') == []
     assert parser.feed('"}</call>') == [ToolCallDelta(0, name="f"), ToolCallDelta(0, arguments='{"a": 1}')]
 
 
 @each_format
 def test_calls_are_numbered_from_zero(call_format: ToolCallFormat) -> None:
-    parser = ToolCallParser(call_format)
+    parser = ToolCallFormatParser(call_format)
     calls = [("f", "{}"), ("g", '{"a": 1}'), ("f", "{}")][: 3 if call_format.between else 1]
     deltas = parser.feed(write_calls(call_format, *calls))
     assert deltas == [
