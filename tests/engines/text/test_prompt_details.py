@@ -16,6 +16,7 @@ from serve_app.core.requests import (
 )
 from serve_app.engines.text.prompt_details import prompt_details
 from serve_app.engines.toy import END, ToyText
+from serve_app.errors import InternalError, ServeAppError
 
 
 def details(
@@ -77,3 +78,14 @@ def test_added_special_tokens_cover_no_characters() -> None:
         ("b", 1, 2),
         ("<end>", 1, 1),
     ]
+
+
+class FailingText(ToyText):
+    def tokenize(self, prompt: Prompt, special_tokens: bool) -> ServeAppError:
+        return InternalError("failed")
+
+
+def test_failure_of_the_tokenizer_is_returned() -> None:
+    for prompt in (TextPrompt("ab"), TokenPrompt((97, 98))):
+        request = GenerationRequest("id", "toy", prompt, SamplingParams(), arrived=0.0, deadline=1.0)
+        assert isinstance(prompt_details(FailingText(), request, [97, 98]), InternalError)

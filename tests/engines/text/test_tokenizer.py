@@ -123,6 +123,7 @@ def test_unknown_token_id_is_refused(text: HFText, token: int) -> None:
     (bad,) = text.encode([TokenPrompt((1, token))])
     assert isinstance(bad, InvalidRequest)
     assert str(bad) == f"token id {token} is outside 0 to {EMBEDDED_VOCABULARY - 1}"
+    assert isinstance(text.tokenize(TokenPrompt((1, token)), special_tokens=True), InvalidRequest)
 
 
 @pytest.mark.parametrize(
