@@ -1,6 +1,6 @@
 """Every field of every body has a test that shows what it does, and what is no field is refused.
 
-A new field fails here until `TELLING` or `SHOWN` says which test that is.
+A new field fails here until `TELLING` or `SHOWN` expected which test that is.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from serve_app.api.schema import Body
 from serve_app.core.queries import GetModelInfo
 from serve_app.core.requests import GenerationRequest, Grammar
 
-from .scripted import POSTS, ScriptedGateway
+from .scripted import POSTS, ScriptedEngine
 from .syntaxes import HERMES
 from .test_fields import SCHEMA, asked
 from .test_tools import CHAT as TOOLS_CHAT, PATH as CHAT, WEATHER, info
@@ -108,7 +108,7 @@ SHOWN = [
     (
         "SamplingFields",
         "guided_json guided_regex guided_choice guided_grammar",
-        "api/test_fields.py::test_what_the_answer_looks_like_arrives_by_the_name_of_its_field",
+        "api/test_fields.py::test_a_guided_field_reaches_the_engine_as_a_grammar",
     ),
     (
         "SamplingFields",
@@ -121,51 +121,55 @@ SHOWN = [
         "engine/test_scheduler.py::test_the_lowest_priority_is_served_first_and_of_equals_who_came_first",
     ),
     ("SamplingFields", "cache_salt", "api/test_every_field.py::test_a_salt_keeps_what_is_computed_apart"),
-    ("NativeFields", "model max_tokens", "api/test_native.py::test_every_field_arrives"),
+    ("NativeFields", "model max_tokens", "api/test_native.py::test_every_field_reaches_the_engine"),
     ("NativeFields", "do_sample", "api/test_native.py::test_do_sample_false_is_greedy"),
-    ("NativeFields", "logprobs", "api/test_native.py::test_logprobs_when_asked"),
+    ("NativeFields", "logprobs", "api/test_native.py::test_logprobs_of_an_answer"),
     ("GenerateBody", "prompt", "api/test_native.py::test_generate_answers_text_usage_and_metrics"),
-    ("StreamBody", "include_text", "api/test_stream.py::test_text_can_be_left_out_and_logprobs_added"),
-    ("BatchBody", "prompts", "api/test_batch.py::test_prompts_share_their_fields"),
-    ("BatchBody", "requests", "api/test_batch.py::test_requests_bring_their_own_fields"),
-    ("OpenAIFields", "model", "api/test_openai.py::test_every_field_arrives"),
+    ("StreamBody", "include_text", "api/test_stream.py::test_a_stream_without_text_and_with_logprobs"),
+    ("BatchBody", "prompts", "api/test_batch.py::test_prompts_have_the_common_fields"),
+    ("BatchBody", "requests", "api/test_batch.py::test_requests_have_fields_of_their_own"),
+    ("OpenAIFields", "model", "api/test_openai.py::test_every_field_reaches_the_engine"),
     ("OpenAIFields", "n", "api/test_fields.py::test_several_answers_are_forks_of_one_request"),
-    ("OpenAIFields", "response_format", "api/test_fields.py::test_a_response_format_is_a_grammar"),
+    ("OpenAIFields", "response_format", "api/test_fields.py::test_a_response_format_reaches_the_engine_as_a_grammar"),
     (
         "OpenAIFields",
         "stream stream_options",
-        "api/test_fields.py::test_several_answers_are_streamed_as_they_come_and_end_together",
+        "api/test_fields.py::test_several_answers_are_streamed_with_one_end",
     ),
-    ("OpenAIFields", "user", "api/test_prompt.py::test_who_a_call_is_for_is_written_to_the_log"),
-    ("OpenAIFields", "prompt_logprobs", "api/test_prompt.py::test_prompt_logprobs_are_told_by_id_and_rank"),
-    ("OpenAIFields", "return_token_ids", "api/test_prompt.py::test_token_ids_are_told_of_prompt_and_answer"),
-    ("StreamOptions", "include_usage", "api/test_openai.py::test_usage_comes_in_a_chunk_of_its_own_when_asked"),
-    ("ResponseFormat", "type json_schema", "api/test_fields.py::test_a_response_format_is_a_grammar"),
-    ("JsonSchema", "schema", "api/test_fields.py::test_a_response_format_is_a_grammar"),
+    ("OpenAIFields", "user", "api/test_prompt.py::test_the_user_of_a_call_is_logged"),
+    ("OpenAIFields", "prompt_logprobs", "api/test_prompt.py::test_prompt_logprobs_have_ids_and_ranks"),
+    ("OpenAIFields", "return_token_ids", "api/test_prompt.py::test_token_ids_of_prompt_and_answer"),
+    ("StreamOptions", "include_usage", "api/test_openai.py::test_include_usage_adds_a_chunk_with_the_usage"),
+    (
+        "ResponseFormat",
+        "type json_schema",
+        "api/test_fields.py::test_a_response_format_reaches_the_engine_as_a_grammar",
+    ),
+    ("JsonSchema", "schema", "api/test_fields.py::test_a_response_format_reaches_the_engine_as_a_grammar"),
     (
         "JsonSchema",
         "name description strict",
         "api/test_every_field.py::test_what_is_said_about_a_schema_changes_no_answer",
     ),
-    ("CompletionBody", "prompt", "api/test_fields.py::test_a_list_of_prompts_has_their_answers_in_order"),
-    ("CompletionBody", "max_tokens", "api/test_openai.py::test_every_field_arrives"),
+    ("CompletionBody", "prompt", "api/test_fields.py::test_a_list_of_prompts_has_answers_in_order"),
+    ("CompletionBody", "max_tokens", "api/test_openai.py::test_every_field_reaches_the_engine"),
     ("CompletionBody", "logprobs", "api/test_openai.py::test_logprobs_of_a_completion"),
-    ("CompletionBody", "best_of", "api/test_best_of.py::test_the_likeliest_by_the_token_are_told_and_all_are_counted"),
-    ("CompletionBody", "echo", "api/test_prompt.py::test_an_echo_comes_before_the_answer"),
-    ("ChatBody", "messages", "api/test_openai.py::test_content_may_come_in_parts"),
+    ("CompletionBody", "best_of", "api/test_best_of.py::test_the_most_likely_answers_are_returned_and_all_are_counted"),
+    ("CompletionBody", "echo", "api/test_prompt.py::test_an_echo_precedes_the_answer"),
+    ("ChatBody", "messages", "api/test_openai.py::test_content_can_be_a_list_of_parts"),
     (
         "ChatBody",
         "max_tokens max_completion_tokens",
         "api/test_openai.py::test_max_tokens_of_a_chat_has_two_names",
     ),
     ("ChatBody", "logprobs top_logprobs", "api/test_openai.py::test_logprobs_of_a_chat"),
-    ("Message", "role content", "api/test_openai.py::test_content_may_come_in_parts"),
+    ("Message", "role content", "api/test_openai.py::test_content_can_be_a_list_of_parts"),
     (
         "Message",
         "name tool_call_id tool_calls",
         "api/test_tools.py::test_a_conversation_goes_on_with_what_the_tool_said",
     ),
-    ("TextPart", "type text", "api/test_openai.py::test_content_may_come_in_parts"),
+    ("TextPart", "type text", "api/test_openai.py::test_content_can_be_a_list_of_parts"),
     ("EarlierCall", "id type function", "api/test_tools.py::test_a_conversation_goes_on_with_what_the_tool_said"),
     ("CalledFunction", "name arguments", "api/test_tools.py::test_a_conversation_goes_on_with_what_the_tool_said"),
     ("ToolFields", "tools", "api/test_tools.py::test_tools_reach_the_template_as_openai_writes_them"),
@@ -179,44 +183,44 @@ SHOWN = [
     ("Function", "strict", "api/test_every_field.py::test_calls_are_as_strict_as_can_be_whatever_is_said"),
     ("ChosenTool", "type function", "api/test_tools.py::test_the_choice_is_a_grammar"),
     ("ChosenFunction", "name", "api/test_tools.py::test_the_choice_is_a_grammar"),
-    ("TokenizeBody", "model prompt return_token_strs", "api/test_tokens.py::test_the_tokens_of_a_prompt"),
-    ("TokenizeBody", "messages add_special_tokens", "api/test_tokens.py::test_what_is_asked_of_the_model"),
-    ("TokenizeInputsBody", "model inputs", "api/test_tokens.py::test_tgis_form_tells_where_each_token_lies"),
-    ("DetokenizeBody", "model tokens", "api/test_tokens.py::test_tokens_become_text"),
+    ("TokenizeBody", "model prompt return_token_strs", "api/test_tokens.py::test_tokens_of_a_prompt"),
+    ("TokenizeBody", "messages add_special_tokens", "api/test_tokens.py::test_queries_of_tokenize"),
+    ("TokenizeInputsBody", "model inputs", "api/test_tokens.py::test_tgi_form_has_the_place_of_each_token"),
+    ("DetokenizeBody", "model tokens", "api/test_tokens.py::test_detokenize_returns_text"),
     (
         "EmbeddingsBody",
         "model",
-        "api/test_embeddings.py::test_a_model_that_is_not_switched_on_says_what_switches_it_on",
+        "api/test_embeddings.py::test_a_model_without_embeddings_is_refused_with_the_remedy",
     ),
     (
         "EmbeddingsBody",
         "input truncate_prompt_tokens priority",
-        "api/test_embeddings.py::test_every_input_has_its_vector_in_order",
+        "api/test_embeddings.py::test_each_input_has_a_vector_in_order",
     ),
-    ("EmbeddingsBody", "encoding_format", "api/test_embeddings.py::test_base64_is_float32"),
-    ("EmbeddingsBody", "dimensions", "api/test_embeddings.py::test_what_cannot_be_is_refused_by_name"),
-    ("EmbeddingsBody", "user", "api/test_embeddings.py::test_who_it_is_for_is_written_to_the_log"),
-    ("TgiBody", "model", "api/test_tgi.py::test_a_model_is_named_by_the_body_or_by_the_address"),
-    ("TgiBody", "inputs parameters", "api/test_tgi.py::test_an_engine_reads_what_is_left_of_the_prompt"),
-    ("TgiBody", "stream", "api/test_tgi.py::test_a_stream_is_an_event_for_every_token"),
+    ("EmbeddingsBody", "encoding_format", "api/test_embeddings.py::test_base64_holds_float32_values"),
+    ("EmbeddingsBody", "dimensions", "api/test_embeddings.py::test_an_error_names_the_invalid_field"),
+    ("EmbeddingsBody", "user", "api/test_embeddings.py::test_the_user_of_embeddings_is_logged"),
+    ("TgiBody", "model", "api/test_tgi.py::test_the_body_or_the_query_names_the_model"),
+    ("TgiBody", "inputs parameters", "api/test_tgi.py::test_the_native_engine_reports_a_truncated_prompt"),
+    ("TgiBody", "stream", "api/test_tgi.py::test_a_stream_has_an_event_for_each_token"),
     (
         "Parameters",
         "max_new_tokens temperature top_k top_p repetition_penalty frequency_penalty seed stop truncate",
-        "api/test_tgi.py::test_every_parameter_arrives",
+        "api/test_tgi.py::test_every_parameter_reaches_the_engine",
     ),
-    ("Parameters", "do_sample", "api/test_tgi.py::test_what_samples_and_what_is_greedy"),
-    ("Parameters", "return_full_text", "api/test_tgi.py::test_the_full_text_begins_with_the_prompt"),
-    ("Parameters", "details", "api/test_tgi.py::test_details_are_every_token"),
+    ("Parameters", "do_sample", "api/test_tgi.py::test_which_parameters_sample"),
+    ("Parameters", "return_full_text", "api/test_tgi.py::test_return_full_text_begins_with_the_prompt"),
+    ("Parameters", "details", "api/test_tgi.py::test_details_list_every_token"),
     (
         "Parameters",
         "decoder_input_details",
-        "api/test_tgi.py::test_the_details_of_the_prompt_come_with_those_of_the_answer",
+        "api/test_tgi.py::test_decoder_input_details_come_with_details",
     ),
-    ("Parameters", "best_of", "api/test_tgi.py::test_the_best_of_several_is_the_likeliest_by_the_token"),
-    ("Parameters", "top_n_tokens", "api/test_tgi.py::test_the_likeliest_tokens_come_with_each"),
-    ("Parameters", "grammar", "api/test_tgi.py::test_a_grammar_arrives"),
-    ("Parameters", "typical_p watermark adapter_id", "api/test_tgi.py::test_a_wrong_parameter_is_named"),
-    ("GrammarField", "type value", "api/test_tgi.py::test_a_grammar_arrives"),
+    ("Parameters", "best_of", "api/test_tgi.py::test_best_of_returns_the_most_likely_answer"),
+    ("Parameters", "top_n_tokens", "api/test_tgi.py::test_top_tokens_of_each_token"),
+    ("Parameters", "grammar", "api/test_tgi.py::test_a_grammar_reaches_the_engine"),
+    ("Parameters", "typical_p watermark adapter_id", "api/test_tgi.py::test_an_error_names_the_wrong_parameter"),
+    ("GrammarField", "type value", "api/test_tgi.py::test_a_grammar_reaches_the_engine"),
 ]
 
 
@@ -304,11 +308,11 @@ def changes(before: GenerationRequest, after: GenerationRequest) -> dict[str, ob
 @pytest.mark.parametrize("path", POSTS)
 @pytest.mark.parametrize("field", TELLING)
 async def test_a_field_decides_what_it_says_and_nothing_else(
-    client: httpx.AsyncClient, gateway: ScriptedGateway, path: str, field: str
+    client: httpx.AsyncClient, engine: ScriptedEngine, path: str, field: str
 ) -> None:
     value, decides, becomes = TELLING[field]
-    plain = await asked(client, gateway, path, {})
-    assert changes(plain, await asked(client, gateway, path, {field: value})) == {decides: becomes}
+    plain = await asked(client, engine, path, {})
+    assert changes(plain, await asked(client, engine, path, {field: value})) == {decides: becomes}
 
 
 async def test_a_salt_keeps_what_is_computed_apart() -> None:
@@ -328,22 +332,22 @@ async def test_a_salt_keeps_what_is_computed_apart() -> None:
     "about", [{"name": "y"}, {"description": "Any."}, {"strict": True}, {"strict": False}], ids=str
 )
 async def test_what_is_said_about_a_schema_changes_no_answer(
-    client: httpx.AsyncClient, gateway: ScriptedGateway, about: dict[str, object]
+    client: httpx.AsyncClient, engine: ScriptedEngine, about: dict[str, object]
 ) -> None:
     """An answer follows it strictly in any case, and the model is not told of it."""
     shape = {"name": "x", "schema": SCHEMA}
     each = [{"response_format": {"type": "json_schema", "json_schema": said}} for said in (shape, shape | about)]
-    one, other = [await asked(client, gateway, CHAT, fields) for fields in each]
+    one, other = [await asked(client, engine, CHAT, fields) for fields in each]
     assert changes(one, other) == {}
 
 
 @pytest.mark.parametrize("strict", [True, False, None])
 async def test_calls_are_as_strict_as_can_be_whatever_is_said(
-    client: httpx.AsyncClient, gateway: ScriptedGateway, strict: bool | None
+    client: httpx.AsyncClient, engine: ScriptedEngine, strict: bool | None
 ) -> None:
-    gateway.answers[GetModelInfo] = info(HERMES)
+    engine.results[GetModelInfo] = info(HERMES)
     function: dict[str, object] = {**WEATHER["function"], "strict": strict}  # type: ignore[dict-item]
     told = [WEATHER, WEATHER | {"function": function}]
-    one, other = [await asked(client, gateway, CHAT, TOOLS_CHAT | {"tools": [tool]}) for tool in told]
+    one, other = [await asked(client, engine, CHAT, TOOLS_CHAT | {"tools": [tool]}) for tool in told]
     assert changes(one, other) == {}
     assert one.params.grammar is not None

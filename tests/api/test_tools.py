@@ -19,7 +19,7 @@ from serve_app.core.requests import ChatMessage, ChatPrompt, GenerationRequest, 
 from serve_app.engines.text.tool_format import ToolCallFormat
 from serve_app.errors import NotReady
 
-from .scripted import ANSWERS, ScriptedGateway, app_config, chunk, frames, told
+from .scripted import RESULTS, ScriptedEngine, ScriptedTelemetry, app_config, chunk, error_of, events_of
 from .syntaxes import ALL, HERMES, LLAMA, MISTRAL, written
 
 PATH = "/v1/chat/completions"
@@ -32,14 +32,14 @@ BOTH = [("weather", '{"city": "Łódź"}'), ("clock", "{}")]
 
 
 def info(syntax: ToolCallFormat | None) -> ModelInfo:
-    known: ModelInfo = ANSWERS[GetModelInfo]
+    known: ModelInfo = RESULTS[GetModelInfo]
     return replace(known, tools=syntax)
 
 
 @pytest.fixture
-def gateway() -> ScriptedGateway:
+def engine() -> ScriptedEngine:
     """A model that calls tools as Hermes does."""
-    return ScriptedGateway(answers={**ANSWERS, GetModelInfo: info(HERMES)})
+    return ScriptedEngine(answers={**RESULTS, GetModelInfo: info(HERMES)})
 
 
 def says(text: str, size: int = 3, finish: FinishReason = FinishReason.STOP) -> list[Chunk]:
@@ -62,7 +62,7 @@ async def deltas(client: httpx.AsyncClient, **fields: Any) -> list[Any]:
     """The choice of every frame."""
     answer = await client.post(PATH, json=CHAT | fields | {"stream": True})
     assert answer.status_code == 200, answer.text
-    *found, end = frames(answer.text)
+    *found, end = events_of(answer.text)
     assert end == "[DONE]"
     return [frame["choices"][0] for frame in found]
 
@@ -88,11 +88,11 @@ def message(told: Iterable[Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("syntax", ALL.values(), ids=ALL)
 async def test_calls_of_a_whole_answer(
-    client: httpx.AsyncClient, gateway: ScriptedGateway, syntax: ToolCallFormat
+    client: httpx.AsyncClient, engine: ScriptedEngine, syntax: ToolCallFormat
 ) -> None:
-    gateway.answers[GetModelInfo] = info(syntax)
+    engine.results[GetModelInfo] = info(syntax)
     calls = BOTH if syntax.between else BOTH[:1]
-    gateway.plays(*says(written(syntax, *calls)))
+    engine.plays(*says(written(syntax, *calls)))
     (choice,) = await choices(client)
     assert choice["finish_reason"] == "tool_calls"
     assert choice["message"] == {
@@ -111,12 +111,12 @@ async def test_calls_of_a_whole_answer(
 @pytest.mark.parametrize("syntax", ALL.values(), ids=ALL)
 @pytest.mark.parametrize("size", [1, 4, 1000])
 async def test_a_stream_comes_to_the_same(
-    client: httpx.AsyncClient, gateway: ScriptedGateway, syntax: ToolCallFormat, size: int
+    client: httpx.AsyncClient, engine: ScriptedEngine, syntax: ToolCallFormat, size: int
 ) -> None:
-    gateway.answers[GetModelInfo] = info(syntax)
+    engine.results[GetModelInfo] = info(syntax)
     calls = BOTH if syntax.between else BOTH[:1]
     said = "One moment." if syntax.anywhere else ""
-    gateway.plays(*says(said + written(syntax, *calls), size))
+    engine.plays(*says(said + written(syntax, *calls), size))
     opening, *found = await deltas(client)
     assert opening["delta"] == {"role": "assistant", "content": ""}
     assert message(choice["delta"] for choice in found) == {
@@ -126,8 +126,8 @@ async def test_a_stream_comes_to_the_same(
     assert [choice["finish_reason"] for choice in found] == [None] * (len(found) - 1) + ["tool_calls"]
 
 
-async def test_an_answer_without_calls_is_as_any(client: httpx.AsyncClient, gateway: ScriptedGateway) -> None:
-    gateway.plays(*says("Just <text"))
+async def test_an_answer_without_calls_is_as_any(client: httpx.AsyncClient, engine: ScriptedEngine) -> None:
+    engine.plays(*says("Just <text"))
     (choice,) = await choices(client)
     assert (choice["message"], choice["finish_reason"]) == ({"role": "assistant", "content": "Just <text"}, "stop")
     found = await deltas(client)
@@ -135,21 +135,19 @@ async def test_an_answer_without_calls_is_as_any(client: httpx.AsyncClient, gate
     assert found[-1]["finish_reason"] == "stop"
 
 
-async def test_what_was_cut_short_says_so(client: httpx.AsyncClient, gateway: ScriptedGateway) -> None:
-    gateway.plays(*says('<tool_call>\n{"name": "weather", "arguments": {"ci', finish=FinishReason.LENGTH))
+async def test_what_was_cut_short_says_so(client: httpx.AsyncClient, engine: ScriptedEngine) -> None:
+    engine.plays(*says('<tool_call>\n{"name": "weather", "arguments": {"ci', finish=FinishReason.LENGTH))
     (choice,) = await choices(client)
     assert choice["finish_reason"] == "length"
     assert choice["message"]["tool_calls"][0]["function"] == {"name": "weather", "arguments": '{"ci'}
     assert (await deltas(client))[-1]["finish_reason"] == "length"
 
 
-async def test_each_of_several_answers_has_calls_of_its_own(
-    client: httpx.AsyncClient, gateway: ScriptedGateway
-) -> None:
+async def test_each_of_several_answers_has_calls_of_its_own(client: httpx.AsyncClient, engine: ScriptedEngine) -> None:
     def script(request: GenerationRequest) -> list[Chunk]:
         return says(written(HERMES, *BOTH[: request.index]) if request.index else "none")
 
-    gateway.script = script
+    engine.script = script
     found = await choices(client, n=3)
     assert [len(choice["message"].get("tool_calls", [])) for choice in found] == [0, 1, 2]
     assert [choice["finish_reason"] for choice in found] == ["stop", "tool_calls", "tool_calls"]
@@ -160,17 +158,17 @@ async def test_each_of_several_answers_has_calls_of_its_own(
         assert own[-1]["finish_reason"] == found[index]["finish_reason"]
 
 
-async def test_logprobs_are_told_of_every_token(client: httpx.AsyncClient, gateway: ScriptedGateway) -> None:
+async def test_logprobs_are_told_of_every_token(client: httpx.AsyncClient, engine: ScriptedEngine) -> None:
     text = "So " + written(HERMES, *BOTH)
-    gateway.plays(*says(text))
+    engine.plays(*says(text))
     (choice,) = await choices(client, logprobs=True)
     assert "".join(token["token"] for token in choice["logprobs"]["content"]) == text
     _, *found = await deltas(client, logprobs=True)
     assert "".join(token["token"] for one in found for token in one["logprobs"]["content"]) == text
 
 
-async def test_a_token_that_makes_nothing_makes_no_frame(client: httpx.AsyncClient, gateway: ScriptedGateway) -> None:
-    gateway.plays(*says(written(HERMES, BOTH[0]), size=1))
+async def test_a_token_that_makes_nothing_makes_no_frame(client: httpx.AsyncClient, engine: ScriptedEngine) -> None:
+    engine.plays(*says(written(HERMES, BOTH[0]), size=1))
     assert all(choice["delta"] or choice["finish_reason"] for choice in await deltas(client))
 
 
@@ -178,10 +176,10 @@ async def test_a_token_that_makes_nothing_makes_no_frame(client: httpx.AsyncClie
 
 
 async def test_tools_reach_the_template_as_openai_writes_them(
-    client: httpx.AsyncClient, gateway: ScriptedGateway
+    client: httpx.AsyncClient, engine: ScriptedEngine
 ) -> None:
     await choices(client)
-    prompt = gateway.requests[0].prompt
+    prompt = engine.requests[0].prompt
     assert isinstance(prompt, ChatPrompt)
     plain = {"name": "clock", "description": "", "parameters": {"type": "object", "properties": {}}}
     assert [json.loads(tool) for tool in prompt.tools] == [WEATHER, {"type": "function", "function": plain}]
@@ -199,14 +197,14 @@ async def test_tools_reach_the_template_as_openai_writes_them(
 )
 async def test_the_choice_is_a_grammar(
     client: httpx.AsyncClient,
-    gateway: ScriptedGateway,
+    engine: ScriptedEngine,
     fields: dict[str, Any],
     begins: str,
     several: bool,
     names: list[str],
 ) -> None:
     await choices(client, **fields)
-    grammar = gateway.requests[0].params.grammar
+    grammar = engine.requests[0].params.grammar
     assert grammar is not None
     assert (grammar.kind, grammar.field) == ("lark", "tools")
     assert grammar.text.startswith(begins)
@@ -216,14 +214,12 @@ async def test_the_choice_is_a_grammar(
     assert [part.field for part in grammar.parts] == [fields_of[name] for name in names]
 
 
-async def test_without_a_choice_to_call_they_are_only_shown(
-    client: httpx.AsyncClient, gateway: ScriptedGateway
-) -> None:
-    gateway.plays(*says(written(HERMES, BOTH[0])))
+async def test_without_a_choice_to_call_they_are_only_shown(client: httpx.AsyncClient, engine: ScriptedEngine) -> None:
+    engine.plays(*says(written(HERMES, BOTH[0])))
     (choice,) = await choices(client, tool_choice="none", response_format={"type": "json_object"})
     assert "tool_calls" not in choice["message"]
     assert choice["message"]["content"] == written(HERMES, BOTH[0])
-    request = gateway.requests[0]
+    request = engine.requests[0]
     assert request.params.grammar is not None
     assert request.params.grammar.kind == "json_object"
     assert isinstance(request.prompt, ChatPrompt)
@@ -232,15 +228,15 @@ async def test_without_a_choice_to_call_they_are_only_shown(
 
 @pytest.mark.parametrize(("syntax", "shown"), [(HERMES, False), (LLAMA, False), (MISTRAL, True)])
 async def test_special_tokens_are_asked_for_where_calls_begin_with_one(
-    client: httpx.AsyncClient, gateway: ScriptedGateway, syntax: ToolCallFormat, shown: bool
+    client: httpx.AsyncClient, engine: ScriptedEngine, syntax: ToolCallFormat, shown: bool
 ) -> None:
-    gateway.answers[GetModelInfo] = info(syntax)
+    engine.results[GetModelInfo] = info(syntax)
     await choices(client)
-    assert gateway.requests[0].params.skip_special_tokens is not shown
+    assert engine.requests[0].params.skip_special_tokens is not shown
 
 
 async def test_a_conversation_goes_on_with_what_the_tool_said(
-    client: httpx.AsyncClient, gateway: ScriptedGateway
+    client: httpx.AsyncClient, engine: ScriptedEngine
 ) -> None:
     call = {"id": "call_1", "type": "function", "function": {"name": "clock", "arguments": "{}"}}
     other = {"id": "call_2", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome"}'}}
@@ -251,7 +247,7 @@ async def test_a_conversation_goes_on_with_what_the_tool_said(
         {"role": "tool", "tool_call_id": "call_1", "name": "watch", "content": [{"type": "text", "text": "noon"}]},
     ]
     await choices(client, messages=messages)
-    prompt = gateway.requests[0].prompt
+    prompt = engine.requests[0].prompt
     assert isinstance(prompt, ChatPrompt)
     calls = (ToolCall("call_1", "clock", "{}"), ToolCall("call_2", "weather", '{"city": "Rome"}'))
     assert prompt.messages == (
@@ -262,12 +258,12 @@ async def test_a_conversation_goes_on_with_what_the_tool_said(
     )
 
 
-async def test_a_model_is_asked_once_what_it_is(client: httpx.AsyncClient, gateway: ScriptedGateway) -> None:
+async def test_a_model_is_asked_once_what_it_is(client: httpx.AsyncClient, engine: ScriptedEngine) -> None:
     await choices(client)
     await choices(client)
-    assert gateway.questions == [("small", GetModelInfo())]
+    assert engine.queries == [("small", GetModelInfo())]
     await choices(client, model="org/large")
-    assert gateway.questions == [("small", GetModelInfo()), ("org/large", GetModelInfo())]
+    assert engine.queries == [("small", GetModelInfo()), ("org/large", GetModelInfo())]
 
 
 # What is refused
@@ -284,7 +280,7 @@ def asked(**call: object) -> list[Any]:
 
 
 @pytest.mark.parametrize(
-    ("fields", "param", "says"),
+    ("fields", "param", "expected"),
     [
         ({"tools": []}, "tools", "at least 1 item"),
         ({"tools": [CLOCK] * 129}, "tools", "at most 128 items"),
@@ -335,63 +331,61 @@ def asked(**call: object) -> list[Any]:
         ),
     ],
 )
-async def test_what_cannot_be_is_refused_by_name(
-    gateway: ScriptedGateway, fields: dict[str, Any], param: str, says: str
+async def test_an_error_names_the_invalid_field(
+    engine: ScriptedEngine, telemetry: ScriptedTelemetry, fields: dict[str, Any], param: str, expected: str
 ) -> None:
-    app = create_app(gateway, app_config())
+    app = create_app(engine, telemetry, app_config())
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
         answer = await client.post(PATH, json=CHAT | fields)
     assert answer.status_code == 422, answer.text
-    error = told(answer)
+    error = error_of(answer)
     assert error["param"] == param
-    assert says in error["message"]
-    assert gateway.requests == []
+    assert expected in error["message"]
+    assert engine.requests == []
 
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_model_that_calls_no_tools_says_what_would_help(
-    client: httpx.AsyncClient, gateway: ScriptedGateway, stream: bool
+    client: httpx.AsyncClient, engine: ScriptedEngine, telemetry: ScriptedTelemetry, stream: bool
 ) -> None:
-    gateway.answers[GetModelInfo] = info(None)
+    engine.results[GetModelInfo] = info(None)
     answer = await client.post(PATH, json=CHAT | {"stream": stream})
     assert answer.status_code == 422
-    assert told(answer)["param"] == "tools"
-    assert "chat_template: builtin:chatml_tools" in told(answer)["message"]
-    assert [model for _, model in gateway.refusals] == ["small"]
+    assert error_of(answer)["param"] == "tools"
+    assert "chat_template: builtin:chatml_tools" in error_of(answer)["message"]
+    assert [model for _, model in telemetry.errors] == ["small"]
 
 
-async def test_a_model_that_is_not_there_yet_is_asked_again(
-    client: httpx.AsyncClient, gateway: ScriptedGateway
-) -> None:
-    gateway.answers[GetModelInfo] = NotReady("small is being loaded")
+async def test_a_model_that_is_not_there_yet_is_asked_again(client: httpx.AsyncClient, engine: ScriptedEngine) -> None:
+    engine.results[GetModelInfo] = NotReady("small is being loaded")
     assert (await client.post(PATH, json=CHAT)).status_code == 503
-    gateway.answers[GetModelInfo] = info(HERMES)
+    engine.results[GetModelInfo] = info(HERMES)
     assert (await client.post(PATH, json=CHAT)).status_code == 200
 
 
 async def test_the_end_of_an_answer_is_not_shown_with_the_signs_of_its_calls(
-    client: httpx.AsyncClient, gateway: ScriptedGateway
+    client: httpx.AsyncClient, engine: ScriptedEngine
 ) -> None:
-    gateway.answers[GetModelInfo] = info(MISTRAL)
+    engine.results[GetModelInfo] = info(MISTRAL)
     answer = await client.post(PATH, json=CHAT | {"include_stop_str_in_output": True})
     assert answer.status_code == 422
-    assert told(answer)["param"] == "include_stop_str_in_output"
+    assert error_of(answer)["param"] == "include_stop_str_in_output"
 
 
 # The official client
 
 
 @pytest.fixture
-async def official(gateway: ScriptedGateway) -> AsyncIterator[openai.AsyncOpenAI]:
-    http = httpx2.AsyncClient(transport=httpx2.ASGITransport(create_app(gateway, app_config())))
+async def official(engine: ScriptedEngine, telemetry: ScriptedTelemetry) -> AsyncIterator[openai.AsyncOpenAI]:
+    http = httpx2.AsyncClient(transport=httpx2.ASGITransport(create_app(engine, telemetry, app_config())))
     async with openai.AsyncOpenAI(base_url="http://test/v1", api_key="any", max_retries=0, http_client=http) as client:
         yield client
 
 
 async def test_the_official_client_calls_and_tells_what_the_tool_said(
-    official: openai.AsyncOpenAI, gateway: ScriptedGateway
+    official: openai.AsyncOpenAI, engine: ScriptedEngine
 ) -> None:
-    gateway.plays(*says(written(HERMES, *BOTH)))
+    engine.plays(*says(written(HERMES, *BOTH)))
     first: Any = await official.chat.completions.create(model="small", messages=[HI], tools=CHAT["tools"])  # type: ignore[list-item]
     said = first.choices[0].message
     assert [(call.function.name, call.function.arguments) for call in said.tool_calls] == BOTH
@@ -401,16 +395,16 @@ async def test_the_official_client_calls_and_tells_what_the_tool_said(
         messages=[HI, said, *results],  # type: ignore[list-item]
         tools=CHAT["tools"],
     )
-    prompt = gateway.requests[1].prompt
+    prompt = engine.requests[1].prompt
     assert isinstance(prompt, ChatPrompt)
     assert [message.name for message in prompt.messages[2:]] == ["weather", "clock"]
     assert [call.arguments for call in prompt.messages[1].tool_calls] == [arguments for _, arguments in BOTH]
 
 
 async def test_the_official_client_puts_streamed_calls_together(
-    official: openai.AsyncOpenAI, gateway: ScriptedGateway
+    official: openai.AsyncOpenAI, engine: ScriptedEngine
 ) -> None:
-    gateway.plays(*says("Well. " + written(HERMES, *BOTH)))
+    engine.plays(*says("Well. " + written(HERMES, *BOTH)))
     async with official.chat.completions.stream(model="small", messages=[HI], tools=CHAT["tools"]) as stream:  # type: ignore[list-item]
         last = await stream.get_final_completion()
     choice = last.choices[0]

@@ -13,9 +13,9 @@ import pytest
 from serve_app.core.events import Chunk, FinishReason, Logprobs, PromptDetails, TextToken, TokenEvent, TokenLogprob
 from serve_app.core.requests import GenerationRequest
 
-from .scripted import ScriptedGateway, chunk, frames, told
+from .scripted import ScriptedEngine, chunk, error_of, events_of
 from .test_openai import both
-from .toy import EngineGateway, toy
+from .toy import ToyEngine, toy
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 
@@ -40,12 +40,12 @@ def shown(request: GenerationRequest) -> list[Chunk]:
 
 
 @pytest.fixture
-def gateway() -> ScriptedGateway:
-    return ScriptedGateway(script=shown)
+def engine() -> ScriptedEngine:
+    return ScriptedEngine(script=shown)
 
 
 @pytest.fixture
-async def engine() -> AsyncIterator[tuple[httpx.AsyncClient, EngineGateway]]:
+async def engine() -> AsyncIterator[tuple[httpx.AsyncClient, ToyEngine]]:
     async with toy() as both:
         yield both
 
@@ -60,7 +60,7 @@ async def whole(client: httpx.AsyncClient, path: str, **fields: object) -> dict[
 
 async def streamed(client: httpx.AsyncClient, path: str, **fields: object) -> list[dict[str, Any]]:
     given = {"prompt": "x"} if path == COMPLETIONS else {"messages": [{"role": "user", "content": "x"}]}
-    *found, end = frames((await client.post(path, json=given | fields | {"stream": True})).text)
+    *found, end = events_of((await client.post(path, json=given | fields | {"stream": True})).text)
     assert end == "[DONE]"
     return found
 
@@ -79,18 +79,18 @@ RANKED = [
 ]
 
 
-async def test_prompt_logprobs_are_told_by_id_and_rank(client: httpx.AsyncClient, gateway: ScriptedGateway) -> None:
+async def test_prompt_logprobs_have_ids_and_ranks(client: httpx.AsyncClient, engine: ScriptedEngine) -> None:
     """Where vLLM has them: beside a completion's text, above the choices of a chat."""
     (choice,) = (await whole(client, COMPLETIONS, prompt_logprobs=2))["choices"]
     assert choice["prompt_logprobs"] == RANKED
     body = await whole(client, CHAT, prompt_logprobs=2)
     assert body["prompt_logprobs"] == RANKED
-    assert all(request.params.prompt_logprobs == 2 for request in gateway.requests)
-    assert not any(request.prompt_details for request in gateway.requests)
+    assert all(request.params.prompt_logprobs == 2 for request in engine.requests)
+    assert not any(request.prompt_details for request in engine.requests)
     assert "prompt_token_ids" not in choice.keys() | body.keys()
 
 
-async def test_prompt_logprobs_come_in_the_first_chunk_of_a_stream(client: httpx.AsyncClient) -> None:
+async def test_prompt_logprobs_are_in_the_first_chunk_of_a_stream(client: httpx.AsyncClient) -> None:
     first, *others = await streamed(client, COMPLETIONS, prompt_logprobs=2)
     assert first["choices"][0]["prompt_logprobs"] == RANKED
     assert all("prompt_logprobs" not in frame["choices"][0] for frame in others)
@@ -100,24 +100,24 @@ async def test_prompt_logprobs_come_in_the_first_chunk_of_a_stream(client: httpx
 
 
 @both
-async def test_nothing_is_said_of_a_prompt_unless_asked(
-    client: httpx.AsyncClient, gateway: ScriptedGateway, path: str, body: dict[str, object]
+async def test_no_details_of_the_prompt_by_default(
+    client: httpx.AsyncClient, engine: ScriptedEngine, path: str, body: dict[str, object]
 ) -> None:
     answer = await whole(client, path, echo=False) if path == COMPLETIONS else await whole(client, path)
     names = {"prompt_logprobs", "prompt_token_ids", "token_ids"}
     assert not names & (answer.keys() | answer["choices"][0].keys())
-    assert gateway.requests[0].params.prompt_logprobs is None
-    assert not gateway.requests[0].prompt_details
+    assert engine.requests[0].params.prompt_logprobs is None
+    assert not engine.requests[0].prompt_details
 
 
-async def test_token_ids_are_told_of_prompt_and_answer(client: httpx.AsyncClient) -> None:
+async def test_token_ids_of_prompt_and_answer(client: httpx.AsyncClient) -> None:
     (choice,) = (await whole(client, COMPLETIONS, return_token_ids=True))["choices"]
     assert (choice["prompt_token_ids"], choice["token_ids"]) == ([1, 20, 30], [0, 1, 2])
     body = await whole(client, CHAT, return_token_ids=True)
     assert (body["prompt_token_ids"], body["choices"][0]["token_ids"]) == ([1, 20, 30], [0, 1, 2])
 
 
-async def test_token_ids_are_told_chunk_by_chunk(client: httpx.AsyncClient) -> None:
+async def test_token_ids_of_a_stream(client: httpx.AsyncClient) -> None:
     found = await streamed(client, COMPLETIONS, return_token_ids=True, n=2)
     for number in range(2):
         first, *others = [frame["choices"][0] for frame in found if frame["choices"][0]["index"] == number]
@@ -129,19 +129,19 @@ async def test_token_ids_are_told_chunk_by_chunk(client: httpx.AsyncClient) -> N
     assert [frame["choices"][0]["token_ids"] for frame in others] == [[0], [1], [2]]
 
 
-async def test_an_echo_comes_before_the_answer(client: httpx.AsyncClient, gateway: ScriptedGateway) -> None:
+async def test_an_echo_precedes_the_answer(client: httpx.AsyncClient, engine: ScriptedEngine) -> None:
     (choice,) = (await whole(client, COMPLETIONS, echo=True))["choices"]
     assert (choice["text"], choice["logprobs"]) == ("Heyabc", None)
-    assert gateway.requests[0].prompt_details
-    assert gateway.requests[0].params.prompt_logprobs is None
+    assert engine.requests[0].prompt_details
+    assert engine.requests[0].params.prompt_logprobs is None
     texts = [frame["choices"][0]["text"] for frame in await streamed(client, COMPLETIONS, echo=True)]
     assert texts == ["Heya", "b", "c"]
 
 
-async def test_an_echo_has_its_own_logprobs(client: httpx.AsyncClient, gateway: ScriptedGateway) -> None:
+async def test_logprobs_of_an_echo(client: httpx.AsyncClient, engine: ScriptedEngine) -> None:
     """Of the prompt as many alternatives as of the answer, whatever prompt_logprobs asks for beside it."""
     (choice,) = (await whole(client, COMPLETIONS, echo=True, logprobs=1, prompt_logprobs=2))["choices"]
-    assert gateway.requests[0].params.prompt_logprobs == 2
+    assert engine.requests[0].params.prompt_logprobs == 2
     assert choice["prompt_logprobs"] == RANKED
     logprobs = choice["logprobs"]
     assert logprobs["tokens"] == ["<s>", "He", "y", "a", "b", "c"]
@@ -153,22 +153,22 @@ async def test_an_echo_has_its_own_logprobs(client: httpx.AsyncClient, gateway: 
     assert [frame["choices"][0]["logprobs"]["text_offset"] for frame in others] == [[4], [5]]
 
 
-async def test_several_answers_read_their_prompt_once(client: httpx.AsyncClient, gateway: ScriptedGateway) -> None:
+async def test_several_answers_request_prompt_details_once(client: httpx.AsyncClient, engine: ScriptedEngine) -> None:
     asked: dict[str, object] = {"n": 2, "echo": True, "logprobs": 0, "return_token_ids": True}
     body = await whole(client, COMPLETIONS, prompt=["x", "y"], **asked)
     assert [choice["text"] for choice in body["choices"]] == ["Heyabc"] * 4
     assert [choice["logprobs"]["token_logprobs"][:3] for choice in body["choices"]] == [[None, -0.7, -4.0]] * 4
     assert [choice["prompt_token_ids"] for choice in body["choices"]] == [[1, 20, 30]] * 4
-    assert [request.params.prompt_logprobs for request in gateway.requests] == [0, None, 0, None]
+    assert [request.params.prompt_logprobs for request in engine.requests] == [0, None, 0, None]
 
 
 @both
 @pytest.mark.parametrize("by", [None, "END", 7])
-async def test_what_stopped_an_answer_is_said_with_its_end(
-    client: httpx.AsyncClient, gateway: ScriptedGateway, path: str, body: dict[str, object], by: str | int | None
+async def test_the_stop_reason_comes_with_the_end(
+    client: httpx.AsyncClient, engine: ScriptedEngine, path: str, body: dict[str, object], by: str | int | None
 ) -> None:
     end = TokenEvent(2, "", 0.1, FinishReason.STOP, stopped_by=by)
-    gateway.plays(chunk(["a"], None), Chunk((end,), 3, 0.0))
+    engine.plays(chunk(["a"], None), Chunk((end,), 3, 0.0))
     assert (await whole(client, path))["choices"][0]["stop_reason"] == by
     *others, last = [frame["choices"][0] for frame in await streamed(client, path)]
     assert last["stop_reason"] == by
@@ -176,9 +176,9 @@ async def test_what_stopped_an_answer_is_said_with_its_end(
 
 
 @both
-async def test_who_a_call_is_for_is_written_to_the_log(
+async def test_the_user_of_a_call_is_logged(
     client: httpx.AsyncClient,
-    gateway: ScriptedGateway,
+    engine: ScriptedEngine,
     path: str,
     body: dict[str, object],
     caplog: pytest.LogCaptureFixture,
@@ -187,12 +187,12 @@ async def test_who_a_call_is_for_is_written_to_the_log(
         await whole(client, path, user="me\n", n=2)
         await whole(client, path)
     said = [record.getMessage() for record in caplog.records if record.name == "serve_app.api.openai.routes"]
-    assert said == [f"request {gateway.requests[0].group} to small is for user 'me\\n'"]
+    assert said == [f"request {engine.requests[0].group} to small is for user 'me\\n'"]
 
 
 @both
 @pytest.mark.parametrize(
-    ("fields", "param", "says"),
+    ("fields", "param", "expected"),
     [
         ({"user": "u" * 129}, "user", "at most 128"),
         ({"prompt_logprobs": 21}, "prompt_logprobs", "less than or equal to 20"),
@@ -201,21 +201,21 @@ async def test_who_a_call_is_for_is_written_to_the_log(
         ({"echo": "yes"}, "echo", "echo"),
     ],
 )
-async def test_what_cannot_be_is_refused_by_name(
-    client: httpx.AsyncClient, path: str, body: dict[str, object], fields: dict[str, Any], param: str, says: str
+async def test_an_error_names_the_invalid_field(
+    client: httpx.AsyncClient, path: str, body: dict[str, object], fields: dict[str, Any], param: str, expected: str
 ) -> None:
     answer = await client.post(path, json=body | fields)
     assert answer.status_code == 422
-    assert told(answer)["param"] == param
-    assert says in told(answer)["message"]
+    assert error_of(answer)["param"] == param
+    assert expected in error_of(answer)["message"]
 
 
 # With an engine behind the door.
 
-Toy = tuple[httpx.AsyncClient, EngineGateway]
+Toy = tuple[httpx.AsyncClient, ToyEngine]
 
 
-async def test_an_echo_of_text_and_of_token_ids(engine: Toy) -> None:
+async def test_the_native_engine_echoes_text_and_token_ids(engine: Toy) -> None:
     client, _ = engine
     for prompt in ("hello, you there", list(b"hello, you there")):
         body = await whole(client, COMPLETIONS, prompt=prompt, echo=True, logprobs=1, max_tokens=2)
@@ -230,7 +230,7 @@ async def test_an_echo_of_text_and_of_token_ids(engine: Toy) -> None:
         assert body["usage"]["completion_tokens"] == 2
 
 
-async def test_a_score_as_evaluation_harnesses_take_it(engine: Toy) -> None:
+async def test_a_score_as_evaluation_harnesses_compute_it(engine: Toy) -> None:
     """The log probability of a continuation: that of all tokens after the context but the one that had to be made."""
     client, _ = engine
     context, continuation = list(b"Paris is in"), list(b" France")
@@ -247,7 +247,7 @@ def tops(choice: dict[str, Any], context: list[int]) -> list[dict[str, float]]:
     return found
 
 
-async def test_what_is_left_of_a_prompt_is_what_is_echoed(engine: Toy) -> None:
+async def test_a_truncated_prompt_is_echoed_truncated(engine: Toy) -> None:
     client, _ = engine
     asked: dict[str, object] = {"echo": True, "logprobs": 0, "truncate_prompt_tokens": 3, "return_token_ids": True}
     for prompt in ("abcdef", list(b"abcdef")):
@@ -258,9 +258,9 @@ async def test_what_is_left_of_a_prompt_is_what_is_echoed(engine: Toy) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_several_answers_to_a_prompt_that_is_read(engine: Toy, stream: bool) -> None:
-    """Streamed, each choice says of the prompt what there is, in its first chunk."""
-    client, gateway = engine
+async def test_several_answers_to_an_echoed_prompt(engine: Toy, stream: bool) -> None:
+    """Streamed, each choice expected of the prompt what there is, in its first chunk."""
+    client, engine = engine
     asked: dict[str, object] = {"prompt": "a" * 40, "n": 3, "echo": True, "logprobs": 0, "max_tokens": 2}
     choices = (
         [frame["choices"][0] for frame in await streamed(client, COMPLETIONS, **asked)]
@@ -272,11 +272,11 @@ async def test_several_answers_to_a_prompt_that_is_read(engine: Toy, stream: boo
         assert "".join(part["text"] for part in parts) == "a" * 42
         assert [score for part in parts for score in part["logprobs"]["token_logprobs"]] == [None, *[0.0] * 41]
         assert [offset for part in parts for offset in part["logprobs"]["text_offset"]] == list(range(42))
-    assert gateway.engine is not None
-    assert gateway.engine.stats().cached_tokens == (0 if stream else 2 * 32)
+    assert engine.engine is not None
+    assert engine.engine.stats().cached_tokens == (0 if stream else 2 * 32)
 
 
-async def test_a_chat_tells_its_template(engine: Toy) -> None:
+async def test_prompt_details_of_a_chat_cover_the_template(engine: Toy) -> None:
     client, _ = engine
     body = await whole(client, CHAT, prompt_logprobs=0, return_token_ids=True, max_tokens=1)
     ids = list(b"user: x")
@@ -287,7 +287,7 @@ async def test_a_chat_tells_its_template(engine: Toy) -> None:
     ]
 
 
-async def test_a_prompt_of_one_token_has_nothing_to_tell(engine: Toy) -> None:
+async def test_a_prompt_of_one_token_has_no_logprobs(engine: Toy) -> None:
     client, _ = engine
     (choice,) = (await whole(client, COMPLETIONS, prompt="a", prompt_logprobs=3, max_tokens=1))["choices"]
     assert choice["prompt_logprobs"] == [None]
