@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
-
 import httpx
 import pytest
 
-from serve_app.api.app import create_app
 from serve_app.errors import InternalError
 
-from .scripted import POSTS, Connection, ScriptedEngine, ScriptedTelemetry, app_config, chunk, serve
+from .scripted import POSTS, Connection, ScriptedEngine, ScriptedTelemetry, chunk, serve
 
 
 @pytest.mark.parametrize(
@@ -78,6 +75,6 @@ async def test_a_disconnect_before_the_response_is_reported_without_a_status(
     assert telemetry.open_calls == 1
     connection.disconnect.set()
     await call
-    (call,) = telemetry.calls
-    assert call.status is None
+    (ended,) = telemetry.calls
+    assert ended.status is None
     assert telemetry.open_calls == 0

@@ -139,7 +139,7 @@ async def test_a_body_over_the_limit_is_refused_while_it_arrives(
     answer = await client.post(path, content=endless())
     assert answer.status_code == 413
     assert error_of(answer)["code"] == "body_too_large"
-    assert "over 20000 bytes" in error_of(answer)["message"]
+    assert "larger than 20000 bytes" in error_of(answer)["message"]
     assert len(telemetry.errors) == 1
 
 
@@ -183,15 +183,15 @@ async def test_an_unexpected_exception_is_an_opaque_500(
     assert [(error.code, model) for error, model in telemetry.errors] == [("internal_error", "small")]
 
 
-class Broken(ScriptedEngine):
-    async def models(self) -> list[ModelStatus]:
+class BrokenEngine(ScriptedEngine):
+    def health(self, model: str) -> ModelStatus:
         raise RuntimeError("secret")
 
 
 async def test_an_unexpected_exception_outside_of_generation_is_an_opaque_500(
     caplog: pytest.LogCaptureFixture, telemetry: ScriptedTelemetry
 ) -> None:
-    engine = Broken()
+    engine = BrokenEngine()
     transport = httpx.ASGITransport(create_app(engine, telemetry, app_config()))
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
         answer = await client.get("/ready")
@@ -202,8 +202,8 @@ async def test_an_unexpected_exception_outside_of_generation_is_an_opaque_500(
     assert [(error.code, model) for error, model in telemetry.errors] == [("internal_error", None)]
 
 
-class Falling(Connection):
-    """A server that fails by itself when the body should go out."""
+class BrokenServer(Connection):
+    """A server that fails when it should send the body."""
 
     async def send(self, message: Any) -> None:
         if self.sent:
@@ -214,10 +214,11 @@ class Falling(Connection):
 async def test_an_exception_after_the_response_began_is_counted_and_raised(
     engine: ScriptedEngine, telemetry: ScriptedTelemetry
 ) -> None:
-    connection = Falling("/generate", POSTS["/generate"])
+    connection = BrokenServer("/generate", POSTS["/generate"])
     with pytest.raises(RuntimeError, match="the server is broken"):
         await serve(engine, telemetry, connection)
     assert [message["type"] for message in connection.sent] == ["http.response.start"]
+    assert [(error.code, model) for error, model in telemetry.errors] == [("internal_error", "small")]
 
 
 @pytest.mark.parametrize("path", ["/generate", "/generate_stream", "/nope", "/health"])

@@ -1,4 +1,4 @@
-"""What OpenAI's endpoints say of a prompt, and of what ended its answer."""
+"""Details of the prompt, and the stop reason, in OpenAI's answers."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from .test_openai import both
 from .toy import ToyEngine, toy
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+Native = tuple[httpx.AsyncClient, ToyEngine]
 
-# Three tokens of which the second was as likely as another, and the third came fourth.
+# Three tokens: the second one is as likely as another token, the third one has rank 4.
 PROMPT = PromptDetails(
     (TextToken(1, "<s>", 0, 0), TextToken(20, "He", 0, 2), TextToken(30, "y", 2, 3)),
     "Hey",
@@ -30,24 +31,24 @@ PROMPT = PromptDetails(
 )
 
 
-def shown(request: GenerationRequest) -> list[Chunk]:
-    """As far as the request asked for it."""
+def with_details(request: GenerationRequest) -> list[Chunk]:
+    """The details of the prompt that the request asks for."""
     params, prompt = request.params, PROMPT if request.prompt_details else PromptDetails()
     prompt = replace(prompt, logprobs=() if params.prompt_logprobs is None else PROMPT.logprobs)
-    asked = request.prompt_details or params.prompt_logprobs is not None
-    first = replace(chunk(["a"], None), prompt=prompt if asked else None)
+    requested = request.prompt_details or params.prompt_logprobs is not None
+    first = replace(chunk(["a"], None), prompt=prompt if requested else None)
     return [first, chunk(["b", "c"], start=1)]
 
 
 @pytest.fixture
 def engine() -> ScriptedEngine:
-    return ScriptedEngine(script=shown)
+    return ScriptedEngine(script=with_details)
 
 
 @pytest.fixture
-async def engine() -> AsyncIterator[tuple[httpx.AsyncClient, ToyEngine]]:
-    async with toy() as both:
-        yield both
+async def native() -> AsyncIterator[Native]:
+    async with toy() as client_and_engine:
+        yield client_and_engine
 
 
 async def whole(client: httpx.AsyncClient, path: str, **fields: object) -> dict[str, Any]:
@@ -80,7 +81,7 @@ RANKED = [
 
 
 async def test_prompt_logprobs_have_ids_and_ranks(client: httpx.AsyncClient, engine: ScriptedEngine) -> None:
-    """Where vLLM has them: beside a completion's text, above the choices of a chat."""
+    """As in vLLM, a completion has them in the choice, a chat beside the choices."""
     (choice,) = (await whole(client, COMPLETIONS, prompt_logprobs=2))["choices"]
     assert choice["prompt_logprobs"] == RANKED
     body = await whole(client, CHAT, prompt_logprobs=2)
@@ -139,7 +140,7 @@ async def test_an_echo_precedes_the_answer(client: httpx.AsyncClient, engine: Sc
 
 
 async def test_logprobs_of_an_echo(client: httpx.AsyncClient, engine: ScriptedEngine) -> None:
-    """Of the prompt as many alternatives as of the answer, whatever prompt_logprobs asks for beside it."""
+    """The prompt has as many alternatives as the answer, whatever prompt_logprobs is."""
     (choice,) = (await whole(client, COMPLETIONS, echo=True, logprobs=1, prompt_logprobs=2))["choices"]
     assert engine.requests[0].params.prompt_logprobs == 2
     assert choice["prompt_logprobs"] == RANKED
@@ -154,8 +155,8 @@ async def test_logprobs_of_an_echo(client: httpx.AsyncClient, engine: ScriptedEn
 
 
 async def test_several_answers_request_prompt_details_once(client: httpx.AsyncClient, engine: ScriptedEngine) -> None:
-    asked: dict[str, object] = {"n": 2, "echo": True, "logprobs": 0, "return_token_ids": True}
-    body = await whole(client, COMPLETIONS, prompt=["x", "y"], **asked)
+    fields: dict[str, object] = {"n": 2, "echo": True, "logprobs": 0, "return_token_ids": True}
+    body = await whole(client, COMPLETIONS, prompt=["x", "y"], **fields)
     assert [choice["text"] for choice in body["choices"]] == ["Heyabc"] * 4
     assert [choice["logprobs"]["token_logprobs"][:3] for choice in body["choices"]] == [[None, -0.7, -4.0]] * 4
     assert [choice["prompt_token_ids"] for choice in body["choices"]] == [[1, 20, 30]] * 4
@@ -186,8 +187,8 @@ async def test_the_user_of_a_call_is_logged(
     with caplog.at_level(logging.INFO, "serve_app"):
         await whole(client, path, user="me\n", n=2)
         await whole(client, path)
-    said = [record.getMessage() for record in caplog.records if record.name == "serve_app.api.openai.routes"]
-    assert said == [f"request {engine.requests[0].group} to small is for user 'me\\n'"]
+    lines = [record.getMessage() for record in caplog.records if record.name == "serve_app.api.openai.routes"]
+    assert lines == [f"Request {engine.requests[0].group} to small is for user 'me\\n'."]
 
 
 @both
@@ -210,13 +211,11 @@ async def test_an_error_names_the_invalid_field(
     assert expected in error_of(answer)["message"]
 
 
-# With an engine behind the door.
-
-Toy = tuple[httpx.AsyncClient, ToyEngine]
+# With the native engine.
 
 
-async def test_the_native_engine_echoes_text_and_token_ids(engine: Toy) -> None:
-    client, _ = engine
+async def test_the_native_engine_echoes_text_and_token_ids(native: Native) -> None:
+    client, _ = native
     for prompt in ("hello, you there", list(b"hello, you there")):
         body = await whole(client, COMPLETIONS, prompt=prompt, echo=True, logprobs=1, max_tokens=2)
         (choice,) = body["choices"]
@@ -230,12 +229,12 @@ async def test_the_native_engine_echoes_text_and_token_ids(engine: Toy) -> None:
         assert body["usage"]["completion_tokens"] == 2
 
 
-async def test_a_score_as_evaluation_harnesses_compute_it(engine: Toy) -> None:
-    """The log probability of a continuation: that of all tokens after the context but the one that had to be made."""
-    client, _ = engine
+async def test_a_score_as_evaluation_harnesses_compute_it(native: Native) -> None:
+    """The log probability of a continuation: the sum over its tokens, without the one generated token."""
+    client, _ = native
     context, continuation = list(b"Paris is in"), list(b" France")
-    asked: dict[str, object] = {"echo": True, "logprobs": 1, "max_tokens": 1, "temperature": 0}
-    body = await whole(client, COMPLETIONS, prompt=[context + continuation] * 2, **asked)
+    fields: dict[str, object] = {"echo": True, "logprobs": 1, "max_tokens": 1, "temperature": 0}
+    body = await whole(client, COMPLETIONS, prompt=[context + continuation] * 2, **fields)
     for choice in body["choices"]:
         scores = choice["logprobs"]["token_logprobs"][len(context) : -1]
         assert scores == [0.0] * len(continuation)
@@ -247,37 +246,37 @@ def tops(choice: dict[str, Any], context: list[int]) -> list[dict[str, float]]:
     return found
 
 
-async def test_a_truncated_prompt_is_echoed_truncated(engine: Toy) -> None:
-    client, _ = engine
-    asked: dict[str, object] = {"echo": True, "logprobs": 0, "truncate_prompt_tokens": 3, "return_token_ids": True}
+async def test_a_truncated_prompt_is_echoed_truncated(native: Native) -> None:
+    client, _ = native
+    fields: dict[str, object] = {"echo": True, "logprobs": 0, "truncate_prompt_tokens": 3, "return_token_ids": True}
     for prompt in ("abcdef", list(b"abcdef")):
-        (choice,) = (await whole(client, COMPLETIONS, prompt=prompt, max_tokens=1, **asked))["choices"]
+        (choice,) = (await whole(client, COMPLETIONS, prompt=prompt, max_tokens=1, **fields))["choices"]
         assert choice["text"] == "defd"
         assert choice["logprobs"]["text_offset"] == [0, 1, 2, 3]
         assert (choice["prompt_token_ids"], choice["token_ids"]) == (list(b"def"), list(b"d"))
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_several_answers_to_an_echoed_prompt(engine: Toy, stream: bool) -> None:
+async def test_several_answers_to_an_echoed_prompt(native: Native, stream: bool) -> None:
     """Streamed, each choice expected of the prompt what there is, in its first chunk."""
-    client, engine = engine
-    asked: dict[str, object] = {"prompt": "a" * 40, "n": 3, "echo": True, "logprobs": 0, "max_tokens": 2}
+    client, engine = native
+    fields: dict[str, object] = {"prompt": "a" * 40, "n": 3, "echo": True, "logprobs": 0, "max_tokens": 2}
     choices = (
-        [frame["choices"][0] for frame in await streamed(client, COMPLETIONS, **asked)]
+        [frame["choices"][0] for frame in await streamed(client, COMPLETIONS, **fields)]
         if stream
-        else (await whole(client, COMPLETIONS, **asked))["choices"]
+        else (await whole(client, COMPLETIONS, **fields))["choices"]
     )
     for number in range(3):
         parts = [choice for choice in choices if choice["index"] == number]
         assert "".join(part["text"] for part in parts) == "a" * 42
         assert [score for part in parts for score in part["logprobs"]["token_logprobs"]] == [None, *[0.0] * 41]
         assert [offset for part in parts for offset in part["logprobs"]["text_offset"]] == list(range(42))
-    assert engine.engine is not None
-    assert engine.engine.stats().cached_tokens == (0 if stream else 2 * 32)
+    assert engine.native is not None
+    assert engine.native.stats().cached_tokens == (0 if stream else 2 * 32)
 
 
-async def test_prompt_details_of_a_chat_cover_the_template(engine: Toy) -> None:
-    client, _ = engine
+async def test_prompt_details_of_a_chat_cover_the_template(native: Native) -> None:
+    client, _ = native
     body = await whole(client, CHAT, prompt_logprobs=0, return_token_ids=True, max_tokens=1)
     ids = list(b"user: x")
     assert body["prompt_token_ids"] == ids
@@ -287,7 +286,7 @@ async def test_prompt_details_of_a_chat_cover_the_template(engine: Toy) -> None:
     ]
 
 
-async def test_a_prompt_of_one_token_has_no_logprobs(engine: Toy) -> None:
-    client, _ = engine
+async def test_a_prompt_of_one_token_has_no_logprobs(native: Native) -> None:
+    client, _ = native
     (choice,) = (await whole(client, COMPLETIONS, prompt="a", prompt_logprobs=3, max_tokens=1))["choices"]
     assert choice["prompt_logprobs"] == [None]

@@ -27,7 +27,6 @@ from .scripted import ScriptedEngine, ScriptedTelemetry, app_config, chunk, even
 from .test_bodies import CHARACTERS, DOCUMENTS, anything
 from .test_tgi import INPUTS, SCHEMA, WITH_PREFILL, every_path, every_stream, post
 
-
 INVALID = [
     ({"max_new_tokens": 0}, "Field 'parameters.max_new_tokens' should be greater"),
     ({"temperature": 0}, "Field 'parameters.temperature' should be greater than 0"),
