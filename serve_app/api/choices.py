@@ -13,7 +13,7 @@ from serve_app.core.requests import GenerationRequest
 def fork(request: GenerationRequest, count: int, details_for_each: bool = False) -> list[GenerationRequest]:
     """Requests for `count` answers to one prompt, which is computed once for all of them.
 
-    Only the first request asks for details of the prompt, unless each needs them: then each computes the prompt.
+    Only the first request has details of the prompt, unless each needs them: then each computes the prompt.
     """
     if count == 1:
         return [request]

@@ -11,7 +11,7 @@ from serve_app.core.events import Chunk, Delta, FinishReason, PromptDetails, Tok
 
 @dataclass(slots=True)
 class CompletionState:
-    """What the chunks of one answer said so far. Times are in seconds since the request's arrival.
+    """The sum of the chunks of one answer so far. Times are in seconds since the request's arrival.
 
     `logprob_events` are the events with log probabilities. `deltas` is set for requests with a `tool_choice`.
     """

@@ -118,7 +118,7 @@ class EventStream(Response):
         self._context.telemetry.refused(failure, self._model)
         try:
             await self._write(send, self._encoder.failure(failure))
-        except Exception as second:  # the error is counted; a stream without an end tells the client that it failed
+        except Exception as second:  # the error is counted, and the stream has no end
             raise ClientDisconnect from second
 
     async def _write(self, send: Send, body: bytes) -> None:

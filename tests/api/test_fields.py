@@ -163,8 +163,8 @@ async def test_several_answers_are_forks_of_one_request(
     assert len({request.id for request in engine.requests}) == 3
     assert all((r.prompt, r.params) == (first.prompt, first.params) for r in others)
     assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2]
-    said = [choice.get("text") or choice["message"]["content"] for choice in answer["choices"]]
-    assert said == ["00", "111", "2222"]
+    texts = [choice.get("text") or choice["message"]["content"] for choice in answer["choices"]]
+    assert texts == ["00", "111", "2222"]
     assert answer["usage"]["prompt_tokens"] == 3, "the prompt is computed once"
     assert answer["usage"]["completion_tokens"] == 2 + 3 + 4
 
@@ -178,14 +178,14 @@ async def test_several_answers_are_streamed_with_one_end(
     *found, usage, end = events_of((await client.post(path, json=body | fields)).text)
     assert end == "[DONE]"
     assert (usage["choices"], usage["usage"]["completion_tokens"]) == ([], 9)
-    assert len({frame["id"] for frame in found}) == 1
-    said = {0: "", 1: "", 2: ""}
+    assert len({event["id"] for event in found}) == 1
+    texts = {0: "", 1: "", 2: ""}
     ended = []
-    for frame in found:
-        (choice,) = frame["choices"]
-        said[choice["index"]] += choice.get("text") or choice.get("delta", {}).get("content", "")
+    for event in found:
+        (choice,) = event["choices"]
+        texts[choice["index"]] += choice.get("text") or choice.get("delta", {}).get("content", "")
         ended += [choice["index"]] if choice["finish_reason"] else []
-    assert said == {0: "00", 1: "111", 2: "2222"}
+    assert texts == {0: "00", 1: "111", 2: "2222"}
     assert sorted(ended) == [0, 1, 2]
 
 

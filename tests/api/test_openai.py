@@ -70,7 +70,7 @@ async def test_a_whole_completion(client: httpx.AsyncClient, engine: ScriptedEng
 async def test_a_streamed_completion(client: httpx.AsyncClient, engine: ScriptedEngine) -> None:
     engine.plays(chunk(["a"], None), chunk(["b", ""], FinishReason.LENGTH, start=1))
     found = await stream(client, "/v1/completions", COMPLETION)
-    assert [without_date(frame) for frame in found] == [
+    assert [without_date(event) for event in found] == [
         {
             "id": f"cmpl-{engine.requests[0].id}",
             "object": "text_completion",
@@ -79,7 +79,7 @@ async def test_a_streamed_completion(client: httpx.AsyncClient, engine: Scripted
         }
         for text, reason in [("a", None), ("b", None), ("", "length")]
     ]
-    assert len({frame["created"] for frame in found}) == 1
+    assert len({event["created"] for event in found}) == 1
 
 
 async def test_a_whole_chat_completion(client: httpx.AsyncClient, engine: ScriptedEngine) -> None:
@@ -104,7 +104,7 @@ async def test_a_streamed_chat_completion_begins_with_the_role(
     found = await stream(client, "/v1/chat/completions", CHAT)
     opening = {"role": "assistant", "content": ""}
     deltas = [(opening, None), ({"content": "a"}, None), ({"content": "b"}, "stop")]
-    assert [without_date(frame) for frame in found] == [
+    assert [without_date(event) for event in found] == [
         {
             "id": f"chatcmpl-{engine.requests[0].id}",
             "object": "chat.completion.chunk",
@@ -121,7 +121,7 @@ async def test_include_usage_adds_a_chunk_with_the_usage(
 ) -> None:
     engine.plays(chunk(["a", "b", "c"]))
     *found, last = await stream(client, path, body | {"stream_options": {"include_usage": True}})
-    assert [frame["usage"] for frame in found] == [None] * len(found)
+    assert [event["usage"] for event in found] == [None] * len(found)
     assert (last["choices"], last["usage"]) == ([], USAGE)
     assert {name: last[name] for name in ("id", "object", "created", "model")}.items() <= found[0].items()
 
@@ -132,7 +132,7 @@ async def test_a_stream_has_no_usage_by_default(
     client: httpx.AsyncClient, path: str, body: dict[str, object], options: object
 ) -> None:
     found = await stream(client, path, body | {"stream_options": options})
-    assert all("usage" not in frame for frame in found)
+    assert all("usage" not in event for event in found)
     assert found[-1]["choices"][0]["finish_reason"] == "stop"
 
 
@@ -180,8 +180,8 @@ async def test_content_can_be_a_list_of_parts(client: httpx.AsyncClient, engine:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     messages = [{"role": "system", "content": "s"}, {"role": "assistant", "content": ""}]
     await whole(client, "/v1/chat/completions", {"messages": [*messages, {"role": "user", "content": parts}]})
-    said = (ChatMessage("system", "s"), ChatMessage("assistant", ""), ChatMessage("user", "ab"))
-    assert engine.requests[0].prompt == ChatPrompt(said)
+    plain = (ChatMessage("system", "s"), ChatMessage("assistant", ""), ChatMessage("user", "ab"))
+    assert engine.requests[0].prompt == ChatPrompt(plain)
 
 
 @pytest.mark.parametrize(
@@ -217,9 +217,9 @@ async def test_text_offsets_of_a_streamed_completion_continue(
 ) -> None:
     engine.plays(chunk(["Hello"], None), chunk([" you", "!"], start=1))
     found = await stream(client, "/v1/completions", COMPLETION | {"logprobs": 0})
-    told = [frame["choices"][0]["logprobs"] for frame in found]
-    assert [one["tokens"] for one in told] == [["Hello"], [" you"], ["!"]]
-    assert [one["text_offset"] for one in told] == [[0], [5], [9]]
+    logprobs = [event["choices"][0]["logprobs"] for event in found]
+    assert [one["tokens"] for one in logprobs] == [["Hello"], [" you"], ["!"]]
+    assert [one["text_offset"] for one in logprobs] == [[0], [5], [9]]
 
 
 def chat_token(token: str, logprob: float) -> dict[str, object]:
@@ -239,7 +239,7 @@ async def test_logprobs_of_a_streamed_chat(client: httpx.AsyncClient, engine: Sc
     engine.plays(chunk(["a", "b"]))
     opening, *found = await stream(client, "/v1/chat/completions", CHAT | {"logprobs": True})
     assert opening["choices"][0]["logprobs"] is None
-    assert [frame["choices"][0]["logprobs"]["content"][0]["token"] for frame in found] == ["a", "b"]
+    assert [event["choices"][0]["logprobs"]["content"][0]["token"] for event in found] == ["a", "b"]
     assert engine.requests[0].params.logprobs == 0
 
 
@@ -300,9 +300,9 @@ async def test_the_openai_client_sends_an_answer_back(official: openai.AsyncOpen
     first = await official.chat.completions.create(model="small", messages=[HI])
     answer = first.choices[0].message.model_dump(exclude_unset=True)
     await official.chat.completions.create(model="small", messages=[HI, answer, HI])  # type: ignore[list-item]
-    said = ("user", "assistant", "user")
+    roles = ("user", "assistant", "user")
     assert isinstance(engine.requests[1].prompt, ChatPrompt)
-    assert tuple(message.role for message in engine.requests[1].prompt.messages) == said
+    assert tuple(message.role for message in engine.requests[1].prompt.messages) == roles
 
 
 async def test_the_openai_client_gets_several_answers(official: openai.AsyncOpenAI, engine: ScriptedEngine) -> None:
@@ -318,9 +318,9 @@ async def test_the_openai_client_streams_a_chat(official: openai.AsyncOpenAI, en
     stream = await official.chat.completions.create(
         model="small", messages=[HI], stream=True, stream_options={"include_usage": True}
     )
-    found = [frame async for frame in stream]
+    found = [event async for event in stream]
     *spoken, last = found
-    assert "".join(frame.choices[0].delta.content or "" for frame in spoken) == "Paris"
+    assert "".join(event.choices[0].delta.content or "" for event in spoken) == "Paris"
     assert spoken[0].choices[0].delta.role == "assistant"
     assert spoken[-1].choices[0].finish_reason == "stop"
     assert last.usage is not None
@@ -333,7 +333,7 @@ async def test_the_openai_client_completes(official: openai.AsyncOpenAI) -> None
     assert answer.choices[0].logprobs is not None
     assert answer.choices[0].logprobs.text_offset == [0, 1, 2]
     stream = await official.completions.create(model="small", prompt=[1, 2], stream=True)
-    assert "".join([frame.choices[0].text async for frame in stream]) == "some words"
+    assert "".join([event.choices[0].text async for event in stream]) == "some words"
 
 
 async def test_the_openai_client_lists_models(official: openai.AsyncOpenAI) -> None:

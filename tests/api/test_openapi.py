@@ -23,19 +23,19 @@ def test_every_endpoint_is_described() -> None:
         for route in create_app(ScriptedEngine(), ScriptedTelemetry(), app_config()).routes
         if isinstance(route, Route)
     ]
-    served = {(method, route.path.replace(":path", "")) for route in routes for method in route.methods or ()}
+    paths = {(method, route.path.replace(":path", "")) for route in routes for method in route.methods or ()}
     described = {(operation.method.upper(), operation.path) for operation in OPERATIONS}
     pages = {("GET", path) for path in PAGES}
-    assert {(method, path) for method, path in served if method != "HEAD"} == described | pages
+    assert {(method, path) for method, path in paths if method != "HEAD"} == described | pages
 
 
 async def test_the_document_lists_the_models(client: httpx.AsyncClient) -> None:
     answer = await client.get("/openapi.json")
     assert answer.headers["content-type"] == "application/json"
-    told = answer.json()
-    assert told == document(("small", "org/large"))
-    assert told["openapi"] == "3.1.0"
-    model = told["components"]["schemas"]["ChatBody"]["properties"]["model"]
+    served = answer.json()
+    assert served == document(("small", "org/large"))
+    assert served["openapi"] == "3.1.0"
+    model = served["components"]["schemas"]["ChatBody"]["properties"]["model"]
     assert {"type": "string", "enum": ["small", "org/large"]} in model["anyOf"]
 
 

@@ -94,10 +94,10 @@ async def test_prompt_logprobs_have_ids_and_ranks(client: httpx.AsyncClient, eng
 async def test_prompt_logprobs_are_in_the_first_chunk_of_a_stream(client: httpx.AsyncClient) -> None:
     first, *others = await streamed(client, COMPLETIONS, prompt_logprobs=2)
     assert first["choices"][0]["prompt_logprobs"] == RANKED
-    assert all("prompt_logprobs" not in frame["choices"][0] for frame in others)
+    assert all("prompt_logprobs" not in event["choices"][0] for event in others)
     first, *others = await streamed(client, CHAT, prompt_logprobs=2)
     assert first["prompt_logprobs"] == RANKED
-    assert all("prompt_logprobs" not in frame for frame in others)
+    assert all("prompt_logprobs" not in event for event in others)
 
 
 @both
@@ -121,13 +121,13 @@ async def test_token_ids_of_prompt_and_answer(client: httpx.AsyncClient) -> None
 async def test_token_ids_of_a_stream(client: httpx.AsyncClient) -> None:
     found = await streamed(client, COMPLETIONS, return_token_ids=True, n=2)
     for number in range(2):
-        first, *others = [frame["choices"][0] for frame in found if frame["choices"][0]["index"] == number]
+        first, *others = [event["choices"][0] for event in found if event["choices"][0]["index"] == number]
         assert first["prompt_token_ids"] == [1, 20, 30]
         assert [part["token_ids"] for part in (first, *others)] == [[0], [1], [2]]
         assert all("prompt_token_ids" not in part for part in others)
     first, *others = await streamed(client, CHAT, return_token_ids=True)
     assert first["prompt_token_ids"] == [1, 20, 30]
-    assert [frame["choices"][0]["token_ids"] for frame in others] == [[0], [1], [2]]
+    assert [event["choices"][0]["token_ids"] for event in others] == [[0], [1], [2]]
 
 
 async def test_an_echo_precedes_the_answer(client: httpx.AsyncClient, engine: ScriptedEngine) -> None:
@@ -135,7 +135,7 @@ async def test_an_echo_precedes_the_answer(client: httpx.AsyncClient, engine: Sc
     assert (choice["text"], choice["logprobs"]) == ("Heyabc", None)
     assert engine.requests[0].prompt_details
     assert engine.requests[0].params.prompt_logprobs is None
-    texts = [frame["choices"][0]["text"] for frame in await streamed(client, COMPLETIONS, echo=True)]
+    texts = [event["choices"][0]["text"] for event in await streamed(client, COMPLETIONS, echo=True)]
     assert texts == ["Heya", "b", "c"]
 
 
@@ -151,7 +151,7 @@ async def test_logprobs_of_an_echo(client: httpx.AsyncClient, engine: ScriptedEn
     assert logprobs["text_offset"] == [0, 0, 2, 3, 4, 5]
     first, *others = await streamed(client, COMPLETIONS, echo=True, logprobs=1)
     assert first["choices"][0]["logprobs"]["text_offset"] == [0, 0, 2, 3]
-    assert [frame["choices"][0]["logprobs"]["text_offset"] for frame in others] == [[4], [5]]
+    assert [event["choices"][0]["logprobs"]["text_offset"] for event in others] == [[4], [5]]
 
 
 async def test_several_answers_request_prompt_details_once(client: httpx.AsyncClient, engine: ScriptedEngine) -> None:
@@ -171,7 +171,7 @@ async def test_the_stop_reason_comes_with_the_end(
     end = TokenEvent(2, "", 0.1, FinishReason.STOP, stopped_by=by)
     engine.plays(chunk(["a"], None), Chunk((end,), 3, 0.0))
     assert (await whole(client, path))["choices"][0]["stop_reason"] == by
-    *others, last = [frame["choices"][0] for frame in await streamed(client, path)]
+    *others, last = [event["choices"][0] for event in await streamed(client, path)]
     assert last["stop_reason"] == by
     assert all("stop_reason" not in choice for choice in others)
 
@@ -258,11 +258,11 @@ async def test_a_truncated_prompt_is_echoed_truncated(native: Native) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_several_answers_to_an_echoed_prompt(native: Native, stream: bool) -> None:
-    """Streamed, each choice expected of the prompt what there is, in its first chunk."""
+    """In a stream, each choice has the details of the prompt in its first chunk."""
     client, engine = native
     fields: dict[str, object] = {"prompt": "a" * 40, "n": 3, "echo": True, "logprobs": 0, "max_tokens": 2}
     choices = (
-        [frame["choices"][0] for frame in await streamed(client, COMPLETIONS, **fields)]
+        [event["choices"][0] for event in await streamed(client, COMPLETIONS, **fields)]
         if stream
         else (await whole(client, COMPLETIONS, **fields))["choices"]
     )

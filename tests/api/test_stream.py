@@ -43,7 +43,7 @@ def terminals(path: str, text: str) -> int:
     """The number of events that end the stream."""
     found = events_of(text)
     if path == "/generate_stream":
-        return sum(frame["finished"] for frame in found)
+        return sum(event["finished"] for event in found)
     assert found[-1] == "[DONE]"
     ends = [f for f in found[:-1] if "error" in f or any(c["finish_reason"] for c in f["choices"])]
     return len(ends)
@@ -90,8 +90,8 @@ async def test_events_of_a_stream(
 async def test_a_stream_without_text_and_with_logprobs(client: httpx.AsyncClient, engine: ScriptedEngine) -> None:
     engine.plays(chunk(["a", "b"]))
     found = events_of((await stream(client, include_text=False, logprobs=2)).text)
-    assert all("text" not in frame for frame in found)
-    assert [frame["logprobs"]["token"] for frame in found] == ["a", "b"]
+    assert all("text" not in event for event in found)
+    assert [event["logprobs"]["token"] for event in found] == ["a", "b"]
 
 
 async def test_line_breaks_are_escaped(client: httpx.AsyncClient, engine: ScriptedEngine) -> None:
@@ -115,14 +115,14 @@ async def test_tokens_join_to_the_text(
     text = (await stream(client, path)).text
     whole = "".join(token for flush in flushes for token in flush)
     assert terminals(path, text) == 1
-    found = [frame for frame in events_of(text) if frame != "[DONE]"]
+    found = [event for event in events_of(text) if event != "[DONE]"]
     if path == "/generate_stream":
-        assert "".join(frame["token"] for frame in found) == found[-1]["text"] == whole
+        assert "".join(event["token"] for event in found) == found[-1]["text"] == whole
         assert len(found) == sum(map(len, flushes))
     elif path == "/v1/completions":
-        assert "".join(frame["choices"][0]["text"] for frame in found) == whole
+        assert "".join(event["choices"][0]["text"] for event in found) == whole
     else:
-        assert "".join(frame["choices"][0]["delta"]["content"] for frame in found) == whole
+        assert "".join(event["choices"][0]["delta"]["content"] for event in found) == whole
 
 
 @every_stream

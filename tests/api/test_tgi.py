@@ -60,8 +60,8 @@ async def stream(client: httpx.AsyncClient, path: str, parameters: dict[str, Any
     answer = await post(client, path, parameters, **more)
     assert answer.headers["content-type"] == "text/event-stream"
     found = events_of(answer.text)
-    for frame in found:
-        TextGenerationStreamOutput.parse_obj_as_instance(frame)
+    for event in found:
+        TextGenerationStreamOutput.parse_obj_as_instance(event)
     return found
 
 
@@ -252,7 +252,7 @@ async def test_top_tokens_of_each_token(client: httpx.AsyncClient, engine: Scrip
     assert details["top_tokens"] == [top, top]
     assert engine.requests[-1].params.logprobs == 1
     found = await stream(client, "/generate_stream", {"top_n_tokens": 1})
-    assert [frame["top_tokens"] for frame in found] == [top, top]
+    assert [event["top_tokens"] for event in found] == [top, top]
     assert "top_tokens" not in (await stream(client, "/generate_stream", {"top_n_tokens": 0}))[0]
 
 

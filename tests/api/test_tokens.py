@@ -120,4 +120,4 @@ async def test_an_error_of_a_query_has_its_status(
     answer = await client.post(path, json=body)
     assert (answer.status_code, answer.headers["retry-after"], error_of(answer)["code"]) == (503, "2", "not_ready")
     assert telemetry.errors == [(failure, "small")]
-    assert (await client.post(path, json=body | {"model": "nobody"})).status_code == 404
+    assert (await client.post(path, json=body | {"model": "unknown"})).status_code == 404

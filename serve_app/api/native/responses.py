@@ -41,7 +41,7 @@ class NativeError(TypedDict):
 
 @exact
 class NativeAnswer(TypedDict):
-    """`logprobs` is present if the request asked for log probabilities."""
+    """`logprobs` is present if the request has `logprobs`."""
 
     id: str
     model: str

@@ -79,7 +79,7 @@ class OpenAIEncoder(ABC):
         )
 
     def add_prompt(self, target: PromptFields, prompt: PromptDetails | None) -> None:
-        """Set vLLM's fields about the prompt, as far as the request asked for them."""
+        """Set vLLM's fields about the prompt, as far as the request wants them."""
         if prompt is None:
             return
         if self._show.token_ids:

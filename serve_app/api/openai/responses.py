@@ -56,7 +56,7 @@ class PromptToken(TypedDict):
 
 @exact
 class PromptFields(TypedDict):
-    """vLLM's fields about the prompt, if the request asked for them.
+    """vLLM's fields about the prompt, if the request wants them.
 
     `prompt_logprobs` has an entry for each token of the prompt: by token id, the token itself and the most likely ones.
     The entry of the first token is null, because it has no prediction.

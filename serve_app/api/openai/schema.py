@@ -198,7 +198,7 @@ class ChatBody(ToolFields, OpenAIFields):
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     """The conversation so far, for the model's chat template."""
     max_tokens: TokenCount | None = None
-    """The maximum number of tokens of the answer. The default is what the model's context has room for."""
+    """The maximum number of tokens of the answer. The default is the rest of the model's context."""
     max_completion_tokens: TokenCount | None = None
     """The newer name of `max_tokens`."""
     logprobs: bool = False

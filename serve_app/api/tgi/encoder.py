@@ -81,7 +81,7 @@ def to_details(
 ) -> TgiAnswer:
     """The best answer with its tokens, and with the other answers."""
     (chosen,) = best(states, 1)
-    prefill = _prefill(states[0].prompt)  # only the first request asks for it
+    prefill = _prefill(states[0].prompt)  # only the first request has details of the prompt
     each = [_details(request, state, prefill, special_ids) for request, state in zip(requests, states, strict=True)]
     texts = [prefix + state.text for state in states]
     others = [_sequence(texts[number], other) for number, other in enumerate(each) if number != chosen]

@@ -41,7 +41,7 @@ class TgiStreamDetails(TypedDict):
 
 @exact
 class TgiEvent(TypedDict):
-    """One token. The last event has `generated_text`, and `details` if the request asked for them."""
+    """One token. The last event has `generated_text`, and `details` if the request wants them."""
 
     index: int
     token: TgiToken
@@ -61,7 +61,7 @@ class TgiPromptToken(TypedDict):
 
 @exact
 class TgiAnswerDetails(TypedDict):
-    """`prefill` is filled if the request asked for details of the prompt."""
+    """`prefill` is filled if the request wants details of the prompt."""
 
     finish_reason: TgiFinishReason
     generated_tokens: int

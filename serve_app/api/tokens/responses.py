@@ -9,7 +9,7 @@ from serve_app.api.responses import exact
 
 @exact
 class Tokens(TypedDict):
-    """vLLM's form. `token_strs` is null unless the request asked for it."""
+    """vLLM's form. `token_strs` is null unless the request has `return_token_strs`."""
 
     count: int
     max_model_len: int
