@@ -40,15 +40,15 @@ def create_app(
     around: Sequence[Middleware] = (),
 ) -> Starlette:
     """The application over an engine. `clock` returns monotonic seconds; `around` is the outermost middleware."""
-    handlers, limits = ErrorHandlers(telemetry), config.limits
+    handlers = ErrorHandlers(telemetry)
     app = Starlette(
         routes=_routes(RequestContext(engine, telemetry, config, clock)),
         middleware=[
             *around,
             Middleware(RequestId, clock=clock),
             Middleware(CallMetrics, telemetry=telemetry),
-            Middleware(CatchAll, handlers=handlers, stalled_client_s=limits.stalled_client_s),
-            Middleware(BodyLimits, limits=limits),
+            Middleware(CatchAll, handlers=handlers),
+            Middleware(BodyLimits, limits=config.limits),
         ],
         exception_handlers={ServeAppError: handlers.known, HTTPException: handlers.routing},
     )

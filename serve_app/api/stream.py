@@ -41,8 +41,9 @@ class EventStream(Response):
     """Streams the answers to one call as they come.
 
     An error before the response began is raised, so that it has a status of its own. After `limits.heartbeat_s` without
-    a byte the response begins, or continues, with a comment; from then on an error is an event of the stream.
-    `prepare` is awaited once, when the first chunk has arrived.
+    a byte the response begins, or continues, with a comment; from then on an error is an event of the stream. A client
+    that does not take a write within `limits.stalled_client_s` counts as one that left. `prepare` is awaited once, when
+    the first chunk has arrived.
     """
 
     media_type = "text/event-stream"
@@ -70,19 +71,18 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Raises ServeAppError before the response began, and ClientDisconnect."""
+        self._written_at = asyncio.get_running_loop().time()
         try:
-            await self._run(receive, send)
+            await guarded(self._run(send), disconnect(receive), self._send_heartbeats(send))
         except ClientDisconnect:
             raise
         except Exception as error:  # noqa: BLE001 (raised, or logged and counted)
             await self._fail(send, error)
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _run(self, receive: Receive, send: Send) -> None:
-        self._written_at = asyncio.get_running_loop().time()
-        answers = (partial(self._follow, send, index) for index in range(len(self._requests)))
-        await guarded(run_in_parallel(answers), disconnect(receive), self._send_heartbeats(send))
+    async def _run(self, send: Send) -> None:
+        await run_in_parallel(partial(self._follow, send, index) for index in range(len(self._requests)))
         assert not self._unfinished, "an engine ends every answer"
+        await self._write(send, b"", more_body=False)
 
     async def _follow(self, send: Send, index: int) -> None:
         """Write one answer to its end."""
@@ -100,15 +100,28 @@ class EventStream(Response):
                     await self._write(send, events)
 
     async def _send_heartbeats(self, send: Send) -> None:
-        """Write a comment whenever the stream was silent for `heartbeat_s`; none follows the last event."""
-        loop, every_s = asyncio.get_running_loop(), self._context.limits.heartbeat_s
-        while self._unfinished:
+        """Write a comment whenever no write ended for `heartbeat_s`; none follows the last event.
+
+        A heartbeat waits for a write that is in progress. Raises ClientDisconnect after `stalled_client_s`, which shows
+        that the client does not read. A time limit for every write would cost 5 us per token.
+        """
+        loop, limits = asyncio.get_running_loop(), self._context.limits
+        while True:
             silence_s = loop.time() - self._written_at
-            if silence_s < every_s:
-                await asyncio.sleep(every_s - silence_s)
-            else:
-                ready = self._context.engine.health(self._model).state is ModelState.READY
-                await self._write(send, comment("queued" if ready else "warming"))
+            if silence_s < limits.heartbeat_s:
+                await asyncio.sleep(limits.heartbeat_s - silence_s)
+                continue
+            try:
+                async with asyncio.timeout(limits.stalled_client_s):
+                    await self._write(send, self._heartbeat)
+            except TimeoutError:
+                raise ClientDisconnect from None
+
+    def _heartbeat(self) -> bytes:
+        if not self._unfinished:
+            return b""
+        ready = self._context.engine.health(self._model).state is ModelState.READY
+        return comment("queued" if ready else "warming")
 
     async def _fail(self, send: Send, error: Exception) -> None:
         """End the stream with an error event. Raises the error if the response has not begun."""
@@ -117,14 +130,19 @@ class EventStream(Response):
         failure = error if isinstance(error, ServeAppError) else internal_error(error, self._requests[0].id)
         self._context.telemetry.refused(failure, self._model)
         try:
-            await self._write(send, self._encoder.failure(failure))
+            async with asyncio.timeout(self._context.limits.stalled_client_s):
+                await self._write(send, self._encoder.failure(failure))
+                await self._write(send, b"", more_body=False)
         except Exception as second:  # the error is counted, and the stream has no end
             raise ClientDisconnect from second
 
-    async def _write(self, send: Send, body: bytes) -> None:
+    async def _write(self, send: Send, body: bytes | Callable[[], bytes], more_body: bool = True) -> None:
+        """Write one part of the body. A function is called when it is the part's turn."""
         async with self._writing:  # heartbeats and answers are written by different tasks, the start comes first
+            part = body if isinstance(body, bytes) else body()
             if not self._started:
                 self._started = True
                 await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            await send({"type": "http.response.body", "body": body, "more_body": True})
+            if part or not more_body:
+                await send({"type": "http.response.body", "body": part, "more_body": more_body})
             self._written_at = asyncio.get_running_loop().time()

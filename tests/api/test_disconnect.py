@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator, MutableMapping
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
@@ -16,12 +17,14 @@ from serve_app.api.app import create_app
 from serve_app.api.middleware import OneRequestId
 from serve_app.core.events import Chunk
 from serve_app.core.requests import GenerationRequest
+from serve_app.errors import NotReady
 
 from .scripted import (
     POSTS,
     Connection,
     ScriptedEngine,
     ScriptedTelemetry,
+    Step,
     app_config,
     check_error,
     chunk,
@@ -213,36 +216,44 @@ async def test_an_upload_that_continues_is_no_stall(engine: ScriptedEngine, tele
     assert connection.status == 200
 
 
+@dataclass
 class NotReading(Connection):
-    """The buffers are full, because the client does not read: every write but the start of the response blocks."""
+    """The client reads some parts of the body, and no more: the next write blocks, because the buffers are full."""
+
+    reads: int = 0
 
     async def send(self, message: MutableMapping[str, Any]) -> None:
-        await super().send(message)
         if message["type"] == "http.response.body":
-            await asyncio.Event().wait()
+            self.reads -= 1
+            if self.reads < 0:
+                await asyncio.Event().wait()
+        await super().send(message)
+
+
+# The number of parts that the client reads, and the script.
+STALLS: dict[str, tuple[int, list[Step]]] = {
+    "first token": (0, [chunk(["a"], None), None]),
+    "second token": (1, [chunk(["a"], None), chunk(["b"], None, start=1), None]),
+    "heartbeat": (0, [None]),
+    "last token": (0, [chunk(["a"])]),
+    "end": (1, [chunk(["a"])]),
+    "error": (1, [chunk(["a"], None), NotReady("The replica was lost.")]),
+}
 
 
 @every_stream
-@pytest.mark.parametrize("step", [chunk(["a"], None), 0.02], ids=["token", "heartbeat"])
+@pytest.mark.parametrize(("reads", "steps"), STALLS.values(), ids=STALLS)
 async def test_a_client_that_does_not_read_is_disconnected(
-    engine: ScriptedEngine, telemetry: ScriptedTelemetry, path: str, step: Chunk | float
+    engine: ScriptedEngine, telemetry: ScriptedTelemetry, path: str, reads: int, steps: list[Step]
 ) -> None:
-    engine.plays(step, None)
-    connection = NotReading(path, STREAMS[path])
+    engine.plays(*steps)
+    connection = NotReading(path, STREAMS[path], reads=reads)
     async with asyncio.timeout(5):
         await serve(engine, telemetry, connection, stalled_client_s=0.05, heartbeat_s=0.01)
-    assert is_cancelled(engine, telemetry)
     assert engine.running == 0
-    assert all(message.get("more_body", True) for message in connection.sent), "the response has no end"
-
-
-async def test_a_client_that_does_not_read_a_whole_answer_is_disconnected(
-    engine: ScriptedEngine, telemetry: ScriptedTelemetry
-) -> None:
-    async with asyncio.timeout(5):
-        await serve(engine, telemetry, NotReading("/generate", POSTS["/generate"]), stalled_client_s=0.05)
-    assert is_cancelled(engine, telemetry)
+    assert engine.closed == [request.id for request in engine.requests]
     assert telemetry.open_calls == 0
+    assert all(message.get("more_body", True) for message in connection.sent), "the response has no end"
 
 
 class ContextEngine(ScriptedEngine):

@@ -165,6 +165,17 @@ async def test_an_invalid_content_length_is_ignored(
 
 
 @every_generation
+async def test_an_answer_without_an_end_is_a_500(
+    client: httpx.AsyncClient, engine: ScriptedEngine, telemetry: ScriptedTelemetry, path: str
+) -> None:
+    """By its contract, an engine ends an answer with a finish reason or an error."""
+    engine.plays(*([] if path == "/generate_stream" else [chunk(["a"], None)]))
+    answer = await client.post(path, json=POSTS[path])
+    assert (answer.status_code, error_of(answer)["code"]) == (500, "internal_error")
+    assert [(error.code, model) for error, model in telemetry.errors] == [("internal_error", "small")]
+
+
+@every_generation
 async def test_an_unexpected_exception_is_an_opaque_500(
     client: httpx.AsyncClient,
     engine: ScriptedEngine,

@@ -180,13 +180,15 @@ async def test_a_silent_stream_has_heartbeats(
 
 @every_stream
 async def test_no_heartbeat_follows_the_last_event(
-    client: httpx.AsyncClient, engine: ScriptedEngine, telemetry: ScriptedTelemetry, path: str
+    engine: ScriptedEngine, telemetry: ScriptedTelemetry, path: str
 ) -> None:
     """The generator takes longer than a heartbeat to end after its last chunk."""
     engine.plays(chunk(["a"]), 0.05)
-    text = (await stream(client, path)).text
-    assert terminals(path, text) == 1
-    assert "\n: " not in text
+    connection = Connection(path, PATHS[path])
+    await serve(engine, telemetry, connection, heartbeat_s=0.01)
+    assert terminals(path, connection.text) == 1
+    assert "\n: " not in connection.text
+    assert [message["body"] != b"" for message in connection.sent[1:]] == [True, False]
     assert telemetry.errors == []
 
 

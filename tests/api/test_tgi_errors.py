@@ -205,6 +205,14 @@ async def test_an_error_of_the_query_for_special_tokens_fails_the_answer(
     assert engine.running == 0
 
 
+async def test_an_answer_without_an_end_is_an_error_in_tgi_form(
+    client: httpx.AsyncClient, engine: ScriptedEngine
+) -> None:
+    engine.plays(chunk(["a"], None))
+    answer = await client.post("/generate", json=INPUTS)
+    assert (answer.status_code, tgi_error_of(answer)[1]) == (500, "generation")
+
+
 async def test_an_unexpected_exception_is_an_error_in_tgi_form(
     client: httpx.AsyncClient, engine: ScriptedEngine
 ) -> None:
