@@ -66,7 +66,7 @@ async def test_info_follows_the_configuration() -> None:
             {"model_sha": None, "model_dtype": None, "model_device_type": "cuda"},
         ),
         (
-            {"deployment": {"max_ongoing_requests": 32, "max_queued_requests": 5, "autoscaling": scaled}},
+            {"deployment": {"max_ongoing_requests": 33, "max_queued_requests": 5, "autoscaling": scaled}},
             {"max_concurrent_requests": 101},
         ),
     ]
