@@ -11,8 +11,8 @@ import pytest
 from axe_playwright_python.async_playwright import Axe
 from playwright.async_api import Browser, Page
 
-from perf.page import render
-from tests.perf import sample
+from perf.html_report import render
+from tests.perf import simulated_runs
 
 pytestmark = [pytest.mark.browser, pytest.mark.asyncio(loop_scope="session")]
 
@@ -44,7 +44,7 @@ TOO_WIDE = "document.documentElement.scrollWidth > document.documentElement.clie
 async def opened(chromium: Browser, folder: Path, kind: str, **options: Any) -> AsyncIterator[tuple[Page, list[str]]]:
     """The page, and all that was objected to or asked for but the file itself."""
     path = folder / "report.html"
-    path.write_text(render(sample.run(**RUNS[kind])))
+    path.write_text(render(simulated_runs.run(**RUNS[kind])))
     context = await chromium.new_context(offline=True, **options)
     try:
         page, complaints = await context.new_page(), list[str]()

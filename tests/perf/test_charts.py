@@ -6,7 +6,7 @@ from xml.etree import ElementTree as ET
 import numpy as np
 import pytest
 
-from perf import charts, plot, words
+from perf import charts, plot, formatting
 from perf.charts import Row, Series
 from perf.plot import Axis, Limit
 
@@ -32,19 +32,19 @@ SPANS = [(0.0, 1.0), (3.0, 3.0), (0.001, 0.0013), (17.0, 4211.0), (1e-7, 1e6), (
     ],
 )
 def test_a_figure_has_three_digits_that_count(value: float | None, written: str) -> None:
-    assert words.figure(value) == written
+    assert formatting.format_number(value) == written
 
 
 def test_a_figure_is_within_half_a_percent() -> None:
     for value in np.random.default_rng(1).lognormal(3, 4, 2000):
-        assert float(words.figure(float(value)).replace(",", "")) == pytest.approx(value, rel=0.0051)
+        assert float(formatting.format_number(float(value)).replace(",", "")) == pytest.approx(value, rel=0.0051)
 
 
 @pytest.mark.parametrize(
     ("share", "written"), [(None, "–"), (0, "0 %"), (0.504, "50 %"), (0.9996, "99.96 %"), (1, "100 %")]
 )
 def test_just_under_everything_is_not_everything(share: float | None, written: str) -> None:
-    assert words.percent(share) == written
+    assert formatting.format_percent(share) == written
 
 
 @pytest.mark.parametrize("log", [False, None])
@@ -73,10 +73,10 @@ def test_a_scale_of_one_level_puts_it_in_the_middle() -> None:
 
 def test_quantiles_are_numpys() -> None:
     values = np.random.default_rng(2).gamma(2, 30, 5000)
-    curve = {percent: value for value, percent in charts.quantiles(list(values))}
+    curve = {format_percent: value for value, format_percent in charts.quantiles(list(values))}
     assert len(curve) < 120
-    for percent in (0, 50, 90, 95, 99, 100):
-        assert curve[percent] == pytest.approx(np.percentile(values, percent))
+    for format_percent in (0, 50, 90, 95, 99, 100):
+        assert curve[format_percent] == pytest.approx(np.percentile(values, format_percent))
 
 
 def test_the_frontier_is_what_nothing_beats_in_both() -> None:
@@ -146,7 +146,7 @@ def test_a_repeat_starts_a_line_of_its_own() -> None:
 
 def test_what_xml_has_no_place_for_is_replaced() -> None:
     assert (
-        words.clean("a\x00b\x1b\ud800c\n\u00e9\U0001f600\ufffe\u202e")
+        formatting.clean("a\x00b\x1b\ud800c\n\u00e9\U0001f600\ufffe\u202e")
         == "a\ufffdb\ufffd\ufffdc\n\u00e9\U0001f600\ufffd\ufffd"
     )
     svg = charts.bars("\x00", [("<b>&\x0b", 1)], "Failed requests")

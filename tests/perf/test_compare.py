@@ -14,7 +14,7 @@ from perf.compare import Comparison, ComparisonError, compare, main, markdown
 from perf.comparison import Metric, Row, Verdict
 from perf.exits import Exit
 from perf.results import Load, Machine, Run
-from tests.perf.made_runs import CLOSED, run, stage, target
+from tests.perf.run_factory import CLOSED, run, stage, target
 
 pytestmark = pytest.mark.perf
 

@@ -13,11 +13,11 @@ import pytest
 
 from perf import export
 from perf.exits import Exit
-from perf.page import render
+from perf.html_report import render
 from perf.report import main
 from perf.results import Goodput, Resources, Run
-from perf.words import figure
-from tests.perf import sample
+from perf.formatting import format_number
+from tests.perf import simulated_runs
 
 EVERYTHING: dict[str, Any] = {"open_loop": True, "batch_profile": True, "find_max": True, "cost": True}
 
@@ -32,7 +32,7 @@ def cases(run: Run, outcome: str | None = None) -> list[ET.Element]:
 
 
 def test_markdown_has_a_table_with_its_conditions() -> None:
-    run = sample.run(cost=True)
+    run = simulated_runs.run(cost=True)
     said = export.markdown(run)
     for condition in (
         "AMD EPYC 9R14",
@@ -45,25 +45,25 @@ def test_markdown_has_a_table_with_its_conditions() -> None:
     assert stage is not None
     assert stage.ttft_ms is not None
     (row,) = [line for line in said.splitlines() if line.startswith("| 8 streams |")]
-    assert f"| {figure(stage.ttft_ms.p50)} / {figure(stage.ttft_ms.p95)} |" in row
-    assert f"| {figure(stage.tokens_per_s)} | {figure(stage.requests_per_s)} |" in row
+    assert f"| {format_number(stage.ttft_ms.p50)} / {format_number(stage.ttft_ms.p95)} |" in row
+    assert f"| {format_number(stage.tokens_per_s)} | {format_number(stage.requests_per_s)} |" in row
 
 
 def test_markdown_tables_are_even_and_leave_out_empty_columns() -> None:
-    said = export.markdown(sample.run(**EVERYTHING, errors=True))
+    said = export.markdown(simulated_runs.run(**EVERYTHING, errors=True))
     for table in re.findall(r"(?:^\|.*\n)+", said, re.MULTILINE):
         assert len({line.count("|") for line in table.splitlines()}) == 1
         assert not re.search(r"\| TTFT", table) or re.search(r"\| [\d.,]+ / [\d.,]+ \|", table)
-    assert "TTFT" not in export.markdown(sample.run(streaming=False))
+    assert "TTFT" not in export.markdown(simulated_runs.run(streaming=False))
 
 
 def test_markdown_says_whose_figures_they_are() -> None:
-    assert "Client-limited" in export.markdown(sample.run(client_limited=True))
-    assert "Client-limited" not in export.markdown(sample.run())
+    assert "Client-limited" in export.markdown(simulated_runs.run(client_limited=True))
+    assert "Client-limited" not in export.markdown(simulated_runs.run())
 
 
 def test_markdown_shows_strangers_texts_and_does_nothing_else() -> None:
-    said = export.markdown(sample.run(**EVERYTHING, hostile=True))
+    said = export.markdown(simulated_runs.run(**EVERYTHING, hostile=True))
     outside = re.sub(r"^```+bash\n.*?^```+$", "", said, flags=re.DOTALL | re.MULTILINE)
     assert "alert(1)" in outside
     assert not re.search(r"(?<!\\)[<>]", outside)
@@ -72,13 +72,13 @@ def test_markdown_shows_strangers_texts_and_does_nothing_else() -> None:
 
 
 def test_a_command_cannot_end_its_block() -> None:
-    run = sample.run().model_copy(update={"command": ["perf", "--prompt", "a\n```\n# heading\n````\n"]})
+    run = simulated_runs.run().model_copy(update={"command": ["perf", "--prompt", "a\n```\n# heading\n````\n"]})
     fence = re.findall(r"^(`{3,})bash\n", export.markdown(run), re.MULTILINE)[0]
     assert len(fence) == 5
 
 
 def test_csv_has_a_row_a_stage_and_rounds_nothing() -> None:
-    run = sample.run(**EVERYTHING, errors=True)
+    run = simulated_runs.run(**EVERYTHING, errors=True)
     table = rows(run)
     assert [(row["scenario"], row["stage"]) for row in table] == [(stage.scenario, stage.name) for stage in run.stages]
     for stage, row in zip(run.stages, table, strict=True):
@@ -95,7 +95,7 @@ def test_csv_has_a_row_a_stage_and_rounds_nothing() -> None:
 def test_csv_has_every_figure_of_a_stage() -> None:
     """Whatever is added to a stage is to be added here; lists and trees have columns of their own names."""
     names = {name for name, _, _ in export.COLUMNS}
-    stage = sample.run(open_loop=True).stages[-1]
+    stage = simulated_runs.run(open_loop=True).stages[-1]
     plain = {name for name, value in stage if isinstance(value, int | float)}
     assert plain <= names
     assert {f"goodput_{name}" for name in Goodput.model_fields} <= names
@@ -106,12 +106,12 @@ def test_csv_has_every_figure_of_a_stage() -> None:
 def test_csv_columns_are_explained(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--columns"]) == Exit.OK
     explained = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
-    assert [name for name, _ in explained] == export.csv(sample.run()).splitlines()[0].split(",")
+    assert [name for name, _ in explained] == export.csv(simulated_runs.run()).splitlines()[0].split(",")
     assert len({name for name, _ in explained}) == len(explained)
 
 
 def test_csv_has_no_formulas() -> None:
-    run = sample.run(hostile=True)
+    run = simulated_runs.run(hostile=True)
     run = run.model_copy(update={"target": run.target.model_copy(update={"model": '=HYPERLINK("http://x","y")'})})
     for row in rows(run):
         assert row["model"] == '\'=HYPERLINK("http://x","y")'
@@ -121,7 +121,7 @@ def test_csv_has_no_formulas() -> None:
 
 
 def test_junit_has_a_suite_a_scenario_and_counts_right() -> None:
-    run = sample.run(**EVERYTHING, errors=True)
+    run = simulated_runs.run(**EVERYTHING, errors=True)
     root = ET.fromstring(export.junit(run))
     assert [suite.get("name") for suite in root] == [
         "single, closed loop",
@@ -139,7 +139,7 @@ def test_junit_has_a_suite_a_scenario_and_counts_right() -> None:
 
 
 def test_junit_fails_what_missed_the_objective_and_nothing_else() -> None:
-    run = sample.run(requests=80)
+    run = simulated_runs.run(requests=80)
     stage = run.stage("concurrency", "32 streams")
     assert stage is not None
     (failure,) = cases(run, "failure")
@@ -148,20 +148,20 @@ def test_junit_fails_what_missed_the_objective_and_nothing_else() -> None:
 
 
 def test_junit_skips_what_was_not_measured() -> None:
-    skipped = [case.get("name") for case in cases(sample.run(), "skipped")]
+    skipped = [case.get("name") for case in cases(simulated_runs.run(), "skipped")]
     assert "1 request: ttft_p95<250ms" in skipped
     assert not [name for name in skipped if name and "streams" in name]
 
 
 def test_junit_fails_where_requests_failed_or_the_client_was_the_limit() -> None:
-    names = [case.get("name") or "" for case in cases(sample.run(errors=True, slo=None), "failure")]
+    names = [case.get("name") or "" for case in cases(simulated_runs.run(errors=True, slo=None), "failure")]
     assert "8 streams: every request is answered" in names
-    names = [case.get("name") or "" for case in cases(sample.run(client_limited=True, slo=None), "failure")]
+    names = [case.get("name") or "" for case in cases(simulated_runs.run(client_limited=True, slo=None), "failure")]
     assert names == ["32 streams: the client keeps up", "concurrency, 32 streams: the client was the bottleneck"]
 
 
 def test_junit_passes_a_run_that_passed_and_never_one_that_did_not() -> None:
-    good = sample.run(slo=None)
+    good = simulated_runs.run(slo=None)
     assert cases(good, "failure") == []
     interrupted = good.model_copy(update={"verdict": good.verdict.model_copy(update={"exit_code": Exit.INTERRUPTED})})
     (failure,) = cases(interrupted, "failure")
@@ -169,21 +169,21 @@ def test_junit_passes_a_run_that_passed_and_never_one_that_did_not() -> None:
 
 
 def test_what_was_left_out_is_told_everywhere() -> None:
-    run = sample.run().model_copy(update={"skipped": {"batch-profile": "TGI has no call for several prompts"}})
+    run = simulated_runs.run().model_copy(update={"skipped": {"batch-profile": "TGI has no call for several prompts"}})
     assert "the whole scenario" in [case.get("name") for case in cases(run, "skipped")]
     assert "Left out: batch-profile: TGI has no call for several prompts" in export.markdown(run)
     assert "TGI has no call for several prompts" in render(run)
 
 
 def test_junit_does_not_hold_a_search_to_what_it_looks_for() -> None:
-    run = sample.run(errors=True)
+    run = simulated_runs.run(errors=True)
     probes = [stage.model_copy(update={"scenario": "find-max"}) for stage in run.stages]
-    calm = run.model_copy(update={"stages": probes, "verdict": sample.run().verdict})
+    calm = run.model_copy(update={"stages": probes, "verdict": simulated_runs.run().verdict})
     assert cases(calm, "failure") == []
 
 
 def test_junit_copes_with_any_text() -> None:
-    run = sample.run(**EVERYTHING, hostile=True)
+    run = simulated_runs.run(**EVERYTHING, hostile=True)
     said = export.junit(run)
     assert "alert(1)" in html.unescape(said)
     assert not re.search("[\x00-\x08\x0b\x0c\x0e-\x1f]", said)
@@ -191,7 +191,7 @@ def test_junit_copes_with_any_text() -> None:
 
 
 def test_everything_is_written_and_can_be_read_again(tmp_path: Path) -> None:
-    run = sample.run(**EVERYTHING, errors=True)
+    run = simulated_runs.run(**EVERYTHING, errors=True)
     paths = export.write_all(run, tmp_path / "new" / "folder")
     assert [path.name for path in paths] == ["results.json", "report.html", "report.md", "results.csv", "junit.xml"]
     assert sorted(paths[0].parent.iterdir()) == sorted(paths)

@@ -10,7 +10,7 @@ LOADING = {"src", "srcset", "href", "xlink:href", "action", "data", "poster", "b
 VOID = {"meta", "link", "br", "img", "hr", "input"}
 
 
-class Page(HTMLParser):
+class ParsedReport(HTMLParser):
     def __init__(self, html: str) -> None:
         super().__init__()
         self.tags: set[str] = set()

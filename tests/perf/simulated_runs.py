@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from perf import figures
-from perf.gate import Measured
+from perf.phases import Measurement
 from perf.records import Record
 from perf.results import (
     BatchAdvice,
@@ -91,8 +91,8 @@ def scheduled(server: Server, rate: float, requests: int) -> list[Record]:
 def stage(scenario: Scenario, name: str, load: Load, records: list[Record], slo: str | None) -> Stage:
     """By the suite's own arithmetic."""
     window_s = max(record.done or 0.0 for record in records)
-    repeat = Measured(
-        0.0, window_s, 0.21 * window_s, warmup_requests=4, records=records, everybody=records, lags=[(0.1, 0.0008)]
+    repeat = Measurement(
+        0.0, window_s, 0.21 * window_s, warmup_requests=4, records=records, all_records=records, lags=[(0.1, 0.0008)]
     )
     seen = Resources(cpu_percent=71.5, memory_mib=2411.0)
     return figures.stage(scenario, name, load, [repeat], seen, Slo.parse(slo) if slo else None)
