@@ -105,16 +105,16 @@ def _nested(tree: str, name: str) -> Callable[[Run, Stage], Cell]:
     return read
 
 
-def _times(quantity: str, meaning: str) -> list[Column]:
+def _times(metric: str, meaning: str) -> list[Column]:
     """The columns of a distribution."""
 
     labels = {"min": "minimum", "max": "maximum"}
     parts = ("count", "mean", "min", "p50", "p90", "p95", "p99", "max")
     return [
         (
-            f"{quantity}_count" if part == "count" else f"{quantity}_{part}_ms",
+            f"{metric}_count" if part == "count" else f"{metric}_{part}_ms",
             f"{meaning}: count" if part == "count" else f"{meaning}, ms: {labels.get(part, part)}",
-            _nested(f"{quantity}_ms", part),
+            _nested(f"{metric}_ms", part),
         )
         for part in parts
     ]

@@ -14,7 +14,7 @@ from tests.perf.run_factory import run, stage
 
 
 def test_cost_matches_a_calculation_by_hand() -> None:
-    """g5.xlarge at 1.006 USD per hour, 500 tokens and 10 requests per second: 1.8 M tokens and 36,000 requests per hour."""
+    """g5.xlarge: 1.006 USD per hour; 500 tokens/s and 10 requests/s are 1.8 M tokens and 36,000 requests per hour."""
     found = cost("g5.xlarge", run(stage([50.0] * 20, tokens_per_s=500)))
 
     assert found.usd_per_million_output_tokens == pytest.approx(1.006 / 1.8, rel=1e-6)

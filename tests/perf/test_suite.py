@@ -92,7 +92,7 @@ def test_quick_run_measures_the_known_times(mock: MockHost, tmp_path: Path) -> N
     assert single_prompt is not None
     assert batch is not None
     assert batch.efficiency == pytest.approx(batch.tokens_per_s / single_prompt.tokens_per_s)
-    assert batch.efficiency > 4
+    assert batch.tokens_per_s > 4 * single_prompt.tokens_per_s
     assert any("More streams still raise the throughput" in advice for advice in run.verdict.recommendations)
     assert {path.name for path in tmp_path.iterdir()} >= {
         "results.json",
@@ -109,18 +109,17 @@ def test_queue_is_named_as_the_limit(mock: MockHost, tmp_path: Path) -> None:
     assert any(sentence.startswith("The queue was the limit") for sentence in run.verdict.sentences), run.verdict
 
 
-@pytest.mark.parametrize("arrival", ["constant", "closed"])
-def test_search_reports_the_highest_load(mock: MockHost, tmp_path: Path, arrival: str) -> None:
-    """Four slots of 50 ms: 80 requests per second or 4 streams. test_search.py checks the precision."""
+def test_search_reports_the_highest_load(mock: MockHost, tmp_path: Path) -> None:
+    """Four slots carry four streams. test_search.py checks the precision, also of rates, in virtual time."""
     url = mock(ttft_s=0.02, itl_s=0.01, slots=4)
     line = "--only find-max --slo 'ttft_p95<45ms' --max-tokens 4 --duration 0.5s --num-requests 20 --warmup 4"
-    run = measured(tmp_path, url, f"{line} --arrival {arrival}")
+    run = measured(tmp_path, url, f"{line} --arrival closed")
     found = run.find_max
     assert found is not None
     assert len(found.probes) <= 12
-    assert found.of == ("rate" if arrival == "constant" else "concurrency")
+    assert found.of == "concurrency"
     assert found.best is not None
-    assert found.best <= (95 if arrival == "constant" else 6)
+    assert found.best <= 6
     assert [probe.at for probe in found.probes if probe.met and probe.at == found.best]
     assert run.verdict.exit_code == 0
     assert any("The highest load that meets ttft_p95<45ms is" in sentence for sentence in run.verdict.sentences)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from perf.aggregate import build_stage
-from perf.phases import PhaseController, Measurement, Window
+from perf.phases import Measurement, PhaseController, Window
 from perf.progress import status_line
 from perf.records import Record
 from perf.results import Load, Stage, Tokens
