@@ -160,7 +160,7 @@ def test_missed_objective_fails_the_run(mock: MockHost, tmp_path: Path) -> None:
 
 
 def test_client_that_cannot_keep_up_is_reported(mock: MockHost, tmp_path: Path) -> None:
-    line = "--only rate --rate 20000 --arrival constant --max-tokens 2 --duration 0.2s --warmup 10"
+    line = "--only rate --rate 20000 --arrival constant --max-tokens 2 --duration 0.05s --warmup 10"
     outcome = suite(tmp_path, mock(ttft_s=0.001, itl_s=0.001), line)
     assert outcome.code == 4, outcome.stderr
     assert outcome.run is not None
@@ -268,17 +268,23 @@ def test_json_on_standard_output_is_the_run_alone(mock: MockHost, tmp_path: Path
 
 
 def test_output_may_be_a_json_file(mock: MockHost, tmp_path: Path) -> None:
-    url, options = mock(ttft_s=0.01, itl_s=0.001), ("--only", "single", "--num-requests", "3", "--output")
     path = tmp_path / "baseline_cpu.json"
-    subprocess.run(command(url, *options, str(path)), check=True, capture_output=True, timeout=60)
-    (tmp_path / "file").write_text("")
-    line = command(url, *options, str(tmp_path / "file" / "x"))
-    failed = subprocess.run(line, capture_output=True, text=True, timeout=60)
+    outcome = suite(path, mock(ttft_s=0.01, itl_s=0.001), "--only single --num-requests 3")
+    assert outcome.code == 0
     assert {file.suffix for file in tmp_path.glob("baseline_cpu.*")} == {".json", ".html", ".md", ".csv", ".xml"}
     assert Run.read(path).stage("single", "one at a time") is not None
-    assert failed.returncode == 2
-    assert "Not a directory" in failed.stderr
-    assert "one at a time" not in failed.stderr, "the command must fail before it measures"
+
+
+def test_invalid_output_is_rejected_before_the_measurement(
+    mock: MockHost, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as stopped:
+        main(["--url", mock(), "--output", str(tmp_path / "file" / "x")])
+    assert stopped.value.code == 2
+    printed = capsys.readouterr()
+    assert "Not a directory" in printed.err
+    assert "one at a time" not in printed.out + printed.err
 
 
 def test_interrupted_run_writes_nothing(mock: MockHost, tmp_path: Path) -> None:
