@@ -160,8 +160,11 @@ def test_missed_objective_fails_the_run(mock: MockHost, tmp_path: Path) -> None:
 
 
 def test_client_that_cannot_keep_up_is_reported(mock: MockHost, tmp_path: Path) -> None:
-    line = "--only rate --rate 20000 --arrival constant --max-tokens 2 --duration 0.05s --warmup 10"
-    outcome = suite(tmp_path, mock(ttft_s=0.001, itl_s=0.001), line)
+    """400 requests in 40 ms: a trace ends with its last request, without a cool-down at this rate."""
+    trace = tmp_path / "trace.jsonl"
+    lines = [{"timestamp": number / 10, "input_length": 5, "output_length": 2} for number in range(400)]
+    trace.write_text("\n".join(map(json.dumps, lines)))
+    outcome = suite(tmp_path / "out", mock(ttft_s=0.001, itl_s=0.001), f"--only rate --trace {trace}")
     assert outcome.code == 4, outcome.stderr
     assert outcome.run is not None
     assert outcome.run.verdict.sentences[0].startswith("CLIENT-LIMITED")
