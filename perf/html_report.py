@@ -1,4 +1,4 @@
-"""A run as one page that needs no network."""
+"""Renders a run as one HTML file without external resources."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from perf import charts, stages
-from perf.charts import Row, Series
+from perf.charts import Series, WaterfallRow
 from perf.exits import Exit
+from perf.formatting import clean, format_number, format_percent, shorten
 from perf.plot import Axis, Limit, Point
 from perf.results import Distribution, Run, Second, Stage
 from perf.slo import Slo
-from perf.words import clean, figure, percent, short
 
-CURVES = 8  # in one chart, of so many levels at most
-SECONDS = 5  # fewer are no timeline
-TICKS = 200  # points of one
-ROWS = 36  # requests of a waterfall
-KINDS = 12  # of errors
-LONGEST_TEXT = 2000
-QUANTITIES = {
+MAX_CURVES = 8  # load levels in one chart
+MIN_TIMELINE_S = 5
+MAX_TIMELINE_POINTS = 200
+WATERFALL_ROWS = 36
+MAX_ERROR_KINDS = 12
+MAX_TEXT_LENGTH = 2000
+METRICS = {
     "ttft": ("Time to first token", "TTFT, ms"),
     "tpot": ("Time per output token", "TPOT, ms"),
-    "itl": ("Gaps between the events of a stream", "ITL, ms"),
-    "e2e": ("End to end", "due to the end of the answer, ms"),
+    "itl": ("Gaps between the chunks of a stream", "ITL, ms"),
+    "e2e": ("End to end", "from due to the end of the response, ms"),
 }
-STATES: dict[int, tuple[str, str]] = {
+STATUSES: dict[int, tuple[str, str]] = {
     Exit.FAILED: ("Failed", "bad"),
     Exit.CLIENT_LIMITED: ("Client-limited", "warn"),
 }
@@ -46,7 +46,7 @@ class Figure:
 
 
 def render(run: Run) -> str:
-    """Raises ResultsError for an objective that is none."""
+    """Raises ResultsError if the run's objective is invalid."""
     slo = stages.objective(run)
     groups = stages.groups(run)
     return (
@@ -54,7 +54,7 @@ def render(run: Run) -> str:
         .get_template("report.html.jinja")
         .render(
             run=run,
-            state=_state(run),
+            status=_status(run),
             groups=[(group, list(_figures(group, slo))) for group in groups],
             limited=stages.limited(run),
             checks={(stage.scenario, stage.name): stages.checks(stage, slo) for stage in run.stages},
@@ -67,11 +67,11 @@ def render(run: Run) -> str:
     )
 
 
-def _printed(value: object) -> object:
-    """Texts without control characters and of a length that a page can bear; what is markup already stays."""
+def _printable(value: object) -> object:
+    """Removes control characters from texts and limits their length; markup stays as it is."""
     if not isinstance(value, str) or hasattr(value, "__html__"):
         return value
-    return short(clean(value), LONGEST_TEXT)
+    return shorten(clean(value), MAX_TEXT_LENGTH)
 
 
 @cache
@@ -80,22 +80,22 @@ def _environment() -> Environment:
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=StrictUndefined,
-        finalize=_printed,
+        finalize=_printable,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(figure=figure, percent=percent, load=stages.load)
+    environment.filters.update(number=format_number, percent=format_percent, load=stages.load)
     environment.filters.update(efficiency=stages.efficiency)
     environment.globals.update(times=_times)
     return environment
 
 
-def _state(run: Run) -> tuple[str, str]:
-    """The verdict in one word, and of which colour it is."""
+def _status(run: Run) -> tuple[str, str]:
+    """The verdict in one word, and its CSS class."""
     code = run.verdict.exit_code
     if code == Exit.OK:
         return ("Passed" if run.slo else "Completed"), "good"
-    return STATES.get(code, (f"Exit code {code}", "bad"))
+    return STATUSES.get(code, (f"Exit code {code}", "bad"))
 
 
 def _settings(settings: dict[str, Any]) -> dict[str, str]:
@@ -115,8 +115,8 @@ def _setting(value: Any) -> str:
 
 
 def _times(stage: Stage) -> list[tuple[str, Distribution]]:
-    """All latencies of a stage, by what they are."""
-    named = {
+    """All latency distributions of a stage by name."""
+    distributions = {
         "TTFT": stage.ttft_ms,
         "TTFT from sending": stage.ttft_service_ms,
         "TPOT": stage.tpot_ms,
@@ -124,7 +124,7 @@ def _times(stage: Stage) -> list[tuple[str, Distribution]]:
         "end to end": stage.e2e_ms,
         "end to end from sending": stage.e2e_service_ms,
     }
-    return [(name, times) for name, times in named.items() if times is not None]
+    return [(name, times) for name, times in distributions.items() if times is not None]
 
 
 def _figures(group: stages.Group, slo: Slo | None) -> Iterator[Figure]:
@@ -134,50 +134,50 @@ def _figures(group: stages.Group, slo: Slo | None) -> Iterator[Figure]:
     yield from _waterfall(group)
 
 
-def _limits(slo: Slo | None, quantity: str) -> list[Limit]:
+def _limits(slo: Slo | None, metric: str) -> list[Limit]:
     return [
         Limit(bound.limit_s * 1e3, f"SLO p{bound.percentile:g} < {bound.limit_s * 1e3:g} ms")
         for bound in (slo.bounds if slo else ())
-        if bound.quantity == quantity
+        if bound.metric == metric
     ]
 
 
 def _against_load(group: stages.Group, slo: Slo | None) -> Iterator[Figure]:
-    """Of two levels or more."""
+    """Charts of latency, throughput and efficiency by load level, if there are at least two levels."""
     rows = group.by_level
     levels = {stages.level(stage)[0] for stage in rows}
     if len(levels) < 2:
         return
     axis = Axis(stages.level(rows[0])[1], log=None, ticks=sorted(levels))
-    for quantity in ("ttft", "tpot", "e2e"):
-        series = [Series(part, _percentiles(rows, quantity, part)) for part in ("p50", "p95")]
+    for metric in ("ttft", "tpot", "e2e"):
+        series = [Series(part, _percentiles(rows, metric, part)) for part in ("p50", "p95")]
         if len(series[0].points) > 1:
-            title, label = QUANTITIES[quantity]
+            title, label = METRICS[metric]
             title = f"{title} against load"
-            svg = charts.lines(title, series, axis, Axis(label, log=None), _limits(slo, quantity))
+            svg = charts.lines(title, series, axis, Axis(label, log=None), _limits(slo, metric))
             yield Figure(title, svg)
     yield from _throughput(rows, axis)
 
 
 def _throughput(rows: Sequence[Stage], axis: Axis) -> Iterator[Figure]:
-    batches = stages.by_batch(rows[0])
-    scale, unit = (1, "times the smallest batch’s tokens/s") if batches else (100, "% of linear scaling")
-    drawn: list[tuple[str, str, Callable[[Stage], float | None]]] = [
-        ("Throughput against load", "tokens/s, all requests together", lambda stage: stage.tokens_per_s),
+    batches = stages.is_batch(rows[0])
+    scale, unit = (1, "multiple of the throughput of the smallest batch") if batches else (100, "% of linear scaling")
+    charted: list[tuple[str, str, Callable[[Stage], float | None]]] = [
+        ("Throughput against load", "tokens/s of all requests", lambda stage: stage.tokens_per_s),
         (
             "Efficiency against load",
             unit,
             lambda stage: None if stage.efficiency is None else stage.efficiency * scale,
         ),
     ]
-    for title, label, read in drawn:
+    for title, label, read in charted:
         points = _points(rows, read)
         if len(points) > 1:
             yield Figure(title, charts.lines(title, [Series(label, points)], axis, Axis(label)))
 
 
-def _percentiles(rows: Sequence[Stage], quantity: str, part: str) -> list[Point]:
-    return _points(rows, lambda stage: getattr(getattr(stage, f"{quantity}_ms"), part, None))
+def _percentiles(rows: Sequence[Stage], metric: str, part: str) -> list[Point]:
+    return _points(rows, lambda stage: getattr(getattr(stage, f"{metric}_ms"), part, None))
 
 
 def _points(rows: Sequence[Stage], read: Callable[[Stage], float | None]) -> list[Point]:
@@ -186,26 +186,26 @@ def _points(rows: Sequence[Stage], read: Callable[[Stage], float | None]) -> lis
 
 
 def _distributions(group: stages.Group, slo: Slo | None) -> Iterator[Figure]:
-    shown = _spread(group.by_level, CURVES)
+    shown = _evenly_spaced(group.by_level, MAX_CURVES)
     note = "" if len(shown) == len(group.stages) else f"{len(shown)} of {len(group.stages)} levels."
-    for quantity, (title, label) in QUANTITIES.items():
-        series = [Series(stage.name, points) for stage in shown if (points := _quantiles(stage, quantity))]
+    for metric, (title, label) in METRICS.items():
+        series = [Series(stage.name, points) for stage in shown if (points := _quantiles(stage, metric))]
         if series:
-            of, title = "gaps" if quantity == "itl" else "requests", f"{title}, distribution"
+            of, title = "gaps" if metric == "itl" else "requests", f"{title}, distribution"
             axis = Axis(label, log=None, zero=False)
-            yield Figure(title, charts.cdf(title, series, axis, of, _limits(slo, quantity)), note)
+            yield Figure(title, charts.cdf(title, series, axis, of, _limits(slo, metric)), note)
 
 
-def _quantiles(stage: Stage, quantity: str) -> list[Point]:
-    """Nothing of fewer than two: one request has no distribution."""
-    if quantity == "itl":
-        return [(value, float(percent)) for percent, value in enumerate(stage.itl_quantiles_ms)]
-    values = [value for value in getattr(stage.samples, f"{quantity}_ms") if value is not None]
+def _quantiles(stage: Stage, metric: str) -> list[Point]:
+    """Empty for fewer than two requests."""
+    if metric == "itl":
+        return [(value, float(format_percent)) for format_percent, value in enumerate(stage.itl_quantiles_ms)]
+    values = [value for value in getattr(stage.samples, f"{metric}_ms") if value is not None]
     return charts.quantiles(values) if len(values) > 1 else []
 
 
-def _spread(rows: list[Stage], most: int) -> list[Stage]:
-    """As many at most, the first and the last among them."""
+def _evenly_spaced(rows: list[Stage], most: int) -> list[Stage]:
+    """At most `most` of the stages, evenly spaced, with the first and the last one."""
     if len(rows) <= most:
         return rows
     return [rows[round(place * (len(rows) - 1) / (most - 1))] for place in range(most)]
@@ -213,22 +213,24 @@ def _spread(rows: list[Stage], most: int) -> list[Stage]:
 
 def _timelines(group: stages.Group) -> Iterator[Figure]:
     shown = [
-        (stage, _thinned(stage.timeline)) for stage in _spread(group.by_level, CURVES) if len(stage.timeline) >= SECONDS
+        (stage, _downsampled(stage.timeline))
+        for stage in _evenly_spaced(group.by_level, MAX_CURVES)
+        if len(stage.timeline) >= MIN_TIMELINE_S
     ]
     if not shown:
         return
-    drawn: list[tuple[str, Axis, Callable[[Second], float]]] = [
+    charted: list[tuple[str, Axis, Callable[[Second], float]]] = [
         ("Throughput over time", Axis("tokens/s"), lambda second: second.tokens),
-        ("Requests in flight over time", Axis("requests in flight", whole=True), lambda second: second.in_flight),
+        ("Requests in flight over time", Axis("requests in flight", integer=True), lambda second: second.in_flight),
     ]
-    for title, axis, read in drawn:
+    for title, axis, read in charted:
         series = [Series(stage.name, [(one.at_s, read(one)) for one in seconds]) for stage, seconds in shown]
         yield Figure(title, charts.timeline(title, series, axis))
 
 
-def _thinned(seconds: Sequence[Second]) -> list[Second]:
-    """Means of as many seconds as it takes to have TICKS points; repeats are kept apart."""
-    size = -(-len(seconds) // TICKS)
+def _downsampled(seconds: Sequence[Second]) -> list[Second]:
+    """Means over several seconds, so that at most MAX_TIMELINE_POINTS points are left; repeats are not mixed."""
+    size = -(-len(seconds) // MAX_TIMELINE_POINTS)
     parts: list[list[Second]] = []
     for second in seconds:
         if not parts or len(parts[-1]) == size or second.at_s < parts[-1][-1].at_s:
@@ -246,30 +248,32 @@ def _thinned(seconds: Sequence[Second]) -> list[Second]:
 
 
 def _waterfall(group: stages.Group) -> Iterator[Figure]:
-    """Of the highest level, around its slowest request."""
+    """The requests of the highest level around its slowest one."""
     stage = group.by_level[-1]
     rows = _around_the_slowest(stage)
     if len(rows) > 1:
-        title = f"Requests one by one: {short(clean(stage.name), 60)}"
+        title = f"Single requests: {shorten(clean(stage.name), 60)}"
         note = f"{len(rows)} of {stage.finished} finished requests, around the slowest."
         yield Figure(title, charts.waterfall(title, rows), note if len(rows) < stage.finished else "")
 
 
-def _around_the_slowest(stage: Stage) -> list[Row]:
-    kept = stage.samples
-    if not kept.e2e_ms:
+def _around_the_slowest(stage: Stage) -> list[WaterfallRow]:
+    samples = stage.samples
+    if not samples.e2e_ms:
         return []
-    slowest = max(range(len(kept.e2e_ms)), key=kept.e2e_ms.__getitem__)
-    same = [index for index, repeat in enumerate(kept.repeat) if repeat == kept.repeat[slowest]]
-    first = max(0, min(same.index(slowest) - ROWS // 2, len(same) - ROWS))
-    return [_row(stage, index) for index in same[first : first + ROWS]]
+    slowest = max(range(len(samples.e2e_ms)), key=samples.e2e_ms.__getitem__)
+    same = [index for index, repeat in enumerate(samples.repeat) if repeat == samples.repeat[slowest]]
+    first = max(0, min(same.index(slowest) - WATERFALL_ROWS // 2, len(same) - WATERFALL_ROWS))
+    return [_row(stage, index) for index in same[first : first + WATERFALL_ROWS]]
 
 
-def _row(stage: Stage, index: int) -> Row:
-    kept = stage.samples
-    due, ttft = kept.due_s[index], kept.ttft_ms[index]
-    late_ms = max(kept.e2e_ms[index] - kept.service_ms[index], 0.0)
-    return Row(due, due + late_ms / 1e3, None if ttft is None else due + ttft / 1e3, due + kept.e2e_ms[index] / 1e3)
+def _row(stage: Stage, index: int) -> WaterfallRow:
+    samples = stage.samples
+    due, ttft = samples.due_s[index], samples.ttft_ms[index]
+    late_ms = max(samples.e2e_ms[index] - samples.service_ms[index], 0.0)
+    return WaterfallRow(
+        due, due + late_ms / 1e3, None if ttft is None else due + ttft / 1e3, due + samples.e2e_ms[index] / 1e3
+    )
 
 
 def _pareto(groups: Sequence[stages.Group]) -> Figure | None:
@@ -281,8 +285,8 @@ def _pareto(groups: Sequence[stages.Group]) -> Figure | None:
             series.append(Series(f"{group.scenario} ({group.loop} loop)", points, [stage.name for stage in rows]))
     if sum(len(one.points) for one in series) < 2:
         return None
-    title = "Throughput against speed for one user"
-    x, y = Axis("tokens/s one user sees (1 / TPOT p50)"), Axis("tokens/s, all requests together")
+    title = "Throughput against speed per stream"
+    x, y = Axis("tokens/s per stream (1 / TPOT p50)"), Axis("tokens/s of all requests")
     return Figure(title, charts.scatter(title, series, x, y), "Up and to the right is better.")
 
 
@@ -290,8 +294,8 @@ def _errors(run: Run) -> Figure | None:
     kinds = list(stages.errors(run.stages).items())
     if not kinds:
         return None
-    rest = sum(count for _, count in kinds[KINDS:])
-    rows = kinds[:KINDS] + ([(f"{len(kinds) - KINDS} other kinds", rest)] if rest else [])
+    rest = sum(count for _, count in kinds[MAX_ERROR_KINDS:])
+    rows = kinds[:MAX_ERROR_KINDS] + ([(f"{len(kinds) - MAX_ERROR_KINDS} other kinds", rest)] if rest else [])
     title = "Failed requests by kind"
     return Figure(title, charts.bars(title, rows, "Failed requests"))
 
@@ -300,9 +304,9 @@ def _search(run: Run) -> Figure | None:
     found = run.find_max
     if found is None or len(found.probes) < 2:
         return None
-    unit = "requests due a second" if found.of == "rate" else "streams at a time"
+    unit = "requests due per second" if found.of == "rate" else "concurrent streams"
     best = [Limit(found.best, f"best: {found.best:g}")] if found.best is not None else []
     tried = [(probe.at, probe.met) for probe in found.probes]
-    title = "Loads tried, in order"
-    note = "A disc met the objective, a cross did not."
+    title = "Probed loads in order"
+    note = "Circle: the objective was met. Cross: it was missed."
     return Figure(title, charts.search(title, tried, Axis(unit, log=None), best), note)

@@ -1,4 +1,4 @@
-"""A report as a reader without eyes has it: tags, what they would load, headings and tables."""
+"""Parses a report: its tags, links, headings and tables."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import re
 from html.parser import HTMLParser
 from xml.etree import ElementTree as ET
 
-LOADING = {"src", "srcset", "href", "xlink:href", "action", "data", "poster", "background", "cite", "ping"}
+LINK_ATTRIBUTES = {"src", "srcset", "href", "xlink:href", "action", "data", "poster", "background", "cite", "ping"}
 VOID = {"meta", "link", "br", "img", "hr", "input"}
 
 
-class Page(HTMLParser):
+class ParsedReport(HTMLParser):
     def __init__(self, html: str) -> None:
         super().__init__()
         self.tags: set[str] = set()
         self.attributes: set[str] = set()
-        self.loads: list[str] = []
+        self.links: list[str] = []
         self.headings: list[str] = []
         self.tables: list[list[list[str]]] = []
         self.unclosed: list[str] = []
@@ -27,7 +27,7 @@ class Page(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.add(tag)
         self.attributes |= {name for name, _ in attrs}
-        self.loads += [value or "" for name, value in attrs if name in LOADING]
+        self.links += [value or "" for name, value in attrs if name in LINK_ATTRIBUTES]
         if tag not in VOID:
             self.unclosed.append(tag)
         if tag == "table":
@@ -53,7 +53,7 @@ class Page(HTMLParser):
         self._text.append(data)
 
     def rows(self, head: str) -> list[list[str]]:
-        """Of the one table with such a column."""
+        """The rows of the only table with this column."""
         (table,) = [table for table in self.tables if any(head in row for row in table[:2])]
         return table
 
@@ -61,6 +61,6 @@ class Page(HTMLParser):
         (row,) = [row for row in self.rows(head) if row[0] == name]
         return row
 
-    def drawings(self) -> list[ET.Element]:
-        """Raises ParseError if one is not well-formed."""
+    def charts(self) -> list[ET.Element]:
+        """The charts. Raises ParseError if one is not well-formed."""
         return [ET.fromstring(svg) for svg in self.svgs]

@@ -1,4 +1,4 @@
-"""A run as the suite would write it, of a server that is a few formulas; the same again from the same seed."""
+"""Runs in the format of the suite from a simulated server, reproducible by their seed."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from perf import figures
-from perf.gate import Measured
+from perf.aggregate import build_stage
+from perf.phases import Measurement
 from perf.records import Record
 from perf.results import (
     BatchAdvice,
@@ -37,7 +37,7 @@ ERRORS = ("http 429", "timeout", "connection reset")
 
 
 class Server:
-    """Its first token takes longer the more others are served, and so does every other."""
+    """TTFT and gaps grow with the number of requests in flight."""
 
     def __init__(self, seed: int, streaming: bool, tokens: int = 32, error_every: int = 0) -> None:
         self.random = np.random.default_rng(seed)
@@ -46,7 +46,7 @@ class Server:
         self.error_every = error_every
         self.served = 0
 
-    def answer(self, record: Record, at: float, busy: float) -> None:
+    def respond(self, record: Record, at: float, busy: float) -> None:
         self.served += 1
         record.sent = at
         first = at + float(self.random.gamma(9, (18 + 6 * busy) / 9)) / 1e3
@@ -63,39 +63,39 @@ class Server:
 
 
 def closed(server: Server, streams: int, requests: int, prompts: int = 1) -> list[Record]:
-    """Each stream sends its next request as soon as it has its answer."""
+    """Each stream sends its next request after its response."""
     free = [0.0001 * number for number in range(streams)]
     records = []
     for _ in range(requests):
         stream = free.index(min(free))
         record = Record(due=free[stream], prompts=prompts)
-        server.answer(record, record.due + 0.0002, streams)
+        server.respond(record, record.due + 0.0002, streams)
         free[stream] = (record.done or record.due + 0.05) + 0.0003
         records.append(record)
     return records
 
 
 def scheduled(server: Server, rate: float, requests: int) -> list[Record]:
-    """Poisson arrivals, however many are in flight; one in fifty is sent late."""
+    """Poisson arrivals; one request in fifty is sent late."""
     due = np.cumsum(server.random.exponential(1 / rate, requests))
     records = [Record(due=float(at)) for at in due]
     busy: list[float] = []
     for number, record in enumerate(records):
         sent = record.due + (0.006 if number % 50 == 49 else 0.0003)
         busy = [done for done in busy if done > sent]
-        server.answer(record, sent, 1 + len(busy))
+        server.respond(record, sent, 1 + len(busy))
         busy.append(record.done or sent)
     return records
 
 
 def stage(scenario: Scenario, name: str, load: Load, records: list[Record], slo: str | None) -> Stage:
-    """By the suite's own arithmetic."""
+    """Aggregated as by the suite."""
     window_s = max(record.done or 0.0 for record in records)
-    repeat = Measured(
-        0.0, window_s, 0.21 * window_s, warmup_requests=4, records=records, everybody=records, lags=[(0.1, 0.0008)]
+    repeat = Measurement(
+        0.0, window_s, 0.21 * window_s, warmup_requests=4, records=records, all_records=records, lags=[(0.1, 0.0008)]
     )
     seen = Resources(cpu_percent=71.5, memory_mib=2411.0)
-    return figures.stage(scenario, name, load, [repeat], seen, Slo.parse(slo) if slo else None)
+    return build_stage(scenario, name, load, [repeat], seen, Slo.parse(slo) if slo else None)
 
 
 def with_efficiency(stages: Sequence[Stage]) -> list[Stage]:
@@ -123,13 +123,13 @@ def run(
     hostile: bool = False,
     bare: bool = False,
 ) -> Run:
-    """`requests` are a stage's; `bare` leaves out all that may be missing."""
-    wanted = [*scenarios, *(["rate"] if open_loop else []), *(["batch-profile"] if batch_profile else [])]
-    stages = [one for scenario in wanted for one in stages_of(scenario, seed, requests, slo, errors, streaming)]
+    """`requests`: per stage. `bare` leaves out all optional values."""
+    names = [*scenarios, *(["rate"] if open_loop else []), *(["batch-profile"] if batch_profile else [])]
+    stages = [one for scenario in names for one in stages_of(scenario, seed, requests, slo, errors, streaming)]
     if client_limited:
-        said = ["1 % of the requests were sent 48 ms late or more", "its process used 93% of a core"]
-        stages[-1] = stages[-1].model_copy(update={"client": stages[-1].client.model_copy(update={"limited": said})})
-    made = Run(
+        reasons = ["1 % of the requests were sent 48 ms late or more", "the client used 93% of a core"]
+        stages[-1] = stages[-1].model_copy(update={"client": stages[-1].client.model_copy(update={"limited": reasons})})
+    result = Run(
         tool="perf.suite 1.0.0",
         started_at="2026-03-14T09:26:53Z",
         seconds=sum(stage.window_s for stage in stages),
@@ -155,8 +155,8 @@ def run(
         cost=_cost(stages[-1]) if cost else None,
         verdict=_verdict(stages, errors, client_limited),
     )
-    made = _bare(made) if bare else made
-    return _hostile(made) if hostile else made
+    result = _bare(result) if bare else result
+    return _hostile(result) if hostile else result
 
 
 @cache
@@ -207,7 +207,7 @@ def stages_of(scenario: str, seed: int, requests: int, slo: str | None, errors: 
 
 
 def _counted(stages: Sequence[Stage]) -> list[Tokens]:
-    """Of the last scenario the server counted seven tokens more."""
+    """In the last scenario the server counted seven more tokens."""
     found = []
     scenarios = list(dict.fromkeys(stage.scenario for stage in stages))
     for scenario in scenarios:
@@ -241,7 +241,7 @@ def _search(slo: str | None) -> FindMax:
         Probe(
             at=at,
             met=met,
-            why="all bounds hold" if met else f"ttft_p95 is {at * 13:.4g} ms, not below 250 ms",
+            why="all bounds are met" if met else f"ttft_p95 is {at * 13:.4g} ms, not below 250 ms",
             measured={"ttft_p95_ms": at * 11.4, "tpot_p95_ms": 12 + at, "tokens_per_s": at * 30},
         )
         for at, met in loads
@@ -250,7 +250,7 @@ def _search(slo: str | None) -> FindMax:
 
 
 def _advice() -> BatchAdvice:
-    return BatchAdvice(recommended=8, reason="Tokens a second rise by 6 % from 8 to 16 prompts, and latency by 71 %.")
+    return BatchAdvice(recommended=8, reason="Throughput rises by 6 % from 8 to 16 prompts, and latency by 71 %.")
 
 
 def _cost(stage: Stage) -> Cost:
@@ -269,11 +269,11 @@ def _cost(stage: Stage) -> Cost:
 def _verdict(stages: Sequence[Stage], errors: bool, client_limited: bool) -> Verdict:
     best = max(stages, key=lambda stage: stage.tokens_per_s)
     sentences = [
-        f"16 streams at a time meet the objective; at 32 the first token takes too long. "
-        f"The most it makes is {best.tokens_per_s:.0f} tokens/s, at {best.name}.",
-        "The queue gives out first: prompts wait for those before them.",
+        f"16 concurrent streams meet the objective; at 32 the first token takes too long. "
+        f"The highest throughput is {best.tokens_per_s:.0f} tokens/s, at {best.name}.",
+        "The queue is the limit: prompts wait for earlier ones.",
     ]
-    advice = ["Two replicas would carry twice the streams.", "Shorter prompts start sooner: try prefix caching."]
+    advice = ["Use two replicas for twice the streams.", "Try prefix caching: it skips the prefill of shared prefixes."]
     if client_limited:
         reasons = [f"{stages[-1].scenario}, {stages[-1].name}: the client was the bottleneck"]
         return Verdict(sentences=sentences, recommendations=advice, exit_code=4, reasons=reasons)
@@ -283,7 +283,7 @@ def _verdict(stages: Sequence[Stage], errors: bool, client_limited: bool) -> Ver
     return Verdict(sentences=sentences, recommendations=advice, exit_code=0)
 
 
-def _bare(made: Run) -> Run:
+def _bare(result: Run) -> Run:
     stripped: dict[str, Any] = {
         "timeline": [],
         "resources": None,
@@ -294,13 +294,13 @@ def _bare(made: Run) -> Run:
         "itl_quantiles_ms": [],
         "tokens_per_chunk": None,
     }
-    verdict = Verdict(sentences=["Nothing failed."], recommendations=[], exit_code=0)
-    stages = [stage.model_copy(update=stripped) for stage in made.stages]
-    return made.model_copy(update={"stages": stages, "verdict": verdict, "commit": None, "slo": None})
+    verdict = Verdict(sentences=["All requests finished."], recommendations=[], exit_code=0)
+    stages = [stage.model_copy(update=stripped) for stage in result.stages]
+    return result.model_copy(update={"stages": stages, "verdict": verdict, "commit": None, "slo": None})
 
 
-def _hostile(made: Run) -> Run:
-    """Every text that comes from outside."""
+def _hostile(result: Run) -> Run:
+    """All texts that come from outside contain markup and control characters."""
     stages = [
         stage.model_copy(
             update={
@@ -309,21 +309,21 @@ def _hostile(made: Run) -> Run:
                 "client": stage.client.model_copy(update={"limited": [HOSTILE]}),
             }
         )
-        for stage in made.stages
+        for stage in result.stages
     ]
-    target = made.target.model_copy(update={"url": HOSTILE, "model": HOSTILE, "server": HOSTILE})
-    machine = made.machine.model_copy(update={"processor": HOSTILE, "gpus": [HOSTILE], "system": HOSTILE})
-    words = {"sentences": [HOSTILE], "recommendations": [HOSTILE], "reasons": [HOSTILE], "exit_code": 1}
-    return made.model_copy(
+    target = result.target.model_copy(update={"url": HOSTILE, "model": HOSTILE, "server": HOSTILE})
+    machine = result.machine.model_copy(update={"processor": HOSTILE, "gpus": [HOSTILE], "system": HOSTILE})
+    verdict = {"sentences": [HOSTILE], "recommendations": [HOSTILE], "reasons": [HOSTILE], "exit_code": 1}
+    return result.model_copy(
         update={
             "stages": stages,
             "target": target,
             "machine": machine,
-            "verdict": made.verdict.model_copy(update=words),
+            "verdict": result.verdict.model_copy(update=verdict),
             "command": ["python", "-m", "perf.suite", "--prompt", HOSTILE],
             "commit": HOSTILE,
             "settings": {HOSTILE: HOSTILE, "nested": {"prompt": HOSTILE}},
-            "tokens": [row.model_copy(update={"server_metrics": {HOSTILE: 1.0}}) for row in made.tokens],
+            "tokens": [row.model_copy(update={"server_metrics": {HOSTILE: 1.0}}) for row in result.tokens],
             "tool": HOSTILE,
             "started_at": HOSTILE,
         }

@@ -1,4 +1,4 @@
-"""Runs as perf.suite writes them, made of given latencies."""
+"""Builds runs in the format of perf.suite from given latencies."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ def stage(
     limited: Sequence[str] = (),
     **fields: Any,
 ) -> Stage:
-    """Requests of `repeats` repeats of equal size, in their order, 0.1 s apart."""
+    """A stage whose requests are split evenly into `repeats` repeats and are due every 0.1 s."""
     count = len(ttft_ms)
     tpot_ms = [None] * count if tpot_ms is None else tpot_ms
     e2e = [1000.0] * count if e2e_ms is None else list(e2e_ms)
     tokens = [10] * count if tokens is None else tokens
-    each = -(-count // repeats)
+    per_repeat = -(-count // repeats)
     samples = Samples(
-        repeat=[number // each for number in range(count)],
-        due_s=[number % each * 0.1 for number in range(count)],
+        repeat=[number // per_repeat for number in range(count)],
+        due_s=[number % per_repeat * 0.1 for number in range(count)],
         ttft_ms=list(ttft_ms),
         tpot_ms=list(tpot_ms),
         e2e_ms=e2e,
@@ -52,7 +52,7 @@ def stage(
         tokens=list(tokens),
     )
     failed = sum((errors or {}).values())
-    given: dict[str, Any] = {
+    defaults: dict[str, Any] = {
         "scenario": "concurrency",
         "name": name,
         "load": CLOSED,
@@ -76,11 +76,11 @@ def stage(
         ),
         "samples": samples,
     }
-    return Stage(**(given | fields))
+    return Stage(**(defaults | fields))
 
 
 def rates(samples: Samples) -> list[float]:
-    """Of each repeat: its tokens, over the time to the end of its last answer."""
+    """Throughput of each repeat: its tokens over the time until its last response ended."""
     rows = list(zip(samples.repeat, samples.due_s, samples.e2e_ms, samples.tokens, strict=True))
     found = []
     for number in sorted(set(samples.repeat)):
@@ -90,7 +90,7 @@ def rates(samples: Samples) -> list[float]:
 
 
 def run(*stages: Stage, **fields: Any) -> Run:
-    given: dict[str, Any] = {
+    defaults: dict[str, Any] = {
         "tool": "serve_app perf 1.0",
         "started_at": "2026-11-27T06:00:00Z",
         "seconds": 60.0,
@@ -103,7 +103,7 @@ def run(*stages: Stage, **fields: Any) -> Run:
         "stages": list(stages),
         "verdict": Verdict(sentences=[], recommendations=[], exit_code=0),
     }
-    return Run(**(given | fields))
+    return Run(**(defaults | fields))
 
 
 def target(api: Literal["native", "openai", "tgi"] = "native", model: str = "smollm2-135m") -> Target:
