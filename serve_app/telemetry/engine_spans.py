@@ -42,8 +42,8 @@ class TracedAdmitter:
     def admit(self, streams: Sequence[TokenStream]) -> list[ServeAppError | None]:
         """Admit streams: see NativeEngine.admit. Called on the admission thread.
 
-        The span of a batch is a trace of its own. It has a link to the admission span of each traced request, and each of
-        these has a link to the batch.
+        The span of a batch is a trace of its own. It has a link to the admission span of each traced request, and that
+        span has a link to the batch.
         """
         traced = [stream for stream in streams if isinstance(stream, TracedStream)]
         if not traced:
