@@ -7,8 +7,7 @@ not traced has a plain TokenStream.
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from opentelemetry.context import Context
@@ -86,16 +85,15 @@ class TracedStream(TokenStream):
         if outcome is not None:
             self._failure = outcome.code
 
-    async def chunks(self, flush_interval_s: float) -> AsyncGenerator[Chunk, None]:
-        try:
-            async with aclosing(super().chunks(flush_interval_s)) as chunks:
-                async for chunk in chunks:
-                    first = self._first_at is None
-                    self._record(chunk)
-                    yield replace(chunk, began_ns=self._ns(self.arrived + chunk.queue_s)) if first else chunk
-        except ServeAppError as error:
-            self._failure = error.code
-            raise
+    def take(self) -> Chunk | ServeAppError | None:
+        item = super().take()
+        if isinstance(item, ServeAppError):
+            self._failure = item.code
+        if not isinstance(item, Chunk):
+            return item
+        first = self._first_at is None
+        self._record(item)
+        return replace(item, began_ns=self._ns(self.arrived + item.queue_s)) if first else item
 
     def close(self) -> None:
         """Close the stream and create the spans. Further calls do nothing."""

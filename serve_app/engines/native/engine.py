@@ -19,7 +19,7 @@ from serve_app.engines.native.scheduler import Scheduler
 from serve_app.engines.native.sequence import Runner, Sequence, Step
 from serve_app.engines.native.step_time import StepTimeModel
 from serve_app.engines.native.stream import Embedding, TokenStream, wake_all
-from serve_app.engines.text.prompt_details import shown
+from serve_app.engines.text.prompt_details import prompt_details
 from serve_app.engines.text.protocol import Text
 from serve_app.errors import (
     DeadlineExceeded,
@@ -339,7 +339,7 @@ def _make_sequence(stream: TokenStream, ids: list[int], runner: Runner) -> Seque
     )
     if refusal is not None:
         return refusal
-    prompt = shown(text, request, kept) if request.prompt_details else None
+    prompt = prompt_details(text, request, kept) if request.prompt_details else None
     if isinstance(prompt, ServeAppError):
         return prompt
     tool_use = None if request.tool_choice is None else text.tool_use(request.tool_choice, request.params)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -45,13 +45,14 @@ class TokenStream:
 
     The engine's thread calls `put` and `fail`, then wakes all streams of a step together. The event loop that created
     the stream does everything else, so that the model does not wait for it: `wake` detokenizes, looks for stop strings
-    and parses tool calls; the consumer reads `chunks` and calls `close`. The engine reads `closed` before every step
-    and frees the slot of a stream whose consumer left or that met a stop string. The request's max_tokens bounds the
-    number of tokens that wait here.
+    and parses tool calls; the consumer reads `chunks`, or calls `take` when `on_wake` was called, and calls `close`.
+    The engine reads `closed` before every step and frees the slot of a stream whose consumer left or that met a stop
+    string. The request's max_tokens bounds the number of tokens that wait here.
     """
 
     def __init__(self, request: GenerationRequest) -> None:
         self.request = request
+        self.on_wake: Callable[[], None] | None = None
         self.params = request.params
         self.arrived = request.arrived
         self.prompt_tokens = 0
@@ -101,9 +102,26 @@ class TokenStream:
         self._ready.set()
         if self._ended:
             self._end.set()
+        if self.on_wake is not None:
+            self.on_wake()
 
     def close(self) -> None:
         self.closed = True
+
+    @property
+    def ended(self) -> bool:
+        """Whether the last event, or the error that ends the request, has been processed."""
+        return self._ended
+
+    async def wait_ended(self) -> None:
+        await self._end.wait()
+
+    def take(self) -> Chunk | ServeAppError | None:
+        """What was processed since the last call: a chunk; after the last chunk the error that ended the request."""
+        if self._events or self._embedding is not None:
+            return self._take_chunk()
+        error, self._error = self._error, None
+        return error
 
     async def chunks(self, flush_interval_s: float) -> AsyncGenerator[Chunk, None]:
         """Yield the first token at once, and later tokens gathered for `flush_interval_s` seconds.
@@ -116,12 +134,14 @@ class TokenStream:
             await self._ready.wait()
             await self._gather(flush_at - loop.time())
             self._ready.clear()
-            if self._events or self._embedding is not None:
-                yield self._take_chunk()
+            item = self.take()
+            if isinstance(item, Chunk):
+                yield item
                 flush_at = loop.time() + flush_interval_s
+                item = self.take() if self._ended and not self._events else None
+            if isinstance(item, ServeAppError):
+                raise item
             if self._ended and not self._events:
-                if self._error is not None:
-                    raise self._error
                 return
 
     async def _gather(self, seconds: float) -> None:

@@ -38,6 +38,3 @@ def _as_sent(text: str, tokens: Seq[TextToken], kept: int) -> PromptDetails:
         for token, start in zip(tokens[-kept:], starts, strict=True)
     ]
     return PromptDetails(tuple(placed), text[first:])
-
-
-shown = prompt_details  # until engines/native imports the new name

@@ -6,15 +6,15 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import ConfigDict, Field
 
-from serve_app.api.native.schema import TokenId
-from serve_app.api.openai.schema import Message, TextPart, conversation
+from serve_app.api.openai.messages import Message, TextPart, to_prompt
+from serve_app.api.sampling import TokenId
 from serve_app.api.schema import Body, Nested
-from serve_app.core.queries import Tokenize
+from serve_app.core.queries import Detokenize, Tokenize
 from serve_app.core.requests import ChatPrompt, Prompt, TextPrompt
 from serve_app.errors import InvalidRequest
 
-# What TokenizeBody.question refuses, as a JSON schema.
-_ONE_OF_BOTH: Any = {
+# The rule of TokenizeBody.to_query as a JSON schema.
+_EITHER_PROMPT_OR_MESSAGES: Any = {
     "oneOf": [
         {"required": [one], "properties": {one: {"not": {"type": "null"}}, other: {"type": "null"}}}
         for one, other in (("prompt", "messages"), ("messages", "prompt"))
@@ -23,29 +23,28 @@ _ONE_OF_BOTH: Any = {
 
 
 class TokenizeBody(Body):
-    """`add_special_tokens` goes with a prompt: a chat's template writes its own."""
-
-    model_config = ConfigDict(json_schema_extra=_ONE_OF_BOTH)
+    model_config = ConfigDict(json_schema_extra=_EITHER_PROMPT_OR_MESSAGES)
 
     model: str | None = None
-    """Left out, the first of the configuration."""
+    """The name of the model. The default is the first model of the configuration."""
     prompt: str | None = None
     """A text."""
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)] | None = None
-    """A conversation, as the model's chat template writes it."""
+    """A conversation, for the model's chat template."""
     add_special_tokens: bool | None = None
-    """Whether the tokenizer puts its special tokens around a text; left out, it does."""
+    """Whether the tokenizer adds its special tokens to a text; the default is true. A chat template writes its own."""
     return_token_strs: bool = False
-    """Whether the text of each token is told."""
+    """Whether the text of each token is returned."""
 
     nested: ClassVar[Nested] = {"messages": Message, "content": TextPart}
 
-    def question(self) -> Tokenize:
-        """Raises InvalidRequest when fields contradict each other."""
+    def to_query(self) -> Tokenize:
+        """Raises InvalidRequest if fields contradict each other."""
         prompt = self._prompt()
         if isinstance(prompt, ChatPrompt) and self.add_special_tokens:
             raise InvalidRequest(
-                "add_special_tokens goes with prompt; a chat's template writes its own, leave it out",
+                "Field 'add_special_tokens' applies to 'prompt' only, because a chat template writes its own special "
+                "tokens. Leave it out.",
                 param="add_special_tokens",
             )
         return Tokenize(prompt, self.add_special_tokens is not False)
@@ -54,19 +53,25 @@ class TokenizeBody(Body):
         if self.messages is None and self.prompt is not None:
             return TextPrompt(self.prompt)
         if self.messages is None or self.prompt is not None:
-            raise InvalidRequest("send exactly one of prompt and messages", param="prompt")
-        return conversation(self.messages)
+            raise InvalidRequest("Send either 'prompt' or 'messages'.", param="prompt")
+        return to_prompt(self.messages)
 
 
 class TokenizeInputsBody(Body):
     model: str | None = None
-    """Left out, the first of the configuration."""
+    """The name of the model. The default is the first model of the configuration."""
     inputs: str
     """A text."""
+
+    def to_query(self) -> Tokenize:
+        return Tokenize(TextPrompt(self.inputs))
 
 
 class DetokenizeBody(Body):
     model: str | None = None
-    """Left out, the first of the configuration."""
+    """The name of the model. The default is the first model of the configuration."""
     tokens: Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
     """Token ids."""
+
+    def to_query(self) -> Detokenize:
+        return Detokenize(tuple(self.tokens))

@@ -1,4 +1,4 @@
-"""What a call's span and log line say, and that a call which is not sampled is left alone."""
+"""The span and the log line of a call, and calls that are not sampled."""
 
 from __future__ import annotations
 
@@ -21,29 +21,30 @@ from starlette.middleware import Middleware
 
 from serve_app.api.app import create_app
 from serve_app.errors import QueueFull
-from serve_app.telemetry.generation_spans import MOST_CONTENT
-from serve_app.telemetry.http_spans import Observe, ObservedGateway, arrival
+from serve_app.telemetry.generation_spans import MAX_CONTENT
+from serve_app.telemetry.http_spans import Observe, TracedEngine, TracedTelemetry, arrival
 
-from .scripted import ScriptedGateway, Wire, app_config, chunk
+from .scripted import Connection, ScriptedEngine, ScriptedTelemetry, app_config, chunk
 
 NOW = 1_700_000_000_123_456_000
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-"
 
 
-class Traced:
-    """The front door over a scripted gateway, and the spans of what went through it."""
+class TracedApp:
+    """The application over a scripted engine, with tracing, and the spans of its calls."""
 
     def __init__(self, capture: bool = False, tracer: Tracer | None = None, access_log: bool = True) -> None:
-        self.gateway = ScriptedGateway()
+        self.engine, self.telemetry = ScriptedEngine(), ScriptedTelemetry()
         self._exporter = InMemorySpanExporter()
         provider = TracerProvider(ParentBased(ALWAYS_ON), shutdown_on_exit=False)
         provider.add_span_processor(SimpleSpanProcessor(self._exporter))
         tracer = tracer or provider.get_tracer("test")
         config = app_config(warm_wait_s=30, heartbeat_s=0.02)
         layer = Middleware(Observe, tracer=tracer, access_log=access_log)
-        self.app: Starlette = create_app(ObservedGateway(self.gateway, tracer, capture), config, around=[layer])
+        traced = TracedEngine(self.engine, tracer, capture)
+        self.app: Starlette = create_app(traced, TracedTelemetry(self.telemetry), config, around=[layer])
 
-    async def ask(self, path: str, body: Any = None, method: str = "POST", **headers: str) -> httpx.Response:
+    async def call(self, path: str, body: Any = None, method: str = "POST", **headers: str) -> httpx.Response:
         transport = httpx.ASGITransport(self.app)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             return await client.request(method, path, json=body, headers=headers)
@@ -56,15 +57,15 @@ class Traced:
         return span
 
 
-def told(span: ReadableSpan) -> dict[str, Any]:
+def attributes(span: ReadableSpan) -> dict[str, Any]:
     return dict(span.attributes or {})
 
 
-async def test_a_call_is_told_by_the_pattern_of_its_route() -> None:
-    traced = Traced()
-    answer = await traced.ask("/v1/models/org/large?token=secret", method="GET", **{"x-request-id": "mine"})
+async def test_a_call_is_reported_with_the_pattern_of_its_route() -> None:
+    traced = TracedApp()
+    answer = await traced.call("/v1/models/org/large?token=secret", method="GET", **{"x-request-id": "mine"})
     span = traced.span("GET /v1/models/{id:path}")
-    assert told(span) == {
+    assert attributes(span) == {
         "http.request.method": "GET",
         "http.route": "/v1/models/{id:path}",
         "http.response.status_code": 200,
@@ -79,94 +80,94 @@ async def test_a_call_is_told_by_the_pattern_of_its_route() -> None:
     assert span.status.status_code is StatusCode.UNSET
 
 
-async def test_a_method_that_nobody_knows_makes_no_name() -> None:
-    traced = Traced()
-    assert (await traced.ask("/generate", method="BREW")).status_code == 405
-    assert told(traced.span("_OTHER /generate"))["http.request.method"] == "_OTHER"
+async def test_an_unknown_method_is_other() -> None:
+    traced = TracedApp()
+    assert (await traced.call("/generate", method="BREW")).status_code == 405
+    assert attributes(traced.span("_OTHER /generate"))["http.request.method"] == "_OTHER"
 
 
-async def test_a_generation_is_below_the_call_and_what_goes_on_names_it() -> None:
-    traced = Traced()
-    await traced.ask("/generate", {"prompt": "one two", "max_tokens": 5}, traceparent=PARENT + "01")
+async def test_a_generation_is_a_child_of_the_call_and_the_parent_of_the_request() -> None:
+    traced = TracedApp()
+    await traced.call("/generate", {"prompt": "one two", "max_tokens": 5}, traceparent=PARENT + "01")
     call, generation, queue = (traced.span(n) for n in ("POST /generate", "text_completion small", "queue"))
     assert call.parent is not None
     assert format_span_id(call.parent.span_id) == "b7ad6b7169203331"
     assert generation.parent == call.get_span_context()
     assert queue.parent == generation.get_span_context()
-    (request,) = traced.gateway.requests
+    (request,) = traced.engine.requests
     context = generation.get_span_context()
     assert context is not None
     assert request.traceparent == f"{PARENT[:36]}{format_span_id(context.span_id)}-01"
 
 
-async def test_a_call_that_is_not_sampled_reaches_the_gateway_as_it_came() -> None:
-    traced = Traced()
-    answer = await traced.ask("/generate", {"prompt": "hi"}, traceparent=PARENT + "00")
+async def test_a_call_that_is_not_sampled_is_not_traced() -> None:
+    traced = TracedApp()
+    answer = await traced.call("/generate", {"prompt": "hi"}, traceparent=PARENT + "00")
     assert "traceparent" not in answer.headers
-    assert traced.gateway.requests[0].traceparent == ""
+    assert traced.engine.requests[0].traceparent == ""
     assert traced._exporter.get_finished_spans() == ()
 
 
-async def test_an_error_in_band_is_the_calls() -> None:
-    traced = Traced()
-    traced.gateway.plays(chunk(["a"], None), RuntimeError("a secret"))
-    assert '"code":"internal_error"' in (await traced.ask("/generate_stream", {"prompt": "hi"})).text
+async def test_an_error_event_sets_the_error_of_the_call() -> None:
+    traced = TracedApp()
+    traced.engine.plays(chunk(["a"], None), RuntimeError("a secret"))
+    assert '"code":"internal_error"' in (await traced.call("/generate_stream", {"prompt": "hi"})).text
     for name in ("POST /generate_stream", "text_completion small"):
         span = traced.span(name)
-        assert told(span)["error.type"] == "internal_error"
+        assert attributes(span)["error.type"] == "internal_error"
         assert span.status.status_code is StatusCode.ERROR
         assert span.status.description is None
-    assert told(traced.span("text_completion small"))["gen_ai.usage.output_tokens"] == 1
+    assert attributes(traced.span("text_completion small"))["gen_ai.usage.output_tokens"] == 1
 
 
-async def test_a_refusal_is_no_fault_of_the_servers() -> None:
-    traced = Traced()
-    traced.gateway.plays(QueueFull("later", retry_after_s=1))
-    assert (await traced.ask("/generate", {"prompt": "hi"})).status_code == 429
+async def test_a_refused_request_is_no_error_of_the_server() -> None:
+    traced = TracedApp()
+    traced.engine.plays(QueueFull("later", retry_after_s=1))
+    assert (await traced.call("/generate", {"prompt": "hi"})).status_code == 429
     span = traced.span("POST /generate")
-    assert (told(span)["error.type"], span.status.status_code) == ("queue_full", StatusCode.UNSET)
+    assert (attributes(span)["error.type"], span.status.status_code) == ("queue_full", StatusCode.UNSET)
     assert traced.span("text_completion small").status.status_code is StatusCode.ERROR
 
 
 @pytest.mark.parametrize("path", ["/generate", "/generate_stream"])
-async def test_one_who_leaves_is_seen_to(path: str) -> None:
-    traced = Traced()
-    traced.gateway.plays(chunk(["a"], None), None)
-    wire = Wire(path, {"prompt": "hi"})
-    call = asyncio.create_task(traced.app(wire.scope, wire.receive, wire.send))
-    await asyncio.wait_for(traced.gateway.crowded.wait(), 5)
+async def test_a_disconnect_is_cancelled(path: str) -> None:
+    traced = TracedApp()
+    traced.engine.plays(chunk(["a"], None), None)
+    connection = Connection(path, {"prompt": "hi"})
+    call = asyncio.create_task(traced.app(connection.scope, connection.receive, connection.send))
+    await asyncio.wait_for(traced.engine.reached.wait(), 5)
     await asyncio.sleep(0.01)
-    wire.leave.set()
+    connection.disconnect.set()
     await asyncio.wait_for(call, 5)
     for name in (f"POST {path}", "text_completion small"):
         span = traced.span(name)
-        assert (told(span)["error.type"], span.status.status_code) == ("cancelled", StatusCode.UNSET)
-    assert told(traced.span(f"POST {path}")).get("http.response.status_code") == wire.status
+        assert (attributes(span)["error.type"], span.status.status_code) == ("cancelled", StatusCode.UNSET)
+    assert attributes(traced.span(f"POST {path}")).get("http.response.status_code") == connection.status
 
 
-async def test_one_who_cannot_be_written_to_has_left() -> None:
-    traced = Traced()
-    wire = Wire("/generate_stream", {"prompt": "one two"}, fail_at=1)
-    await asyncio.wait_for(traced.app(wire.scope, wire.receive, wire.send), 5)
-    assert told(traced.span("POST /generate_stream"))["error.type"] == "cancelled"
+async def test_a_failed_write_is_cancelled() -> None:
+    traced = TracedApp()
+    connection = Connection("/generate_stream", {"prompt": "one two"}, fail_at=1)
+    await asyncio.wait_for(traced.app(connection.scope, connection.receive, connection.send), 5)
+    assert attributes(traced.span("POST /generate_stream"))["error.type"] == "cancelled"
 
 
-async def test_a_call_that_is_stopped_from_outside_is_told_too() -> None:
-    traced = Traced()
-    traced.gateway.plays(None)
-    wire = Wire("/generate", {"prompt": "hi"})
-    call = asyncio.create_task(traced.app(wire.scope, wire.receive, wire.send))
-    await asyncio.wait_for(traced.gateway.crowded.wait(), 5)
+async def test_a_cancelled_call_is_cancelled() -> None:
+    traced = TracedApp()
+    traced.engine.plays(None)
+    connection = Connection("/generate", {"prompt": "hi"})
+    call = asyncio.create_task(traced.app(connection.scope, connection.receive, connection.send))
+    await asyncio.wait_for(traced.engine.reached.wait(), 5)
     call.cancel()
     with pytest.raises(asyncio.CancelledError):
         await call
-    assert told(traced.span("POST /generate"))["error.type"] == "cancelled"
+    assert attributes(traced.span("POST /generate"))["error.type"] == "cancelled"
 
 
-async def test_the_proxys_span_is_above_the_calls() -> None:
-    traced = Traced()
+async def test_the_span_of_the_proxy_is_the_parent_of_the_call() -> None:
+    traced = TracedApp()
     arrived = time.time_ns() // 1000 - 5000
-    await traced.ask("/health", method="GET", **{"x-request-start": f"t={arrived}"})
+    await traced.call("/health", method="GET", **{"x-request-start": f"t={arrived}"})
     call, proxy = traced.span("GET /health"), traced.span("proxy")
     assert call.parent == proxy.get_span_context()
     assert (proxy.parent, proxy.start_time, proxy.end_time) == (None, arrived * 1000, call.end_time)
@@ -182,7 +183,7 @@ async def test_the_proxys_span_is_above_the_calls() -> None:
         ("t=1699999999", 1_699_999_999_000_000_000),
         ("", None),
         ("1700000000123456", None),
-        ("t=1700000000123457", None),  # after now
+        ("t=1700000000123457", None),  # in the future
         ("t=1699999940", None),  # older than a minute
         ("t=17000000001234567", None),
         ("t=-700000000", None),
@@ -190,17 +191,17 @@ async def test_the_proxys_span_is_above_the_calls() -> None:
         ("t=" + "9" * 5000, None),
     ],
 )
-def test_an_instant_that_cannot_be_is_ignored(header: str, instant: int | None) -> None:
+def test_an_implausible_request_start_is_ignored(header: str, instant: int | None) -> None:
     assert arrival(header, NOW) == instant
 
 
-async def test_prompts_and_answers_are_told_only_if_asked_for() -> None:
-    silent, open_ = Traced(), Traced(capture=True)
+async def test_prompts_and_answers_are_captured_only_if_configured() -> None:
+    plain, capturing = TracedApp(), TracedApp(capture=True)
     messages = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hi there"}]
-    for traced in (silent, open_):
-        await traced.ask("/v1/chat/completions", {"messages": messages})
-    assert [name for name in told(silent.span("chat small")) if name.endswith("messages")] == []
-    span = told(open_.span("chat small"))
+    for traced in (plain, capturing):
+        await traced.call("/v1/chat/completions", {"messages": messages})
+    assert [name for name in attributes(plain.span("chat small")) if name.endswith("messages")] == []
+    span = attributes(capturing.span("chat small"))
     assert json.loads(span["gen_ai.input.messages"]) == [
         {"role": "system", "parts": [{"type": "text", "content": "be kind"}]},
         {"role": "user", "parts": [{"type": "text", "content": "hi there"}]},
@@ -213,43 +214,45 @@ async def test_prompts_and_answers_are_told_only_if_asked_for() -> None:
     }
 
 
-async def test_what_is_told_of_a_prompt_is_bounded_and_the_newest_of_it() -> None:
-    traced = Traced(capture=True)
-    traced.gateway.plays(chunk(["a" * MOST_CONTENT, "b"]))
-    messages = [{"role": "user", "content": letter * (MOST_CONTENT - 10)} for letter in "xyz"]
-    await traced.ask("/v1/chat/completions", {"messages": messages})
-    span = told(traced.span("chat small"))
-    told_messages = json.loads(span["gen_ai.input.messages"])
-    texts = [message["parts"][0]["content"] for message in told_messages]
-    assert texts == ["y" * 10, "z" * (MOST_CONTENT - 10)]
+async def test_captured_content_is_bounded_to_the_newest_messages() -> None:
+    traced = TracedApp(capture=True)
+    traced.engine.plays(chunk(["a" * MAX_CONTENT, "b"]))
+    messages = [{"role": "user", "content": letter * (MAX_CONTENT - 10)} for letter in "xyz"]
+    await traced.call("/v1/chat/completions", {"messages": messages})
+    span = attributes(traced.span("chat small"))
+    captured = json.loads(span["gen_ai.input.messages"])
+    texts = [message["parts"][0]["content"] for message in captured]
+    assert texts == ["y" * 10, "z" * (MAX_CONTENT - 10)]
     (answer,) = json.loads(span["gen_ai.output.messages"])
-    assert answer["parts"][0]["content"] == "a" * MOST_CONTENT
+    assert answer["parts"][0]["content"] == "a" * MAX_CONTENT
 
 
-async def test_calls_of_tools_are_told_in_the_conventions_form() -> None:
-    traced = Traced(capture=True)
+async def test_captured_tool_calls_have_the_conventions_form() -> None:
+    traced = TracedApp(capture=True)
     call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Paris"}'}}
     messages = [
         {"role": "user", "content": "how is it?"},
         {"role": "assistant", "content": None, "tool_calls": [call]},
         {"role": "tool", "content": "sunny", "tool_call_id": "c1"},
     ]
-    assert (await traced.ask("/v1/chat/completions", {"messages": messages})).status_code == 200
-    _, asked, told_of = json.loads(told(traced.span("chat small"))["gen_ai.input.messages"])
-    assert asked == {
+    assert (await traced.call("/v1/chat/completions", {"messages": messages})).status_code == 200
+    _, call_message, result = json.loads(attributes(traced.span("chat small"))["gen_ai.input.messages"])
+    assert call_message == {
         "role": "assistant",
         "parts": [{"type": "tool_call", "id": "c1", "name": "weather", "arguments": '{"city": "Paris"}'}],
     }
-    assert told_of == {
+    assert result == {
         "role": "tool",
         "parts": [{"type": "tool_call_response", "id": "c1", "response": "sunny"}],
     }
 
 
-async def test_a_call_has_a_log_line_without_any_tracing(caplog: pytest.LogCaptureFixture) -> None:
-    traced = Traced(tracer=NoOpTracer())
+async def test_a_call_has_a_log_line_without_tracing(
+    caplog: pytest.LogCaptureFixture, telemetry: ScriptedTelemetry
+) -> None:
+    traced = TracedApp(tracer=NoOpTracer())
     with caplog.at_level(logging.INFO, "serve_app.telemetry.http_spans"):
-        answer = await traced.ask("/generate", {"prompt": "hi", "max_tokens": -1})
+        answer = await traced.call("/generate", {"prompt": "hi", "max_tokens": -1})
     assert "traceparent" not in answer.headers
     (record,) = (record for record in caplog.records if record.name == "serve_app.telemetry.http_spans")
     assert record.getMessage() == "POST /generate 422"
