@@ -60,7 +60,7 @@ class ModelReplica:
         self._query_threads = ThreadPoolExecutor(_QUERY_THREADS, "query")
         self._admit.set_max_batch_size(model.batching.max_batch_size)
         self._admit.set_batch_wait_timeout_s(model.batching.batch_wait_timeout_s)
-        self._engine = NativeEngine(partial(_make_runner, model, self._report), model.engine, watch=self._steps.saw)
+        self._engine = NativeEngine(partial(_make_runner, model, self._report), model.engine, watch=self._steps.observe)
         self._admitter = self._telemetry.admitter(self._engine)
         try:
             await asyncio.to_thread(self._engine.start)

@@ -1,4 +1,4 @@
-"""What is counted of an engine's steps."""
+"""The metrics of engine steps, by phase."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def values(series: StepSeries) -> dict[str, float]:
 
 
 @pytest.mark.parametrize(("counts", "phase"), [((8, 3), "prefill"), ((1, 1, 1), "decode"), ((1, 1, 6), "mixed")])
-def test_a_step_is_counted_by_what_its_sequences_did(counts: tuple[int, ...], phase: str) -> None:
+def test_a_step_is_counted_in_the_phase_of_its_sequences(counts: tuple[int, ...], phase: str) -> None:
     series = StepSeries("m", "r")
-    series.saw(step(*counts), 0.25)
+    series.observe(step(*counts), 0.25)
     found = values(series)
     assert (found["batch_size_count"], found["batch_size_sum"]) == (1, len(counts))
     assert (found["batch_tokens_count"], found["batch_tokens_sum"]) == (1, sum(counts))
