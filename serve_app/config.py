@@ -24,7 +24,7 @@ class Section(BaseModel):
 
 
 class Autoscaling(Section):
-    """Ray Serve's autoscaling of replicas, with times in seconds. With `min_replicas: 0` an idle model has no replica."""
+    """Ray Serve's autoscaling, with times in seconds. With `min_replicas: 0` an idle model has no replica."""
 
     min_replicas: int = Field(1, ge=0)
     max_replicas: int = Field(1, ge=1)
