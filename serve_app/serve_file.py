@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError
@@ -103,7 +103,7 @@ def _sentence(path: str, message: str, kind: str) -> str:
 class _Loader(yaml.SafeLoader):
     """Refuses a mapping with a duplicate key. PyYAML itself takes the last of the values."""
 
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         keys = set[tuple[str, str]]()
         for key, _ in node.value:
