@@ -89,3 +89,7 @@ def internal_error(error: BaseException, request_id: str) -> InternalError:
     """The error that the caller gets in place of an unexpected exception, which is logged under the request id."""
     log.error("Request %s failed.", request_id, exc_info=error)
     return InternalError(f"The service failed on this request. Quote request {request_id} when you report the failure.")
+
+
+def deadline_exceeded(timeout_s: float) -> DeadlineExceeded:
+    return DeadlineExceeded(f"The request was not finished after {timeout_s:.0f} s.")
