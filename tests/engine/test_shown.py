@@ -4,73 +4,12 @@ import time
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, strategies as st
 
-from serve_app.core.events import PromptDetails, TextToken
-from serve_app.core.requests import ChatMessage, ChatPrompt, Prompt, SamplingParams, TextPrompt, TokenPrompt
+from serve_app.core.requests import SamplingParams
 from serve_app.engines.native.engine import MAX_PROMPT_LOGPROBS
-from serve_app.engines.text.prompt_details import shown
-from serve_app.engines.toy import END, ToyRunner, ToyText
+from serve_app.engines.toy import ToyRunner
 from serve_app.errors import InvalidRequest
 from tests.engines.native.helpers import admit, generate, read, request, running, streams
-
-TEXT = ToyText()
-
-
-def told(prompt: Prompt, kept: int | None = None, skip_special_tokens: bool = True) -> PromptDetails:
-    (ids,) = TEXT.encode([prompt])
-    assert isinstance(ids, list)
-    asked = replace(request(params=SamplingParams(skip_special_tokens=skip_special_tokens)), prompt=prompt)
-    found = shown(TEXT, asked, ids if kept is None else ids[-kept:])
-    assert isinstance(found, PromptDetails)
-    return found
-
-
-@given(st.text(st.characters(max_codepoint=127), min_size=1, max_size=20), st.data())
-def test_each_piece_is_where_it_says_in_what_is_left(text: str, data: st.DataObject) -> None:
-    kept = data.draw(st.integers(1, len(text)))
-    for prompt in (TextPrompt(text), TokenPrompt(tuple(text.encode()))):
-        found = told(prompt, kept)
-        assert found.text == text[-kept:]
-        assert "".join(found.text[piece.start : piece.end] for piece in found.tokens) == found.text
-        assert [piece.token_id for piece in found.tokens] == list(text[-kept:].encode())
-
-
-def test_tokens_are_shown_as_their_decoder_has_them() -> None:
-    """A character is there with its last token, and a special token if it is to be seen."""
-    ids = TokenPrompt((*"é".encode(), END, ord("x")))
-    assert told(ids).text == "éx"
-    assert [(piece.start, piece.end) for piece in told(ids).tokens] == [(0, 0), (0, 1), (1, 1), (1, 2)]
-    assert told(ids, skip_special_tokens=False).text == "é<end>x"
-
-
-def test_a_chat_is_shown_as_its_template_has_it() -> None:
-    assert told(ChatPrompt((ChatMessage("user", "hi"),))).text == "user: hi"
-
-
-class Marked(ToyText):
-    """Puts a sign before and after every text."""
-
-    def tokenize(self, prompt: Prompt, special_tokens: bool) -> tuple[TextToken, ...]:
-        pieces = super().tokenize(prompt, special_tokens)
-        assert isinstance(pieces, tuple)
-        sign = TextToken(END, "<end>", 0, 0)
-        return (sign, *pieces, sign) if special_tokens else pieces
-
-
-def test_signs_around_a_text_are_no_part_of_it() -> None:
-    found = shown(Marked(), request("ab"), [END, *b"ab", END])
-    assert isinstance(found, PromptDetails)
-    assert found.text == "ab"
-    assert [(piece.text, piece.start, piece.end) for piece in found.tokens] == [
-        ("<end>", 0, 0),
-        ("a", 0, 1),
-        ("b", 1, 2),
-        ("<end>", 1, 1),
-    ]
-
-
-# Through the engine
 
 
 async def test_a_prompt_is_told_once_and_first() -> None:
