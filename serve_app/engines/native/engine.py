@@ -8,35 +8,21 @@ import time
 from collections.abc import Callable, Sequence as Seq
 from dataclasses import asdict, dataclass
 from functools import partial
-from math import isfinite
-from typing import TypeVar, cast
+from typing import cast
 
 from serve_app.config import Engine as EngineConfig
 from serve_app.core.queries import A, Detokenize, GetModelInfo, ModelInfo, Query, Tokenize
-from serve_app.core.requests import Prompt
+from serve_app.engines.native.admission import guarded, make_sequences
 from serve_app.engines.native.kv_cache import KVCache
 from serve_app.engines.native.scheduler import Scheduler
 from serve_app.engines.native.sequence import Runner, Sequence, Step
 from serve_app.engines.native.step_time import StepTimeModel
 from serve_app.engines.native.stream import Embedding, TokenStream, wake_all
-from serve_app.engines.text.prompt_details import prompt_details
-from serve_app.engines.text.protocol import Text
-from serve_app.errors import (
-    DeadlineExceeded,
-    InternalError,
-    InvalidRequest,
-    NotReady,
-    PromptTooLong,
-    ServeAppError,
-)
+from serve_app.errors import InternalError, NotReady, ServeAppError
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 FAILURES_BEFORE_UNHEALTHY = 3
-# The most log probabilities, each with the text of its token, that one request may have of its prompt.
-MAX_PROMPT_LOGPROBS = 65_536
 
 
 class EngineStalled(Exception):
@@ -123,12 +109,7 @@ class NativeEngine:
         An admitted stream receives tokens or an error later. A fault in one request fails only that request, with
         InternalError; only KeyboardInterrupt and SystemExit are raised.
         """
-        now = self._clock()
-        made: list[Sequence | ServeAppError | None] = [_expired(stream, now) for stream in streams]
-        in_time = [number for number, refusal in enumerate(made) if refusal is None]
-        encoded = self._encode([streams[number].request.prompt for number in in_time])
-        for number, ids in zip(in_time, encoded, strict=True):
-            made[number] = ids if isinstance(ids, ServeAppError) else self._sequence(streams[number], ids)
+        made = make_sequences(streams, self._runner, self._clock())
         outcomes = [one if isinstance(one, ServeAppError) else None for one in made]
         with self._changed:
             if self._stopping:
@@ -139,7 +120,7 @@ class NativeEngine:
 
     def answer(self, query: Query[A]) -> A | ServeAppError:
         """The result of a query, or an error. Takes no step; raises only KeyboardInterrupt and SystemExit."""
-        result = _guarded(partial(self._answer, query), f"query {type(query).__name__}", "the query failed")
+        result = guarded(partial(self._answer, query), f"query {type(query).__name__}", "the query failed")
         return cast("A | ServeAppError", result)
 
     def check(self) -> None:
@@ -184,22 +165,6 @@ class NativeEngine:
             case GetModelInfo():
                 return ModelInfo(self._runner.context, text.vocabulary, text.special_ids)
         raise TypeError(f"unknown query {query!r}")
-
-    def _encode(self, prompts: list[Prompt]) -> list[list[int] | ServeAppError]:
-        """The token ids of each prompt. If the batched call fails, the prompts are tokenized one by one."""
-        text, what = self._runner.text, f"tokenization of {len(prompts)} prompts"
-        together = _guarded(partial(_encode_all, text, prompts), what, _UNREADABLE)
-        if not isinstance(together, ServeAppError):
-            return together
-        one_by_one = [
-            _guarded(partial(_encode_all, text, [prompt]), "tokenization of one prompt", _UNREADABLE)
-            for prompt in prompts
-        ]
-        return [result if isinstance(result, ServeAppError) else result[0] for result in one_by_one]
-
-    def _sequence(self, stream: TokenStream, ids: list[int]) -> Sequence | ServeAppError:
-        what = f"admission of request {stream.request.id}"
-        return _guarded(partial(_make_sequence, stream, ids, self._runner), what, _UNREADABLE)
 
     def _main(self) -> None:
         try:
@@ -292,29 +257,6 @@ class NativeEngine:
         self._fail_streams([(sequence, error) for sequence in (*new, *self._scheduler.drain())])
 
 
-_UNREADABLE = "the request could not be read"
-
-
-def _guarded(work: Callable[[], T | ServeAppError], what: str, message: str) -> T | ServeAppError:
-    """The result of `work`, or InternalError with `message` if it raises.
-
-    A panic of a Rust extension is a BaseException and no Exception.
-    """
-    try:
-        return work()
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException:
-        logger.exception("%s failed", what)
-        return InternalError(message)
-
-
-def _encode_all(text: Text, prompts: list[Prompt]) -> list[list[int] | ServeAppError]:
-    encoded = text.encode(prompts)
-    assert len(encoded) == len(prompts), f"{len(encoded)} results for {len(prompts)} prompts"
-    return encoded
-
-
 def _scheduler(runner: Runner, config: EngineConfig) -> Scheduler:
     return Scheduler(
         KVCache(runner.slots, runner.kv_tokens),
@@ -323,86 +265,4 @@ def _scheduler(runner: Runner, config: EngineConfig) -> Scheduler:
         StepTimeModel(),
         config.draft_tokens,
         config.prefix_cache,
-    )
-
-
-def _make_sequence(stream: TokenStream, ids: list[int], runner: Runner) -> Sequence | ServeAppError:
-    """Open the stream and make the sequence of a prompt with token ids `ids`, or return why the request is refused."""
-    text, request = runner.text, stream.request
-    kept = _truncate(ids, request.truncate_prompt_tokens, runner.context)
-    if isinstance(kept, ServeAppError):
-        return kept
-    refusal = (
-        _too_long(len(kept), runner.context)
-        or _invalid_bias(request.params.logit_bias, text.vocabulary)
-        or _too_many_logprobs(len(kept), request.params.prompt_logprobs)
-    )
-    if refusal is not None:
-        return refusal
-    prompt = prompt_details(text, request, kept) if request.prompt_details else None
-    if isinstance(prompt, ServeAppError):
-        return prompt
-    tool_use = None if request.tool_choice is None else text.tool_use(request.tool_choice, request.params)
-    if isinstance(tool_use, ServeAppError):
-        return tool_use
-    params = request.params if tool_use is None else tool_use.params
-    grammar = params.grammar if tool_use is None else tool_use.grammar
-    constraint = None if grammar is None else text.constraint(grammar, params.ignore_eos)
-    if isinstance(constraint, ServeAppError):
-        return constraint
-    stream.open(len(kept), text.decoder(kept, params.skip_special_tokens), prompt, tool_use)
-    return Sequence(stream, kept, text.end_ids, runner.context, constraint)
-
-
-def _truncate(ids: list[int], keep: int | None, context: int) -> list[int] | ServeAppError:
-    """The last `keep` token ids: all for None, and as many as the context allows for -1."""
-    if keep is None:
-        return ids
-    if keep < 1 and keep != -1:
-        message = "truncate_prompt_tokens is at least 1, or -1 for as many as the model takes"
-        return InvalidRequest(message, param="truncate_prompt_tokens")
-    return ids[-(context - 1 if keep == -1 else keep) :]
-
-
-def _expired(stream: TokenStream, now: float) -> ServeAppError | None:
-    request = stream.request
-    if now < request.deadline:
-        return None
-    return DeadlineExceeded(
-        f"the request waited for its whole time limit of {request.timeout_s:.0f} s before the model received it; "
-        "try again when the service is less busy"
-    )
-
-
-def _invalid_bias(biases: Seq[tuple[int, float]], vocabulary: int) -> ServeAppError | None:
-    for token, bias in biases:
-        if not 0 <= token < vocabulary:
-            return InvalidRequest(f"token id {token} is outside 0 to {vocabulary - 1}", param="logit_bias")
-        if not isfinite(bias):
-            return InvalidRequest(f"the bias of token {token} is not a finite number", param="logit_bias")
-    return None
-
-
-def _too_many_logprobs(tokens: int, alternatives: int | None) -> ServeAppError | None:
-    if alternatives is None:
-        return None
-    if alternatives < 0:
-        return InvalidRequest("prompt_logprobs is at least 0", param="prompt_logprobs")
-    most = MAX_PROMPT_LOGPROBS // tokens - 1
-    if alternatives <= most:
-        return None
-    return InvalidRequest(
-        f"prompt_logprobs {alternatives} is too many for a prompt of {tokens} tokens; "
-        + (f"ask for at most {most}" if most >= 0 else f"shorten the prompt to at most {MAX_PROMPT_LOGPROBS} tokens"),
-        param="prompt_logprobs",
-    )
-
-
-def _too_long(tokens: int, context: int) -> ServeAppError | None:
-    if tokens < context:
-        return None
-    return PromptTooLong(
-        f"the prompt has {tokens} tokens; the model's context of {context} tokens includes the answer, so a prompt has "
-        f"at most {context - 1} tokens",
-        param="prompt",
     )
