@@ -195,6 +195,8 @@ class Limits(Section):
     request_timeout_s: float = Field(600, gt=0)
     warm_wait_s: float = Field(30, gt=0)
     heartbeat_s: float = Field(5, gt=0, le=10)
+    upload_timeout_s: float = Field(30, gt=0)
+    stalled_client_s: float = Field(60, gt=0)
 
 
 class Tracing(Section):

@@ -1,4 +1,4 @@
-"""The loop: one thread owns the model and takes all sequences one step further at a time."""
+"""The engine's thread: it owns the model and advances all sequences together, one step at a time."""
 
 from __future__ import annotations
 
@@ -7,24 +7,36 @@ import threading
 import time
 from collections.abc import Callable, Sequence as Seq
 from dataclasses import asdict, dataclass
+from functools import partial
 from math import isfinite
-from typing import cast
+from typing import TypeVar, cast
 
 from serve_app.config import Engine as EngineConfig
 from serve_app.core.queries import A, Detokenize, GetModelInfo, ModelInfo, Query, Tokenize
+from serve_app.core.requests import Prompt
 from serve_app.engines.native.kv_cache import KVCache
 from serve_app.engines.native.scheduler import Scheduler
 from serve_app.engines.native.sequence import Runner, Sequence, Step
 from serve_app.engines.native.step_time import StepTimeModel
-from serve_app.engines.native.stream import Embedded, TokenStream, wake_all
-from serve_app.engines.text.prompt_details import shown
-from serve_app.errors import InternalError, InvalidRequest, NotReady, PromptTooLong, ServeAppError
+from serve_app.engines.native.stream import Embedding, TokenStream, wake_all
+from serve_app.engines.text.prompt_details import prompt_details
+from serve_app.engines.text.protocol import Text
+from serve_app.errors import (
+    DeadlineExceeded,
+    InternalError,
+    InvalidRequest,
+    NotReady,
+    PromptTooLong,
+    ServeAppError,
+)
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 FAILURES_BEFORE_UNHEALTHY = 3
-# Names of tokens and numbers that one request may be told of its prompt.
-MOST_TOLD = 65_536
+# The most log probabilities, each with the text of its token, that one request may have of its prompt.
+MAX_PROMPT_LOGPROBS = 65_536
 
 
 class EngineStalled(Exception):
@@ -33,10 +45,11 @@ class EngineStalled(Exception):
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """One look at the engine. Counters count from its start.
+    """A snapshot of the engine. Counters count from its start.
 
-    `busy_s` is the time of steps, from plan to commit; `planning_s` of it went before the model, and `telling_s` was
-    spent after it, on taking tokens in and handing them out.
+    `arena_tokens` is the number of tokens that the KV cache can hold. `busy_s` is the time of all steps from plan to
+    commit, of which `planning_s` passed before the model ran. `telling_s` is the time after the steps in which their
+    results were sent to the streams.
     """
 
     running: int
@@ -59,12 +72,12 @@ class EngineStats:
     failed_steps: int
 
 
-class Engine:
+class NativeEngine:
     """Continuous batching over one Runner.
 
-    `make_runner` is called on the engine's own thread, because torch's thread pools belong to the
-    thread that first used them, and so is `watch`, with every step that succeeded and its seconds. Everything else may
-    be called from any thread, once `start` has returned; `stop` at any time.
+    The engine's own thread calls `make_runner`, because torch's thread pools belong to the thread that first used
+    them, and `watch`, with every step that succeeded and its seconds. All other methods may be called from any thread
+    once `start` has returned; `stop` may be called at any time.
     """
 
     def __init__(
@@ -78,7 +91,7 @@ class Engine:
         self._config = config
         self._clock = clock
         self._watch = watch
-        self._inbox: list[Sequence] = []
+        self._new: list[Sequence] = []
         self._changed = threading.Condition()
         self._stopping = False
         self._loaded = threading.Event()
@@ -90,14 +103,14 @@ class Engine:
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
 
     def start(self) -> None:
-        """Load the model and start the loop. Returns when it can answer; raises what loading raised."""
+        """Load the model and start the thread. Returns when the engine is ready; raises what loading raised."""
         self._thread.start()
         self._loaded.wait()
         if self._load_error is not None:
             raise self._load_error
 
     def stop(self, timeout_s: float = 30) -> None:
-        """End the loop after the step under way; what is unfinished gets an error."""
+        """End the thread after the current step. Unfinished requests end with NotReady."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
@@ -105,46 +118,52 @@ class Engine:
             self._thread.join(timeout_s)
 
     def admit(self, streams: Seq[TokenStream]) -> list[ServeAppError | None]:
-        """Tokenise the prompts of several streams together and queue them: one outcome each, never raises.
+        """Tokenize the prompts of several streams together and queue them; the reason of refusal of each, or None.
 
-        None is success: tokens, or an error, will arrive on the stream.
+        An admitted stream receives tokens or an error later. A fault in one request fails only that request, with
+        InternalError; only KeyboardInterrupt and SystemExit are raised.
         """
-        try:
-            return self._admit(streams)
-        except Exception:
-            logger.exception("admission failed")
-            return [InternalError("the request could not be read") for _ in streams]
+        now = self._clock()
+        made: list[Sequence | ServeAppError | None] = [_expired(stream, now) for stream in streams]
+        in_time = [number for number, refusal in enumerate(made) if refusal is None]
+        encoded = self._encode([streams[number].request.prompt for number in in_time])
+        for number, ids in zip(in_time, encoded, strict=True):
+            made[number] = ids if isinstance(ids, ServeAppError) else self._sequence(streams[number], ids)
+        outcomes = [one if isinstance(one, ServeAppError) else None for one in made]
+        with self._changed:
+            if self._stopping:
+                return [outcome or NotReady("this replica is shutting down", retry_after_s=1) for outcome in outcomes]
+            self._new.extend(one for one in made if isinstance(one, Sequence))
+            self._changed.notify()
+        return outcomes
 
-    def answer(self, question: Query[A]) -> A | ServeAppError:
-        """What the question's class promises, or why it cannot be had. Takes no step; never raises."""
-        try:
-            return cast("A | ServeAppError", self._answer(question))
-        except Exception:
-            logger.exception("the question %s failed", type(question).__name__)
-            return InternalError("the question could not be answered")
+    def answer(self, query: Query[A]) -> A | ServeAppError:
+        """The result of a query, or an error. Takes no step; raises only KeyboardInterrupt and SystemExit."""
+        result = _guarded(partial(self._answer, query), f"query {type(query).__name__}", "the query failed")
+        return cast("A | ServeAppError", result)
 
     def check(self) -> None:
-        """Raises EngineStalled when steps fail one after another or the thread has ended."""
+        """Raises EngineStalled if the last steps all failed or the thread has ended."""
         if not self._thread.is_alive():
             raise EngineStalled("the engine's thread has ended")
         if self._failures_in_a_row >= FAILURES_BEFORE_UNHEALTHY:
             raise EngineStalled(f"{self._failures_in_a_row} steps failed in a row")
 
     def step_age(self) -> float:
-        """Seconds since the step under way began; 0 between steps."""
+        """Seconds since the current step began; 0 between steps."""
         started = self._step_started
         return 0.0 if started is None else self._clock() - started
 
     @property
     def kind(self) -> str:
-        """How steps run: `lean`, `packed` or `toy`."""
+        """How steps are computed: `fused`, `transformers` or `toy`."""
         return self._runner.kind
 
     def stats(self) -> EngineStats:
         scheduler, runner = self._scheduler, self._runner
         return EngineStats(
             running=scheduler.running,
-            waiting=scheduler.waiting + len(self._inbox),
+            waiting=scheduler.waiting + len(self._new),
             slots=runner.slots,
             tokens_held=scheduler.tokens_held,
             arena_tokens=runner.kv_tokens,
@@ -155,91 +174,67 @@ class Engine:
             **self._counts,
         )
 
-    def _answer(self, question: Query[A]) -> object:
+    def _answer(self, query: Query[A]) -> object:
         text = self._runner.text
-        match question:
+        match query:
             case Tokenize(prompt, special_tokens):
                 return text.tokenize(prompt, special_tokens)
             case Detokenize(token_ids, skip_special_tokens):
                 return text.detokenize(token_ids, skip_special_tokens)
             case GetModelInfo():
-                return ModelInfo(self._runner.context, text.vocabulary, text.special_ids, text.tools)
-        raise TypeError(f"{question!r} is no question to a model")
+                return ModelInfo(self._runner.context, text.vocabulary, text.special_ids)
+        raise TypeError(f"unknown query {query!r}")
 
-    def _admit(self, streams: Seq[TokenStream]) -> list[ServeAppError | None]:
-        encoded = self._runner.text.encode([stream.request.prompt for stream in streams])
-        made = [
-            ids if isinstance(ids, ServeAppError) else self._sequence(stream, ids)
-            for stream, ids in zip(streams, encoded, strict=True)
+    def _encode(self, prompts: list[Prompt]) -> list[list[int] | ServeAppError]:
+        """The token ids of each prompt. If the batched call fails, the prompts are tokenized one by one."""
+        text, what = self._runner.text, f"tokenization of {len(prompts)} prompts"
+        together = _guarded(partial(_encode_all, text, prompts), what, _UNREADABLE)
+        if not isinstance(together, ServeAppError):
+            return together
+        one_by_one = [
+            _guarded(partial(_encode_all, text, [prompt]), "tokenization of one prompt", _UNREADABLE)
+            for prompt in prompts
         ]
-        outcomes = [one if isinstance(one, ServeAppError) else None for one in made]
-        arrivals = [one for one in made if isinstance(one, Sequence)]
-        with self._changed:
-            if self._stopping:
-                return [outcome or NotReady("this replica is shutting down", retry_after_s=1) for outcome in outcomes]
-            self._inbox.extend(arrivals)
-            self._changed.notify()
-        return outcomes
+        return [result if isinstance(result, ServeAppError) else result[0] for result in one_by_one]
 
     def _sequence(self, stream: TokenStream, ids: list[int]) -> Sequence | ServeAppError:
-        """A sequence for a prompt, its stream opened; or why there can be none."""
-        text, context, params = self._runner.text, self._runner.context, stream.request.params
-        keep = stream.request.truncate_prompt_tokens
-        if keep is not None:
-            if keep < 1 and keep != -1:
-                message = "truncate_prompt_tokens is at least 1, or -1 for as many as the model takes"
-                return InvalidRequest(message, param="truncate_prompt_tokens")
-            ids = ids[-(context - 1 if keep == -1 else keep) :]
-        refusal = (
-            _too_long(len(ids), context)
-            or _wrong_bias(params.logit_bias, text.vocabulary)
-            or _tells_too_much(len(ids), params.prompt_logprobs)
-        )
-        if refusal is not None:
-            return refusal
-        prompt = shown(text, stream.request, ids) if stream.request.prompt_details else None
-        if isinstance(prompt, ServeAppError):
-            return prompt
-        constraint = None if params.grammar is None else text.constraint(params.grammar, params.ignore_eos)
-        if isinstance(constraint, ServeAppError):
-            return constraint
-        stream.open(len(ids), text.decoder(ids, params.skip_special_tokens), prompt)
-        return Sequence(stream, ids, text.end_ids, context, constraint)
+        what = f"admission of request {stream.request.id}"
+        return _guarded(partial(_make_sequence, stream, ids, self._runner), what, _UNREADABLE)
 
     def _main(self) -> None:
         try:
             self._runner = self._make_runner()
             self._scheduler = _scheduler(self._runner, self._config)
-        except BaseException as error:  # noqa: BLE001 - handed to start(), which raises it to the caller
+        except BaseException as error:  # noqa: BLE001 - start() raises it to its caller
             self._load_error = error
             return
         finally:
             self._loaded.set()
         try:
             while self._wait_for_work():
-                self._turn()
+                self._step()
         finally:
             self._end()
 
     def _wait_for_work(self) -> bool:
         with self._changed:
-            while not self._stopping and not self._inbox and self._scheduler.idle:
-                self._scheduler.check()
+            while not self._stopping and not self._new and self._scheduler.idle:
+                self._scheduler.check_slots()
                 self._changed.wait()
-            arrivals, self._inbox = self._inbox, []
+            new, self._new = self._new, []
             stopping = self._stopping
         refused = []
-        for sequence in arrivals:
+        for sequence in new:
             refusal = self._scheduler.add(sequence)
             if refusal is not None:
                 refused.append((sequence, refusal))
-        self._tell(refused)
+        self._fail_streams(refused)
         return not stopping
 
-    def _turn(self) -> None:
-        """Let go of who left, plan, run, commit, tell."""
+    def _step(self) -> None:
+        """Remove ended sequences, plan a step, run it, commit it and send its results to the streams."""
         now = self._clock()
-        self._tell(self._scheduler.sweep(now))
+        self._fail_streams(self._scheduler.remove_ended(now))
         step = self._scheduler.plan(now)
         if not step.advances:
             return
@@ -248,28 +243,30 @@ class Engine:
         try:
             outcomes = self._runner.run(step)
             done = self._clock()
-            news = self._scheduler.commit(step, outcomes, done)
-        except Exception:
+            results = self._scheduler.commit(step, outcomes, done)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException:
             logger.exception("step of %d rows failed", step.rows)
-            self._fail(step)
+            self._fail_step(step)
             return
         finally:
             self._step_started = None
-        for sequence, told in news:
-            if isinstance(told, ServeAppError):
-                sequence.stream.fail(told)
+        for sequence, result in results:
+            if isinstance(result, ServeAppError):
+                sequence.stream.fail(result)
             else:
-                sequence.stream.put(told)
-        wake_all(sequence.stream for sequence, _ in news)
-        self._count(step, sum(not isinstance(told, Embedded) for _, told in news), done - now)
+                sequence.stream.put(result)
+        wake_all(sequence.stream for sequence, _ in results)
+        self._count(step, sum(not isinstance(result, Embedding) for _, result in results), done - now)
         self._seconds["planning_s"] += planned - now
         self._seconds["telling_s"] += self._clock() - done
 
-    def _fail(self, step: Step) -> None:
+    def _fail_step(self, step: Step) -> None:
         self._failures_in_a_row += 1
         self._counts["failed_steps"] += 1
-        lost = self._scheduler.fail(step)
-        self._tell([(s, InternalError("the model failed on this step; the request was ended")) for s in lost])
+        error = InternalError("the model failed on this step; the request was ended")
+        self._fail_streams([(sequence, error) for sequence in self._scheduler.fail(step)])
 
     def _count(self, step: Step, generated: int, seconds: float) -> None:
         self._failures_in_a_row = 0
@@ -282,7 +279,7 @@ class Engine:
         if self._watch is not None:
             self._watch(step, seconds)
 
-    def _tell(self, ended: list[tuple[Sequence, ServeAppError]]) -> None:
+    def _fail_streams(self, ended: list[tuple[Sequence, ServeAppError]]) -> None:
         for sequence, error in ended:
             sequence.stream.fail(error)
         wake_all(sequence.stream for sequence, _ in ended)
@@ -290,19 +287,94 @@ class Engine:
     def _end(self) -> None:
         with self._changed:
             self._stopping = True
-            left, self._inbox = self._inbox, []
+            new, self._new = self._new, []
         error = NotReady("this replica is shutting down; send the request again", retry_after_s=1)
-        self._tell([(sequence, error) for sequence in (*left, *self._scheduler.drain())])
+        self._fail_streams([(sequence, error) for sequence in (*new, *self._scheduler.drain())])
+
+
+_UNREADABLE = "the request could not be read"
+
+
+def _guarded(work: Callable[[], T | ServeAppError], what: str, message: str) -> T | ServeAppError:
+    """The result of `work`, or InternalError with `message` if it raises.
+
+    A panic of a Rust extension is a BaseException and no Exception.
+    """
+    try:
+        return work()
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException:
+        logger.exception("%s failed", what)
+        return InternalError(message)
+
+
+def _encode_all(text: Text, prompts: list[Prompt]) -> list[list[int] | ServeAppError]:
+    encoded = text.encode(prompts)
+    assert len(encoded) == len(prompts), f"{len(encoded)} results for {len(prompts)} prompts"
+    return encoded
 
 
 def _scheduler(runner: Runner, config: EngineConfig) -> Scheduler:
-    arena = KVCache(runner.slots, runner.kv_tokens)
     return Scheduler(
-        arena, config.max_step_tokens, config.max_waiting, StepTimeModel(), config.draft_tokens, config.prefix_cache
+        KVCache(runner.slots, runner.kv_tokens),
+        config.max_step_tokens,
+        config.max_waiting,
+        StepTimeModel(),
+        config.draft_tokens,
+        config.prefix_cache,
     )
 
 
-def _wrong_bias(biases: Seq[tuple[int, float]], vocabulary: int) -> ServeAppError | None:
+def _make_sequence(stream: TokenStream, ids: list[int], runner: Runner) -> Sequence | ServeAppError:
+    """Open the stream and make the sequence of a prompt with token ids `ids`, or return why the request is refused."""
+    text, request = runner.text, stream.request
+    kept = _truncate(ids, request.truncate_prompt_tokens, runner.context)
+    if isinstance(kept, ServeAppError):
+        return kept
+    refusal = (
+        _too_long(len(kept), runner.context)
+        or _invalid_bias(request.params.logit_bias, text.vocabulary)
+        or _too_many_logprobs(len(kept), request.params.prompt_logprobs)
+    )
+    if refusal is not None:
+        return refusal
+    prompt = prompt_details(text, request, kept) if request.prompt_details else None
+    if isinstance(prompt, ServeAppError):
+        return prompt
+    tool_use = None if request.tool_choice is None else text.tool_use(request.tool_choice, request.params)
+    if isinstance(tool_use, ServeAppError):
+        return tool_use
+    params = request.params if tool_use is None else tool_use.params
+    grammar = params.grammar if tool_use is None else tool_use.grammar
+    constraint = None if grammar is None else text.constraint(grammar, params.ignore_eos)
+    if isinstance(constraint, ServeAppError):
+        return constraint
+    stream.open(len(kept), text.decoder(kept, params.skip_special_tokens), prompt, tool_use)
+    return Sequence(stream, kept, text.end_ids, runner.context, constraint)
+
+
+def _truncate(ids: list[int], keep: int | None, context: int) -> list[int] | ServeAppError:
+    """The last `keep` token ids: all for None, and as many as the context allows for -1."""
+    if keep is None:
+        return ids
+    if keep < 1 and keep != -1:
+        message = "truncate_prompt_tokens is at least 1, or -1 for as many as the model takes"
+        return InvalidRequest(message, param="truncate_prompt_tokens")
+    return ids[-(context - 1 if keep == -1 else keep) :]
+
+
+def _expired(stream: TokenStream, now: float) -> ServeAppError | None:
+    request = stream.request
+    if now < request.deadline:
+        return None
+    return DeadlineExceeded(
+        f"the request waited for its whole time limit of {request.timeout_s:.0f} s before the model received it; "
+        "try again when the service is less busy"
+    )
+
+
+def _invalid_bias(biases: Seq[tuple[int, float]], vocabulary: int) -> ServeAppError | None:
     for token, bias in biases:
         if not 0 <= token < vocabulary:
             return InvalidRequest(f"token id {token} is outside 0 to {vocabulary - 1}", param="logit_bias")
@@ -311,17 +383,17 @@ def _wrong_bias(biases: Seq[tuple[int, float]], vocabulary: int) -> ServeAppErro
     return None
 
 
-def _tells_too_much(tokens: int, alternatives: int | None) -> ServeAppError | None:
+def _too_many_logprobs(tokens: int, alternatives: int | None) -> ServeAppError | None:
     if alternatives is None:
         return None
     if alternatives < 0:
         return InvalidRequest("prompt_logprobs is at least 0", param="prompt_logprobs")
-    most = MOST_TOLD // tokens - 1
+    most = MAX_PROMPT_LOGPROBS // tokens - 1
     if alternatives <= most:
         return None
     return InvalidRequest(
-        f"{alternatives} alternatives for each of {tokens} tokens are more than one answer tells; "
-        + (f"ask for at most {most}" if most >= 0 else f"shorten the prompt to at most {MOST_TOLD} tokens"),
+        f"prompt_logprobs {alternatives} is too many for a prompt of {tokens} tokens; "
+        + (f"ask for at most {most}" if most >= 0 else f"shorten the prompt to at most {MAX_PROMPT_LOGPROBS} tokens"),
         param="prompt_logprobs",
     )
 
@@ -330,6 +402,7 @@ def _too_long(tokens: int, context: int) -> ServeAppError | None:
     if tokens < context:
         return None
     return PromptTooLong(
-        f"the prompt has {tokens} tokens; this model takes {context} with the answer, so at most {context - 1}",
+        f"the prompt has {tokens} tokens; the model's context of {context} tokens includes the answer, so a prompt has "
+        f"at most {context - 1} tokens",
         param="prompt",
     )
