@@ -52,6 +52,8 @@ BOUNDS: dict[str, list[float]] = {
     "limits.request_timeout_s": [0],
     "limits.warm_wait_s": [0],
     "limits.heartbeat_s": [0, 10.1],
+    "limits.upload_timeout_s": [0],
+    "limits.stalled_client_s": [0],
     "telemetry.tracing.sampling_ratio": [-0.1, 1.1],
     "models.0.sampling_defaults.temperature": [-0.1, 2.1],
     "models.0.sampling_defaults.top_p": [0, 1.1],

@@ -35,7 +35,12 @@ def sections(section: type[Section], path: str = "") -> Iterator[tuple[str, type
                 yield from sections(kind, f"{below}{suffix}")
 
 
-SECTIONS = {"http_options": HttpOptions, "applications[]": Application, "args": AppConfig, **dict(sections(AppConfig))}
+SECTIONS: dict[str, type[Section]] = {
+    "http_options": HttpOptions,
+    "applications[]": Application,
+    "args": AppConfig,
+    **dict(sections(AppConfig)),
+}
 
 
 def type_of(annotation: Any) -> str:
