@@ -1,1 +1,1 @@
-"""Load tests of an LLM service as a black box over HTTP: nothing here knows what serve_app is made of."""
+"""Load tests of an LLM service over HTTP; imports nothing of serve_app."""

@@ -1,4 +1,4 @@
-"""When requests are due: endless schedules of open loops, in seconds from the start, each by its seed."""
+"""Arrival schedules of open loops: seconds from the start at which requests are due, endless and seeded."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-_AT_ONCE = 1024  # gaps drawn in one call
+_GAPS_PER_DRAW = 1024
 
 
 def constant(rate: float) -> Iterator[float]:
@@ -19,73 +19,73 @@ def constant(rate: float) -> Iterator[float]:
 
 
 def gamma(rate: float, cv: float, seed: int) -> Iterator[float]:
-    """Independent gaps of mean 1 / rate and coefficient of variation `cv`: above 1 they come in clusters."""
+    """Independent gaps with mean 1 / rate and coefficient of variation `cv`; above 1, arrivals are bursty."""
     shape = 1 / cv**2
     rng, at = np.random.default_rng(seed), 0.0
     while True:
-        for gap in rng.gamma(shape, 1 / (rate * shape), _AT_ONCE):
+        for gap in rng.gamma(shape, 1 / (rate * shape), _GAPS_PER_DRAW):
             at += gap
             yield float(at)
 
 
 def poisson(rate: float, seed: int) -> Iterator[float]:
-    """A gamma of coefficient 1 is the exponential distribution."""
+    """A gamma distribution with coefficient of variation 1 is the exponential distribution."""
     return gamma(rate, 1, seed)
 
 
 def burst(rate: float, size: int) -> Iterator[float]:
-    """`size` requests at the same instant, as often as makes `rate` on average."""
+    """`size` requests at the same instant; the bursts are spaced so that the mean rate is `rate`."""
     return (number // size * size / rate for number in count())
 
 
-def ramp(rate: float, within_s: float) -> Iterator[float]:
-    """From none to `rate` in a straight line, and on at that rate.
+def ramp(rate: float, ramp_s: float) -> Iterator[float]:
+    """The rate rises linearly from 0 to `rate` within `ramp_s` seconds, and stays there.
 
-    Until t there are rate * t^2 / (2 * within_s) requests, of which this is the inverse.
+    Until t, rate * t^2 / (2 * ramp_s) requests are due; the schedule is the inverse of this function.
     """
-    rising = int(rate * within_s / 2)
+    rising = int(rate * ramp_s / 2)
     for number in count():
         if number < rising:
-            yield sqrt(2 * number * within_s / rate)
+            yield sqrt(2 * number * ramp_s / rate)
         else:
-            yield within_s + (number - rate * within_s / 2) / rate
+            yield ramp_s + (number - rate * ramp_s / 2) / rate
 
 
 class TraceError(Exception):
-    """A file that is no trace; the sentence says which line is wrong and how it should look."""
+    """The trace file cannot be used; the message gives the line and the expected format."""
 
 
 @dataclass(frozen=True, slots=True)
-class Traced:
+class TraceEntry:
     at_s: float
     prompt_words: int
     max_tokens: int
 
 
-def trace(path: Path) -> list[Traced]:
-    """JSON lines as in Mooncake's published traces: `timestamp` (ms), `input_length`, `output_length` (tokens).
+def trace(path: Path) -> list[TraceEntry]:
+    """Reads JSON lines in the format of Mooncake's published traces, sorted by time and shifted to start at 0 s.
 
-    Raises TraceError.
+    Fields: `timestamp` (ms), `input_length` and `output_length` (tokens). Raises TraceError.
     """
     try:
         lines = path.read_text().splitlines()
     except OSError as error:
         raise TraceError(f"{path}: {error.strerror}") from None
-    found = [_traced(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    if not found:
-        raise TraceError(f"{path} holds no request")
-    first = min(one.at_s for one in found)
-    moved = (Traced(one.at_s - first, one.prompt_words, one.max_tokens) for one in found)
-    return sorted(moved, key=lambda one: one.at_s)
+    entries = [_trace_entry(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not entries:
+        raise TraceError(f"{path} contains no request")
+    first = min(entry.at_s for entry in entries)
+    shifted = (TraceEntry(entry.at_s - first, entry.prompt_words, entry.max_tokens) for entry in entries)
+    return sorted(shifted, key=lambda entry: entry.at_s)
 
 
-def _traced(path: Path, number: int, line: str) -> Traced:
+def _trace_entry(path: Path, number: int, line: str) -> TraceEntry:
     try:
         document = json.loads(line)
-        one = Traced(document["timestamp"] / 1e3, int(document["input_length"]), int(document["output_length"]))
-        if one.at_s < 0 or one.prompt_words < 1 or one.max_tokens < 1:
+        entry = TraceEntry(document["timestamp"] / 1e3, int(document["input_length"]), int(document["output_length"]))
+        if entry.at_s < 0 or entry.prompt_words < 1 or entry.max_tokens < 1:
             raise ValueError
     except (ValueError, KeyError, TypeError):
         example = '{"timestamp": 1500, "input_length": 60, "output_length": 64}'
-        raise TraceError(f"{path}:{number} is not like {example}") from None
-    return one
+        raise TraceError(f"{path}:{number}: invalid trace line; expected a line like {example}") from None
+    return entry

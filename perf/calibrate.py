@@ -1,33 +1,33 @@
-"""`python -m perf.calibrate`: what this client can carry on this machine, against a golden server beside it."""
+"""`python -m perf.calibrate`: measures how much load the client can generate on this machine, with a mock server."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from perf import arrivals, figures, load, loop
+from perf import arrivals, load, loop
+from perf.aggregate import build_stage
 from perf.client import Client
 from perf.dialects import Native
 from perf.exits import Exit
-from perf.gate import Gate, Window
+from perf.mock import mock_server
+from perf.phases import PhaseController, Window
 from perf.results import Load, Stage
 from perf.workload import Workload
 
 STREAMS = (50, 100, 200, 400, 800)
-MANY = 1000
+MANY_STREAMS = 1000
 RATES = (100.0, 200.0, 400.0, 800.0)
 _ITL_MS = 20
-_TOKENS = 100
+_MANY_STREAMS_ITL_MS = 200
 
 
 @dataclass(frozen=True)
-class Tried:
-    """One load on the client. `cpu` is the share of a core that it took, `lag_ms` its event loop's p99."""
+class Trial:
+    """One load. `cpu`: share of a core that the client used; `lag_ms`: p99 lateness of its event loop."""
 
     streams: int | None
     rate: float | None
@@ -42,83 +42,69 @@ class Tried:
 
 @dataclass(frozen=True)
 class Capacity:
-    """`events_per_s_per_core` is what the dearest load that was carried took of a core, scaled to the whole of it."""
+    """`events_per_s_per_core`: events per second over CPU share, at the highest load that was not client-limited."""
 
     events_per_s_per_core: float
     open_streams: int
     requests_per_s: float
-    tried: list[Tried]
+    tried: list[Trial]
 
 
-@contextmanager
-def golden(*options: str) -> Iterator[str]:
-    """Its address."""
-    command = [sys.executable, "-m", "perf.mock", "--port", "0", *options]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout is not None
-            yield process.stdout.readline().removeprefix("answers on ").strip()
-        finally:
-            process.terminate()
-
-
-async def calibrate() -> Capacity:
-    tried: list[Tried] = []
-    with golden("--ttft-ms", "200", "--itl-ms", str(_ITL_MS)) as url:
-        for streams in STREAMS:
-            tried.append(await _streams(url, streams, streams * 1e3 / _ITL_MS))
-            _tell(tried[-1])
-            if tried[-1].limited:
+async def calibrate(streams: Sequence[int] = STREAMS, rates: Sequence[float] = RATES) -> Capacity:
+    """Tries increasing loads until one is client-limited, and MANY_STREAMS open streams once."""
+    stream_trials: list[Trial] = []
+    with mock_server("--ttft-ms", "200", "--itl-ms", str(_ITL_MS)) as url:
+        for count in streams:
+            stream_trials.append(await try_streams(url, count, tokens=100, itl_ms=_ITL_MS))
+            if stream_trials[-1].limited:
                 break
-    with golden("--ttft-ms", "1000", "--itl-ms", "200") as url:
-        many = await _streams(url, MANY, MANY * 5)
-        _tell(many)
-    with golden("--ttft-ms", "20", "--itl-ms", "5") as url:
-        for rate in RATES:
-            tried.append(await _rate(url, rate))
-            _tell(tried[-1])
-            if tried[-1].limited:
+    with mock_server("--ttft-ms", "1000", "--itl-ms", str(_MANY_STREAMS_ITL_MS)) as url:
+        many = await try_streams(url, MANY_STREAMS, tokens=25, itl_ms=_MANY_STREAMS_ITL_MS)
+    rate_trials: list[Trial] = []
+    with mock_server("--ttft-ms", "20", "--itl-ms", "5") as url:
+        for rate in rates:
+            rate_trials.append(await try_rate(url, rate))
+            if rate_trials[-1].limited:
                 break
-    of_streams = [one for one in tried if one.streams is not None]
-    carried = [one for one in of_streams if not one.limited] or of_streams
-    dearest = max(carried, key=lambda one: one.events_per_s)
+    sustained = [trial for trial in stream_trials if not trial.limited] or stream_trials
+    highest = max(sustained, key=lambda trial: trial.events_per_s)
     return Capacity(
-        events_per_s_per_core=dearest.events_per_s / max(dearest.cpu, 1e-3),
-        open_streams=0 if many.failed else MANY,
-        requests_per_s=max((one.rate for one in tried if one.rate is not None and not one.limited), default=0.0),
-        tried=[*tried, many],
+        events_per_s_per_core=highest.events_per_s / max(highest.cpu, 1e-3),
+        open_streams=0 if many.failed else MANY_STREAMS,
+        requests_per_s=max((trial.rate for trial in rate_trials if trial.rate and not trial.limited), default=0.0),
+        tried=[*stream_trials, *rate_trials, many],
     )
 
 
-async def _streams(url: str, streams: int, planned: float) -> Tried:
-    """Every one of them has one answer that is begun when the window opens."""
-    tokens = 25 if streams == MANY else _TOKENS
-    stage = await _measure(url, Load(loop="closed", arrival="closed", concurrency=streams), tokens, streams)
-    return _tried(stage, planned * tokens / (tokens + (5 if streams == MANY else 10)))
+async def try_streams(url: str, streams: int, tokens: int, itl_ms: float) -> Trial:
+    """Measures two responses per stream, after one per stream as warm-up. TTFT lasts as long as 10 or 5 tokens."""
+    closed = Load(loop="closed", arrival="closed", concurrency=streams)
+    window = Window(requests=streams * 2, warmup=streams, cooldown=False)
+    ttft_tokens = 5 if streams == MANY_STREAMS else 10
+    planned = streams * 1e3 / itl_ms * tokens / (tokens + ttft_tokens)
+    return _report(await _measure(url, closed, PhaseController(window, streams), tokens), planned)
 
 
-async def _rate(url: str, rate: float) -> Tried:
-    stage = await _measure(url, Load(loop="open", arrival="constant", rate=rate), 8, round(rate * 4))
-    return _tried(stage, rate * 8)
+async def try_rate(url: str, rate: float) -> Trial:
+    window = Window(requests=round(rate * 4), warmup=round(rate))
+    open_load = Load(loop="open", arrival="constant", rate=rate)
+    return _report(await _measure(url, open_load, PhaseController(window, round(rate)), tokens=8), rate * 8)
 
 
-async def _measure(url: str, asked: Load, tokens: int, requests: int) -> Stage:
-    asks = Workload(10, tokens, seed=7).asks("calibrate")
+async def _measure(url: str, offered: Load, controller: PhaseController, tokens: int) -> Stage:
+    requests = Workload(10, tokens, seed=7).requests("calibrate")
     async with Client(url, Native(None, fixed_length=True), timeout_s=60) as client:
-        if asked.loop == "closed":
-            streams = asked.concurrency or 1
-            gate = Gate(Window(requests=requests * 2, warmup=streams, hold=False), streams)
-            measured = await load.closed(client, gate, asks, streams)
+        if offered.loop == "closed":
+            measurement = await load.closed_loop(client, controller, requests, offered.concurrency or 1)
         else:
-            rate = asked.rate or 1.0
-            gate = Gate(Window(requests=requests, warmup=round(rate)), round(rate))
-            measured = await load.opened(client, gate, asks, arrivals.constant(rate))
-    return figures.stage("find-max", "calibrate", asked, [measured])
+            measurement = await load.open_loop(client, controller, requests, arrivals.constant(offered.rate or 1.0))
+    return build_stage("find-max", "calibrate", offered, [measurement])
 
 
-def _tried(stage: Stage, planned: float) -> Tried:
+def _report(stage: Stage, planned: float) -> Trial:
+    """Prints the trial on standard error."""
     client = stage.client
-    return Tried(
+    trial = Trial(
         streams=stage.load.concurrency,
         rate=stage.load.rate,
         events_per_s=stage.tokens_per_s,
@@ -129,38 +115,37 @@ def _tried(stage: Stage, planned: float) -> Tried:
         failed=stage.failed,
         limited=bool(client.limited) or bool(stage.errors),
     )
-
-
-def _tell(one: Tried) -> None:
-    what = f"{one.streams} streams" if one.streams is not None else f"{one.rate:g} requests/s"
+    name = f"{trial.streams} streams" if trial.streams is not None else f"{trial.rate:g} requests/s"
     print(
-        f"{what:>16}: {one.events_per_s:8.0f} events/s, {one.cpu:4.0%} of a core, late by {one.lag_ms:.1f} ms (p99)"
-        + (f", sent {one.delay_ms:.1f} ms late (p99)" if one.rate is not None else "")
-        + (f", {one.failed} failed" if one.failed else "")
-        + (": too much" if one.limited else ""),
+        f"{name:>16}: {trial.events_per_s:8.0f} events/s, {trial.cpu:4.0%} of a core, timers late by "
+        f"{trial.lag_ms:.1f} ms (p99)"
+        + (f", sent {trial.delay_ms:.1f} ms late (p99)" if trial.rate is not None else "")
+        + (f", {trial.failed} failed" if trial.failed else "")
+        + (": client-limited" if trial.limited else ""),
         file=sys.stderr,
         flush=True,
     )
+    return trial
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m perf.calibrate",
         description=__doc__,
-        epilog="It takes about a minute, and both cores of a small machine: stop what else runs there.",
+        epilog="It takes about a minute and two cores: stop other programs first.",
     )
-    parser.add_argument("--json", action="store_true", help="the figures on standard output as JSON")
-    asked = parser.parse_args(arguments)
+    parser.add_argument("--json", action="store_true", help="print the results as JSON on standard output")
+    args = parser.parse_args(arguments)
     try:
         capacity = loop.run(calibrate())
     except KeyboardInterrupt:
         return Exit.INTERRUPTED
-    if asked.json:
+    if args.json:
         print(json.dumps(asdict(capacity), indent=1))
     else:
         print(
-            f"This client reads about {capacity.events_per_s_per_core:.0f} SSE events a second on one core, holds "
-            f"{capacity.open_streams} streams open, and sends {capacity.requests_per_s:g} requests a second in time."
+            f"This client reads about {capacity.events_per_s_per_core:.0f} SSE events per second on one core, holds "
+            f"{capacity.open_streams} streams open, and sends {capacity.requests_per_s:g} requests per second on time."
         )
     return Exit.OK
 

@@ -1,4 +1,4 @@
-"""`python -m perf.compare baseline.json candidate.json`: what got better, what got worse, and what cannot be told."""
+"""`python -m perf.compare baseline.json candidate.json`: a statistical comparison of two runs."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ UNITS: dict[Metric, str] = {
 }
 
 
-def _told_verdict(row: Row, fail_on: float) -> str:
+def _verdict_text(row: Row, fail_on: float) -> str:
     if row.verdict is Verdict.WORSE and not row.regression:
         return f"worse (< {percent(fail_on)})"
     return row.verdict.value
@@ -51,16 +51,16 @@ def _told_verdict(row: Row, fail_on: float) -> str:
 
 def _cells(row: Row, fail_on: float) -> tuple[str, ...]:
     numbers = (_number(row.baseline), _number(row.candidate), change(row), interval(row))
-    return (UNITS[row.metric], *numbers, _told_verdict(row, fail_on))
+    return (UNITS[row.metric], *numbers, _verdict_text(row, fail_on))
 
 
 HEADINGS = ("", "baseline", "candidate", "change", "95 % interval", "verdict")
 WIDTHS = (10, 8, 9, 8, 18, 18)
-STYLES = {Verdict.WORSE: "red", Verdict.BETTER: "green", Verdict.SAME: "", Verdict.FEW: "dim"}
+STYLES = {Verdict.WORSE: "red", Verdict.BETTER: "green", Verdict.SAME: "", Verdict.TOO_FEW: "dim"}
 
 
 def show(comparison: Comparison, console: Console) -> None:
-    """In 80 columns."""
+    """Prints the comparison in 80 columns."""
     for condition in comparison.conditions:
         console.print(f"differs: {condition.what}: {condition.baseline} -> {condition.candidate}", style="dim")
     console.print(_grid([_headings(comparison.alpha)], ["bold"]))
@@ -91,7 +91,7 @@ def markdown(comparison: Comparison) -> str:
     lines += [f"- {line}" for line in (*comparison.client_limited, *comparison.cautions)]
     if comparison.conditions:
         lines += ["", "| differs | baseline | candidate |", "|---|---|---|"]
-        lines += [f"| {each.what} | {each.baseline} | {each.candidate} |" for each in comparison.conditions]
+        lines += [_line((each.what, each.baseline, each.candidate)) for each in comparison.conditions]
     headings = ("stage", "metric", *_headings(comparison.alpha)[1:], "p")
     lines += ["", _line(headings), "|---|---|---:|---:|---:|---:|---|---:|"]
     for row in comparison.rows:
@@ -99,7 +99,8 @@ def markdown(comparison: Comparison) -> str:
         lines.append(_line((row.where, *_cells(row, comparison.fail_on), p)))
     method = (
         "Change: the median ratio of all pairs of requests. Its interval is a bootstrap over repeats (over blocks of "
-        "time where there is one). p: Mann-Whitney, corrected for the same clusters and, after Holm, for all rows."
+        "time in a run with one repeat). p: Mann-Whitney test, corrected for these clusters and, by Holm's method, for "
+        "the number of rows."
     )
     return "\n".join([*lines, "", method, ""])
 
@@ -109,13 +110,13 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def share(text: str) -> float:
-    """`5%` as a share; argparse shows the sentence."""
+    """Parses `5%` as 0.05. Raises ArgumentTypeError."""
     try:
         value = float(text.removesuffix("%")) / 100
     except ValueError:
         value = -1.0
     if not (text.endswith("%") and 0 <= value < float("inf")):
-        raise argparse.ArgumentTypeError(f"{text!r} is no percentage; write 5% or 0%")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a percentage; write 5% or 0%")
     return value
 
 
@@ -132,45 +133,45 @@ def _probability(text: str) -> float:
     except ValueError:
         value = 0.0
     if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no probability; write one between 0 and 1, as 0.05")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a probability; write a number between 0 and 1, such as 0.05")
     return value
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m perf.compare", description=__doc__)
     parser.add_argument("baseline", type=Path, help="results.json of the run to compare with")
-    parser.add_argument("candidate", type=Path, help="results.json of the run to judge")
+    parser.add_argument("candidate", type=Path, help="results.json of the run to evaluate")
     parser.add_argument(
         "--fail-on",
         type=share,
         default=FAIL_ON,
         metavar="5%",
-        help="the least change for the worse that is a regression (default 5%%: less than that, two runs of the same "
-        "code differ); 0%% takes every one that is not chance",
+        help="the smallest change for the worse that is a regression (default 5%%: two runs of the same code can "
+        "differ by less than that); with 0%% every significant change for the worse is one",
     )
     parser.add_argument(
-        "--metrics", type=_metrics, default=METRICS, help=f"of {','.join(METRICS)}, by commas (default: all)"
+        "--metrics", type=_metrics, default=METRICS, help=f"comma-separated list of {', '.join(METRICS)} (default: all)"
     )
-    parser.add_argument("--alpha", type=_probability, default=ALPHA, help="chance of one false alarm (default 0.05)")
+    parser.add_argument("--alpha", type=_probability, default=ALPHA, help="probability of a false alarm (default 0.05)")
     parser.add_argument("--json", action="store_true", help="print the comparison as JSON instead of the table")
-    parser.add_argument("--output", type=Path, metavar="FILE.md", help="write it as Markdown as well")
+    parser.add_argument("--output", type=Path, metavar="FILE.md", help="also write the comparison as Markdown")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = _parser().parse_args(argv)
+    args = _parser().parse_args(argv)
     try:
-        runs = Run.read(options.baseline), Run.read(options.candidate)
-        comparison = compare(*runs, fail_on=options.fail_on, alpha=options.alpha, metrics=options.metrics)
-        if options.output:
-            options.output.write_text(markdown(comparison))
+        runs = Run.read(args.baseline), Run.read(args.candidate)
+        comparison = compare(*runs, fail_on=args.fail_on, alpha=args.alpha, metrics=args.metrics)
+        if args.output:
+            args.output.write_text(markdown(comparison))
     except (ResultsError, ComparisonError) as error:
         print(error, file=sys.stderr)
         return Exit.USAGE
     except OSError as error:
         print(f"{error.filename}: {error.strerror}", file=sys.stderr)
         return Exit.USAGE
-    if options.json:
+    if args.json:
         print(comparison.model_dump_json(indent=2))
     else:
         terminal = sys.stdout.isatty()

@@ -1,4 +1,4 @@
-"""What a measured throughput costs on a machine of the catalogue; `python -m perf.cost` lists them."""
+"""The cost of a measured throughput on a cloud instance type; `python -m perf.cost` lists the known types."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from infra_pulumi.catalogue import STALE_DAYS, Catalogue, InstanceType, load
 from perf.exits import Exit
 from perf.results import Cost, Run, Stage
 
-_LISTING = "`python -m perf.cost` lists all that are known"
+_LISTING = "`python -m perf.cost` lists the known types"
 
 
 class CostError(ValueError):
-    """No price can be told; the sentence says why and what would help."""
+    """The cost cannot be computed; the message gives the reason and a remedy."""
 
 
 class UnknownInstanceType(CostError):
@@ -26,13 +26,16 @@ class UnknownInstanceType(CostError):
 
 
 def find(name: str, catalogue: Catalogue | None = None) -> InstanceType:
-    """By `g5.xlarge`, `aws:g5.xlarge` or `aws:us-west-2:g5.xlarge`, in the shipped one by default. Raises CostError."""
+    """Finds an instance type by `g5.xlarge`, `aws:g5.xlarge` or `aws:us-west-2:g5.xlarge`. Raises CostError.
+
+    The default is the catalogue in infra_pulumi.
+    """
     known = (catalogue or load()).instance_types
     found = [each for each in known if name.lower() in _names(each)]
     if not found:
-        raise UnknownInstanceType(f"no instance type {name!r} is known{_close_to(name, known)}; {_LISTING}")
+        raise UnknownInstanceType(f"unknown instance type {name!r}{_suggestion(name, known)}; {_LISTING}")
     if len(found) > 1:
-        raise CostError(f"{name!r} is one of several: {', '.join(each.name for each in found)}; write one of these")
+        raise CostError(f"{name!r} is ambiguous; write one of {', '.join(each.name for each in found)}")
     return found[0]
 
 
@@ -40,14 +43,14 @@ def _names(machine: InstanceType) -> set[str]:
     return {each.lower() for each in (machine.type, f"{machine.provider}:{machine.type}", machine.name)}
 
 
-def _close_to(name: str, known: Iterable[InstanceType]) -> str:
+def _suggestion(name: str, known: Iterable[InstanceType]) -> str:
     types = {each.type.lower(): each.type for each in known}
     close = difflib.get_close_matches(name.rpartition(":")[2].lower(), types, n=3)
     return f"; did you mean {' or '.join(types[each] for each in close)}?" if close else ""
 
 
 def cost(instance_type: str, run: Run, catalogue: Catalogue | None = None) -> Cost:
-    """Of the stage with the most tokens a second, of those that met the run's SLO if it had one. Raises CostError."""
+    """The cost at the stage that `best_stage` chooses. Raises CostError."""
     return stage_cost(instance_type, best_stage(run), catalogue)
 
 
@@ -56,7 +59,7 @@ def stage_cost(instance_type: str, stage: Stage, catalogue: Catalogue | None = N
     machine = find(instance_type, catalogue)
     name = f"{stage.scenario}, {stage.name}"
     if not (stage.tokens_per_s > 0 and stage.requests_per_s > 0):
-        raise CostError(f"{name} finished nothing, so it has no price")
+        raise CostError(f"{name} finished no request, so it has no cost")
     usd_per_second = machine.usd_per_hour / 3600
     return Cost(
         instance_type=machine.type,
@@ -71,23 +74,23 @@ def stage_cost(instance_type: str, stage: Stage, catalogue: Catalogue | None = N
 
 
 def best_stage(run: Run) -> Stage:
-    """Raises CostError."""
+    """The stage with the highest throughput that met the run's SLO, if it has one. Raises CostError."""
     stages = [stage for stage in run.stages if not stage.client.limited]
-    if run.slo is not None:  # a stage of which it says nothing, such as of the first token of a batch, did not meet it
+    if run.slo is not None:  # a stage to which no bound applies, such as TTFT of a batch, did not meet it
         stages = [stage for stage in stages if stage.goodput is not None and not stage.missed]
         if run.stages and not stages:
-            raise CostError(f"no stage met {run.slo}, so there is no throughput to put a price on")
+            raise CostError(f"no stage met {run.slo}, so no throughput has a cost")
     if not stages:
-        raise CostError("the run has no stage to put a price on")
+        raise CostError("the run has no stage whose cost can be computed")
     return max(stages, key=lambda stage: stage.tokens_per_s)
 
 
 def stale(as_of: str, today: datetime.date) -> str | None:
-    """A sentence about an old price."""
+    """A warning if the price is old."""
     age = (today - datetime.date.fromisoformat(as_of)).days
     if age <= STALE_DAYS:
         return None
-    return f"The price is of {as_of}, {age} days ago; look at the provider's page before you rely on it."
+    return f"The price is from {as_of}, {age} days ago; check the provider's price page before you rely on it."
 
 
 def _show(catalogue: Catalogue, console: Console) -> None:
@@ -107,7 +110,7 @@ def _show(catalogue: Catalogue, console: Console) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     if arguments:
-        print("python -m perf.cost takes no arguments; it lists the instance types that are known", file=sys.stderr)
+        print("python -m perf.cost takes no arguments; it lists the known instance types", file=sys.stderr)
         return Exit.USAGE
     terminal = sys.stdout.isatty()
     _show(load(), Console(width=80, force_terminal=terminal, no_color=not terminal, highlight=False))

@@ -1,4 +1,4 @@
-"""The three APIs that a server may speak: how each is asked, and what its answers and events say."""
+"""The three APIs that a server may have: paths, request bodies, and the parsing of events and responses."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeAlias
 
-from perf.workload import Ask
+from perf.workload import Request
 
 Json: TypeAlias = dict[str, Any]
 Api: TypeAlias = Literal["native", "openai", "tgi"]
 
 
-class NotUnderstood(Exception):
-    """The server answered in another way than its API would."""
+class ProtocolError(Exception):
+    """The response does not follow the server's API."""
 
 
 @dataclass(slots=True)
-class Told:
-    """What one event, or a whole answer, says. None: nothing of that."""
+class ResponseData:
+    """The content of one event or of a whole response; None where it has no such value."""
 
     token: bool = False
     tokens: int | None = None
@@ -28,124 +28,125 @@ class Told:
 
 
 class Dialect(ABC):
-    """`model` is asked for by name if it is given. `fixed_length` asks to go on to max_tokens whatever comes."""
+    """`model` is sent if it is set. With `fixed_length`, requests set `ignore_eos` where the API has it."""
 
     api: ClassVar[Api]
-    end: ClassVar[bytes | None] = None  # what the last event's data is, where events do not tell
+    end: ClassVar[bytes | None] = None  # data of the last event; None: the event with the usage is the last one
 
     def __init__(self, model: str | None, fixed_length: bool) -> None:
         self.model = model
         self.fixed_length = fixed_length
 
     @abstractmethod
-    def path(self, ask: Ask) -> str: ...
+    def path(self, request: Request) -> str: ...
 
     @abstractmethod
-    def body(self, ask: Ask) -> Json: ...
+    def body(self, request: Request) -> Json: ...
 
     @abstractmethod
-    def event(self, document: Json) -> Told: ...
+    def parse_event(self, document: Json) -> ResponseData: ...
 
     @abstractmethod
-    def answer(self, document: Any) -> Told: ...
+    def parse_response(self, document: Any) -> ResponseData: ...
 
-    def _named(self, body: Json) -> Json:
+    def _with_model(self, body: Json) -> Json:
         return body if self.model is None else {"model": self.model, **body}
 
 
 class Native(Dialect):
-    """serve_app's own."""
+    """The native API of serve_app."""
 
     api = "native"
 
-    def path(self, ask: Ask) -> str:
-        if len(ask.prompts) > 1:
+    def path(self, request: Request) -> str:
+        if len(request.prompts) > 1:
             return "/generate_batch"
-        return "/generate_stream" if ask.streaming else "/generate"
+        return "/generate_stream" if request.streaming else "/generate"
 
-    def body(self, ask: Ask) -> Json:
-        body: Json = {"max_tokens": ask.max_tokens, "temperature": 0, "ignore_eos": self.fixed_length}
-        if len(ask.prompts) > 1:
-            return self._named({"prompts": ask.prompts, **body})
-        if ask.streaming:
+    def body(self, request: Request) -> Json:
+        body: Json = {"max_tokens": request.max_tokens, "temperature": 0, "ignore_eos": self.fixed_length}
+        if len(request.prompts) > 1:
+            return self._with_model({"prompts": request.prompts, **body})
+        if request.streaming:
             body["include_text"] = False
-        return self._named({"prompt": ask.prompts[0], **body})
+        return self._with_model({"prompt": request.prompts[0], **body})
 
-    def event(self, document: Json) -> Told:
+    def parse_event(self, document: Json) -> ResponseData:
         if "error" in document:
-            return Told(error=f"in band {document['error']['code']}", detail=document["error"]["message"])
+            return ResponseData(error=f"in band {document['error']['code']}", detail=document["error"]["message"])
         usage = document.get("usage")
-        return Told(token=True) if usage is None else _used(usage, token=True)
+        return ResponseData(token=True) if usage is None else _usage(usage, token=True)
 
-    def answer(self, document: Any) -> Told:
+    def parse_response(self, document: Any) -> ResponseData:
         failed = [item["error"] for item in document.get("results", []) if "error" in item]
         if failed:
-            return Told(error=f"in batch {failed[0]['code']}", detail=failed[0]["message"])
-        return _used(document["usage"])
+            return ResponseData(error=f"in batch {failed[0]['code']}", detail=failed[0]["message"])
+        return _usage(document["usage"])
 
 
 class OpenAI(Dialect):
-    """/v1/completions, as vLLM, llama.cpp, TGI and others have it too."""
+    """/v1/completions, which vLLM, llama.cpp, TGI and others also have."""
 
     api = "openai"
     end = b"[DONE]"
 
-    def path(self, ask: Ask) -> str:
+    def path(self, request: Request) -> str:
         return "/v1/completions"
 
-    def body(self, ask: Ask) -> Json:
-        prompt = ask.prompts[0] if len(ask.prompts) == 1 else ask.prompts
-        body: Json = {"prompt": prompt, "max_tokens": ask.max_tokens, "temperature": 0}
+    def body(self, request: Request) -> Json:
+        prompt = request.prompts[0] if len(request.prompts) == 1 else request.prompts
+        body: Json = {"prompt": prompt, "max_tokens": request.max_tokens, "temperature": 0}
         if self.fixed_length:
             body["ignore_eos"] = True
-        if ask.streaming:
+        if request.streaming:
             body |= {"stream": True, "stream_options": {"include_usage": True}}
-        return self._named(body)
+        return self._with_model(body)
 
-    def event(self, document: Json) -> Told:
+    def parse_event(self, document: Json) -> ResponseData:
         if "error" in document:
             return _openai_error(document["error"])
-        told = _used(document["usage"]) if document.get("usage") else Told()
+        data = _usage(document["usage"]) if document.get("usage") else ResponseData()
         choices = document.get("choices") or []
-        # The last one may say no more than why it ended.
-        told.token = any(choice.get("text") or choice.get("finish_reason") is None for choice in choices)
-        return told
+        # The last chunk of a choice may have a finish reason and no text: it is not a token.
+        data.token = any(choice.get("text") or choice.get("finish_reason") is None for choice in choices)
+        return data
 
-    def answer(self, document: Any) -> Told:
-        return _used(document["usage"])
+    def parse_response(self, document: Any) -> ResponseData:
+        return _usage(document["usage"])
 
 
 class Tgi(Dialect):
-    """Text Generation Inference's. It has no call for several prompts, and no way to ignore the end of text."""
+    """Text Generation Inference. It has no call for several prompts and no option to ignore the end of text."""
 
     api = "tgi"
 
-    def path(self, ask: Ask) -> str:
-        path = "/generate_stream" if ask.streaming else "/generate"
+    def path(self, request: Request) -> str:
+        path = "/generate_stream" if request.streaming else "/generate"
         return path if self.model is None else f"{path}?model={self.model}"
 
-    def body(self, ask: Ask) -> Json:
-        return {"inputs": ask.prompts[0], "parameters": {"max_new_tokens": ask.max_tokens, "details": True}}
+    def body(self, request: Request) -> Json:
+        return {"inputs": request.prompts[0], "parameters": {"max_new_tokens": request.max_tokens, "details": True}}
 
-    def event(self, document: Json) -> Told:
+    def parse_event(self, document: Json) -> ResponseData:
         if "error" in document:
-            return Told(error=f"in band {document.get('error_type', 'error')}", detail=str(document["error"]))
+            return ResponseData(error=f"in band {document.get('error_type', 'error')}", detail=str(document["error"]))
         details = document.get("details") or {}
-        return Told(True, details.get("generated_tokens"), details.get("input_length"))
+        return ResponseData(True, details.get("generated_tokens"), details.get("input_length"))
 
-    def answer(self, document: Any) -> Told:
+    def parse_response(self, document: Any) -> ResponseData:
         details = document["details"]
-        return Told(tokens=details["generated_tokens"], prompt_tokens=len(details.get("prefill") or []) or None)
+        return ResponseData(tokens=details["generated_tokens"], prompt_tokens=len(details.get("prefill") or []) or None)
 
 
-DIALECTS: dict[Api, type[Dialect]] = {one.api: one for one in (Native, OpenAI, Tgi)}
+DIALECTS: dict[Api, type[Dialect]] = {dialect.api: dialect for dialect in (Native, OpenAI, Tgi)}
 
 
-def _used(usage: Json, token: bool = False) -> Told:
-    return Told(token, usage["completion_tokens"], usage["prompt_tokens"])
+def _usage(usage: Json, token: bool = False) -> ResponseData:
+    return ResponseData(token, usage["completion_tokens"], usage["prompt_tokens"])
 
 
-def _openai_error(error: Any) -> Told:
+def _openai_error(error: Any) -> ResponseData:
     if isinstance(error, str):
-        return Told(error="in band error", detail=error)
-    return Told(error=f"in band {error.get('code') or error.get('type') or 'error'}", detail=error.get("message", ""))
+        return ResponseData(error="in band error", detail=error)
+    kind = error.get("code") or error.get("type") or "error"
+    return ResponseData(error=f"in band {kind}", detail=error.get("message", ""))

@@ -1,4 +1,4 @@
-"""What a command of this suite ends with."""
+"""Exit codes of the commands in this package."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from enum import IntEnum
 
 class Exit(IntEnum):
     OK = 0
-    FAILED = 1  # an objective was missed, requests failed, or something got worse than the baseline
-    USAGE = 2  # argparse's own
+    FAILED = 1  # an objective was missed, requests failed, or a metric regressed against the baseline
+    USAGE = 2  # argparse uses the same code
     UNREACHABLE = 3
-    CLIENT_LIMITED = 4  # the figures are this client's and not the server's
-    INTERRUPTED = 130  # as shells have it for Ctrl-C
+    CLIENT_LIMITED = 4  # the load generator was the bottleneck, so the metrics do not describe the server
+    INTERRUPTED = 130  # shells use this code for Ctrl-C

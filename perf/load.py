@@ -1,4 +1,4 @@
-"""Puts a load on a server: at the instants of a schedule (open loop), or whenever a stream is free (closed loop)."""
+"""Load generators: open loop (requests at scheduled times) and closed loop (each stream sends after its response)."""
 
 from __future__ import annotations
 
@@ -8,78 +8,82 @@ from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager, suppress
 
 from perf.client import Client
-from perf.gate import Gate, Measured
+from perf.phases import Measurement, PhaseController
 from perf.records import Record
-from perf.workload import Ask
+from perf.workload import Request
 
-# A server that refuses at once is not asked again at once by a stream that is free.
-_AFTER_FAILURE_S = 0.05
-# How often the event loop's lateness is looked at.
+# Pause of a stream after a failure, so that a server that rejects requests is not flooded.
+_PAUSE_AFTER_FAILURE_S = 0.05
 _LAG_INTERVAL_S = 0.02
-# More open requests than this are no load but a lost server; ports and file handles end somewhere, too.
+# With more open requests the server is overloaded beyond measurement, and ports and file handles run out.
 MAX_IN_FLIGHT = 4096
 
 
-async def closed(client: Client, gate: Gate, asks: Iterator[Ask], streams: int) -> Measured:
-    """`streams` of them, each asks again as soon as it has its answer."""
-    async with _undisturbed(gate.measured), asyncio.TaskGroup() as group:
+async def closed_loop(
+    client: Client, controller: PhaseController, requests: Iterator[Request], streams: int
+) -> Measurement:
+    """Each of `streams` streams sends its next request as soon as it has its response."""
+    async with _measured_environment(controller.measurement), asyncio.TaskGroup() as group:
         for _ in range(streams):
-            group.create_task(_stream(client, gate, asks))
-    return gate.measured
+            group.create_task(_stream(client, controller, requests))
+    return controller.measurement
 
 
-async def opened(client: Client, gate: Gate, asks: Iterator[Ask], schedule: Iterable[float]) -> Measured:
-    """At the schedule's instants, however many are still under way; a request is late if this client is."""
+async def open_loop(
+    client: Client, controller: PhaseController, requests: Iterator[Request], schedule: Iterable[float]
+) -> Measurement:
+    """Sends at the times of the schedule, however many requests are in flight."""
     clock = asyncio.get_running_loop().time
-    async with _undisturbed(gate.measured), asyncio.TaskGroup() as group:
+    async with _measured_environment(controller.measurement), asyncio.TaskGroup() as group:
         start = clock()
         for offset in schedule:
-            ask = next(asks)  # made before it is due
-            await asyncio.sleep(max(0.0, start + offset - clock()))  # and lets the others go on, however late it is
-            record = gate.due(start + offset)
+            request = next(requests)  # made before it is due
+            # Also a late schedule sleeps: other tasks must run.
+            await asyncio.sleep(max(0.0, start + offset - clock()))
+            record = controller.start(start + offset)
             if record is None:
                 break
-            group.create_task(_send(client, gate, record, ask))
-        gate.stop()
-    return gate.measured
+            group.create_task(_send(client, controller, record, request))
+        controller.stop()
+    return controller.measurement
 
 
-async def _stream(client: Client, gate: Gate, asks: Iterator[Ask]) -> None:
+async def _stream(client: Client, controller: PhaseController, requests: Iterator[Request]) -> None:
     clock = asyncio.get_running_loop().time
-    while (record := gate.due(clock())) is not None:
-        await client.send(record, next(asks))
-        gate.ended(record)
+    while (record := controller.start(clock())) is not None:
+        await client.send(record, next(requests))
+        controller.finish(record)
         if not record.ok:
-            await asyncio.sleep(_AFTER_FAILURE_S)
+            await asyncio.sleep(_PAUSE_AFTER_FAILURE_S)
 
 
-async def _send(client: Client, gate: Gate, record: Record, ask: Ask) -> None:
-    if gate.in_flight > MAX_IN_FLIGHT:
+async def _send(client: Client, controller: PhaseController, record: Record, request: Request) -> None:
+    if controller.in_flight > MAX_IN_FLIGHT:
         record.sent = record.done = asyncio.get_running_loop().time()
         record.error = "too many open"
     else:
-        await client.send(record, ask)
-    gate.ended(record)
+        await client.send(record, request)
+    controller.finish(record)
 
 
 @asynccontextmanager
-async def _undisturbed(measured: Measured) -> AsyncIterator[None]:
-    """Without pauses of the garbage collector, and with an eye on the event loop."""
+async def _measured_environment(measurement: Measurement) -> AsyncIterator[None]:
+    """Disables garbage collection and records how late the event loop runs."""
     gc.collect()
     gc.freeze()
     gc.disable()
-    eye = asyncio.create_task(_watch_lag(measured.lags))
+    lag_monitor = asyncio.create_task(_record_lag(measurement.lags))
     try:
         yield
     finally:
-        eye.cancel()
+        lag_monitor.cancel()
         with suppress(asyncio.CancelledError):
-            await eye
+            await lag_monitor
         gc.enable()
         gc.unfreeze()
 
 
-async def _watch_lag(lags: list[tuple[float, float]]) -> None:
+async def _record_lag(lags: list[tuple[float, float]]) -> None:
     clock = asyncio.get_running_loop().time
     while True:
         due = clock() + _LAG_INTERVAL_S

@@ -1,130 +1,86 @@
-"""Locust against an LLM service: streams, with TTFT, TPOT and tokens beside the requests.
+"""Locust load test of an LLM service: adds TTFT, TPOT and token counts to Locust's request statistics.
 
     locust -f perf/locustfile.py --host http://localhost:8000            # web UI at http://localhost:8089
-    locust -f perf/locustfile.py --headless -u 8 -r 8 -t 60s             # without
+    locust -f perf/locustfile.py --headless -u 8 -r 8 -t 60s             # without the web UI
     locust -f perf/locustfile.py --headless --step-users 4 --step-seconds 30 --steps 5
-    python -m perf.locustfile                                            # its options
+    python -m perf.locustfile                                            # lists its options
 
-Its users are a closed loop: whoever waits for an answer asks for nothing, so a server that stalls is asked less. Locust
-rounds percentiles (averages and totals are exact). `python -m perf.suite` has neither limit.
+Locust's users are a closed loop: a user sends its next request after its response, so a server that stalls gets fewer
+requests. Locust rounds percentiles; averages and totals are exact. `python -m perf.suite` has neither limitation.
 """
 
 # mypy: disable-error-code="misc, untyped-decorator"
-# Locust is untyped.
+# Locust has no type annotations.
 
 from __future__ import annotations
 
 import itertools
 import json
-import random
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from locust import FastHttpUser, LoadTestShape, events, task
 from locust.argument_parser import get_parser
 from locust.contrib.fasthttp import FAILURE_EXCEPTIONS
 
-Json: TypeAlias = dict[str, Any]
+from perf.dialects import DIALECTS, Dialect, ResponseData
+from perf.workload import Workload
 
-WORDS = ("river", "stone", "lamp", "winter", "garden", "letter", "engine", "copper", "window", "silver", "market")
-
-_users = itertools.count()
+_user_numbers = itertools.count()
 
 
 class StreamError(Exception):
-    """What a stream said in place of its end, or that it had none."""
+    """The stream contains an error or is incomplete."""
 
 
 @dataclass(slots=True)
-class Answer:
-    """Instants of the monotonic clock; `tokens` as the server counted them, else one a frame."""
+class StreamResult:
+    """Times of the performance counter in seconds; `counted` is the server's token count, if it sends one."""
 
     first: float | None = None
     last: float = 0.0
-    frames: int = 0
+    events: int = 0
     counted: int | None = None
     ended: bool = False
 
     @property
     def tokens(self) -> int:
-        return self.frames if self.counted is None else self.counted
+        return self.events if self.counted is None else self.counted
 
-
-@dataclass(frozen=True, slots=True)
-class Dialect:
-    """How one API is asked, and what its frames say: `read` is told each, and tells whether it brought a token."""
-
-    path: str
-    body: Callable[[str, Namespace], Json]
-    read: Callable[[Json, Answer], bool]
-
-
-def _native_body(prompt: str, options: Namespace) -> Json:
-    return {"prompt": prompt, "max_tokens": options.max_tokens, "include_text": False}
-
-
-def _native_read(frame: Json, answer: Answer) -> bool:
-    answer.ended = frame["finished"]
-    if usage := frame.get("usage"):
-        answer.counted = usage["completion_tokens"]
-    return True
-
-
-def _openai_body(prompt: str, options: Namespace) -> Json:
-    said = {"prompt": prompt, "max_tokens": options.max_tokens, "stream": True}
-    return said | {"stream_options": {"include_usage": True}}
-
-
-def _openai_read(frame: Json, answer: Answer) -> bool:
-    if usage := frame.get("usage"):
-        answer.counted = usage["completion_tokens"]
-    return bool(frame.get("choices"))
-
-
-def _tgi_body(prompt: str, options: Namespace) -> Json:
-    return {"inputs": prompt, "parameters": {"max_new_tokens": options.max_tokens, "details": True}}
-
-
-def _tgi_read(frame: Json, answer: Answer) -> bool:
-    answer.ended = frame.get("generated_text") is not None
-    if details := frame.get("details"):
-        answer.counted = details["generated_tokens"]
-    return "token" in frame
-
-
-DIALECTS = {
-    "native": Dialect("/generate_stream", _native_body, _native_read),
-    "openai": Dialect("/v1/completions", _openai_body, _openai_read),
-    "tgi": Dialect("/generate_stream", _tgi_body, _tgi_read),
-}
+    def add(self, data: ResponseData, at: float) -> None:
+        self.counted = self.counted if data.tokens is None else data.tokens
+        if data.token:
+            self.events += 1
+            self.first = at if self.first is None else self.first
+            self.last = at
 
 
 @events.init_command_line_parser.add_listener
 def add_options(parser: Any) -> None:
-    say = parser.add_argument
-    say("--api", choices=sorted(DIALECTS), default="native", help="dialect to speak (default native)")
-    say("--model", default="", help="`model` of the body; left out if it is empty")
-    say("--prompt", default="", help="ask always this, which a prefix cache will know; else a new prompt each time")
-    say("--prompt-words", type=int, default=40, metavar="N", help="length of new prompts (default 40)")
-    say("--prompt-seed", type=int, default=7, metavar="N", help="which new prompts (default 7)")
-    say("--max-tokens", type=int, default=64, metavar="N", help="length of answers (default 64)")
-    say("--ignore-eos", action="store_true", help="answers of exactly --max-tokens, if the server knows ignore_eos")
-    # What is in a group is not in the web UI's form, which comes too late for a load shape and is no place for a key.
-    here = parser.add_argument_group("LLM options of the command line")
-    here.add_argument("--api-key-file", type=Path, metavar="FILE", help="its content is sent as the bearer token")
-    step = partial(here.add_argument, type=int, metavar="N")
-    step("--step-users", default=0, help="so many users more each step, in place of -u and -r")
-    step("--step-seconds", default=30, help="length of a step (default 30)")
-    step("--steps", default=5, help="how many (default 5); then the test ends")
+    add = parser.add_argument
+    add("--api", choices=sorted(DIALECTS), default="native", help="API of the server (default native)")
+    add("--model", default="", help="model name; not sent if empty")
+    add("--prompt", default="", help="the same prompt for all requests, which a prefix cache makes cheap")
+    add("--prompt-words", type=int, default=40, metavar="N", help="length of the random prompts (default 40)")
+    add("--prompt-seed", type=int, default=7, metavar="N", help="seed of the random prompts (default 7)")
+    add("--max-tokens", type=int, default=64, metavar="N", help="length of the responses in tokens (default 64)")
+    add("--ignore-eos", action="store_true", help="responses of exactly --max-tokens, if the server has ignore_eos")
+    # Options in a group are not in the form of the web UI, which must not show a key and is too late for a load shape.
+    group = parser.add_argument_group("LLM options of the command line")
+    group.add_argument("--api-key-file", type=Path, metavar="FILE", help="file with the bearer token")
+    add_step = partial(group.add_argument, type=int, metavar="N")
+    add_step("--step-users", default=0, help="users added per step, instead of -u and -r")
+    add_step("--step-seconds", default=30, help="length of a step in seconds (default 30)")
+    add_step("--steps", default=5, help="number of steps (default 5), after which the test ends")
 
 
 class Steps(LoadTestShape):
-    """`abstract`, or Locust would take it unasked, and -u and -r would do nothing."""
+    """Adds users step by step. `abstract`: Locust would otherwise use it without --step-users."""
 
     abstract = True
 
@@ -144,115 +100,102 @@ def use_steps(environment: Any, **_: Any) -> None:
     options = environment.parsed_options
     if options.step_users:
         if min(options.step_users, options.step_seconds, options.steps) < 1:
-            raise SystemExit("--step-users, --step-seconds and --steps are 1 or more")
+            raise SystemExit("--step-users, --step-seconds and --steps must be 1 or more")
         environment.shape_class = Steps(options)
         environment.shape_class.runner = environment.runner
 
 
-class Reader(FastHttpUser):
-    """Asks, reads to the end, asks again."""
+class StreamingUser(FastHttpUser):
+    """Sends a streaming request, reads its response to the end, and repeats."""
 
     host = "http://localhost:8000"
     concurrency = 1
     network_timeout = 600.0
 
     def on_start(self) -> None:
-        self._number = next(_users)
-        self._asked = 0
-        key = self.environment.parsed_options.api_key_file
+        options = self.environment.parsed_options
+        workload = Workload(options.prompt_words, options.max_tokens, options.prompt_seed, options.prompt or None)
+        worker = getattr(self.environment.runner, "worker_index", 0)
+        self._requests = workload.requests(f"{worker}-{next(_user_numbers)}")
+        key = options.api_key_file
         self._headers = {"Authorization": f"Bearer {key.read_text().strip()}"} if key else {}
 
     @task
     def generate(self) -> None:
         options = self.environment.parsed_options
-        dialect = DIALECTS[options.api]
-        body = dialect.body(self._prompt(options), options)
-        body |= {"model": options.model} if options.model else {}
-        body |= {"ignore_eos": True} if options.ignore_eos else {}
+        dialect = DIALECTS[options.api](options.model or None, options.ignore_eos)
+        request = next(self._requests)
         started = time.perf_counter()
         with self.client.post(
-            dialect.path, json=body, headers=self._headers, stream=True, catch_response=True
+            dialect.path(request), json=dialect.body(request), headers=self._headers, stream=True, catch_response=True
         ) as response:
             status = response.status_code
             if status == 200:
                 self._read(response, dialect, started)
             elif status:
-                # One kind whatever the server's sentence is: Locust counts failures by their text.
+                # The kind without the server's message: Locust groups failures by their text.
                 response.failure(f"http {status}")
-            # 0: nobody answered, and Locust tells why.
+            # Status 0 is a connection error, which Locust reports itself.
             response.request_meta["response_time"] = _ms(time.perf_counter() - started)
         if status in (0, 429, 503):
-            time.sleep(_retry_after(response))  # gevent's: Locust patched it
-
-    def _prompt(self, options: Namespace) -> str:
-        """The first word differs, so that nothing is shared with any other prompt."""
-        if options.prompt:
-            return str(options.prompt)
-        self._asked += 1
-        worker = getattr(self.environment.runner, "worker_index", 0)
-        seed = f"{options.prompt_seed}-{worker}-{self._number}-{self._asked}"
-        drawn = random.Random(seed)
-        return " ".join([f"{drawn.getrandbits(32):08x}", *drawn.choices(WORDS, k=options.prompt_words)])
+            time.sleep(_retry_after(response))  # patched by gevent
 
     def _read(self, response: Any, dialect: Dialect, started: float) -> None:
-        answer = Answer()
+        result = StreamResult()
         try:
-            for frame, at in _frames(response.stream, answer):
-                if error := frame.get("error"):
-                    raise StreamError(f"in band: {_kind(error, frame)}")
-                if dialect.read(frame, answer):
-                    answer.frames += 1
-                    answer.first = at if answer.first is None else answer.first
-                    answer.last = at
-            if not answer.ended:
-                raise StreamError("the stream was cut")
+            for event, at in _events(response.stream):
+                if event == dialect.end:
+                    result.ended = True
+                    continue
+                data = _parse(dialect, event)
+                result.add(data, at)
+                result.ended = result.ended or (dialect.end is None and data.tokens is not None)
+            if not result.ended:
+                raise StreamError("cut short")
         except StreamError as error:
             response.failure(str(error))
         except FAILURE_EXCEPTIONS as error:
-            response.failure(f"the stream was cut: {type(error).__name__}")
+            response.failure(f"cut short: {type(error).__name__}")
         else:
-            self._tell(dialect.path, answer, started)
+            self._report(response.request_meta["name"], result, started)
 
-    def _tell(self, name: str, answer: Answer, started: float) -> None:
-        if answer.first is not None:
-            self._fire("TTFT", name, _ms(answer.first - started))
-            if answer.tokens > 1 and answer.frames > 1:
-                self._fire("TPOT", name, _ms(answer.last - answer.first) / (answer.tokens - 1))
-        self._fire("tokens", name, answer.tokens)
+    def _report(self, name: str, result: StreamResult, started: float) -> None:
+        if result.first is not None:
+            self._fire("TTFT", name, _ms(result.first - started))
+            if result.tokens > 1 and result.events > 1:
+                self._fire("TPOT", name, _ms(result.last - result.first) / (result.tokens - 1))
+        self._fire("tokens", name, result.tokens)
 
     def _fire(self, kind: str, name: str, value: float) -> None:
-        """Locust has one kind of number: the columns of `tokens` are tokens an answer, not ms."""
+        """Locust has one kind of value, labelled ms; for `tokens` the value is tokens per response."""
         self.environment.events.request.fire(
             request_type=kind, name=name, response_time=value, response_length=0, exception=None, context={}
         )
 
 
-def _frames(stream: Any, answer: Answer) -> Iterator[tuple[Json, float]]:
-    """Documents of `data:` lines, and when each was there. By line: `iter_lines` would wait for 1,024 bytes."""
+def _events(stream: Any) -> Iterator[tuple[bytes, float]]:
+    """Values of `data:` lines with their arrival times. Reads by line: `iter_lines` would wait for 1,024 bytes."""
     while line := stream.readline(b"\n"):
         at = time.perf_counter()
-        if not line.startswith(b"data:"):
-            continue
-        data = line[5:].strip()
-        if data == b"[DONE]":
-            answer.ended = True
-            continue
-        try:
-            yield json.loads(data), at
-        except ValueError:
-            raise StreamError("a frame that is not JSON") from None
+        if line.startswith(b"data:"):
+            yield line[5:].strip(), at
 
 
-def _kind(error: object, frame: Json) -> object:
-    if isinstance(error, dict):
-        return error.get("code") or error.get("type") or error.get("message")
-    return frame.get("error_type", error)
+def _parse(dialect: Dialect, event: bytes) -> ResponseData:
+    """Raises StreamError."""
+    try:
+        data = dialect.parse_event(json.loads(event))
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise StreamError("invalid response") from None
+    if data.error is not None:
+        raise StreamError(data.error)
+    return data
 
 
 def _retry_after(response: Any) -> float:
-    """Seconds; a date is not worth the code."""
-    told = (response.headers or {}).get("retry-after", "")
-    return float(told) if told.isdigit() else 1.0
+    """Seconds; 1.0 if the header is missing or a date."""
+    value = (response.headers or {}).get("retry-after", "")
+    return float(value) if value.isdigit() else 1.0
 
 
 def _ms(seconds: float) -> float:
@@ -260,5 +203,5 @@ def _ms(seconds: float) -> float:
 
 
 if __name__ == "__main__":
-    # `locust --help` ends before Locust has read a file, and so without that file's options.
+    # `locust --help` exits before Locust reads a locustfile, so it does not list these options.
     get_parser().print_help()

@@ -1,4 +1,4 @@
-"""An event loop whose timers are good to a tenth of a millisecond, in a process that may open thousands of sockets."""
+"""An event loop with timers exact to 0.1 ms, in a process that may open thousands of sockets."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _Result = TypeVar("_Result")
 
 if sys.platform == "linux":
 
-    class _FineSelector(selectors.EpollSelector):
-        """epoll rounds what it waits up to whole milliseconds; select, which it can be waited for with, does not."""
+    class _PreciseSelector(selectors.EpollSelector):
+        """epoll rounds timeouts up to whole milliseconds; select, which can wait for the epoll handle, does not."""
 
         def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
             if timeout is not None and timeout > 0:
@@ -24,24 +24,24 @@ if sys.platform == "linux":
             return super().select(timeout)
 
 else:
-    _FineSelector = selectors.DefaultSelector
+    _PreciseSelector = selectors.DefaultSelector
 
 
-def _allow_many_files() -> None:
-    """Up to what the system lets this process have; many systems begin with 1024."""
+def _raise_file_limit() -> None:
+    """Raises the soft limit of open files, often 1024, to the hard limit."""
     with suppress(ImportError, ValueError, OSError):  # not on Windows
         import resource
 
-        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
 
 
 def new_loop() -> asyncio.AbstractEventLoop:
-    return asyncio.SelectorEventLoop(_FineSelector())
+    return asyncio.SelectorEventLoop(_PreciseSelector())
 
 
 def run(main: Coroutine[Any, Any, _Result]) -> _Result:
-    """As asyncio.run."""
-    _allow_many_files()
+    """asyncio.run with this event loop."""
+    _raise_file_limit()
     with asyncio.Runner(loop_factory=new_loop) as runner:
         return runner.run(main)

@@ -1,4 +1,4 @@
-"""The machine that the client runs on: what it is, and how busy it was."""
+"""The client's machine: its hardware, the commit of the working copy, and resource use during a measurement."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def describe() -> Machine:
 
 
 def commit() -> str | None:
-    """Of the working copy that this file is in, `-dirty` if it differs; None outside of one."""
+    """Commit of the working copy that holds this file, with `-dirty` if it has changes; None outside of one."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10)
@@ -45,8 +45,8 @@ def commit() -> str | None:
 
 
 @dataclass
-class Watch:
-    """Looks at the machine while it is entered."""
+class ResourceMonitor:
+    """Samples the machine's resource use every 0.5 s inside its context."""
 
     cpu: list[float] = field(default_factory=list)
     memory: list[float] = field(default_factory=list)
@@ -55,8 +55,8 @@ class Watch:
 
     async def __aenter__(self) -> Self:
         self._gpus = _gpus()
-        psutil.cpu_percent()  # from here
-        self._task = asyncio.create_task(self._look())
+        psutil.cpu_percent()  # the next call measures from here
+        self._task = asyncio.create_task(self._sample_repeatedly())
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -64,7 +64,7 @@ class Watch:
         self._task.cancel()
 
     def resources(self) -> Resources:
-        """Means; of memory the most."""
+        """Means; for memory the maximum."""
         return Resources(
             cpu_percent=round(fmean(self.cpu), 1),
             memory_mib=round(max(self.memory)),
@@ -72,7 +72,7 @@ class Watch:
             gpu_memory_mib=round(max(self.gpu_memory)) if self.gpu_memory else None,
         )
 
-    async def _look(self) -> None:
+    async def _sample_repeatedly(self) -> None:
         while True:
             await asyncio.sleep(_INTERVAL_S)
             self._sample()
@@ -80,7 +80,7 @@ class Watch:
     def _sample(self) -> None:
         self.cpu.append(psutil.cpu_percent())
         self.memory.append(psutil.virtual_memory().used / MIB)
-        with suppress(pynvml.NVMLError):  # a part of a GPU does not tell its use
+        with suppress(pynvml.NVMLError):  # a MIG slice does not report its utilisation
             self._sample_gpus()
 
     def _sample_gpus(self) -> None:
@@ -90,7 +90,7 @@ class Watch:
 
 
 def _gpus() -> list[Any]:
-    """NVIDIA's; none where there is no driver."""
+    """Handles of the NVIDIA GPUs; empty without a driver."""
     try:
         pynvml.nvmlInit()
         return [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
@@ -100,7 +100,7 @@ def _gpus() -> list[Any]:
 
 def _processor() -> str:
     try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:
-        found = None
-    return found[1] if found is not None else platform.processor() or platform.machine()
+        match = None
+    return match[1] if match is not None else platform.processor() or platform.machine()

@@ -1,4 +1,4 @@
-"""From records to figures."""
+"""Computes distributions, samples, error counts and timelines from request records."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PERCENTILES = {"p50": 50, "p90": 90, "p95": 95, "p99": 99}
 
 
 def distribution(seconds: Iterable[float | None]) -> Distribution | None:
-    """In ms; None of nothing."""
+    """In ms; None if there is no value."""
     values = np.array([value for value in seconds if value is not None]) * 1e3
     if not len(values):
         return None
@@ -29,15 +29,16 @@ def distribution(seconds: Iterable[float | None]) -> Distribution | None:
 
 
 def gap_quantiles(records: Sequence[Record]) -> list[float]:
+    """Gaps between chunks in ms at 0, 1, ... 100 percent."""
     gaps = np.array([gap for record in records for gap in record.gaps]) * 1e3
     return [round(float(value), 4) for value in np.percentile(gaps, np.arange(101))] if len(gaps) else []
 
 
-def samples(windows: Sequence[tuple[float, Sequence[Record]]]) -> Samples:
-    """Of each repeat: when its window opened, and its requests; those that failed have no latency to tell."""
+def samples(repeats: Sequence[tuple[float, Sequence[Record]]]) -> Samples:
+    """`repeats`: start of the window and records of each repeat. Failed requests have no latency and are left out."""
     rows = [
         (repeat, record.due - opened, record)
-        for repeat, (opened, records) in enumerate(windows)
+        for repeat, (opened, records) in enumerate(repeats)
         for record in sorted(records, key=lambda record: record.due)
         if record.ok
     ]
@@ -59,19 +60,19 @@ def samples(windows: Sequence[tuple[float, Sequence[Record]]]) -> Samples:
 
 
 def errors(records: Iterable[Record]) -> dict[str, int]:
-    """The commonest kind first."""
+    """Failures by kind, the most frequent first."""
     return dict(Counter(record.error for record in records if record.error is not None).most_common())
 
 
 def timeline(records: Sequence[Record], opened: float, closed: float) -> list[Second]:
-    """Second by second, of everybody who was there, the last part of a second left out."""
+    """One entry for each full second of the window, over all requests including warm-up and cool-down."""
     count = int(closed - opened)
     edges = opened + np.arange(count + 1)
     streamed = [(r.chunks, np.array(r.events) * r.tokens_per_event) for r in records if r.chunks]
-    whole = [([r.done], np.array([r.tokens])) for r in records if not r.chunks and r.done is not None]
+    unstreamed = [([r.done], np.array([r.tokens])) for r in records if not r.chunks and r.done is not None]
     tokens = np.zeros(count)
-    for at, each in [*streamed, *whole]:
-        tokens += np.histogram(at, edges, weights=each)[0]
+    for at, weights in [*streamed, *unstreamed]:
+        tokens += np.histogram(at, edges, weights=weights)[0]
     sent = np.array([r.sent for r in records if r.sent is not None])
     done = np.array([r.done if r.done is not None else np.inf for r in records if r.sent is not None])
     started = np.histogram(sent, edges)[0]

@@ -1,8 +1,8 @@
-"""A golden server: it answers at known instants, so that whoever measures it can be judged.
+"""A mock LLM server whose token times are known, for tests of load generators.
 
-Token i of an answer is due `ttft + i * itl` after its request arrived, or after a slot came free for it: from that
-instant, not from the token before, so that lateness does not add up. It speaks all three dialects, fails as it is told,
-and counts on /metrics what it sent.
+Token i of a response is due `ttft + i * itl` after its request arrived or got a slot. Times count from that instant
+and not from the token before, so that delays do not add up. The server has all three APIs, fails as configured, and
+counts on /metrics what it sent.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import argparse
 import asyncio
 import json
 import random
+import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager, nullcontext
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from math import ceil
 from typing import Any, TypeAlias
@@ -25,15 +26,15 @@ from perf.exits import Exit
 
 Json: TypeAlias = dict[str, Any]
 
-KINDS = ("429", "500", "in-band", "cut", "hang")
+ERROR_KINDS = ("429", "500", "in-band", "cut", "hang")
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Seconds. `slots` requests are answered at a time, the others wait in line; None: everybody at once.
+class MockConfig:
+    """Times in seconds. `slots`: requests that are answered at a time, others wait; None: no limit.
 
-    `stall_s` is a pause of the whole server, once, `stall_at_s` after its first request. `errors` is the share of
-    requests that fail, by KINDS, drawn by `seed`.
+    The server stalls once, for `stall_s` seconds, `stall_at_s` after its first request. `errors` maps ERROR_KINDS to
+    the share of requests that fail so, drawn by `seed`.
     """
 
     ttft_s: float = 0.05
@@ -47,15 +48,15 @@ class Plan:
     model: str = "mock"
 
 
-class Golden:
-    """`app()` is the server. Its counts are of what was sent, to clients who left as well."""
+class MockServer:
+    """`app()` is the server. It counts all tokens that it sent, also to clients that disconnected."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
+    def __init__(self, config: MockConfig) -> None:
+        self.config = config
         self.requests = self.tokens = self.prompt_tokens = 0
-        self._slots = asyncio.Semaphore(plan.slots) if plan.slots is not None else None
-        self._random = random.Random(plan.seed)
-        self._first_at: float | None = None
+        self._slots = asyncio.Semaphore(config.slots) if config.slots is not None else None
+        self._random = random.Random(config.seed)
+        self._first_request_at: float | None = None
 
     def app(self) -> web.Application:
         app = web.Application()
@@ -71,69 +72,75 @@ class Golden:
     async def _native(self, http: web.Request) -> web.StreamResponse:
         body = await http.json()
         if "inputs" in body:
-            asked = body["parameters"]["max_new_tokens"], _words(body["inputs"])
-            writer = _tgi(*asked)
+            size = body["parameters"]["max_new_tokens"], _words(body["inputs"])
+            encoder = _tgi(*size)
         else:
-            asked = body["max_tokens"], _words(body["prompt"])
-            writer = _native(*asked)
-        return await self._answer(http, *asked, writer, streaming=http.path == "/generate_stream")
+            size = body["max_tokens"], _words(body["prompt"])
+            encoder = _native(*size)
+        return await self._respond(http, *size, encoder, streaming=http.path == "/generate_stream")
 
     async def _native_batch(self, http: web.Request) -> web.StreamResponse:
-        """One place in line; its prompts are answered beside each other, as many at a time as there are slots."""
+        """A batch takes one place in the queue; its prompts run in parallel, as many at a time as there are slots."""
         body = await http.json()
         count, prompts = body["max_tokens"], body["prompts"]
         words = sum(map(_words, prompts))
-        return await self._answer(http, count, words, _native_batch(count, words, len(prompts)), times=len(prompts))
+        return await self._respond(http, count, words, _native_batch(count, words, len(prompts)), prompts=len(prompts))
 
     async def _openai(self, http: web.Request) -> web.StreamResponse:
         body = await http.json()
         prompts = [body["prompt"]] if isinstance(body["prompt"], str) else body["prompt"]
-        asked = body["max_tokens"], sum(map(_words, prompts))
-        writer = _openai(*asked, len(prompts))
-        return await self._answer(http, *asked, writer, times=len(prompts), streaming=body.get("stream", False))
+        size = body["max_tokens"], sum(map(_words, prompts))
+        encoder = _openai(*size, len(prompts))
+        streaming = body.get("stream", False)
+        return await self._respond(http, *size, encoder, prompts=len(prompts), streaming=streaming)
 
-    async def _answer(
-        self, http: web.Request, count: int, words: int, writer: Writer, times: int = 1, streaming: bool = False
+    async def _respond(
+        self,
+        http: web.Request,
+        count: int,
+        words: int,
+        encoder: ResponseEncoder,
+        prompts: int = 1,
+        streaming: bool = False,
     ) -> web.StreamResponse:
-        arrived = self._now()
-        self._first_at = self._first_at or arrived
+        self._first_request_at = self._first_request_at or self._now()
         self.requests += 1
-        fault = self._fault()
-        if fault in ("429", "500"):
-            return web.json_response({"error": {"code": fault, "message": "as planned"}}, status=int(fault))
-        async with self._slot() as began:
-            if fault == "hang":
+        error = self._draw_error()
+        if error in ("429", "500"):
+            return web.json_response({"error": {"code": error, "message": "as configured"}}, status=int(error))
+        async with self._slot() as start:
+            if error == "hang":
                 await asyncio.sleep(3600)
             self.prompt_tokens += words
             if streaming:
-                return await self._stream(http, began, count, writer, fault)
-            rounds = ceil(times / self.plan.slots) if self.plan.slots is not None else 1
-            await self._until(began + rounds * (self.plan.ttft_s + (count - 1) * self.plan.itl_s))
-            self.tokens += count * times
-            return web.json_response(writer.whole)
+                return await self._stream(http, start, count, encoder, error)
+            rounds = ceil(prompts / self.config.slots) if self.config.slots is not None else 1
+            await self._sleep_until(start + rounds * (self.config.ttft_s + (count - 1) * self.config.itl_s))
+            self.tokens += count * prompts
+            return web.json_response(encoder.response)
 
     async def _stream(
-        self, http: web.Request, began: float, count: int, writer: Writer, fault: str | None
+        self, http: web.Request, start: float, count: int, encoder: ResponseEncoder, error: str | None
     ) -> web.StreamResponse:
         response = web.StreamResponse(headers={"content-type": "text/event-stream"})
         await response.prepare(http)
-        for token in range(0, count, self.plan.tokens_per_chunk):
-            if fault is not None and token >= count // 2:
-                if fault == "in-band":
-                    await response.write(writer.failure)
+        for token in range(0, count, self.config.tokens_per_chunk):
+            if error is not None and token >= count // 2:
+                if error == "in-band":
+                    await response.write(encoder.error)
                 elif http.transport is not None:
                     http.transport.abort()
                 return response
-            together = range(token, min(token + self.plan.tokens_per_chunk, count))
-            await self._until(began + self.plan.ttft_s + token * self.plan.itl_s)
-            await response.write(b"".join(map(writer.event, together)))
-            self.tokens += len(together)
-        await response.write_eof(writer.end)
+            chunk = range(token, min(token + self.config.tokens_per_chunk, count))
+            await self._sleep_until(start + self.config.ttft_s + token * self.config.itl_s)
+            await response.write(b"".join(map(encoder.event, chunk)))
+            self.tokens += len(chunk)
+        await response.write_eof(encoder.end)
         return response
 
-    def _fault(self) -> str | None:
+    def _draw_error(self) -> str | None:
         drawn = self._random.random()
-        for kind, share in self.plan.errors.items():
+        for kind, share in self.config.errors.items():
             drawn -= share
             if drawn < 0:
                 return kind
@@ -141,16 +148,16 @@ class Golden:
 
     @asynccontextmanager
     async def _slot(self) -> AsyncIterator[float]:
-        """Yields the instant at which one is free."""
+        """Yields the time at which a slot is free."""
         async with self._slots or nullcontext():
             yield self._now()
 
-    async def _until(self, due: float) -> None:
-        """With the server's one pause in it, if that falls there."""
-        if self.plan.stall_s and self._first_at is not None:
-            begins = self._first_at + self.plan.stall_at_s
-            if begins <= due < begins + self.plan.stall_s:
-                due = begins + self.plan.stall_s
+    async def _sleep_until(self, due: float) -> None:
+        """A time within the stall is moved to its end."""
+        if self.config.stall_s and self._first_request_at is not None:
+            stall_start = self._first_request_at + self.config.stall_at_s
+            if stall_start <= due < stall_start + self.config.stall_s:
+                due = stall_start + self.config.stall_s
         if (delay := due - self._now()) > 0:
             await asyncio.sleep(delay)
 
@@ -159,7 +166,7 @@ class Golden:
         return asyncio.get_running_loop().time()
 
     async def _models(self, http: web.Request) -> web.Response:
-        return web.json_response({"object": "list", "data": [{"id": self.plan.model, "object": "model"}]})
+        return web.json_response({"object": "list", "data": [{"id": self.config.model, "object": "model"}]})
 
     async def _health(self, http: web.Request) -> web.Response:
         return web.json_response({"status": "alive"})
@@ -167,125 +174,149 @@ class Golden:
     async def _metrics(self, http: web.Request) -> web.Response:
         counts = {"requests": self.requests, "prompt_tokens": self.prompt_tokens, "generated_tokens": self.tokens}
         lines = [
-            f'# TYPE serve_app_{name} counter\nserve_app_{name}_total{{model="{self.plan.model}"}} {value}\n'
+            f'# TYPE serve_app_{name} counter\nserve_app_{name}_total{{model="{self.config.model}"}} {value}\n'
             for name, value in counts.items()
         ]
         return web.Response(text="".join(lines))
 
 
 @dataclass(frozen=True)
-class Writer:
-    """The parts of an answer in one dialect."""
+class ResponseEncoder:
+    """The parts of a response in one API: the event of a token by its index, the end of a stream, an error in band."""
 
     event: Callable[[int], bytes]
     end: bytes
-    failure: bytes
-    whole: Any
+    error: bytes
+    response: Any
 
 
 def _data(document: object) -> bytes:
     return b"data: " + json.dumps(document).encode() + b"\n\n"
 
 
-def _usage(count: int, words: int, times: int = 1) -> Json:
-    return {"prompt_tokens": words, "completion_tokens": count * times, "total_tokens": words + count * times}
+def _usage(count: int, words: int, prompts: int = 1) -> Json:
+    return {"prompt_tokens": words, "completion_tokens": count * prompts, "total_tokens": words + count * prompts}
 
 
-def _native(count: int, words: int) -> Writer:
+def _native(count: int, words: int) -> ResponseEncoder:
     plain = _data({"token": " a", "finished": False})
     last = _data({"token": " a", "finished": True, "finish_reason": "length", "usage": _usage(count, words)})
-    failure = _data({"error": {"code": "internal", "message": "as planned"}, "finished": True})
-    whole = {"text": " a" * count, "usage": _usage(count, words)}
-    return Writer(lambda token: last if token == count - 1 else plain, b"", b"event: error\n" + failure, whole)
+    error = _data({"error": {"code": "internal", "message": "as configured"}, "finished": True})
+    response = {"text": " a" * count, "usage": _usage(count, words)}
+    return ResponseEncoder(
+        lambda token: last if token == count - 1 else plain, b"", b"event: error\n" + error, response
+    )
 
 
-def _native_batch(count: int, words: int, times: int) -> Writer:
-    one = {"text": " a" * count, "usage": _usage(count, words // times)}
-    whole = {"results": [one] * times, "usage": _usage(count, words, times)}
-    return Writer(lambda token: b"", b"", b"", whole)
+def _native_batch(count: int, words: int, prompts: int) -> ResponseEncoder:
+    one = {"text": " a" * count, "usage": _usage(count, words // prompts)}
+    response = {"results": [one] * prompts, "usage": _usage(count, words, prompts)}
+    return ResponseEncoder(lambda token: b"", b"", b"", response)
 
 
-def _openai(count: int, words: int, times: int) -> Writer:
-    usage = _usage(count, words, times)
+def _openai(count: int, words: int, prompts: int) -> ResponseEncoder:
+    usage = _usage(count, words, prompts)
     plain = _data({"choices": [{"index": 0, "text": " a", "finish_reason": None}]})
     last = _data({"choices": [{"index": 0, "text": " a", "finish_reason": "length"}]})
     end = _data({"choices": [], "usage": usage}) + b"data: [DONE]\n\n"
-    failure = _data({"error": {"code": "internal", "message": "as planned"}}) + b"data: [DONE]\n\n"
-    whole = {"choices": [{"index": i, "text": " a" * count} for i in range(times)], "usage": usage}
-    return Writer(lambda token: last if token == count - 1 else plain, end, failure, whole)
+    error = _data({"error": {"code": "internal", "message": "as configured"}}) + b"data: [DONE]\n\n"
+    response = {"choices": [{"index": i, "text": " a" * count} for i in range(prompts)], "usage": usage}
+    return ResponseEncoder(lambda token: last if token == count - 1 else plain, end, error, response)
 
 
-def _tgi(count: int, words: int) -> Writer:
+def _tgi(count: int, words: int) -> ResponseEncoder:
     details = {"finish_reason": "length", "generated_tokens": count, "input_length": words}
     plain = _data({"token": {"text": " a"}, "details": None})
     last = _data({"token": {"text": " a"}, "generated_text": " a" * count, "details": details})
-    failure = _data({"error": "as planned", "error_type": "generation"})
+    error = _data({"error": "as configured", "error_type": "generation"})
     prefill = [{"text": " a"}] * words
-    whole = {"generated_text": " a" * count, "details": {**details, "prefill": prefill}}
-    return Writer(lambda token: last if token == count - 1 else plain, b"", failure, whole)
+    response = {"generated_text": " a" * count, "details": {**details, "prefill": prefill}}
+    return ResponseEncoder(lambda token: last if token == count - 1 else plain, b"", error, response)
 
 
 def _words(prompt: str) -> int:
     return len(prompt.split())
 
 
-def _errors(text: str) -> dict[str, float]:
+def _error_shares(text: str) -> dict[str, float]:
     shares = {kind: float(share) for kind, _, share in (part.partition(":") for part in text.split(","))}
-    if not set(shares) <= set(KINDS) or not 0 <= sum(shares.values()) <= 1:
+    if not set(shares) <= set(ERROR_KINDS) or not 0 <= sum(shares.values()) <= 1:
         raise ValueError
     return shares
 
 
-def parser() -> argparse.ArgumentParser:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m perf.mock", description=__doc__)
-    plan = Plan()
-    parser.add_argument("--host", default="127.0.0.1", help="where it listens (default: %(default)s)")
-    parser.add_argument("--port", type=int, default=8001, help="0 picks a free one, and says which")
-    parser.add_argument("--ttft-ms", type=float, default=plan.ttft_s * 1e3, help="default: %(default)g")
-    parser.add_argument("--itl-ms", type=float, default=plan.itl_s * 1e3, help="default: %(default)g")
-    parser.add_argument("--tokens-per-chunk", type=int, default=1, help="tokens sent at once (default: 1)")
-    parser.add_argument("--slots", type=int, help="requests at a time (default: any number)")
-    parser.add_argument("--stall-ms", type=float, default=0, help="length of the one pause (default: none)")
-    parser.add_argument("--stall-at-s", type=float, default=0, help="when it begins, since the first request")
+    default = MockConfig()
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=8001, help="0 chooses a free port and prints it (default: 8001)")
+    parser.add_argument("--ttft-ms", type=float, default=default.ttft_s * 1e3, help="default: %(default)g")
+    parser.add_argument("--itl-ms", type=float, default=default.itl_s * 1e3, help="default: %(default)g")
+    parser.add_argument("--tokens-per-chunk", type=int, default=1, help="tokens per write (default: 1)")
+    parser.add_argument("--slots", type=int, help="requests answered at a time (default: no limit)")
+    parser.add_argument("--stall-ms", type=float, default=0, help="length of the single stall (default: none)")
+    parser.add_argument("--stall-at-s", type=float, default=0, help="start of the stall after the first request")
     parser.add_argument(
-        "--errors", type=_errors, default={}, metavar="KIND:SHARE,...", help=f"kinds: {', '.join(KINDS)}"
+        "--errors",
+        type=_error_shares,
+        default={},
+        metavar="KIND:SHARE,...",
+        help=f"shares of failing requests; kinds: {', '.join(ERROR_KINDS)}",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the errors")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the errors (default: 0)")
     return parser
 
 
-async def serve(plan: Plan, host: str, port: int) -> None:
-    """Until cancelled; prints the address."""
-    runner = web.AppRunner(Golden(plan).app(), access_log=None, handler_cancellation=True)
+@asynccontextmanager
+async def running(config: MockConfig, host: str = "127.0.0.1", port: int = 0) -> AsyncIterator[str]:
+    """Runs the server in this event loop; yields its URL."""
+    runner = web.AppRunner(MockServer(config).app(), access_log=None, handler_cancellation=True, shutdown_timeout=1)
     await runner.setup()
     try:
-        site = web.TCPSite(runner, host, port, backlog=4096)
-        await site.start()
+        await web.TCPSite(runner, host, port, backlog=4096).start()
         host, port = runner.addresses[0][:2]
-        print(f"answers on http://{host}:{port}", flush=True)
-        await asyncio.Event().wait()
+        yield f"http://{host}:{port}"
     finally:
         await runner.cleanup()
 
 
+async def _serve(config: MockConfig, host: str, port: int) -> None:
+    """Prints the URL and serves until it is cancelled."""
+    async with running(config, host, port) as url:
+        print(f"listening on {url}", flush=True)
+        await asyncio.Event().wait()
+
+
+@contextmanager
+def mock_server(*options: str) -> Iterator[str]:
+    """Runs the server with these command line options in another process; yields its URL."""
+    command = [sys.executable, "-m", "perf.mock", "--port", "0", *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            yield process.stdout.readline().removeprefix("listening on ").strip()
+        finally:
+            process.terminate()
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    asked = parser().parse_args(arguments)
-    plan = Plan(
-        ttft_s=asked.ttft_ms / 1e3,
-        itl_s=asked.itl_ms / 1e3,
-        tokens_per_chunk=asked.tokens_per_chunk,
-        slots=asked.slots,
-        stall_s=asked.stall_ms / 1e3,
-        stall_at_s=asked.stall_at_s,
-        errors=asked.errors,
-        seed=asked.seed,
+    args = _parser().parse_args(arguments)
+    config = MockConfig(
+        ttft_s=args.ttft_ms / 1e3,
+        itl_s=args.itl_ms / 1e3,
+        tokens_per_chunk=args.tokens_per_chunk,
+        slots=args.slots,
+        stall_s=args.stall_ms / 1e3,
+        stall_at_s=args.stall_at_s,
+        errors=args.errors,
+        seed=args.seed,
     )
     try:
-        loop.run(serve(plan, asked.host, asked.port))
+        loop.run(_serve(config, args.host, args.port))
     except KeyboardInterrupt:
         return Exit.OK
     except OSError as error:
-        print(f"cannot listen on {asked.host}:{asked.port}: {error.strerror}", file=sys.stderr)
+        print(f"cannot listen on {args.host}:{args.port}: {error.strerror}", file=sys.stderr)
         return Exit.USAGE
     return Exit.OK
 

@@ -1,4 +1,4 @@
-"""What happened to one request: instants of the monotonic clock, in seconds; None did not happen."""
+"""The timestamps and results of one request; times are seconds of the monotonic clock, None if not reached."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True)
 class Record:
-    """`due` is when it was to be sent. A client that is late makes it no faster: latency counts from there."""
+    """Latency counts from `due`, the scheduled time: a client that sends late does not make the server look faster."""
 
     due: float
-    counts: bool = False  # whether it was due in the window that is measured
+    in_window: bool = False  # due in the measurement window
     prompts: int = 1
     sent: float | None = None
-    chunks: array[float] = field(default_factory=lambda: array("d"))  # arrivals of reads that brought tokens
-    events: array[int] = field(default_factory=lambda: array("I"))  # how many events with tokens each brought
-    done: float | None = None  # whether well or not
+    chunks: array[float] = field(default_factory=lambda: array("d"))  # arrival times of reads with tokens
+    events: array[int] = field(default_factory=lambda: array("I"))  # events with tokens in each of these reads
+    done: float | None = None  # end of the request, successful or not
     prompt_tokens: int = 0
-    tokens: int = 0  # as the server counted them
-    error: str | None = None  # its kind, such as `http 429` or `timeout`
+    tokens: int = 0  # as counted by the server
+    error: str | None = None  # kind of failure, such as `http 429` or `timeout`
     detail: str = ""
 
     @property
@@ -36,7 +36,7 @@ class Record:
 
     @property
     def tpot(self) -> float | None:
-        """Seconds a token, the first one excluded; chunks of several tokens do not distort it."""
+        """Seconds per output token after the first; independent of how many tokens a chunk holds."""
         if self.tokens < 2 or len(self.chunks) < 2:
             return None
         return (self.chunks[-1] - self.chunks[0]) / (self.tokens - 1)
@@ -51,11 +51,11 @@ class Record:
 
     @property
     def gaps(self) -> list[float]:
-        """Between chunks. A chunk of k tokens is one gap: k - 1 gaps of zero would flatter."""
+        """Seconds between chunks. A chunk of k tokens is one gap; k - 1 gaps of 0 s would lower the percentiles."""
         return [later - earlier for earlier, later in zip(self.chunks, self.chunks[1:], strict=False)]
 
     def tokens_within(self, start: float, end: float) -> float:
-        """How many of its tokens arrived in [start, end); a whole answer arrives at its end."""
+        """Tokens that arrived in [start, end); a response without streaming arrives at its end."""
         if not self.chunks:
             return self.tokens if self.done is not None and start <= self.done < end else 0
         within = sum(events for at, events in zip(self.chunks, self.events, strict=True) if start <= at < end)

@@ -1,6 +1,6 @@
-"""What a run writes: `results.json`, one typed tree with a version and a JSON Schema.
+"""The file `results.json`: one typed tree with a version and a JSON Schema.
 
-Latencies are in milliseconds, durations in seconds, rates per second. `None` is what was not there to be measured.
+Latencies are in milliseconds, durations in seconds, rates per second. `None` is a value that was not measured.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ Count: TypeAlias = Annotated[int, Field(ge=0)]
 
 
 class ResultsError(Exception):
-    """A file that is no run of this suite; the sentence says what is wrong with it."""
+    """The file is not a run of this suite; the message gives the reason."""
 
 
-class Tree(BaseModel):
+class ResultModel(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Distribution(Tree):
-    """Of one quantity, in ms; percentiles interpolate linearly between samples, as numpy's do by default."""
+class Distribution(ResultModel):
+    """Statistics of one metric in ms; percentiles interpolate linearly between samples, the default of numpy."""
 
     count: Count
     mean: float
@@ -39,21 +39,21 @@ class Distribution(Tree):
     max: float
 
 
-class Samples(Tree):
-    """One entry a finished request of the measured window, in the order in which they were due."""
+class Samples(ResultModel):
+    """One entry per finished request of the measurement window, in the order of the due times."""
 
-    repeat: list[int] = Field(description="Which of the repeats it belongs to, from 0.")
-    due_s: list[float] = Field(description="When it was due, since the window opened.")
-    ttft_ms: list[float | None] = Field(description="Due to first token; null for answers that came whole.")
+    repeat: list[int] = Field(description="Number of the repeat, from 0.")
+    due_s: list[float] = Field(description="Due time, from the start of the window.")
+    ttft_ms: list[float | None] = Field(description="From due to first token; null without streaming.")
     tpot_ms: list[float | None] = Field(description="(last - first token) / (tokens - 1); null below two tokens.")
-    e2e_ms: list[float] = Field(description="Due to the end of the answer.")
-    service_ms: list[float] = Field(description="Sent to the end of the answer.")
-    longest_gap_ms: list[float | None] = Field(description="Between two chunks of its stream.")
-    tokens: list[int] = Field(description="Tokens of the answer; of all answers of a batch.")
+    e2e_ms: list[float] = Field(description="From due to the end of the response.")
+    service_ms: list[float] = Field(description="From sent to the end of the response.")
+    longest_gap_ms: list[float | None] = Field(description="Longest time between two chunks of the stream.")
+    tokens: list[int] = Field(description="Tokens of the response; of all responses of a batch.")
 
 
-class Second(Tree):
-    """One second of the window."""
+class Second(ResultModel):
+    """Totals of one second of the window."""
 
     at_s: float
     tokens: float
@@ -61,40 +61,40 @@ class Second(Tree):
     in_flight: int
 
 
-class Load(Tree):
-    """What was asked of the server. Open: at instants of a schedule. Closed: as soon as a stream is free."""
+class Load(ResultModel):
+    """The load. Open loop: requests at scheduled times. Closed loop: each stream sends after its response."""
 
     loop: Literal["open", "closed"]
     arrival: Literal["constant", "poisson", "gamma", "burst", "ramp", "closed", "trace"]
-    rate: float | None = Field(default=None, description="Requests a second, of open loops.")
-    concurrency: int | None = Field(default=None, description="Streams at a time, of closed loops.")
-    batch_size: int = Field(default=1, description="Prompts a request.")
+    rate: float | None = Field(default=None, description="Requests per second, of open loops.")
+    concurrency: int | None = Field(default=None, description="Concurrent streams, of closed loops.")
+    batch_size: int = Field(default=1, description="Prompts per request.")
     streaming: bool = True
 
 
-class Client(Tree):
-    """Whether the client itself could carry the load."""
+class Client(ResultModel):
+    """Whether the client kept up with the load."""
 
-    cpu: float = Field(description="Share of one core that the client's process used.")
-    schedule_delay_p50_ms: float = Field(description="Due to sent.")
+    cpu: float = Field(description="Share of one core that the client process used.")
+    schedule_delay_p50_ms: float = Field(description="From due to sent.")
     schedule_delay_p99_ms: float
-    loop_lag_p99_ms: float = Field(description="By how much a timer of the client's event loop was late.")
-    achieved_rate: float | None = Field(default=None, description="Started over due requests of an open loop's rate.")
+    loop_lag_p99_ms: float = Field(description="Lateness of timers of the client's event loop.")
+    achieved_rate: float | None = Field(default=None, description="Sent rate over requested rate, of open loops.")
     limited: list[str] = Field(
-        description="Why these numbers are the client's and not the server's; empty: they count."
+        description="Why the metrics describe the client and not the server; empty: they describe the server."
     )
 
 
-class Goodput(Tree):
-    """Requests that met all of the SLO's bounds, failed ones included among those that did not."""
+class Goodput(ResultModel):
+    """Requests that met all bounds of the SLO; failed requests did not."""
 
     slo: str
     requests_per_s: float
     share: float
 
 
-class Resources(Tree):
-    """Of the machine that the client runs on, warm-up included; the server's as well if that is the same."""
+class Resources(ResultModel):
+    """Resource use of the client's machine, warm-up included; includes the server if it runs there."""
 
     cpu_percent: float
     memory_mib: float
@@ -102,39 +102,41 @@ class Resources(Tree):
     gpu_memory_mib: float | None = None
 
 
-class Stage(Tree):
+class Stage(ResultModel):
     """One load level of a scenario."""
 
     scenario: Scenario
-    name: str = Field(description="Unique in its scenario, as `8 streams`.")
+    name: str = Field(description="Unique in its scenario, such as `8 streams`.")
     load: Load
     repeats: Count
     warmup_requests: Count
-    steady: bool | None = Field(description="Whether latency had settled when the warm-up ended; null: there was none.")
-    window_s: float = Field(description="All repeats together, warm-up and drain excluded.")
-    requests: Count = Field(description="Due in the window.")
+    steady: bool | None = Field(
+        description="Whether latency was steady at the end of the warm-up; null: there was no warm-up."
+    )
+    window_s: float = Field(description="Sum over all repeats, without warm-up and cool-down.")
+    requests: Count = Field(description="Requests that were due in the window.")
     finished: Count
-    errors: dict[str, int] = Field(description="Failed requests of the window by kind.")
-    tokens: Count = Field(description="Of the finished requests' answers.")
+    errors: dict[str, int] = Field(description="Failed requests of the window, by kind.")
+    tokens: Count = Field(description="Tokens of the finished responses.")
     prompt_tokens: Count
-    tokens_per_s: float = Field(description="Tokens that arrived within the window, whoever's.")
+    tokens_per_s: float = Field(description="Tokens of all requests that arrived within the window.")
     tokens_per_s_by_repeat: list[float] = []
     requests_per_s: float = Field(description="Requests that finished within the window.")
     tokens_per_chunk: float | None = None
     ttft_ms: Distribution | None = None
-    ttft_service_ms: Distribution | None = Field(default=None, description="As ttft, from the instant it was sent.")
+    ttft_service_ms: Distribution | None = Field(default=None, description="TTFT counted from sending.")
     tpot_ms: Distribution | None = None
-    itl_ms: Distribution | None = Field(default=None, description="All gaps between chunks, pooled.")
-    itl_quantiles_ms: list[float] = Field(default=[], description="At 0, 1, ... 100 percent.")
+    itl_ms: Distribution | None = Field(default=None, description="All gaps between chunks of all requests.")
+    itl_quantiles_ms: list[float] = Field(default=[], description="ITL at 0, 1, ... 100 percent.")
     e2e_ms: Distribution | None = None
     e2e_service_ms: Distribution | None = None
     efficiency: float | None = Field(
         default=None,
-        description="Concurrency: tok/s over those of the fewest streams, by so many times the streams. "
-        "Batch: tok/s over those of the smallest batch.",
+        description="Concurrency: throughput relative to the fewest streams, divided by the ratio of the streams. "
+        "Batch: throughput relative to the smallest batch.",
     )
     goodput: Goodput | None = None
-    missed: list[str] = Field(default=[], description="Bounds of the SLO that did not hold, in words.")
+    missed: list[str] = Field(default=[], description="A sentence for each bound of the SLO that was not met.")
     client: Client
     resources: Resources | None = None
     timeline: list[Second] = []
@@ -145,16 +147,16 @@ class Stage(Tree):
         return sum(self.errors.values())
 
 
-class Tokens(Tree):
-    """What both sides counted over one scenario, warm-up and drain included."""
+class Tokens(ResultModel):
+    """Tokens and requests of one scenario as client and server counted them, warm-up and cool-down included."""
 
     scenario: Scenario
     client: Count
-    server: Count | None = Field(description="None: the server exposes no counter that is known here.")
+    server: Count | None = Field(description="None: the server has no known counter.")
     client_requests: Count
     server_requests: Count | None
     server_metrics: dict[str, float] = Field(
-        default={}, description="Differences of the server's counters and ratios of them."
+        default={}, description="Differences of the server's counters, and their ratios."
     )
 
     @property
@@ -162,32 +164,34 @@ class Tokens(Tree):
         return None if self.server is None else self.server - self.client
 
 
-class Probe(Tree):
+class Probe(ResultModel):
     at: float
     met: bool
     why: str
     measured: dict[str, float] = {}
 
 
-class FindMax(Tree):
+class FindMax(ResultModel):
     """The highest load that meets the SLO, between a probe that met it and one that did not."""
 
     of: Literal["rate", "concurrency"]
     slo: str
-    best: float | None = Field(description="None: not even the lowest load met it.")
-    broke_at: float | None = Field(description="The lowest load that did not; None: the search's upper end met it.")
+    best: float | None = Field(description="None: the lowest load did not meet it.")
+    broke_at: float | None = Field(
+        description="The lowest load that did not meet it; None: the upper end of the search met it."
+    )
     limit: Literal["latency", "errors", "queue", "client", "none"]
     probes: list[Probe]
 
 
-class BatchAdvice(Tree):
-    """Which `max_batch_size` to choose, and why."""
+class BatchAdvice(ResultModel):
+    """The recommended `max_batch_size` and the reason."""
 
     recommended: int
     reason: str
 
 
-class Cost(Tree):
+class Cost(ResultModel):
     instance_type: str
     provider: str
     usd_per_hour: float
@@ -198,16 +202,18 @@ class Cost(Tree):
     usd_per_thousand_requests: float
 
 
-class Target(Tree):
+class Target(ResultModel):
     url: str
     api: Literal["native", "openai", "tgi"]
     model: str | None
-    server: str = Field(description="As far as it says what it is.")
+    server: str = Field(description="Server software, identified by its metrics.")
     on_this_machine: bool
-    fixed_length: bool = Field(description="Whether it was told to ignore the end of text, so that lengths are equal.")
+    fixed_length: bool = Field(
+        description="Whether requests set ignore_eos, so that all responses have the same length."
+    )
 
 
-class Machine(Tree):
+class Machine(ResultModel):
     processor: str
     cores: int
     memory_gib: float
@@ -216,28 +222,28 @@ class Machine(Tree):
     python: str
 
 
-class Verdict(Tree):
-    """What a person is to know and to do."""
+class Verdict(ResultModel):
+    """Conclusions, recommendations and exit code."""
 
     sentences: list[str]
     recommendations: list[str]
     exit_code: int
-    reasons: list[str] = Field(default=[], description="Of an exit code other than 0.")
+    reasons: list[str] = Field(default=[], description="Reasons for an exit code other than 0.")
 
 
-class Run(Tree):
+class Run(ResultModel):
     schema_version: Literal[1] = 1
     tool: str
     started_at: str = Field(description="ISO 8601, UTC.")
     seconds: float
-    command: list[str] = Field(description="As it was given; no secret is ever on it.")
-    commit: str | None = Field(description="Of the working copy that the suite ran from.")
+    command: list[str] = Field(description="The command line; it never contains a secret.")
+    commit: str | None = Field(description="Commit of the suite's working copy.")
     settings: dict[str, Any]
     target: Target
     machine: Machine
     slo: str | None
     stages: list[Stage]
-    skipped: dict[str, str] = Field(default={}, description="Scenarios that could not be run, and why.")
+    skipped: dict[str, str] = Field(default={}, description="Scenarios that were not run, with the reason.")
     tokens: list[Tokens] = []
     find_max: FindMax | None = None
     batch_advice: BatchAdvice | None = None
@@ -252,10 +258,10 @@ class Run(Tree):
         except OSError as error:
             raise ResultsError(f"{path}: {error.strerror}") from None
         except ValueError:
-            raise ResultsError(f"{path} is not JSON; give a results.json that perf.suite wrote") from None
+            raise ResultsError(f"{path} is not JSON; give a results.json of perf.suite") from None
         version = document.get("schema_version") if isinstance(document, dict) else None
         if version != SCHEMA_VERSION:
-            raise ResultsError(f"{path} has schema_version {version!r}, and this suite reads {SCHEMA_VERSION}")
+            raise ResultsError(f"{path} has schema_version {version!r}, but this version reads {SCHEMA_VERSION}")
         try:
             return cls.model_validate(document)
         except ValidationError as error:
@@ -268,5 +274,5 @@ class Run(Tree):
 
 
 def schema() -> dict[str, Any]:
-    """The JSON Schema (2020-12) of results.json; SCHEMA_FILE holds it, and a test that it is this."""
+    """The JSON Schema (2020-12) of results.json; a test checks that SCHEMA_FILE is up to date."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Run.model_json_schema(mode="serialization")}

@@ -1,4 +1,4 @@
-"""The scenarios: which levels of load each puts on the server, and what is learnt from them together."""
+"""Runs the scenarios: the load levels of each, and the results that need several levels."""
 
 from __future__ import annotations
 
@@ -10,28 +10,29 @@ from itertools import chain
 from random import Random
 from typing import Protocol
 
-from perf import figures, load, machine, server
+from perf import load, machine, server
+from perf.aggregate import build_stage
 from perf.client import Client
-from perf.gate import Gate, Measured, Window
+from perf.phases import Measurement, PhaseController, Window
 from perf.records import Record
 from perf.results import BatchAdvice, FindMax, Load, Probe, Scenario, Stage, Tokens
-from perf.search import Hope, Limit, find_max
+from perf.search import EarlyStop, Limit, find_max
 from perf.settings import Settings
 from perf.slo import Slo
-from perf.workload import Ask, Workload
+from perf.workload import Request, Workload
 
-# More than the most tok/s by this share is not worth a larger batch.
-_WORTH = 0.9
+# The advice is the smallest batch that has at least this share of the highest throughput.
+_SUFFICIENT_THROUGHPUT = 0.9
 _PROBE_S = 10.0
-# A queue that grows takes time to be seen.
+# Minimum length of a rate level: a growing queue needs time to show.
 _RATE_S = 10.0
 _HIGHEST_RATE = 2000.0
 
 
 class Progress(Protocol):
-    """Is shown every load while it runs, and every stage when it is done."""
+    """Receives each load when it starts and each stage when it is complete."""
 
-    def running(self, name: str, gate: Gate) -> None: ...
+    def running(self, name: str, controller: PhaseController) -> None: ...
 
     def ended(self, stage: Stage) -> None: ...
 
@@ -41,12 +42,12 @@ class Level:
     name: str
     load: Load
     window: Window
-    together: int  # requests under way at a time, about
+    concurrency: int  # approximate number of requests in flight
 
 
 @dataclass
-class Bench:
-    """Runs scenarios one after the other and keeps what they found."""
+class ScenarioRunner:
+    """Runs the scenarios of the settings in order and collects their results."""
 
     client: Client
     settings: Settings
@@ -61,7 +62,7 @@ class Bench:
             await self._scenario(scenario)
 
     async def _scenario(self, scenario: Scenario) -> None:
-        async with self._reconciled(scenario):
+        async with self._compare_token_counts(scenario):
             match scenario:
                 case "single":
                     one = Load(loop="closed", arrival="closed", concurrency=1, streaming=False)
@@ -71,88 +72,93 @@ class Bench:
                     await self._levels(scenario, [Level("one at a time", one, self.settings.window(1), 1)])
                 case "concurrency":
                     await self._levels(scenario, [self._streams(count) for count in self.settings.concurrency])
-                    self._scale(scenario, lambda stage: stage.load.concurrency or 1)
+                    self._set_efficiency(scenario, lambda stage: stage.load.concurrency or 1)
                 case "rate":
                     await self._levels(scenario, self._rates())
                 case "batch":
                     await self._levels(scenario, [self._batch(size, 2) for size in self.settings.batch_sizes])
-                    self._scale(scenario, lambda stage: 1)
+                    self._set_efficiency(scenario, lambda stage: 1)
                 case "batch-profile":
                     await self._levels(scenario, [self._batch(size, 1) for size in self.settings.profile_sizes])
-                    self._scale(scenario, lambda stage: 1)
+                    self._set_efficiency(scenario, lambda stage: 1)
                     self.batch_advice = advice([s for s in self.stages if s.scenario == scenario])
                 case "find-max":
                     await self._search()
 
     def _streams(self, count: int) -> Level:
-        asked = Load(loop="closed", arrival="closed", concurrency=count)
-        return Level(f"{count} stream{'s' * (count > 1)}", asked, self.settings.window(count), count)
+        closed = Load(loop="closed", arrival="closed", concurrency=count)
+        return Level(f"{count} stream{'s' * (count > 1)}", closed, self.settings.window(count), count)
 
-    def _batch(self, size: int, share: int) -> Level:
-        asked = Load(loop="closed", arrival="closed", concurrency=1, batch_size=size, streaming=False)
-        window = self.settings.window(1, max(3, self.settings.num_requests // share))
-        return Level(f"{size} prompt{'s' * (size > 1)}", asked, window, 1)
+    def _batch(self, size: int, divisor: int) -> Level:
+        closed = Load(loop="closed", arrival="closed", concurrency=1, batch_size=size, streaming=False)
+        window = self.settings.window(1, max(3, self.settings.num_requests // divisor))
+        return Level(f"{size} prompt{'s' * (size > 1)}", closed, window, 1)
 
     def _rates(self) -> list[Level]:
         settings = self.settings
         if settings.arrival == "trace":
             span_s = settings.trace[-1].at_s
             mean = len(settings.trace) / span_s if span_s else None
-            whole = Window(requests=len(settings.trace), warmup=0, hold=False)
-            return [Level("trace", Load(loop="open", arrival="trace", rate=mean), whole, 1)]
+            window = Window(requests=len(settings.trace), warmup=0, cooldown=False)
+            return [Level("trace", Load(loop="open", arrival="trace", rate=mean), window, 1)]
         return [self._rate(rate) for rate in settings.rates]
 
     def _rate(self, rate: float) -> Level:
-        asked = Load(loop="open", arrival=self.settings.arrival, rate=rate)
-        together = min(64, max(2, round(rate)))
-        window = self.settings.window(together, max(self.settings.num_requests, round(rate * _RATE_S)))
-        if asked.arrival == "ramp":  # its beginning is part of it
+        open_load = Load(loop="open", arrival=self.settings.arrival, rate=rate)
+        concurrency = min(64, max(2, round(rate)))
+        window = self.settings.window(concurrency, max(self.settings.num_requests, round(rate * _RATE_S)))
+        if open_load.arrival == "ramp":  # the start of the ramp is part of the measurement
             window = Window(None, self.settings.duration_s or 60.0, warmup=0)
-        return Level(f"{rate:.4g}/s {asked.arrival}", asked, window, together)
+        return Level(f"{rate:.4g}/s {open_load.arrival}", open_load, window, concurrency)
 
     async def _levels(self, scenario: Scenario, levels: Sequence[Level]) -> None:
-        """All of them, and all again for every repeat: a machine that changes its pace does so for every level."""
-        found: dict[str, list[Measured]] = {level.name: [] for level in levels}
-        watches = {level.name: machine.Watch() for level in levels}
+        """Runs all levels once per repeat, so that drift of the machine's speed affects all levels alike."""
+        measurements: dict[str, list[Measurement]] = {level.name: [] for level in levels}
+        monitors = {level.name: machine.ResourceMonitor() for level in levels}
         for repeat in range(self.settings.repeats):
             for level in levels:
-                async with watches[level.name]:
-                    found[level.name].append(await self._measure(scenario, level, repeat))
+                async with monitors[level.name]:
+                    measurements[level.name].append(await self._measure(scenario, level, repeat))
         for level in levels:
-            seen = watches[level.name].resources()
-            stage = figures.stage(scenario, level.name, level.load, found[level.name], seen, self.settings.slo)
-            self._keep(stage)
+            resources = monitors[level.name].resources()
+            repeats = measurements[level.name]
+            self._add(build_stage(scenario, level.name, level.load, repeats, resources, self.settings.slo))
 
     async def _measure(
-        self, scenario: Scenario, level: Level, repeat: int, watch: Callable[[Gate, Record], None] | None = None
-    ) -> Measured:
+        self,
+        scenario: Scenario,
+        level: Level,
+        repeat: int,
+        on_finish: Callable[[PhaseController, Record], None] | None = None,
+    ) -> Measurement:
         name = f"{scenario}: {level.name}" + (f", repeat {repeat + 1}" if self.settings.repeats > 1 else "")
-        gate = Gate(level.window, level.together, watch=watch)
-        self.progress.running(name, gate)
-        asks = self._asks(f"{scenario} {level.name} {repeat}", level.load)
+        clock = asyncio.get_running_loop().time
+        controller = PhaseController(level.window, level.concurrency, clock, on_finish)
+        self.progress.running(name, controller)
+        requests = self._requests(f"{scenario} {level.name} {repeat}", level.load)
         if level.load.loop == "closed":
-            measured = await load.closed(self.client, gate, asks, level.load.concurrency or 1)
+            measurement = await load.closed_loop(self.client, controller, requests, level.load.concurrency or 1)
         else:
             schedule = self.settings.schedule(level.load, f"{level.name} {repeat}")
-            measured = await load.opened(self.client, gate, asks, schedule)
-        self._everybody.append(measured)
-        return measured
+            measurement = await load.open_loop(self.client, controller, requests, schedule)
+        self._scenario_measurements.append(measurement)
+        return measurement
 
-    def _asks(self, part: str, asked: Load) -> Iterator[Ask]:
+    def _requests(self, part: str, level_load: Load) -> Iterator[Request]:
         settings = self.settings
         workload = Workload(settings.prompt_words, settings.max_tokens, settings.seed, settings.prompt, settings.salt)
-        if asked.arrival != "trace":
-            return workload.asks(part, asked.batch_size, asked.streaming)
+        if level_load.arrival != "trace":
+            return workload.requests(part, level_load.batch_size, level_load.streaming)
         rng = Random(f"{settings.seed} {part}")
-        traced = (Ask((workload.prompt(rng, one.prompt_words),), one.max_tokens) for one in settings.trace)
-        return chain(traced, workload.asks(part))
+        traced = (Request((workload.prompt(rng, entry.prompt_words),), entry.max_tokens) for entry in settings.trace)
+        return chain(traced, workload.requests(part))
 
-    def _keep(self, stage: Stage) -> None:
+    def _add(self, stage: Stage) -> None:
         self.stages.append(stage)
         self.progress.ended(stage)
 
-    def _scale(self, scenario: Scenario, width: Callable[[Stage], int]) -> None:
-        """Tokens a second over those of the scenario's smallest level, for so many times its width."""
+    def _set_efficiency(self, scenario: Scenario, width: Callable[[Stage], int]) -> None:
+        """Throughput relative to the scenario's smallest level, divided by the ratio of their widths."""
         first = next(stage for stage in self.stages if stage.scenario == scenario)
         for index, stage in enumerate(self.stages):
             if stage.scenario == scenario and first.tokens_per_s:
@@ -160,17 +166,17 @@ class Bench:
                 self.stages[index] = stage.model_copy(update={"efficiency": ratio})
 
     @asynccontextmanager
-    async def _reconciled(self, scenario: Scenario) -> AsyncIterator[None]:
-        """What both sides counted meanwhile."""
-        self._everybody: list[Measured] = []
+    async def _compare_token_counts(self, scenario: Scenario) -> AsyncIterator[None]:
+        """Adds the tokens that client and server counted inside this context."""
+        self._scenario_measurements: list[Measurement] = []
         before = await server.read(self.client)
         yield
-        records = [record for measured in self._everybody for record in measured.everybody]
+        records = [record for measurement in self._scenario_measurements for record in measurement.all_records]
         tokens = sum(record.tokens if record.ok else sum(record.events) for record in records)
         requests = sum(record.prompts for record in records if record.sent is not None)
         after = await server.read_after(self.client, before, tokens) if before is not None else None
         counted = after.since(before) if after is not None and before is not None else None
-        if counted is not None and min(counted.values()) < 0:  # it was restarted, or a part of it is gone
+        if counted is not None and min(counted.values()) < 0:  # the server or one of its replicas was restarted
             counted = None
         self.tokens.append(
             Tokens(
@@ -193,94 +199,85 @@ class Bench:
             self.find_max = await find_max("rate", settings.slo, start, _HIGHEST_RATE, self._probe_rate)
 
     async def _estimate(self) -> float:
-        """Requests a second that a few streams get, near which the search begins."""
+        """Requests per second that 8 streams complete; the search starts there."""
         level = self._streams(8)
         level = Level("estimate", level.load, Window(requests=16, warmup_limit_s=3), 8)
-        measured = await self._measure("find-max", level, 0)
-        return max(figures.stage("find-max", "estimate", level.load, [measured]).requests_per_s, 0.1)
+        measurement = await self._measure("find-max", level, 0)
+        return max(build_stage("find-max", "estimate", level.load, [measurement]).requests_per_s, 0.1)
 
-    async def _probe_streams(self, at: float) -> tuple[Probe, Limit]:
-        level = self._streams(round(at))
-        requests = max(self.settings.num_requests, 3 * level.together)
-        return await self._probe(
-            at, Level(level.name, level.load, self._probe_window(requests), level.together), requests
-        )
+    async def _probe_streams(self, streams: float) -> tuple[Probe, Limit]:
+        level = self._streams(round(streams))
+        return await self._probe(streams, level, max(self.settings.num_requests, 3 * level.concurrency))
 
-    async def _probe_rate(self, at: float) -> tuple[Probe, Limit]:
-        level = self._rate(at)
-        duration_s = self.settings.duration_s or max(_PROBE_S, self.settings.num_requests / at)
-        requests = max(1, round(at * duration_s))
-        return await self._probe(
-            at, Level(level.name, level.load, self._probe_window(requests), level.together), requests
-        )
+    async def _probe_rate(self, rate: float) -> tuple[Probe, Limit]:
+        duration_s = self.settings.duration_s or max(_PROBE_S, self.settings.num_requests / rate)
+        return await self._probe(rate, self._rate(rate), max(1, round(rate * duration_s)))
 
-    def _probe_window(self, requests: int) -> Window:
-        return Window(requests=requests, warmup=self.settings.warmup, warmup_limit_s=3)
-
-    async def _probe(self, at: float, level: Level, planned: int) -> tuple[Probe, Limit]:
-        """Ends as soon as the SLO cannot be met any more."""
+    async def _probe(self, at: float, level: Level, requests: int) -> tuple[Probe, Limit]:
+        """Stops as soon as the SLO cannot be met any more."""
         slo = self.settings.slo
         assert slo is not None
-        hope = Hope(slo, planned, asyncio.get_running_loop().time)
-        measured = await self._measure("find-max", level, 0, hope.ended)
-        stage = figures.stage("find-max", level.name, level.load, [measured], None, slo)
-        self._keep(stage)
-        return judged(at, stage, measured, slo)
+        window = Window(requests=requests, warmup=self.settings.warmup, warmup_limit_s=3)
+        level = Level(level.name, level.load, window, level.concurrency)
+        early_stop = EarlyStop(slo, requests, asyncio.get_running_loop().time)
+        measurement = await self._measure("find-max", level, 0, early_stop.on_finish)
+        stage = build_stage("find-max", level.name, level.load, [measurement], None, slo)
+        self._add(stage)
+        return evaluate_probe(at, stage, measurement, slo)
 
 
-def judged(at: float, stage: Stage, measured: Measured, slo: Slo) -> tuple[Probe, Limit]:
-    """Whether a load was carried within the SLO by a server that was asked as it should be; and if not, what broke.
+def evaluate_probe(at: float, stage: Stage, measurement: Measurement, slo: Slo) -> tuple[Probe, Limit]:
+    """Whether the load met the SLO, and if not, the limiting factor.
 
-    A server that misses it even from when it was asked is the one that broke, however late the client was.
+    The client is the limit only if the server meets the SLO on times that count from sending.
     """
     missed = stage.missed
     limit: Limit = "none"
-    if stage.client.limited and not slo.missed(measured.records, service=True):
+    if stage.client.limited and not slo.missed(measurement.records, service=True):
         limit = "client"
     elif stage.errors:
         limit = "errors"
     elif missed:
         limit = "queue" if all(sentence.startswith("ttft") for sentence in missed) else "latency"
-    why = "; ".join(
-        (stage.client.limited if limit == "client" else missed) or ([f"errors: {stage.errors}"] if stage.errors else [])
+    reasons = (stage.client.limited if limit == "client" else missed) or (
+        [f"errors: {stage.errors}"] if stage.errors else []
     )
-    told = {
-        f"{bound.quantity}_p{bound.percentile:g}_ms": value * 1e3
+    measured = {
+        f"{bound.metric}_p{bound.percentile:g}_ms": value * 1e3
         for bound in slo.bounds
-        if (value := bound.measured(measured.records)) is not None and value != float("inf")
+        if (value := bound.measured(measurement.records)) is not None and value != float("inf")
     }
-    return Probe(
-        at=at, met=limit == "none", why=why or "met", measured={**told, "tokens_per_s": stage.tokens_per_s}
-    ), limit
+    measured["tokens_per_s"] = stage.tokens_per_s
+    return Probe(at=at, met=limit == "none", why="; ".join(reasons) or "met", measured=measured), limit
 
 
 def advice(stages: Sequence[Stage]) -> BatchAdvice | None:
-    """The smallest batch that has nearly all of the tokens a second there are to have within the SLO."""
+    """The smallest batch with nearly the highest throughput, among the sizes that meet the SLO."""
     usable = [stage for stage in stages if stage.finished]
     usable = [stage for stage in usable if not stage.missed] or usable[:1]
     if not usable:
         return None
-    most = max(usable, key=lambda stage: stage.tokens_per_s)
-    chosen = next(stage for stage in usable if stage.tokens_per_s >= _WORTH * most.tokens_per_s)
-    size = chosen.load.batch_size
-    share = chosen.tokens_per_s / most.tokens_per_s
-    reason = f"{chosen.name} a call make {chosen.tokens_per_s:.0f} tok/s"
-    if chosen is not most:
-        reason += f", {share:.0%} of what {most.name} make"
-    if chosen is most and most is usable[-1] and len(usable) > 1:
-        reason += ", the most of all sizes tried: a larger one may make more"
-    if chosen.e2e_ms is not None and most.e2e_ms is not None and chosen is not most:
-        reason += f", and a call takes {chosen.e2e_ms.p50 / 1e3:.2f} s instead of {most.e2e_ms.p50 / 1e3:.2f} s"
-    return BatchAdvice(recommended=size, reason=reason)
+    fastest = max(usable, key=lambda stage: stage.tokens_per_s)
+    chosen = next(stage for stage in usable if stage.tokens_per_s >= _SUFFICIENT_THROUGHPUT * fastest.tokens_per_s)
+    reason = f"{chosen.name} per call: {chosen.tokens_per_s:.0f} tok/s"
+    if chosen is not fastest:
+        reason += f", {chosen.tokens_per_s / fastest.tokens_per_s:.0%} of the throughput of {fastest.name}"
+    if chosen is fastest and fastest is usable[-1] and len(usable) > 1:
+        reason += ", the highest of all sizes tried: a larger size may make more"
+    if chosen.e2e_ms is not None and fastest.e2e_ms is not None and chosen is not fastest:
+        reason += (
+            f", and a call takes {chosen.e2e_ms.p50 / 1e3:.2f} s instead of {fastest.e2e_ms.p50 / 1e3:.2f} s (p50)"
+        )
+    return BatchAdvice(recommended=chosen.load.batch_size, reason=reason)
 
 
 def _server_metrics(counted: dict[str, float]) -> dict[str, float]:
-    """The differences, and the means that they make."""
-    told = dict(counted)
+    """The counter differences and the means computed from them."""
+    metrics = dict(counted)
     ratios = (("mean_batch", "rows", "steps"), ("step_ms", "busy_s", "steps"), ("queue_ms", "queue_s", "queued"))
-    for name, above, below in ratios:
-        if counted.get(below):
-            told[name] = counted[above] / counted[below] * (1e3 if name.endswith("_ms") else 1)
+    for name, numerator, denominator in ratios:
+        if counted.get(denominator):
+            metrics[name] = counted[numerator] / counted[denominator] * (1e3 if name.endswith("_ms") else 1)
     if counted.get("prompt_tokens") and "cached_prompt_tokens" in counted:
-        told["cached_share"] = counted["cached_prompt_tokens"] / counted["prompt_tokens"]
-    return {name: round(value, 4) for name, value in told.items()}
+        metrics["cached_share"] = counted["cached_prompt_tokens"] / counted["prompt_tokens"]
+    return {name: round(value, 4) for name, value in metrics.items()}

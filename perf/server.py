@@ -1,4 +1,4 @@
-"""The server seen from outside: whether it is there, what it is, and what its counters say."""
+"""The server as seen over HTTP: whether it is reachable, its name and models, and its counters."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from perf.client import Client
 
 
 class Unreachable(Exception):
-    """Nothing answers there, or not with what is needed; the sentence says what to do."""
+    """No usable server at the address; the message says what to do."""
 
 
 @dataclass(frozen=True)
-class Counters:
-    """What a kind of server calls its counters; sums over all labels. None: it has no such."""
+class ServerCounters:
+    """Names of a server's counters on /metrics; values are summed over all labels. None: the server has none."""
 
     server: str
-    prefix: str  # of all names of its metrics; a counter may not be there before the first request
+    prefix: str  # of all its metrics; identifies the server before its counters exist
     tokens: str
     prompt_tokens: str
     requests: str | None
     others: dict[str, str] = field(default_factory=dict)
 
 
-# By the names in their sources: serve_app/deployments/metrics.py; vLLM v1/metrics/loggers.py; llama.cpp
+# Sources of the names: serve_app/deployments/metrics.py; vLLM v1/metrics/loggers.py; llama.cpp
 # tools/server/README.md; TGI router/src/server.rs.
-KNOWN = (
-    Counters(
+KNOWN_SERVERS = (
+    ServerCounters(
         "serve_app",
         "serve_app_",
         "serve_app_generated_tokens_total",
@@ -52,7 +52,7 @@ KNOWN = (
             "errors": "serve_app_errors_total",
         },
     ),
-    Counters(
+    ServerCounters(
         "vLLM",
         "vllm:",
         "vllm:generation_tokens_total",
@@ -64,8 +64,8 @@ KNOWN = (
             "queued": "vllm:request_queue_time_seconds_count",
         },
     ),
-    Counters("llama.cpp", "llamacpp:", "llamacpp:tokens_predicted_total", "llamacpp:prompt_tokens_total", None),
-    Counters(
+    ServerCounters("llama.cpp", "llamacpp:", "llamacpp:tokens_predicted_total", "llamacpp:prompt_tokens_total", None),
+    ServerCounters(
         "TGI",
         "tgi_",
         "tgi_request_generated_tokens_sum",
@@ -77,18 +77,18 @@ KNOWN = (
 
 
 @dataclass(frozen=True)
-class Reading:
-    """Counters at one instant."""
+class CounterValues:
+    """The counters of a server at one time."""
 
-    known: Counters
+    names: ServerCounters
     values: dict[str, float]
 
-    def since(self, before: Reading) -> dict[str, float]:
+    def since(self, before: CounterValues) -> dict[str, float]:
         return {name: value - before.values.get(name, 0.0) for name, value in self.values.items()}
 
 
-async def read(client: Client) -> Reading | None:
-    """None: no metrics, or of a server that is not known here."""
+async def read(client: Client) -> CounterValues | None:
+    """None if the server has no metrics or none that are known here."""
     try:
         status, text = await client.get("/metrics")
     except (OSError, TimeoutError, aiohttp.ClientError):
@@ -96,7 +96,8 @@ async def read(client: Client) -> Reading | None:
     return parse(text) if status == 200 else None
 
 
-def parse(text: str) -> Reading | None:
+def parse(text: str) -> CounterValues | None:
+    """Parses Prometheus text; None if it is invalid or from an unknown server."""
     sums: dict[str, float] = {}
     try:
         for family in text_string_to_metric_families(text):
@@ -104,48 +105,50 @@ def parse(text: str) -> Reading | None:
                 sums[sample.name] = sums.get(sample.name, 0.0) + sample.value
     except ValueError:
         return None
-    for known in KNOWN:
-        if any(name.startswith(known.prefix) for name in sums):
-            names = {"tokens": known.tokens, "prompt_tokens": known.prompt_tokens, **known.others}
-            if known.requests is not None:
-                names["requests"] = known.requests
-            return Reading(known, {ours: sums.get(theirs, 0.0) for ours, theirs in names.items()})
+    for server in KNOWN_SERVERS:
+        if any(name.startswith(server.prefix) for name in sums):
+            names = {"tokens": server.tokens, "prompt_tokens": server.prompt_tokens, **server.others}
+            if server.requests is not None:
+                names["requests"] = server.requests
+            return CounterValues(server, {ours: sums.get(theirs, 0.0) for ours, theirs in names.items()})
     return None
 
 
-async def read_after(client: Client, before: Reading, tokens: int, patience_s: float = 3.0) -> Reading | None:
-    """Once it has counted as many tokens as the client, or has had time to: counters come late to /metrics."""
+async def read_after(
+    client: Client, before: CounterValues, tokens: int, timeout_s: float = 3.0
+) -> CounterValues | None:
+    """Reads until the server has counted `tokens` tokens, at most `timeout_s`: /metrics lags behind the responses."""
     clock = asyncio.get_running_loop().time
-    until = clock() + patience_s
+    deadline = clock() + timeout_s
     while True:
         after = await read(client)
-        if after is None or after.since(before)["tokens"] >= tokens or clock() >= until:
+        if after is None or after.since(before)["tokens"] >= tokens or clock() >= deadline:
             return after
         await asyncio.sleep(0.2)
 
 
 @dataclass(frozen=True)
-class Identity:
-    """What it says that it is; `models` are those of its list, the first is the default."""
+class ServerInfo:
+    """`models` are those of /v1/models; the first one is the default."""
 
     name: str
     models: list[str]
-    metrics: Reading | None
+    counters: CounterValues | None
 
 
-async def identify(client: Client, url: str) -> Identity:
+async def identify(client: Client, url: str) -> ServerInfo:
     """Raises Unreachable."""
     try:
         status, text = await client.get("/v1/models")
     except (OSError, TimeoutError, aiohttp.ClientError) as error:
         raise Unreachable(
-            f"nothing answers at {url} ({error or type(error).__name__}); start the service with `make serve`, or give "
-            "the address of another with --url"
+            f"no server answers at {url} ({error or type(error).__name__}); start the service with `make serve`, or "
+            "give another address with --url"
         ) from None
     if status in (401, 403):
-        raise Unreachable(f"{url} wants a key ({status}); give the file that holds it with --api-key-file")
-    reading = await read(client)
-    return Identity(reading.known.server if reading is not None else "unknown", _models(text), reading)
+        raise Unreachable(f"{url} requires an API key ({status}); give its file with --api-key-file")
+    counters = await read(client)
+    return ServerInfo(counters.names.server if counters is not None else "unknown", _models(text), counters)
 
 
 def _models(text: str) -> list[str]:
@@ -155,14 +158,14 @@ def _models(text: str) -> list[str]:
         return []
 
 
-def is_here(url: str) -> bool:
-    """Whether the address is one of this machine's."""
+def is_local(url: str) -> bool:
+    """Whether the address belongs to this machine."""
     host = urlsplit(url).hostname or ""
     if re.fullmatch(r"localhost|127\..*|::1", host):
         return True
     try:
-        theirs = {info[4][0] for info in socket.getaddrinfo(host, None)}
+        remote = {info[4][0] for info in socket.getaddrinfo(host, None)}
     except OSError:
         return False
-    ours = {address.address for addresses in psutil.net_if_addrs().values() for address in addresses}
-    return bool(theirs & ours)
+    local = {address.address for addresses in psutil.net_if_addrs().values() for address in addresses}
+    return bool(remote & local)

@@ -1,4 +1,4 @@
-"""What a stage says to a reader: its load in words, and whether it kept the objective."""
+"""Groups the stages of a run for reports: load levels, loads in words, checks of the SLO."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from perf.formatting import format_number, format_percent
 from perf.results import ResultsError, Run, Stage
 from perf.slo import Bound, Slo, SloError
-from perf.words import figure, percent
 
-HEADS = {
+HEADINGS = {
     "single": "One request at a time",
     "batch": "Batches",
     "streaming": "Streaming",
@@ -23,15 +23,15 @@ HEADS = {
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """The stages of one scenario with one kind of loop: what may be compared and drawn in one chart."""
+    """The stages of one scenario with the same kind of loop, which can be compared in one chart."""
 
     scenario: str
     loop: str
     stages: list[Stage]
 
     @property
-    def head(self) -> str:
-        return HEADS[self.scenario]
+    def heading(self) -> str:
+        return HEADINGS[self.scenario]
 
     @property
     def by_level(self) -> list[Stage]:
@@ -43,55 +43,55 @@ class Group:
 
 
 def groups(run: Run) -> list[Group]:
-    """In the order in which they ran."""
+    """In the order of the run."""
     found: dict[tuple[str, str], list[Stage]] = {}
     for stage in run.stages:
         found.setdefault((stage.scenario, stage.load.loop), []).append(stage)
     return [Group(scenario, loop, stages) for (scenario, loop), stages in found.items()]
 
 
-def by_batch(stage: Stage) -> bool:
+def is_batch(stage: Stage) -> bool:
     return stage.scenario in ("batch", "batch-profile")
 
 
 def level(stage: Stage) -> tuple[float, str]:
-    """How much load it was, and of what."""
-    if by_batch(stage):
-        return stage.load.batch_size, "prompts a request"
+    """The load as a number, and its unit."""
+    if is_batch(stage):
+        return stage.load.batch_size, "prompts per request"
     if stage.load.loop == "open":
-        return stage.load.rate or stage.requests / (stage.window_s or 1), "requests due a second"
-    return stage.load.concurrency or 1, "streams at a time"
+        return stage.load.rate or stage.requests / (stage.window_s or 1), "requests due per second"
+    return stage.load.concurrency or 1, "concurrent streams"
 
 
 def load(stage: Stage) -> str:
-    """In words: `open loop, poisson, 4 requests/s`."""
-    said = [f"{stage.load.loop} loop"]
+    """The load in words: `open loop, poisson, 4 requests/s`."""
+    parts = [f"{stage.load.loop} loop"]
     if stage.load.loop == "open":
-        said.append(stage.load.arrival)
+        parts.append(stage.load.arrival)
         if stage.load.rate is not None:
-            said.append(f"{stage.load.rate:g} requests/s")
+            parts.append(f"{stage.load.rate:g} requests/s")
     elif stage.load.concurrency is not None:
-        said.append("1 stream" if stage.load.concurrency == 1 else f"{stage.load.concurrency} streams")
+        parts.append("1 stream" if stage.load.concurrency == 1 else f"{stage.load.concurrency} streams")
     if stage.load.batch_size > 1:
-        said.append(f"{stage.load.batch_size} prompts a request")
+        parts.append(f"{stage.load.batch_size} prompts per request")
     if not stage.load.streaming:
-        said.append("whole answers")
-    return ", ".join(said)
+        parts.append("no streaming")
+    return ", ".join(parts)
 
 
 def efficiency(stage: Stage) -> str:
-    """Of concurrency a share of what could be had, of batches how many times one prompt's speed."""
-    if stage.efficiency is None or by_batch(stage):
-        return "–" if stage.efficiency is None else f"{figure(stage.efficiency)}×"
-    return percent(stage.efficiency)
+    """Concurrency: percent of linear scaling. Batches: a multiple of the throughput of one prompt."""
+    if stage.efficiency is None or is_batch(stage):
+        return "–" if stage.efficiency is None else f"{format_number(stage.efficiency)}×"
+    return format_percent(stage.efficiency)
 
 
 def errors(stages: Iterable[Stage]) -> dict[str, int]:
-    """By kind, the commonest first."""
-    found: Counter[str] = Counter()
+    """Failures by kind, the most frequent first."""
+    counts: Counter[str] = Counter()
     for stage in stages:
-        found.update(stage.errors)
-    return dict(found.most_common())
+        counts.update(stage.errors)
+    return dict(counts.most_common())
 
 
 def objective(run: Run) -> Slo | None:
@@ -104,7 +104,7 @@ def objective(run: Run) -> Slo | None:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One bound at one stage: what the suite said if it did not hold."""
+    """One bound of the SLO at one stage; `missed` is the sentence of the suite if it was not met."""
 
     bound: Bound
     measured: bool
@@ -112,20 +112,20 @@ class Check:
 
 
 def checks(stage: Stage, slo: Slo | None) -> list[Check]:
-    """A search's own stages are not held to it: going beyond is how it finds the limit."""
+    """Empty for the stages of a search, which exceeds the SLO to find the limit."""
     if slo is None or stage.scenario == "find-max":
         return []
     return [_check(stage, bound) for bound in slo.bounds]
 
 
 def _check(stage: Stage, bound: Bound) -> Check:
-    """Answers that come whole have no first token; where nothing was answered, everything was missed."""
-    if getattr(stage, f"{bound.quantity}_ms") is None and stage.finished:
+    """A bound is not measured at stages without its metric, such as TTFT without streaming."""
+    if getattr(stage, f"{bound.metric}_ms") is None and stage.finished:
         return Check(bound, False, None)
-    name = f"{bound.quantity}_p{bound.percentile:g} "
-    return Check(bound, True, next((told for told in stage.missed if told.startswith(name)), None))
+    name = f"{bound.metric}_p{bound.percentile:g} "
+    return Check(bound, True, next((sentence for sentence in stage.missed if sentence.startswith(name)), None))
 
 
 def limited(run: Run) -> list[Stage]:
-    """Whose figures are the client's."""
+    """Stages in which the client was the bottleneck."""
     return [stage for stage in run.stages if stage.client.limited]

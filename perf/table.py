@@ -1,4 +1,4 @@
-"""A run as a table of 80 columns."""
+"""A run as a text table of 80 columns."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ def table(run: Run) -> str:
         if stage.scenario != scenario:
             scenario = stage.scenario
             lines.append(f"{scenario} ({stage.load.loop} loop)")
-        lines.append(row(stage))
+        lines.append(_row(stage))
     if any(stage.client.limited for stage in run.stages):
-        lines.append("! the client was the limit")
+        lines.append("! client-limited")
     return "\n".join(lines)
 
 
-def row(stage: Stage) -> str:
-    latencies = (_pair(stage.ttft_ms, 1), _pair(stage.tpot_ms, 1), _pair(stage.e2e_ms, 1e-3))
+def _row(stage: Stage) -> str:
+    latencies = (_p50_p95(stage.ttft_ms, 1), _p50_p95(stage.tpot_ms, 1), _p50_p95(stage.e2e_ms, 1e-3))
     efficiency = "" if stage.efficiency is None else f"{stage.efficiency:.2f}"
     limited = " !" if stage.client.limited else ""
     return (
@@ -33,12 +33,14 @@ def row(stage: Stage) -> str:
     ).rstrip()
 
 
-def _pair(of: Distribution | None, unit: float) -> str:
-    return f"{'-':>5} {'-':>5}" if of is None else f"{_short(of.p50 * unit):>5} {_short(of.p95 * unit):>5}"
+def _p50_p95(times: Distribution | None, scale: float) -> str:
+    if times is None:
+        return f"{'-':>5} {'-':>5}"
+    return f"{_three_digits(times.p50 * scale):>5} {_three_digits(times.p95 * scale):>5}"
 
 
-def _short(value: float) -> str:
-    """Three digits that count, in at most five characters."""
+def _three_digits(value: float) -> str:
+    """Three significant digits in at most five characters."""
     if value >= 100:
         return f"{value:.0f}"
     return f"{value:.1f}" if value >= 10 else f"{value:.2f}"

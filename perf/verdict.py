@@ -1,4 +1,4 @@
-"""What a person is to know of a run, and what to try next."""
+"""Turns the stages of a run into sentences, recommendations and an exit code."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from perf.exits import Exit
 from perf.results import BatchAdvice, FindMax, Stage, Tokens, Verdict
 from perf.stages import errors
 
-# Twice the streams for less than this share more of tok/s is a limit that was reached.
+# A limit is reached if throughput grows by less than this share per doubling of the streams.
 _GROWTH = 0.10
-# A queue that makes up so much of the time to the first token is what a caller waits for.
+# The queue is the limit if the increase of TTFT is more than this share of it.
 _QUEUE_SHARE = 0.5
 _LAG_MS = 10.0
 
@@ -20,9 +20,9 @@ def verdict(
     tokens: Sequence[Tokens],
     find_max: FindMax | None,
     batch_advice: BatchAdvice | None,
-    ours: bool = True,
+    is_serve_app: bool = True,
 ) -> Verdict:
-    """`ours`: it is serve_app, whose options can be named."""
+    """With `is_serve_app`, recommendations name options of serve_app."""
     loads = [stage for stage in stages if stage.scenario != "find-max"]
     streams = [stage for stage in loads if stage.scenario == "concurrency"]
     limited = [f"{_name(stage)}: {why}" for stage in loads for why in stage.client.limited]
@@ -30,23 +30,23 @@ def verdict(
     failed += [f"{_name(stage)}: no request was due in its window" for stage in loads if not stage.requests]
     if find_max is not None:
         if find_max.limit == "client":
-            limited.append("find-max: the client broke before the server did")
+            limited.append("find-max: the client reached its limit before the server")
         elif find_max.best is None:
             failed.append(f"find-max: no load met {find_max.slo}")
     sentences = [
-        *_alone(loads),
-        *_streams(streams),
+        *_one_stream(loads),
+        *_highest_throughput(streams),
         *_slo(streams),
         *_slo([stage for stage in loads if stage.scenario == "rate"]),
         *_rates(loads),
-        *_found(find_max),
+        *_highest_load(find_max),
         *_batches(loads),
-        *_counted(tokens),
+        *_token_counts(tokens),
     ]
-    advice, limit = _limit(streams, tokens, ours)
-    recommendations = [*advice, *_batch_size(batch_advice), *_unsteady(loads), *_late(loads)]
+    advice, limit = _limit(streams, tokens, is_serve_app)
+    recommendations = [*advice, *_batch_size(batch_advice), *_unsteady(loads), *_loop_lag(loads)]
     if limited:
-        sentences.insert(0, "CLIENT-LIMITED: some figures are this client's and not the server's.")
+        sentences.insert(0, "CLIENT-LIMITED: some metrics describe the client, not the server.")
         recommendations.insert(
             0, "Run the client on another machine or with less load; see `python -m perf.calibrate`."
         )
@@ -64,63 +64,61 @@ def _errors(stages: Sequence[Stage]) -> list[str]:
     kinds = errors(stages)
     if not kinds:
         return []
-    told = ", ".join(f"{kind} ({count})" for kind, count in kinds.items())
-    return [f"{sum(kinds.values())} of {sum(stage.requests for stage in stages)} requests failed: {told}"]
+    counts = ", ".join(f"{kind} ({count})" for kind, count in kinds.items())
+    return [f"{sum(kinds.values())} of {sum(stage.requests for stage in stages)} requests failed: {counts}"]
 
 
-def _alone(stages: Sequence[Stage]) -> list[str]:
+def _one_stream(stages: Sequence[Stage]) -> list[str]:
     for stage in stages:
         if stage.scenario == "streaming" and stage.ttft_ms is not None and stage.tpot_ms is not None:
             return [
-                f"Alone, a caller has the first token after {stage.ttft_ms.p50:.0f} ms (p95 {stage.ttft_ms.p95:.0f}), "
-                f"then {1e3 / stage.tpot_ms.p50:.0f} tokens a second."
+                f"One stream alone: TTFT {stage.ttft_ms.p50:.0f} ms (p95 {stage.ttft_ms.p95:.0f} ms), then "
+                f"{1e3 / stage.tpot_ms.p50:.0f} tokens per second."
             ]
     return []
 
 
-def _streams(streams: Sequence[Stage]) -> list[str]:
+def _highest_throughput(streams: Sequence[Stage]) -> list[str]:
     good = [stage for stage in streams if stage.finished]
     if len(good) < 2:
         return []
-    most = max(good, key=lambda stage: stage.tokens_per_s)
-    each = f", {1e3 / most.tpot_ms.p50:.0f} for each" if most.tpot_ms is not None else ""
-    wait = (
-        f", the first after {most.ttft_ms.p50:.0f} ms (p95 {most.ttft_ms.p95:.0f})" if most.ttft_ms is not None else ""
-    )
-    return [f"Most: {most.tokens_per_s:.0f} tokens a second with {most.name}{each}{wait}."]
+    best = max(good, key=lambda stage: stage.tokens_per_s)
+    each = f", {1e3 / best.tpot_ms.p50:.0f} per stream" if best.tpot_ms is not None else ""
+    ttft = f", TTFT {best.ttft_ms.p50:.0f} ms (p95 {best.ttft_ms.p95:.0f} ms)" if best.ttft_ms is not None else ""
+    return [f"Highest throughput: {best.tokens_per_s:.0f} tokens per second with {best.name}{each}{ttft}."]
 
 
 def _slo(stages: Sequence[Stage]) -> list[str]:
-    """Up to where it holds, and what breaks there."""
-    judged = [stage for stage in stages if stage.goodput is not None]
-    if not judged or judged[0].goodput is None:
+    """Up to which load the SLO is met, and which bound is missed first."""
+    evaluated = [stage for stage in stages if stage.goodput is not None]
+    if not evaluated or evaluated[0].goodput is None:
         return []
-    slo, broken = judged[0].goodput.slo, [stage for stage in judged if stage.missed]
-    if not broken:
-        return [f"{slo} holds at every load that was tried, up to {judged[-1].name}."]
-    first = broken[0]
-    held = judged[: judged.index(first)]
-    upto = f"holds up to {held[-1].name} and" if held else "holds nowhere:"
+    slo = evaluated[0].goodput.slo
+    first = next((stage for stage in evaluated if stage.missed), None)
+    if first is None:
+        return [f"{slo} is met at every load up to {evaluated[-1].name}."]
+    met = evaluated[: evaluated.index(first)]
+    until = f"is met up to {met[-1].name} and missed" if met else "is missed"
     share = f"{first.goodput.share:.0%} of the requests met it" if first.goodput is not None else ""
-    return [f"{slo} {upto} is missed at {first.name}: {first.missed[0]}; {share}."]
+    return [f"{slo} {until} at {first.name}: {first.missed[0]}; {share}."]
 
 
 def _rates(stages: Sequence[Stage]) -> list[str]:
     return [
-        f"At {stage.name} it finished {stage.requests_per_s:.2f} requests a second; the first token came after "
-        f"{stage.ttft_ms.p50:.0f} ms (p95 {stage.ttft_ms.p95:.0f}, p99 {stage.ttft_ms.p99:.0f}) from when it was due."
+        f"{stage.name}: the server finished {stage.requests_per_s:.2f} requests per second; TTFT from the due time was "
+        f"{stage.ttft_ms.p50:.0f} ms (p95 {stage.ttft_ms.p95:.0f} ms, p99 {stage.ttft_ms.p99:.0f} ms)."
         for stage in stages
         if stage.scenario == "rate" and stage.ttft_ms is not None
     ]
 
 
-def _found(found: FindMax | None) -> list[str]:
+def _highest_load(found: FindMax | None) -> list[str]:
     if found is None or found.best is None:
         return []
-    unit = "requests a second" if found.of == "rate" else "streams at a time"
+    unit = "requests per second" if found.of == "rate" else "concurrent streams"
     broke = next((probe for probe in reversed(found.probes) if probe.at == found.broke_at), None)
-    beyond = f"; at {found.broke_at:.4g}, {broke.why}" if broke is not None else ", where the search ends"
-    return [f"It carries {found.best:.4g} {unit} within {found.slo}{beyond}."]
+    beyond = f"; at {found.broke_at:.4g}, {broke.why}" if broke is not None else ", the upper end of the search"
+    return [f"The highest load that meets {found.slo} is {found.best:.4g} {unit}{beyond}."]
 
 
 def _batches(stages: Sequence[Stage]) -> list[str]:
@@ -130,68 +128,68 @@ def _batches(stages: Sequence[Stage]) -> list[str]:
     if len(batches) < 2:
         return []
     best = max(batches, key=lambda stage: stage.efficiency or 0)
-    return [f"{best.name} in one call make {best.efficiency:.1f} times the tokens a second of {batches[0].name}."]
+    return [f"A call with {best.name} has {best.efficiency:.1f} times the throughput of one with {batches[0].name}."]
 
 
-def _counted(tokens: Sequence[Tokens]) -> list[str]:
-    known = [one for one in tokens if one.difference is not None]
+def _token_counts(tokens: Sequence[Tokens]) -> list[str]:
+    known = [count for count in tokens if count.difference is not None]
     if not known:
-        why = "The server has no token counter that is known here, or was restarted: only the client counted."
-        return [why] if tokens else []
-    client, difference = sum(one.client for one in known), sum(one.difference or 0 for one in known)
+        reason = "The server has no known token counter or was restarted: only the client's token count is available."
+        return [reason] if tokens else []
+    client, difference = sum(count.client for count in known), sum(count.difference or 0 for count in known)
     if difference == 0:
         return [f"Client and server counted the same {client} tokens."]
     return [
         f"The server counted {abs(difference)} tokens {'more' if difference > 0 else 'fewer'} than the client's "
-        f"{client}: somebody else used it, or answers were cut."
+        f"{client}: other clients used the server, or responses were cut short."
     ]
 
 
-def _limit(streams: Sequence[Stage], tokens: Sequence[Tokens], ours: bool) -> tuple[list[str], str]:
-    """What to try, and which limit was hit: memory, queue, compute, or none yet."""
+def _limit(streams: Sequence[Stage], tokens: Sequence[Tokens], is_serve_app: bool) -> tuple[list[str], str]:
+    """Recommendations, and a sentence on the limit: memory, queue, compute, or none yet."""
     good = [stage for stage in streams if stage.finished]
     if len(good) < 2:
         return [], ""
     last, before = good[-1], good[-2]
-    counted = next((one.server_metrics for one in tokens if one.scenario == "concurrency"), {})
+    counted = next((count.server_metrics for count in tokens if count.scenario == "concurrency"), {})
     if counted.get("preemptions"):
         return (
             [
-                "Raise engine.kv_memory_fraction, or lower engine.max_running or max_context; or give it more memory."
-                if ours
-                else "Give its KV cache more memory, or fewer sequences at a time."
+                "Raise engine.kv_memory_fraction, lower engine.max_running or max_context, or add memory."
+                if is_serve_app
+                else "Give the KV cache more memory, or run fewer sequences at a time."
             ],
-            f"Memory was the limit: {counted['preemptions']:.0f} sequences were put off for want of KV memory.",
+            f"Memory was the limit: {counted['preemptions']:.0f} sequences were preempted for lack of KV cache memory.",
         )
     wider = (last.load.concurrency or 1) / (before.load.concurrency or 1)
-    grew = last.tokens_per_s / before.tokens_per_s - 1 if before.tokens_per_s else 0.0
-    if grew > _GROWTH * (wider - 1):
+    growth = last.tokens_per_s / before.tokens_per_s - 1 if before.tokens_per_s else 0.0
+    if growth > _GROWTH * (wider - 1):
         more = (last.load.concurrency or 1) * 2
-        return [f"More streams still pay: try --concurrency {more} {more * 2}."], (
-            f"No limit was reached: {last.name} made {grew:.0%} more than {before.name}."
+        return [f"More streams still raise the throughput: try --concurrency {more} {more * 2}."], (
+            f"No limit was reached: {last.name} made {growth:.0%} more tokens per second than {before.name}."
         )
-    if _waits(last, before):
+    if _is_queued(last, before):
         return (
             [
                 "Raise engine.max_running if memory allows, or add replicas."
-                if ours
-                else "Let it run more sequences at a time if memory allows, or add replicas."
+                if is_serve_app
+                else "Let the server run more sequences at a time if memory allows, or add replicas."
             ],
-            f"The queue was the limit: with {last.name} callers waited for a place; tokens came as fast as before.",
+            f"The queue was the limit: with {last.name}, requests waited for a slot while TPOT stayed the same.",
         )
     return (
-        [f"Try {'quantization: int8' if ours else 'quantisation'}, a faster processor or a GPU, or more replicas."],
-        f"Compute was the limit: {last.name} made {grew:+.0%} tokens a second against {before.name}.",
+        [f"Try {'quantization: int8' if is_serve_app else 'quantization'}, faster hardware or more replicas."],
+        f"Compute was the limit: {last.name} made {growth:+.0%} tokens per second compared with {before.name}.",
     )
 
 
-def _waits(last: Stage, before: Stage) -> bool:
-    """Whether the first token came later, and the others at nearly the same pace."""
+def _is_queued(last: Stage, before: Stage) -> bool:
+    """Whether TTFT grew while TPOT stayed nearly the same."""
     if last.ttft_ms is None or before.ttft_ms is None or last.tpot_ms is None or before.tpot_ms is None:
         return False
-    later = last.ttft_ms.p50 - before.ttft_ms.p50
-    slower = last.tpot_ms.p50 / before.tpot_ms.p50 - 1
-    return later > _QUEUE_SHARE * last.ttft_ms.p50 and slower < _GROWTH * 2
+    ttft_increase = last.ttft_ms.p50 - before.ttft_ms.p50
+    tpot_increase = last.tpot_ms.p50 / before.tpot_ms.p50 - 1
+    return ttft_increase > _QUEUE_SHARE * last.ttft_ms.p50 and tpot_increase < _GROWTH * 2
 
 
 def _batch_size(advice: BatchAdvice | None) -> list[str]:
@@ -200,15 +198,15 @@ def _batch_size(advice: BatchAdvice | None) -> list[str]:
 
 def _unsteady(stages: Sequence[Stage]) -> list[str]:
     names = [_name(stage) for stage in stages if stage.steady is False]
-    advice = "Give more requests to --warmup, or leave out --quick."
-    return [f"Latency had not settled when these began: {'; '.join(names)}. {advice}"] if names else []
+    advice = "Give --warmup a larger number of requests, or run without --quick."
+    return [f"Latency was not steady at the start of these windows: {'; '.join(names)}. {advice}"] if names else []
 
 
-def _late(stages: Sequence[Stage]) -> list[str]:
-    late = max((stage.client.loop_lag_p99_ms for stage in stages), default=0)
-    if late <= _LAG_MS or any(stage.client.limited for stage in stages):
+def _loop_lag(stages: Sequence[Stage]) -> list[str]:
+    lag = max((stage.client.loop_lag_p99_ms for stage in stages), default=0)
+    if lag <= _LAG_MS or any(stage.client.limited for stage in stages):
         return []
     return [
-        f"This client was late by up to {late:.0f} ms (p99) because others used its cores: run it on another machine "
-        "for latencies finer than that."
+        f"Timers of the client were up to {lag:.0f} ms late (p99) because other processes used its cores: run it on "
+        "another machine to measure latencies below that."
     ]

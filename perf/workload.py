@@ -1,4 +1,4 @@
-"""What is asked: prompts that nobody has seen before, or one that everybody sends."""
+"""The requests of a load: random prompts that no cache has seen before, or one fixed prompt."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-# Each is one token to most tokenizers, so that a prompt of n words has about n tokens.
+# Each word is one token in most tokenizers, so a prompt of n words has about n tokens.
 _TEXT = (
     "the people water first light house world small great number sound place live where after back little only round "
     "year came show every good give our under name very through just form much think say help low line before turn "
@@ -14,12 +14,12 @@ _TEXT = (
     "large spell add even land here must big high such follow act why ask men change went kind off need picture try"
 )
 WORDS = _TEXT.split()
-_OPENING = 5  # 80 words to the fifth: no two prompts of a run begin alike
+_OPENING = 5  # 80^5 openings: no two prompts of a run start with the same words
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
-    """One request: `prompts` of them in one call, each answered with up to `max_tokens`."""
+class Request:
+    """One call with one or more prompts; each prompt gets up to `max_tokens` tokens."""
 
     prompts: tuple[str, ...]
     max_tokens: int
@@ -28,27 +28,28 @@ class Ask:
 
 @dataclass(frozen=True)
 class Workload:
-    """`fixed` is sent as it is by everybody; else prompts are `words` random words, by `seed`.
+    """Prompts of `words` random words drawn by `seed`, or `fixed_prompt` for every request if it is set.
 
-    The first few are by `salt` as well, one a run: a server that was measured before knows no beginning of them.
+    The first words of a prompt also depend on `salt`, which differs between runs: a server that was measured before
+    has no cached prefix of them.
     """
 
     words: int
     max_tokens: int
     seed: int
-    fixed: str | None = None
+    fixed_prompt: str | None = None
     salt: str = ""
 
-    def asks(self, part: str, batch: int = 1, streaming: bool = True) -> Iterator[Ask]:
-        """An endless stream of them; another `part` of a run has others, the same ones in every run."""
+    def requests(self, part: str, batch: int = 1, streaming: bool = True) -> Iterator[Request]:
+        """An endless sequence; each `part` of a run has its own requests, the same ones in every run."""
         rng = random.Random(f"{self.seed} {part}")
         while True:
             prompts = tuple(self.prompt(rng) for _ in range(batch))
-            yield Ask(prompts, self.max_tokens, streaming)
+            yield Request(prompts, self.max_tokens, streaming)
 
     def prompt(self, rng: random.Random, words: int | None = None) -> str:
-        if self.fixed is not None:
-            return self.fixed
+        if self.fixed_prompt is not None:
+            return self.fixed_prompt
         drawn = rng.choices(WORDS, k=words or self.words)
         opening = random.Random(f"{self.salt} {drawn}").choices(WORDS, k=min(_OPENING, len(drawn)))
         return " ".join([*opening, *drawn[len(opening) :]])

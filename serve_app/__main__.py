@@ -1,4 +1,4 @@
-"""`python -m serve_app`: runs cli.main. Ctrl-C ends it without a traceback at any time."""
+"""`python -m serve_app`: runs cli.main. Ctrl-C ends it at any time without a traceback."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import signal
 import sys
 
 if __name__ == "__main__":
-    # Until cli.main has installed its own handler: its imports take a moment.
+    # For the time of the imports, until cli.main installs its handler.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     from serve_app.cli import main
 

@@ -1,7 +1,7 @@
-"""The whole graph on one screen: `import_path: serve_app.app:build` in serve_config.yaml."""
+"""Builds the deployment graph: `import_path: serve_app.app:build` in serve_config.yaml."""
 
-# No `from __future__ import annotations` here: Ray reads the annotation of `build` to validate the args,
-# and would silently skip that for a string.
+# Without `from __future__ import annotations`: Ray validates the args by the annotation of `build`, and silently does
+# not if the annotation is a string.
 from typing import Any
 
 from ray.serve import Application
@@ -12,29 +12,29 @@ from serve_app.deployments.replica import ModelReplica
 from serve_app.deployments.telemetry import check
 from serve_app.gateway.admission import QUERIES_RUNNING
 
-# A model that cannot be loaded fails the deployment after this many tries; Ray's default is 20.
+# The deployment of a model that cannot be loaded fails after so many tries. Ray's default is 20.
 _CONSTRUCTOR_TRIES = 3
-# Places for requests whose end has not reached Ray yet while the next request already comes.
+# Ray learns of the end of a request a moment after the gateway, which has sent the next one by then.
 _SPARE = 32
 _NO_ACCESS_LOG = {"enable_access_log": False}
 
 
 def build(config: AppConfig) -> Application:
-    """An ingress in front of one deployment a model."""
+    """An ingress in front of one deployment per model."""
     assert isinstance(config, AppConfig), "Ray did not validate the args of serve_config.yaml"
     check(config.telemetry)
     models = [_model(model, config).bind(model, config.telemetry) for model in config.models]
     ingress = Ingress.options(  # type: ignore[attr-defined]
         **_serve_options(config.ingress.deployment),
         ray_actor_options={"num_cpus": config.ingress.num_cpus},
-        # Ray's access log has text lines without our route or trace, and the status from before the stream.
+        # With JSON logs the ingress writes its own access log, with route, trace and the status after the stream.
         **({"logging_config": _NO_ACCESS_LOG} if config.telemetry.log_format == "json" else {}),
     )
     return ingress.bind(config, models)
 
 
 def _model(model: Model, config: AppConfig) -> Any:
-    """The gateway counts generations and queries exactly, so that Ray's own bounds must only never be in their way."""
+    """The gateway enforces the bounds of generations and queries. Ray's bounds are higher, so that they never apply."""
     options = _serve_options(model.deployment)
     ingresses = _most_replicas(config.ingress.deployment)
     options["max_ongoing_requests"] += ingresses * QUERIES_RUNNING + _SPARE
@@ -43,7 +43,7 @@ def _model(model: Model, config: AppConfig) -> Any:
         name=deployment_name(model.name),
         max_constructor_retry_count=_CONSTRUCTOR_TRIES,
         ray_actor_options=_actor_options(model.resources),
-        logging_config=_NO_ACCESS_LOG,  # the ingress has one, by HTTP call
+        logging_config=_NO_ACCESS_LOG,  # the ingress writes one line per HTTP request
         **options,
     )
 

@@ -1,7 +1,7 @@
-"""Runs the whole service on this machine until Ctrl-C.
+"""Runs the service on this machine until Ctrl-C.
 
-Starts a local Ray if none is reachable, deploys the configuration to it, shows how far the models are, and removes
-what it started when it ends.
+Starts a local Ray if none is reachable, deploys the configuration, shows the state of the models until they can serve,
+and stops at its end everything that it started.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from serve_app.deployments.cluster import Cluster, ClusterError, connect
 from serve_app.readiness import waiting_models
 from serve_app.serve_file import ServeFile, load_serve_file
 
-_LOOK_S = 0.2
+_POLL_INTERVAL_S = 0.2
 
 
 class StartError(Exception):
-    """The service cannot start. The text says why and what to do."""
+    """The service cannot start. The message gives the reason and what to do."""
 
 
 class Progress:
-    """One line that changes on a terminal; one line for each change elsewhere."""
+    """Writes the current step to stderr: on a terminal as one line that changes, otherwise as one line per change."""
 
     def __init__(self) -> None:
         self._live = sys.stderr.isatty()
@@ -47,7 +47,7 @@ class Progress:
         self._shown = text
 
     def end(self) -> None:
-        """Start a new line for what is printed next."""
+        """End the line, so that other output starts on its own."""
         if self._live and self._shown:
             print(file=sys.stderr, flush=True)
         self._shown = ""
@@ -55,13 +55,13 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where the service listens."""
+    """The address of the proxy."""
 
     host: str
     port: int
 
     def check(self) -> None:
-        """Raises StartError if the address is in use; Ray would only say that its proxy did not start."""
+        """Raises StartError if the address cannot be bound. Ray's own error would not give the reason."""
         try:
             family, kind, _, _, address = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)[0]
             with socket.socket(family, kind) as probe:
@@ -71,16 +71,18 @@ class Address:
             raise StartError(f"cannot listen on {self.host}:{self.port}: {error}; choose another with --port") from None
 
     def url(self, route_prefix: str) -> str:
-        """The URL of the service from this machine."""
+        """The service's URL for clients on this machine."""
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
         host = f"[{host}]" if ":" in host else host
         return f"http://{host}:{self.port}{route_prefix.rstrip('/')}"
 
 
+# Set by the signal handler: other code may swallow its KeyboardInterrupt, or raise another exception because of it.
 _interrupted = threading.Event()
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the service. Returns the exit code: 0 after Ctrl-C, 130 after Ctrl-C during the start, 1 after an error."""
     arguments = _parser().parse_args(argv)
     _on_signals(_interrupt)
     progress = Progress()
@@ -94,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except Exception as error:
         progress.end()
-        if _interrupted.is_set():  # code of other projects fails in any way when it is interrupted
+        if _interrupted.is_set():
             return 130
         if not isinstance(error, ConfigError | ClusterError | StartError):
             raise
@@ -105,24 +107,24 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m serve_app",
-        description="Run the LLM service on this machine: a local Ray (or a reachable one), the application of the "
-        "configuration file, an HTTP address. Ctrl-C stops it and everything it started.",
+        description="Run the LLM service on this machine. The command starts Ray, unless a Ray cluster is reachable, "
+        "and deploys the configuration file to it. Ctrl-C stops the service and everything that the command started.",
     )
     parser.add_argument("--config", default="serve_config.yaml", help="Ray Serve config file (default: %(default)s)")
-    parser.add_argument("--host", help="address to listen on (default: the file's, 127.0.0.1)")
-    parser.add_argument("--port", type=_port, help="port to listen on (default: the file's, 8000)")
+    parser.add_argument("--host", help="address to listen on (default: the file's http_options.host)")
+    parser.add_argument("--port", type=_port, help="port to listen on (default: the file's http_options.port)")
     parser.add_argument(
         "--ray-address",
         default="auto",
-        help="auto: the reachable Ray cluster, or else a new local one; local: always a new one; "
-        "or the address of a cluster (default: %(default)s)",
+        help="auto: the reachable Ray cluster, otherwise a new local Ray; local: a new local Ray; "
+        "or the address of a Ray cluster (default: %(default)s)",
     )
     return parser
 
 
 def _port(text: str) -> int:
     if not text.isdigit() or not 1 <= int(text) <= 65535:
-        raise argparse.ArgumentTypeError(f"{text} is not a port; a port is 1 to 65535")
+        raise argparse.ArgumentTypeError(f"{text} is not a port; use a number from 1 to 65535")
     return int(text)
 
 
@@ -138,7 +140,7 @@ def _serve(ray_address: str, address: Address, file: ServeFile, progress: Progre
     except KeyboardInterrupt:
         return 0
     finally:
-        # A second Ctrl-C would leave processes behind.
+        # A second Ctrl-C would interrupt the clean-up and leave processes behind.
         _on_signals(signal.SIG_IGN)
         progress.show("stopping")
         cluster.stop(file.application.name)
@@ -147,13 +149,13 @@ def _serve(ray_address: str, address: Address, file: ServeFile, progress: Progre
 
 
 def _connect(address: str, longest_s: float) -> Cluster:
-    """Join or start Ray. A signal waits until Ray runs: a Ray that has started in part could not be stopped."""
+    """Join or start Ray. Signals are handled after that: a Ray that has started in part cannot be stopped."""
     signals: list[int] = []
     _on_signals(lambda number, _: signals.append(number))
     try:
         cluster = connect(address, longest_s)
     finally:
-        _on_signals(_interrupt)  # Ray installs a handler of its own
+        _on_signals(_interrupt)  # Ray has installed its own handler
     if signals:
         cluster.stop("")
         raise KeyboardInterrupt
@@ -161,7 +163,7 @@ def _connect(address: str, longest_s: float) -> Cluster:
 
 
 def _deploy(address: Address, file: ServeFile, progress: Progress) -> None:
-    """Deploy, and show how far the models are until they can serve. Raises StartError when the deployment fails."""
+    """Deploy, and show the state of the models until they can serve. Raises StartError if the deployment fails."""
     from ray import serve
 
     from serve_app.app import build
@@ -188,9 +190,9 @@ def _deploy(address: Address, file: ServeFile, progress: Progress) -> None:
     models = [model.name for model in application.args.models]
     waiting: list[str] | None = None
     while deployment.is_alive() or waiting is None or waiting:
-        if _interrupted.is_set():  # other projects' code may have swallowed the exception
+        if _interrupted.is_set():
             raise KeyboardInterrupt
-        time.sleep(_LOOK_S)
+        time.sleep(_POLL_INTERVAL_S)
         failed = bool(failure)
         waiting = waiting_models(url, models)
         if failed:
@@ -200,7 +202,7 @@ def _deploy(address: Address, file: ServeFile, progress: Progress) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """The line of Ray's report that an operator can act on."""
+    """The line of a Ray exception that gives the cause."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     for line in reversed(lines):
         if "Error: " in line or "NotEnoughMemory: " in line:
@@ -209,7 +211,7 @@ def _reason(error: Exception) -> str:
 
 
 def _on_signals(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> None:
-    """SIGTERM, and SIGINT: a shell that starts a program in the background leaves SIGINT ignored."""
+    """Handle SIGTERM, and SIGINT even if a shell that starts programs in the background has set it to be ignored."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, handler)
 
@@ -226,7 +228,7 @@ def _banner(url: str, file: ServeFile, cluster: Cluster) -> str:
         "model": models[0],
         "messages": [{"role": "user", "content": "What is the capital of France?"}],
     }
-    token = " (asks for the token in ~/.ray/auth_token)" if cluster.asks_for_token else ""
+    token = " (needs the token in ~/.ray/auth_token)" if cluster.asks_for_token else ""
     dashboard = f"   Ray dashboard: http://{cluster.dashboard}{token}" if cluster.dashboard else ""
     return (
         f"\nserve_app answers on {url}   (Ctrl-C stops it)\n"

@@ -1,4 +1,4 @@
-"""The one typed tree of configuration. Read once, frozen, unknown keys refused, every number bounded."""
+"""The configuration: one typed, immutable tree. Unknown keys are refused and every number has bounds."""
 
 from __future__ import annotations
 
@@ -10,19 +10,21 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 _TEMPLATES = Path(__file__).parent / "templates"
-_OURS = "builtin:"
+_BUILTIN = "builtin:"
 
 
 class ConfigError(Exception):
-    """The configuration file cannot be used; the text lists every fault with its path."""
+    """The configuration cannot be used. The message lists every fault with its path."""
 
 
 class Section(BaseModel):
+    """A mapping of the configuration file: immutable, without unknown keys."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Autoscaling(Section):
-    """Ray Serve's replica autoscaling. `min_replicas: 0` lets an idle model leave the machine."""
+    """Ray Serve's autoscaling, with times in seconds. With `min_replicas: 0` an idle model has no replica."""
 
     min_replicas: int = Field(1, ge=0)
     max_replicas: int = Field(1, ge=1)
@@ -30,17 +32,17 @@ class Autoscaling(Section):
     upscale_delay_s: float = Field(10, ge=0)
     downscale_delay_s: float = Field(300, ge=0)
     downscale_to_zero_delay_s: float = Field(300, ge=0)
-    look_back_period_s: float = Field(15, gt=10)
+    look_back_period_s: float = Field(15, gt=10)  # handles report their requests to Ray every 10 s
 
     @model_validator(mode="after")
-    def _ordered(self) -> Autoscaling:
+    def _check_order(self) -> Autoscaling:
         if self.min_replicas > self.max_replicas:
             raise ValueError(f"min_replicas {self.min_replicas} is above max_replicas {self.max_replicas}")
         return self
 
 
 class Deployment(Section):
-    """What Ray Serve is told of one deployment. Times in seconds."""
+    """Ray Serve's options for one deployment, with times in seconds."""
 
     max_ongoing_requests: int = Field(ge=1)
     max_queued_requests: int = Field(ge=1)
@@ -49,23 +51,23 @@ class Deployment(Section):
     health_check_period_s: float = Field(10, gt=0)
     health_check_timeout_s: float = Field(30, gt=0)
     graceful_shutdown_wait_loop_s: float = Field(2, gt=0)
-    graceful_shutdown_timeout_s: float = Field(600, ge=0)  # as `limits.request_timeout_s`: no stream is cut
+    graceful_shutdown_timeout_s: float = Field(600, ge=0)  # `limits.request_timeout_s`: a rollout interrupts no stream
     max_surge_percent: int = Field(100, ge=0, le=100)
 
     @model_validator(mode="after")
-    def _one_way_to_scale(self) -> Deployment:
+    def _check_scaling(self) -> Deployment:
         if (self.num_replicas is None) == (self.autoscaling is None):
-            raise ValueError("state exactly one of num_replicas and autoscaling")
+            raise ValueError("set exactly one of num_replicas and autoscaling")
         return self
 
     @model_validator(mode="after")
-    def _can_scale(self) -> Deployment:
-        """Ray counts the requests that replicas run, which are never more than their places."""
+    def _check_target(self) -> Deployment:
+        """Ray counts the requests that run on replicas, and a replica never runs more than `max_ongoing_requests`."""
         scaling = self.autoscaling
         if scaling and scaling.max_replicas > 1 and scaling.target_ongoing_requests >= self.max_ongoing_requests:
             raise ValueError(
-                f"autoscaling.target_ongoing_requests {scaling.target_ongoing_requests:g} is never exceeded with "
-                f"max_ongoing_requests {self.max_ongoing_requests}, so there would always be one replica; lower it"
+                f"autoscaling.target_ongoing_requests {scaling.target_ongoing_requests:g} must be below "
+                f"max_ongoing_requests {self.max_ongoing_requests}: otherwise Ray never adds a replica"
             )
         return self
 
@@ -75,7 +77,7 @@ class Deployment(Section):
 
 
 class Resources(Section):
-    """What one replica reserves of a Ray node. `num_gpus` may be a fraction of one, or whole ones."""
+    """The resources of a Ray node that one replica reserves. `num_gpus` is at most 1, or a whole number."""
 
     num_cpus: float = Field(1, ge=0)
     num_gpus: float = Field(0, ge=0)
@@ -83,14 +85,14 @@ class Resources(Section):
 
     @field_validator("num_gpus")
     @classmethod
-    def _one_is_shared_or_whole(cls, count: float) -> float:
+    def _check_gpus(cls, count: float) -> float:
         if count > 1 and count != int(count):
-            raise ValueError(f"{count:g} is neither a part of one GPU nor a whole number of them")
+            raise ValueError(f"{count:g} is neither a fraction of one GPU nor a whole number of GPUs")
         return count
 
 
 class Batching(Section):
-    """Admission by `@serve.batch`: how many requests enter the engine together, and how long the first waits."""
+    """Admission by `@serve.batch`: the most requests that enter the engine together, and the first one's wait."""
 
     max_batch_size: int = Field(32, ge=1)
     batch_wait_timeout_s: float = Field(0.002, ge=0, le=1)
@@ -99,10 +101,10 @@ class Batching(Section):
 class Engine(Section):
     """The continuous-batching loop of one replica.
 
-    `max_running` is the number of slots (sequences that decode together); the memory budget may
-    allow fewer. `max_context` caps prompt plus answer. `max_step_tokens` bounds the rows of one
-    forward pass, so that a long prompt is prefilled in chunks between decode steps. `draft_tokens`
-    is how many tokens are guessed ahead while few sequences run; 0 guesses none.
+    `max_running` is the number of slots, that is of sequences that decode together; the memory budget may allow fewer.
+    `max_context` is the limit of prompt plus answer in tokens. `max_step_tokens` is the limit of rows in one forward
+    pass: a longer prompt is prefilled in chunks between decode steps. `draft_tokens` is the number of tokens that
+    speculative decoding proposes while few sequences run; 0 switches it off.
     """
 
     max_running: int = Field(32, ge=1, le=1024)
@@ -118,18 +120,18 @@ class Engine(Section):
 
 
 class SamplingDefaults(Section):
-    """What a request gets for the fields it leaves out."""
+    """Values for the fields that a request leaves out."""
 
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
 
 
 class Model(Section):
-    """One model: one deployment with an engine of its own.
+    """One model, which is one deployment. Each of its replicas has its own engine.
 
-    `source` is `builtin:smollm2-135m`, a folder, a GGUF file, or a hub id (pinned by `revision`). `chat_template` is
-    the path of a Jinja file that is used in place of the model's own template, or `builtin:` and the name of one of
-    ours. `embeddings` has /v1/embeddings answer for it.
+    `source` is `builtin:smollm2-135m`, a folder, a GGUF file, or a hub id with its `revision`. `chat_template` replaces
+    the model's own template: the path of a Jinja file, or `builtin:` and the name of a template of this package.
+    `embeddings` serves the model at /v1/embeddings.
     """
 
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]*$")
@@ -150,18 +152,18 @@ class Model(Section):
 
     @field_validator("chat_template")
     @classmethod
-    def _one_that_is_there(cls, source: str | None) -> str | None:
-        known = [f"{_OURS}{path.stem}" for path in sorted(_TEMPLATES.glob("*.jinja"))]
-        if source is not None and source.startswith(_OURS) and source not in known:
-            raise ValueError(f"{source} is not there; it is the path of a Jinja file, or one of {', '.join(known)}")
+    def _check_chat_template(cls, source: str | None) -> str | None:
+        known = [f"{_BUILTIN}{path.stem}" for path in sorted(_TEMPLATES.glob("*.jinja"))]
+        if source is not None and source.startswith(_BUILTIN) and source not in known:
+            raise ValueError(f"{source} does not exist; use the path of a Jinja file, or one of {', '.join(known)}")
         return source
 
     @model_validator(mode="after")
-    def _consistent(self) -> Model:
+    def _check_consistency(self) -> Model:
         if self.batching.max_batch_size > self.deployment.max_ongoing_requests:
             raise ValueError(
-                f"batching.max_batch_size {self.batching.max_batch_size} can never fill with "
-                f"deployment.max_ongoing_requests {self.deployment.max_ongoing_requests}"
+                f"batching.max_batch_size {self.batching.max_batch_size} must not exceed "
+                f"deployment.max_ongoing_requests {self.deployment.max_ongoing_requests}: such a batch never fills"
             )
         if self.device == "cuda" and self.resources.num_gpus == 0:
             raise ValueError("device: cuda needs resources.num_gpus above 0")
@@ -172,35 +174,36 @@ _INGRESS_DEPLOYMENT = Deployment(num_replicas=1, max_ongoing_requests=1024, max_
 
 
 class Ingress(Section):
-    """The deployment that answers HTTP. It waits more than it computes, so that by default it reserves no CPU."""
+    """The deployment that answers HTTP. It mostly waits, so that it reserves no CPU by default."""
 
     deployment: Deployment = _INGRESS_DEPLOYMENT
     num_cpus: float = Field(0, ge=0)
 
     @model_validator(mode="before")
     @classmethod
-    def _not_fused(cls, section: Any) -> Any:
+    def _refuse_fused(cls, section: Any) -> Any:
         if isinstance(section, dict) and "fused" in section:
-            raise ValueError("fused was removed: an ingress in front of the models is the only shape. Remove the line")
+            raise ValueError("fused was removed; an ingress always runs in front of the models: remove the key")
         return section
 
 
 class Limits(Section):
-    """What one request may ask for, and how long anybody waits. Times in seconds."""
+    """Bounds of one request, with times in seconds."""
 
     max_body_bytes: int = Field(1_048_576, ge=1024)
     max_batch_items: int = Field(256, ge=1)
     request_timeout_s: float = Field(600, gt=0)
     warm_wait_s: float = Field(30, gt=0)
     heartbeat_s: float = Field(5, gt=0, le=10)
+    upload_timeout_s: float = Field(30, gt=0)
+    stalled_client_s: float = Field(60, gt=0)
 
 
 class Tracing(Section):
     """Spans of requests, sent to an OpenTelemetry collector by OTLP over HTTP.
 
-    `sampling_ratio` is the share of the requests that are traced; a caller's own decision (`traceparent`) stands.
-    `capture_content` puts prompts and answers into spans. What the collector wants to be told in headers, such as a
-    key, comes from OTEL_EXPORTER_OTLP_HEADERS.
+    `sampling_ratio` is the share of traced requests among those without a `traceparent` header, which decides
+    otherwise. `capture_content` puts prompts and answers into spans.
     """
 
     endpoint: str = Field("http://127.0.0.1:4318/v1/traces", pattern=r"^https?://[^\s/]+")
@@ -209,9 +212,9 @@ class Tracing(Section):
 
 
 class Telemetry(Section):
-    """What the service tells of itself. `tracing: null` traces nothing.
+    """Traces, logs and metrics. `tracing: null` switches traces off.
 
-    `opentelemetry_metrics`: its times by OpenTelemetry's names as well.
+    `opentelemetry_metrics` exports the latencies by OpenTelemetry's names too.
     """
 
     opentelemetry_metrics: bool = False
@@ -220,7 +223,7 @@ class Telemetry(Section):
 
 
 class AppConfig(Section):
-    """The `args` of serve_config.yaml. The first model answers requests that name none."""
+    """The `args` of serve_config.yaml. The first model serves the requests that name no model."""
 
     models: Annotated[tuple[Model, ...], Field(min_length=1)]
     ingress: Ingress = Ingress()
@@ -228,40 +231,40 @@ class AppConfig(Section):
     telemetry: Telemetry = Telemetry()
 
     @model_validator(mode="after")
-    def _distinct(self) -> AppConfig:
+    def _check_names(self) -> AppConfig:
         slugs = [deployment_name(model.name) for model in self.models]
         twice = sorted({slug for slug in slugs if slugs.count(slug) > 1})
         if twice:
-            raise ValueError(f"two models would share the deployment {', '.join(twice)}; give them distinct names")
+            raise ValueError(f"several models have the deployment {', '.join(twice)}: rename them")
         return self
 
 
 def template_path(source: str) -> Path:
-    """The file that a model's `chat_template` names."""
-    if source.startswith(_OURS):
-        return _TEMPLATES / f"{source.removeprefix(_OURS)}.jinja"
+    """The file of a model's `chat_template`."""
+    if source.startswith(_BUILTIN):
+        return _TEMPLATES / f"{source.removeprefix(_BUILTIN)}.jinja"
     return Path(source).expanduser()
 
 
 def deployment_name(model: str) -> str:
-    """The Ray Serve deployment of a model: its name with what a deployment name cannot hold replaced."""
+    """The Ray Serve deployment of a model: its name, with `-` for characters that a deployment name cannot have."""
     return "model-" + "".join(c if c.isalnum() or c in "._-" else "-" for c in model)
 
 
 def describe(
-    error: ValidationError, sentence: Callable[[str, str, str], str] = lambda place, message, kind: message
+    error: ValidationError, sentence: Callable[[str, str, str], str] = lambda path, message, kind: message
 ) -> str:
-    """Every fault of a pydantic error, one a line: its path, then `sentence(path, message, type)`."""
+    """Every fault of a pydantic error, one per line: its path, then `sentence(path, message, type)`."""
     faults = [(".".join(str(part) for part in fault["loc"]), fault) for fault in error.errors()]
     return "\n".join(
-        f"  {path or '(top)'}: {sentence(path, fault['msg'], fault['type'])}"
+        f"  {path or '(top)'}: {sentence(path, fault['msg'].removeprefix('Value error, '), fault['type'])}"
         for path, fault in faults
-        # A list with a faulty member is also reported as too short.
+        # pydantic also reports a list with a faulty member as too short.
         if fault["type"] != "too_short" or not any(other.startswith(f"{path}.") for other, _ in faults)
     )
 
 
 def cache_dir() -> Path:
-    """Where converted models are kept: the user's cache folder, by the XDG base directory specification."""
+    """The folder of converted models, in the user's cache folder by the XDG base directory specification."""
     root = Path(os.environ.get("XDG_CACHE_HOME", ""))
     return (root if root.is_absolute() else Path.home() / ".cache") / "serve_app"

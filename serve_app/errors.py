@@ -1,26 +1,31 @@
-"""Every error that a caller can meet. Mapped once to an HTTP status, and once to an in-band stream frame.
+"""The closed list of errors that a caller can get. Each has one HTTP status; dialects encode it in their own form.
 
 ServeAppError
-├── InvalidRequest      422  a field is wrong; `param` names it
-├── PromptTooLong       422  the prompt does not fit the model's context
-├── ModelNotFound       404  no such model
-├── NotFound            404  no such path, or one that this model is not switched on for
-├── MethodNotAllowed    405  the path exists, the method does not
-├── BodyTooLarge        413  the body is over the limit
-├── QueueFull           429  too many requests wait already
-├── NotReady            503  no replica can answer yet
+├── InvalidRequest      422  a field of the request is wrong; `param` names it
+├── PromptTooLong       422  the prompt does not fit into the model's context
+├── ModelNotFound       404  the service has no model of this name
+├── NotFound            404  the path does not exist, or the model does not offer it
+├── MethodNotAllowed    405  the path exists, but not with this method
+├── RequestTimeout      408  the body of the request did not arrive in time
+├── BodyTooLarge        413  the body is larger than the limit
+├── QueueFull           429  as many requests wait as the model takes
+├── NotReady            503  no replica of the model can answer yet
 ├── DeadlineExceeded    504  the request used up its time
-└── InternalError       500  ours; the caller learns the request id only
+└── InternalError       500  a fault of the service; the caller gets the request id only
 """
 
 from __future__ import annotations
 
+import logging
+
+log = logging.getLogger(__name__)
+
 
 class ServeAppError(Exception):
-    """What a caller is told. All state is in `args`, so it survives pickling between processes.
+    """An error that a caller gets. All state is in `args`, so that it survives pickling between processes.
 
-    `message` says what was wrong and what would work; `param` names the offending field;
-    `retry_after_s` is an honest estimate in seconds, or None when trying again would not help.
+    `message` names the fault and a remedy. `param` is the path of the wrong field in the body. `retry_after_s` is the
+    estimated time in seconds after which the request can succeed; None if a retry does not help.
     """
 
     status = 500
@@ -56,6 +61,10 @@ class MethodNotAllowed(ServeAppError):
     status, code = 405, "method_not_allowed"
 
 
+class RequestTimeout(ServeAppError):
+    status, code = 408, "request_timeout"
+
+
 class BodyTooLarge(ServeAppError):
     status, code = 413, "body_too_large"
 
@@ -74,3 +83,13 @@ class DeadlineExceeded(ServeAppError):
 
 class InternalError(ServeAppError):
     status, code = 500, "internal_error"
+
+
+def internal_error(error: BaseException, request_id: str) -> InternalError:
+    """The error that the caller gets in place of an unexpected exception, which is logged under the request id."""
+    log.error("Request %s failed.", request_id, exc_info=error)
+    return InternalError(f"The service failed on this request. Quote request {request_id} when you report the failure.")
+
+
+def deadline_exceeded(timeout_s: float) -> DeadlineExceeded:
+    return DeadlineExceeded(f"The request was not finished after {timeout_s:.0f} s.")

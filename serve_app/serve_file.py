@@ -1,6 +1,6 @@
 """Reads the Ray Serve config file that `python -m serve_app` runs.
 
-`serve deploy` takes the same file. What this program does not do with it, it refuses by the path of the key.
+`serve deploy` takes the same file. A key that this program does not honour is refused with its path.
 """
 
 from __future__ import annotations
@@ -17,17 +17,13 @@ IMPORT_PATH = "serve_app.app:build"
 
 
 class HttpOptions(Section):
-    """Where and how Ray Serve's proxy listens: the keys of Ray's own schema, passed on as they are."""
+    """Ray Serve's options for its HTTP proxy, with times in seconds. None leaves Ray's own default."""
 
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=1, le=65535)
     root_path: str = ""
-    request_timeout_s: float | None = None
-    keep_alive_timeout_s: int | None = None
-    ssl_keyfile: str | None = None
-    ssl_certfile: str | None = None
-    ssl_keyfile_password: str | None = None
-    ssl_ca_certs: str | None = None
+    request_timeout_s: float | None = Field(None, gt=0)
+    keep_alive_timeout_s: int | None = Field(None, ge=0)
 
 
 class Application(Section):
@@ -40,7 +36,7 @@ class Application(Section):
 
 
 class ServeFile(Section):
-    """The parts of a Ray Serve config file that this program honours."""
+    """The keys of a Ray Serve config file that this program honours."""
 
     http_options: HttpOptions = HttpOptions()
     applications: tuple[Application] = Field(min_length=1, max_length=1)
@@ -50,12 +46,17 @@ class ServeFile(Section):
         return self.applications[0]
 
 
-# Keys of Ray's schema that `serve deploy` honours and this program does not.
+# Keys of Ray's schema that `serve deploy` honours and this program does not, by the path of their mapping.
 _ONLY_DEPLOY = {
-    "": {"proxy_location", "grpc_options", "logging_config", "target_capacity", "controller_options"},
+    "": {
+        *("proxy_location", "grpc_options", "logging_config", "tracing_config", "target_capacity"),
+        "controller_options",
+    },
+    # HAProxy, which this program puts in front of the service, speaks no TLS as Ray configures it.
+    "http_options": {"ssl_keyfile", "ssl_certfile", "ssl_keyfile_password", "ssl_ca_certs"},
     "applications.0": {
         *("runtime_env", "host", "port", "deployments", "autoscaling_policy", "external_scaler_enabled"),
-        *("logging_config", "tracing_config"),
+        "logging_config",
     },
 }
 
@@ -63,14 +64,9 @@ _ONLY_DEPLOY = {
 def load_serve_file(path: str | Path) -> ServeFile:
     """Read a Ray Serve config file with one application of this project.
 
-    Raises ConfigError with every fault and its place when the file cannot be used.
+    Raises ConfigError, with every fault and its place, if the file cannot be used.
     """
-    try:
-        document = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; pass --config with the path of a serve_config.yaml") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: {error}") from None
+    document = _read(path)
     applications = document.get("applications") if isinstance(document, dict) else None
     if not isinstance(applications, list) or len(applications) != 1 or not isinstance(applications[0], dict):
         raise ConfigError(f"{path}: expected a Ray Serve config with exactly one entry under `applications`")
@@ -80,25 +76,40 @@ def load_serve_file(path: str | Path) -> ServeFile:
         raise ConfigError(f"{path}:\n{describe(error, _sentence)}") from None
 
 
-def _sentence(place: str, message: str, kind: str) -> str:
-    owner, _, key = place.rpartition(".")
+def _read(path: str | Path) -> object:
+    """Raises ConfigError."""
+    try:
+        return yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; pass --config with the path of a serve_config.yaml") from None
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ConfigError(f"{path}{line}: {error.problem}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def _sentence(path: str, message: str, kind: str) -> str:
+    owner, _, key = path.rpartition(".")
     if kind == "extra_forbidden" and key in _ONLY_DEPLOY.get(owner, ()):
         return "only `serve deploy` honours this key; remove it, or deploy the file with `serve deploy`"
     if kind == "extra_forbidden":
         return "unknown key"
-    if place == "applications.0.import_path":
+    if path == "applications.0.import_path":
         return f"this program runs {IMPORT_PATH} only; deploy other applications with `serve deploy`"
     return message
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which a key occurs once in a mapping; PyYAML itself takes the last one."""
+    """Refuses a mapping with a duplicate key. PyYAML itself takes the last of the values."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set[object]()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key} occurs twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        keys = set[tuple[str, str]]()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue  # refused when the mapping is constructed
+            if (key.tag, key.value) in keys:
+                raise yaml.composer.ComposerError(None, None, f"the key {key.value} occurs twice", key.start_mark)
+            keys.add((key.tag, key.value))
+        return node

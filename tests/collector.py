@@ -1,4 +1,4 @@
-"""An OpenTelemetry collector for tests: takes traces by OTLP over HTTP, keeps them, and can be asked for them."""
+"""An OpenTelemetry collector for tests: receives traces by OTLP over HTTP and keeps them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from opentelemetry.proto.trace.v1 import trace_pb2
 
 @dataclass(frozen=True)
 class Span:
-    """Ids in hex, times in ns. `error` is the status."""
+    """A received span. Ids are hexadecimal, times are ns since 1970; `error` is whether the status is ERROR."""
 
     trace_id: str
     id: str
@@ -32,7 +32,7 @@ class Span:
     attributes: dict[str, Any]
     links: frozenset[tuple[str, str]]
     error: bool
-    about: dict[str, Any]
+    resource: dict[str, Any]
 
     @property
     def key(self) -> tuple[str, str]:
@@ -40,7 +40,7 @@ class Span:
 
 
 class Collector:
-    """Listens on a port of 127.0.0.1 while it is entered. `headers` are those of the last export."""
+    """Listens on a free port of 127.0.0.1 within its context. `raw` has all exports, `headers` the last ones."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -81,7 +81,7 @@ class Collector:
         return found
 
     def settle(self, quiet_s: float = 2, limit_s: float = 30) -> list[Span]:
-        """Everything, once nothing more has come for a while."""
+        """All spans, once no span has arrived for `quiet_s` seconds or after `limit_s` seconds."""
         end, seen, since = time.monotonic() + limit_s, -1, time.monotonic()
         while time.monotonic() < end:
             if len(self.spans()) != seen:
@@ -91,7 +91,7 @@ class Collector:
             time.sleep(0.1)
         return self.spans()
 
-    def take(self, path: str, headers: dict[str, str], body: bytes) -> bytes:
+    def receive(self, path: str, headers: dict[str, str], body: bytes) -> bytes:
         assert path == "/v1/traces", path
         plain = gzip.decompress(body) if headers.get("content-encoding") == "gzip" else body
         request = ExportTraceServiceRequest.FromString(plain)
@@ -106,8 +106,8 @@ class Collector:
             self.exports += 1
             self.raw += plain
             self.headers = headers
-        answer: bytes = ExportTraceServiceResponse().SerializeToString()
-        return answer
+        response: bytes = ExportTraceServiceResponse().SerializeToString()
+        return response
 
     def _handler(self) -> type[BaseHTTPRequestHandler]:
         collector = self
@@ -116,12 +116,12 @@ class Collector:
             def do_POST(self) -> None:
                 collector._answers.wait()
                 headers = {name.lower(): value for name, value in self.headers.items()}
-                answer = collector.take(self.path, headers, self.rfile.read(int(headers["content-length"])))
+                response = collector.receive(self.path, headers, self.rfile.read(int(headers["content-length"])))
                 self.send_response(200)
                 self.send_header("content-type", "application/x-protobuf")
-                self.send_header("content-length", str(len(answer)))
+                self.send_header("content-length", str(len(response)))
                 self.end_headers()
-                self.wfile.write(answer)
+                self.wfile.write(response)
 
             def log_message(self, format: str, *args: object) -> None:
                 pass
@@ -129,7 +129,7 @@ class Collector:
         return Handler
 
 
-def _span(span: trace_pb2.Span, about: dict[str, Any]) -> Span:
+def _span(span: trace_pb2.Span, resource: dict[str, Any]) -> Span:
     return Span(
         trace_id=span.trace_id.hex(),
         id=span.span_id.hex(),
@@ -141,7 +141,7 @@ def _span(span: trace_pb2.Span, about: dict[str, Any]) -> Span:
         attributes=_values(span.attributes),
         links=frozenset((link.trace_id.hex(), link.span_id.hex()) for link in span.links),
         error=span.status.code == trace_pb2.Status.STATUS_CODE_ERROR,
-        about=about,
+        resource=resource,
     )
 
 

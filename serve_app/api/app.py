@@ -1,9 +1,9 @@
-"""The HTTP application on one screen: its routes, its layers and its error table."""
+"""The HTTP application: its routes, its middleware and its error handlers."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -13,73 +13,93 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from serve_app.api import pages
+from serve_app.api.body import read_document
 from serve_app.api.context import RequestContext
 from serve_app.api.error_handlers import ErrorHandlers
-from serve_app.api.gateway import Gateway
-from serve_app.api.middleware import BodyLimit, CatchAll, Measured, RequestId
-from serve_app.api.native.routes import NativeRoutes, OperatorRoutes
-from serve_app.api.native.tokens import TokenRoutes
+from serve_app.api.middleware import BodyLimits, CallMetrics, CatchAll, RequestId
+from serve_app.api.native.routes import NativeRoutes
 from serve_app.api.openai.embeddings import EmbeddingRoutes
 from serve_app.api.openai.routes import OpenAIRoutes
-from serve_app.api.tgi.routes import TgiRoutes
+from serve_app.api.operator import OperatorRoutes
+from serve_app.api.telemetry import ServiceTelemetry
+from serve_app.api.tgi.routes import TgiRoutes, is_tgi
+from serve_app.api.tokens.routes import TokenRoutes
 from serve_app.config import AppConfig
+from serve_app.core.engine import Engine
 from serve_app.errors import ServeAppError
+
+Endpoint = Callable[[Request], Awaitable[Response]]
+DocumentEndpoint = Callable[[Request, object], Awaitable[Response]]
 
 
 def create_app(
-    gateway: Gateway,
+    engine: Engine,
+    telemetry: ServiceTelemetry,
     config: AppConfig,
     clock: Callable[[], float] = time.monotonic,
     around: Sequence[Middleware] = (),
 ) -> Starlette:
-    """The front context. It reaches models through `gateway` alone; `clock` gives monotonic seconds.
-
-    `around` are layers outside all others.
-    """
-    refusals = ErrorHandlers(gateway)
+    """The application over an engine. `clock` returns monotonic seconds; `around` is the outermost middleware."""
+    handlers = ErrorHandlers(telemetry)
     app = Starlette(
-        routes=_routes(RequestContext(gateway, config, clock)),
+        routes=_routes(RequestContext(engine, telemetry, config, clock)),
         middleware=[
             *around,
-            Middleware(RequestId),
-            Middleware(Measured, gateway=gateway),
-            Middleware(CatchAll, refusals=refusals),
-            Middleware(BodyLimit, limit=config.limits.max_body_bytes, patience_s=config.limits.request_timeout_s),
+            Middleware(RequestId, clock=clock),
+            Middleware(CallMetrics, telemetry=telemetry),
+            Middleware(CatchAll, handlers=handlers),
+            Middleware(BodyLimits, limits=config.limits),
         ],
-        exception_handlers={ServeAppError: refusals.known, HTTPException: refusals.routing},
+        exception_handlers={ServeAppError: handlers.known, HTTPException: handlers.routing},
     )
-    app.router.redirect_slashes = False  # a redirected POST loses its body in many clients
+    app.router.redirect_slashes = False  # many clients drop the body of a redirected POST
     return app
 
 
 def _routes(context: RequestContext) -> list[Route]:
-    tgi = TgiRoutes(context)
-    native, operator, openai = NativeRoutes(context, tgi), OperatorRoutes(context), OpenAIRoutes(context)
-    tokens, playground, reference = TokenRoutes(context), pages.playground(), pages.reference()
+    native, openai, tgi = NativeRoutes(context), OpenAIRoutes(context), TgiRoutes(context)
+    tokens, embeddings, operator = TokenRoutes(context), EmbeddingRoutes(context), OperatorRoutes(context)
+    playground, reference = pages.playground(), pages.reference()
     document = pages.document(tuple(model.name for model in context.config.models))
 
     async def root(http: Request) -> Response:
-        # One route, so that a wrong method is told all the right ones.
+        # One route for both methods, so that the answer to a wrong method lists both.
         return await (tgi.root if http.method == "POST" else playground.index)(http)
 
     return [
-        Route("/generate", native.generate, methods=["POST"]),
-        Route("/generate_stream", native.generate_stream, methods=["POST"]),
-        Route("/generate_batch", native.generate_batch, methods=["POST"]),
-        Route("/v1/completions", openai.completions, methods=["POST"]),
-        Route("/v1/chat/completions", openai.chat, methods=["POST"]),
-        Route("/v1/embeddings", EmbeddingRoutes(context).embeddings, methods=["POST"]),
-        Route("/v1/models", openai.models, methods=["GET"]),
-        Route("/v1/models/{id:path}", openai.model, methods=["GET"]),
-        Route("/health", operator.health, methods=["GET"]),
-        Route("/ready", operator.ready, methods=["GET"]),
-        Route("/metrics", operator.metrics, methods=["GET"]),
-        Route("/tokenize", tokens.tokenize, methods=["POST"]),
-        Route("/detokenize", tokens.detokenize, methods=["POST"]),
-        Route("/info", tgi.info, methods=["GET"]),
-        Route("/openapi.json", document.answer, methods=["GET"]),
-        Route("/docs", reference.index, methods=["GET"]),
-        Route("/docs/{file}", reference.file, methods=["GET"]),
+        _post("/generate", native.generate, tgi.generate),
+        _post("/generate_stream", native.generate_stream, tgi.generate_stream),
+        _post("/generate_batch", native.generate_batch),
+        _post("/v1/completions", openai.completions),
+        _post("/v1/chat/completions", openai.chat),
+        _post("/v1/embeddings", embeddings.embeddings),
+        _get("/v1/models", openai.models),
+        _get("/v1/models/{id:path}", openai.model),
+        _post("/tokenize", tokens.tokenize, tokens.tokenize_inputs),
+        _post("/detokenize", tokens.detokenize),
+        _get("/info", tgi.info),
+        _get("/health", operator.health),
+        _get("/ready", operator.ready),
+        _get("/metrics", operator.metrics),
+        _get("/openapi.json", document.answer),
+        _get("/docs", reference.index),
+        _get("/docs/{file}", reference.file),
         Route("/", root, methods=["GET", "POST"]),
-        Route("/playground/{file}", playground.file, methods=["GET"]),
+        _get("/playground/{file}", playground.file),
     ]
+
+
+def _get(path: str, endpoint: Endpoint) -> Route:
+    return Route(path, endpoint, methods=["GET"])
+
+
+def _post(path: str, endpoint: DocumentEndpoint, of_tgi: DocumentEndpoint | None = None) -> Route:
+    """A route that takes a JSON document. On a path of two dialects, a body with `inputs` is TGI's."""
+
+    async def read(http: Request) -> Response:
+        document = await read_document(http)
+        if of_tgi is not None and is_tgi(document):
+            return await of_tgi(http, document)
+        return await endpoint(http, document)
+
+    return Route(path, read, methods=["POST"])

@@ -1,4 +1,4 @@
-"""The JSON document of a request body. Whatever cannot be read is the caller's fault, with a sentence that says why."""
+"""Reads the JSON document of a request body. A body that cannot be read is an InvalidRequest with the reason."""
 
 from __future__ import annotations
 
@@ -9,41 +9,41 @@ from starlette.requests import Request
 
 from serve_app.errors import InvalidRequest
 
-# Up to here a double is a whole number as written.
+# A double represents every whole number up to this one exactly.
 _EXACT = 2**53
 
 
 async def read_document(http: Request) -> object:
-    """The parsed body, whatever its content type says. Raises InvalidRequest, BodyTooLarge."""
+    """The parsed body, whatever its content type is. Raises InvalidRequest, BodyTooLarge, RequestTimeout."""
     return parse_document(await http.body())
 
 
 def parse_document(body: bytes) -> object:
-    """Strict JSON in UTF-8; a byte order mark before it is ignored. Raises InvalidRequest."""
+    """Strict JSON in UTF-8; a byte order mark at the beginning is ignored. Raises InvalidRequest."""
     try:
         text = body.decode("utf-8-sig")
         document: object = json.loads(text, parse_constant=_not_json, parse_float=_number)
         if "\\u" in text:
-            # Half of a surrogate pair passes the parser but can never be tokenised or answered in UTF-8.
+            # The parser accepts half of a surrogate pair, but no tokenizer and no UTF-8 answer can hold it.
             json.dumps(document, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
-        raise InvalidRequest("the body holds half of a \\u surrogate pair; send whole characters") from None
+        raise InvalidRequest("The body contains half of a \\u surrogate pair. Send whole characters.") from None
     except UnicodeDecodeError as error:
-        raise InvalidRequest(f"the body is not UTF-8 (byte {error.start}); encode it as UTF-8") from None
+        raise InvalidRequest(f"The body is not UTF-8 (byte {error.start}). Encode it as UTF-8.") from None
     except RecursionError:
-        raise InvalidRequest("the body is nested too deeply; send a flat JSON object") from None
+        raise InvalidRequest("The body is nested too deeply. Send a flat JSON object.") from None
     except json.JSONDecodeError as error:
-        raise InvalidRequest(f"the body is not valid JSON ({error}); send one JSON object") from None
+        raise InvalidRequest(f"The body is not valid JSON ({error}). Send one JSON object.") from None
     except ValueError:  # Python's bound on the digits of one integer
-        raise InvalidRequest("the body holds an integer of thousands of digits; no field takes that many") from None
+        raise InvalidRequest("The body contains an integer of thousands of digits. Send a smaller number.") from None
     return document
 
 
 def _number(text: str) -> float | int:
-    """A whole number is an integer in JSON Schema, however it is written."""
+    """JSON Schema takes a whole number as an integer, also if it is written with a fraction or an exponent."""
     number = float(text)
     return int(number) if number.is_integer() and abs(number) <= _EXACT else number
 
 
 def _not_json(constant: str) -> NoReturn:
-    raise InvalidRequest(f"the body is not valid JSON ({constant} is not a JSON number); send a finite number")
+    raise InvalidRequest(f"The body is not valid JSON: {constant} is not a JSON number. Send a finite number.")

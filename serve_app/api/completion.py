@@ -1,19 +1,20 @@
-"""What is known of one answer so far: its text, its tokens and its times."""
+"""The state of one answer: its text, its tokens and its times so far."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from serve_app.core.events import Chunk, FinishReason, PromptDetails, TokenEvent
-
-Metrics = dict[str, float | int | None]
-Usage = dict[str, int | dict[str, int]]
+from serve_app.api.responses import Metrics, Usage, milliseconds, rate, usage
+from serve_app.core.events import Chunk, Delta, FinishReason, PromptDetails, TokenEvent
 
 
 @dataclass(slots=True)
 class CompletionState:
-    """Times in seconds since the request's arrival; None for an instant that did not happen."""
+    """The sum of the chunks of one answer so far. Times are in seconds since the request's arrival.
+
+    `logprob_events` are the events with log probabilities. `deltas` is set for requests with a `tool_choice`.
+    """
 
     text: str = ""
     prompt_tokens: int = 0
@@ -27,29 +28,43 @@ class CompletionState:
     token_ids: list[int] = field(default_factory=list)
     prompt: PromptDetails | None = None
     embedding: tuple[float, ...] | None = None
-    events: list[TokenEvent] = field(default_factory=list)
+    logprob_events: list[TokenEvent] = field(default_factory=list)
+    deltas: list[Delta] = field(default_factory=list)
 
-    def arrived(self, chunk: Chunk) -> None:
+    def add(self, chunk: Chunk) -> None:
+        """Take in a chunk with all of its events."""
+        self.add_facts(chunk)
+        for event in chunk.events:
+            self.add_event(event)
+
+    def add_facts(self, chunk: Chunk) -> None:
+        """Take in a chunk without its events."""
         self.prompt_tokens, self.cached_tokens = chunk.prompt_tokens, chunk.cached_tokens
         self.queue_s = chunk.queue_s
         self.prompt = self.prompt or chunk.prompt
         self.embedding = chunk.embedding
 
-    def count(self, event: TokenEvent) -> None:
+    def add_event(self, event: TokenEvent) -> None:
         self.first_s = event.elapsed_s if self.first_s is None else self.first_s
         self.last_s = event.elapsed_s
         self.tokens += 1
         self.text += event.text
         self.finish_reason, self.stopped_by = event.finish_reason, event.stopped_by
         self.token_ids.append(event.token_id)
+        self.deltas += event.deltas
         if event.logprobs is not None:
-            self.events.append(event)
+            self.logprob_events.append(event)
+
+    @property
+    def reason(self) -> FinishReason:
+        """Why the answer ended."""
+        assert self.finish_reason is not None, "an engine ends every answer with a finish reason"
+        return self.finish_reason
 
     def usage(self) -> Usage:
         return usage(self.prompt_tokens, self.cached_tokens, self.tokens)
 
     def metrics(self) -> Metrics:
-        """`tpot_ms` leaves the first token out; `tokens_per_second` covers the whole elapsed time."""
         return {
             "ttft_ms": None if self.first_s is None else milliseconds(self.first_s),
             "tpot_ms": self._tpot_ms(),
@@ -65,28 +80,10 @@ class CompletionState:
         return milliseconds((self.last_s - self.first_s) / (self.tokens - 1))
 
 
-def usage(prompt_tokens: int, cached_tokens: int, completion_tokens: int) -> Usage:
-    return {
-        "prompt_tokens": prompt_tokens,
-        "prompt_tokens_details": {"cached_tokens": cached_tokens},
-        "completion_tokens": completion_tokens,
-        "total_tokens": prompt_tokens + completion_tokens,
-    }
-
-
-def together(tallies: Sequence[CompletionState], firsts: Sequence[int]) -> Usage:
-    """Of all answers of a call. A prompt counts once, with the first of its answers, which are numbered `firsts`."""
+def total_usage(states: Sequence[CompletionState]) -> Usage:
+    """The usage of several answers, each to a prompt of its own."""
     return usage(
-        sum(tallies[first].prompt_tokens for first in firsts),
-        sum(tallies[first].cached_tokens for first in firsts),
-        sum(tally.tokens for tally in tallies),
+        sum(state.prompt_tokens for state in states),
+        sum(state.cached_tokens for state in states),
+        sum(state.tokens for state in states),
     )
-
-
-def milliseconds(seconds: float) -> float:
-    return round(seconds * 1000, 3)
-
-
-def rate(tokens: int, seconds: float) -> float:
-    """Tokens a second; 0 when no time has passed."""
-    return round(tokens / seconds, 2) if seconds > 0 else 0.0

@@ -1,36 +1,35 @@
-"""What every route shares: the gateway, the configuration, the clock, and how an HTTP call becomes a request."""
+"""What the routes share: the engine, the telemetry, the configuration, the clock, and the making of requests."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from uuid import uuid4
 
 from starlette.requests import Request
 
-from serve_app.api.gateway import Gateway
-from serve_app.api.native.schema import SamplingFields
-from serve_app.config import AppConfig, Model
-from serve_app.core.queries import GetModelInfo, ModelInfo
+from serve_app.api.generation import until_disconnect
+from serve_app.api.telemetry import ServiceTelemetry
+from serve_app.config import AppConfig, Limits, Model
+from serve_app.core.engine import Engine
+from serve_app.core.queries import A, GetModelInfo, ModelInfo, Query
 from serve_app.core.requests import GenerationRequest, Prompt, SamplingParams
 from serve_app.errors import ModelNotFound
 
 
 @dataclass(frozen=True, slots=True)
 class RequestContext:
-    """`clock` gives monotonic seconds; `infos` is what models said of themselves so far."""
+    """`clock` returns monotonic seconds. `known` holds the facts of each model that was loaded once."""
 
-    gateway: Gateway
+    engine: Engine
+    telemetry: ServiceTelemetry
     config: AppConfig
     clock: Callable[[], float]
-    infos: dict[str, ModelInfo] = field(default_factory=dict)
+    known: dict[str, ModelInfo] = field(default_factory=dict)
 
-    async def info(self, model: str) -> ModelInfo:
-        """What a model says of itself, asked once. Raises ServeAppError."""
-        if model not in self.infos:
-            self.infos[model] = await self.gateway.query(model, GetModelInfo(), self.config.limits.warm_wait_s)
-        return self.infos[model]
+    @property
+    def limits(self) -> Limits:
+        return self.config.limits
 
     def model(self, name: str | None) -> Model:
         """The named model, or the first of the configuration. Raises ModelNotFound."""
@@ -41,40 +40,46 @@ class RequestContext:
             if model.name == name:
                 return model
         known = ", ".join(model.name for model in models)
-        raise ModelNotFound(f"there is no model {name[:128]!r}; the models here are: {known}", param="model")
+        raise ModelNotFound(f"Model {name[:128]!r} does not exist. Known models: {known}.", param="model")
 
-    def asked(self, http: Request, name: str | None) -> Model:
-        """The model that a call names; should the call be refused, the refusal counts as its. Raises ModelNotFound."""
+    def model_of(self, http: Request, name: str | None) -> Model:
+        """The model of a call, under whose name an error of the call is counted. Raises ModelNotFound."""
         model = self.model(name)
         http.state.model = model.name
         return model
 
-    def chosen(self, http: Request, name: str | None) -> Model:
-        """The model that the body names, or else `?model=`, which must exist either way. Raises ModelNotFound."""
-        in_address = self.model(http.query_params.get("model")).name
-        return self.asked(http, in_address if name is None else name)
+    def model_of_body_or_query(self, http: Request, name: str | None) -> Model:
+        """The model that the body names, else that of `?model=`. Both must exist. Raises ModelNotFound."""
+        of_query = self.model(http.query_params.get("model")).name
+        return self.model_of(http, of_query if name is None else name)
 
     def deadline(self, http: Request) -> float:
-        """The instant by which every part of this call must have ended, on the monotonic clock."""
+        """The instant by which every part of this call must have ended, on `clock`."""
         arrived: float = http.state.arrived
-        return arrived + self.config.limits.request_timeout_s
+        return arrived + self.limits.request_timeout_s
 
     def request(
-        self, http: Request, id: str, model: Model, prompt: Prompt, params: SamplingParams, body: SamplingFields
+        self, http: Request, id: str, model: Model, prompt: Prompt, params: SamplingParams, stream: bool
     ) -> GenerationRequest:
+        """A whole answer waits for a sleeping model for a limited time; a stream reports that it waits."""
+        wake_wait_s = None if stream else self.limits.warm_wait_s
         return GenerationRequest(
-            id,
-            model.name,
-            prompt,
-            params,
-            time.monotonic(),
-            self.deadline(http),
-            cache_salt=body.cache_salt,
-            truncate_prompt_tokens=body.truncate_prompt_tokens,
-            priority=body.priority,
+            id, model.name, prompt, params, self.clock(), self.deadline(http), wake_wait_s=wake_wait_s
         )
+
+    async def query(self, http: Request, model: str, query: Query[A]) -> A:
+        """The result of a query, within `limits.warm_wait_s`. Raises ServeAppError, ClientDisconnect."""
+        deadline = min(self.clock() + self.limits.warm_wait_s, self.deadline(http))
+        return await until_disconnect(http.receive, self.engine.query(model, query, deadline))
+
+    async def info(self, model: str, deadline: float) -> ModelInfo:
+        """The facts of a model, which are queried once. Raises ServeAppError."""
+        if model not in self.known:
+            deadline = min(self.clock() + self.limits.warm_wait_s, deadline)
+            self.known[model] = await self.engine.query(model, GetModelInfo(), deadline)
+        return self.known[model]
 
 
 def generation_id(http: Request) -> str:
-    """The call's id with a suffix of our own: two calls may carry the same client id."""
+    """The id of the call with a suffix of our own, because two calls can carry the same id of the client."""
     return f"{http.state.request_id}-{uuid4().hex[:12]}"

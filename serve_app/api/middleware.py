@@ -1,4 +1,4 @@
-"""Pure ASGI layers around every route, outermost first: RequestId, Measured, CatchAll, BodyLimit."""
+"""Pure ASGI middleware around every route, outermost first: RequestId, CallMetrics, CatchAll, BodyLimits."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import logging
 import re
 import time
+from collections.abc import Callable
 from uuid import uuid4
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -13,40 +14,45 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app.api.error_handlers import ErrorHandlers
-from serve_app.api.gateway import Gateway
+from serve_app.api.telemetry import ServiceTelemetry
+from serve_app.config import Limits
 from serve_app.core.http import HttpCall
-from serve_app.errors import BodyTooLarge
+from serve_app.errors import BodyTooLarge, RequestTimeout
 
 log = logging.getLogger(__name__)
 
-SAFE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_SAFE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
 class RequestId:
-    """Names the request: the client's own id if it is harmless in a log line, else a new one."""
+    """Names the request by the client's own id if that is safe in a log line, else by a new id.
 
-    def __init__(self, app: ASGIApp) -> None:
+    Sets `request_id` and `arrived`, an instant of `clock`, in the state of the request.
+    """
+
+    def __init__(self, app: ASGIApp, clock: Callable[[], float] = time.monotonic) -> None:
         self.app = app
+        self.clock = clock
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         given = Headers(scope=scope).get("x-request-id", "")
-        request_id = given if SAFE_ID.fullmatch(given) else uuid4().hex
+        request_id = given if _SAFE_ID.fullmatch(given) else uuid4().hex
 
-        async def named(message: Message) -> None:
+        async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message)["x-request-id"] = request_id
             await send(message)
 
-        # A fresh dict: a server may hand the same lifespan state to every request.
-        scope["state"] = {**scope.get("state", {}), "request_id": request_id, "arrived": time.monotonic()}
-        await self.app(scope, receive, named)
+        # A new dictionary, because a server can hand the same lifespan state to every request.
+        scope["state"] = {**scope.get("state", {}), "request_id": request_id, "arrived": self.clock()}
+        await self.app(scope, receive, send_with_id)
 
 
 class OneRequestId:
-    """For a server that names requests too and appends their ids to every answer, as Ray does: the same one once."""
+    """For a server that appends its own request id to every answer, as Ray does: removes ours if both are equal."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -55,24 +61,24 @@ class OneRequestId:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        servers = Headers(scope=scope).get("x-request-id")
+        of_server = Headers(scope=scope).get("x-request-id")
 
-        async def once(message: Message) -> None:
+        async def send_without_copy(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
-                if headers.get("x-request-id") == servers:
+                if headers.get("x-request-id") == of_server:
                     del headers["x-request-id"]
             await send(message)
 
-        await self.app(scope, receive, once)
+        await self.app(scope, receive, send_without_copy)
 
 
-class Measured:
-    """Has the gateway count the call, by the pattern of its route: no caller can make up a name."""
+class CallMetrics:
+    """Reports every HTTP call to the telemetry, by the pattern of its route, because clients can send any path."""
 
-    def __init__(self, app: ASGIApp, gateway: Gateway) -> None:
+    def __init__(self, app: ASGIApp, telemetry: ServiceTelemetry) -> None:
         self.app = app
-        self.gateway = gateway
+        self.telemetry = telemetry
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -81,57 +87,58 @@ class Measured:
         began, received, sent = time.monotonic(), 0, 0
         status: int | None = None
 
-        async def counted_in() -> Message:
+        async def counting_receive() -> Message:
             nonlocal received
             message = await receive()
             received += len(message.get("body", b""))
             return message
 
-        async def counted_out(message: Message) -> None:
+        async def counting_send(message: Message) -> None:
             nonlocal status, sent
             await send(message)
             status = message.get("status", status)
             sent += len(message.get("body", b""))
 
-        self.gateway.call_began()
+        self.telemetry.call_began()
         try:
-            await self.app(scope, counted_in, counted_out)
+            await self.app(scope, counting_receive, counting_send)
         finally:
             route = getattr(scope.get("route"), "path", "other")
             seconds = time.monotonic() - began
-            self.gateway.call_ended(HttpCall(route, scope["method"], status, seconds, received, sent))
+            self.telemetry.call_ended(HttpCall(route, scope["method"], status, seconds, received, sent))
 
 
 class CatchAll:
-    """Nothing unknown reaches the server: an exception is one opaque 500, a client that left is no error at all."""
+    """Answers an unexpected exception with a 500 that names only the request id. A client that left is no error."""
 
-    def __init__(self, app: ASGIApp, refusals: ErrorHandlers) -> None:
+    def __init__(self, app: ASGIApp, handlers: ErrorHandlers) -> None:
         self.app = app
-        self.refusals = refusals
+        self.handlers = handlers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         try:
-            await self._answer(scope, receive, Wire(send))
+            await self._answer(scope, receive, _Sender(send))
         except ClientDisconnect:
-            log.debug("request %s: the client left", scope["state"]["request_id"])
+            log.debug("Request %s: the client left.", scope["state"]["request_id"])
 
-    async def _answer(self, scope: Scope, receive: Receive, wire: Wire) -> None:
+    async def _answer(self, scope: Scope, receive: Receive, sender: _Sender) -> None:
         try:
-            await self.app(scope, receive, wire)
+            await self.app(scope, receive, sender)
         except ClientDisconnect:
             raise
         except Exception as error:
-            if wire.started:
-                raise  # the server cuts the connection, so the client sees that the answer is not whole
-            response = await self.refusals.unknown(Request(scope), error)
-            await response(scope, receive, wire)
+            if sender.started:
+                self.handlers.count_unknown(Request(scope), error)
+                raise  # the server closes the connection, so that the client sees that the answer is not whole
+            response = await self.handlers.unknown(Request(scope), error)
+            await response(scope, receive, sender)
 
 
-class Wire:
-    """The way to the client. A failed write means that the client left, whatever the server calls it."""
+class _Sender:
+    """Sends messages to the client. A write that fails raises ClientDisconnect, whatever the server raises."""
 
     def __init__(self, send: Send) -> None:
         self._send = send
@@ -145,17 +152,17 @@ class Wire:
             raise ClientDisconnect from None
 
 
-class BodyLimit:
-    """Refuses a body over `limit` bytes, by its declared length or by counting what comes in.
+class BodyLimits:
+    """Refuses a body that is larger than `max_body_bytes`, or that does not arrive in time.
 
-    The refusal is raised from `receive`, so that it takes the same way as every other error. Whoever has not sent all
-    of a body after `patience_s` is taken for one who left.
+    The size is that of the `content-length` header, or the number of bytes so far. A body is late if no byte arrives
+    for `upload_timeout_s`, or if it is not complete after `request_timeout_s`. The error is raised from `receive`, so
+    that the route's error handlers answer with it.
     """
 
-    def __init__(self, app: ASGIApp, limit: int, patience_s: float) -> None:
+    def __init__(self, app: ASGIApp, limits: Limits) -> None:
         self.app = app
-        self.limit = limit
-        self.patience_s = patience_s
+        self.limits = limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -163,24 +170,34 @@ class BodyLimit:
             return
         header = Headers(scope=scope).get("content-length", "")
         declared = int(header) if re.fullmatch(r"[0-9]{1,18}", header) else 0
-        counted, whole = 0, False
-        deadline = asyncio.get_running_loop().time() + self.patience_s
+        counted, complete = 0, False
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self.limits.request_timeout_s
 
-        async def limited() -> Message:
-            nonlocal counted, whole
-            self._check(declared)
+        async def limited_receive() -> Message:
+            nonlocal counted, complete
+            if complete:
+                return await receive()
+            self._check_size(declared)
             try:
-                async with asyncio.timeout_at(None if whole else deadline):
+                async with asyncio.timeout_at(min(loop.time() + self.limits.upload_timeout_s, deadline)):
                     message = await receive()
             except TimeoutError:
-                raise ClientDisconnect from None
+                raise self._late() from None
             counted += len(message.get("body", b""))
-            self._check(counted)
-            whole = not message.get("more_body", False)
+            self._check_size(counted)
+            complete = not message.get("more_body", False)
             return message
 
-        await self.app(scope, limited, send)
+        await self.app(scope, limited_receive, send)
 
-    def _check(self, size: int) -> None:
-        if size > self.limit:
-            raise BodyTooLarge(f"the body is over {self.limit} bytes; send a shorter prompt or fewer items")
+    def _check_size(self, size: int) -> None:
+        limit = self.limits.max_body_bytes
+        if size > limit:
+            raise BodyTooLarge(f"The body is larger than {limit} bytes. Send a shorter prompt or fewer items.")
+
+    def _late(self) -> RequestTimeout:
+        return RequestTimeout(
+            f"The body did not arrive in time: no byte came for {self.limits.upload_timeout_s:g} s, or it was not "
+            f"complete after {self.limits.request_timeout_s:g} s. Send it without pauses."
+        )

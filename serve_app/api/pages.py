@@ -1,4 +1,4 @@
-"""The pages for people: the playground and the API's reference, read once, when the service starts."""
+"""The playground and the API reference, whose files are read once, when the service starts."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from starlette.responses import Response
 
 from serve_app.api import openapi
 
-HOUSE = Path(__file__).parents[1]
-PLAYGROUND, REFERENCE = HOUSE / "playground", HOUSE / "reference"
+PACKAGE = Path(__file__).parents[1]
+PLAYGROUND, REFERENCE = PACKAGE / "playground", PACKAGE / "reference"
 SWAGGER_FILES = ("swagger-ui.css", "swagger-ui-bundle.js")
 
 TYPES = {
@@ -36,18 +36,21 @@ POLICY = {
     "form-action": "'none'",
     "frame-ancestors": "'none'",
 }
-# Swagger UI writes styles into its elements, and has icons in its style sheet.
+# Swagger UI sets styles on its elements, and its style sheet has icons as data URLs.
 REFERENCE_POLICY = {**POLICY, "style-src": "'self' 'unsafe-inline'", "img-src": "'self' data:"}
 
 
 class File:
-    """What a path answers with: bytes that never change while the service runs."""
+    """A file that does not change while the service runs.
+
+    Its ETag is a hash of its content, which is the same on every replica.
+    """
 
     def __init__(self, body: bytes, suffix: str, policy: dict[str, str] = POLICY) -> None:
         self._body = body
         self._headers = {
-            "cache-control": "no-cache",  # kept, but asked for every time: a new release is seen at once
-            "content-security-policy": "; ".join(f"{what} {whence}" for what, whence in policy.items()),
+            "cache-control": "no-cache",  # cached, but revalidated every time, so that a new release is visible at once
+            "content-security-policy": "; ".join(f"{directive} {sources}" for directive, sources in policy.items()),
             "referrer-policy": "no-referrer",
             "x-content-type-options": "nosniff",
             "etag": f'"{hashlib.sha256(body).hexdigest()[:32]}"',
@@ -62,7 +65,7 @@ class File:
 
 
 class Folder:
-    """A page, and the files that it asks for by name."""
+    """A page and the files that it loads by name."""
 
     def __init__(self, paths: list[Path], policy: dict[str, str] = POLICY) -> None:
         self._files = {path.name: File(path.read_bytes(), path.suffix, policy) for path in paths}
@@ -85,7 +88,7 @@ def playground() -> Folder:
 
 @cache
 def reference() -> Folder:
-    """With Swagger UI as its package brings it, of which only the files are used."""
+    """The API reference: Swagger UI from its Python package, of which only the static files are used."""
     package = find_spec("swagger_ui")
     assert package is not None, "swagger-ui-py is among the dependencies"
     assert package.submodule_search_locations

@@ -1,4 +1,4 @@
-"""The strict base of every HTTP body, and the sentence a caller reads when a field is wrong."""
+"""The strict base class of every HTTP body, and the error message for a wrong field."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from pydantic_core import CoreSchema
 
 from serve_app.errors import InvalidRequest
 
-LONGEST_NAME = 64
+# A field name that a caller made up is cut to this many characters in an error message.
+MAX_NAME_LENGTH = 64
 
-# How a field that takes a string or a list, or several of either, tells its forms apart.
+# Tags of the members of a union: a field that takes a string or a list, or several of either, or an object.
 TEXT, LIST, TEXTS, LISTS, OBJECT = TAGS = ("<text>", "<list>", "<texts>", "<lists>", "<object>")
 
 
@@ -22,7 +23,7 @@ Nested: TypeAlias = "Mapping[str, type[Body]]"
 
 
 class Body(BaseModel):
-    """Nothing is converted, nothing is ignored. `nested` gives the body type behind a field that holds objects."""
+    """A body that converts no value and ignores no field. `nested` maps a field that holds objects to their type."""
 
     model_config = ConfigDict(
         strict=True, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
@@ -32,24 +33,23 @@ class Body(BaseModel):
 
     @classmethod
     def parse(cls, document: object) -> Self:
-        """Raises InvalidRequest, which names the first wrong field and counts the others."""
+        """Raises InvalidRequest, which names the first wrong field and counts the other errors."""
         if not isinstance(document, dict):
-            raise InvalidRequest(f"expected a JSON object with the fields {_listed(cls.names())}")
+            raise InvalidRequest(f"The body should be a JSON object. Known fields: {', '.join(cls.names())}.")
         try:
             return cls.model_validate(document)
         except ValidationError as error:
-            faults = error.errors(include_url=False, include_input=False)
-            raise cls._refusal(faults) from None
+            raise cls._invalid(error.errors(include_url=False, include_input=False)) from None
 
     @classmethod
     def names(cls) -> list[str]:
-        """Its fields, as a caller writes them."""
+        """The names of the fields in the JSON document."""
         return [field.alias or name for name, field in cls.model_fields.items()]
 
     @model_validator(mode="before")
     @classmethod
-    def _null_is_absent(cls, document: object) -> object:
-        """Clients send null for what they leave out, as OpenAI's schema allows."""
+    def _drop_nulls(cls, document: object) -> object:
+        """Clients send null for a field that they leave out, as OpenAI's schema allows."""
         if not isinstance(document, dict):
             return document
         optional = {name for name, field in cls.model_fields.items() if not field.is_required()}
@@ -57,38 +57,39 @@ class Body(BaseModel):
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        """With null for every field that can be left out."""
+        """The schema, with null as a value of every optional field."""
         reference = handler(core)
         schema = handler.resolve_ref_schema(reference)
         for name, field in schema["properties"].items():
             if name not in schema.get("required", ()):
-                schema["properties"][name] = _or_null(field)
+                schema["properties"][name] = _nullable(field)
         return reference
 
     @classmethod
-    def _refusal(cls, faults: Sequence[Mapping[str, Any]]) -> InvalidRequest:
-        first, others = faults[0], len(faults) - 1
+    def _invalid(cls, errors: Sequence[Mapping[str, Any]]) -> InvalidRequest:
+        first, others = errors[0], len(errors) - 1
         unknown = first["type"] == "extra_forbidden"
         location = _location(first["loc"], unknown)
         param = _path(location)
-        sentence = cls._unknown(location) if unknown else _sentence(param, first)
-        more = f" (and {others} more {'fault' if others == 1 else 'faults'})" if others else ""
-        return InvalidRequest(sentence + more, param=param)
+        message = cls._unknown(location) if unknown else _message(param, first)
+        if others:
+            message += f" The body has {others} more {'error' if others == 1 else 'errors'}."
+        return InvalidRequest(message, param=param)
 
     @classmethod
     def _unknown(cls, location: Sequence[str | int]) -> str:
         owners = [part for part in location[:-1] if isinstance(part, str)]
         body: type[Body] = cls
-        for owner in owners:  # one that does not know its own is known to the whole
+        for owner in owners:  # a body without an entry of its own for the field uses that of the whole body
             body = body.nested.get(owner) or cls.nested[owner]
         fields = body.names()
-        near = difflib.get_close_matches(str(location[-1])[:LONGEST_NAME], fields, n=1)
-        remedy = f"did you mean {near[0]}?" if near else f"the fields are {_listed(fields)}"
-        return f"{_path(location)} is not a field here; {remedy}"
+        similar = difflib.get_close_matches(str(location[-1])[:MAX_NAME_LENGTH], fields, n=1)
+        remedy = f"Did you mean '{similar[0]}'?" if similar else f"Known fields: {', '.join(fields)}."
+        return f"Unknown field '{_path(location)}'. {remedy}"
 
 
-def _or_null(field: JsonSchemaValue) -> JsonSchemaValue:
-    """A field's schema with null beside its own values; what is said of the field stays outside."""
+def _nullable(field: JsonSchemaValue) -> JsonSchemaValue:
+    """A field's schema with null beside its own values; title, default and description stay outside of the union."""
     about = {key: value for key, value in field.items() if key in ("title", "default", "description")}
     own = {key: value for key, value in field.items() if key not in about}
     if about.get("default", 0) is None:
@@ -98,30 +99,34 @@ def _or_null(field: JsonSchemaValue) -> JsonSchemaValue:
     return {**about, "anyOf": [*members, *nulls]}
 
 
-def _sentence(param: str, fault: Mapping[str, Any]) -> str:
-    if fault["type"] == "missing":
-        return f"{param} is required"
-    if fault["type"] == "model_type":
-        return f"{param} should be an object"
-    message: str = fault["msg"]
+def _message(param: str, error: Mapping[str, Any]) -> str:
+    if error["type"] == "missing":
+        return f"Field '{param}' is required."
+    if error["type"] == "model_type":
+        return f"Field '{param}' should be an object."
+    message: str = error["msg"].removesuffix(".")
     subject, _, rest = message.partition(" ")
-    return f"{param} {rest}" if subject == "Input" else f"{param}: {message}"
+    return f"Field '{param}' {rest}." if subject == "Input" else f"Field '{param}': {message}."
 
 
 def _location(parts: Sequence[str | int], unknown: bool) -> list[str | int]:
-    """Without the tags that pydantic puts in for the chosen member of a union.
+    """The location without the tags that pydantic inserts for the chosen member of a union.
 
-    An unknown field comes last, and a caller may have called it anything, a tag's name too.
+    The name of an unknown field is the last part, and it can be any string, also a tag.
     """
     named = len(parts) - 1 if unknown else len(parts)
     return [part for i, part in enumerate(parts) if i == named or part not in TAGS]
 
 
 def _path(location: Iterable[str | int]) -> str:
-    """As a caller would write it: messages[0].content."""
-    parts = (f"[{part}]" if isinstance(part, int) else f".{part[:LONGEST_NAME]}" for part in location)
-    return "".join(parts).removeprefix(".") or '""'
+    """The location as a path, for example messages[0].content."""
+    parts = (f"[{part}]" if isinstance(part, int) else f".{part[:MAX_NAME_LENGTH]}" for part in location)
+    return "".join(parts).removeprefix(".")
 
 
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(names)
+def check_size(items: Sequence[object], limit: int, param: str) -> None:
+    """Raises InvalidRequest if a call has no items or too many."""
+    if not items:
+        raise InvalidRequest(f"Field '{param}' is empty. Send 1 to {limit} items.", param=param)
+    if len(items) > limit:
+        raise InvalidRequest(f"Field '{param}' has {len(items)} items. Send at most {limit} in one call.", param=param)

@@ -1,4 +1,4 @@
-"""What the HTTP layer reports about its calls, and the metrics page that it serves."""
+"""The ServiceTelemetry protocol: what the HTTP layer reports, and the text of /metrics."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from serve_app.errors import ServeAppError
 
 
 class ServiceTelemetry(Protocol):
+    """Counts HTTP calls and errors of this process."""
+
     def refused(self, error: ServeAppError, model: str | None) -> None:
-        """Count a request that was answered with an error before or instead of its end."""
+        """Count an error that a caller got. `model` is None if the request named no existing model."""
         ...
 
     def call_began(self) -> None:
-        """Count an HTTP call that has arrived, whatever its path."""
+        """Count an HTTP call that has begun."""
         ...
 
     def call_ended(self, call: HttpCall) -> None:
@@ -22,5 +24,5 @@ class ServiceTelemetry(Protocol):
         ...
 
     async def exposition(self) -> bytes:
-        """The whole service's metrics in Prometheus' text format."""
+        """The metrics of the whole service in Prometheus' text format."""
         ...

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class HttpCall:
-    """One HTTP call that has ended. `route` is a pattern of ours or "other"; sizes are of bodies, in bytes.
+    """One HTTP call that has ended: what the metrics need to know about it.
 
-    `status` is None if the client left before it was sent one.
+    `route` is the pattern of the route, for example "/v1/models/{id}"; "other" for a path without a route. `status` is
+    None if the client left before the response began. `received` and `sent` are the sizes of the bodies in bytes.
     """
 
     route: str

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 from serve_app.core.events import TextToken
 from serve_app.core.requests import Prompt
@@ -44,7 +44,6 @@ class ModelInfo:
     context: int
     vocabulary: int
     special_ids: frozenset[int]
-    tools: Any = None  # replaced by ToolChoice and deltas
 
 
 @dataclass(frozen=True, slots=True)

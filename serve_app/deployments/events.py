@@ -12,10 +12,11 @@ import logging
 import secrets
 import time
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from hmac import compare_digest
-from typing import NamedTuple, cast
+from typing import NamedTuple, Protocol, cast
 
 from serve_app.deployments import wire
 from serve_app.errors import NotReady
@@ -168,17 +169,32 @@ class _Receiving(asyncio.Protocol):
             self._transport.abort()
 
 
-class EventSender:
-    """A replica's end: one connection to each ingress, made with its first request."""
+class Source(Protocol):
+    """A stream of events in the replica: engines.native.stream.TokenStream."""
 
-    def __init__(self) -> None:
+    on_wake: Callable[[], None] | None
+
+    @property
+    def ended(self) -> bool: ...
+
+    def take(self) -> wire.Item | None: ...
+
+
+class EventSender:
+    """A replica's end: one connection to each ingress, made with its first request.
+
+    Tokens after the first of a stream are gathered for `flush_interval_s` seconds.
+    """
+
+    def __init__(self, flush_interval_s: float) -> None:
+        self._flush_interval_s = flush_interval_s
         self._connections: dict[ReplyAddress, Connection] = {}
 
     async def connection(self, address: ReplyAddress) -> Connection:
         """The open connection to an ingress. Raises OSError or TimeoutError if the ingress cannot be reached."""
         known = self._connections.get(address)
         if known is None or known.closed:
-            known = self._connections[address] = Connection()
+            known = self._connections[address] = Connection(self._flush_interval_s)
             self._forget_closed()
         await known.opened(address)
         return known
@@ -192,12 +208,22 @@ class EventSender:
 
 
 class Connection(asyncio.Protocol):
-    """Sends what all streams put into it during one pass of the event loop as one frame."""
+    """Sends the items of all its streams together: one frame for each flush.
 
-    def __init__(self) -> None:
+    A stream's first token and its end are sent in the same pass of the event loop, with what the other streams have.
+    Other tokens wait until `flush_interval_s` seconds have passed since the last flush.
+    """
+
+    def __init__(self, flush_interval_s: float) -> None:
+        self._flush_interval_s = flush_interval_s
         self._opening: asyncio.Task[None] | None = None
         self._transport: asyncio.Transport | None = None
+        self._streams: dict[int, Source] = {}
+        self._begun: set[int] = set()
         self._items: list[tuple[int, wire.Item]] = []
+        self._flush_at = 0.0
+        self._timer: asyncio.Handle | None = None
+        self._urgent = False
         self.closed = False
 
     async def opened(self, address: ReplyAddress) -> None:
@@ -205,14 +231,33 @@ class Connection(asyncio.Protocol):
             self._opening = asyncio.create_task(self._open(address))
         await asyncio.shield(self._opening)
 
-    def put(self, stream: int, item: wire.Item) -> None:
-        """Send an item soon. Items for a closed connection are dropped: its ingress is gone."""
-        if not self._items:
-            asyncio.get_running_loop().call_soon(self._flush)
-        self._items.append((stream, item))
+    def attach(self, number: int, stream: Source) -> None:
+        """Send what the stream has whenever it is woken, until it is detached."""
+        self._streams[number] = stream
+        stream.on_wake = lambda: self._woken(number, stream)
+
+    def detach(self, number: int) -> None:
+        self._streams.pop(number).on_wake = None
+        self._begun.discard(number)
+
+    def put(self, number: int, item: wire.Item) -> None:
+        """Send an item of a stream at once. Items for a closed connection are dropped: its ingress is gone."""
+        self._items.append((number, item))
+        self._flush_soon()
+
+    def flush(self) -> None:
+        """Send what all streams have."""
+        self._timer, self._urgent = None, False
+        items, self._items = self._items, []
+        for number, stream in self._streams.items():
+            while (item := stream.take()) is not None:
+                items.append((number, item))
+                self._begun.add(number)
+        self._flush_at = asyncio.get_running_loop().time() + self._flush_interval_s
+        self._send(items)
 
     def close(self) -> None:
-        self._flush()
+        self.flush()
         self.closed = True
         if self._transport is not None:
             self._transport.close()
@@ -230,8 +275,21 @@ class Connection(asyncio.Protocol):
             raise
         self._transport.write(address.secret)
 
-    def _flush(self) -> None:
-        items, self._items = self._items, []
+    def _woken(self, number: int, stream: Source) -> None:
+        if stream.ended or number not in self._begun:
+            self._flush_soon()
+        elif self._timer is None:
+            self._timer = asyncio.get_running_loop().call_at(self._flush_at, self.flush)
+
+    def _flush_soon(self) -> None:
+        """After the other streams of the same step were woken too."""
+        if not self._urgent:
+            self._urgent = True
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer = asyncio.get_running_loop().call_soon(self.flush)
+
+    def _send(self, items: list[tuple[int, wire.Item]]) -> None:
         if self.closed or self._transport is None or not items:
             return
         self._transport.write(wire.pack(items))

@@ -2,8 +2,8 @@
 
 Ray Serve writes HAProxy's configuration and starts a new HAProxy at every change. What that configuration opens to the
 network besides the service itself (metrics, statistics, a log) has no switch, so that Ray runs this file in place of
-HAProxy: it removes those parts, limits the time for headers, adds the time of arrival to every request, and then becomes
-HAProxy.
+HAProxy: it removes those parts, limits the time for headers, adds the time of arrival to every request, and then
+becomes HAProxy.
 """
 
 from __future__ import annotations

@@ -18,8 +18,7 @@ from serve_app.core.queries import A, ModelState, ModelStatus, Query
 from serve_app.core.requests import GenerationRequest
 from serve_app.deployments import wire
 from serve_app.deployments.events import EventReceiver, Inbox, replica_lost
-from serve_app.errors import InternalError, NotReady, QueueFull, ServeAppError
-from serve_app.gateway.outcome import out_of_time
+from serve_app.errors import InternalError, NotReady, QueueFull, ServeAppError, deadline_exceeded
 
 logger = logging.getLogger("ray.serve")
 
@@ -51,7 +50,7 @@ class RemoteEngine:
         self._calls.add(call)
         call.add_done_callback(self._calls.discard)
         late = asyncio.get_running_loop().call_later(
-            request.deadline + _GRACE_S - now, lambda: inbox.put(out_of_time(request))
+            request.deadline + _GRACE_S - now, lambda: inbox.put(deadline_exceeded(request.timeout_s))
         )
         self._running += 1
         ended = False

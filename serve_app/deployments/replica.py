@@ -20,7 +20,7 @@ from serve_app.deployments.events import EventSender, ReplyAddress
 from serve_app.deployments.heartbeats import Report, Reporter, to_every_replica
 from serve_app.deployments.registry import Heartbeat
 from serve_app.deployments.telemetry import ProcessTelemetry, log_to_serve
-from serve_app.engines.native.engine import Engine as NativeEngine, EngineStalled
+from serve_app.engines.native.engine import EngineStalled, NativeEngine
 from serve_app.engines.native.sequence import Runner
 from serve_app.engines.native.stream import TokenStream
 from serve_app.engines.toy import ToyRunner
@@ -55,12 +55,12 @@ class ModelReplica:
         self._metrics: EngineMetrics | None = None
         ingress = serve.get_deployment_handle("Ingress", context.app_name)
         self._reporter = Reporter(to_every_replica(ingress, "push"), self._heartbeat, self._families)
-        self._events = EventSender()
+        self._events = EventSender(model.engine.flush_interval_s)
         self._admission_thread = ThreadPoolExecutor(1, "admission")
         self._query_threads = ThreadPoolExecutor(_QUERY_THREADS, "query")
         self._admit.set_max_batch_size(model.batching.max_batch_size)
         self._admit.set_batch_wait_timeout_s(model.batching.batch_wait_timeout_s)
-        self._engine = NativeEngine(partial(_make_runner, model, self._report), model.engine, watch=self._steps.saw)
+        self._engine = NativeEngine(partial(_make_runner, model, self._report), model.engine, watch=self._steps.observe)
         self._admitter = self._telemetry.admitter(self._engine)
         try:
             await asyncio.to_thread(self._engine.start)
@@ -77,22 +77,24 @@ class ModelReplica:
         Returns when the last of them has been put on its way. Cancelled at any point, it frees the request's slot
         before the engine's next step. Raises NotReady if the ingress cannot be reached.
         """
-        stream = self._admitter.open(wire.incoming(request, time.monotonic()))
+        arrived = time.monotonic()
         try:
             connection = await self._events.connection(address)
+        except (OSError, TimeoutError) as error:
+            logger.error("the ingress at %s:%d cannot be reached: %s", address.host, address.port, error)
+            raise NotReady("The model cannot reach the ingress. Send the request again.", None, 1.0) from None
+        stream = self._admitter.open(wire.incoming(request, arrived))
+        connection.attach(number, stream)
+        try:
             refusal = await self._admit(stream)
             if refusal is not None:
                 connection.put(number, refusal)
                 return
-            async for chunk in stream.chunks(self._model.engine.flush_interval_s):
-                connection.put(number, chunk)
-        except ServeAppError as error:
-            connection.put(number, error)
-        except (OSError, TimeoutError) as error:
-            logger.error("the ingress at %s:%d cannot be reached: %s", address.host, address.port, error)
-            raise NotReady("The model cannot reach the ingress. Send the request again.", None, 1.0) from None
+            await stream.wait_ended()
+            connection.flush()
         finally:
             stream.close()
+            connection.detach(number)
 
     async def query(self, query: Query[A]) -> A | ServeAppError:
         """The query's result; an error is returned, never raised, so that it keeps its type."""

@@ -9,12 +9,11 @@ from starlette.types import ASGIApp
 
 from serve_app.api.app import create_app
 from serve_app.api.middleware import OneRequestId
-from serve_app.api.shim import Shim
 from serve_app.api.telemetry import ServiceTelemetry
 from serve_app.config import AppConfig, ConfigError, Telemetry as Settings
 from serve_app.core.engine import Engine
 from serve_app.core.requests import GenerationRequest
-from serve_app.engines.native.engine import Engine as NativeEngine
+from serve_app.engines.native.engine import NativeEngine
 from serve_app.engines.native.stream import TokenStream
 
 if TYPE_CHECKING:
@@ -60,7 +59,7 @@ class ProcessTelemetry:
 
         request_id = Middleware(OneRequestId)
         if self._exporter is None and self._settings.log_format == "text":
-            return create_app(Shim(engine, telemetry, config), config, around=[request_id])
+            return create_app(engine, telemetry, config, around=[request_id])
         from opentelemetry.trace import NoOpTracer
 
         from serve_app.telemetry.http_spans import Observe, TracedEngine, TracedTelemetry

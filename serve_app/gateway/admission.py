@@ -12,8 +12,7 @@ from serve_app.core.engine import Engine, EngineLoad
 from serve_app.core.events import Chunk
 from serve_app.core.queries import A, Query
 from serve_app.core.requests import GenerationRequest
-from serve_app.errors import QueueFull
-from serve_app.gateway.outcome import out_of_time
+from serve_app.errors import QueueFull, deadline_exceeded
 from serve_app.gateway.stage import Stage
 
 # Queries (tokenize, detokenize) of one model that run, and that wait, at the same time. They hold no place of a
@@ -103,7 +102,7 @@ class Admission(Stage):
                 await asyncio.shield(place[-1])
         except TimeoutError:
             self._leave(place)
-            raise out_of_time(request) from None
+            raise deadline_exceeded(request.timeout_s) from None
         except asyncio.CancelledError:
             self._leave(place)
             raise

@@ -13,7 +13,7 @@ from serve_app.core.engine import Engine
 from serve_app.core.events import Chunk
 from serve_app.core.queries import A, Query
 from serve_app.core.requests import GenerationRequest
-from serve_app.errors import DeadlineExceeded, InternalError, ServeAppError
+from serve_app.errors import DeadlineExceeded, ServeAppError, deadline_exceeded, internal_error
 from serve_app.gateway.stage import Stage
 
 log = logging.getLogger(__name__)
@@ -50,7 +50,8 @@ class Outcome(Stage):
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
         meter, finished = self._meter(request), False
         try:
-            check_deadline(request)
+            if time.monotonic() >= request.deadline:
+                raise deadline_exceeded(request.timeout_s)
             async with aclosing(self.inner.generate(request)) as chunks:
                 async for chunk in chunks:
                     if finished or not (chunk.events or chunk.finished):
@@ -84,22 +85,9 @@ class Outcome(Stage):
             raise map_error(error, type(query).__name__) from error
 
 
-def check_deadline(request: GenerationRequest) -> None:
-    """Raises DeadlineExceeded if the request's time is over."""
-    if time.monotonic() >= request.deadline:
-        raise out_of_time(request)
-
-
-def out_of_time(request: GenerationRequest) -> DeadlineExceeded:
-    return DeadlineExceeded(f"The request was not finished after {request.timeout_s:.0f} s.")
-
-
 def map_error(error: BaseException, id: str) -> ServeAppError:
     """The error itself if it is ours, else an InternalError that quotes `id`; the log has the exception."""
-    if isinstance(error, ServeAppError):
-        return error
-    log.error("request %s failed", id, exc_info=error)
-    return InternalError(f"The service failed on this request. Quote the id {id} when you report it.")
+    return error if isinstance(error, ServeAppError) else internal_error(error, id)
 
 
 def _is_callers_cancellation(error: BaseException) -> bool:

@@ -1,13 +1,13 @@
-"""What a model does for one request, as spans under the generation's: admission, prefill, decode.
+"""Records the spans admission, prefill and decode of a request in the model's process, below its generation span.
 
-Instants are kept while it happens, by streams of requests that are traced only; the spans are made when it is over.
+The stream of a traced request keeps the instants; its spans are created when the request has ended. A request that is
+not traced has a plain TokenStream.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from opentelemetry.context import Context
@@ -26,24 +26,28 @@ Admit = Callable[[Sequence[TokenStream]], list[ServeAppError | None]]
 
 
 class TracedAdmitter:
-    """Streams that tell of themselves in spans, and the admission that tells which of them came together."""
+    """Opens the streams of requests, and admits them with a span for each batch that has a traced request."""
 
     def __init__(self, tracer: Tracer, admit: Admit) -> None:
         self._tracer = tracer
         self._admit = admit
 
     def open(self, request: GenerationRequest) -> TokenStream:
-        """A stream for a request that has just come."""
+        """The stream of a request that has just reached this process. Called on the event loop."""
         if not request.traceparent:
             return TokenStream(request)
         return TracedStream(request, self._tracer)
 
     def admit(self, streams: Sequence[TokenStream]) -> list[ServeAppError | None]:
-        """See Engine.admit. A batch with traced members is a trace of its own, linked to their admissions and back."""
-        members = [stream for stream in streams if isinstance(stream, TracedStream)]
-        if not members:
+        """Admit streams: see NativeEngine.admit. Called on the admission thread.
+
+        The span of a batch is a trace of its own. It has a link to the admission span of each traced request, and that
+        span has a link to the batch.
+        """
+        traced = [stream for stream in streams if isinstance(stream, TracedStream)]
+        if not traced:
             return self._admit(streams)
-        links = [Link(member.admission) for member in members]
+        links = [Link(stream.admission) for stream in traced]
         size = {"serve_app.batch.size": len(streams)}
         span = self._tracer.start_span("admit batch", Context(), attributes=size, links=links)
         outcomes = self._admit(streams)
@@ -56,83 +60,83 @@ class TracedAdmitter:
 
 
 class TracedStream(TokenStream):
-    """A stream that keeps the instants of its request. `admission` is the span of its way in."""
+    """A stream that keeps the instants of its request. `admission` identifies the request's admission span."""
 
     def __init__(self, request: GenerationRequest, tracer: Tracer) -> None:
         super().__init__(request)
-        self._wall = time.time_ns()
+        self._opened, self._opened_ns = time.monotonic(), time.time_ns()
         self._tracer = tracer
-        self._within = _W3C.extract({"traceparent": request.traceparent}, Context())
-        self._span = tracer.start_span("admission", self._within, start_time=self._wall)
-        self.admission: SpanContext = self._span.get_span_context()
-        self._open = True
-        self._admitted: float | None = None
-        self._first: float | None = None
-        self._latest: float | None = None
-        self._given = 0
+        self._parent = _W3C.extract({"traceparent": request.traceparent}, Context())
+        self._admission = tracer.start_span("admission", self._parent, start_time=self._opened_ns)
+        self.admission: SpanContext = self._admission.get_span_context()
+        self._has_open_spans = True
+        self._admitted_at: float | None = None
+        self._first_at: float | None = None
+        self._last_at: float | None = None
+        self._tokens_sent = 0
         self._finished = False
         self._failure = ""
 
     def admitted(self, instant: float, batch: SpanContext, outcome: ServeAppError | None) -> None:
-        """On a thread of its own: it is through the turnstile."""
-        self._admitted = instant
-        if self._open:  # else its consumer has left meanwhile
-            self._span.add_link(batch)
+        """The engine has admitted or refused the request. Called on the admission thread."""
+        self._admitted_at = instant
+        if self._has_open_spans:  # otherwise the client has disconnected meanwhile
+            self._admission.add_link(batch)
         if outcome is not None:
             self._failure = outcome.code
 
-    async def chunks(self, flush_interval_s: float) -> AsyncGenerator[Chunk, None]:
-        try:
-            async with aclosing(super().chunks(flush_interval_s)) as chunks:
-                async for chunk in chunks:
-                    first = self._first is None
-                    self._keep(chunk)
-                    yield replace(chunk, began_ns=self._ns(self.arrived + chunk.queue_s)) if first else chunk
-        except ServeAppError as error:
-            self._failure = error.code
-            raise
+    def take(self) -> Chunk | ServeAppError | None:
+        item = super().take()
+        if isinstance(item, ServeAppError):
+            self._failure = item.code
+        if not isinstance(item, Chunk):
+            return item
+        first = self._first_at is None
+        self._record(item)
+        return replace(item, began_ns=self._ns(self.arrived + item.queue_s)) if first else item
 
     def close(self) -> None:
-        """Its consumer is done with it: the spans are made."""
+        """Close the stream and create the spans. Further calls do nothing."""
         super().close()
-        if self._open:
-            self._open = False
-            self._tell(time.monotonic())
+        if self._has_open_spans:
+            self._has_open_spans = False
+            self._create_spans(time.monotonic())
 
-    def _keep(self, chunk: Chunk) -> None:
+    def _record(self, chunk: Chunk) -> None:
         elapsed = [event.elapsed_s for event in chunk.events] or [time.monotonic() - self.arrived]
-        self._first = self.arrived + elapsed[0] if self._first is None else self._first
-        self._latest = self.arrived + elapsed[-1]
-        self._given += len(chunk.events)
+        self._first_at = self.arrived + elapsed[0] if self._first_at is None else self._first_at
+        self._last_at = self.arrived + elapsed[-1]
+        self._tokens_sent += len(chunk.events)
         self._finished = chunk.finished
 
-    def _tell(self, now: float) -> None:
-        """Each phase that was reached; the last of them ends, if the answer did not, in what ended it."""
+    def _create_spans(self, now: float) -> None:
+        """Create a span for each phase that began. The last one ends now if the response is incomplete."""
         began = self.started
-        # The model may begin before the turnstile's thread has looked at its clock.
-        through = min(instant for instant in (self._admitted, began, now) if instant is not None)
-        self._end_admission(through, last=began is None)
+        # The engine can start the prefill before the admission thread has read its clock.
+        end = min(instant for instant in (self._admitted_at, began, now) if instant is not None)
+        self._end_admission(end, last=began is None)
         if began is None:
             return
         prompt = {"serve_app.prompt_tokens": self.prompt_tokens, "serve_app.cached_tokens": self.cached_tokens}
-        first = now if self._first is None else self._first
-        self._phase("prefill", began, first, prompt, last=self._first is None)
-        if self._first is not None and self._given and self._latest is not None:
-            end = self._latest if self._finished else now
-            self._phase("decode", first, end, {"serve_app.generated_tokens": self._given}, last=True)
+        first = now if self._first_at is None else self._first_at
+        self._phase("prefill", began, first, prompt, last=self._first_at is None)
+        if self._first_at is not None and self._tokens_sent and self._last_at is not None:
+            end = self._last_at if self._finished else now
+            self._phase("decode", first, end, {"serve_app.generated_tokens": self._tokens_sent}, last=True)
 
-    def _end_admission(self, through: float, last: bool) -> None:
+    def _end_admission(self, end: float, last: bool) -> None:
         if last and self._failure:
-            self._span.set_attribute("error.type", self._failure)
-            self._span.set_status(Status(StatusCode.ERROR))
-        self._span.end(self._ns(through))
+            self._admission.set_attribute("error.type", self._failure)
+            self._admission.set_status(Status(StatusCode.ERROR))
+        self._admission.end(self._ns(end))
 
     def _phase(self, name: str, start: float, end: float, attributes: Mapping[str, AttributeValue], last: bool) -> None:
-        span = self._tracer.start_span(name, self._within, attributes=attributes, start_time=self._ns(start))
+        span = self._tracer.start_span(name, self._parent, attributes=attributes, start_time=self._ns(start))
         if last and self._failure:
             span.set_attribute("error.type", self._failure)
             span.set_status(Status(StatusCode.ERROR))
         span.end(self._ns(end))
 
     def _ns(self, instant: float) -> int:
-        return self._wall + int((instant - self.arrived) * 1e9)
+        """An instant of the monotonic clock, in ns since 1970."""
+        return self._opened_ns + int((instant - self._opened) * 1e9)

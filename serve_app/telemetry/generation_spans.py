@@ -1,4 +1,4 @@
-"""One generation as a span, by OpenTelemetry's semantic conventions for generative AI, and its wait as another."""
+"""The spans of one generation, by OpenTelemetry's semantic conventions for generative AI: the whole, and its wait."""
 
 from __future__ import annotations
 
@@ -12,45 +12,45 @@ from opentelemetry.trace import Span, Status, StatusCode, Tracer, set_span_in_co
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from opentelemetry.util.types import AttributeValue
 
-from serve_app.api.gateway import Gateway
+from serve_app.core.engine import Engine
 from serve_app.core.events import CANCELLED, EMBEDDED, Chunk
 from serve_app.core.requests import ChatMessage, ChatPrompt, GenerationRequest, TextPrompt
 from serve_app.errors import InternalError, ServeAppError
 
-# Characters of a prompt and of an answer that a span holds.
-MOST_CONTENT = 16_384
+# The maximum number of characters of a prompt, and of an answer, in a span.
+MAX_CONTENT = 16_384
 
 _W3C = TraceContextTextMapPropagator()
 
 
 async def traced(
-    gateway: Gateway, request: GenerationRequest, warm_wait_s: float | None, tracer: Tracer, capture: bool
+    engine: Engine, request: GenerationRequest, tracer: Tracer, capture: bool
 ) -> AsyncGenerator[Chunk, None]:
-    """The gateway's stream, told of in spans under the current one."""
-    told = _Generation(tracer, request, capture)
+    """The engine's chunks, with spans below the current one."""
+    spans = _Generation(tracer, request, capture)
     try:
-        async with aclosing(gateway.stream(told.request, warm_wait_s)) as chunks:
+        async with aclosing(engine.generate(spans.request)) as chunks:
             async for chunk in chunks:
-                told.heard(chunk)
+                spans.add(chunk)
                 yield chunk
     except ServeAppError as error:
-        told.failed(error.code)
+        spans.fail(error.code)
         raise
     except Exception:
-        told.failed(InternalError.code)
+        spans.fail(InternalError.code)
         raise
     finally:
-        told.end()
+        spans.end()
 
 
 class _Generation:
-    """The spans of one request, from its start to `end`. `request` is what goes on, with the span's name in it."""
+    """The spans of one request until `end`. `request` is the request with the span as its `traceparent`."""
 
     def __init__(self, tracer: Tracer, request: GenerationRequest, capture: bool) -> None:
         self._began = time.time_ns()
         operation = request.operation
         self._span = tracer.start_span(
-            f"{operation} {request.model}", attributes=_asked(request, operation), start_time=self._began
+            f"{operation} {request.model}", attributes=_attributes(request, operation), start_time=self._began
         )
         within = set_span_in_context(self._span)
         self._queue: Span | None = tracer.start_span("queue", within, start_time=self._began)
@@ -58,33 +58,33 @@ class _Generation:
         _W3C.inject(carrier, within)
         self.request = replace(request, traceparent=carrier["traceparent"])
         self._capture = capture
-        self._said: list[str] = []
-        self._room = MOST_CONTENT
+        self._text: list[str] = []
+        self._content_left = MAX_CONTENT
         self._tokens = 0
         self._last: Chunk | None = None
         self._outcome = CANCELLED
 
-    def heard(self, chunk: Chunk) -> None:
+    def add(self, chunk: Chunk) -> None:
         if self._queue is not None:
             now = time.time_ns()
-            self._queue.end(min(max(self._began, chunk.began_ns), now))  # another machine's clock may be off
+            self._queue.end(min(max(self._began, chunk.began_ns), now))  # the clock of another machine can differ
             self._queue = None
             self._span.set_attribute("gen_ai.response.time_to_first_chunk", (now - self._began) / 1e9)
         self._last = chunk
         self._tokens += len(chunk.events)
-        if self._capture and self._room > 0:
-            text = "".join(event.text for event in chunk.events)[: self._room]
-            self._room -= len(text)
-            self._said.append(text)
+        if self._capture and self._content_left > 0:
+            text = "".join(event.text for event in chunk.events)[: self._content_left]
+            self._content_left -= len(text)
+            self._text.append(text)
         if chunk.finished:
             self._outcome = chunk.outcome
 
-    def failed(self, code: str) -> None:
+    def fail(self, code: str) -> None:
         self._outcome = code
         self._span.set_status(Status(StatusCode.ERROR))
 
     def end(self) -> None:
-        """No later than the call's own span, which is why it does not wait for anybody."""
+        """End the spans. It does not await anything, so that they end before the span of the call."""
         now, span, last = time.time_ns(), self._span, self._last
         if self._queue is not None:
             self._queue.end(now)
@@ -99,19 +99,19 @@ class _Generation:
             span.set_attribute("gen_ai.usage.output_tokens", self._tokens)
             span.set_attribute("gen_ai.usage.cache_read.input_tokens", last.cached_tokens)
         if self._capture:
-            self._tell_content()
+            self._set_content()
         span.end(now)
 
-    def _tell_content(self) -> None:
-        asked = _messages(self.request)
-        if asked:
-            self._span.set_attribute("gen_ai.input.messages", json.dumps(asked, ensure_ascii=False))
-        if self._said:
-            answer = {**_text("assistant", "".join(self._said)), "finish_reason": self._outcome}
+    def _set_content(self) -> None:
+        messages = _messages(self.request)
+        if messages:
+            self._span.set_attribute("gen_ai.input.messages", json.dumps(messages, ensure_ascii=False))
+        if self._text:
+            answer = {**_message("assistant", "".join(self._text)), "finish_reason": self._outcome}
             self._span.set_attribute("gen_ai.output.messages", json.dumps([answer], ensure_ascii=False))
 
 
-def _asked(request: GenerationRequest, operation: str) -> dict[str, AttributeValue]:
+def _attributes(request: GenerationRequest, operation: str) -> dict[str, AttributeValue]:
     found: dict[str, AttributeValue] = {
         "gen_ai.operation.name": operation,
         "gen_ai.provider.name": "serve_app",
@@ -138,29 +138,30 @@ def _asked(request: GenerationRequest, operation: str) -> dict[str, AttributeVal
 
 
 def _messages(request: GenerationRequest) -> list[dict[str, object]]:
-    """The prompt in the conventions' form, the newest messages of one that is long. Token ids are no text."""
+    """The prompt in the conventions' form: of a long one the newest messages, of token ids nothing."""
     if isinstance(request.prompt, TextPrompt):
-        return [_text("user", request.prompt.text[:MOST_CONTENT])]
-    room, found = MOST_CONTENT, list[dict[str, object]]()
+        return [_message("user", request.prompt.text[:MAX_CONTENT])]
+    left, found = MAX_CONTENT, list[dict[str, object]]()
     for message in reversed(request.prompt.messages if isinstance(request.prompt, ChatPrompt) else ()):
-        if room <= 0:
+        if left <= 0:
             break
-        found.append({"role": message.role, "parts": _parts(message, room)})
-        room -= len(message.content) + sum(len(call.arguments) for call in message.tool_calls)
+        found.append({"role": message.role, "parts": _parts(message, left)})
+        left -= len(message.content) + sum(len(call.arguments) for call in message.tool_calls)
     return found[::-1]
 
 
-def _parts(message: ChatMessage, room: int) -> list[dict[str, object]]:
-    content = message.content[:room]
+def _parts(message: ChatMessage, limit: int) -> list[dict[str, object]]:
+    """The parts of a message, with at most `limit` characters."""
+    content = message.content[:limit]
     if message.role == "tool":
         return [{"type": "tool_call_response", "id": message.tool_call_id, "response": content}]
     parts: list[dict[str, object]] = [{"type": "text", "content": content}] if content else []
-    left = room - len(content)
+    left = limit - len(content)
     for call in message.tool_calls:
         parts.append({"type": "tool_call", "id": call.id, "name": call.name, "arguments": call.arguments[:left]})
         left = max(0, left - len(call.arguments))
     return parts
 
 
-def _text(role: str, text: str) -> dict[str, object]:
+def _message(role: str, text: str) -> dict[str, object]:
     return {"role": role, "parts": [{"type": "text", "content": text}]}

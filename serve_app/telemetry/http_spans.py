@@ -1,4 +1,4 @@
-"""One HTTP call as its span and its log line tell it: the layer around all others, and the gateway seen through it."""
+"""The span and the log line of an HTTP call: ASGI middleware around all others, a TracedEngine and TracedTelemetry."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve_app.api.gateway import Gateway
+from serve_app.api.telemetry import ServiceTelemetry
+from serve_app.core.engine import Engine, EngineLoad
 from serve_app.core.events import CANCELLED, Chunk
 from serve_app.core.http import HttpCall
 from serve_app.core.queries import A, ModelStatus, Query
@@ -40,14 +41,14 @@ log = logging.getLogger(__name__)
 W3C = TraceContextTextMapPropagator()
 
 _METHODS = {"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH"}
-# When a proxy in front had the request: "t=" and seconds since 1970, to a thousandth or a millionth, dot or none.
+# X-Request-Start: "t=" and the time since 1970 in seconds, ms or us, with or without a dot after the seconds.
 _ARRIVED = re.compile(r"t=([0-9]{10})\.?([0-9]{3}|[0-9]{6})?")
 _OLDEST_NS = 60 * 10**9
 
 
 @dataclass(slots=True)
 class Call:
-    """What is known of one HTTP call. `error` is the code of the last refusal in it, `fault` whether that was ours."""
+    """The state of one HTTP call. `error` is the code of its last error, `fault` whether the service caused that."""
 
     scope: Scope
     span: Span
@@ -59,18 +60,18 @@ class Call:
 
     @property
     def request_id(self) -> str:
-        """Known once RequestId, which is further in, has named it."""
+        """Set by the RequestId middleware, which is further inside; "" before."""
         name: str = self.scope.get("state", {}).get("request_id", "")
         return name
 
     @property
     def method(self) -> str:
-        """From a closed set, as the semantic conventions have it."""
+        """One of a closed set, as OpenTelemetry's semantic conventions require."""
         return self.scope["method"] if self.scope["method"] in _METHODS else "_OTHER"
 
     @property
     def route(self) -> str:
-        """The pattern of the path; "" for one that is not here."""
+        """The pattern of the route; "" for a path without a route."""
         return getattr(self.scope.get("route"), "path", "")
 
 
@@ -78,7 +79,7 @@ _CALL: ContextVar[Call | None] = ContextVar("call", default=None)
 
 
 def ids() -> dict[str, str]:
-    """What a log line that is written now is about: the call's `request_id`, `trace_id` and `span_id`, if known."""
+    """The `request_id`, `trace_id` and `span_id` of the current call, as far as they are known, for a log line."""
     found: dict[str, str] = {}
     call, span = _CALL.get(), get_current_span().get_span_context()
     if call is not None and call.request_id:
@@ -89,10 +90,10 @@ def ids() -> dict[str, str]:
 
 
 class Observe:
-    """A SERVER span for each call, under the caller's `traceparent`; a sampled one is told its own in the answer.
+    """ASGI middleware: a SERVER span for each call, whose parent is the `traceparent` of the caller.
 
-    If a proxy in front says when it had the request, a span `proxy` from then on is the server's parent. `access_log`
-    writes a line when a call has ended, that is when its stream has.
+    The response of a sampled call has its own `traceparent`. If a proxy sets X-Request-Start, a span `proxy` that
+    begins at that instant is the parent. `access_log` writes a log line when a call, with its stream, has ended.
     """
 
     def __init__(self, app: ASGIApp, tracer: Tracer, access_log: bool) -> None:
@@ -105,20 +106,20 @@ class Observe:
             await self.app(scope, receive, send)
             return
         began, headers = time.time_ns(), Headers(scope=scope)
-        above = W3C.extract({name: headers[name] for name in W3C.fields if name in headers}, Context())
+        parent = W3C.extract({name: headers[name] for name in W3C.fields if name in headers}, Context())
         arrived = arrival(headers.get("x-request-start", ""), began)
         proxy = None
         if arrived is not None:
-            proxy = self._tracer.start_span("proxy", above, start_time=arrived)
-            above = set_span_in_context(proxy, above)
-        span = self._tracer.start_span(scope["method"], above, SpanKind.SERVER, start_time=began)
+            proxy = self._tracer.start_span("proxy", parent, start_time=arrived)
+            parent = set_span_in_context(proxy, parent)
+        span = self._tracer.start_span(scope["method"], parent, SpanKind.SERVER, start_time=began)
         if not (span.is_recording() or self._access_log):
             await self.app(scope, receive, send)
             return
         call = Call(scope, span)
-        within, current = _CALL.set(call), context.attach(set_span_in_context(span, above))
+        token, attached = _CALL.set(call), context.attach(set_span_in_context(span, parent))
         try:
-            await self.app(scope, _heard(call, receive), _said(call, send))
+            await self.app(scope, _watched_receive(call, receive), _watched_send(call, send))
         except asyncio.CancelledError:
             call.left = not call.complete
             raise
@@ -127,17 +128,17 @@ class Observe:
             raise
         finally:
             ended = time.time_ns()
-            _tell(call, ended)
+            _end(call, ended)
             if proxy is not None:
                 proxy.end(ended)
             if self._access_log:
                 _log(call, ended - began)
-            context.detach(current)
-            _CALL.reset(within)
+            context.detach(attached)
+            _CALL.reset(token)
 
 
 def arrival(header: str, now: int) -> int | None:
-    """The instant, in ns, that X-Request-Start states. None if it states none, or one that cannot be."""
+    """The instant of an X-Request-Start header in ns since 1970. None without a plausible one in the last minute."""
     stated = _ARRIVED.fullmatch(header)
     if stated is None:
         return None
@@ -145,8 +146,8 @@ def arrival(header: str, now: int) -> int | None:
     return instant if now - _OLDEST_NS <= instant <= now else None
 
 
-def _tell(call: Call, ended: int) -> None:
-    """End its span. A client that left is no failure of the server's, nor is a request that it had to refuse."""
+def _end(call: Call, ended: int) -> None:
+    """End the span. Neither a client that left nor a refused request is an error of the server."""
     span = call.span
     if span.is_recording():
         span.update_name(f"{call.method} {call.route}".rstrip())
@@ -175,23 +176,28 @@ def _error(call: Call) -> str | None:
 
 
 def _log(call: Call, took_ns: int) -> None:
-    told: dict[str, object] = {"method": call.method, "route": call.route, "status": call.status, "error": _error(call)}
-    told["duration_ms"] = round(took_ns / 1e6, 3)
-    log.info("%s %s %s", call.method, call.route or "-", call.status or "-", extra={"told": told})
+    fields: dict[str, object] = {
+        "method": call.method,
+        "route": call.route,
+        "status": call.status,
+        "error": _error(call),
+        "duration_ms": round(took_ns / 1e6, 3),
+    }
+    log.info("%s %s %s", call.method, call.route or "-", call.status or "-", extra={"told": fields})
 
 
-def _heard(call: Call, receive: Receive) -> Receive:
-    async def heard() -> Message:
+def _watched_receive(call: Call, receive: Receive) -> Receive:
+    async def watched() -> Message:
         message = await receive()
         if message["type"] == "http.disconnect" and not call.complete:
             call.left = True
         return message
 
-    return heard
+    return watched
 
 
-def _said(call: Call, send: Send) -> Send:
-    async def said(message: Message) -> None:
+def _watched_send(call: Call, send: Send) -> Send:
+    async def watched(message: Message) -> None:
         if message["type"] == "http.response.start":
             call.status = message["status"]
             if call.span.is_recording():
@@ -205,45 +211,49 @@ def _said(call: Call, send: Send) -> Send:
             raise
         call.complete = message["type"] == "http.response.body" and not message.get("more_body", False)
 
-    return said
+    return watched
 
 
-class ObservedGateway:
-    """The gateway with a span for every generation of a sampled call. To others it is the gateway itself.
+class TracedEngine:
+    """An engine with spans for every generation of a sampled call. `capture` puts prompts and answers into them."""
 
-    `capture` puts prompts and answers into the spans.
-    """
-
-    def __init__(self, gateway: Gateway, tracer: Tracer, capture: bool) -> None:
-        self._gateway = gateway
+    def __init__(self, engine: Engine, tracer: Tracer, capture: bool) -> None:
+        self._engine = engine
         self._tracer = tracer
         self._capture = capture
 
-    def stream(self, request: GenerationRequest, warm_wait_s: float | None = None) -> AsyncGenerator[Chunk, None]:
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
         if not get_current_span().is_recording():
-            return self._gateway.stream(request, warm_wait_s)
-        return traced(self._gateway, request, warm_wait_s, self._tracer, self._capture)
+            return self._engine.generate(request)
+        return traced(self._engine, request, self._tracer, self._capture)
 
-    async def query(self, model: str, question: Query[A], warm_wait_s: float) -> A:
-        return await self._gateway.query(model, question, warm_wait_s)
+    async def query(self, model: str, query: Query[A], deadline: float) -> A:
+        return await self._engine.query(model, query, deadline)
 
-    def waiting_on(self, model: str) -> str:
-        return self._gateway.waiting_on(model)
+    def health(self, model: str) -> ModelStatus:
+        return self._engine.health(model)
 
-    async def models(self) -> list[ModelStatus]:
-        return await self._gateway.models()
+    def load(self, model: str) -> EngineLoad:
+        return self._engine.load(model)
 
-    async def metrics(self) -> bytes:
-        return await self._gateway.metrics()
+
+class TracedTelemetry:
+    """A telemetry that also notes errors in the span and the log line of the current call."""
+
+    def __init__(self, telemetry: ServiceTelemetry) -> None:
+        self._telemetry = telemetry
 
     def refused(self, error: ServeAppError, model: str | None) -> None:
         call = _CALL.get()
         if call is not None:
             call.error, call.fault = error.code, error.status >= 500
-        self._gateway.refused(error, model)
+        self._telemetry.refused(error, model)
 
     def call_began(self) -> None:
-        self._gateway.call_began()
+        self._telemetry.call_began()
 
     def call_ended(self, call: HttpCall) -> None:
-        self._gateway.call_ended(call)
+        self._telemetry.call_ended(call)
+
+    async def exposition(self) -> bytes:
+        return await self._telemetry.exposition()

@@ -1,7 +1,7 @@
-"""A replica's log as one JSON object a line, in place of Ray Serve's text.
+"""Writes a replica's log as one JSON object per line, instead of Ray Serve's text.
 
-Ray Serve has JSON lines too, but with local times, without the logger's name, and with the request id that it knows
-rather than the one that the caller is told.
+Ray Serve's own JSON lines have local times, no logger name, and Ray's request id instead of the response's. Its filters
+also add attributes to each record, so that a formatter must choose the fields and cannot write all of them.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from serve_app.telemetry.http_spans import ids
 
 
 def write_json(model: str, replica: str) -> None:
-    """Have whatever this process logs through Ray Serve's logger, as the records of ours do, written as JSON.
+    """Write all records of Ray Serve's logger in this process as JSON, each one at once.
 
-    At once: for throughput Ray keeps lines back until a thousand are there, so that a quiet service says nothing.
+    By default Ray Serve buffers 1,000 lines, so that the log of an idle service can be hours late.
     """
     for handler in logging.getLogger("ray.serve").handlers:
-        handler.addFilter(_stamp)
+        handler.addFilter(_add_ids)
         writer: logging.Handler | None = handler
         if isinstance(handler, MemoryHandler):
             handler.capacity, writer = 1, handler.target
@@ -28,18 +28,22 @@ def write_json(model: str, replica: str) -> None:
             writer.setFormatter(JsonLines(model, replica))
 
 
-def _stamp(record: logging.LogRecord) -> bool:
-    """Where it is logged: by the time it is written, another request may be under way."""
+def _add_ids(record: logging.LogRecord) -> bool:
+    """Add the ids of the current request. Must run in the thread or task that logs the record."""
     record.ids = ids()
     return True
 
 
 class JsonLines(logging.Formatter):
-    """`time` is RFC 3339 in UTC. What a record has not is left out: ids outside requests, a model at an ingress."""
+    """Formats a record as a JSON object. `time` is RFC 3339 in UTC with milliseconds.
+
+    The record's attribute `told`, a dict, adds fields of its own. Empty fields are left out: the ids of a record
+    outside requests, the model of an ingress.
+    """
 
     def __init__(self, model: str, replica: str) -> None:
         super().__init__()
-        self._about = {"model": model, "replica": replica}
+        self._process = {"model": model, "replica": replica}
 
     def format(self, record: logging.LogRecord) -> str:
         at = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
@@ -50,7 +54,7 @@ class JsonLines(logging.Formatter):
             "message": record.getMessage(),
             **getattr(record, "ids", {}),
             **getattr(record, "told", {}),
-            **self._about,
+            **self._process,
             "exception": self.formatException(record.exc_info) if record.exc_info else record.exc_text,
         }
         return json.dumps({name: value for name, value in line.items() if value not in (None, "")}, default=str)

@@ -1,4 +1,4 @@
-"""What an ingress measures: the times and tokens of each request as its caller sees them, and its HTTP calls."""
+"""Measures the times and tokens of each request at an ingress, and holds all metrics of the ingress."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ from serve_app.telemetry.metrics import (
     FINISHED,
     TPOT_OBJECTIVE_S,
     TTFT_OBJECTIVE_S,
-    CallerSeries,
     GenAiSeries,
     HttpSeries,
+    RequestSeries,
 )
 from serve_app.telemetry.process import ProcessMetrics
 
 
 class IngressMetrics:
-    """All metrics of one ingress and its process. `opentelemetry` adds the times under OpenTelemetry's names."""
+    """All metrics of one ingress and its process. `opentelemetry` adds request times under OpenTelemetry's names."""
 
     def __init__(self, replica: str, models: Iterable[str], opentelemetry: bool) -> None:
         self.http = HttpSeries(replica, models)
-        self._series = {model: CallerSeries(model, replica) for model in models}
+        self._series = {model: RequestSeries(model, replica) for model in models}
         self._gen_ai = GenAiSeries(replica) if opentelemetry else None
         self._process = ProcessMetrics("", replica)
 
     def families(self, lag_s: float) -> list[Metric]:
+        """All metric families. `lag_s` is the delay of the event loop in seconds."""
         families = [*self._process.families(lag_s), *self.http.families()]
         for series in self._series.values():
             families += series.families()
@@ -40,6 +41,7 @@ class IngressMetrics:
         return Meter(request, self._series[request.model], self._gen_ai)
 
     def woke(self, model: str, seconds: float) -> None:
+        """Record how long a model that was scaled to zero took until it was ready."""
         self._series[model].wake.observe(seconds)
         self._series[model].changed = True
 
@@ -47,7 +49,7 @@ class IngressMetrics:
 class Meter:
     """Measures one request from its arrival until it ends, and records its outcome once."""
 
-    def __init__(self, request: GenerationRequest, series: CallerSeries, gen_ai: GenAiSeries | None) -> None:
+    def __init__(self, request: GenerationRequest, series: RequestSeries, gen_ai: GenAiSeries | None) -> None:
         self._request = request
         self._series = series
         self._gen_ai = gen_ai
@@ -81,15 +83,15 @@ class Meter:
     def ended(self) -> None:
         """Record the outcome: the finish reason, an error's code, or CANCELLED."""
         seconds = time.monotonic() - self._request.arrived
-        series, whole = self._series, self._outcome in FINISHED
+        series, complete = self._series, self._outcome in FINISHED
         series.active.dec()
         series.requests[self._outcome].inc()
-        tpot_s = self._finished(seconds) if whole else None
-        if not whole and self._outcome != CANCELLED and self._tokens:
+        tpot_s = self._finished(seconds) if complete else None
+        if not complete and self._outcome != CANCELLED and self._tokens:
             series.truncated.inc()
         series.changed = True
         if self._gen_ai is not None:
-            error = "" if whole else self._outcome
+            error = "" if complete else self._outcome
             request = self._request
             self._gen_ai.ended(request.model, request.operation, error, seconds, self._ttft_s, tpot_s)
 
@@ -104,13 +106,13 @@ class Meter:
             series.prefill.observe(self._ttft_s - chunk.queue_s)
 
     def _finished(self, seconds: float) -> float | None:
-        """The mean time per token after the first, in seconds; None for an answer of one token and for an embedding."""
+        """Record a complete response. Returns its mean time per token after the first; None without a second token."""
         series, tpot_s = self._series, None
         series.duration.observe(seconds)
         series.prompt_length.observe(self._prompt_tokens)
         if self._ttft_s is None:  # an embedding
             return None
-        series.answer_length.observe(self._tokens)
+        series.response_length.observe(self._tokens)
         series.decode.observe(self._last_s - self._ttft_s)
         if self._tokens > 1:
             tpot_s = (self._last_s - self._ttft_s) / (self._tokens - 1)

@@ -1,10 +1,10 @@
-"""Every metric of the service: its name, kind, labels and buckets are written here and nowhere else.
+"""Defines every metric of the service: its name, type, labels, buckets and HELP text.
 
-Each process has registries of its own and pushes what they hold to the hub every second; any ingress
-answers `GET /metrics` for the whole service. The `replica` label tells the processes apart.
+Each process has its own registries and reports their content to every ingress once per second. Any ingress answers
+`GET /metrics` for the whole service. The label `replica` identifies the process; `model` is "" for an ingress.
 
-Every label value comes from a closed set: no caller can make a series. All series of a model are there, at 0, before
-its first request, because Prometheus sees no increase where a counter appears with 1.
+Every label value comes from a closed set, so that no request creates a series. All series of a model exist, with the
+value 0, before its first request, because Prometheus sees no increase in a counter that first appears with the value 1.
 """
 
 from __future__ import annotations
@@ -21,18 +21,19 @@ from serve_app import __version__
 from serve_app.core.events import CANCELLED, EMBEDDED, FinishReason
 from serve_app.core.http import HttpCall
 from serve_app.core.queries import ModelState
-from serve_app.engines.native.engine import Engine
+from serve_app.engines.native.engine import NativeEngine
 from serve_app.engines.native.sequence import Step
 from serve_app.errors import ServeAppError
 
-# A second series for every counter, which nothing here reads.
+# They would add a second series for every counter, with its creation time.
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
-# An answer is good when it keeps both. alerts/slo.py has the same numbers, which must be bounds of buckets.
+# A response that meets both objectives counts as goodput. alerts/slo.py has the same values, and each of them must be a
+# bucket bound of its histogram.
 TTFT_OBJECTIVE_S = 2.0
 TPOT_OBJECTIVE_S = 0.05
 
-# Seconds. Fine where people notice, coarse elsewhere.
+# Bucket bounds in seconds: close together where users notice a difference.
 _TTFT = (
     *(0.001, 0.002, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75),
     *(1, 1.5, 2, 2.5, 5, 7.5, 10, 20, 30, 60),
@@ -46,37 +47,39 @@ _REQUEST = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 _WAKE = (1, 2, 5, 10, 20, 30, 60, 120, 300, 600)
 _STEP = (0.001, 0.002, 0.005, 0.01, 0.02, 0.035, 0.05, 0.1, 0.2, 0.5, 1, 5)
 _HTTP = (0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 10, 60, 600)
-# Tokens, and sequences of a step.
+# Bucket bounds in tokens, and in sequences of a step.
 _LENGTH = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 
-# How a request ended that has all of its answer.
+# The outcomes of a request with a complete response.
 FINISHED = frozenset({*(reason.value for reason in FinishReason), EMBEDDED})
 CODES = ("internal_error", *(kind.code for kind in ServeAppError.__subclasses__()))
 OUTCOMES = (*sorted(FINISHED), CANCELLED, *dict.fromkeys(CODES))
 
+_RUNNER_INFO = "How the engine computes its steps, by kind: fused, transformers or toy; the value is always 1."
 _METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 _MODEL = ("model", "replica")
 
 
 class _Series:
-    """The metrics of one model in one process, in a registry of their own: each has one child, made at once.
+    """The metrics of one model in one process, in their own registry. Each label set exists from the beginning.
 
-    Whoever changes one says so by `changed`: looking at 250 samples takes 2 ms, and most models rest most of the time.
+    The code that changes a metric sets `changed`: collecting 250 samples takes 2 ms, and most models are idle most of
+    the time.
     """
 
     def __init__(self, model: str, replica: str) -> None:
         self._labels = (model, replica)
         self._registry = CollectorRegistry()
-        self._seen: list[Metric] = []
+        self._collected: list[Metric] = []
         self.changed = True
 
     def families(self) -> list[Metric]:
-        """The same objects as before if nothing has changed."""
+        """The metric families; the same objects as in the last call if nothing has changed since."""
         if self.changed:
-            self.changed = False  # first: somebody may change something meanwhile
-            self._seen = list(self._registry.collect())
-        return self._seen
+            self.changed = False  # first, because another thread may change a metric meanwhile
+            self._collected = list(self._registry.collect())
+        return self._collected
 
     def _counter(self, name: str, text: str) -> Counter:
         return Counter(f"serve_app_{name}", text, _MODEL, registry=self._registry).labels(*self._labels)
@@ -85,76 +88,121 @@ class _Series:
         return Gauge(f"serve_app_{name}", text, _MODEL, registry=self._registry).labels(*self._labels)
 
     def _histogram(self, name: str, text: str, bounds: tuple[float, ...]) -> Histogram:
-        whole = Histogram(f"serve_app_{name}", text, _MODEL, buckets=bounds, registry=self._registry)
-        return whole.labels(*self._labels)
+        family = Histogram(f"serve_app_{name}", text, _MODEL, buckets=bounds, registry=self._registry)
+        return family.labels(*self._labels)
 
-    def _by(self, label: str, values: Iterable[str], name: str, text: str) -> dict[str, Counter]:
-        whole = Counter(f"serve_app_{name}", text, (*_MODEL, label), registry=self._registry)
-        return {value: whole.labels(*self._labels, value) for value in values}
+    def _counters(self, name: str, text: str, label: str, values: Iterable[str]) -> dict[str, Counter]:
+        """One counter for each value of an additional label."""
+        family = Counter(f"serve_app_{name}", text, (*_MODEL, label), registry=self._registry)
+        return {value: family.labels(*self._labels, value) for value in values}
 
 
-class CallerSeries(_Series):
-    """What callers of one model see, measured at the ingress: from a request's arrival to its last token."""
+class RequestSeries(_Series):
+    """The requests for one model, measured at an ingress from the arrival of a request to its last token."""
 
     def __init__(self, model: str, replica: str) -> None:
         super().__init__(model, replica)
-        self.requests = self._by("outcome", OUTCOMES, "requests", "Requests by how they ended")
-        self.truncated = self._counter("truncated_requests", "Of them, those that broke off after their first token")
-        self.good = self._counter("goodput_requests", "Of them, those answered within the objectives of TTFT and TPOT")
-        self.active = self._gauge("active_requests", "Requests under way, waiting ones included")
-        self.prompt_tokens = self._counter("prompt_tokens", "Tokens of admitted prompts")
-        self.tokens = self._counter("generated_tokens", "Tokens sent to callers")
-        self.ttft = self._histogram("time_to_first_token_seconds", "Arrival to first token", _TTFT)
-        self.tpot = self._histogram(
-            "time_per_output_token_seconds", "Mean time of the tokens after the first, of one request", _TPOT
+        self.requests = self._counters(
+            "requests",
+            "Requests that have ended, by outcome: a finish reason, embedded, cancelled or an error code.",
+            "outcome",
+            OUTCOMES,
         )
-        self.itl = self._histogram("inter_token_seconds", "From one sending of tokens to the next", _TPOT)
-        self.queue = self._histogram("queue_seconds", "Arrival to the model's beginning", _QUEUE)
-        self.prefill = self._histogram("prefill_seconds", "The model's beginning to the first token", _TTFT)
-        self.decode = self._histogram("decode_seconds", "First token to last", _REQUEST)
-        self.duration = self._histogram("request_seconds", "Arrival to last token", _REQUEST)
-        self.prompt_length = self._histogram("request_prompt_tokens", "Tokens of a prompt", _LENGTH)
-        self.answer_length = self._histogram("request_generated_tokens", "Tokens of a whole answer", _LENGTH)
+        self.truncated = self._counter(
+            "truncated_requests", "Requests that ended with an error after their first token."
+        )
+        self.good = self._counter(
+            "goodput_requests",
+            f"Requests with a complete response, a TTFT of at most {TTFT_OBJECTIVE_S:g} s and a TPOT of at most "
+            f"{TPOT_OBJECTIVE_S:g} s.",
+        )
+        self.active = self._gauge("active_requests", "Requests in progress, including requests that wait.")
+        self.prompt_tokens = self._counter(
+            "prompt_tokens", "Prompt tokens of requests with a first token or an embedding."
+        )
+        self.tokens = self._counter("generated_tokens", "Generated tokens sent to clients.")
+        self.ttft = self._histogram(
+            "time_to_first_token_seconds", "TTFT: time from the arrival of a request to its first token.", _TTFT
+        )
+        self.tpot = self._histogram(
+            "time_per_output_token_seconds",
+            "TPOT: mean time per token after the first token of a complete response.",
+            _TPOT,
+        )
+        self.itl = self._histogram(
+            "inter_token_seconds", "ITL: time between two consecutive sends of tokens of one request.", _TPOT
+        )
+        self.queue = self._histogram(
+            "queue_seconds", "Time from the arrival of a request to the start of its prefill.", _QUEUE
+        )
+        self.prefill = self._histogram(
+            "prefill_seconds", "Time from the start of the prefill of a request to its first token.", _TTFT
+        )
+        self.decode = self._histogram(
+            "decode_seconds", "Time from the first token to the last token of a complete response.", _REQUEST
+        )
+        self.duration = self._histogram(
+            "request_seconds", "Time from the arrival of a request to the end of its complete response.", _REQUEST
+        )
+        self.prompt_length = self._histogram(
+            "request_prompt_tokens", "Prompt tokens of a request with a complete response.", _LENGTH
+        )
+        self.response_length = self._histogram(
+            "request_generated_tokens", "Generated tokens of a complete response.", _LENGTH
+        )
         self.wake = self._histogram(
-            "model_wake_seconds", "From the first request that found the model asleep to its being ready", _WAKE
+            "model_wake_seconds",
+            "Time from the first request for a model that is scaled to zero until the model is ready.",
+            _WAKE,
         )
 
 
 class HttpSeries:
-    """HTTP calls of one ingress, whatever they were for, and what was refused."""
+    """All HTTP calls of one ingress, and the errors in its responses."""
 
     def __init__(self, replica: str, models: Iterable[str]) -> None:
         self._registry = registry = CollectorRegistry()
         self._replica = replica
         self._models = frozenset(models)
         self._errors = Counter(
-            "serve_app_errors", "Requests answered with an error, by kind", (*_MODEL, "code"), registry=registry
+            "serve_app_errors",
+            "Errors in responses, including errors within a stream, by error code.",
+            (*_MODEL, "code"),
+            registry=registry,
         )
         for model in ("", *self._models):
             for code in CODES:
                 self._errors.labels(model, replica, code)
         self._calls = Counter(
             "serve_app_http_requests",
-            "Calls by status line",
+            "HTTP calls that have ended, by status class; left: the client disconnected before the status was sent.",
             ("route", "method", "status", "replica"),
             registry=registry,
         )
         self._seconds = Histogram(
-            "serve_app_http_request_seconds", "A call's time", ("route", "replica"), buckets=_HTTP, registry=registry
+            "serve_app_http_request_seconds",
+            "Time from the arrival of an HTTP call to the end of its response.",
+            ("route", "replica"),
+            buckets=_HTTP,
+            registry=registry,
         )
-        self._open = Gauge("serve_app_http_open_requests", "Calls under way", ("replica",), registry=registry)
+        self._open = Gauge("serve_app_http_open_requests", "HTTP calls in progress.", ("replica",), registry=registry)
         self.open = self._open.labels(replica)
         self._received = Counter(
-            "serve_app_http_received_bytes", "Bytes of bodies received", ("route", "replica"), registry=registry
+            "serve_app_http_received_bytes",
+            "Bytes of request bodies received.",
+            ("route", "replica"),
+            registry=registry,
         )
         self._sent = Counter(
-            "serve_app_http_sent_bytes", "Bytes of bodies sent", ("route", "replica"), registry=registry
+            "serve_app_http_sent_bytes", "Bytes of response bodies sent.", ("route", "replica"), registry=registry
         )
 
     def families(self) -> list[Metric]:
         return list(self._registry.collect())
 
     def refused(self, code: str, model: str) -> None:
+        """Count an error. A model that is not configured is counted as ""."""
         self._errors.labels(model if model in self._models else "", self._replica, code).inc()
 
     def ended(self, call: HttpCall) -> None:
@@ -168,7 +216,7 @@ class HttpSeries:
 
 
 class GenAiSeries:
-    """The same times by OpenTelemetry's names for generative AI, with the buckets that it advises.
+    """The times of requests under OpenTelemetry's names for generative AI, with the buckets of its conventions.
 
     https://opentelemetry.io/docs/specs/semconv/gen-ai/gen-ai-metrics/
     """
@@ -183,13 +231,17 @@ class GenAiSeries:
         self._replica = replica
         self._duration = Histogram(
             "gen_ai_server_request_duration_seconds",
-            "Arrival to last token, or to the error",
+            "Time from the arrival of a request to its last token or its error.",
             (*self._LABELS, "error_type"),
             buckets=self._DURATION,
             registry=self._registry,
         )
-        self._ttft = self._histogram("time_to_first_token", "Arrival to first token", self._TTFT)
-        self._tpot = self._histogram("time_per_output_token", "Mean time of the tokens after the first", self._TPOT)
+        self._ttft = self._histogram(
+            "time_to_first_token", "Time from the arrival of a request to its first token.", self._TTFT
+        )
+        self._tpot = self._histogram(
+            "time_per_output_token", "Mean time per token after the first token of a complete response.", self._TPOT
+        )
 
     def families(self) -> list[Metric]:
         return list(self._registry.collect())
@@ -197,7 +249,7 @@ class GenAiSeries:
     def ended(
         self, model: str, operation: str, error: str, seconds: float, ttft_s: float | None, tpot_s: float | None
     ) -> None:
-        """`error` is "" for an answer; a time is None where there was none."""
+        """Record a request. `error` is "" for a complete response; a time that was not measured is None."""
         labels = operation, "serve_app", model, self._replica
         self._duration.labels(*labels, error).observe(seconds)
         if ttft_s is not None:
@@ -211,15 +263,17 @@ class GenAiSeries:
 
 
 class StepSeries(_Series):
-    """What one engine's steps were like. `saw` is called on the engine's thread."""
+    """The sizes and times of one engine's steps. The engine's thread calls `observe`."""
 
     def __init__(self, model: str, replica: str) -> None:
         super().__init__(model, replica)
-        self._size = self._histogram("engine_batch_size", "Sequences that a step advanced", _ROWS)
-        self._tokens = self._histogram("engine_batch_tokens", "Rows of a step", _ROWS)
+        self._size = self._histogram("engine_batch_size", "Sequences in an engine step.", _ROWS)
+        self._tokens = self._histogram(
+            "engine_batch_tokens", "Tokens computed in an engine step, including drafts.", _ROWS
+        )
         seconds = Histogram(
             "serve_app_engine_step_seconds",
-            "A step's time, by what its sequences did",
+            "Duration of an engine step, by what its sequences compute: prefill, decode or mixed.",
             (*_MODEL, "phase"),
             buckets=_STEP,
             registry=self._registry,
@@ -227,7 +281,8 @@ class StepSeries(_Series):
         phases = ("prefill", "decode", "mixed")
         self._seconds = {phase: seconds.labels(model, replica, phase) for phase in phases}
 
-    def saw(self, step: Step, seconds: float) -> None:
+    def observe(self, step: Step, seconds: float) -> None:
+        """Record a step that succeeded, and its duration."""
         self._size.observe(len(step.advances))
         self._tokens.observe(step.rows)
         decoding = sum(advance.count == 1 for advance in step.advances)
@@ -237,9 +292,9 @@ class StepSeries(_Series):
 
 
 class EngineMetrics:
-    """What one engine does, read from it whenever somebody looks."""
+    """The state and the counters of one engine, read whenever `families` is called. `load_s` is its load time."""
 
-    def __init__(self, model: str, replica: str, engine: Engine, load_s: float) -> None:
+    def __init__(self, model: str, replica: str, engine: NativeEngine, load_s: float) -> None:
         self._labels = [model, replica]
         self._engine = engine
         self._load_s = load_s
@@ -247,30 +302,45 @@ class EngineMetrics:
     def families(self) -> list[Metric]:
         stats = self._engine.stats()
         gauges = {
-            "running_sequences": ("Sequences in a slot", stats.running),
-            "queue_depth": ("Sequences waiting for a slot", stats.waiting),
-            "slots": ("Slots of the KV arena", stats.slots),
+            "running_sequences": ("Sequences that occupy a slot of the KV cache.", stats.running),
+            "queue_depth": ("Sequences that wait for a slot of the KV cache.", stats.waiting),
+            "slots": ("Slots of the KV cache: the maximum number of running sequences.", stats.slots),
             "kv_usage_ratio": (
-                "Share of the KV memory that running sequences' tokens take",
+                "Share of the KV cache that the tokens of running sequences occupy, from 0 to 1.",
                 stats.tokens_held / stats.arena_tokens,
             ),
-            "engine_step_age_seconds": ("How long the step under way has taken so far", self._engine.step_age()),
-            "model_load_seconds": ("From the replica's beginning to its being ready", self._load_s),
+            "engine_step_age_seconds": (
+                "Time since the start of the current engine step; 0 between steps.",
+                self._engine.step_age(),
+            ),
+            "model_load_seconds": ("Time from the start of the replica until its model was ready.", self._load_s),
         }
         counters = {
-            "engine_steps": ("Forward passes", stats.steps),
-            "engine_failed_steps": ("Forward passes that failed", stats.failed_steps),
-            "engine_rows": ("Rows of all forward passes; by engine_steps the mean batch size", stats.rows),
-            "engine_decode_rows": ("Decoding rows of all forward passes", stats.decode_rows),
-            "engine_generated_tokens": ("Tokens sampled, whether or not somebody read them", stats.generated_tokens),
-            "engine_busy_seconds": ("Time spent in steps", stats.busy_s),
-            "engine_preemptions": ("Sequences put off because memory ran out, to be computed again", stats.preemptions),
-            "prefix_cache_queried_tokens": ("Prompt tokens that came to a slot", stats.prompt_tokens),
-            "prefix_cache_hit_tokens": ("Of them, those that were computed already", stats.cached_tokens),
-            "draft_tokens": ("Tokens guessed ahead", stats.drafted),
-            "draft_accepted_tokens": ("Of them, those that were right", stats.accepted),
+            "engine_steps": ("Engine steps that succeeded. A step is one forward pass of the model.", stats.steps),
+            "engine_failed_steps": ("Engine steps that failed.", stats.failed_steps),
+            "engine_rows": (
+                "Tokens computed in engine steps, including drafts; divided by engine_steps: the mean tokens per step.",
+                stats.rows,
+            ),
+            "engine_decode_rows": (
+                "Tokens computed for decoding sequences in engine steps, including drafts.",
+                stats.decode_rows,
+            ),
+            "engine_generated_tokens": (
+                "Tokens that the engine generated, including tokens that no client received.",
+                stats.generated_tokens,
+            ),
+            "engine_busy_seconds": ("Time spent in engine steps.", stats.busy_s),
+            "engine_preemptions": (
+                "Sequences that lost their slot because the KV cache was full; they are computed again later.",
+                stats.preemptions,
+            ),
+            "prefix_cache_queried_tokens": ("Prompt tokens looked up in the prefix cache.", stats.prompt_tokens),
+            "prefix_cache_hit_tokens": ("Prompt tokens found in the prefix cache.", stats.cached_tokens),
+            "draft_tokens": ("Draft tokens proposed by speculative decoding.", stats.drafted),
+            "draft_accepted_tokens": ("Draft tokens that the model accepted.", stats.accepted),
         }
-        info = _gauge("runner_info", "How steps run", ("model", "replica", "kind"))
+        info = _gauge("runner_info", _RUNNER_INFO, (*_MODEL, "kind"))
         info.add_metric([*self._labels, self._engine.kind], 1)
         families: list[Metric] = [info]
         for name, (text, value) in gauges.items():
@@ -285,52 +355,54 @@ class EngineMetrics:
 
 
 def states(models: Iterable[tuple[str, ModelState, int]]) -> list[Metric]:
-    """Of each model its name, state, and number of replicas that can answer."""
-    state = _gauge("model_state", "1 for the state that the model is in", ("model", "state"))
-    ready = _gauge("ready_replicas", "Replicas that can answer", ("model",))
-    for name, now, replicas in models:
+    """The state and the number of ready replicas of each model; `models` gives its name, state and ready replicas."""
+    state = _gauge("model_state", "1 for the current state of the model, 0 for the other states.", ("model", "state"))
+    ready = _gauge("ready_replicas", "Replicas that can serve requests.", ("model",))
+    for name, current, replicas in models:
         ready.add_metric([name], replicas)
         for one in ModelState:
-            state.add_metric([name, one.value], one is now)
+            state.add_metric([name, one.value], one is current)
     return [state, ready]
 
 
 def ages(seconds: Iterable[tuple[str, str, float]]) -> list[Metric]:
-    """Of each process its model ("" for an ingress), replica, and how long ago it pushed."""
-    age = _gauge("snapshot_age_seconds", "How long ago a process said what it measures", _MODEL)
+    """The age of the latest report of each process, given by model ("" for an ingress), replica and seconds."""
+    age = _gauge("snapshot_age_seconds", "Time since a process last reported its metrics to this ingress.", _MODEL)
     for model, replica, since in seconds:
         age.add_metric([model, replica], since)
     return [age]
 
 
 def metrics_complete(complete: bool) -> Metric:
-    text = "1 once every process has had time to report to the ingress that answers; before that, some are missing"
+    text = "1 if every process has had time to report its metrics to this ingress; 0 if some may be missing."
     family = _gauge("metrics_complete", text, ())
     family.add_metric([], complete)
     return family
 
 
 def build(model: str, replica: str) -> Metric:
-    """What a process runs on."""
+    """The versions of the service, of Python and of the main packages in this process."""
     packages = ("ray", "torch", "transformers")
-    family = _gauge("build_info", "What a process runs on", (*_MODEL, "version", "python", *packages))
+    text = "Versions of the service, Python and the main packages in a process; the value is always 1."
+    family = _gauge("build_info", text, (*_MODEL, "version", "python", *packages))
     versions = [__version__, platform.python_version(), *map(_version, packages)]
     family.add_metric([model, replica, *versions], 1)
     return family
 
 
 def lag(model: str, replica: str, seconds: float) -> Metric:
-    family = _gauge("event_loop_lag_seconds", "How late a process's event loop was at its last look", _MODEL)
+    text = "Delay of a process's event loop when it sent its latest report."
+    family = _gauge("event_loop_lag_seconds", text, _MODEL)
     family.add_metric([model, replica], seconds)
     return family
 
 
 def gpu() -> dict[str, GaugeMetricFamily]:
-    """Of GPUs, by label `gpu` (NVML's UUID) on `node` (a host name): what all their processes take."""
+    """Empty metrics of GPUs, with the labels `node` (a host name) and `gpu` (NVML's UUID)."""
     texts = {
-        "memory_used_bytes": "Memory in use",
-        "memory_total_bytes": "Memory",
-        "utilization_ratio": "Share of the time in which a kernel ran",
+        "memory_used_bytes": "GPU memory in use by all processes on the GPU.",
+        "memory_total_bytes": "Total memory of the GPU.",
+        "utilization_ratio": "Share of time in which a kernel ran on the GPU, from 0 to 1.",
     }
     return {name: _gauge(f"gpu_{name}", text, (*_MODEL, "node", "gpu")) for name, text in texts.items()}
 

@@ -1,4 +1,4 @@
-"""OpenTelemetry's SDK and its OTLP exporter, which only a service that traces needs."""
+"""Exports spans with OpenTelemetry's SDK over OTLP. Imported only if tracing is configured."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from opentelemetry.util.types import Attributes
 from serve_app import __version__
 from serve_app.config import Tracing
 
-# What is left when a process ends is sent if the collector takes it in this time.
+# The time to send the remaining spans when a process ends.
 _FLUSH_S = 2.0
 
 
 class Exporter:
-    """Sends spans from a thread of its own. Where they cannot be sent, the oldest of a bounded queue are lost.
+    """Sends spans from its own thread. If the collector is too slow, the bounded queue drops its oldest spans.
 
-    The queue and its pace are set by OpenTelemetry's variables, OTEL_BSP_MAX_QUEUE_SIZE and its like; so are
-    OTEL_RESOURCE_ATTRIBUTES and OTEL_SERVICE_NAME.
+    OpenTelemetry's variables OTEL_BSP_* set the size of the queue and the export interval. OTEL_RESOURCE_ATTRIBUTES and
+    OTEL_SERVICE_NAME set attributes of the resource.
     """
 
     def __init__(self, settings: Tracing, model: str, replica: str) -> None:
-        about = {"service.name": "serve_app", "service.version": __version__, "service.instance.id": replica}
+        attributes = {"service.name": "serve_app", "service.version": __version__, "service.instance.id": replica}
         if model:
-            about["serve_app.model"] = model
-        resource = Resource.create(about).merge(OTELResourceDetector().detect())
-        # Without its exit handler, which would hold up the end of a process for a collector that is not there.
+            attributes["serve_app.model"] = model
+        resource = Resource.create(attributes).merge(OTELResourceDetector().detect())
+        # The SDK's exit handler would delay the end of the process while the collector is unreachable.
         self._provider = TracerProvider(_Sampler(settings.sampling_ratio), resource, shutdown_on_exit=False)
         self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(settings.endpoint)))
 
@@ -42,17 +42,17 @@ class Exporter:
         return self._provider.get_tracer("serve_app", __version__)
 
     def stop(self) -> None:
-        """Send what is left, within two seconds."""
+        """Send the remaining spans; takes at most 2 s."""
         end = threading.Thread(target=self._provider.shutdown, daemon=True)
         end.start()
         end.join(_FLUSH_S)
 
 
 class _Sampler(Sampler):
-    """By the caller's decision, else by the trace id; whatever is linked to a sampled span is sampled too."""
+    """Samples by the client's decision, else by the trace id. A span with a link to a sampled span is sampled too."""
 
     def __init__(self, ratio: float) -> None:
-        self._others = ParentBased(TraceIdRatioBased(ratio))
+        self._parent_based = ParentBased(TraceIdRatioBased(ratio))
 
     def should_sample(
         self,
@@ -65,7 +65,7 @@ class _Sampler(Sampler):
         trace_state: TraceState | None = None,
     ) -> SamplingResult:
         linked = any(link.context.trace_flags.sampled for link in links or ())
-        sampler = ALWAYS_ON if linked else self._others
+        sampler = ALWAYS_ON if linked else self._parent_based
         return sampler.should_sample(parent_context, trace_id, name, kind, attributes, links, trace_state)
 
     def get_description(self) -> str:

@@ -1,4 +1,4 @@
-"""What a process takes of its machine: time, memory, files, and the GPUs that it sees."""
+"""Measures the CPU time, memory and open files of a process, and the GPUs that are visible to it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ logger = logging.getLogger("ray.serve")
 
 
 class ProcessMetrics:
-    """prometheus-client's figures of this process, with labels that tell it from others, and NVML's of its GPUs.
+    """The process metrics of prometheus-client with the labels `model` and `replica`, and the GPU metrics of NVML.
 
     `model` is "" for an ingress.
     """
@@ -32,9 +32,9 @@ class ProcessMetrics:
         self._gpus = Gpus(model, replica)
 
     def families(self, lag_s: float) -> list[Metric]:
+        """All metric families. `lag_s` is the delay of the event loop in seconds."""
         families = [self._labelled(family) for family in self._process.collect()]
-        late = lag(self._labels["model"], self._labels["replica"], lag_s)
-        return [*families, self._build, late, *self._gpus.families()]
+        return [*families, self._build, lag(**self._labels, seconds=lag_s), *self._gpus.families()]
 
     def _labelled(self, family: Metric) -> Metric:
         family.samples = [sample._replace(labels=self._labels) for sample in family.samples]
@@ -42,7 +42,7 @@ class ProcessMetrics:
 
 
 class Gpus:
-    """The GPUs that this process sees, by NVML. There are none without its library, a driver or a GPU."""
+    """The GPUs that are visible to this process, measured by NVML. Empty without NVML, a driver or a GPU."""
 
     def __init__(self, model: str, replica: str) -> None:
         self._labels = [model, replica, socket.gethostname()]
@@ -52,13 +52,13 @@ class Gpus:
     def families(self) -> list[GaugeMetricFamily]:
         families = gpu()
         for uuid, handle in self._handles:
-            for family, value in zip(families.values(), self._look(handle), strict=True):
+            for family, value in zip(families.values(), self._measure(handle), strict=True):
                 if value is not None:
                     family.add_metric([*self._labels, uuid], value)
         return [family for family in families.values() if family.samples]
 
-    def _look(self, handle: Any) -> tuple[float | None, float | None, float | None]:
-        """Bytes in use, all bytes, utilisation from 0 to 1; None what this GPU does not tell."""
+    def _measure(self, handle: Any) -> tuple[float | None, float | None, float | None]:
+        """Memory in use and total memory in bytes, utilization from 0 to 1; None if the GPU does not report a value."""
         nvml = self._nvml
         assert nvml is not None
         used = total = busy = None
@@ -83,9 +83,9 @@ def _nvml() -> ModuleType | None:
 
 
 def _visible(nvml: ModuleType) -> Iterator[tuple[str, Any]]:
-    """UUID and handle of the GPUs that CUDA_VISIBLE_DEVICES names, by number or by UUID; without it, of all."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = map(str, range(nvml.nvmlDeviceGetCount())) if named is None else named.split(",")
+    """UUID and handle of each GPU in CUDA_VISIBLE_DEVICES, which has numbers or UUIDs; of all GPUs if it is not set."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = map(str, range(nvml.nvmlDeviceGetCount())) if visible is None else visible.split(",")
     for name in filter(None, map(str.strip, names)):
         try:
             by_number = name.isdecimal()
@@ -93,4 +93,4 @@ def _visible(nvml: ModuleType) -> Iterator[tuple[str, Any]]:
             handle = find(int(name) if by_number else name)
             yield nvml.nvmlDeviceGetUUID(handle), handle
         except nvml.NVMLError as error:
-            logger.warning("GPU %s is not measured: %s", name, error)
+            logger.warning("cannot measure GPU %s: %s", name, error)

@@ -7,17 +7,23 @@ import pytest
 
 from serve_app.api.app import create_app
 
-from .scripted import ScriptedGateway, app_config
+from .scripted import ScriptedEngine, ScriptedTelemetry, app_config
 
 
 @pytest.fixture
-def gateway() -> ScriptedGateway:
-    return ScriptedGateway()
+def engine() -> ScriptedEngine:
+    return ScriptedEngine()
 
 
 @pytest.fixture
-async def client(gateway: ScriptedGateway) -> AsyncIterator[httpx.AsyncClient]:
-    """Silence makes a heartbeat after 20 ms."""
-    app = create_app(gateway, app_config(warm_wait_s=30, heartbeat_s=0.02, max_body_bytes=20_000, max_batch_items=50))
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+def telemetry() -> ScriptedTelemetry:
+    return ScriptedTelemetry()
+
+
+@pytest.fixture
+async def client(engine: ScriptedEngine, telemetry: ScriptedTelemetry) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of the application. A silent stream has a heartbeat every 20 ms."""
+    config = app_config(warm_wait_s=30, heartbeat_s=0.02, max_body_bytes=20_000, max_batch_items=50)
+    transport = httpx.ASGITransport(create_app(engine, telemetry, config))
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
         yield client

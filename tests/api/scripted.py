@@ -1,4 +1,4 @@
-"""A gateway that plays a script, and the two ends of an ASGI connection written by hand."""
+"""An engine that plays a script, a telemetry that keeps what it counts, and both ends of an ASGI connection."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ from typing import Any
 
 import httpx
 
+from serve_app.api.app import create_app
 from serve_app.config import AppConfig, Deployment, Ingress, Limits, Model, SamplingDefaults
+from serve_app.core.engine import EngineLoad
 from serve_app.core.events import Chunk, FinishReason, Logprobs, TextToken, TokenEvent, TokenLogprob
 from serve_app.core.http import HttpCall
 from serve_app.core.queries import A, Detokenize, GetModelInfo, ModelInfo, ModelState, ModelStatus, Query, Tokenize
 from serve_app.core.requests import GenerationRequest, TextPrompt
 from serve_app.errors import ServeAppError
 
-# The shortest good body of every route that takes one.
+# The shortest valid body of every generating path.
 POSTS: dict[str, dict[str, object]] = {
     "/generate": {"prompt": "hi"},
     "/generate_stream": {"prompt": "hi"},
@@ -27,9 +29,8 @@ POSTS: dict[str, dict[str, object]] = {
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "hi"}]},
 }
 
-
-# What a model says when it is asked.
-ANSWERS: dict[type[Query[Any]], Any] = {
+# The results of queries.
+RESULTS: dict[type[Query[Any]], Any] = {
     GetModelInfo: ModelInfo(context=2048, vocabulary=300, special_ids=frozenset({2})),
     Tokenize: (TextToken(5, "so", 0, 2), TextToken(6, "me", 2, 4)),
     Detokenize: "some",
@@ -37,20 +38,20 @@ ANSWERS: dict[type[Query[Any]], Any] = {
 
 
 class Beat(Enum):
-    """Silence until the stream has asked what it waits for, as it does for every heartbeat."""
+    """A step that waits until the stream has written a heartbeat, for which it calls `health`."""
 
     BEAT = auto()
 
 
 BEAT = Beat.BEAT
 
-# A chunk is yielded, an exception raised, a number slept; None waits for ever.
+# A chunk is yielded, an exception is raised, a number is a time to sleep in seconds; None waits for ever.
 Step = Chunk | BaseException | float | Beat | None
 Script = Callable[[GenerationRequest], Iterable[Step]]
 
 
 def tokens(texts: Sequence[str], finish: FinishReason | None = FinishReason.STOP, start: int = 0) -> list[TokenEvent]:
-    """Events 10 ms apart, the first after 50 ms."""
+    """Events every 10 ms; the first one after 50 ms."""
     last = len(texts) - 1
     return [
         TokenEvent(
@@ -69,6 +70,7 @@ def chunk(texts: Sequence[str], finish: FinishReason | None = FinishReason.STOP,
 
 
 def echo(request: GenerationRequest) -> list[Step]:
+    """The words of the prompt, the first one in a chunk of its own."""
     prompt = request.prompt
     words = prompt.text.split(" ") if isinstance(prompt, TextPrompt) else ["some", " words"]
     if len(words) == 1:
@@ -77,34 +79,32 @@ def echo(request: GenerationRequest) -> list[Step]:
 
 
 @dataclass
-class ScriptedGateway:
-    """Keeps what it was asked. `crowded` is set once `crowd` requests run at the same time."""
+class ScriptedEngine:
+    """Plays a script for each request, and keeps requests and queries.
+
+    `reached` is set when `awaited` requests run at the same time. A model without an entry in `statuses` is ready.
+    """
 
     script: Script = echo
-    states: list[ModelStatus] = field(default_factory=lambda: [ModelStatus("small", ModelState.READY)])
-    word: str = "warming"
+    statuses: dict[str, ModelStatus] = field(default_factory=dict)
+    results: dict[type[Query[Any]], Any] = field(default_factory=lambda: dict(RESULTS))
     requests: list[GenerationRequest] = field(default_factory=list)
-    warm_waits: list[float | None] = field(default_factory=list)
-    refusals: list[tuple[ServeAppError, str | None]] = field(default_factory=list)
-    questions: list[tuple[str, Query[Any]]] = field(default_factory=list)
-    answers: dict[type[Query[Any]], Any] = field(default_factory=lambda: dict(ANSWERS))
+    queries: list[tuple[str, Query[Any]]] = field(default_factory=list)
+    deadlines: list[float] = field(default_factory=list)
     closed: list[str] = field(default_factory=list)
-    calls: list[HttpCall] = field(default_factory=list)
-    open_calls: int = 0
     completed: int = 0
     running: int = 0
-    most_running: int = 0
-    crowd: int = 1
-    crowded: asyncio.Event = field(default_factory=asyncio.Event)
-    beaten: asyncio.Event = field(default_factory=asyncio.Event)
+    max_running: int = 0
+    awaited: int = 1
+    reached: asyncio.Event = field(default_factory=asyncio.Event)
+    heartbeat: asyncio.Event = field(default_factory=asyncio.Event)
 
-    async def stream(self, request: GenerationRequest, warm_wait_s: float | None = None) -> AsyncGenerator[Chunk, None]:
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
         self.requests.append(request)
-        self.warm_waits.append(warm_wait_s)
         self.running += 1
-        self.most_running = max(self.most_running, self.running)
-        if self.running >= self.crowd:
-            self.crowded.set()
+        self.max_running = max(self.max_running, self.running)
+        if self.running >= self.awaited:
+            self.reached.set()
         try:
             for step in self.script(request):
                 if isinstance(step, BaseException):
@@ -112,8 +112,8 @@ class ScriptedGateway:
                 if isinstance(step, Chunk):
                     yield step
                 elif isinstance(step, Beat):
-                    self.beaten.clear()
-                    await self.beaten.wait()
+                    self.heartbeat.clear()
+                    await self.heartbeat.wait()
                 else:
                     await asyncio.sleep(3600 if step is None else step)
             self.completed += 1
@@ -121,25 +121,36 @@ class ScriptedGateway:
             self.running -= 1
             self.closed.append(request.id)
 
-    async def query(self, model: str, question: Query[A], warm_wait_s: float) -> A:
-        self.questions.append((model, question))
-        answer = self.answers[type(question)]
-        if isinstance(answer, BaseException):
-            raise answer
-        return answer  # type: ignore[no-any-return]
+    async def query(self, model: str, query: Query[A], deadline: float) -> A:
+        self.queries.append((model, query))
+        self.deadlines.append(deadline)
+        result = self.results[type(query)]
+        if isinstance(result, BaseException):
+            raise result
+        return result  # type: ignore[no-any-return]
 
-    def waiting_on(self, model: str) -> str:
-        self.beaten.set()
-        return self.word
+    def health(self, model: str) -> ModelStatus:
+        self.heartbeat.set()
+        return self.statuses.get(model, ModelStatus(model, ModelState.READY))
 
-    async def models(self) -> list[ModelStatus]:
-        return self.states
+    def load(self, model: str) -> EngineLoad:
+        return EngineLoad(self.running, 0, 64)
 
-    async def metrics(self) -> bytes:
-        return b"up 1\n"
+    def plays(self, *steps: Step) -> None:
+        """Play these steps for every request."""
+        self.script = lambda request: steps
+
+
+@dataclass
+class ScriptedTelemetry:
+    """Keeps the errors with the model of each, and the calls that have ended."""
+
+    errors: list[tuple[ServeAppError, str | None]] = field(default_factory=list)
+    calls: list[HttpCall] = field(default_factory=list)
+    open_calls: int = 0
 
     def refused(self, error: ServeAppError, model: str | None) -> None:
-        self.refusals.append((error, model))
+        self.errors.append((error, model))
 
     def call_began(self) -> None:
         self.open_calls += 1
@@ -148,8 +159,18 @@ class ScriptedGateway:
         self.open_calls -= 1
         self.calls.append(call)
 
-    def plays(self, *steps: Step) -> None:
-        self.script = lambda request: steps
+    async def exposition(self) -> bytes:
+        return b"up 1\n"
+
+
+@dataclass
+class Clock:
+    """Monotonic seconds that advance only when a test advances them."""
+
+    now: float = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
 
 
 def app_config(**limits: Any) -> AppConfig:
@@ -173,8 +194,11 @@ def app_config(**limits: Any) -> AppConfig:
 
 
 @dataclass
-class Wire:
-    """The server's side of one POST: `leave` is the client hanging up; `fail_at` makes that send raise OSError."""
+class Connection:
+    """The server's side of one POST. The client disconnects when `disconnect` is set.
+
+    `fail_at` is the number of the message whose write fails. `written` is set when a part of the body was written.
+    """
 
     path: str
     body: Any
@@ -182,8 +206,8 @@ class Wire:
     parts: list[bytes] | None = None
     headers: list[tuple[bytes, bytes]] = field(default_factory=list)
     sent: list[Any] = field(default_factory=list)
-    leave: asyncio.Event = field(default_factory=asyncio.Event)
-    wrote: asyncio.Event = field(default_factory=asyncio.Event)
+    disconnect: asyncio.Event = field(default_factory=asyncio.Event)
+    written: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def scope(self) -> dict[str, Any]:
@@ -205,7 +229,7 @@ class Wire:
         if self.parts:
             part = self.parts.pop(0)
             return {"type": "http.request", "body": part, "more_body": bool(self.parts)}
-        await self.leave.wait()
+        await self.disconnect.wait()
         return {"type": "http.disconnect"}
 
     async def send(self, message: Any) -> None:
@@ -213,19 +237,27 @@ class Wire:
             raise OSError("broken pipe")
         self.sent.append(message)
         if message.get("body"):
-            self.wrote.set()
+            self.written.set()
 
     @property
     def status(self) -> int | None:
         return self.sent[0]["status"] if self.sent else None
 
     @property
-    def text(self) -> bytes:
-        return b"".join(message.get("body", b"") for message in self.sent)
+    def text(self) -> str:
+        return b"".join(message.get("body", b"") for message in self.sent).decode()
 
 
-def frames(text: str) -> list[Any]:
-    """The data of every frame, parsed as strictly as a browser does; comments are left out."""
+def serve(
+    engine: ScriptedEngine, telemetry: ScriptedTelemetry, connection: Connection, **limits: Any
+) -> asyncio.Task[None]:
+    """The application at work on one connection."""
+    app = create_app(engine, telemetry, app_config(**limits))
+    return asyncio.create_task(app(connection.scope, connection.receive, connection.send))
+
+
+def events_of(text: str) -> list[Any]:
+    """The data of every event, parsed as strictly as a browser does, without the comments."""
     assert text.endswith("\n\n")
     found = []
     for block in text.removesuffix("\n\n").split("\n\n"):
@@ -236,16 +268,26 @@ def frames(text: str) -> list[Any]:
     return found
 
 
-def told(answer: httpx.Response) -> dict[str, Any]:
-    """The error of an answer, checked to be whole in the dialect of its path."""
-    body = answer.json()
+def error_of(answer: httpx.Response) -> dict[str, Any]:
+    """The error of an answer, checked to be complete in the dialect of its path."""
+    return check_error(answer.request.url.path, answer.json(), answer.headers["x-request-id"])
+
+
+def check_error(path: str, body: Any, request_id: str) -> dict[str, Any]:
     assert set(body) == {"error"}
     error: dict[str, Any] = body["error"]
-    if answer.request.url.path.startswith("/v1"):
+    if path.startswith("/v1"):
         assert set(error) == {"message", "type", "param", "code"}
         assert error["type"] in ("invalid_request_error", "rate_limit_error", "server_error")
     else:
         assert set(error) == {"code", "message", "param", "request_id"}
-        assert error["request_id"] == answer.headers["x-request-id"]
+        assert error["request_id"] == request_id
     assert error["message"]
     return error
+
+
+def tgi_error_of(answer: httpx.Response) -> tuple[str, str]:
+    """The message and the type of an error, checked to be complete."""
+    body = answer.json()
+    assert set(body) == {"error", "error_type"}
+    return body["error"], body["error_type"]

@@ -1,317 +1,525 @@
-"""Every field of every body has a test that shows what it does, and what is no field is refused.
+"""Every field of every body has an effect that a test shows, and an unknown field is refused.
 
-A new field fails here until `TELLING` or `SHOWN` says which test that is.
+A new field fails here until EFFECTS has an entry for it. That a field which reaches the engine works there is tested in
+the engine's tests.
 """
 
 from __future__ import annotations
 
-import ast
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import fields
-from functools import cache
-from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from dataclasses import dataclass, fields
+from typing import Any, get_args
 
 import httpx
 import pytest
 from pydantic import ValidationError
 
-import serve_app.api.app  # noqa: F401, with it come the bodies of every route
-from serve_app.api import openapi
-from serve_app.api.native.schema import SamplingFields
+import serve_app.api.app  # noqa: F401 (imports the bodies of every route)
+from serve_app.api.operations import OPERATIONS
+from serve_app.api.sampling import SamplingFields
 from serve_app.api.schema import Body
-from serve_app.core.queries import GetModelInfo
-from serve_app.core.requests import GenerationRequest, Grammar
+from serve_app.core.events import Chunk
+from serve_app.core.requests import (
+    ChatMessage,
+    ChatPrompt,
+    Grammar,
+    TextPrompt,
+    TokenPrompt,
+    Tool,
+    ToolCall,
+    ToolChoice,
+)
 
-from .scripted import POSTS, ScriptedGateway
-from .syntaxes import HERMES
-from .test_fields import SCHEMA, asked
-from .test_tools import CHAT as TOOLS_CHAT, PATH as CHAT, WEATHER, info
+from .scripted import POSTS, ScriptedEngine
+from .test_fields import SCHEMA
+from .test_prompt_details import with_details
 from .toy import toy
 
-TESTS = Path(__file__).parents[1]
+COMPLETIONS, CHATS, EMBEDDINGS = "/v1/completions", "/v1/chat/completions", "/v1/embeddings"
+CHAT = POSTS[CHATS]
 
 
-class Telling(NamedTuple):
-    """A value of a field, what of a request it decides, and what that is then."""
+@dataclass(frozen=True, slots=True)
+class Effect:
+    """Fields of a body, and what they change.
 
-    value: Any
-    decides: str
-    becomes: Any
+    `engine` are the attributes of the request or query that reaches the engine, with their values. `answer` is whether
+    the answer changes although the same reaches the engine. With neither, the fields have no effect.
+    `base` replaces the shortest body of the path.
+    """
+
+    fields: dict[str, Any]
+    engine: dict[str, Any] | None = None
+    answer: bool = False
+    base: dict[str, Any] | None = None
 
 
-# The sampling fields that the native and OpenAI's bodies share.
-TELLING = {
-    "temperature": Telling(0.7, "temperature", 0.7),
-    "top_p": Telling(0.5, "top_p", 0.5),
-    "top_k": Telling(4, "top_k", 4),
-    "min_p": Telling(0.1, "min_p", 0.1),
-    "repetition_penalty": Telling(1.5, "repetition_penalty", 1.5),
-    "presence_penalty": Telling(-2, "presence_penalty", -2),
-    "frequency_penalty": Telling(2, "frequency_penalty", 2),
-    "seed": Telling(7, "seed", 7),
-    "stop": Telling(["x"], "stop", ("x",)),
-    "stop_token_ids": Telling([7], "stop_token_ids", (7,)),
-    "ignore_eos": Telling(True, "ignore_eos", True),
-    "min_tokens": Telling(2, "min_tokens", 2),
-    "logit_bias": Telling({"7": 1}, "logit_bias", ((7, 1),)),
-    "skip_special_tokens": Telling(False, "skip_special_tokens", False),
-    "include_stop_str_in_output": Telling(True, "include_stop_str_in_output", True),
-    "guided_json": Telling(SCHEMA, "grammar", Grammar("json_schema", json.dumps(SCHEMA), "guided_json")),
-    "guided_regex": Telling("a+", "grammar", Grammar("regex", "a+", "guided_regex")),
-    "guided_choice": Telling(["a"], "grammar", Grammar("choice", '["a"]', "guided_choice")),
-    "guided_grammar": Telling('start: "a"', "grammar", Grammar("lark", 'start: "a"', "guided_grammar")),
-    "truncate_prompt_tokens": Telling(5, "truncate_prompt_tokens", 5),
-    "priority": Telling(-3, "priority", -3),
-    "cache_salt": Telling("mine", "cache_salt", "mine"),
+# The sampling fields, which the native and OpenAI's bodies share.
+SAMPLING = {
+    "temperature": Effect({"temperature": 0.7}, {"temperature": 0.7}),
+    "top_p": Effect({"top_p": 0.5}, {"top_p": 0.5}),
+    "top_k": Effect({"top_k": 4}, {"top_k": 4}),
+    "min_p": Effect({"min_p": 0.1}, {"min_p": 0.1}),
+    "repetition_penalty": Effect({"repetition_penalty": 1.5}, {"repetition_penalty": 1.5}),
+    "presence_penalty": Effect({"presence_penalty": -2}, {"presence_penalty": -2}),
+    "frequency_penalty": Effect({"frequency_penalty": 2}, {"frequency_penalty": 2}),
+    "seed": Effect({"seed": 7}, {"seed": 7}),
+    "stop": Effect({"stop": ["x"]}, {"stop": ("x",)}),
+    "stop_token_ids": Effect({"stop_token_ids": [7]}, {"stop_token_ids": (7,)}),
+    "ignore_eos": Effect({"ignore_eos": True}, {"ignore_eos": True}),
+    "min_tokens": Effect({"min_tokens": 2}, {"min_tokens": 2}),
+    "logit_bias": Effect({"logit_bias": {"7": 1}}, {"logit_bias": ((7, 1),)}),
+    "skip_special_tokens": Effect({"skip_special_tokens": False}, {"skip_special_tokens": False}),
+    "include_stop_str_in_output": Effect({"include_stop_str_in_output": True}, {"include_stop_str_in_output": True}),
+    "guided_json": Effect(
+        {"guided_json": SCHEMA}, {"grammar": Grammar("json_schema", json.dumps(SCHEMA), "guided_json")}
+    ),
+    "guided_regex": Effect({"guided_regex": "a+"}, {"grammar": Grammar("regex", "a+", "guided_regex")}),
+    "guided_choice": Effect({"guided_choice": ["a"]}, {"grammar": Grammar("choice", '["a"]', "guided_choice")}),
+    "guided_grammar": Effect(
+        {"guided_grammar": 'start: "a"'}, {"grammar": Grammar("lark", 'start: "a"', "guided_grammar")}
+    ),
+    "truncate_prompt_tokens": Effect({"truncate_prompt_tokens": 5}, {"truncate_prompt_tokens": 5}),
+    "priority": Effect({"priority": -3}, {"priority": -3}),
+    "cache_salt": Effect({"cache_salt": "mine"}, {"cache_salt": "mine"}),
 }
 
-# The class that declares them, its fields, and the test that shows what they do. The first ones show what the engine
-# makes of what TELLING sees arrive; that an answer follows any grammar is shown in tests/models/test_grammar.py.
-SHOWN = [
-    ("SamplingFields", "temperature", "engine/test_sampler.py::test_draws_follow_the_softmax"),
-    (
-        "SamplingFields",
-        "top_p top_k min_p",
-        "engine/test_sampler.py::test_filters_that_want_more_than_the_candidates_are_still_exact",
-    ),
-    (
-        "SamplingFields",
-        "repetition_penalty presence_penalty frequency_penalty",
-        "engine/test_sampler.py::test_penalties_are_those_of_a_naive_reference",
-    ),
-    (
-        "SamplingFields",
-        "seed",
-        "engine/test_sampler.py::test_a_seed_gives_the_same_answer_again_and_another_seed_another",
-    ),
-    (
-        "SamplingFields",
-        "stop",
-        "engine/test_stream.py::test_a_stop_string_ends_it_across_tokens_and_sends_the_engine_away",
-    ),
-    (
-        "SamplingFields",
-        "stop_token_ids",
-        "engine/test_sequence.py::test_stop_token_ids_end_it_even_with_ignore_eos",
-    ),
-    ("SamplingFields", "ignore_eos", "engine/test_sequence.py::test_ignore_eos_goes_on_past_the_end_token"),
-    ("SamplingFields", "min_tokens", "engine/test_sequence.py::test_no_token_ends_it_before_min_tokens"),
-    ("SamplingFields", "logit_bias", "engine/test_sampler.py::test_biases_are_added_first_whatever_the_temperature"),
-    (
-        "SamplingFields",
-        "skip_special_tokens include_stop_str_in_output",
-        "engine/test_engine.py::test_special_tokens_and_what_ended_the_answer_are_shown_when_asked_for",
-    ),
-    (
-        "SamplingFields",
-        "guided_json guided_regex guided_choice guided_grammar",
-        "api/test_fields.py::test_what_the_answer_looks_like_arrives_by_the_name_of_its_field",
-    ),
-    (
-        "SamplingFields",
-        "truncate_prompt_tokens",
-        "engine/test_engine.py::test_of_a_prompt_the_last_tokens_can_be_kept",
-    ),
-    (
-        "SamplingFields",
-        "priority",
-        "engine/test_scheduler.py::test_the_lowest_priority_is_served_first_and_of_equals_who_came_first",
-    ),
-    ("SamplingFields", "cache_salt", "api/test_every_field.py::test_a_salt_keeps_what_is_computed_apart"),
-    ("NativeFields", "model max_tokens", "api/test_native.py::test_every_field_arrives"),
-    ("NativeFields", "do_sample", "api/test_native.py::test_do_sample_false_is_greedy"),
-    ("NativeFields", "logprobs", "api/test_native.py::test_logprobs_when_asked"),
-    ("GenerateBody", "prompt", "api/test_native.py::test_generate_answers_text_usage_and_metrics"),
-    ("StreamBody", "include_text", "api/test_stream.py::test_text_can_be_left_out_and_logprobs_added"),
-    ("BatchBody", "prompts", "api/test_batch.py::test_prompts_share_their_fields"),
-    ("BatchBody", "requests", "api/test_batch.py::test_requests_bring_their_own_fields"),
-    ("OpenAIFields", "model", "api/test_openai.py::test_every_field_arrives"),
-    ("OpenAIFields", "n", "api/test_fields.py::test_several_answers_are_forks_of_one_request"),
-    ("OpenAIFields", "response_format", "api/test_fields.py::test_a_response_format_is_a_grammar"),
-    (
-        "OpenAIFields",
-        "stream stream_options",
-        "api/test_fields.py::test_several_answers_are_streamed_as_they_come_and_end_together",
-    ),
-    ("OpenAIFields", "user", "api/test_prompt.py::test_who_a_call_is_for_is_written_to_the_log"),
-    ("OpenAIFields", "prompt_logprobs", "api/test_prompt.py::test_prompt_logprobs_are_told_by_id_and_rank"),
-    ("OpenAIFields", "return_token_ids", "api/test_prompt.py::test_token_ids_are_told_of_prompt_and_answer"),
-    ("StreamOptions", "include_usage", "api/test_openai.py::test_usage_comes_in_a_chunk_of_its_own_when_asked"),
-    ("ResponseFormat", "type json_schema", "api/test_fields.py::test_a_response_format_is_a_grammar"),
-    ("JsonSchema", "schema", "api/test_fields.py::test_a_response_format_is_a_grammar"),
-    (
-        "JsonSchema",
-        "name description strict",
-        "api/test_every_field.py::test_what_is_said_about_a_schema_changes_no_answer",
-    ),
-    ("CompletionBody", "prompt", "api/test_fields.py::test_a_list_of_prompts_has_their_answers_in_order"),
-    ("CompletionBody", "max_tokens", "api/test_openai.py::test_every_field_arrives"),
-    ("CompletionBody", "logprobs", "api/test_openai.py::test_logprobs_of_a_completion"),
-    ("CompletionBody", "best_of", "api/test_best_of.py::test_the_likeliest_by_the_token_are_told_and_all_are_counted"),
-    ("CompletionBody", "echo", "api/test_prompt.py::test_an_echo_comes_before_the_answer"),
-    ("ChatBody", "messages", "api/test_openai.py::test_content_may_come_in_parts"),
-    (
-        "ChatBody",
-        "max_tokens max_completion_tokens",
-        "api/test_openai.py::test_max_tokens_of_a_chat_has_two_names",
-    ),
-    ("ChatBody", "logprobs top_logprobs", "api/test_openai.py::test_logprobs_of_a_chat"),
-    ("Message", "role content", "api/test_openai.py::test_content_may_come_in_parts"),
-    (
-        "Message",
-        "name tool_call_id tool_calls",
-        "api/test_tools.py::test_a_conversation_goes_on_with_what_the_tool_said",
-    ),
-    ("TextPart", "type text", "api/test_openai.py::test_content_may_come_in_parts"),
-    ("EarlierCall", "id type function", "api/test_tools.py::test_a_conversation_goes_on_with_what_the_tool_said"),
-    ("CalledFunction", "name arguments", "api/test_tools.py::test_a_conversation_goes_on_with_what_the_tool_said"),
-    ("ToolFields", "tools", "api/test_tools.py::test_tools_reach_the_template_as_openai_writes_them"),
-    ("ToolFields", "tool_choice parallel_tool_calls", "api/test_tools.py::test_the_choice_is_a_grammar"),
-    ("OfferedTool", "type function", "api/test_tools.py::test_tools_reach_the_template_as_openai_writes_them"),
-    (
-        "Function",
-        "name description parameters",
-        "api/test_tools.py::test_tools_reach_the_template_as_openai_writes_them",
-    ),
-    ("Function", "strict", "api/test_every_field.py::test_calls_are_as_strict_as_can_be_whatever_is_said"),
-    ("ChosenTool", "type function", "api/test_tools.py::test_the_choice_is_a_grammar"),
-    ("ChosenFunction", "name", "api/test_tools.py::test_the_choice_is_a_grammar"),
-    ("TokenizeBody", "model prompt return_token_strs", "api/test_tokens.py::test_the_tokens_of_a_prompt"),
-    ("TokenizeBody", "messages add_special_tokens", "api/test_tokens.py::test_what_is_asked_of_the_model"),
-    ("TokenizeInputsBody", "model inputs", "api/test_tokens.py::test_tgis_form_tells_where_each_token_lies"),
-    ("DetokenizeBody", "model tokens", "api/test_tokens.py::test_tokens_become_text"),
-    (
-        "EmbeddingsBody",
-        "model",
-        "api/test_embeddings.py::test_a_model_that_is_not_switched_on_says_what_switches_it_on",
-    ),
-    (
-        "EmbeddingsBody",
-        "input truncate_prompt_tokens priority",
-        "api/test_embeddings.py::test_every_input_has_its_vector_in_order",
-    ),
-    ("EmbeddingsBody", "encoding_format", "api/test_embeddings.py::test_base64_is_float32"),
-    ("EmbeddingsBody", "dimensions", "api/test_embeddings.py::test_what_cannot_be_is_refused_by_name"),
-    ("EmbeddingsBody", "user", "api/test_embeddings.py::test_who_it_is_for_is_written_to_the_log"),
-    ("TgiBody", "model", "api/test_tgi.py::test_a_model_is_named_by_the_body_or_by_the_address"),
-    ("TgiBody", "inputs parameters", "api/test_tgi.py::test_an_engine_reads_what_is_left_of_the_prompt"),
-    ("TgiBody", "stream", "api/test_tgi.py::test_a_stream_is_an_event_for_every_token"),
-    (
-        "Parameters",
-        "max_new_tokens temperature top_k top_p repetition_penalty frequency_penalty seed stop truncate",
-        "api/test_tgi.py::test_every_parameter_arrives",
-    ),
-    ("Parameters", "do_sample", "api/test_tgi.py::test_what_samples_and_what_is_greedy"),
-    ("Parameters", "return_full_text", "api/test_tgi.py::test_the_full_text_begins_with_the_prompt"),
-    ("Parameters", "details", "api/test_tgi.py::test_details_are_every_token"),
-    (
-        "Parameters",
-        "decoder_input_details",
-        "api/test_tgi.py::test_the_details_of_the_prompt_come_with_those_of_the_answer",
-    ),
-    ("Parameters", "best_of", "api/test_tgi.py::test_the_best_of_several_is_the_likeliest_by_the_token"),
-    ("Parameters", "top_n_tokens", "api/test_tgi.py::test_the_likeliest_tokens_come_with_each"),
-    ("Parameters", "grammar", "api/test_tgi.py::test_a_grammar_arrives"),
-    ("Parameters", "typical_p watermark adapter_id", "api/test_tgi.py::test_a_wrong_parameter_is_named"),
-    ("GrammarField", "type value", "api/test_tgi.py::test_a_grammar_arrives"),
+MODEL = Effect({"model": "org/large"}, {"model": "org/large", "temperature": 0, "top_p": 1.0})
+QUERIED_MODEL = Effect({"model": "org/large"}, {"model": "org/large"})
+GRAMMAR = Grammar("json_schema", json.dumps(SCHEMA), "response_format")
+WITH_SCHEMA: dict[str, Any] = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}
+WITH_ANY_SCHEMA: dict[str, Any] = {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}
+USER: dict[str, Any] = {"role": "user", "content": "hi"}
+CALL: dict[str, Any] = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+TOOL: dict[str, Any] = {"type": "function", "function": {"name": "f"}}
+OTHER_TOOL: dict[str, Any] = {"type": "function", "function": {"name": "g"}}
+NO_PARAMETERS = json.dumps({"type": "object", "properties": {}, "additionalProperties": False})
+WITH_TOOL = CHAT | {"tools": [TOOL]}
+
+
+def parts(**more: Any) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA, **more}}
+
+
+def tool(name: str = "f", schema: str = NO_PARAMETERS) -> Tool:
+    return Tool(name, schema, "tools[0].function.parameters")
+
+
+def shown(description: str = "", name: str = "f", parameters: object = None) -> tuple[str, ...]:
+    parameters = {"type": "object", "properties": {}} if parameters is None else parameters
+    function = {"name": name, "description": description, "parameters": parameters}
+    return (json.dumps({"type": "function", "function": function}),)
+
+
+def prompt(*messages: ChatMessage, tools: tuple[str, ...] = ()) -> ChatPrompt:
+    return ChatPrompt((ChatMessage("user", "hi"), *messages), tools)
+
+
+def turns(*messages: dict[str, Any]) -> dict[str, Any]:
+    return {"messages": [USER, *messages]}
+
+
+def called(**changes: Any) -> dict[str, Any]:
+    """A conversation with a call of a tool."""
+    return turns({"role": "assistant", "tool_calls": [CALL | changes]})
+
+
+def call_of(call: ToolCall) -> dict[str, Any]:
+    return {"prompt": prompt(ChatMessage("assistant", "", (call,)))}
+
+
+def offered(**function: Any) -> dict[str, Any]:
+    return {"tools": [{"type": "function", "function": {"name": "f", **function}}]}
+
+
+def offers(offer: Tool, template: tuple[str, ...]) -> dict[str, Any]:
+    return {"tool_choice": ToolChoice((offer,)), "prompt": prompt(tools=template)}
+
+
+RESULT = {
+    "prompt": prompt(
+        ChatMessage("assistant", "", (ToolCall("c", "f", "{}"),)), ChatMessage("tool", "r", tool_call_id="c", name="f")
+    )
+}
+INPUTS: dict[str, Any] = {"inputs": "a b"}
+
+# TGI's parameters that make an answer sampled, and what reaches the engine then.
+SAMPLING_PARAMETERS: list[tuple[str, Any, dict[str, Any]]] = [
+    ("do_sample", True, {"temperature": 0.2}),
+    ("temperature", 0.7, {"temperature": 0.7}),
+    ("top_k", 4, {"temperature": 0.2, "top_k": 4}),
+    ("top_p", 0.5, {"temperature": 0.2, "top_p": 0.5}),
+]
+
+# By path, then by body and field.
+EFFECTS: dict[str, dict[str, dict[str, Effect]]] = {
+    "/generate": {
+        "NativeFields": {
+            "model": MODEL,
+            "max_tokens": Effect({"max_tokens": 5}, {"max_tokens": 5}),
+            "do_sample": Effect({"do_sample": False}, {"temperature": 0}),
+            "logprobs": Effect({"logprobs": 2}, {"logprobs": 2}),
+        },
+        "GenerateBody": {"prompt": Effect({"prompt": "a"}, {"prompt": TextPrompt("a")})},
+        "TgiBody": {
+            "model": Effect(INPUTS | {"model": "org/large"}, {"model": "org/large", "top_p": 1.0}, base=INPUTS),
+            "inputs": Effect({"inputs": "c"}, {"prompt": TextPrompt("c")}, base=INPUTS),
+            "parameters": Effect({"parameters": {"max_new_tokens": 5}}, {"max_tokens": 5}, base=INPUTS),
+        },
+        "Parameters": {
+            name: Effect({"parameters": {name: value}}, {attribute: becomes}, base=INPUTS)
+            for name, value, attribute, becomes in [
+                ("max_new_tokens", 5, "max_tokens", 5),
+                ("repetition_penalty", 1.2, "repetition_penalty", 1.2),
+                ("frequency_penalty", -2, "frequency_penalty", -2),
+                ("seed", 9, "seed", 9),
+                ("stop", ["x"], "stop", ("x",)),
+                ("truncate", 7, "truncate_prompt_tokens", 7),
+            ]
+        }
+        | {
+            name: Effect(
+                {"parameters": {"seed": 1, name: value}},
+                engine,
+                base=INPUTS | {"parameters": {"seed": 1}},
+            )
+            for name, value, engine in SAMPLING_PARAMETERS
+        }
+        | {
+            "return_full_text": Effect({"parameters": {"return_full_text": True}}, answer=True, base=INPUTS),
+            "details": Effect({"parameters": {"details": True}}, {"logprobs": 0}, base=INPUTS),
+            "decoder_input_details": Effect(
+                {"parameters": {"details": True, "decoder_input_details": True}},
+                {"prompt_logprobs": 0, "prompt_details": True},
+                base=INPUTS | {"parameters": {"details": True}},
+            ),
+            "best_of": Effect(
+                {"parameters": {"do_sample": True, "details": True, "seed": 1, "best_of": 2}},
+                {"count": 2, "group": True},
+                base=INPUTS | {"parameters": {"do_sample": True, "details": True, "seed": 1}},
+            ),
+            "top_n_tokens": Effect(
+                {"parameters": {"details": True, "top_n_tokens": 3}},
+                {"logprobs": 3},
+                base=INPUTS | {"parameters": {"details": True}},
+            ),
+            "grammar": Effect(
+                {"parameters": {"grammar": {"type": "regex", "value": "a"}}},
+                {"grammar": Grammar("regex", "a", "parameters.grammar")},
+                base=INPUTS,
+            ),
+            **{
+                name: Effect({"parameters": {name: None}}, base=INPUTS)
+                for name in ("typical_p", "watermark", "adapter_id")
+            },
+        },
+        "GrammarField": {
+            "type": Effect(
+                {"parameters": {"grammar": {"type": "json", "value": "{}"}}},
+                {"grammar": Grammar("json_schema", "{}", "parameters.grammar")},
+                base=INPUTS | {"parameters": {"grammar": {"type": "regex", "value": "{}"}}},
+            ),
+            "value": Effect(
+                {"parameters": {"grammar": {"type": "regex", "value": "b"}}},
+                {"grammar": Grammar("regex", "b", "parameters.grammar")},
+                base=INPUTS | {"parameters": {"grammar": {"type": "regex", "value": "a"}}},
+            ),
+        },
+    },
+    "/": {"TgiBody": {"stream": Effect({"stream": True}, {"logprobs": 0, "wake_wait_s": None}, base=INPUTS)}},
+    "/generate_stream": {"StreamBody": {"include_text": Effect({"include_text": False}, answer=True)}},
+    "/generate_batch": {
+        "BatchBody": {
+            "prompts": Effect({"prompts": ["a", "b"]}, {"prompt": TextPrompt("a"), "count": 2}),
+            "requests": Effect({"prompts": None, "requests": [{"prompt": "a"}]}, {"prompt": TextPrompt("a")}),
+        }
+    },
+    COMPLETIONS: {
+        "OpenAIFields": {
+            "model": MODEL,
+            "n": Effect({"n": 2}, {"count": 2, "group": True}),
+            "response_format": Effect({"response_format": WITH_SCHEMA}, {"grammar": GRAMMAR}),
+            "stream": Effect({"stream": True}, {"wake_wait_s": None}),
+            "stream_options": Effect(
+                {"stream": True, "stream_options": {"include_usage": True}},
+                answer=True,
+                base={"prompt": "hi", "stream": True},
+            ),
+            "user": Effect({"user": "me"}),
+            "prompt_logprobs": Effect({"prompt_logprobs": 2}, {"prompt_logprobs": 2}),
+            "return_token_ids": Effect({"return_token_ids": True}, {"prompt_details": True}),
+        },
+        "StreamOptions": {
+            "include_usage": Effect(
+                {"stream_options": {"include_usage": True}},
+                answer=True,
+                base={"prompt": "hi", "stream": True, "stream_options": {}},
+            )
+        },
+        "ResponseFormat": {
+            "type": Effect(
+                {"response_format": {"type": "json_object"}},
+                {"grammar": Grammar("json_object", field="response_format")},
+            ),
+            "json_schema": Effect(
+                {"response_format": WITH_SCHEMA},
+                {"grammar": GRAMMAR},
+                base={"prompt": "hi", "response_format": WITH_ANY_SCHEMA},
+            ),
+        },
+        "JsonSchema": {
+            "schema": Effect(
+                {"response_format": WITH_SCHEMA},
+                {"grammar": GRAMMAR},
+                base={"prompt": "hi", "response_format": WITH_ANY_SCHEMA},
+            ),
+            **{
+                name: Effect(
+                    {"response_format": parts(**{name: value})}, base={"prompt": "hi", "response_format": WITH_SCHEMA}
+                )
+                for name, value in [("name", "y"), ("description", "Any."), ("strict", False)]
+            },
+        },
+        "CompletionBody": {
+            "prompt": Effect({"prompt": [7]}, {"prompt": TokenPrompt((7,))}),
+            "max_tokens": Effect({"max_tokens": 5}, {"max_tokens": 5}),
+            "logprobs": Effect({"logprobs": 2}, {"logprobs": 2}),
+            "best_of": Effect({"best_of": 2}, {"count": 2, "group": True, "logprobs": 0}),
+            "echo": Effect({"echo": True}, {"prompt_details": True}),
+        },
+    },
+    CHATS: {
+        "ChatBody": {
+            "messages": Effect({"messages": [USER, USER]}, {"prompt": prompt(ChatMessage("user", "hi"))}),
+            "max_tokens": Effect({"max_tokens": 5}, {"max_tokens": 5}),
+            "max_completion_tokens": Effect({"max_completion_tokens": 5}, {"max_tokens": 5}),
+            "logprobs": Effect({"logprobs": True}, {"logprobs": 0}),
+            "top_logprobs": Effect({"top_logprobs": 3}, {"logprobs": 3}, base=CHAT | {"logprobs": True}),
+        },
+        "Message": {
+            "role": Effect(turns({"role": "system", "content": "x"}), {"prompt": prompt(ChatMessage("system", "x"))}),
+            "content": Effect(turns({"role": "user", "content": "x"}), {"prompt": prompt(ChatMessage("user", "x"))}),
+            "tool_calls": Effect(called(), call_of(ToolCall("c", "f", "{}"))),
+            "tool_call_id": Effect(
+                turns(called()["messages"][1], {"role": "tool", "content": "r", "tool_call_id": "c"}), RESULT
+            ),
+            "name": Effect(
+                turns(called()["messages"][1], {"role": "tool", "content": "r", "tool_call_id": "c", "name": "g"}),
+                {
+                    "prompt": prompt(
+                        ChatMessage("assistant", "", (ToolCall("c", "f", "{}"),)),
+                        ChatMessage("tool", "r", tool_call_id="c", name="g"),
+                    )
+                },
+            ),
+        },
+        "TextPart": {
+            name: Effect(
+                turns({"role": "user", "content": [{"type": "text", "text": "x"}, {"type": "text", "text": "y"}]}),
+                {"prompt": prompt(ChatMessage("user", "xy"))},
+            )
+            for name in ("type", "text")
+        },
+        "EarlierCall": {
+            "id": Effect(called(id="d"), call_of(ToolCall("d", "f", "{}")), base=called()),
+            "type": Effect(called(type="function"), base=called()),
+            "function": Effect(
+                called(function={"name": "g", "arguments": "{}"}), call_of(ToolCall("c", "g", "{}")), base=called()
+            ),
+        },
+        "CalledFunction": {
+            "name": Effect(
+                called(function={"name": "g", "arguments": "{}"}), call_of(ToolCall("c", "g", "{}")), base=called()
+            ),
+            "arguments": Effect(
+                called(function={"name": "f", "arguments": '{"a": 1}'}),
+                call_of(ToolCall("c", "f", '{"a": 1}')),
+                base=called(),
+            ),
+        },
+        "ToolFields": {
+            "tools": Effect({"tools": [TOOL]}, offers(tool(), shown())),
+            "tool_choice": Effect(
+                {"tool_choice": "required"}, {"tool_choice": ToolChoice((tool(),), True)}, base=WITH_TOOL
+            ),
+            "parallel_tool_calls": Effect(
+                {"parallel_tool_calls": False}, {"tool_choice": ToolChoice((tool(),), parallel=False)}, base=WITH_TOOL
+            ),
+        },
+        "OfferedTool": {
+            "type": Effect({"tools": [TOOL]}, offers(tool(), shown())),
+            "function": Effect({"tools": [OTHER_TOOL]}, offers(tool("g"), shown(name="g")), base=WITH_TOOL),
+        },
+        "Function": {
+            "name": Effect(offered(name="g"), offers(tool("g"), shown(name="g")), base=WITH_TOOL),
+            "description": Effect(offered(description="Any."), {"prompt": prompt(tools=shown("Any."))}, base=WITH_TOOL),
+            "parameters": Effect(
+                offered(parameters=SCHEMA),
+                offers(tool(schema=json.dumps(SCHEMA)), shown(parameters=SCHEMA)),
+                base=WITH_TOOL,
+            ),
+            "strict": Effect(offered(strict=True), base=WITH_TOOL),
+        },
+        "ChosenTool": {
+            name: Effect(
+                {"tool_choice": {"type": "function", "function": {"name": "f"}}},
+                {"tool_choice": ToolChoice((tool(),), True, False)},
+                base=WITH_TOOL,
+            )
+            for name in ("type", "function")
+        },
+        "ChosenFunction": {
+            "name": Effect(
+                {"tool_choice": {"type": "function", "function": {"name": "g"}}},
+                {"tool_choice": ToolChoice((Tool("g", NO_PARAMETERS, "tools[1].function.parameters"),), True, False)},
+                base=CHAT
+                | {"tools": [TOOL, OTHER_TOOL], "tool_choice": {"type": "function", "function": {"name": "f"}}},
+            )
+        },
+    },
+    EMBEDDINGS: {
+        "EmbeddingsBody": {
+            "model": Effect({"model": "small"}),
+            "input": Effect({"input": "b"}, {"prompt": TextPrompt("b")}),
+            "encoding_format": Effect({"encoding_format": "base64"}, answer=True),
+            "dimensions": Effect({"dimensions": 2}),
+            "user": Effect({"user": "me"}),
+            "truncate_prompt_tokens": Effect({"truncate_prompt_tokens": 5}, {"truncate_prompt_tokens": 5}),
+            "priority": Effect({"priority": 1}, {"priority": 1}),
+        }
+    },
+    "/tokenize": {
+        "TokenizeBody": {
+            "model": QUERIED_MODEL,
+            "prompt": Effect({"prompt": "b"}, {"prompt": TextPrompt("b")}),
+            "messages": Effect({"prompt": None, "messages": [USER]}, {"prompt": prompt()}),
+            "add_special_tokens": Effect({"add_special_tokens": False}, {"special_tokens": False}),
+            "return_token_strs": Effect({"return_token_strs": True}, answer=True),
+        },
+        "TokenizeInputsBody": {
+            "model": Effect({"model": "org/large"}, {"model": "org/large"}, base={"inputs": "a"}),
+            "inputs": Effect({"inputs": "b"}, {"prompt": TextPrompt("b")}, base={"inputs": "a"}),
+        },
+    },
+    "/detokenize": {
+        "DetokenizeBody": {
+            "model": QUERIED_MODEL,
+            "tokens": Effect({"tokens": [7]}, {"token_ids": (7,)}),
+        }
+    },
+}
+BASES: dict[str, dict[str, Any]] = {
+    **POSTS,
+    "/": INPUTS,
+    EMBEDDINGS: {"input": "a"},
+    "/tokenize": {"prompt": "a"},
+    "/detokenize": {"tokens": [1]},
+}
+CASES = [
+    pytest.param(path, effect, id=f"{path} {body}.{field}")
+    for path, of_bodies in EFFECTS.items()
+    for body, effects in of_bodies.items()
+    for field, effect in effects.items()
+] + [
+    pytest.param(path, effect, id=f"{path} SamplingFields.{field}")
+    for path in POSTS
+    for field, effect in SAMPLING.items()
 ]
 
 
 def bodies(of: type[Body] = Body) -> Iterator[type[Body]]:
-    """Every class of a body, whole or part, that the application knows."""
+    """Every class of a body, whole or nested."""
     for body in of.__subclasses__():
         if body.__module__.startswith("serve_app."):
             yield body
             yield from bodies(body)
 
 
+every_body = pytest.mark.parametrize(
+    "body", {body.__name__: body for body in bodies()}.values(), ids=lambda b: b.__name__
+)
+
+
 def own_fields(body: type[Body]) -> set[str]:
-    """What this class declares itself, as a caller writes it."""
+    """The fields that this class declares itself."""
     return {field.alias or name for name, field in body.model_fields.items() if name in body.__annotations__}
 
 
-@cache
-def sources(file: str) -> dict[str, str]:
-    """The source of each function and constant of a file, by name."""
-    text = (TESTS / file).read_text()
-    found = {}
-    for node in ast.parse(text).body:
-        source = ast.get_source_segment(text, node) or ""
-        match node:
-            case ast.FunctionDef() | ast.AsyncFunctionDef():
-                marks = [ast.get_source_segment(text, mark) or "" for mark in node.decorator_list]
-                found[node.name] = "\n".join([*marks, source])
-            case ast.Assign(targets=[ast.Name(name)]) | ast.AnnAssign(target=ast.Name(name)):
-                found[name] = source
-    return found
+def test_every_field_has_an_effect() -> None:
+    listed = {
+        (body, field) for of_bodies in EFFECTS.values() for body, effects in of_bodies.items() for field in effects
+    }
+    listed |= {("SamplingFields", field) for field in SAMPLING}
+    assert listed == {(body.__name__, field) for body in bodies() for field in own_fields(body)}
+    assert SAMPLING.keys() == set(SamplingFields.names())
 
 
-def source(test: str) -> str:
-    """A test's source with the constants of its file that it uses, and those that they do."""
-    file, _, name = test.partition("::")
-    known, used, left = sources(file), dict[str, str](), [name]
-    while left:
-        each = left.pop()
-        used[each] = known[each]
-        words = re.findall(r"\w+", used[each])
-        constants = [word for word in words if word.isupper() or word.startswith("every_")]
-        left += [word for word in constants if word in known and word not in used]
-    return "\n".join(used.values())
-
-
-def test_every_field_has_its_test() -> None:
-    shown = {(body, field) for body, names, _ in SHOWN for field in names.split()}
-    assert shown == {(body.__name__, field) for body in bodies() for field in own_fields(body)}
-    assert TELLING.keys() == set(SamplingFields.names())
-
-
-@pytest.mark.parametrize(("body", "names", "test"), SHOWN, ids=[f"{body}: {names}" for body, names, _ in SHOWN])
-def test_the_test_of_a_field_is_there_and_names_it(body: str, names: str, test: str) -> None:
-    written = source(test)
-    assert [name for name in names.split() if not re.search(rf"\b{name}\b", written)] == []
-
-
-def test_the_document_knows_no_other_bodies() -> None:
-    documented = [get_args(one.body) or (one.body,) for one in openapi.OPERATIONS if one.body is not None]
+def test_the_document_has_no_other_bodies() -> None:
+    documented = [get_args(one.body) or (one.body,) for one in OPERATIONS if one.body is not None]
     assert {body for each in documented for body in each} <= set(bodies())
 
 
-@pytest.mark.parametrize("body", list(bodies()), ids=lambda body: body.__name__)
-def test_what_is_no_field_is_refused_by_its_name(body: type[Body]) -> None:
+@every_body
+def test_an_unknown_field_is_refused(body: type[Body]) -> None:
     with pytest.raises(ValidationError) as refused:
-        body.model_validate({"surely_none": None})
-    assert [fault["loc"] for fault in refused.value.errors() if fault["type"] == "extra_forbidden"] == [
-        ("surely_none",)
+        body.model_validate({"surely_unknown": None})
+    assert [error["loc"] for error in refused.value.errors() if error["type"] == "extra_forbidden"] == [
+        ("surely_unknown",)
     ]
 
 
-# The effects that no other file shows.
-
-
-def changes(before: GenerationRequest, after: GenerationRequest) -> dict[str, object]:
-    return {
-        field.name: getattr(new, field.name)
-        for old, new in ((before, after), (before.params, after.params))
-        for field in fields(old)
-        if field.name not in ("id", "params", "arrived", "deadline")
-        and getattr(old, field.name) != getattr(new, field.name)
+@every_body
+def test_every_field_is_documented(body: type[Body]) -> None:
+    """A field with one possible value needs no description."""
+    undocumented = {
+        field.alias or name
+        for name, field in body.model_fields.items()
+        if not field.description and len(get_args(field.annotation)) != 1
     }
+    assert undocumented <= {"type", "text"}
 
 
-@pytest.mark.parametrize("path", POSTS)
-@pytest.mark.parametrize("field", TELLING)
-async def test_a_field_decides_what_it_says_and_nothing_else(
-    client: httpx.AsyncClient, gateway: ScriptedGateway, path: str, field: str
+def reached(engine: ScriptedEngine) -> dict[str, Any]:
+    """The attributes of the first request or query that reached the engine, without ids and times."""
+    if not engine.requests:
+        model, query = engine.queries[0]
+        return {"model": model} | {field.name: getattr(query, field.name) for field in fields(query)}  # type: ignore[arg-type]
+    request = engine.requests[0]
+    found = {field.name: getattr(one, field.name) for one in (request, request.params) for field in fields(one)}
+    found |= {"group": request.group != "", "count": len(engine.requests)}
+    return {name: value for name, value in found.items() if name not in ("id", "params", "arrived", "deadline")}
+
+
+async def sent(
+    client: httpx.AsyncClient, engine: ScriptedEngine, path: str, body: dict[str, Any]
+) -> tuple[dict[str, Any], str]:
+    """What reached the engine, and the answer without ids and times of its own."""
+    engine.requests.clear()
+    engine.queries.clear()
+    answer = await client.post(path, json=body)
+    assert answer.status_code == 200, answer.text
+    return reached(engine), re.sub(r'"(id|created|elapsed_ms)":("[^"]*"|[0-9.]+)', "", answer.text)
+
+
+@pytest.mark.parametrize(("path", "effect"), CASES)
+async def test_a_field_has_its_effect_and_no_other(
+    client: httpx.AsyncClient, engine: ScriptedEngine, path: str, effect: Effect
 ) -> None:
-    value, decides, becomes = TELLING[field]
-    plain = await asked(client, gateway, path, {})
-    assert changes(plain, await asked(client, gateway, path, {field: value})) == {decides: becomes}
+    if path == EMBEDDINGS:
+        engine.script = lambda request: [Chunk((), 1, 0.0, embedding=(1.0, 2.0))]
+    else:
+        engine.script = with_details
+    base = effect.base or BASES[path]
+    before, answer_before = await sent(client, engine, path, base)
+    after, answer_after = await sent(client, engine, path, base | effect.fields)
+    assert {name: value for name, value in after.items() if before.get(name) != value} == (effect.engine or {})
+    if effect.engine is None:
+        assert (answer_before != answer_after) == effect.answer
 
 
-async def test_a_salt_keeps_what_is_computed_apart() -> None:
+async def test_requests_with_different_salts_share_no_cache() -> None:
     async with toy() as (client, _):
 
         async def cached(**fields: str) -> int:
@@ -322,28 +530,3 @@ async def test_a_salt_keeps_what_is_computed_apart() -> None:
         assert [await cached(), await cached()] == [0, 32]
         assert [await cached(cache_salt="mine"), await cached(cache_salt="mine")] == [0, 32]
         assert await cached(cache_salt="yours") == 0
-
-
-@pytest.mark.parametrize(
-    "about", [{"name": "y"}, {"description": "Any."}, {"strict": True}, {"strict": False}], ids=str
-)
-async def test_what_is_said_about_a_schema_changes_no_answer(
-    client: httpx.AsyncClient, gateway: ScriptedGateway, about: dict[str, object]
-) -> None:
-    """An answer follows it strictly in any case, and the model is not told of it."""
-    shape = {"name": "x", "schema": SCHEMA}
-    each = [{"response_format": {"type": "json_schema", "json_schema": said}} for said in (shape, shape | about)]
-    one, other = [await asked(client, gateway, CHAT, fields) for fields in each]
-    assert changes(one, other) == {}
-
-
-@pytest.mark.parametrize("strict", [True, False, None])
-async def test_calls_are_as_strict_as_can_be_whatever_is_said(
-    client: httpx.AsyncClient, gateway: ScriptedGateway, strict: bool | None
-) -> None:
-    gateway.answers[GetModelInfo] = info(HERMES)
-    function: dict[str, object] = {**WEATHER["function"], "strict": strict}  # type: ignore[dict-item]
-    told = [WEATHER, WEATHER | {"function": function}]
-    one, other = [await asked(client, gateway, CHAT, TOOLS_CHAT | {"tools": [tool]}) for tool in told]
-    assert changes(one, other) == {}
-    assert one.params.grammar is not None

@@ -8,15 +8,17 @@ import pytest
 from serve_app.core.events import Chunk, FinishReason, Logprobs, TokenEvent, TokenLogprob
 from serve_app.core.requests import SamplingParams, TextPrompt
 
-from .scripted import ScriptedGateway, chunk, frames
+from .scripted import ScriptedEngine, ScriptedTelemetry, chunk, events_of
 
 
-async def test_generate_answers_text_usage_and_metrics(client: httpx.AsyncClient, gateway: ScriptedGateway) -> None:
+async def test_generate_answers_text_usage_and_metrics(
+    client: httpx.AsyncClient, engine: ScriptedEngine, telemetry: ScriptedTelemetry
+) -> None:
     answer = await client.post("/generate", json={"prompt": "and bright and"})
     assert answer.status_code == 200
     body = answer.json()
     assert body == {
-        "id": gateway.requests[0].id,
+        "id": engine.requests[0].id,
         "model": "small",
         "text": "andbrightand",
         "finish_reason": "stop",
@@ -35,19 +37,19 @@ async def test_generate_answers_text_usage_and_metrics(client: httpx.AsyncClient
             "elapsed_ms": 70.0,
         },
     }
-    assert gateway.completed == 1
-    assert gateway.refusals == []
+    assert engine.completed == 1
+    assert telemetry.errors == []
 
 
-async def test_what_is_absent_comes_from_the_model(client: httpx.AsyncClient, gateway: ScriptedGateway) -> None:
+async def test_an_absent_field_has_the_default_of_the_model(client: httpx.AsyncClient, engine: ScriptedEngine) -> None:
     await client.post("/generate", json={"prompt": "hi", "top_k": None})
-    request = gateway.requests[0]
+    request = engine.requests[0]
     assert request.prompt == TextPrompt("hi")
     assert request.params == SamplingParams(max_tokens=128, temperature=0.2, top_p=0.9)
     assert request.timeout_s == pytest.approx(600, abs=1)
 
 
-async def test_every_field_arrives(client: httpx.AsyncClient, gateway: ScriptedGateway) -> None:
+async def test_every_field_reaches_the_engine(client: httpx.AsyncClient, engine: ScriptedEngine) -> None:
     fields: dict[str, Any] = {
         "max_tokens": 5,
         "min_tokens": 2,
@@ -65,28 +67,28 @@ async def test_every_field_arrives(client: httpx.AsyncClient, gateway: ScriptedG
     lists = {"stop": ["a", "b"], "stop_token_ids": [7]}
     body = {"prompt": "hi", "model": "org/large", "do_sample": True, **fields, **lists}
     assert (await client.post("/generate", json=body)).status_code == 200
-    assert gateway.requests[0].model == "org/large"
-    assert gateway.requests[0].params == SamplingParams(**fields, stop=("a", "b"), stop_token_ids=(7,))
+    assert engine.requests[0].model == "org/large"
+    assert engine.requests[0].params == SamplingParams(**fields, stop=("a", "b"), stop_token_ids=(7,))
 
 
-async def test_one_stop_string_needs_no_list(client: httpx.AsyncClient, gateway: ScriptedGateway) -> None:
+async def test_stop_can_be_one_string(client: httpx.AsyncClient, engine: ScriptedEngine) -> None:
     await client.post("/generate", json={"prompt": "hi", "stop": "\n"})
-    assert gateway.requests[0].params.stop == ("\n",)
+    assert engine.requests[0].params.stop == ("\n",)
 
 
-async def test_do_sample_false_is_greedy(client: httpx.AsyncClient, gateway: ScriptedGateway) -> None:
+async def test_do_sample_false_is_greedy(client: httpx.AsyncClient, engine: ScriptedEngine) -> None:
     await client.post("/generate", json={"prompt": "hi", "do_sample": False, "temperature": 1.5})
-    assert gateway.requests[0].params.temperature == 0
+    assert engine.requests[0].params.temperature == 0
 
 
-async def test_logprobs_when_asked(client: httpx.AsyncClient) -> None:
+async def test_logprobs_of_an_answer(client: httpx.AsyncClient) -> None:
     body = (await client.post("/generate", json={"prompt": "hi", "logprobs": 1})).json()
     top = {"token_id": 99, "token": "é", "logprob": -9999.0}
     assert body["logprobs"] == [{"token_id": 0, "token": "hi", "logprob": -0.5, "top": [top]}]
 
 
-async def test_a_token_at_time_zero_has_no_rate(client: httpx.AsyncClient, gateway: ScriptedGateway) -> None:
-    gateway.plays(Chunk((TokenEvent(1, "x", 0.0, FinishReason.LENGTH),), 1, 0.0))
+async def test_a_token_at_time_zero_has_no_rate(client: httpx.AsyncClient, engine: ScriptedEngine) -> None:
+    engine.plays(Chunk((TokenEvent(1, "x", 0.0, FinishReason.LENGTH),), 1, 0.0))
     body = (await client.post("/generate", json={"prompt": "hi", "logprobs": 0})).json()
     assert body["metrics"]["tokens_per_second"] == 0
     assert body["metrics"]["tpot_ms"] is None
@@ -94,30 +96,32 @@ async def test_a_token_at_time_zero_has_no_rate(client: httpx.AsyncClient, gatew
     assert body["logprobs"] == []
 
 
-async def test_an_empty_chunk_says_nothing(client: httpx.AsyncClient, gateway: ScriptedGateway) -> None:
-    gateway.plays(Chunk((), 3, 0.0), chunk(["a"]))
+async def test_a_chunk_without_tokens_is_ignored(client: httpx.AsyncClient, engine: ScriptedEngine) -> None:
+    engine.plays(Chunk((), 3, 0.0), chunk(["a"]))
     assert (await client.post("/generate", json={"prompt": "hi"})).json()["text"] == "a"
 
 
-async def test_a_logprob_that_is_no_number_is_still_json(client: httpx.AsyncClient, gateway: ScriptedGateway) -> None:
+async def test_an_infinite_logprob_is_sent_as_the_lowest_value(
+    client: httpx.AsyncClient, engine: ScriptedEngine
+) -> None:
     lost = Logprobs(TokenLogprob(1, "x", float("nan")), ())
-    gateway.plays(Chunk((TokenEvent(1, "x", 0.1, FinishReason.STOP, lost),), 1, 0.0))
+    engine.plays(Chunk((TokenEvent(1, "x", 0.1, FinishReason.STOP, lost),), 1, 0.0))
     body = (await client.post("/generate", json={"prompt": "hi", "logprobs": 0})).json()
     assert body["logprobs"][0]["logprob"] == -9999.0
 
 
-async def test_a_frame_without_its_logprobs_says_so(client: httpx.AsyncClient, gateway: ScriptedGateway) -> None:
-    gateway.plays(Chunk((TokenEvent(1, "x", 0.1, FinishReason.STOP),), 1, 0.0))
+async def test_an_event_without_logprobs_has_null(client: httpx.AsyncClient, engine: ScriptedEngine) -> None:
+    engine.plays(Chunk((TokenEvent(1, "x", 0.1, FinishReason.STOP),), 1, 0.0))
     text = (await client.post("/generate_stream", json={"prompt": "hi", "logprobs": 0})).text
-    assert frames(text)[0]["logprobs"] is None
+    assert events_of(text)[0]["logprobs"] is None
 
 
-async def test_a_whole_answer_waits_for_a_sleeping_model_as_long_as_configured(
-    client: httpx.AsyncClient, gateway: ScriptedGateway
+async def test_a_whole_answer_waits_for_a_sleeping_model_for_warm_wait_s(
+    client: httpx.AsyncClient, engine: ScriptedEngine
 ) -> None:
     chat = {"messages": [{"role": "user", "content": "hi"}]}
     await client.post("/generate", json={"prompt": "hi"})
     await client.post("/generate_batch", json={"prompts": ["hi"]})
     await client.post("/v1/completions", json={"prompt": "hi"})
     await client.post("/v1/chat/completions", json=chat)
-    assert gateway.warm_waits == [30.0, 30.0, 30.0, 30.0]
+    assert [request.wake_wait_s for request in engine.requests] == [30.0] * 4

@@ -1,4 +1,4 @@
-"""The OpenAPI document, as far as no live service is needed to judge it; tests/contract does the rest."""
+"""The OpenAPI document, without a running service; tests/contract checks a service against it."""
 
 from __future__ import annotations
 
@@ -7,53 +7,55 @@ import pytest
 from starlette.routing import Route
 
 from serve_app.api.app import create_app
-from serve_app.api.openapi import OPERATIONS, Operation, document
+from serve_app.api.openapi import document
+from serve_app.api.operations import OPERATIONS, Operation
 
-from .scripted import ScriptedGateway, app_config
+from .scripted import ScriptedEngine, ScriptedTelemetry, app_config
 
 PAGES = {"/docs", "/docs/{file}", "/openapi.json", "/playground/{file}"}
-# A script has no vectors to give.
+# The scripted engine has no embeddings.
 SERVED = {o.id: o for o in OPERATIONS if o.body is not None and o.path != "/v1/embeddings"}
 
 
 def test_every_endpoint_is_described() -> None:
-    routes = [route for route in create_app(ScriptedGateway(), app_config()).routes if isinstance(route, Route)]
-    served = {(method, route.path.replace(":path", "")) for route in routes for method in route.methods or ()}
+    routes = [
+        route
+        for route in create_app(ScriptedEngine(), ScriptedTelemetry(), app_config()).routes
+        if isinstance(route, Route)
+    ]
+    paths = {(method, route.path.replace(":path", "")) for route in routes for method in route.methods or ()}
     described = {(operation.method.upper(), operation.path) for operation in OPERATIONS}
     pages = {("GET", path) for path in PAGES}
-    assert {(method, path) for method, path in served if method != "HEAD"} == described | pages
+    assert {(method, path) for method, path in paths if method != "HEAD"} == described | pages
 
 
-async def test_it_is_served_with_the_models_of_this_service(client: httpx.AsyncClient) -> None:
+async def test_the_document_lists_the_models(client: httpx.AsyncClient) -> None:
     answer = await client.get("/openapi.json")
     assert answer.headers["content-type"] == "application/json"
-    told = answer.json()
-    assert told == document(("small", "org/large"))
-    assert told["openapi"] == "3.1.0"
-    model = told["components"]["schemas"]["ChatBody"]["properties"]["model"]
+    served = answer.json()
+    assert served == document(("small", "org/large"))
+    assert served["openapi"] == "3.1.0"
+    model = served["components"]["schemas"]["ChatBody"]["properties"]["model"]
     assert {"type": "string", "enum": ["small", "org/large"]} in model["anyOf"]
 
 
 @pytest.mark.parametrize("operation", SERVED.values(), ids=SERVED)
-async def test_its_examples_work(client: httpx.AsyncClient, operation: Operation) -> None:
+async def test_the_examples_of_the_document_work(client: httpx.AsyncClient, operation: Operation) -> None:
     answer = await client.request(operation.method, operation.path, json=operation.example)
     assert answer.status_code == 200
 
 
-async def test_five_point_zero_is_five(client: httpx.AsyncClient, gateway: ScriptedGateway) -> None:
-    """A whole number is an integer in JSON Schema, however it is written."""
+async def test_a_whole_number_is_an_integer_in_any_notation(client: httpx.AsyncClient, engine: ScriptedEngine) -> None:
     for number, status in (("5.0", 200), ("5e0", 200), ("5.5", 422), ("1e300", 422)):
         answer = await client.post("/generate", content=f'{{"prompt": "hi", "max_tokens": {number}}}')
         assert answer.status_code == status, number
-    assert [request.params.max_tokens for request in gateway.requests] == [5, 5]
+    assert [request.params.max_tokens for request in engine.requests] == [5, 5]
 
 
 @pytest.mark.parametrize("path", ["/generate", "/generate_stream"])
-async def test_the_address_may_name_the_model_too(
-    client: httpx.AsyncClient, gateway: ScriptedGateway, path: str
-) -> None:
+async def test_the_query_can_name_the_model(client: httpx.AsyncClient, engine: ScriptedEngine, path: str) -> None:
     for named in ({}, {"model": "org/large"}, {"model": "small"}):
         answer = await client.post(path + "?model=org/large", json={"prompt": "hi", **named})
         assert answer.status_code == 200
-    assert [request.model for request in gateway.requests] == ["org/large", "org/large", "small"]
+    assert [request.model for request in engine.requests] == ["org/large", "org/large", "small"]
     assert (await client.post(path + "?model=other", json={"prompt": "hi"})).status_code == 404

@@ -5,22 +5,24 @@ import pytest
 
 from serve_app.core.queries import ModelState, ModelStatus
 
-from .scripted import ScriptedGateway
-
-READY = ModelStatus("small", ModelState.READY)
+from .scripted import ScriptedEngine, ScriptedTelemetry
 
 
-async def test_the_door_is_alive_whatever_its_models_do(client: httpx.AsyncClient, gateway: ScriptedGateway) -> None:
-    gateway.states = [ModelStatus("small", ModelState.FAILED, "no such file")]
+def set_statuses(engine: ScriptedEngine, *statuses: ModelStatus) -> None:
+    engine.statuses = {status.name: status for status in statuses}
+
+
+async def test_health_does_not_depend_on_models(client: httpx.AsyncClient, engine: ScriptedEngine) -> None:
+    set_statuses(engine, ModelStatus("small", ModelState.FAILED, "no such file"))
     answer = await client.get("/health")
     assert (answer.status_code, answer.json()) == (200, {"status": "alive"})
 
 
 @pytest.mark.parametrize("other", ModelState)
-async def test_ready_while_any_model_can_answer_and_told_about_the_others(
-    client: httpx.AsyncClient, gateway: ScriptedGateway, other: ModelState
+async def test_ready_if_any_model_can_answer(
+    client: httpx.AsyncClient, engine: ScriptedEngine, other: ModelState
 ) -> None:
-    gateway.states = [READY, ModelStatus("org/large", other, "as it may be")]
+    set_statuses(engine, ModelStatus("org/large", other, "the reason"))
     answer = await client.get("/ready")
     assert answer.status_code == 200
     assert "retry-after" not in answer.headers
@@ -28,21 +30,21 @@ async def test_ready_while_any_model_can_answer_and_told_about_the_others(
         "status": "ready",
         "models": [
             {"name": "small", "state": "ready", "detail": ""},
-            {"name": "org/large", "state": other, "detail": "as it may be"},
+            {"name": "org/large", "state": other, "detail": "the reason"},
         ],
     }
 
 
-async def test_a_model_that_sleeps_by_intent_is_ready(client: httpx.AsyncClient, gateway: ScriptedGateway) -> None:
-    gateway.states = [ModelStatus("small", ModelState.ASLEEP)]
+async def test_a_model_that_is_scaled_to_zero_is_ready(client: httpx.AsyncClient, engine: ScriptedEngine) -> None:
+    set_statuses(engine, ModelStatus("small", ModelState.ASLEEP), ModelStatus("org/large", ModelState.FAILED))
     assert (await client.get("/ready")).status_code == 200
 
 
-async def test_not_ready_says_which_models_and_why(client: httpx.AsyncClient, gateway: ScriptedGateway) -> None:
-    gateway.states = [
-        ModelStatus("small", ModelState.FAILED, "no such file"),
-        ModelStatus("org/large", ModelState.LOADING, "reading weights"),
-    ]
+async def test_not_ready_lists_the_models_with_reasons(
+    client: httpx.AsyncClient, engine: ScriptedEngine, telemetry: ScriptedTelemetry
+) -> None:
+    failed = ModelStatus("small", ModelState.FAILED, "no such file")
+    set_statuses(engine, failed, ModelStatus("org/large", ModelState.LOADING, "reading weights"))
     answer = await client.get("/ready")
     assert answer.status_code == 503
     assert answer.headers["retry-after"] == "5"
@@ -53,16 +55,16 @@ async def test_not_ready_says_which_models_and_why(client: httpx.AsyncClient, ga
             {"name": "org/large", "state": "loading", "detail": "reading weights"},
         ],
     }
-    assert gateway.refusals == []
+    assert telemetry.errors == []
 
 
-async def test_one_model_can_be_asked_for(client: httpx.AsyncClient, gateway: ScriptedGateway) -> None:
-    gateway.states = [READY, ModelStatus("org/large", ModelState.LOADING, "reading weights")]
+async def test_readiness_of_one_model(client: httpx.AsyncClient, engine: ScriptedEngine) -> None:
+    set_statuses(engine, ModelStatus("org/large", ModelState.LOADING, "reading weights"))
     assert (await client.get("/ready?model=small")).status_code == 200
     waiting = await client.get("/ready", params={"model": "org/large"})
     assert waiting.status_code == 503
     assert [model["name"] for model in waiting.json()["models"]] == ["org/large"]
-    assert (await client.get("/ready?model=nobody")).status_code == 404
+    assert (await client.get("/ready?model=unknown")).status_code == 404
 
 
 async def test_metrics_are_prometheus_text(client: httpx.AsyncClient) -> None:
@@ -73,5 +75,5 @@ async def test_metrics_are_prometheus_text(client: httpx.AsyncClient) -> None:
 
 
 @pytest.mark.parametrize("path", ["/health", "/ready", "/metrics", "/v1/models"])
-async def test_a_probe_may_ask_for_the_headers_alone(client: httpx.AsyncClient, path: str) -> None:
+async def test_head_requests_are_answered(client: httpx.AsyncClient, path: str) -> None:
     assert (await client.head(path)).status_code == 200

@@ -1,4 +1,4 @@
-"""The playground's page and files, as HTTP delivers them."""
+"""The playground's page and files over HTTP."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 import serve_app
 
-from .scripted import told
+from .scripted import error_of
 
 FOLDER = Path(serve_app.__file__).parent / "playground"
 FILES = sorted(path.name for path in FOLDER.iterdir() if path.name != "index.html")
@@ -22,7 +22,7 @@ TYPES = {"css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
 
 
 @pytest.mark.parametrize("path", ["/", *(f"/playground/{name}" for name in FILES)])
-async def test_every_file_comes_with_its_type_and_a_strict_policy(client: httpx.AsyncClient, path: str) -> None:
+async def test_every_file_has_its_type_and_a_strict_policy(client: httpx.AsyncClient, path: str) -> None:
     answer = await client.get(path)
     assert answer.status_code == 200
     assert answer.headers["content-type"].split(";")[0] == TYPES.get(path.rpartition(".")[2], "text/html")
@@ -32,7 +32,7 @@ async def test_every_file_comes_with_its_type_and_a_strict_policy(client: httpx.
     assert answer.content == (FOLDER / (path.rpartition("/")[2] or "index.html")).read_bytes()
 
 
-async def test_a_browser_asks_every_time_and_is_told_that_nothing_changed(client: httpx.AsyncClient) -> None:
+async def test_a_file_is_revalidated_by_its_etag(client: httpx.AsyncClient) -> None:
     first = await client.get("/playground/app.js")
     assert first.headers["cache-control"] == "no-cache"
     etag = first.headers["etag"]
@@ -45,19 +45,19 @@ async def test_a_browser_asks_every_time_and_is_told_that_nothing_changed(client
 
 
 @pytest.mark.parametrize("name", ["nope.js", "index.html", "", "..%2fapi%2fpages.py", "a/b.js", "../api/pages.py"])
-async def test_nothing_else_is_served(client: httpx.AsyncClient, name: str) -> None:
+async def test_no_other_file_is_served(client: httpx.AsyncClient, name: str) -> None:
     answer = await client.get(f"/playground/{name}")
-    assert (answer.status_code, told(answer)["code"]) == (404, "not_found")
+    assert (answer.status_code, error_of(answer)["code"]) == (404, "not_found")
 
 
-async def test_the_page_is_only_read(client: httpx.AsyncClient) -> None:
+async def test_pages_take_get_and_head_only(client: httpx.AsyncClient) -> None:
     assert (await client.head("/")).status_code == 200
     answer = await client.post("/playground/app.js", json={})
     assert answer.status_code == 405
     assert set(answer.headers["allow"].split(", ")) == {"GET", "HEAD"}
 
 
-def test_the_page_names_only_files_of_its_own_and_has_no_code_inside() -> None:
+def test_the_page_loads_only_its_own_files_and_has_no_inline_code() -> None:
     page = (FOLDER / "index.html").read_text()
     named = set(re.findall(r'(?:src|href)="([^"#][^"]*)"', page))
     assert named == {f"playground/{name}" for name in ("app.js", "icon.svg", "style.css", "theme.js")}
@@ -65,7 +65,7 @@ def test_the_page_names_only_files_of_its_own_and_has_no_code_inside() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if name.endswith(".js")])
-def test_no_module_writes_markup_and_each_is_reached(name: str) -> None:
+def test_no_module_writes_markup_and_each_is_imported(name: str) -> None:
     source = (FOLDER / name).read_text()
     assert re.findall(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|new Function", source) == []
     imported = set(re.findall(r'from "\./([\w.]+)"', "".join((FOLDER / other).read_text() for other in FILES)))

@@ -1,4 +1,4 @@
-"""Text to tokens and back, over HTTP."""
+"""The endpoints /tokenize and /detokenize."""
 
 from __future__ import annotations
 
@@ -11,24 +11,26 @@ from serve_app.core.queries import Detokenize, GetModelInfo, Query, Tokenize
 from serve_app.core.requests import ChatMessage, ChatPrompt, TextPrompt
 from serve_app.errors import InvalidRequest, NotReady
 
-from .scripted import ScriptedGateway, told
+from .scripted import ScriptedEngine, ScriptedTelemetry, error_of
 
 HI = {"role": "user", "content": "hi"}
 CHAT = ChatPrompt((ChatMessage("user", "hi"),))
 
 
-async def test_the_tokens_of_a_prompt(client: httpx.AsyncClient, gateway: ScriptedGateway) -> None:
+async def test_tokens_of_a_prompt(
+    client: httpx.AsyncClient, engine: ScriptedEngine, telemetry: ScriptedTelemetry
+) -> None:
     answer = await client.post("/tokenize", json={"prompt": "some"})
     assert answer.json() == {"count": 2, "max_model_len": 2048, "tokens": [5, 6], "token_strs": None}
-    assert gateway.questions == [("small", Tokenize(TextPrompt("some"))), ("small", GetModelInfo())]
+    assert engine.queries == [("small", Tokenize(TextPrompt("some"))), ("small", GetModelInfo())]
     answer = await client.post("/tokenize", json={"prompt": "some", "return_token_strs": True, "model": "org/large"})
     assert answer.json()["token_strs"] == ["so", "me"]
-    assert [model for model, _ in gateway.questions[2:]] == ["org/large"] * 2
-    assert (gateway.requests, gateway.refusals) == ([], [])
+    assert [model for model, _ in engine.queries[2:]] == ["org/large"] * 2
+    assert (engine.requests, telemetry.errors) == ([], [])
 
 
 @pytest.mark.parametrize(
-    ("body", "question"),
+    ("body", "query"),
     [
         ({"prompt": ""}, Tokenize(TextPrompt(""))),
         ({"prompt": "a", "add_special_tokens": False}, Tokenize(TextPrompt("a"), special_tokens=False)),
@@ -40,28 +42,28 @@ async def test_the_tokens_of_a_prompt(client: httpx.AsyncClient, gateway: Script
     ],
     ids=str,
 )
-async def test_what_is_asked_of_the_model(
-    client: httpx.AsyncClient, gateway: ScriptedGateway, body: dict[str, Any], question: Query[Any]
+async def test_queries_of_tokenize(
+    client: httpx.AsyncClient, engine: ScriptedEngine, body: dict[str, Any], query: Query[Any]
 ) -> None:
     assert (await client.post("/tokenize", json=body)).status_code == 200
-    assert gateway.questions[0] == ("small", question)
+    assert engine.queries[0] == ("small", query)
 
 
-async def test_tgis_form_tells_where_each_token_lies(client: httpx.AsyncClient, gateway: ScriptedGateway) -> None:
+async def test_tgi_form_has_the_place_of_each_token(client: httpx.AsyncClient, engine: ScriptedEngine) -> None:
     answer = await client.post("/tokenize", json={"inputs": "some", "model": "org/large"})
     assert answer.json() == [
         {"id": 5, "text": "so", "start": 0, "stop": 2},
         {"id": 6, "text": "me", "start": 2, "stop": 4},
     ]
-    assert [model for model, _ in gateway.questions] == ["org/large"]
+    assert [model for model, _ in engine.queries] == ["org/large"]
 
 
-async def test_tokens_become_text(client: httpx.AsyncClient, gateway: ScriptedGateway) -> None:
+async def test_detokenize_returns_text(client: httpx.AsyncClient, engine: ScriptedEngine) -> None:
     answer = await client.post("/detokenize", json={"tokens": [5, 6]})
     assert answer.json() == {"prompt": "some"}
-    assert gateway.questions == [("small", Detokenize((5, 6)))]
+    assert engine.queries == [("small", Detokenize((5, 6)))]
     await client.post("/detokenize", json={"tokens": [5], "model": "org/large"})
-    assert gateway.questions[1:] == [("org/large", Detokenize((5,)))]
+    assert engine.queries[1:] == [("org/large", Detokenize((5,)))]
 
 
 @pytest.mark.parametrize(
@@ -84,33 +86,38 @@ async def test_tokens_become_text(client: httpx.AsyncClient, gateway: ScriptedGa
     ],
     ids=str,
 )
-async def test_what_is_wrong_is_named(
-    client: httpx.AsyncClient, gateway: ScriptedGateway, path: str, body: dict[str, Any], param: str
+async def test_an_error_names_the_wrong_field(
+    client: httpx.AsyncClient,
+    engine: ScriptedEngine,
+    telemetry: ScriptedTelemetry,
+    path: str,
+    body: dict[str, Any],
+    param: str,
 ) -> None:
     answer = await client.post(path, json=body)
     assert answer.status_code == 422
-    assert told(answer)["param"] == param
-    assert (gateway.questions, len(gateway.refusals)) == ([], 1)
+    assert error_of(answer)["param"] == param
+    assert (engine.queries, len(telemetry.errors)) == ([], 1)
 
 
-async def test_a_token_that_the_model_does_not_know_is_named_as_the_body_calls_it(
-    client: httpx.AsyncClient, gateway: ScriptedGateway
+async def test_an_unknown_token_id_is_an_error_of_the_field_tokens(
+    client: httpx.AsyncClient, engine: ScriptedEngine
 ) -> None:
-    gateway.answers[Detokenize] = InvalidRequest("token id 900 is outside 0 to 299", param="prompt")
-    error = told(await client.post("/detokenize", json={"tokens": [900]}))
-    assert (error["param"], error["message"]) == ("tokens", "token id 900 is outside 0 to 299")
+    engine.results[Detokenize] = InvalidRequest("Token id 900 is outside of 0 to 299.", param="prompt")
+    error = error_of(await client.post("/detokenize", json={"tokens": [900]}))
+    assert (error["param"], error["message"]) == ("tokens", "Token id 900 is outside of 0 to 299.")
 
 
 @pytest.mark.parametrize(
     ("path", "body"),
     [("/tokenize", {"prompt": "a"}), ("/tokenize", {"inputs": "a"}), ("/detokenize", {"tokens": [1]})],
 )
-async def test_a_model_that_cannot_answer_keeps_its_status(
-    client: httpx.AsyncClient, gateway: ScriptedGateway, path: str, body: dict[str, Any]
+async def test_an_error_of_a_query_has_its_status(
+    client: httpx.AsyncClient, engine: ScriptedEngine, telemetry: ScriptedTelemetry, path: str, body: dict[str, Any]
 ) -> None:
-    failure = NotReady("it is being loaded", retry_after_s=2)
-    gateway.answers |= {Tokenize: failure, Detokenize: failure}
+    failure = NotReady("The model is being loaded.", retry_after_s=2)
+    engine.results |= {Tokenize: failure, Detokenize: failure}
     answer = await client.post(path, json=body)
-    assert (answer.status_code, answer.headers["retry-after"], told(answer)["code"]) == (503, "2", "not_ready")
-    assert gateway.refusals == [(failure, "small")]
-    assert (await client.post(path, json=body | {"model": "nobody"})).status_code == 404
+    assert (answer.status_code, answer.headers["retry-after"], error_of(answer)["code"]) == (503, "2", "not_ready")
+    assert telemetry.errors == [(failure, "small")]
+    assert (await client.post(path, json=body | {"model": "unknown"})).status_code == 404

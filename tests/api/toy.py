@@ -1,4 +1,4 @@
-"""The front door with an engine right behind it, on the model without weights."""
+"""The HTTP application over the native engine, with the toy model."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ import httpx
 from serve_app.api.app import create_app
 from serve_app.core.events import Chunk
 from serve_app.core.requests import GenerationRequest
-from serve_app.engines.native.engine import Engine
+from serve_app.engines.native.engine import NativeEngine
 from serve_app.engines.native.stream import TokenStream
-from tests.engine.toys import running
+from tests.engines.native.helpers import running
 
-from .scripted import ScriptedGateway, app_config
+from .scripted import ScriptedEngine, ScriptedTelemetry, app_config
 
 
 @dataclass
-class EngineGateway(ScriptedGateway):
-    """Asks an engine instead of playing a script."""
+class ToyEngine(ScriptedEngine):
+    """Generates with a native engine instead of a script."""
 
-    engine: Engine | None = None
+    native: NativeEngine | None = None
 
-    async def stream(self, request: GenerationRequest, warm_wait_s: float | None = None) -> AsyncGenerator[Chunk, None]:
-        assert self.engine is not None
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
+        assert self.native is not None
         self.requests.append(request)
         stream = TokenStream(request)
-        (refusal,) = await asyncio.to_thread(self.engine.admit, [stream])
-        if refusal is not None:
-            raise refusal
+        (error,) = await asyncio.to_thread(self.native.admit, [stream])
+        if error is not None:
+            raise error
         try:
             async for chunk in stream.chunks(0.0):
                 yield chunk
@@ -40,10 +40,10 @@ class EngineGateway(ScriptedGateway):
 
 
 @asynccontextmanager
-async def toy() -> AsyncIterator[tuple[httpx.AsyncClient, EngineGateway]]:
-    """Answers with its prompt, over and over; one token a byte, of which it is certain."""
-    with running(max_context=64, max_step_tokens=8, max_running=3) as inner:
-        gateway = EngineGateway(engine=inner)
-        transport = httpx.ASGITransport(create_app(gateway, app_config(max_batch_items=50)))
+async def toy() -> AsyncIterator[tuple[httpx.AsyncClient, ToyEngine]]:
+    """The toy model repeats its prompt, one byte a token, with probability 1."""
+    with running(max_context=64, max_step_tokens=8, max_running=3) as native:
+        engine = ToyEngine(native=native)
+        transport = httpx.ASGITransport(create_app(engine, ScriptedTelemetry(), app_config(max_batch_items=50)))
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-            yield client, gateway
+            yield client, engine

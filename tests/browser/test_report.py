@@ -1,4 +1,4 @@
-"""The report of a run in a browser without a network."""
+"""The HTML report in an offline browser: layout, colour schemes, print and accessibility."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import pytest
 from axe_playwright_python.async_playwright import Axe
 from playwright.async_api import Browser, Page
 
-from perf.page import render
-from tests.perf import sample
+from perf.html_report import render
+from tests.perf import simulated_runs
 
 pytestmark = [pytest.mark.browser, pytest.mark.asyncio(loop_scope="session")]
 
-DESK = {"width": 1280, "height": 800}
+DESKTOP = {"width": 1280, "height": 800}
 PHONE = {"width": 390, "height": 844}
 RUNS: dict[str, dict[str, Any]] = {
     "full": {"open_loop": True, "batch_profile": True, "find_max": True, "cost": True, "errors": True},
@@ -24,36 +24,36 @@ RUNS: dict[str, dict[str, Any]] = {
     "bare": {"bare": True, "streaming": False},
     "hostile": {"hostile": True, "open_loop": True, "find_max": True, "cost": True},
 }
-# Of every chart: texts that reach out of it, and pairs of them one upon the other by more than a hair.
-CLASHES = """() => [...document.querySelectorAll("svg.chart")].flatMap(svg => {
+# For every chart: texts that extend beyond it, and pairs of texts that overlap by more than 1 px.
+TEXT_OVERLAPS = """() => [...document.querySelectorAll("svg.chart")].flatMap(svg => {
     const title = svg.querySelector("title").textContent;
     const edge = svg.getBoundingClientRect();
     const texts = [...svg.querySelectorAll("text")].map(text => [text.textContent, text.getBoundingClientRect()]);
     const out = texts.filter(([, box]) => box.left < edge.left - 1 || box.right > edge.right + 1
         || box.top < edge.top - 2 || box.bottom > edge.bottom + 2).map(([text]) => `${title}: ${text} is cut off`);
-    const upon = texts.flatMap(([one, a], index) => texts.slice(index + 1)
+    const overlapping = texts.flatMap(([one, a], index) => texts.slice(index + 1)
         .filter(([, b]) => Math.min(a.right, b.right) - Math.max(a.left, b.left) > 1
             && Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 4)
-        .map(([other]) => `${title}: ${one} is upon ${other}`));
-    return [...out, ...upon];
+        .map(([other]) => `${title}: ${one} overlaps ${other}`));
+    return [...out, ...overlapping];
 })"""
-TOO_WIDE = "document.documentElement.scrollWidth > document.documentElement.clientWidth"
+SCROLLS_SIDEWAYS = "document.documentElement.scrollWidth > document.documentElement.clientWidth"
 
 
 @asynccontextmanager
 async def opened(chromium: Browser, folder: Path, kind: str, **options: Any) -> AsyncIterator[tuple[Page, list[str]]]:
-    """The page, and all that was objected to or asked for but the file itself."""
+    """The page, and its console messages, errors, dialogs and requests for other resources."""
     path = folder / "report.html"
-    path.write_text(render(sample.run(**RUNS[kind])))
+    path.write_text(render(simulated_runs.run(**RUNS[kind])))
     context = await chromium.new_context(offline=True, **options)
     try:
-        page, complaints = await context.new_page(), list[str]()
-        page.on("console", lambda message: complaints.append(message.text))
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("dialog", lambda dialog: complaints.append(f"a dialog: {dialog.message}"))
-        page.on("request", lambda request: complaints.append(request.url) if request.url != path.as_uri() else None)
+        page, problems = await context.new_page(), list[str]()
+        page.on("console", lambda message: problems.append(message.text))
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on("dialog", lambda dialog: problems.append(f"a dialog: {dialog.message}"))
+        page.on("request", lambda request: problems.append(request.url) if request.url != path.as_uri() else None)
         await page.goto(path.as_uri())
-        yield page, complaints
+        yield page, problems
     finally:
         await context.close()
 
@@ -61,55 +61,55 @@ async def opened(chromium: Browser, folder: Path, kind: str, **options: Any) -> 
 @pytest.mark.parametrize(
     ("kind", "scheme", "viewport"),
     [
-        ("full", "light", DESK),
+        ("full", "light", DESKTOP),
         ("full", "dark", PHONE),
-        ("limited", "dark", DESK),
+        ("limited", "dark", DESKTOP),
         ("limited", "light", PHONE),
-        ("bare", "light", DESK),
+        ("bare", "light", DESKTOP),
         ("bare", "dark", PHONE),
-        ("hostile", "dark", DESK),
+        ("hostile", "dark", DESKTOP),
         ("hostile", "light", PHONE),
     ],
 )
-async def test_the_page_is_whole_without_a_network(
+async def test_report_renders_offline_without_accessibility_violations(
     chromium: Browser, tmp_path: Path, kind: str, scheme: Any, viewport: Any
 ) -> None:
-    async with opened(chromium, tmp_path, kind, color_scheme=scheme, viewport=viewport) as (page, complaints):
-        assert await page.evaluate(TOO_WIDE) is False
-        assert await page.evaluate(CLASHES) == []
+    async with opened(chromium, tmp_path, kind, color_scheme=scheme, viewport=viewport) as (page, problems):
+        assert await page.evaluate(SCROLLS_SIDEWAYS) is False
+        assert await page.evaluate(TEXT_OVERLAPS) == []
         for summary in await page.locator("summary").all():
             await summary.click()
-        assert await page.evaluate(TOO_WIDE) is False
-        assert [request for request in complaints if not request.startswith("data:")] == []
+        assert await page.evaluate(SCROLLS_SIDEWAYS) is False
+        assert [problem for problem in problems if not problem.startswith("data:")] == []
         found = await Axe().run(page)
         assert [(one["id"], [node["html"] for node in one["nodes"]]) for one in found.response["violations"]] == []
 
 
-async def test_the_scheme_is_the_readers_and_paper_is_white(chromium: Browser, tmp_path: Path) -> None:
-    ground = "getComputedStyle(document.body).backgroundColor"
+async def test_colours_follow_the_scheme_and_print_is_white(chromium: Browser, tmp_path: Path) -> None:
+    background = "getComputedStyle(document.body).backgroundColor"
     async with opened(chromium, tmp_path, "full", color_scheme="dark") as (page, _):
-        dark = await page.evaluate(ground)
+        dark = await page.evaluate(background)
         await page.emulate_media(color_scheme="light")
-        light = await page.evaluate(ground)
+        light = await page.evaluate(background)
         await page.emulate_media(color_scheme="dark", media="print")
-        assert len({dark, light, await page.evaluate(ground)}) == 3
-        assert await page.evaluate(ground) == "rgb(255, 255, 255)"
+        assert len({dark, light, await page.evaluate(background)}) == 3
+        assert await page.evaluate(background) == "rgb(255, 255, 255)"
 
 
-async def test_paper_gets_every_table_and_chart(chromium: Browser, tmp_path: Path) -> None:
-    """A4 between its margins, where nothing can be scrolled or unfolded."""
+async def test_print_shows_every_table_and_chart(chromium: Browser, tmp_path: Path) -> None:
+    """The width is that of A4 within its margins; details must be open."""
     paper = {"width": 703, "height": 1000}
     async with opened(chromium, tmp_path, "full", viewport=paper) as (page, _):
         await page.emulate_media(media="print")
-        assert await page.evaluate(TOO_WIDE) is False
-        assert await page.evaluate(CLASHES) == []
+        assert await page.evaluate(SCROLLS_SIDEWAYS) is False
+        assert await page.evaluate(TEXT_OVERLAPS) == []
         cells = "[...document.querySelectorAll('td')].filter(cell => !cell.checkVisibility()).length"
         assert await page.evaluate(cells) == 0
         assert len(await page.pdf(format="A4")) > 50_000
 
 
-async def test_pictures_are_told_to_those_who_hear_them(chromium: Browser, tmp_path: Path) -> None:
-    async with opened(chromium, tmp_path, "full", viewport=DESK) as (page, _):
+async def test_charts_have_accessible_names_and_descriptions(chromium: Browser, tmp_path: Path) -> None:
+    async with opened(chromium, tmp_path, "full", viewport=DESKTOP) as (page, _):
         image = page.get_by_role("img", name="Time to first token against load", exact=True).first
         assert "p95: " in await image.evaluate("svg => svg.querySelector('desc').textContent")
         assert await page.get_by_role("img").count() == await page.locator("svg.chart").count()

@@ -1,4 +1,4 @@
-"""What schemathesis checks beyond its own: that a documented body is one that our types take."""
+"""A check of schemathesis: a body that the document describes is refused only for what the document cannot state."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, get_args
 import schemathesis
 
 from serve_app.api.body import parse_document
-from serve_app.api.openapi import OPERATIONS
+from serve_app.api.operations import OPERATIONS
 from serve_app.api.schema import Body
 from serve_app.errors import InvalidRequest
 
@@ -20,22 +20,23 @@ BODIES: dict[tuple[str, str], tuple[type[Body], ...]] = {
 
 
 @schemathesis.check
-def documented_body_is_judged_by_its_meaning(ctx: Any, response: Any, case: Any) -> None:
-    """A schema cannot say which tokens a model has, or that one field is at odds with another.
+def a_documented_body_is_valid_for_its_type(ctx: Any, response: Any, case: Any) -> None:
+    """A schema cannot state the tokens of a model, or that two fields contradict each other.
 
-    Whoever is refused for that has sent what our types take; whoever is not has found the document wrong.
+    A 422 for such a reason answers a body that its type accepts. A 422 for a body that its type refuses shows that the
+    document is wrong.
     """
     generation = case.meta.generation if case.meta is not None else None
     if response.status_code != 422 or generation is None or not generation.mode.is_positive:
         return
     bodies = BODIES[case.method.lower(), case.operation.path]
-    refusals = [refusal for refusal in (_refusal(body, case.body) for body in bodies) if refusal is not None]
-    assert len(refusals) < len(bodies), f"documented, and refused: {refusals}"
+    errors = [error for error in (_error(body, case.body) for body in bodies) if error is not None]
+    assert len(errors) < len(bodies), f"the document describes a body that is refused: {errors}"
 
 
-def _refusal(kind: type[Body], document: object) -> str | None:
+def _error(body: type[Body], document: object) -> str | None:
     try:
-        kind.parse(parse_document(json.dumps(document).encode()))
+        body.parse(parse_document(json.dumps(document).encode()))
     except InvalidRequest as error:
         return error.message
     return None

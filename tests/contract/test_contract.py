@@ -1,4 +1,4 @@
-"""The whole service, with a tiny model in its real engine, against its own OpenAPI document, by schemathesis."""
+"""The whole service, with a tiny model in the native engine, against its own OpenAPI document, by schemathesis."""
 
 from __future__ import annotations
 
@@ -10,53 +10,65 @@ from pathlib import Path
 
 import pytest
 
-from serve_app.api.openapi import OPERATIONS
+from serve_app.api.operations import OPERATIONS
 from tests.graph.service import Config, Service, model_config
 from tests.models import tiny
 
-CASES = 500
-AT_A_TIME = 4
 CONFIG = Path(__file__).with_name("schemathesis.toml")
+CASES, LONG_CASES = 40, 500
+PROCESSES = 4
 IDS = [operation.id for operation in OPERATIONS]
-LONGEST = "post_v1_chat_completions"
+SLOWEST = "post_v1_chat_completions"
 Run = subprocess.CompletedProcess[str]
+
+pytestmark = pytest.mark.system
 
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """With everything switched on, and a short context, so that the longest answer takes a moment."""
+    """Every feature is enabled. The context is short, so that the longest answer takes little time."""
     source = tiny.save("llama", tmp_path_factory.mktemp("model"), tiny.LEAN)
     engine: Config = {"max_context": 48, "max_running": 32}
-    everything: Config = {"embeddings": True, "chat_template": "builtin:chatml_tools", "quantization": "int8"}
-    with Service([model_config("small", str(source), engine=engine, **everything)]) as service:
+    features: Config = {"embeddings": True, "chat_template": "builtin:chatml_tools", "quantization": "int8"}
+    with Service([model_config("small", str(source), engine=engine, **features)]) as service:
         service.wait_until_ready()
         yield service
 
 
+def schemathesis(service: Service, folder: Path, cases: int, *options: str) -> Run:
+    """Every check on at most `cases` random requests for each operation, besides the examples and the edge cases."""
+    command = [sys.executable, "-m", "schemathesis.cli", "--config-file", str(CONFIG), "run"]
+    command += ["--max-examples", str(cases), "--seed", "7", "--checks", "all", "--continue-on-failure"]
+    command += ["--request-timeout", "60", "--max-response-time", "60", *options, f"{service.url}/openapi.json"]
+    return subprocess.run(command, cwd=folder, env=service.environment, capture_output=True, text=True)
+
+
+def check(run: Run) -> None:
+    assert run.returncode == 0, run.stdout[-20_000:] + run.stderr[-2_000:]
+
+
+@pytest.mark.timeout(600)
+def test_the_service_follows_its_document(service: Service, tmp_path: Path) -> None:
+    check(schemathesis(service, tmp_path, CASES))
+
+
 @pytest.fixture(scope="module")
 def runs(service: Service, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[Run]]]:
-    """A process for each operation, some at a time: in threads, Python 3.11's parser fails under hypothesis."""
+    """One process for each operation: with several threads in one process, hypothesis makes Python 3.11's parser fail.
 
-    def run(id: str) -> Run:
-        options = ["--include-operation-id", id, "--max-examples", str(CASES), "--seed", "7", "--checks", "all"]
-        patience = ["--continue-on-failure", "--request-timeout", "60", "--max-response-time", "60"]
-        command = [sys.executable, "-m", "schemathesis.cli", "--config-file", str(CONFIG), "run"]
-        return subprocess.run(
-            [*command, *options, *patience, f"{service.url}/openapi.json"],
-            cwd=tmp_path_factory.mktemp(id),
-            env=service.environment,
-            capture_output=True,
-            text=True,
-        )
-
-    with ThreadPoolExecutor(AT_A_TIME) as pool:
-        # The longest first, or it would be the last alone.
-        yield {name: pool.submit(run, name) for name in sorted(IDS, key=lambda name: name != LONGEST)}
+    The slowest operation is the first, so that it does not run alone at the end.
+    """
+    with ThreadPoolExecutor(PROCESSES) as pool:
+        yield {
+            name: pool.submit(
+                schemathesis, service, tmp_path_factory.mktemp(name), LONG_CASES, "--include-operation-id", name
+            )
+            for name in sorted(IDS, key=lambda name: name != SLOWEST)
+        }
 
 
-@pytest.mark.system
+@pytest.mark.long
 @pytest.mark.timeout(2400)
-@pytest.mark.parametrize("id", IDS)
-def test_the_service_does_what_its_document_says(runs: dict[str, Future[Run]], id: str) -> None:
-    run = runs[id].result()
-    assert run.returncode == 0, run.stdout[-20_000:] + run.stderr[-2_000:]
+@pytest.mark.parametrize("operation", IDS)
+def test_the_service_follows_its_document_in_many_cases(runs: dict[str, Future[Run]], operation: str) -> None:
+    check(runs[operation].result())

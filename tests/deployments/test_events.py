@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
-from dataclasses import replace
+from collections.abc import AsyncIterator, Callable, Iterable
+from dataclasses import dataclass, field, replace
 
 import pytest
 
+from serve_app.core.events import Chunk
 from serve_app.deployments import wire
 from serve_app.deployments.events import Connection, EventReceiver, EventSender, Inbox
 from serve_app.errors import NotReady, QueueFull
@@ -25,7 +26,7 @@ async def receiver() -> AsyncIterator[EventReceiver]:
 
 @pytest.fixture
 async def sender() -> AsyncIterator[EventSender]:
-    sender = EventSender()
+    sender = EventSender(0.02)
     yield sender
     sender.stop()
 
@@ -35,6 +36,28 @@ async def got(inbox: Inbox) -> wire.Item:
         return await inbox.get()
 
 
+@dataclass
+class ScriptedStream:
+    """A stream whose items are put into it by the test."""
+
+    on_wake: Callable[[], None] | None = None
+    items: list[wire.Item] = field(default_factory=list)
+    ended: bool = False
+
+    def take(self) -> wire.Item | None:
+        return self.items.pop(0) if self.items else None
+
+    def wake(self, *items: wire.Item, last: bool = False) -> None:
+        self.items += items
+        self.ended = last
+        assert self.on_wake is not None
+        self.on_wake()
+
+
+def texts(items: Iterable[wire.Item]) -> list[str]:
+    return [event.text for item in items if isinstance(item, Chunk) for event in item.events]
+
+
 async def test_items_reach_the_inbox_of_their_stream_in_order(receiver: EventReceiver, sender: EventSender) -> None:
     now = time.monotonic()
     (one, first), (two, second) = receiver.open(now), receiver.open(now)
@@ -42,8 +65,7 @@ async def test_items_reach_the_inbox_of_their_stream_in_order(receiver: EventRec
     connection.put(one, chunk("a"))
     connection.put(two, QueueFull("full", retry_after_s=2))
     connection.put(one, LAST)
-    items = [await got(first), await got(first)]
-    assert [item.events[0].text for item in items if not isinstance(item, NotReady | QueueFull)] == ["a", "z"]
+    assert texts([await got(first), await got(first)]) == ["a", "z"]
     refused = await got(second)
     assert isinstance(refused, QueueFull)
     assert refused.retry_after_s == 2
@@ -63,17 +85,64 @@ class Counting(EventReceiver):
         super().received(items, connection)
 
 
-async def test_what_comes_in_one_pass_of_the_event_loop_is_one_frame(sender: EventSender) -> None:
+async def test_the_first_tokens_of_a_step_are_one_frame_at_once(sender: EventSender) -> None:
     receiver = Counting("127.0.0.1")
     await receiver.start()
-    opened = [receiver.open(time.monotonic()) for _ in range(32)]
     connection = await sender.connection(receiver.address)
-    for turn in range(3):
-        for number, _ in opened:
-            connection.put(number, chunk(str(turn)))
-        for _, inbox in opened:
-            await got(inbox)
-    assert receiver.frames == 3
+    streams = [(ScriptedStream(), *receiver.open(time.monotonic())) for _ in range(32)]
+    for stream, number, _ in streams:
+        connection.attach(number, stream)
+    began = time.monotonic()
+    for stream, _, _ in streams:
+        stream.wake(chunk("a"))
+    for _, _, inbox in streams:
+        await got(inbox)
+    assert receiver.frames == 1
+    assert time.monotonic() - began < 1
+    receiver.stop()
+
+
+async def test_later_tokens_of_all_streams_are_gathered_for_the_flush_interval() -> None:
+    receiver, sender = Counting("127.0.0.1"), EventSender(0.2)
+    await receiver.start()
+    connection = await sender.connection(receiver.address)
+    one, two = ScriptedStream(), ScriptedStream()
+    (first, inbox), (second, other) = receiver.open(time.monotonic()), receiver.open(time.monotonic())
+    connection.attach(first, one)
+    connection.attach(second, two)
+    one.wake(chunk("a"))
+    two.wake(chunk("A"))
+    assert texts([await got(inbox), await got(other)]) == ["a", "A"]
+    began = time.monotonic()
+    for text in "bcd":
+        one.wake(chunk(text))
+        two.wake(chunk(text.upper()))
+        await asyncio.sleep(0.01)
+    assert texts([await got(inbox) for _ in range(3)]) == ["b", "c", "d"]
+    assert texts([await got(other) for _ in range(3)]) == ["B", "C", "D"]
+    assert receiver.frames == 2
+    assert 0.1 < time.monotonic() - began < 1
+    sender.stop()
+    receiver.stop()
+
+
+async def test_the_end_of_a_stream_is_sent_at_once_with_what_the_others_have() -> None:
+    receiver, sender = Counting("127.0.0.1"), EventSender(60)
+    await receiver.start()
+    connection = await sender.connection(receiver.address)
+    one, two = ScriptedStream(), ScriptedStream()
+    (first, inbox), (second, other) = receiver.open(time.monotonic()), receiver.open(time.monotonic())
+    connection.attach(first, one)
+    connection.attach(second, two)
+    one.wake(chunk("a"))
+    two.wake(chunk("A"))
+    await asyncio.gather(got(inbox), got(other))
+    two.wake(chunk("B"))
+    one.wake(LAST, last=True)
+    assert texts([await got(inbox), await got(other)]) == ["z", "B"]
+    connection.detach(first)
+    assert one.on_wake is None
+    sender.stop()
     receiver.stop()
 
 
@@ -93,7 +162,7 @@ async def test_times_count_from_the_arrival_at_the_ingress(receiver: EventReceiv
 
 
 async def test_a_lost_replica_ends_its_streams_and_no_others(receiver: EventReceiver, sender: EventSender) -> None:
-    other = EventSender()
+    other = EventSender(0.02)
     now = time.monotonic()
     (one, lost), (two, kept) = receiver.open(now), receiver.open(now)
     connection = await sender.connection(receiver.address)
@@ -148,10 +217,7 @@ async def test_frames_are_put_together_wherever_they_are_cut(receiver: EventRece
         writer.write(data[at : at + 7])
         await writer.drain()
         await asyncio.sleep(0.001)
-    assert [item.events[0].text for item in (await got(inbox), await got(inbox)) if not isinstance(item, NotReady)] == [
-        "a",
-        "z",
-    ]
+    assert texts([await got(inbox), await got(inbox)]) == ["a", "z"]
     writer.close()
 
 

@@ -13,8 +13,7 @@ from serve_app.core.requests import SamplingParams
 from serve_app.engines.native.sampler import how_likely, sample, uniform
 from serve_app.engines.native.sequence import Sequence
 from serve_app.errors import InternalError
-
-from .toys import request, sequence, sequences, tokens_of
+from tests.engines.native.helpers import request, sequence, sequences, tokens_of
 
 pytestmark = pytest.mark.model
 

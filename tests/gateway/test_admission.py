@@ -153,5 +153,5 @@ async def test_queries_are_bounded_apart_from_generations() -> None:
     with pytest.raises(QueueFull, match="queries"):
         await gate.stage.query("m", GetModelInfo(), time.monotonic() + 9)
     gate.engine.query_gate.set()
-    assert set(await asyncio.gather(*asked)) == {"answer"}
+    assert list(map(str, await asyncio.gather(*asked))) == ["answer"] * len(asked)
     await gate.end("a")

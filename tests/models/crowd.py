@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from serve_app.config import Deployment, Engine as EngineConfig, Model
 from serve_app.core.events import TokenEvent
 from serve_app.core.requests import GenerationRequest, Prompt, SamplingParams, TokenPrompt
-from serve_app.engines.native.engine import Engine
+from serve_app.engines.native.engine import NativeEngine
 from serve_app.engines.native.runner import TorchRunner
 from serve_app.engines.native.stream import TokenStream
 
@@ -37,7 +37,7 @@ def model_config(source: str | Path, **engine: int) -> Model:
 
 
 @contextmanager
-def running(model: Model, kv_tokens: int | None = None) -> Iterator[Engine]:
+def running(model: Model, kv_tokens: int | None = None) -> Iterator[NativeEngine]:
     """With less memory than the configuration gives, if told so."""
 
     def make() -> TorchRunner:
@@ -45,7 +45,7 @@ def running(model: Model, kv_tokens: int | None = None) -> Iterator[Engine]:
         runner.kv_tokens = kv_tokens or runner.kv_tokens
         return runner
 
-    engine = Engine(make, model.engine)
+    engine = NativeEngine(make, model.engine)
     engine.start()
     try:
         yield engine
@@ -54,7 +54,7 @@ def running(model: Model, kv_tokens: int | None = None) -> Iterator[Engine]:
 
 
 async def ask(
-    engine: Engine, prompt: Prompt, params: SamplingParams, leaves_after: int | None = None
+    engine: NativeEngine, prompt: Prompt, params: SamplingParams, leaves_after: int | None = None
 ) -> list[TokenEvent]:
     stream = TokenStream(GenerationRequest("id", "m", prompt, params, time.monotonic(), time.monotonic() + 900))
     refusals = await asyncio.to_thread(engine.admit, [stream])
@@ -70,12 +70,12 @@ async def ask(
     return events
 
 
-async def greedy(engine: Engine, asked: Ask) -> list[int]:
+async def greedy(engine: NativeEngine, asked: Ask) -> list[int]:
     params = SamplingParams(max_tokens=asked.tokens, temperature=0.0, ignore_eos=True)
     return [e.token_id for e in await ask(engine, TokenPrompt(asked.prompt), params, asked.leaves_after)]
 
 
-async def crowd(engine: Engine, asks: list[Ask], seed: int, within_s: float = 0.05) -> list[list[int]]:
+async def crowd(engine: NativeEngine, asks: list[Ask], seed: int, within_s: float = 0.05) -> list[list[int]]:
     """All of them at random moments of the same few steps."""
     rng = random.Random(seed)
 
@@ -120,7 +120,7 @@ def generated(folder: str | Path, asks: list[Ask]) -> list[list[int]]:
     return answers
 
 
-async def idle(engine: Engine) -> None:
+async def idle(engine: NativeEngine) -> None:
     """Wait until nobody is in the engine; the last who left is let go at its next step."""
     async with asyncio.timeout(5):
         while engine.stats().running or engine.stats().waiting:  # noqa: ASYNC110 - another thread's state

@@ -18,7 +18,7 @@ from serve_app.config import Model
 from serve_app.core.events import Chunk, Logprobs
 from serve_app.core.requests import GenerationRequest, SamplingParams, TokenPrompt
 from serve_app.engines.native import kernels, linear
-from serve_app.engines.native.engine import Engine
+from serve_app.engines.native.engine import NativeEngine
 from serve_app.engines.native.fused import LeanModel
 from serve_app.engines.native.kv_cache import BLOCK
 from serve_app.engines.native.linear import Int8DotLinear, Int8Linear
@@ -58,7 +58,7 @@ def prompts(count: int, longest: int = 60) -> list[Prompt]:
     return [*made, (5,)]
 
 
-async def answered(engine: Engine, prompt: Prompt, embed: bool, tokens: int = 4) -> list[Chunk]:
+async def answered(engine: NativeEngine, prompt: Prompt, embed: bool, tokens: int = 4) -> list[Chunk]:
     params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True, prompt_logprobs=None if embed else TOP)
     request = GenerationRequest(
         "id", "m", TokenPrompt(prompt), params, time.monotonic(), time.monotonic() + 120, embed=embed
@@ -68,14 +68,14 @@ async def answered(engine: Engine, prompt: Prompt, embed: bool, tokens: int = 4)
     return [chunk async for chunk in stream.chunks(0.0)]
 
 
-async def told(engine: Engine, prompt: Prompt, tokens: int = 4) -> tuple[Logprobs, ...]:
+async def told(engine: NativeEngine, prompt: Prompt, tokens: int = 4) -> tuple[Logprobs, ...]:
     first, *others = await answered(engine, prompt, embed=False, tokens=tokens)
     assert first.prompt is not None
     assert all(chunk.prompt is None for chunk in others)
     return first.prompt.logprobs
 
 
-async def embedded(engine: Engine, prompt: Prompt) -> torch.Tensor:
+async def embedded(engine: NativeEngine, prompt: Prompt) -> torch.Tensor:
     (chunk,) = await answered(engine, prompt, embed=True)
     assert chunk.embedding is not None
     assert (chunk.events, chunk.prompt_tokens, chunk.cached_tokens) == ((), len(prompt), 0)
@@ -203,9 +203,9 @@ async def test_int8_in_either_kind_of_layer(dots: bool, tmp_path: Path, monkeypa
     assert isinstance(runner._model._head, Int8DotLinear if dots else Int8Linear)
     rows = span(list(range(20)), slot=0, start=0)
     with torch.inference_mode():
-        apart = runner._model.forward(replace(rows, wanted=list(range(20)))).logits
-        together = runner._model.forward(replace(rows, told=[4, 2], embedded=[3, 19, 2]))
-        states = runner._model.forward(replace(rows, wanted=[], embedded=list(range(20))))
+        apart = runner._model.forward(replace(rows, sample_rows=list(range(20)))).logits
+        together = runner._model.forward(replace(rows, logprob_rows=[4, 2], embedding_rows=[3, 19, 2]))
+        states = runner._model.forward(replace(rows, sample_rows=[], embedding_rows=list(range(20))))
     assert torch.equal(together.logits, apart[[19, 4, 2]])
     assert torch.equal(together.hidden, states.hidden[[3, 19, 2]])
     assert len(states.logits) == 0

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from serve_app.core.events import FinishReason, TokenEvent
 from serve_app.core.requests import ChatMessage, ChatPrompt, GenerationRequest, SamplingParams, TextPrompt, TokenPrompt
-from serve_app.engines.native.engine import Engine
+from serve_app.engines.native.engine import NativeEngine
 from serve_app.engines.native.kv_cache import BLOCK
 from serve_app.engines.native.loader import builtin_gguf, convert_gguf
 from serve_app.engines.native.stream import TokenStream
@@ -31,7 +31,7 @@ def folder() -> Path:
 
 
 @pytest.fixture(scope="module")
-def engine() -> Iterator[Engine]:
+def engine() -> Iterator[NativeEngine]:
     """Fewer slots than requests, and steps small enough that prompts are cut into chunks."""
     config = model_config("builtin:smollm2-135m", max_running=12, max_context=512, max_step_tokens=48)
     with running(config) as engine:
@@ -42,7 +42,7 @@ def text(events: list[TokenEvent]) -> str:
     return "".join(event.text for event in events)
 
 
-async def test_alone_is_a_crowd_is_generate(engine: Engine, folder: Path) -> None:
+async def test_alone_is_a_crowd_is_generate(engine: NativeEngine, folder: Path) -> None:
     asks = random_asks(24, vocabulary=49152, longest_prompt=90, longest_answer=20, seed=4)
     references = generated(folder, asks)
     agree([await greedy(engine, asked) for asked in asks[:6]], references[:6], asks[:6])
@@ -62,7 +62,7 @@ async def test_rows_that_are_rounded_are_rounded_alike_in_a_crowd(dtype: str, qu
         await idle(engine)
 
 
-async def test_guesses_and_kept_beginnings_change_nothing(engine: Engine, folder: Path) -> None:
+async def test_guesses_and_kept_beginnings_change_nothing(engine: NativeEngine, folder: Path) -> None:
     """A text that goes on as it began, asked for twice."""
     encoded = engine._runner.text.encode([TextPrompt("one two three four five six seven eight nine ten. " * 6)])[0]
     assert isinstance(encoded, list)
@@ -77,13 +77,13 @@ async def test_guesses_and_kept_beginnings_change_nothing(engine: Engine, folder
     assert after.steps - before.steps < 2 * 40
 
 
-async def test_the_chat_template_leads_to_paris(engine: Engine) -> None:
+async def test_the_chat_template_leads_to_paris(engine: NativeEngine) -> None:
     events = await ask(engine, FRANCE, SamplingParams(max_tokens=40, temperature=0))
     assert text(events) == "The capital of France is Paris."
     assert events[-1].finish_reason is FinishReason.STOP
 
 
-async def test_a_seeded_request_says_the_same_alone_and_in_a_crowd(engine: Engine) -> None:
+async def test_a_seeded_request_says_the_same_alone_and_in_a_crowd(engine: NativeEngine) -> None:
     def params(seed: int) -> SamplingParams:
         return SamplingParams(max_tokens=24, temperature=1.0, top_p=0.95, min_p=0.01, presence_penalty=0.5, seed=seed)
 
@@ -96,7 +96,7 @@ async def test_a_seeded_request_says_the_same_alone_and_in_a_crowd(engine: Engin
     assert (await asyncio.gather(*(say(seed) for seed in range(16))))[:4] == alone
 
 
-async def test_four_answers_to_one_prompt_are_those_of_four_requests_and_cost_one_prefill(engine: Engine) -> None:
+async def test_four_answers_to_one_prompt_are_those_of_four_requests_and_cost_one_prefill(engine: NativeEngine) -> None:
     """Of 200 tokens, 8 are left over by whole blocks for each of the other three."""
     (ids,) = engine._runner.text.encode([TextPrompt("What was said about the sea, by those who sailed it? " * 20)])
     assert isinstance(ids, list)
@@ -116,7 +116,7 @@ async def test_four_answers_to_one_prompt_are_those_of_four_requests_and_cost_on
     assert len({*map(tuple, together)}) == 4
 
 
-async def test_logprobs_are_those_of_the_reference(engine: Engine, folder: Path) -> None:
+async def test_logprobs_are_those_of_the_reference(engine: NativeEngine, folder: Path) -> None:
     events = await ask(engine, FRANCE, SamplingParams(max_tokens=8, temperature=0, logprobs=3))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     runner = engine._runner
@@ -133,13 +133,13 @@ async def test_logprobs_are_those_of_the_reference(engine: Engine, folder: Path)
         assert event.logprobs.chosen.logprob == pytest.approx(row[event.token_id].item(), abs=1e-3)
 
 
-async def test_a_stop_string_ends_the_answer_and_is_never_sent(engine: Engine) -> None:
+async def test_a_stop_string_ends_the_answer_and_is_never_sent(engine: NativeEngine) -> None:
     events = await ask(engine, FRANCE, SamplingParams(max_tokens=40, temperature=0, stop=("ance is",)))
     assert text(events) == "The capital of Fr"
     assert events[-1].finish_reason is FinishReason.STOP
 
 
-async def test_no_piece_of_a_text_is_half_a_character(engine: Engine) -> None:
+async def test_no_piece_of_a_text_is_half_a_character(engine: NativeEngine) -> None:
     """A model this small repeats what it was shown, in characters of several tokens each."""
     shown = "🌍🎉 世界 grüßt 🌍🎉 世界 grüßt 🌍🎉 世界 grüßt 🌍🎉 世界"
     events = await ask(engine, TextPrompt(shown), SamplingParams(max_tokens=40, temperature=0, ignore_eos=True))
@@ -148,7 +148,7 @@ async def test_no_piece_of_a_text_is_half_a_character(engine: Engine) -> None:
     assert not any("\ufffd" in event.text for event in events)
 
 
-async def test_what_is_told_of_a_prompt_is_what_the_model_itself_says(engine: Engine, folder: Path) -> None:
+async def test_what_is_told_of_a_prompt_is_what_the_model_itself_says(engine: NativeEngine, folder: Path) -> None:
     """Log probabilities of every token, and the mean of the last hidden states; chunks of 48 tokens."""
     prompt = TextPrompt("The capital of France is Paris, and that of Italy is Rome. " * 8)
     params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=2)

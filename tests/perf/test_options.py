@@ -1,4 +1,4 @@
-"""What the command line takes, and what it says of what it does not."""
+"""The command line of the suite: defaults, errors and traces."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ def chosen(*arguments: str) -> Settings:
     return settings(options.parse_args(arguments), options.error)
 
 
-def test_without_a_word_it_is_the_usual() -> None:
-    usual = chosen()
-    assert usual.scenarios == ("single", "batch", "streaming", "concurrency")
-    assert (usual.concurrency, usual.batch_sizes) == ((1, 2, 4, 8, 16, 32), (1, 4, 8, 16))
-    assert (usual.num_requests, usual.max_tokens, usual.slo, usual.fixed_length) == (20, 64, None, True)
-    assert len(chosen("--quick").concurrency) < len(usual.concurrency)
+def test_defaults() -> None:
+    default = chosen()
+    assert default.scenarios == ("single", "batch", "streaming", "concurrency")
+    assert (default.concurrency, default.batch_sizes) == ((1, 2, 4, 8, 16, 32), (1, 4, 8, 16))
+    assert (default.num_requests, default.max_tokens, default.slo, default.fixed_length) == (20, 64, None, True)
+    assert len(chosen("--quick").concurrency) < len(default.concurrency)
 
 
-def test_the_command_of_the_guide_is_understood() -> None:
-    words = shlex.split('--prompt "The future of AI is" --max-tokens 128 --num-requests 20 --batch-sizes 1 4 8 16')
-    asked = chosen(*words, "--output", "performance_results.json")
-    assert (asked.prompt, asked.max_tokens, asked.batch_sizes) == ("The future of AI is", 128, (1, 4, 8, 16))
+def test_command_of_the_guide_is_accepted() -> None:
+    options = shlex.split('--prompt "The future of AI is" --max-tokens 128 --num-requests 20 --batch-sizes 1 4 8 16')
+    result = chosen(*options, "--output", "performance_results.json")
+    assert (result.prompt, result.max_tokens, result.batch_sizes) == ("The future of AI is", 128, (1, 4, 8, 16))
 
 
 @pytest.mark.parametrize(
@@ -42,15 +42,15 @@ def test_the_command_of_the_guide_is_understood() -> None:
         (["--api", "tgi"], ("single", "streaming", "concurrency")),
     ],
 )
-def test_scenarios_are_chosen(arguments: list[str], scenarios: tuple[str, ...]) -> None:
+def test_options_choose_the_scenarios(arguments: list[str], scenarios: tuple[str, ...]) -> None:
     assert chosen(*arguments).scenarios == scenarios
 
 
-def test_what_is_left_out_is_said() -> None:
+def test_skipped_scenarios_have_a_reason() -> None:
     assert chosen("--api", "tgi").skipped == {"batch": "TGI has no call for several prompts"}
 
 
-def test_a_search_without_an_objective_has_the_usual_one() -> None:
+def test_search_without_an_objective_has_the_default_one() -> None:
     assert str(chosen("--only", "find-max").slo) == "ttft_p95<500ms,tpot_p95<50ms"
     assert str(chosen("--only", "find-max", "--slo", "e2e_p99<2s").slo) == "e2e_p99<2000ms"
 
@@ -67,27 +67,27 @@ def test_a_search_without_an_objective_has_the_usual_one() -> None:
         (["--duration", "soon"], "30s or 2m"),
         (["--slo", "fast"], "ttft_p95<500ms"),
         (["--fail-on", "5"], "write 5%"),
-        (["--only", "everything"], "there is no scenario 'everything'"),
-        (["--only", "rate"], "wants --rate"),
+        (["--only", "everything"], "unknown scenario 'everything'"),
+        (["--only", "rate"], "requires --rate"),
         (["--arrival", "closed", "--rate", "4"], "--concurrency"),
-        (["--arrival", "trace"], "--trace FILE belong together"),
+        (["--arrival", "trace"], "requires --trace FILE"),
         (["--trace", "/nowhere/trace.jsonl"], "No such file"),
         (["--baseline", "/nowhere/results.json"], "No such file"),
         (["--api-key-file", "/nowhere/key"], "No such file"),
         (["--instance-type", "g5.xlrge"], "g5.xlarge"),
         (["--only", "single", "--rate", "4"], "add it to --only"),
         (["--find-max", "--arrival", "ramp"], "cannot search"),
-        (["--arrival", "gamma"], "is how a --rate arrives"),
-        (["--fail-on", "5%"], "belongs to --baseline"),
-        (["--only", "batch", "--slo", "ttft_p95<500ms"], "nothing that is measured streams"),
-        (["--api", "tgi", "--only", "batch"], "nothing is left to measure: TGI has no call for several prompts"),
+        (["--arrival", "gamma"], "applies to --rate"),
+        (["--fail-on", "5%"], "requires --baseline"),
+        (["--only", "batch", "--slo", "ttft_p95<500ms"], "no chosen scenario streams"),
+        (["--api", "tgi", "--only", "batch"], "no scenario is left to run: TGI has no call for several prompts"),
         (["--api-key-file", __file__], "expected one line with the key"),
-        (["--trace", __file__, "--rate", "4"], "a trace says that itself"),
-        (["--trace", __file__, "--max-tokens", "4"], "leave out --max-tokens"),
+        (["--trace", __file__, "--rate", "4"], "the trace defines it"),
+        (["--trace", __file__, "--max-tokens", "4"], "remove --max-tokens"),
         (["--warmup", "long"], "neither auto nor a number"),
     ],
 )
-def test_what_is_wrong_is_named_with_what_would_work(
+def test_invalid_options_are_named_with_a_remedy(
     arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as stopped:
@@ -96,28 +96,28 @@ def test_what_is_wrong_is_named_with_what_would_work(
     assert sentence in capsys.readouterr().err
 
 
-def test_help_tells_exit_codes_and_examples(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_exit_codes_and_examples(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["--help"])
     assert stopped.value.code == 0
-    told = capsys.readouterr().out
-    assert "exit codes" in told
-    assert "--only batch-profile" in told
+    text = capsys.readouterr().out
+    assert "exit codes" in text
+    assert "--only batch-profile" in text
 
 
-def test_a_trace_is_read_and_begins_at_once(tmp_path: Path) -> None:
+def test_trace_is_sorted_and_starts_at_zero(tmp_path: Path) -> None:
     path = tmp_path / "trace.jsonl"
     lines = [{"timestamp": at, "input_length": 9, "output_length": 4} for at in (3000, 1000, 2500)]
     path.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
-    asked = chosen("--trace", str(path), "--only", "rate")
-    assert [one.at_s for one in asked.trace] == [0, 1.5, 2]
-    assert asked.arrival == "trace"
+    result = chosen("--trace", str(path), "--only", "rate")
+    assert [entry.at_s for entry in result.trace] == [0, 1.5, 2]
+    assert result.arrival == "trace"
 
 
 @pytest.mark.parametrize("line", ["{}", "[]", "nonsense", '{"timestamp": 1, "input_length": 0, "output_length": 4}'])
-def test_a_line_that_is_no_request_is_named(line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_trace_line_is_named(line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "trace.jsonl"
     path.write_text('{"timestamp": 1, "input_length": 1, "output_length": 4}\n' + line)
     with pytest.raises(SystemExit):
         main(["--trace", str(path)])
-    assert "trace.jsonl:2 is not like {" in capsys.readouterr().err
+    assert "trace.jsonl:2: invalid trace line; expected a line like {" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""What is made of the counters that servers expose."""
+"""Parsing of the counters that servers expose."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 from perf import server
 
 OURS = """\
-# HELP serve_app_generated_tokens_total Tokens sent to callers
+# HELP serve_app_generated_tokens_total Tokens sent to clients
 # TYPE serve_app_generated_tokens_total counter
 serve_app_generated_tokens_total{model="a",replica="x"} 100.0
 serve_app_generated_tokens_total{model="b",replica="y"} 23.0
@@ -39,25 +39,25 @@ LLAMA = "# TYPE llamacpp:tokens_predicted_total counter\nllamacpp:tokens_predict
     [(OURS, "serve_app", 123, 2), (VLLM, "vLLM", 640, 10), (LLAMA, "llama.cpp", 12, None), (TGI, "TGI", 70, 7)],
 )
 def test_counters_are_summed_over_their_labels(text: str, name: str, tokens: int, requests: int | None) -> None:
-    reading = server.parse(text)
-    assert reading is not None
-    assert reading.known.server == name
-    assert reading.values["tokens"] == tokens
-    assert reading.values.get("requests") == requests
+    counters = server.parse(text)
+    assert counters is not None
+    assert counters.names.server == name
+    assert counters.values["tokens"] == tokens
+    assert counters.values.get("requests") == requests
 
 
-def test_a_server_that_has_counted_nothing_yet_is_known() -> None:
-    reading = server.parse("# TYPE serve_app_slots gauge\nserve_app_slots 32\n")
-    assert reading is not None
-    assert (reading.known.server, reading.values["tokens"]) == ("serve_app", 0)
+def test_server_is_identified_before_its_counters_exist() -> None:
+    counters = server.parse("# TYPE serve_app_slots gauge\nserve_app_slots 32\n")
+    assert counters is not None
+    assert (counters.names.server, counters.values["tokens"]) == ("serve_app", 0)
 
 
 @pytest.mark.parametrize("text", ["", "hello there", "# TYPE other counter\nother_total 3\n", "<html></html>"])
-def test_what_is_not_known_is_nothing(text: str) -> None:
+def test_unknown_metrics_are_none(text: str) -> None:
     assert server.parse(text) is None
 
 
-def test_only_what_happened_meanwhile_counts() -> None:
+def test_since_is_the_difference_of_two_readings() -> None:
     before, after = server.parse(OURS), server.parse(OURS.replace("100.0", "150.0"))
     assert before is not None
     assert after is not None
@@ -65,7 +65,7 @@ def test_only_what_happened_meanwhile_counts() -> None:
 
 
 @pytest.mark.parametrize(
-    ("url", "here"),
+    ("url", "local"),
     [
         ("http://localhost:8000", True),
         ("http://127.0.0.2:1", True),
@@ -73,5 +73,5 @@ def test_only_what_happened_meanwhile_counts() -> None:
         ("http://192.0.2.1:8000", False),
     ],
 )
-def test_an_address_of_this_machine_is_known(url: str, here: bool) -> None:
-    assert server.is_here(url) is here
+def test_local_addresses_are_recognised(url: str, local: bool) -> None:
+    assert server.is_local(url) is local

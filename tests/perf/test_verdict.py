@@ -1,20 +1,20 @@
-"""What a person is told of figures that are given."""
+"""Sentences, recommendations and exit code for given metrics."""
 
 from __future__ import annotations
 
 import pytest
 
-from perf import figures
-from perf.gate import Gate, Measured, Window
-from perf.progress import line_of
+from perf.aggregate import build_stage
+from perf.phases import Measurement, PhaseController, Window
+from perf.progress import status_line
 from perf.records import Record
 from perf.results import Load, Stage, Tokens
 from perf.slo import Slo
 from perf.verdict import verdict
 
 
-def answer(due: float, ttft_s: float, tpot_s: float, tokens: int) -> Record:
-    record = Record(due, counts=True, sent=due, tokens=tokens)
+def response(due: float, ttft_s: float, tpot_s: float, tokens: int) -> Record:
+    record = Record(due, in_window=True, sent=due, tokens=tokens)
     for number in range(tokens):
         record.arrived(due + ttft_s + number * tpot_s, 1)
     record.done = record.chunks[-1]
@@ -22,14 +22,14 @@ def answer(due: float, ttft_s: float, tpot_s: float, tokens: int) -> Record:
 
 
 def level(streams: int, ttft_s: float, tpot_s: float, slo: str | None = None, failed: int = 0) -> Stage:
-    """That many streams, each with one answer of 20 tokens after the other, for some seconds."""
-    took, tokens = ttft_s + 19 * tpot_s, 20
-    records = [answer(turn * took, ttft_s, tpot_s, tokens) for turn in range(5) for _ in range(streams)]
-    records += [Record(0.0, counts=True, sent=0.0, done=0.1, error="http 429") for _ in range(failed)]
-    measured = Measured(opened=0.0, closed=5 * took + 1e-6, records=records, everybody=records)
-    asked = Load(loop="closed", arrival="closed", concurrency=streams)
+    """Five responses of 20 tokens in each stream."""
+    service_s, tokens = ttft_s + 19 * tpot_s, 20
+    records = [response(turn * service_s, ttft_s, tpot_s, tokens) for turn in range(5) for _ in range(streams)]
+    records += [Record(0.0, in_window=True, sent=0.0, done=0.1, error="http 429") for _ in range(failed)]
+    measurement = Measurement(opened=0.0, closed=5 * service_s + 1e-6, records=records, all_records=records)
+    load = Load(loop="closed", arrival="closed", concurrency=streams)
     objective = Slo.parse(slo) if slo is not None else None
-    return figures.stage("concurrency", f"{streams} streams", asked, [measured], None, objective)
+    return build_stage("concurrency", f"{streams} streams", load, [measurement], None, objective)
 
 
 def counted(client: int, server: int | None, **metrics: float) -> Tokens:
@@ -42,43 +42,41 @@ def counted(client: int, server: int | None, **metrics: float) -> Tokens:
 @pytest.mark.parametrize(
     ("before", "last", "metrics", "sentence", "advice"),
     [
-        # Tokens come as fast as before, the first one a second later.
+        # The same TPOT, TTFT 1 s longer.
         ((8, 0.1, 0.01), (32, 1.1, 0.01), {}, "The queue was the limit", "engine.max_running"),
-        # Four times the streams, each at a quarter of the pace.
+        # Four times the streams, each with a quarter of the speed.
         ((8, 0.1, 0.01), (32, 0.4, 0.04), {}, "Compute was the limit", "quantization: int8"),
         ((8, 0.1, 0.01), (32, 0.11, 0.011), {}, "No limit was reached", "--concurrency 64 128"),
         ((8, 0.1, 0.01), (32, 0.4, 0.04), {"preemptions": 3.0}, "Memory was the limit: 3", "kv_memory_fraction"),
     ],
 )
-def test_the_limit_is_named_with_what_to_try(
+def test_limit_is_named_with_a_recommendation(
     before: tuple[int, float, float],
     last: tuple[int, float, float],
     metrics: dict[str, float],
     sentence: str,
     advice: str,
 ) -> None:
-    told = verdict([level(*before), level(*last)], [counted(1, 1, **metrics)], None, None)
-    assert [one for one in told.sentences if one.startswith(sentence)], told.sentences
-    assert [one for one in told.recommendations if advice in one], told.recommendations
-    assert told.exit_code == 0
+    result = verdict([level(*before), level(*last)], [counted(1, 1, **metrics)], None, None)
+    assert [text for text in result.sentences if text.startswith(sentence)], result.sentences
+    assert [text for text in result.recommendations if advice in text], result.recommendations
+    assert result.exit_code == 0
 
 
-def test_an_objective_is_told_up_to_where_it_holds() -> None:
+def test_objective_is_reported_up_to_the_load_that_meets_it() -> None:
     slo = "ttft_p95<500ms"
     stages = [level(8, 0.1, 0.01, slo), level(16, 0.2, 0.01, slo), level(32, 0.9, 0.01, slo)]
-    told = verdict(stages, [], None, None)
-    assert f"{slo} holds up to 16 streams and is missed at 32 streams: ttft_p95 is 900 ms" in " ".join(told.sentences)
-    assert told.exit_code == 1
+    result = verdict(stages, [], None, None)
+    assert f"{slo} is met up to 16 streams and missed at 32 streams: ttft_p95 is 900 ms" in " ".join(result.sentences)
+    assert result.exit_code == 1
     assert verdict(stages[:2], [], None, None).exit_code == 0
-    assert "holds at every load that was tried, up to 16 streams" in " ".join(
-        verdict(stages[:2], [], None, None).sentences
-    )
+    assert "is met at every load up to 16 streams" in " ".join(verdict(stages[:2], [], None, None).sentences)
 
 
-def test_failures_are_told_by_kind_and_fail() -> None:
-    told = verdict([level(8, 0.1, 0.01, failed=3)], [], None, None)
-    assert told.exit_code == 1
-    assert told.reasons == ["3 of 43 requests failed: http 429 (3)"]
+def test_failures_are_counted_by_kind_and_fail_the_run() -> None:
+    result = verdict([level(8, 0.1, 0.01, failed=3)], [], None, None)
+    assert result.exit_code == 1
+    assert result.reasons == ["3 of 43 requests failed: http 429 (3)"]
 
 
 @pytest.mark.parametrize(
@@ -87,27 +85,27 @@ def test_failures_are_told_by_kind_and_fail() -> None:
         ([counted(100, 100)], "Client and server counted the same 100 tokens."),
         ([counted(100, 104)], "The server counted 4 tokens more than the client's 100"),
         ([counted(100, 90)], "The server counted 10 tokens fewer than the client's 100"),
-        ([counted(100, None)], "The server has no token counter that is known here, or was restarted"),
+        ([counted(100, None)], "The server has no known token counter or was restarted"),
     ],
 )
-def test_both_counts_are_held_against_each_other(tokens: list[Tokens], sentence: str) -> None:
-    assert [one for one in verdict([], tokens, None, None).sentences if one.startswith(sentence)]
+def test_token_counts_of_client_and_server_are_compared(tokens: list[Tokens], sentence: str) -> None:
+    assert [text for text in verdict([], tokens, None, None).sentences if text.startswith(sentence)]
 
 
-def test_a_line_tells_how_far_it_is() -> None:
+def test_status_line_shows_the_progress() -> None:
     now = [0.0]
-    gate = Gate(Window(requests=4, warmup=1), 2, clock=lambda: now[0])
-    warming = gate.due(0.0)
-    assert warming is not None
-    assert line_of("x", gate, 0.0) == "x: warming up, 1 requests, 1 in flight"
-    warming.done = now[0] = 1.0
-    gate.ended(warming)
+    controller = PhaseController(Window(requests=4, warmup=1), 2, clock=lambda: now[0])
+    warmup = controller.start(0.0)
+    assert warmup is not None
+    assert status_line("x", controller, 0.0) == "x: warm-up, 1 requests, 1 in flight"
+    warmup.done = now[0] = 1.0
+    controller.finish(warmup)
     for _ in range(2):
-        record = gate.due(now[0])
+        record = controller.start(now[0])
         assert record is not None
         record.sent = now[0]
         record.arrived(now[0] + 0.25, 1)
         record.tokens, record.done = 1, now[0] + 0.5
         now[0] += 0.5
-        gate.ended(record)
-    assert line_of("x", gate, now[0]) == "x: 50%, 0 in flight, 2 tok/s, TTFT 250, p95 250 ms, 1 s left"
+        controller.finish(record)
+    assert status_line("x", controller, now[0]) == "x: 50%, 0 in flight, 2 tok/s, TTFT p50 250 ms, p95 250 ms, 1 s left"

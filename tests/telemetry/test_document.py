@@ -1,4 +1,4 @@
-"""The tables of docs/operations.md are what the code says."""
+"""The metric tables of docs/operations.md match the code."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from tests.alerts.test_rules import families
 TEXT = (Path(__file__).parents[2] / "docs/operations.md").read_text()
 
 
-def exposed(family: Metric) -> str:
+def exposed_name(family: Metric) -> str:
     return f"{family.name}_total" if family.type == "counter" else family.name
 
 
-def test_every_metric_is_described_with_its_labels() -> None:
+def test_every_metric_is_documented_with_its_type_labels_and_help_text() -> None:
     rows = re.findall(r"^\| `(\w+)` \| (\w+) \| ([\w, ]*) \| (.*) \|$", TEXT, re.MULTILINE)
-    told = {(name, kind, frozenset(filter(None, labels.split(", "))), text) for name, kind, labels, text in rows}
-    real = {
+    documented = {(name, kind, frozenset(filter(None, labels.split(", "))), text) for name, kind, labels, text in rows}
+    defined = {
         (
-            exposed(family),
+            exposed_name(family),
             family.type,
             frozenset(label for sample in family.samples for label in sample.labels if label != "le"),
             family.documentation,
         )
         for family in families()
     }
-    assert told == real
+    assert documented == defined
 
 
-def test_opentelemetrys_names_are_told() -> None:
+def test_opentelemetry_metrics_are_documented() -> None:
     assert [family.name for family in GenAiSeries("r").families() if f"`{family.name}`" not in TEXT] == []

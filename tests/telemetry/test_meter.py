@@ -1,4 +1,4 @@
-"""What is counted of a request, by how it went."""
+"""The metrics of a request depend on how the request ended."""
 
 from __future__ import annotations
 
@@ -24,13 +24,16 @@ def chunk(*times: float, end: FinishReason | None = None, queue_s: float = 0.01)
     return Chunk(tuple(events), 3, queue_s)
 
 
-def went(
-    *chunks: Chunk, error: ServeAppError | None = None, of: GenerationRequest | None = None, opentelemetry: bool = False
+def changes(
+    *chunks: Chunk,
+    error: ServeAppError | None = None,
+    measured: GenerationRequest | None = None,
+    opentelemetry: bool = False,
 ) -> dict[str, float]:
-    """What changed from the beginning, by series without what all have in common."""
+    """The changes that one request makes, by series name and labels, without sums and buckets."""
     metrics = IngressMetrics("r", ["m"], opentelemetry)
     before = samples(metrics)
-    meter = metrics.meter(of or request())
+    meter = metrics.meter(measured or request())
     for one in chunks:
         meter.chunk(one)
     if error is not None:
@@ -51,8 +54,8 @@ def samples(metrics: IngressMetrics) -> dict[str, float]:
     return found
 
 
-def test_a_whole_answer() -> None:
-    changed = went(chunk(0.1), chunk(0.12, 0.14, end=FinishReason.LENGTH))
+def test_a_complete_response_is_counted_and_measured() -> None:
+    changed = changes(chunk(0.1), chunk(0.12, 0.14, end=FinishReason.LENGTH))
     assert changed == {
         "requests_total/length": 1,
         "goodput_requests_total": 1,
@@ -74,36 +77,36 @@ def test_a_whole_answer() -> None:
     ("times", "good"),
     [
         ((2.0, 2.05), True),
-        ((2.1, 2.11), False),  # the first token came too late
-        ((0.1, 0.16), False),  # the second did
-        ((0.1, 0.11, 0.19), True),  # the mean counts
-        ((2.0,), True),  # has no second
+        ((2.1, 2.11), False),  # TTFT is over the objective
+        ((0.1, 0.16), False),  # TPOT is over the objective
+        ((0.1, 0.11, 0.19), True),  # one long gap, while the mean meets the objective
+        ((2.0,), True),  # a single token has no TPOT
     ],
 )
-def test_an_answer_is_good_if_it_keeps_both_objectives(times: Sequence[float], good: bool) -> None:
-    assert ("goodput_requests_total" in went(chunk(*times, end=FinishReason.STOP))) == good
+def test_a_response_is_goodput_if_it_meets_both_objectives(times: Sequence[float], good: bool) -> None:
+    assert ("goodput_requests_total" in changes(chunk(*times, end=FinishReason.STOP))) == good
 
 
-def test_an_error_after_the_first_token_breaks_an_answer_off() -> None:
-    changed = went(chunk(0.1, 0.2), error=InternalError("x"))
+def test_a_request_with_an_error_after_the_first_token_is_truncated() -> None:
+    changed = changes(chunk(0.1, 0.2), error=InternalError("x"))
     assert (changed["requests_total/internal_error"], changed["truncated_requests_total"]) == (1, 1)
     assert changed["generated_tokens_total"] == 2
     assert "request_seconds_count" not in changed
     assert "goodput_requests_total" not in changed
 
 
-def test_an_error_before_it_does_not() -> None:
-    assert went(error=QueueFull("x")) == {"requests_total/queue_full": 1}
+def test_a_request_with_an_error_before_the_first_token_is_not_truncated() -> None:
+    assert changes(error=QueueFull("x")) == {"requests_total/queue_full": 1}
 
 
-def test_nor_does_a_caller_who_leaves() -> None:
-    changed = went(chunk(0.1))
+def test_a_cancelled_request_is_not_truncated() -> None:
+    changed = changes(chunk(0.1))
     assert changed["requests_total/cancelled"] == 1
     assert "truncated_requests_total" not in changed
 
 
 def test_an_embedding_has_no_tokens() -> None:
-    changed = went(Chunk((), 3, 0.01, embedding=(1.0,)), of=request(embed=True))
+    changed = changes(Chunk((), 3, 0.01, embedding=(1.0,)), measured=request(embed=True))
     assert changed == {
         "requests_total/embedded": 1,
         "prompt_tokens_total": 3,
@@ -117,25 +120,25 @@ CHAT = ChatPrompt((ChatMessage("user", "hello"),))
 
 
 @pytest.mark.parametrize(
-    ("asked", "operation"),
+    ("measured", "operation"),
     [(request(), "text_completion"), (request(CHAT), "chat"), (request(embed=True), "embeddings")],
 )
-def test_opentelemetrys_names_are_told_if_asked_for(asked: GenerationRequest, operation: str) -> None:
-    answer = Chunk((), 3, 0.01, embedding=(1.0,)) if asked.embed else chunk(0.1, 0.2, end=FinishReason.STOP)
-    assert not any(name.startswith("gen_ai") for name in went(answer, of=asked))
-    found = {name for name in went(answer, of=asked, opentelemetry=True) if name.startswith("gen_ai")}
-    middle = f"{operation}/serve_app/m"
-    times = {f"gen_ai_server_time_{name}_seconds_count/{middle}" for name in ("to_first_token", "per_output_token")}
-    whole = f"gen_ai_server_request_duration_seconds_count/{middle}/"
-    assert found == ({whole} if asked.embed else {whole, *times})
+def test_opentelemetry_metrics_exist_only_if_they_are_enabled(measured: GenerationRequest, operation: str) -> None:
+    last = Chunk((), 3, 0.01, embedding=(1.0,)) if measured.embed else chunk(0.1, 0.2, end=FinishReason.STOP)
+    assert not any(name.startswith("gen_ai") for name in changes(last, measured=measured))
+    found = {name for name in changes(last, measured=measured, opentelemetry=True) if name.startswith("gen_ai")}
+    labels = f"{operation}/serve_app/m"
+    times = {f"gen_ai_server_time_{name}_seconds_count/{labels}" for name in ("to_first_token", "per_output_token")}
+    duration = f"gen_ai_server_request_duration_seconds_count/{labels}/"
+    assert found == ({duration} if measured.embed else {duration, *times})
 
 
-def test_opentelemetry_hears_of_errors() -> None:
-    found = went(error=QueueFull("x"), opentelemetry=True)
+def test_opentelemetry_metrics_have_the_code_of_an_error() -> None:
+    found = changes(error=QueueFull("x"), opentelemetry=True)
     assert "gen_ai_server_request_duration_seconds_count/text_completion/serve_app/m/queue_full" in found
 
 
-def test_every_series_of_a_model_is_there_from_the_beginning() -> None:
+def test_every_series_of_a_model_exists_before_its_first_request() -> None:
     metrics = IngressMetrics("r", ["m", "n"], opentelemetry=False)
     before = exposition([], metrics.families(0.0)).decode()
     for model in ("m", "n"):
@@ -154,7 +157,7 @@ def names(text: str) -> set[str]:
     return {line.rsplit(" ", 1)[0] for line in text.splitlines() if not line.startswith("#")}
 
 
-def test_no_caller_makes_a_series() -> None:
+def test_no_request_creates_a_series() -> None:
     metrics = IngressMetrics("r", ["m"], opentelemetry=False)
     metrics.http.refused("model_not_found", "made-up")
     metrics.http.ended(HttpCall("other", "BREW", 404, 0.1, 0, 0))
@@ -165,10 +168,10 @@ def test_no_caller_makes_a_series() -> None:
     assert names(exposition([], metrics.families(0.0)).decode()) == first
 
 
-@pytest.mark.parametrize(("status", "told"), [(200, "2xx"), (404, "4xx"), (503, "5xx"), (None, "left")])
-def test_a_call_is_counted_by_its_status_line(status: int | None, told: str) -> None:
+@pytest.mark.parametrize(("status", "label"), [(200, "2xx"), (404, "4xx"), (503, "5xx"), (None, "left")])
+def test_a_call_is_counted_by_its_status_class(status: int | None, label: str) -> None:
     metrics = IngressMetrics("r", ["m"], opentelemetry=False)
     metrics.http.ended(HttpCall("/generate", "POST", status, 0.1, 10, 20))
     found = samples(metrics)
-    assert found[f"http_requests_total//generate/POST/{told}"] == 1
+    assert found[f"http_requests_total//generate/POST/{label}"] == 1
     assert (found["http_received_bytes_total//generate"], found["http_sent_bytes_total//generate"]) == (10, 20)

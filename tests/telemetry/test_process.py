@@ -1,4 +1,4 @@
-"""What a process says of itself, and of GPUs that a library in NVML's place describes."""
+"""The metrics of a process, and of GPUs that a substitute for the NVML library describes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from serve_app.telemetry.exposition import exposition
 from serve_app.telemetry.process import ProcessMetrics
 
-# Two GPUs with 8 GiB, of which the second does not tell its utilisation, as a part of a GPU does not.
+# Two GPUs with 8 GiB. The second one does not report its utilization, like a MIG instance.
 NVML = r"""
 #include <string.h>
 typedef struct { unsigned long long total, free, used; } memory;
@@ -43,14 +43,14 @@ int nvmlDeviceGetUtilizationRates(int *gpu, use *u) {
 }
 const char *nvmlErrorString(int code) { return "not supported"; }
 """
-SHOW = (
+PROGRAM = (
     "from serve_app.telemetry.exposition import exposition\n"
     "from serve_app.telemetry.process import Gpus\n"
     "print(exposition([], Gpus('m', 'r').families()).decode())\n"
 )
 
 
-def test_a_process_tells_what_it_takes_and_runs_on() -> None:
+def test_a_process_reports_its_resources_and_versions() -> None:
     text = exposition([], ProcessMetrics("m", "r").families(0.25)).decode()
     for name in ("process_resident_memory_bytes", "process_cpu_seconds_total", "process_open_fds"):
         assert f'{name}{{model="m",replica="r"}} ' in text
@@ -63,7 +63,7 @@ def test_a_process_tells_what_it_takes_and_runs_on() -> None:
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("g++")
-    assert compiler is not None, "the engine's native operations need a compiler as well"
+    assert compiler is not None, "no C compiler found; the native operations of the engine need one too"
     folder = tmp_path_factory.mktemp("nvml")
     (folder / "nvml.c").write_text(NVML)
     built = folder / "libnvidia-ml.so.1"
@@ -72,12 +72,12 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def gpus(library: Path, visible: str | None) -> list[str]:
+def measured_gpus(library: Path, visible: str | None) -> list[str]:
     environment = os.environ | {"LD_LIBRARY_PATH": str(library)}
     environment.pop("CUDA_VISIBLE_DEVICES", None)
     if visible is not None:
         environment["CUDA_VISIBLE_DEVICES"] = visible
-    done = subprocess.run([sys.executable, "-c", SHOW], env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=True)
     lines = (line for line in done.stdout.splitlines() if line and not line.startswith("#"))
     return sorted(f"{line.split('{')[0]} {line.split('gpu=')[1][1:9]} {line.split()[-1]}" for line in lines)
 
@@ -94,8 +94,10 @@ SECOND = [
 
 
 @pytest.mark.parametrize(
-    ("visible", "seen"),
+    ("visible", "expected"),
     [(None, FIRST + SECOND), ("1", SECOND), ("GPU-aaaa", FIRST), ("0, GPU-bbbb", FIRST + SECOND), ("", []), ("7", [])],
 )
-def test_gpus_that_the_process_sees_are_measured(library: Path, visible: str | None, seen: list[str]) -> None:
-    assert gpus(library, visible) == sorted(seen)
+def test_the_gpus_that_are_visible_to_the_process_are_measured(
+    library: Path, visible: str | None, expected: list[str]
+) -> None:
+    assert measured_gpus(library, visible) == sorted(expected)

@@ -1,90 +1,78 @@
-"""The native dialect: the frames of a stream, and the whole answer."""
+"""Encodes the events of a model in the native dialect: as a stream, and as a whole answer."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-
 from serve_app.api.completion import CompletionState
-from serve_app.api.error_handlers import native_error
+from serve_app.api.native.responses import (
+    NativeAnswer,
+    NativeErrorEvent,
+    NativeEvent,
+    NativeLogprobs,
+    NativeToken,
+    native_error,
+)
+from serve_app.api.responses import finite
 from serve_app.api.sse import data, named
 from serve_app.core.events import Chunk, Logprobs, TokenEvent, TokenLogprob
 from serve_app.core.requests import GenerationRequest
 from serve_app.errors import ServeAppError
 
-# JSON has neither infinity nor NaN; OpenAI writes a token that cannot occur in the same way.
-LOWEST_LOGPROB = -9999.0
 
-
-class TokenEncoder(ABC):
-    """One answer's frames: one a token, and nothing after the last."""
-
-    def __init__(self) -> None:
-        self._tally = CompletionState()
-
-    @abstractmethod
-    def frame(self, event: TokenEvent) -> dict[str, object]:
-        """Of a token that is counted already."""
-
-    def chunk(self, chunk: Chunk, index: int) -> bytes:
-        self._tally.arrived(chunk)
-        return b"".join(self._next(event) for event in chunk.events)
-
-    def end(self) -> bytes:
-        return b""
-
-    def _next(self, event: TokenEvent) -> bytes:
-        self._tally.count(event)
-        return data(self.frame(event))
-
-
-class NativeEncoder(TokenEncoder):
-    """`request_id` is what an error quotes."""
+class NativeEncoder:
+    """One event for each token. `request_id` is the id that an error event quotes."""
 
     def __init__(self, request: GenerationRequest, request_id: str, include_text: bool) -> None:
-        super().__init__()
+        self._state = CompletionState()
         self._request_id = request_id
         self._include_text = include_text
         self._logprobs = request.params.logprobs is not None
 
+    def chunk(self, chunk: Chunk, index: int) -> bytes:
+        self._state.add_facts(chunk)
+        return b"".join(self._event(event) for event in chunk.events)
+
+    def end(self) -> bytes:
+        return b""
+
     def failure(self, error: ServeAppError) -> bytes:
-        return named("error", {"error": native_error(error, self._request_id), "finished": True})
+        body: NativeErrorEvent = {"error": native_error(error, self._request_id)["error"], "finished": True}
+        return named("error", body)
 
-    def frame(self, event: TokenEvent) -> dict[str, object]:
-        frame: dict[str, object] = {"token": event.text}
+    def _event(self, event: TokenEvent) -> bytes:
+        state, finished = self._state, event.finish_reason is not None
+        state.add_event(event)
+        body: NativeEvent
         if self._include_text:
-            frame["text"] = self._tally.text
-        frame |= {"finished": event.finish_reason is not None, "metrics": self._tally.metrics()}
+            body = {"token": event.text, "text": state.text, "finished": finished, "metrics": state.metrics()}
+        else:
+            body = {"token": event.text, "finished": finished, "metrics": state.metrics()}
         if self._logprobs:
-            frame["logprobs"] = native_logprobs(event.logprobs)
+            body["logprobs"] = None if event.logprobs is None else _logprobs(event.logprobs)
         if event.finish_reason is not None:
-            frame |= {"finish_reason": event.finish_reason, "usage": self._tally.usage()}
-        return frame
+            body["finish_reason"] = event.finish_reason
+            body["usage"] = state.usage()
+        return data(body)
 
 
-def whole(request: GenerationRequest, tally: CompletionState) -> dict[str, object]:
+def to_answer(request: GenerationRequest, state: CompletionState) -> NativeAnswer:
     """The answer of /generate, and of one item of /generate_batch."""
-    body: dict[str, object] = {
+    body: NativeAnswer = {
         "id": request.id,
         "model": request.model,
-        "text": tally.text,
-        "finish_reason": tally.finish_reason,
-        "usage": tally.usage(),
-        "metrics": tally.metrics(),
+        "text": state.text,
+        "finish_reason": state.reason,
+        "usage": state.usage(),
+        "metrics": state.metrics(),
     }
     if request.params.logprobs is not None:
-        body["logprobs"] = [native_logprobs(event.logprobs) for event in tally.events]
+        body["logprobs"] = [_logprobs(event.logprobs) for event in state.logprob_events if event.logprobs is not None]
     return body
 
 
-def native_logprobs(logprobs: Logprobs | None) -> dict[str, object] | None:
-    if logprobs is None:
-        return None
-    return {**_logprob(logprobs.chosen), "top": [_logprob(token) for token in logprobs.top]}
+def _logprobs(logprobs: Logprobs) -> NativeLogprobs:
+    chosen = _token(logprobs.chosen)
+    return {**chosen, "top": [_token(token) for token in logprobs.top]}
 
 
-def finite(logprob: float) -> float:
-    return logprob if logprob > LOWEST_LOGPROB else LOWEST_LOGPROB
-
-
-def _logprob(token: TokenLogprob) -> dict[str, object]:
+def _token(token: TokenLogprob) -> NativeToken:
     return {"token_id": token.token_id, "token": token.token, "logprob": finite(token.logprob)}

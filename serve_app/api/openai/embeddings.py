@@ -1,11 +1,11 @@
-"""OpenAI's embeddings: texts to vectors, for the models that are switched on for it."""
+"""OpenAI's endpoint for embeddings, for the models whose configuration has `embeddings: true`."""
 
 from __future__ import annotations
 
 import struct
-import time
 from base64 import b64encode
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Annotated, Literal
 
@@ -13,99 +13,85 @@ from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from serve_app.api.body import read_document
 from serve_app.api.completion import CompletionState
 from serve_app.api.context import RequestContext, generation_id
-from serve_app.api.generation import collect, side_by_side, unless_gone
-from serve_app.api.native.batch import check_size
-from serve_app.api.native.schema import MOST_TOKENS, KeptTokens, Priority
+from serve_app.api.generation import collect, run_in_parallel, until_disconnect
+from serve_app.api.openai.responses import Embeddings
 from serve_app.api.openai.routes import log_user
-from serve_app.api.openai.schema import CompletionPrompt, User, prompts
-from serve_app.api.schema import Body
+from serve_app.api.openai.schema import CompletionPrompt, User, to_prompts
+from serve_app.api.sampling import MAX_TOKENS, Priority, TruncateTo
+from serve_app.api.schema import Body, check_size
 from serve_app.config import Model
 from serve_app.core.requests import GenerationRequest, Prompt, SamplingParams
 from serve_app.errors import InternalError, InvalidRequest, NotFound, ServeAppError
 
 
 class EmbeddingsBody(Body):
-    """`dimensions` is taken where it is what the model has anyway."""
-
     model: str | None = None
-    """Left out, the first of the configuration."""
+    """The name of the model. The default is the first model of the configuration."""
     input: CompletionPrompt
-    """A text or token ids, or several of either."""
+    """A text or a list of token ids, or a list of either."""
     encoding_format: Literal["float", "base64"] = "float"
-    """Numbers, or their little-endian float32 in base64."""
-    dimensions: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None = None
-    """Only what the model has anyway."""
+    """A list of numbers, or their little-endian float32 values in base64."""
+    dimensions: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
+    """The size of the vectors. Only the model's own size is accepted."""
     user: User | None = None
     """Written to the log with the request's id."""
-    truncate_prompt_tokens: KeptTokens | None = None
-    """Only so many of the last tokens are kept; -1 for as many as the model takes."""
+    truncate_prompt_tokens: TruncateTo | None = None
+    """Keep only this number of tokens from the end of each input; -1 keeps as many as the model takes."""
     priority: Priority = 0
-    """Of requests that wait, the lowest is served first."""
+    """The waiting request with the lowest value is served first."""
 
 
 class EmbeddingRoutes:
     def __init__(self, context: RequestContext) -> None:
         self._context = context
 
-    async def embeddings(self, http: Request) -> Response:
-        body = EmbeddingsBody.parse(await read_document(http))
-        model = self._context.asked(http, body.model)
+    async def embeddings(self, http: Request, document: object) -> Response:
+        body = EmbeddingsBody.parse(document)
+        model = self._context.model_of(http, body.model)
         if not model.embeddings:
             raise NotFound(
-                f"{model.name} gives no embeddings; its operator switches them on with embeddings: true in the "
-                "model's configuration",
+                f"Model {model.name} offers no embeddings. Set embeddings: true in its configuration to enable them.",
                 param="model",
             )
-        asked = prompts(body.input)
-        check_size(asked, self._context.config.limits.max_batch_items, "input")
-        name = generation_id(http)
-        log_user(name, model, body.user)
-        requests = [self._request(http, f"{name}-{i}", model, prompt, body) for i, prompt in enumerate(asked)]
-        vectors = side_by_side(partial(self._vector, request, body.dimensions) for request in requests)
-        return JSONResponse(_whole(model, body, await unless_gone(http.receive, vectors)))
+        prompts, call_id = to_prompts(body.input), generation_id(http)
+        check_size(prompts, self._context.limits.max_batch_items, "input")
+        log_user(call_id, model, body.user)
+        requests = [self._request(http, f"{call_id}-{i}", model, prompt, body) for i, prompt in enumerate(prompts)]
+        vectors = run_in_parallel(partial(self._embed, request, body.dimensions) for request in requests)
+        return JSONResponse(_to_response(model, body, await until_disconnect(http.receive, vectors)))
 
     def _request(self, http: Request, id: str, model: Model, prompt: Prompt, body: EmbeddingsBody) -> GenerationRequest:
-        return GenerationRequest(
-            id,
-            model.name,
-            prompt,
-            SamplingParams(),
-            time.monotonic(),
-            self._context.deadline(http),
-            truncate_prompt_tokens=body.truncate_prompt_tokens,
-            priority=body.priority,
-            embed=True,
-        )
+        request = self._context.request(http, id, model, prompt, SamplingParams(), stream=False)
+        return replace(request, truncate_prompt_tokens=body.truncate_prompt_tokens, priority=body.priority, embed=True)
 
-    async def _vector(
+    async def _embed(
         self, request: GenerationRequest, dimensions: int | None
     ) -> tuple[Sequence[float], CompletionState]:
-        """Raises ServeAppError, which calls the prompt what it is called here."""
+        """Raises ServeAppError, in which the prompt has the name of this body's field."""
         try:
-            tally = await collect(self._context.gateway, request, self._context.config.limits.warm_wait_s)
+            state = await collect(self._context.engine, request, self._context.clock)
         except ServeAppError as error:
             if error.param != "prompt":
                 raise
             raise type(error)(error.message, "input", error.retry_after_s) from None
-        if tally.embedding is None:
-            raise InternalError("the model gave no embedding")
-        size = len(tally.embedding)
+        if state.embedding is None:
+            raise InternalError(f"Model {request.model} returned no embedding.")
+        size = len(state.embedding)
         if dimensions not in (None, size):
             raise InvalidRequest(
-                f"dimensions is {dimensions}, but the vectors of {request.model} have {size}; send {size} or leave it "
-                "out",
+                f"Field 'dimensions' is {dimensions}, but the vectors of {request.model} have {size} dimensions. Send "
+                f"{size} or leave it out.",
                 param="dimensions",
             )
-        return tally.embedding, tally
+        return state.embedding, state
 
 
-def _whole(
+def _to_response(
     model: Model, body: EmbeddingsBody, found: Sequence[tuple[Sequence[float], CompletionState]]
-) -> dict[str, object]:
-    tokens = sum(tally.prompt_tokens for _, tally in found)
+) -> Embeddings:
+    tokens = sum(state.prompt_tokens for _, state in found)
     return {
         "object": "list",
         "model": model.name,
@@ -122,5 +108,5 @@ def _whole(
 
 
 def _base64(vector: Sequence[float]) -> str:
-    """Little-endian float32, as OpenAI's clients read it."""
+    """Little-endian float32, as OpenAI's clients decode it."""
     return b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()

@@ -1,228 +1,99 @@
-"""OpenAI's shapes: completions and chat completions, whole and in chunks."""
+"""The part that OpenAI's encoders of completions and of chats share."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass
 
-from serve_app.api.completion import CompletionState, together
-from serve_app.api.error_handlers import openai_error
-from serve_app.api.native.encoder import finite
-from serve_app.api.openai.schema import Show
+from serve_app.api.completion import CompletionState
+from serve_app.api.openai.responses import PromptFields, PromptToken, openai_error
+from serve_app.api.responses import Usage, finite, usage
 from serve_app.api.sse import DONE, data
-from serve_app.core.events import Chunk, FinishReason, Logprobs, PromptDetails, TokenEvent, TokenLogprob
+from serve_app.core.events import Chunk, Logprobs, PromptDetails, TokenEvent
 from serve_app.core.requests import GenerationRequest
 from serve_app.errors import ServeAppError
 
-Json = dict[str, object]
+
+@dataclass(frozen=True, slots=True)
+class Show:
+    """What an answer shows beside its text. `prompt_logprobs` is the number of alternatives to each prompt token."""
+
+    echo: bool = False
+    token_ids: bool = False
+    prompt_logprobs: int | None = None
 
 
 class OpenAIEncoder(ABC):
-    """What both kinds share. `created` is the wall clock in whole seconds."""
-
-    prefix: str
-    whole_object: str
-    chunk_object: str
+    """Encodes the answers to `requests`. `created` is the wall clock in whole seconds."""
 
     def __init__(
         self, id: str, requests: Sequence[GenerationRequest], created: int, include_usage: bool, show: Show
     ) -> None:
         self._id = id
         self._request = requests[0]
+        self._model = requests[0].model
         self._created = created
         self._include_usage = include_usage
         self._show = show
-        self._firsts = [number for number, request in enumerate(requests) if request.index == 0]
-        self._tallies = [CompletionState() for _ in requests]
-        # The number of the first answer to the same prompt.
-        self._siblings = [number - request.index for number, request in enumerate(requests)]
+        self._logprobs = requests[0].params.logprobs is not None
+        self._states = [CompletionState() for _ in requests]
+        # For each answer the number of the first answer to the same prompt, which has the details of the prompt.
+        self._firsts = [number - request.index for number, request in enumerate(requests)]
 
     @abstractmethod
-    def answer(self, tally: CompletionState) -> Json:
-        """What a choice of a whole answer says."""
+    def to_response(self, states: Sequence[CompletionState], shown: Sequence[int]) -> object:
+        """The whole response. `shown` are the numbers of the answers that become choices; the usage is of all."""
 
     @abstractmethod
-    def piece(self, event: TokenEvent) -> Json:
-        """What a choice of a chunk says."""
-
-    @abstractmethod
-    def logprobs(self, events: Sequence[TokenEvent], offset: int) -> Json:
-        """`offset` is where the text of the first event begins."""
-
     def opening(self, index: int) -> bytes:
-        """Frames before a choice's first token."""
-        return b""
+        """The events before the first token of a choice."""
 
-    def begun(self, choice: Json, prompt: PromptDetails | None) -> Json:
-        """All of a choice, or its first part, with what it says of its prompt."""
-        return choice
+    @abstractmethod
+    def event(self, event: TokenEvent, index: int) -> bytes:
+        """The events for a token of a choice."""
 
-    def above(self, prompt: PromptDetails | None) -> Json:
-        """What is said of the prompt above the choices."""
-        return {}
-
-    def of_prompt(self, prompt: PromptDetails) -> Json:
-        """vLLM's fields, as far as they were asked for."""
-        said: Json = {}
-        if self._show.token_ids:
-            said["prompt_token_ids"] = [piece.token_id for piece in prompt.tokens]
-        if self._show.prompt_logprobs is not None:
-            said["prompt_logprobs"] = [None, *(_ranked(one, self._show.prompt_logprobs) for one in prompt.logprobs)]
-        return said
-
-    def whole(self, tallies: Sequence[CompletionState]) -> Json:
-        choices = []
-        for index, tally in enumerate(tallies):
-            choice = self._choice(index, self.answer(tally), tally.events, 0, tally.finish_reason)
-            choice |= self._beside(tally.token_ids, tally.finish_reason, tally.stopped_by)
-            choices.append(self.begun(choice, tallies[self._siblings[index]].prompt))
-        body = self._body(self.whole_object, choices) | {"usage": together(tallies, self._firsts)}
-        return body | self.above(tallies[0].prompt)
+    @abstractmethod
+    def usage_event(self) -> bytes:
+        """The event with the usage, and no choice."""
 
     def chunk(self, chunk: Chunk, index: int) -> bytes:
-        tally = self._tallies[index]
-        tally.arrived(chunk)
-        opening = self.opening(index) if tally.tokens == 0 else b""
-        return opening + b"".join(self._frame(event, index) for event in chunk.events)
+        state = self._states[index]
+        state.add_facts(chunk)
+        opening = self.opening(index) if chunk.events and state.tokens == 0 else b""
+        return opening + b"".join(self.event(event, index) for event in chunk.events)
 
     def end(self) -> bytes:
-        usage = self._body(self.chunk_object, []) | {"usage": together(self._tallies, self._firsts)}
-        return (data(usage) if self._include_usage else b"") + DONE
+        return (self.usage_event() if self._include_usage else b"") + DONE
 
     def failure(self, error: ServeAppError) -> bytes:
-        return data({"error": openai_error(error)}) + DONE
+        return data(openai_error(error)) + DONE
 
-    def data(self, choice: Json, above: Json | None = None) -> bytes:
-        """One chunk with one choice. OpenAI writes `usage: null` when a later chunk will tell it."""
-        body = self._body(self.chunk_object, [choice]) | (above or {})
-        return data(body | {"usage": None} if self._include_usage else body)
+    def total_usage(self, states: Sequence[CompletionState]) -> Usage:
+        """The usage of all answers; each prompt counts once."""
+        firsts = sorted(set(self._firsts))
+        return usage(
+            sum(states[first].prompt_tokens for first in firsts),
+            sum(states[first].cached_tokens for first in firsts),
+            sum(state.tokens for state in states),
+        )
 
-    def _frame(self, event: TokenEvent, index: int) -> bytes:
-        tally = self._tallies[index]
-        first, offset = tally.tokens == 0, len(tally.text)
-        if self._show.echo and tally.prompt is not None and not first:
-            offset += len(tally.prompt.text)
-        tally.count(event)
-        choice = self._choice(index, self.piece(event), [event], offset, event.finish_reason)
-        choice |= self._beside([event.token_id], event.finish_reason, event.stopped_by)
-        return self.data(self.begun(choice, tally.prompt) if first else choice)
-
-    def _beside(self, token_ids: list[int], finish: FinishReason | None, stopped_by: str | int | None) -> Json:
-        said: Json = {} if finish is None else {"stop_reason": stopped_by}
-        return said | {"token_ids": token_ids} if self._show.token_ids else said
-
-    def _choice(
-        self, index: int, said: Json, events: Sequence[TokenEvent], offset: int, finish: FinishReason | None
-    ) -> Json:
-        asked = self._request.params.logprobs is not None
-        logprobs = self.logprobs(events, offset) if asked else None
-        return {"index": index, **said, "logprobs": logprobs, "finish_reason": finish}
-
-    def _body(self, kind: str, choices: list[Json]) -> Json:
-        return {
-            "id": self.prefix + self._id,
-            "object": kind,
-            "created": self._created,
-            "model": self._request.model,
-            "choices": choices,
-        }
-
-
-class CompletionEncoder(OpenAIEncoder):
-    prefix = "cmpl-"
-    whole_object = chunk_object = "text_completion"
-
-    def answer(self, tally: CompletionState) -> Json:
-        return {"text": tally.text}
-
-    def piece(self, event: TokenEvent) -> Json:
-        return {"text": event.text}
-
-    def begun(self, choice: Json, prompt: PromptDetails | None) -> Json:
+    def add_prompt(self, target: PromptFields, prompt: PromptDetails | None) -> None:
+        """Set vLLM's fields about the prompt, as far as the request wants them."""
         if prompt is None:
-            return choice
-        if self._show.echo:
-            choice["text"] = prompt.text + str(choice["text"])
-            choice["logprobs"] = self._echoed(choice["logprobs"], prompt)
-        return choice | self.of_prompt(prompt)
-
-    def _echoed(self, said: Any, prompt: PromptDetails) -> Json | None:
-        """The prompt's tokens before those of the answer; nothing foretells the first."""
-        most = self._request.params.logprobs
-        if most is None:
-            return None
-        told = [replace(one, top=one.top[:most]) for one in prompt.logprobs]
-        return {
-            "tokens": [*(piece.text for piece in prompt.tokens), *said["tokens"]],
-            "token_logprobs": [None, *(finite(one.chosen.logprob) for one in told), *said["token_logprobs"]],
-            "top_logprobs": [None, *map(_alternatives, told), *said["top_logprobs"]],
-            "text_offset": [
-                *(piece.start for piece in prompt.tokens),
-                *(len(prompt.text) + offset for offset in said["text_offset"]),
-            ],
-        }
-
-    def logprobs(self, events: Sequence[TokenEvent], offset: int) -> Json:
-        tokens: list[Logprobs] = []
-        offsets: list[int] = []
-        for event in events:
-            if event.logprobs is not None:
-                tokens.append(event.logprobs)
-                offsets.append(offset)
-            offset += len(event.text)
-        return {
-            "tokens": [token.chosen.token for token in tokens],
-            "token_logprobs": [finite(token.chosen.logprob) for token in tokens],
-            "top_logprobs": [_alternatives(token) for token in tokens],
-            "text_offset": offsets,
-        }
+            return
+        if self._show.token_ids:
+            target["prompt_token_ids"] = [token.token_id for token in prompt.tokens]
+        limit = self._show.prompt_logprobs
+        if limit is not None:
+            target["prompt_logprobs"] = [None, *(_ranked(one, limit) for one in prompt.logprobs)]
 
 
-class ChatEncoder(OpenAIEncoder):
-    prefix = "chatcmpl-"
-    whole_object = "chat.completion"
-    chunk_object = "chat.completion.chunk"
-
-    def opening(self, index: int) -> bytes:
-        delta: Json = {"role": "assistant", "content": ""}
-        choice: Json = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
-        return self.data(choice, self.above(self._tallies[index].prompt))
-
-    def above(self, prompt: PromptDetails | None) -> Json:
-        return {} if prompt is None else self.of_prompt(prompt)
-
-    def answer(self, tally: CompletionState) -> Json:
-        return {"message": {"role": "assistant", "content": tally.text}}
-
-    def piece(self, event: TokenEvent) -> Json:
-        return {"delta": {"content": event.text}}
-
-    def logprobs(self, events: Sequence[TokenEvent], offset: int) -> Json:
-        tokens = [event.logprobs for event in events if event.logprobs is not None]
-        return {
-            "content": [
-                _chat_token(token.chosen) | {"top_logprobs": [_chat_token(top) for top in token.top]}
-                for token in tokens
-            ]
-        }
-
-
-def _alternatives(token: Logprobs) -> dict[str, float]:
-    """The most likely tokens, and always the chosen one, as OpenAI has it."""
-    return {one.token: finite(one.logprob) for one in (*token.top, token.chosen)}
-
-
-def _ranked(told: Logprobs, most: int) -> Json:
-    """By token id, as JSON has keys. Of equally likely tokens each has the rank of the first."""
-    values = [one.logprob for one in told.top]
-    ranks = [(one, values.index(one.logprob) + 1) for one in told.top[:most]]
+def _ranked(logprobs: Logprobs, limit: int) -> dict[str, PromptToken]:
+    """By token id, as a string because JSON's keys are strings. Equally likely tokens have the rank of the first."""
+    values = [one.logprob for one in logprobs.top]
+    ranks = [(one, values.index(one.logprob) + 1) for one in logprobs.top[:limit]]
     return {
         str(one.token_id): {"logprob": finite(one.logprob), "rank": rank, "decoded_token": one.token}
-        for one, rank in [*ranks, (told.chosen, told.rank)]
+        for one, rank in [*ranks, (logprobs.chosen, logprobs.rank or 1)]
     }
-
-
-def _chat_token(token: TokenLogprob) -> Json:
-    return {"token": token.token, "bytes": list(token.token.encode()), "logprob": finite(token.logprob)}

@@ -1,27 +1,26 @@
-"""The OpenAI endpoints: any client that speaks to OpenAI speaks to this service."""
+"""OpenAI's endpoints for completions, chat completions and models."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from serve_app.api.body import read_document
-from serve_app.api.choices import best_of_each, forks, kept, measured
+from serve_app.api.choices import best_of_each, fork, with_logprobs
 from serve_app.api.context import RequestContext, generation_id
-from serve_app.api.generation import collect, side_by_side, unless_gone
-from serve_app.api.openai.encoder import ChatEncoder, CompletionEncoder, OpenAIEncoder
-from serve_app.api.openai.schema import ChatBody, CompletionBody, Show
-from serve_app.api.openai.tool_encoder import ToolEncoder
-from serve_app.api.sse import EventStream
+from serve_app.api.generation import collect, run_in_parallel, until_disconnect
+from serve_app.api.openai.chat_encoder import ChatEncoder
+from serve_app.api.openai.completion_encoder import CompletionEncoder
+from serve_app.api.openai.encoder import OpenAIEncoder
+from serve_app.api.openai.responses import ModelCard, ModelList
+from serve_app.api.openai.schema import ChatBody, CompletionBody
+from serve_app.api.stream import EventStream
 from serve_app.config import Model
-from serve_app.core.requests import GenerationRequest, SamplingParams
-from serve_app.engines.text.tool_format import ToolCallFormat
+from serve_app.core.requests import GenerationRequest
 from serve_app.errors import InvalidRequest
 
 log = logging.getLogger(__name__)
@@ -30,94 +29,73 @@ log = logging.getLogger(__name__)
 class OpenAIRoutes:
     def __init__(self, context: RequestContext) -> None:
         self._context = context
-        self._began = _now()
+        self._created = _now()
 
-    async def completions(self, http: Request) -> Response:
-        body = CompletionBody.parse(await read_document(http))
-        model = self._context.asked(http, body.model)
-        return await self._answer(http, model, body, body.params(model.sampling_defaults), CompletionEncoder)
+    async def completions(self, http: Request, document: object) -> Response:
+        return await self._answer(http, CompletionBody.parse(document), CompletionEncoder)
 
-    async def chat(self, http: Request) -> Response:
-        body = ChatBody.parse(await read_document(http))
-        model = self._context.asked(http, body.model)
-        params = body.params(model.sampling_defaults)
-        if not body.may_call:
-            return await self._answer(http, model, body, params, ChatEncoder)
-        syntax = await self._tool_syntax(model)
-        return await self._answer(
-            http, model, body, body.constrained(params, syntax), partial(ToolEncoder, syntax=syntax)
-        )
+    async def chat(self, http: Request, document: object) -> Response:
+        return await self._answer(http, ChatBody.parse(document), ChatEncoder)
 
     async def models(self, http: Request) -> Response:
-        names = [model.name for model in self._context.config.models]
-        return JSONResponse({"object": "list", "data": [self._card(name) for name in names]})
+        body: ModelList = {
+            "object": "list",
+            "data": [self._card(model.name) for model in self._context.config.models],
+        }
+        return JSONResponse(body)
 
     async def model(self, http: Request) -> Response:
         return JSONResponse(self._card(self._context.model(http.path_params["id"]).name))
 
-    async def _answer(
-        self,
-        http: Request,
-        model: Model,
-        body: CompletionBody | ChatBody,
-        params: SamplingParams,
-        kind: Callable[[str, list[GenerationRequest], int, bool, Show], OpenAIEncoder],
-    ) -> Response:
-        name, limits = generation_id(http), self._context.config.limits
-        requests = self._requests(http, name, model, body, params)
-        log_user(name, model, body.user)
-        frames = kind(name, requests, _now(), body.include_usage, body.show)
+    async def _answer(self, http: Request, body: CompletionBody | ChatBody, encoding: type[OpenAIEncoder]) -> Response:
+        context, call_id = self._context, generation_id(http)
+        model = context.model_of(http, body.model)
+        requests = self._requests(http, call_id, model, body)
+        log_user(call_id, model, body.user)
+        encoder = encoding(call_id, requests, _now(), body.include_usage, body.show)
         if body.stream:
-            return EventStream(self._context.gateway, requests, frames, limits.heartbeat_s)
-        chooses = body.drawn > body.n
-        answers = side_by_side(
-            partial(collect, self._context.gateway, measured(request) if chooses else request, limits.warm_wait_s)
+            return EventStream(context, requests, encoder)
+        choose = body.sampled > body.n
+        answers = run_in_parallel(
+            partial(collect, context.engine, with_logprobs(request) if choose else request, context.clock)
             for request in requests
         )
-        tallies = await unless_gone(http.receive, answers)
-        whole = frames.whole(tallies)
-        return JSONResponse(kept(whole, best_of_each(tallies, body.drawn, body.n)) if chooses else whole)
+        states = await until_disconnect(http.receive, answers)
+        shown = best_of_each(states, body.sampled, body.n) if choose else range(len(states))
+        return JSONResponse(encoder.to_response(states, shown))
 
     def _requests(
-        self, http: Request, name: str, model: Model, body: CompletionBody | ChatBody, params: SamplingParams
+        self, http: Request, call_id: str, model: Model, body: CompletionBody | ChatBody
     ) -> list[GenerationRequest]:
-        """One for each answer, in the order of the choices. Raises InvalidRequest when there are too many."""
-        prompts, most = body.asked(), self._context.config.limits.max_batch_items
-        if len(prompts) * body.drawn > most:
+        """One request for each answer, in the order of the choices. Raises InvalidRequest."""
+        params, choice, prompts = body.params(model.sampling_defaults), body.choice(), body.to_prompts()
+        count, limit = len(prompts) * body.sampled, self._context.limits.max_batch_items
+        if count > limit:
             raise InvalidRequest(
-                f"{len(prompts)} prompts with {body.drawn} answers each are {len(prompts) * body.drawn} answers; "
-                f"ask for at most {most} in one call",
+                f"{len(prompts)} prompts with {body.sampled} answers each are {count} answers. Ask for at most {limit} "
+                "answers in one call.",
                 param="prompt",
             )
-        names = [name] if len(prompts) == 1 else [f"{name}-{number}" for number in range(len(prompts))]
+        ids = [call_id] if len(prompts) == 1 else [f"{call_id}-{number}" for number in range(len(prompts))]
         requests = [
-            self._context.request(http, each, model, prompt, params, body)
-            for each, prompt in zip(names, prompts, strict=True)
-        ]
-        requests = [replace(each, prompt_details=body.show.echo or body.show.token_ids) for each in requests]
-        return [fork for request in requests for fork in forks(request, body.drawn, body.stream)]
-
-    async def _tool_syntax(self, model: Model) -> ToolCallFormat:
-        """Raises InvalidRequest if the model cannot call tools."""
-        syntax = (await self._context.info(model.name)).tools
-        if syntax is None:
-            raise InvalidRequest(
-                f"{model.name} calls no tools: its chat template takes none, or writes calls in a way that is not "
-                "understood here; leave tools out, or let its configuration give it one that does, for example "
-                "chat_template: builtin:chatml_tools",
-                param="tools",
+            replace(
+                body.scheduled(self._context.request(http, each, model, prompt, params, body.stream)),
+                prompt_details=body.show.echo or body.show.token_ids,
+                tool_choice=choice,
             )
-        return syntax
+            for each, prompt in zip(ids, prompts, strict=True)
+        ]
+        return [one for request in requests for one in fork(request, body.sampled, body.stream)]
 
-    def _card(self, name: str) -> dict[str, object]:
-        return {"id": name, "object": "model", "created": self._began, "owned_by": "serve_app"}
+    def _card(self, name: str) -> ModelCard:
+        return {"id": name, "object": "model", "created": self._created, "owned_by": "serve_app"}
 
 
-def log_user(name: str, model: Model, user: str | None) -> None:
+def log_user(call_id: str, model: Model, user: str | None) -> None:
     if user is not None:
-        log.info("request %s to %s is for user %r", name, model.name, user)
+        log.info("Request %s to %s is for user %r.", call_id, model.name, user)
 
 
 def _now() -> int:
-    """OpenAI dates its objects by the wall clock."""
+    """OpenAI's objects have the wall clock in whole seconds."""
     return int(time.time())

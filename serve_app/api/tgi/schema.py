@@ -1,4 +1,4 @@
-"""The body of Text Generation Inference's endpoints: the parameters this service honours, and those it refuses."""
+"""The body of Text Generation Inference's endpoints."""
 
 from __future__ import annotations
 
@@ -9,18 +9,17 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from serve_app.api.native.schema import MOST_TOKENS, Penalty, StopString, Text, TokenCount
-from serve_app.api.openai.schema import MOST_ANSWERS
+from serve_app.api.sampling import MAX_ANSWERS, MAX_TOKENS, Penalty, StopString, Text, TokenCount
 from serve_app.api.schema import Body, Nested
 from serve_app.config import SamplingDefaults
 from serve_app.core.requests import Grammar, GrammarKind, SamplingParams
 from serve_app.errors import InvalidRequest
 
-MOST_STOPS = 16
-# A seed of ours is told to the caller, who may read it as a double.
+MAX_STOP_SEQUENCES = 16
+# The service reports a seed that it drew itself, and callers can read it as a double.
 SEED_BITS = 48
 
-KINDS: dict[str, GrammarKind] = {
+GRAMMAR_KINDS: dict[str, GrammarKind] = {
     "json": "json_schema",
     "json_object": "json_schema",
     "json_schema": "json_schema",
@@ -28,73 +27,75 @@ KINDS: dict[str, GrammarKind] = {
 }
 
 
-def _refused(why: str) -> BeforeValidator:
-    """For a parameter of TGI's that is not honoured; false says the same as leaving it out."""
+def _unsupported(remedy: str) -> BeforeValidator:
+    """For a parameter of TGI that this service does not support; false is the same as leaving it out."""
 
     def refuse(value: object) -> None:
         if value is not False:
-            raise PydanticCustomError("not_honoured", "Input {why}", {"why": why})
+            raise PydanticCustomError("unsupported", "Input is not supported. {remedy}", {"remedy": remedy})
 
     return BeforeValidator(refuse, json_schema_input_type=Literal[False] | None)
 
 
-_NAMED = {
+_NAMED_SCHEMA = {
     "type": "object",
     "required": ["schema"],
     "properties": {"schema": {"type": "object"}, "name": {"type": "string"}, "strict": {}},
     "additionalProperties": False,
 }
-# What GrammarField judges, as a JSON schema.
-_FORMS: Any = {
+# The rules of GrammarField's validator as a JSON schema.
+_GRAMMAR_TYPES: Any = {
     "oneOf": [
         {"properties": {"type": {"const": "regex"}, "value": {"type": "string", "minLength": 1}}},
-        {"properties": {"type": {"const": "json_schema"}, "value": _NAMED}},
+        {"properties": {"type": {"const": "json_schema"}, "value": _NAMED_SCHEMA}},
         {"properties": {"type": {"enum": ["json", "json_object"]}, "value": {"type": ["object", "string"]}}},
     ]
 }
 
 
 class GrammarField(Body):
-    """`value` is a JSON schema (an object, or its text), a regular expression, or {"name", "schema"}."""
-
-    model_config = ConfigDict(json_schema_extra=_FORMS)
+    model_config = ConfigDict(json_schema_extra=_GRAMMAR_TYPES)
 
     type: Literal["json", "json_object", "regex", "json_schema"]
+    """What `value` is."""
     value: object
+    """A JSON schema (an object or its text), a regular expression, or an object with "schema" and a "name"."""
 
     @model_validator(mode="after")
-    def _value_goes_with_its_type(self) -> Self:
+    def _check_value(self) -> Self:
         if self.type == "regex":
-            fits, wanted = isinstance(self.value, str) and self.value != "", "a regular expression"
+            valid, expected = isinstance(self.value, str) and self.value != "", "a regular expression"
         elif self.type == "json_schema":
-            fits, wanted = _is_named_schema(self.value), 'an object with "schema", and "name" or not'
+            valid, expected = _is_named_schema(self.value), 'an object with "schema" and an optional "name"'
         else:
-            fits, wanted = isinstance(self.value, dict | str), "a JSON schema"
-        if not fits:
-            message = "Input should have {wanted} as its value when its type is {type}"
-            raise PydanticCustomError("grammar_value", message, {"wanted": wanted, "type": self.type})
+            valid, expected = isinstance(self.value, dict | str), "a JSON schema"
+        if not valid:
+            message = "Input should have {expected} as its value when its type is '{type}'"
+            raise PydanticCustomError("grammar_value", message, {"expected": expected, "type": self.type})
         return self
 
     def grammar(self) -> Grammar:
-        """Raises InvalidRequest when a schema's text is none."""
+        """Raises InvalidRequest if the text of a schema is no JSON schema."""
         value = self.value
         if self.type in ("json", "json_object") and isinstance(value, str):
             _check_schema(value, self.type)
         if self.type == "json_schema":
-            assert isinstance(value, dict), "it was judged so"
+            assert isinstance(value, dict), "the validator checked it"
             value = value["schema"]
         text = value if isinstance(value, str) else json.dumps(value)
-        return Grammar(KINDS[self.type], text, "parameters.grammar")
+        return Grammar(GRAMMAR_KINDS[self.type], text, "parameters.grammar")
 
 
 def _check_schema(text: str, type_: str) -> None:
     try:
-        fits = isinstance(json.loads(text), dict)
+        valid = isinstance(json.loads(text), dict)
     except (ValueError, RecursionError):
-        fits = False
-    if not fits:
-        message = f"parameters.grammar should have a JSON schema as its value when its type is {type_}"
-        raise InvalidRequest(message, param="parameters.grammar")
+        valid = False
+    if not valid:
+        raise InvalidRequest(
+            f"Field 'parameters.grammar' should have a JSON schema as its value when its type is '{type_}'.",
+            param="parameters.grammar",
+        )
 
 
 def _is_named_schema(value: object) -> bool:
@@ -104,50 +105,50 @@ def _is_named_schema(value: object) -> bool:
 
 
 class Parameters(Body):
-    """TGI's names. What is absent switches its rule off. Where nothing says whether to sample, a temperature or a
-    filter does, as in TGI.
-    """
+    """TGI's parameters. As in TGI, the answer is sampled if `do_sample`, a temperature or a filter is set."""
 
     max_new_tokens: TokenCount = 100
-    """The answer ends with so many tokens."""
+    """The maximum number of tokens of the answer."""
     do_sample: bool | None = None
-    """false is greedy; left out, a temperature or a filter says so."""
+    """Whether to sample. By default the answer is sampled if a temperature or a filter is set."""
     temperature: Annotated[float, Field(gt=0, le=100)] | None = None
-    """How far from greedy tokens are drawn."""
-    top_k: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None = None
-    """Draw among so many of the likeliest tokens."""
+    """The sampling temperature."""
+    top_k: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
+    """Sample from this number of the most likely tokens."""
     top_p: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Draw among the likeliest tokens that together have this probability."""
+    """Sample from the most likely tokens that together have this probability."""
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] = 1.0
-    """Divides the logits of tokens that are in the prompt or the answer already."""
+    """Divides the logits of tokens of the prompt and of the answer so far."""
     frequency_penalty: Penalty = 0.0
-    """Taken from a token's logit for every time that it is in the answer."""
+    """Subtracted from the logit of a token once for each time that it occurs in the answer so far."""
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)] | None = None
     """The same request with the same seed gets the same answer."""
-    stop: Annotated[list[StopString], Field(max_length=MOST_STOPS, fail_fast=True, default_factory=list)]
-    """The answer ends with the first of these."""
+    stop: Annotated[list[StopString], Field(max_length=MAX_STOP_SEQUENCES, fail_fast=True, default_factory=list)]
+    """The answer ends with the first of these strings that occurs in it."""
     truncate: TokenCount | None = None
-    """Only so many of the prompt's last tokens are kept."""
+    """Keep only this number of tokens from the end of the prompt."""
     return_full_text: bool = False
-    """Whether the prompt stands before its answer."""
+    """Whether the prompt precedes its answer."""
     details: bool = False
-    """Whether tokens and their log probabilities, the seed and the reason of the end are told."""
+    """Whether the answer has details: its tokens with log probabilities, the seed and the finish reason."""
     decoder_input_details: bool = False
-    best_of: Annotated[int, Field(ge=1, le=MOST_ANSWERS)] = 1
-    """Draw so many answers, and tell the one whose tokens were the likeliest on average."""
+    """Whether the details have the tokens of the prompt with log probabilities. Not in a stream."""
+    best_of: Annotated[int, Field(ge=1, le=MAX_ANSWERS)] = 1
+    """Sample this number of answers, and return the one with the highest mean log probability of a token."""
     top_n_tokens: Annotated[int, Field(ge=0, le=20)] = 0
-    """How many of the likeliest tokens to tell beside each one."""
+    """Report this number of the most likely tokens at the place of each token."""
     grammar: GrammarField | None = None
-    """What the answer looks like."""
-    typical_p: Annotated[None, _refused("is not honoured here; leave it out, or use top_p")] = None
-    watermark: Annotated[None, _refused("is not honoured here; leave it out or send false")] = None
-    adapter_id: Annotated[None, _refused("is not honoured here: the model serves without adapters; leave it out")] = (
-        None
-    )
+    """The form of the answer."""
+    typical_p: Annotated[None, _unsupported("Leave it out, or use top_p.")] = None
+    """Not supported."""
+    watermark: Annotated[None, _unsupported("Leave it out, or send false.")] = None
+    """Not supported."""
+    adapter_id: Annotated[None, _unsupported("The model has no adapters. Leave it out.")] = None
+    """Not supported."""
 
     @property
-    def detailed(self) -> bool:
-        """Who asks for the details of the prompt has those of the answer, as in TGI."""
+    def wants_details(self) -> bool:
+        """As in TGI, details of the prompt come with details of the answer."""
         return self.details or self.decoder_input_details
 
     @property
@@ -157,7 +158,7 @@ class Parameters(Body):
         return self.temperature not in (None, 1.0) or self.top_k is not None or self.top_p is not None
 
     def sampling(self, defaults: SamplingDefaults, logprobs: int | None) -> SamplingParams:
-        """With a seed that can be told, where it matters."""
+        """A sampled answer without a seed of the caller gets a random one, which the details report."""
         samples = self.samples
         return SamplingParams(
             max_tokens=self.max_new_tokens,
@@ -176,40 +177,43 @@ class Parameters(Body):
 
 
 class TgiBody(Body):
-    """`stream` decides at `/` only; elsewhere the path does, and it must not say otherwise."""
-
     model: str | None = None
-    """Left out, that of `?model=` or the first of the configuration."""
+    """The name of the model. The default is that of `?model=`, else the first model of the configuration."""
     inputs: Text
-    """The text to go on with."""
+    """The text that the model continues."""
     parameters: Annotated[Parameters, Field(default_factory=lambda: Parameters())]
+    """How the answer is generated."""
     stream: bool | None = None
-    """Whether the answer comes in events; at /generate and /generate_stream the path decides."""
+    """Whether the answer comes as events. It decides at / only; at /generate and /generate_stream the path decides."""
 
     nested: ClassVar[Nested] = {"parameters": Parameters, "grammar": GrammarField}
 
     @property
     def prefix(self) -> str:
-        """What the text of an answer begins with."""
+        """The beginning of the generated text."""
         return self.inputs if self.parameters.return_full_text else ""
 
-    def params(self, defaults: SamplingDefaults, streams: bool) -> SamplingParams:
-        """Raises InvalidRequest when fields contradict each other."""
-        asked = self.parameters
-        if asked.decoder_input_details and streams:
+    def params(self, defaults: SamplingDefaults, stream: bool) -> SamplingParams:
+        """Raises InvalidRequest if fields contradict each other."""
+        parameters = self.parameters
+        if parameters.decoder_input_details and stream:
             raise InvalidRequest(
-                "parameters.decoder_input_details is told with a whole answer; do not stream, or leave it out",
+                "Field 'parameters.decoder_input_details' is not available in a stream. Do not stream, or leave it "
+                "out.",
                 param="parameters.decoder_input_details",
             )
-        if asked.best_of > 1 and streams:
+        best_of = parameters.best_of
+        if best_of > 1 and stream:
             raise InvalidRequest(
-                f"parameters.best_of {asked.best_of} is known when all answers have ended; do not stream, or send 1",
+                f"Field 'parameters.best_of' is {best_of}, and the best answer is known only when all have ended. Do "
+                "not stream, or send 1.",
                 param="parameters.best_of",
             )
-        if asked.best_of > 1 and not asked.samples:
+        if best_of > 1 and not parameters.samples:
             raise InvalidRequest(
-                f"parameters.best_of {asked.best_of} would be the same greedy answer again; set parameters.do_sample",
+                f"Field 'parameters.best_of' is {best_of}, but greedy answers are all the same. Set "
+                "'parameters.do_sample'.",
                 param="parameters.best_of",
             )
-        told = streams or asked.detailed or asked.best_of > 1
-        return asked.sampling(defaults, asked.top_n_tokens if told else None)
+        needs_logprobs = stream or parameters.wants_details or best_of > 1
+        return parameters.sampling(defaults, parameters.top_n_tokens if needs_logprobs else None)

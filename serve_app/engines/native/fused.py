@@ -91,8 +91,8 @@ class LeanModel:
     def forward(self, rows: Rows) -> Computed:
         """See ForwardPass."""
         slots, positions = torch.tensor(rows.slots), torch.tensor(rows.positions)
-        headed = len(rows.wanted) + len(rows.told)
-        wanted = torch.tensor([*rows.wanted, *rows.told, *rows.embedded], dtype=torch.long)
+        headed = len(rows.sample_rows) + len(rows.logprob_rows)
+        wanted = torch.tensor([*rows.sample_rows, *rows.logprob_rows, *rows.embedding_rows], dtype=torch.long)
         x = F.embedding(torch.tensor(rows.tokens), self._embedding).to(self._dtype)
         if self._native is None:
             normed = self.layers(x, slots, positions, wanted)
@@ -106,7 +106,7 @@ class LeanModel:
         hidden = states[headed:count]
         if scale is not None:
             hidden, scale = hidden * scale[headed:, None], scale[:headed]
-        if rows.embedded:
+        if rows.embedding_rows:
             states = torch.cat([states[:headed], states[count:]])
         return Computed(self._logits(states, scale) if headed else x.new_empty(0, self._head.out_features), hidden)
 

@@ -120,10 +120,10 @@ def _forward(model: PreTrainedModel, rows: Rows) -> Computed:
         input_ids=torch.tensor([rows.tokens], device=device),
         position_ids=torch.tensor([rows.positions], device=device),
         use_cache=False,
-        logits_to_keep=torch.tensor(rows.wanted + rows.told, dtype=torch.long, device=device),
-        output_hidden_states=bool(rows.embedded),
+        logits_to_keep=torch.tensor(rows.sample_rows + rows.logprob_rows, dtype=torch.long, device=device),
+        output_hidden_states=bool(rows.embedding_rows),
     )
     logits: torch.Tensor = output.logits[0]
     # The last of them comes after the last norm.
-    hidden = output.hidden_states[-1][0][rows.embedded] if rows.embedded else logits.new_empty(0, 0)
+    hidden = output.hidden_states[-1][0][rows.embedding_rows] if rows.embedding_rows else logits.new_empty(0, 0)
     return Computed(logits, hidden)

@@ -24,7 +24,7 @@ from serve_app.engines.native.machine import NotEnoughMemory, available_bytes, k
 from serve_app.engines.native.packed import Computed, LayerShape, PackedModel, layer_shapes, unmasked_context
 from serve_app.engines.native.rows import Rows, rows_of, span
 from serve_app.engines.native.sampler import how_likely, sample
-from serve_app.engines.native.sequence import Advance, Outcome, Reading, Sampled, Step
+from serve_app.engines.native.sequence import Advance, Outcome, PromptReadout, Sampled, Step
 from serve_app.engines.native.smooth import smooth, smooth_head
 from serve_app.errors import ServeAppError
 
@@ -104,44 +104,44 @@ class TorchRunner:
 
     @torch.inference_mode()
     def run(self, step: Step) -> list[Outcome]:
-        for order in step.orders:
+        for order in step.cache_ops:
             for cache in self._caches:
                 cache.carry_out(order)
         rows = rows_of(step)
         logits, hidden = self._model.forward(rows)
         computed = time.perf_counter()
-        self._read(step, logits[len(rows.wanted) :], hidden)
+        self._read(step, logits[len(rows.sample_rows) :], hidden)
         sampling = [advance for advance in step.advances if advance.samples]
         if not sampling:
             return []
         wanted = [advance.sequence for advance in sampling for _ in range(1 + len(advance.drafts))]
         ahead = [number for advance in sampling for number in range(1 + len(advance.drafts))]
-        sampled = iter(sample(logits[: len(rows.wanted)], wanted, self.text.token_text, ahead))
+        sampled = iter(sample(logits[: len(rows.sample_rows)], wanted, self.text.token_text, ahead))
         self.sampling_s += time.perf_counter() - computed
         return [_outcome(list(islice(sampled, 1 + len(advance.drafts)))) for advance in sampling]
 
     def _read(self, step: Step, logits: torch.Tensor, hidden: torch.Tensor) -> None:
         """What the step tells of prompts, to those who asked."""
         for advance in step.advances:
-            count, reading = len(advance.reads), advance.sequence.reading
-            if reading is None or not count:
+            count, readout = len(advance.readout_rows), advance.sequence.readout
+            if readout is None or not count:
                 continue
             if advance.sequence.embeds:
-                self._sum(hidden[:count], reading)
+                self._sum(hidden[:count], readout)
                 hidden = hidden[count:]
             else:
-                self._tell(logits[:count], advance, reading)
+                self._tell(logits[:count], advance, readout)
                 logits = logits[count:]
 
-    def _sum(self, hidden: torch.Tensor, reading: Reading) -> None:
+    def _sum(self, hidden: torch.Tensor, readout: PromptReadout) -> None:
         sums = hidden.double().sum(0)
-        reading.add_states((sums if self._divided is None else sums * self._divided).tolist(), len(hidden))
+        readout.add_states((sums if self._divided is None else sums * self._divided).tolist(), len(hidden))
 
-    def _tell(self, logits: torch.Tensor, advance: Advance, reading: Reading) -> None:
+    def _tell(self, logits: torch.Tensor, advance: Advance, readout: PromptReadout) -> None:
         sequence = advance.sequence
-        first = sequence.computed + advance.reads.start + 1
+        first = sequence.computed + advance.readout_rows.start + 1
         tokens = sequence.tokens[first : first + len(logits)]
-        reading.add_logprobs(how_likely(logits, tokens, sequence.params.prompt_logprobs or 0, self.text.token_text))
+        readout.add_logprobs(how_likely(logits, tokens, sequence.params.prompt_logprobs or 0, self.text.token_text))
 
     def _make_caches(self, shapes: list[LayerShape], engine: Engine, dtype: torch.dtype) -> list[LayerCache]:
         """All slots on CPU, where only what is written to takes memory; else as many as the memory budget holds."""

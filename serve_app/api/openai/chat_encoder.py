@@ -1,0 +1,170 @@
+"""Encodes the events of a model as OpenAI's chat completions, with tool calls."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from uuid import uuid4
+
+from serve_app.api.completion import CompletionState
+from serve_app.api.openai.encoder import OpenAIEncoder
+from serve_app.api.openai.responses import (
+    AssistantMessage,
+    ChatChoice,
+    ChatChosenToken,
+    ChatChunk,
+    ChatChunkChoice,
+    ChatCompletion,
+    ChatDelta,
+    ChatFinishReason,
+    ChatLogprobs,
+    ChatToken,
+    FunctionCall,
+    FunctionDelta,
+    ToolCall,
+    ToolCallPart,
+)
+from serve_app.api.responses import finite
+from serve_app.api.sse import data
+from serve_app.core.events import Delta, FinishReason, Logprobs, TextDelta, TokenEvent, TokenLogprob, ToolCallDelta
+
+_FINISH_REASONS: dict[FinishReason, ChatFinishReason] = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}
+
+
+class ChatEncoder(OpenAIEncoder):
+    """A request with a `tool_choice` has its answer in the deltas of its events, any other in their text."""
+
+    def to_response(self, states: Sequence[CompletionState], shown: Sequence[int]) -> ChatCompletion:
+        body: ChatCompletion = {
+            "id": f"chatcmpl-{self._id}",
+            "object": "chat.completion",
+            "created": self._created,
+            "model": self._model,
+            "choices": [self._choice(index, states[number]) for index, number in enumerate(shown)],
+            "usage": self.total_usage(states),
+        }
+        self.add_prompt(body, states[0].prompt)
+        return body
+
+    def opening(self, index: int) -> bytes:
+        choice: ChatChunkChoice = {
+            "index": index,
+            "delta": {"role": "assistant", "content": ""},
+            "logprobs": None,
+            "finish_reason": None,
+        }
+        body = self._chunk([choice])
+        self.add_prompt(body, self._states[index].prompt)
+        return data(body)
+
+    def event(self, event: TokenEvent, index: int) -> bytes:
+        state = self._states[index]
+        state.add_event(event)
+        if self._request.tool_choice is None:
+            return self._data(index, {"content": event.text}, [event], event.finish_reason)
+        deltas = [_encoded(delta) for delta in event.deltas if isinstance(delta, TextDelta | ToolCallDelta)]
+        if not deltas:
+            if not (self._logprobs or self._show.token_ids or event.finish_reason is not None):
+                return b""
+            deltas = [{}]
+        # The facts of the token come with its first delta, and the finish reason with its last one.
+        tokens = [[event], *[[]] * (len(deltas) - 1)]
+        reasons = [*[None] * (len(deltas) - 1), event.finish_reason]
+        return b"".join(self._data(index, *parts) for parts in zip(deltas, tokens, reasons, strict=True))
+
+    def usage_event(self) -> bytes:
+        body = self._chunk([])
+        body["usage"] = self.total_usage(self._states)
+        return data(body)
+
+    def _data(self, index: int, delta: ChatDelta, tokens: Sequence[TokenEvent], reason: FinishReason | None) -> bytes:
+        """One event with a delta, the facts of `tokens` (one or none), and the reason if it is the last one."""
+        state = self._states[index]
+        choice: ChatChunkChoice = {
+            "index": index,
+            "delta": delta,
+            "logprobs": _logprobs(tokens) if self._logprobs else None,
+            "finish_reason": None if reason is None else _finish_reason(reason, state),
+        }
+        if reason is not None:
+            choice["stop_reason"] = state.stopped_by
+        if self._show.token_ids:
+            choice["token_ids"] = [token.token_id for token in tokens]
+        return data(self._chunk([choice]))
+
+    def _choice(self, index: int, state: CompletionState) -> ChatChoice:
+        choice: ChatChoice = {
+            "index": index,
+            "message": self._message(state),
+            "logprobs": _logprobs(state.logprob_events) if self._logprobs else None,
+            "finish_reason": _finish_reason(state.reason, state),
+            "stop_reason": state.stopped_by,
+        }
+        if self._show.token_ids:
+            choice["token_ids"] = state.token_ids
+        return choice
+
+    def _message(self, state: CompletionState) -> AssistantMessage:
+        if self._request.tool_choice is None:
+            return {"role": "assistant", "content": state.text}
+        content = "".join(delta.text for delta in state.deltas if isinstance(delta, TextDelta))
+        calls = _calls(state.deltas)
+        if not calls:
+            return {"role": "assistant", "content": content}
+        return {"role": "assistant", "content": content or None, "tool_calls": calls}
+
+    def _chunk(self, choices: list[ChatChunkChoice]) -> ChatChunk:
+        body: ChatChunk = {
+            "id": f"chatcmpl-{self._id}",
+            "object": "chat.completion.chunk",
+            "created": self._created,
+            "model": self._model,
+            "choices": choices,
+        }
+        if self._include_usage:
+            body["usage"] = None
+        return body
+
+
+def _encoded(delta: TextDelta | ToolCallDelta) -> ChatDelta:
+    if isinstance(delta, TextDelta):
+        return {"content": delta.text}
+    part: ToolCallPart = {"index": delta.index, "function": {"arguments": delta.arguments}}
+    if delta.name:
+        function: FunctionDelta = {"name": delta.name, "arguments": delta.arguments}
+        part = {"index": delta.index, "id": _new_id(), "type": "function", "function": function}
+    return {"tool_calls": [part]}
+
+
+def _calls(deltas: Sequence[Delta]) -> list[ToolCall]:
+    """The tool calls that the deltas of a whole answer make up."""
+    calls: list[ToolCall] = []
+    for delta in deltas:
+        if isinstance(delta, ToolCallDelta):
+            if delta.name:
+                function: FunctionCall = {"name": delta.name, "arguments": delta.arguments}
+                calls.append({"id": _new_id(), "type": "function", "function": function})
+            else:
+                calls[delta.index]["function"]["arguments"] += delta.arguments
+    return calls
+
+
+def _new_id() -> str:
+    return f"call_{uuid4().hex[:24]}"
+
+
+def _finish_reason(reason: FinishReason, state: CompletionState) -> ChatFinishReason:
+    if reason is FinishReason.STOP and any(isinstance(delta, ToolCallDelta) for delta in state.deltas):
+        return "tool_calls"
+    return _FINISH_REASONS[reason]
+
+
+def _logprobs(events: Sequence[TokenEvent]) -> ChatLogprobs:
+    return {"content": [_chosen_token(event.logprobs) for event in events if event.logprobs is not None]}
+
+
+def _chosen_token(logprobs: Logprobs) -> ChatChosenToken:
+    return {**_token(logprobs.chosen), "top_logprobs": [_token(token) for token in logprobs.top]}
+
+
+def _token(token: TokenLogprob) -> ChatToken:
+    return {"token": token.token, "bytes": list(token.token.encode()), "logprob": finite(token.logprob)}

@@ -1,0 +1,69 @@
+"""The operator's endpoints: /health, /ready and /metrics."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from typing_extensions import TypedDict
+
+from serve_app.api.context import RequestContext
+from serve_app.api.responses import exact
+from serve_app.core.queries import ModelState, ModelStatus
+
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+# About the period of a load balancer's health check.
+READY_RETRY_S = 5
+
+
+@exact
+class Health(TypedDict):
+    status: Literal["alive"]
+
+
+@exact
+class ModelReadiness(TypedDict):
+    """`detail` is the reason why the model is not ready."""
+
+    name: str
+    state: Literal["ready", "loading", "asleep", "failed"]
+    detail: str
+
+
+@exact
+class Readiness(TypedDict):
+    status: Literal["ready", "not ready"]
+    models: list[ModelReadiness]
+
+
+class OperatorRoutes:
+    def __init__(self, context: RequestContext) -> None:
+        self._context = context
+
+    async def health(self, http: Request) -> Response:
+        alive: Health = {"status": "alive"}
+        return JSONResponse(alive)
+
+    async def ready(self, http: Request) -> Response:
+        """200 if any model can answer, or the one of `?model=`: a failed model must not take the others out of service.
+
+        A model that is scaled to zero is ready, because the next request wakes it.
+        """
+        names = [model.name for model in self._context.config.models]
+        if "model" in http.query_params:
+            names = [self._context.model(http.query_params["model"]).name]
+        statuses = [self._context.engine.health(name) for name in names]
+        ready = any(status.state in (ModelState.READY, ModelState.ASLEEP) for status in statuses)
+        body: Readiness = {"status": "ready" if ready else "not ready", "models": [_readiness(one) for one in statuses]}
+        if ready:
+            return JSONResponse(body)
+        return JSONResponse(body, status_code=503, headers={"retry-after": str(READY_RETRY_S)})
+
+    async def metrics(self, http: Request) -> Response:
+        return Response(await self._context.telemetry.exposition(), headers={"content-type": METRICS_TYPE})
+
+
+def _readiness(status: ModelStatus) -> ModelReadiness:
+    return {"name": status.name, "state": status.state.value, "detail": status.detail}

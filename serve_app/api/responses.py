@@ -1,0 +1,69 @@
+"""Parts of answers that several dialects share, as typed dictionaries.
+
+Encoders build the answers as these types, and the OpenAPI document describes them, so that mypy checks that the service
+sends what it documents.
+"""
+
+from __future__ import annotations
+
+from pydantic import ConfigDict, with_config
+from typing_extensions import TypedDict
+
+# A class decorator: the type has no other fields.
+exact = with_config(ConfigDict(extra="forbid"))
+
+# JSON has neither infinity nor NaN. OpenAI writes this value for a token that cannot occur.
+LOWEST_LOGPROB = -9999.0
+
+
+def finite(logprob: float) -> float:
+    """A log probability as JSON can hold it."""
+    return logprob if logprob > LOWEST_LOGPROB else LOWEST_LOGPROB
+
+
+@exact
+class CachedTokens(TypedDict):
+    cached_tokens: int
+
+
+@exact
+class Usage(TypedDict):
+    """Counts of tokens. `cached_tokens` of the prompt were in the prefix cache."""
+
+    prompt_tokens: int
+    prompt_tokens_details: CachedTokens
+    completion_tokens: int
+    total_tokens: int
+
+
+@exact
+class Metrics(TypedDict):
+    """Times in milliseconds since the request's arrival; null for an instant that did not happen.
+
+    `tpot_ms` is the mean time of a token after the first one. `tokens_per_second` covers the whole elapsed time.
+    """
+
+    ttft_ms: float | None
+    tpot_ms: float | None
+    queue_ms: float
+    tokens_generated: int
+    tokens_per_second: float
+    elapsed_ms: float
+
+
+def usage(prompt_tokens: int, cached_tokens: int, completion_tokens: int) -> Usage:
+    return {
+        "prompt_tokens": prompt_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+    }
+
+
+def milliseconds(seconds: float) -> float:
+    return round(seconds * 1000, 3)
+
+
+def rate(tokens: int, seconds: float) -> float:
+    """Tokens per second; 0 if no time has passed."""
+    return round(tokens / seconds, 2) if seconds > 0 else 0.0

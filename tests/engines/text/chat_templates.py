@@ -1,0 +1,130 @@
+"""Chat templates that write tool calls, each in the format of one model family."""
+
+from __future__ import annotations
+
+# Every turn stands between two markers. The second one ends an answer.
+_TURNS = """
+{%- if tools -%}
+{{- '<|im_start|>system\n' }}{% for tool in tools %}{{ tool | tojson }}{% endfor %}{{ '<|im_end|>\n' -}}
+{%- endif -%}
+{%- for m in messages -%}
+{{- '<|im_start|>' + m.role + '\n' -}}
+%s
+{{- '<|im_end|>\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif -%}
+"""
+
+
+def turns(calls: str) -> str:
+    """A template with this text for the calls of an assistant message."""
+    content = "{%- if m.tool_calls -%}" + calls + "{%- else %}{{ m.content }}{% endif -%}"
+    return _TURNS.replace("%s", content)
+
+
+# Qwen 2.5: each call on lines of its own, after the content.
+QWEN = _TURNS.replace(
+    "%s",
+    """{%- if m.content %}{{ m.content + ('\n' if m.tool_calls else '') }}{% endif -%}
+{%- for c in m.tool_calls or [] -%}
+{{- '\n' if not loop.first -}}
+{{- '<tool_call>\n{"name": "' + c.function.name + '", "arguments": ' -}}
+{{- c.function.arguments | tojson + '}\n</tool_call>' -}}
+{%- endfor -%}""",
+)
+
+# Qwen 3: the last turn begins with empty reasoning.
+QWEN_3 = turns(
+    """{%- if loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif -%}
+{%- for c in m.tool_calls -%}
+{{- '\n' if not loop.first -}}
+{{- '<tool_call>\n{"name": "' + c.function.name + '", "arguments": ' -}}
+{{- c.function.arguments | tojson + '}\n</tool_call>' -}}
+{%- endfor -%}"""
+).replace("{%- else %}", "{%- else %}{% if loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}")
+
+# SmolLM2-1.7B: one list between two tags.
+SMOLLM = turns(
+    """{{- '<tool_call>[' -}}
+{%- for c in m.tool_calls -%}
+{{- c.function | tojson + (', ' if not loop.last else '') -}}
+{%- endfor -%}
+{{- ']</tool_call>' -}}"""
+)
+
+# Mistral 7B v0.3: a marker, then one list. Call ids must have nine characters.
+MISTRAL = """
+{{- '<s>' -}}
+{%- for m in messages -%}
+{%- if m.role == 'user' -%}
+  {%- if loop.last and tools %}{{ '[AVAILABLE_TOOLS] ' + tools | tojson + '[/AVAILABLE_TOOLS]' }}{% endif -%}
+  {{- '[INST] ' + m.content + '[/INST]' -}}
+{%- elif m.role == 'tool' -%}
+  {{- '[TOOL_RESULTS] {"content": ' + m.content + ', "call_id": "' + m.tool_call_id + '"}[/TOOL_RESULTS]' -}}
+{%- elif m.tool_calls -%}
+  {{- '[TOOL_CALLS] [' -}}
+  {%- for c in m.tool_calls -%}
+    {%- if c.id | length != 9 %}{{ raise_exception('ids have nine characters') }}{% endif -%}
+    {{- (c.function | tojson)[:-1] + ', "id": "' + c.id + '"}' + (', ' if not loop.last else ']</s>') -}}
+  {%- endfor -%}
+{%- else -%}
+  {{- ' ' + m.content + '</s>' -}}
+{%- endif -%}
+{%- endfor -%}
+"""
+
+# Llama 3.1: a JSON object without tags, one per message, with "parameters" in place of "arguments".
+LLAMA = turns(
+    """{%- if m.tool_calls | length != 1 %}{{ raise_exception('one call a message') }}{% endif -%}
+{%- set c = m.tool_calls[0].function -%}
+{{- '{"name": "' + c.name + '", ' + '"parameters": ' + c.arguments | tojson + '}' -}}"""
+)
+
+# DeepSeek R1: markers around all calls and around each call, arguments as text in a code block, no content.
+DEEPSEEK = """
+{%- if tools %}{{ tools | tojson }}{% endif -%}
+{%- for m in messages -%}
+{%- if m.role == 'assistant' and m.content is not defined -%}
+  {{- '<|assistant|><|calls|>' -}}
+  {%- for c in m.tool_calls -%}
+    {{- '\n' if not loop.first -}}
+    {{- '<|call|>function<|sep|>' + c.function.name + '\n```json\n' + c.function.arguments + '\n```<|end_call|>' -}}
+  {%- endfor -%}
+  {{- '<|end_calls|><|im_end|>' -}}
+{%- elif m.role == 'assistant' -%}
+  {{- '<|assistant|>' + m.content + '<|im_end|>' -}}
+{%- else -%}
+  {{- '<|' + m.role + '|>' + m.content -}}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt %}{{ '<|assistant|>' }}{% endif -%}
+"""
+
+# The name is the last member of the object.
+NAME_LAST = turns(
+    """{%- for c in m.tool_calls -%}
+{{- '<call>{"arguments": ' + c.function.arguments | tojson + ', "name": "' + c.function.name + '"}</call>' -}}
+{%- endfor -%}"""
+)
+
+# The name is part of the tag. Only the arguments are JSON.
+FUNCTION_TAG = turns(
+    """{%- for c in m.tool_calls -%}
+{{- '<function=' + c.function.name + '>' + c.function.arguments | tojson + '</function>' -}}
+{%- endfor -%}"""
+)
+
+# Not supported: arguments that are not JSON.
+PARAMETERS = turns(
+    """{%- for c in m.tool_calls -%}
+{{- '<function=' + c.function.name + '>' -}}
+{%- for key, value in c.function.arguments.items() -%}
+{{- '<parameter=' + key + '>' + value + '</parameter>' -}}
+{%- endfor -%}
+{{- '</function>' -}}
+{%- endfor -%}"""
+)
+# Ignores tools.
+NO_TOOLS = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + (m.content or '') + '<|im_end|>\n' }}{% endfor %}"
+)
