@@ -114,7 +114,9 @@ class Collector:
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
-                collector._answers.wait()
+                if not collector._answers.is_set():
+                    collector._answers.wait()
+                    return
                 headers = {name.lower(): value for name, value in self.headers.items()}
                 response = collector.receive(self.path, headers, self.rfile.read(int(headers["content-length"])))
                 self.send_response(200)

@@ -295,8 +295,8 @@ async def test_a_generation_span_has_the_attributes_of_the_semantic_conventions(
         "serve_app.outcome": "length",
     }
     assert 0 <= attributes["gen_ai.usage.cache_read.input_tokens"] < size
-    assert span.about["service.name"] == "serve_app"
-    assert span.about["service.instance.id"]
+    assert span.resource["service.name"] == "serve_app"
+    assert span.resource["service.instance.id"]
 
 
 async def test_admissions_and_their_batches_are_linked_both_ways(traced: TracedService, calls: Calls) -> None:

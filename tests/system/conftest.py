@@ -7,7 +7,7 @@ import openai
 import pytest
 import yaml
 
-from tests.graph.house import SHIPPED, Program, free_port
+from tests.graph.service import SHIPPED_CONFIG, Program, free_port
 
 STORY = {"prompt": "Once upon a time", "max_tokens": 64, "ignore_eos": True, "include_text": False}
 

@@ -18,7 +18,7 @@ import psutil
 import pytest
 from huggingface_hub.errors import ValidationError
 
-from tests.graph.house import ROOT, frames_of
+from tests.graph.service import ROOT, stream_events
 from tests.system.conftest import STORY, Shipped
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
@@ -232,7 +232,7 @@ async def test_32_streams_at_once_all_end_and_memory_stays_what_the_readme_says(
 
         async def stream() -> list[dict[str, Any]]:
             async with client.stream("POST", "/generate_stream", json=STORY) as response:
-                return [frame async for frame in frames_of(response)]
+                return [frame async for frame in stream_events(response)]
 
         running = [asyncio.create_task(stream()) for _ in range(32)]
         await asyncio.sleep(2)

@@ -13,7 +13,7 @@ import jsonschema
 import openai
 import pytest
 
-from tests.graph.house import ROOT
+from tests.graph.service import ROOT
 from tests.system.conftest import Shipped
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
