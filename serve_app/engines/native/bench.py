@@ -273,7 +273,7 @@ async def _times(stream: TokenStream, begun: Callable[[], None] = lambda: None) 
 def linear_flops(model: Model, runner: TorchRunner) -> float:
     """Operations a second of a linear layer of this kind on many rows, the best of a few passes."""
     x = torch.ones(_FLOP_SIZE, _FLOP_SIZE, dtype=runner.dtype)
-    linear = pack(torch.ones(_FLOP_SIZE, _FLOP_SIZE, dtype=runner.dtype), None, model.quantization)
+    linear = pack(torch.ones(_FLOP_SIZE, _FLOP_SIZE, dtype=runner.dtype), None, runner.quantization)
     return 2 * _FLOP_SIZE**3 / _best(lambda: linear(x))
 
 
