@@ -1,4 +1,4 @@
-"""Drives a real engine with many requests at once, and knows what `model.generate()` says to each."""
+"""Runs a real engine under concurrent requests, and computes the reference answers by `model.generate()`."""
 
 from __future__ import annotations
 
@@ -24,21 +24,29 @@ _DEPLOYMENT = Deployment(max_ongoing_requests=64, max_queued_requests=64, num_re
 
 
 @dataclass(frozen=True)
-class Ask:
-    """A prompt, the length of its answer, and how many tokens its reader stays for (None: all)."""
+class GreedyRequest:
+    """A prompt, the length of its answer, and the number of tokens after which the client cancels (None: never)."""
 
     prompt: tuple[int, ...]
-    tokens: int
-    leaves_after: int | None = None
+    max_tokens: int
+    cancel_after: int | None = None
 
 
 def model_config(source: str | Path, **engine: int) -> Model:
-    return Model(name="m", source=str(source), dtype="float32", deployment=_DEPLOYMENT, engine=EngineConfig(**engine))
+    """A model in float32 without quantization, unless `model_copy` changes it."""
+    return Model(
+        name="m",
+        source=str(source),
+        dtype="float32",
+        quantization="none",
+        deployment=_DEPLOYMENT,
+        engine=EngineConfig(**engine),
+    )
 
 
 @contextmanager
 def running(model: Model, kv_tokens: int | None = None) -> Iterator[Engine]:
-    """With less memory than the configuration gives, if told so."""
+    """An engine; `kv_tokens` replaces the number of tokens that the configured memory holds."""
 
     def make() -> TorchRunner:
         runner = TorchRunner.from_config(model, lambda stage: None)
@@ -53,8 +61,8 @@ def running(model: Model, kv_tokens: int | None = None) -> Iterator[Engine]:
         engine.stop()
 
 
-async def ask(
-    engine: Engine, prompt: Prompt, params: SamplingParams, leaves_after: int | None = None
+async def generate(
+    engine: Engine, prompt: Prompt, params: SamplingParams, cancel_after: int | None = None
 ) -> list[TokenEvent]:
     stream = TokenStream(GenerationRequest("id", "m", prompt, params, time.monotonic(), time.monotonic() + 900))
     refusals = await asyncio.to_thread(engine.admit, [stream])
@@ -63,56 +71,60 @@ async def ask(
     try:
         async for chunk in stream.chunks(0.0):
             events += chunk.events
-            if leaves_after is not None and len(events) >= leaves_after:
+            if cancel_after is not None and len(events) >= cancel_after:
                 break
     finally:
         stream.close()
     return events
 
 
-async def greedy(engine: Engine, asked: Ask) -> list[int]:
-    params = SamplingParams(max_tokens=asked.tokens, temperature=0.0, ignore_eos=True)
-    return [e.token_id for e in await ask(engine, TokenPrompt(asked.prompt), params, asked.leaves_after)]
+async def generate_greedy(engine: Engine, request: GreedyRequest) -> list[int]:
+    params = SamplingParams(max_tokens=request.max_tokens, temperature=0.0, ignore_eos=True)
+    return [e.token_id for e in await generate(engine, TokenPrompt(request.prompt), params, request.cancel_after)]
 
 
-async def crowd(engine: Engine, asks: list[Ask], seed: int, within_s: float = 0.05) -> list[list[int]]:
-    """All of them at random moments of the same few steps."""
+async def generate_concurrently(
+    engine: Engine, requests: list[GreedyRequest], seed: int, within_s: float = 0.05
+) -> list[list[int]]:
+    """The answers to all requests, which arrive at random moments within `within_s`, during the same few steps."""
     rng = random.Random(seed)
 
-    async def later(asked: Ask, delay_s: float) -> list[int]:
+    async def later(request: GreedyRequest, delay_s: float) -> list[int]:
         await asyncio.sleep(delay_s)
-        return await greedy(engine, asked)
+        return await generate_greedy(engine, request)
 
-    return await asyncio.gather(*(later(asked, rng.random() * within_s) for asked in asks))
+    return await asyncio.gather(*(later(request, rng.random() * within_s) for request in requests))
 
 
-def random_asks(count: int, vocabulary: int, longest_prompt: int, longest_answer: int, seed: int) -> list[Ask]:
-    """Every fourth reader leaves early. Of three prompts one begins as its kind does, for most of it; one is short."""
+def random_requests(
+    count: int, vocabulary: int, longest_prompt: int, longest_answer: int, seed: int
+) -> list[GreedyRequest]:
+    """Every fourth request is cancelled. Of three prompts one starts with a shared prefix, and one is short."""
     rng = random.Random(seed)
-    beginning = tuple(rng.randrange(vocabulary) for _ in range(longest_prompt - longest_prompt // 8))
-    asks = []
+    prefix = tuple(rng.randrange(vocabulary) for _ in range(longest_prompt - longest_prompt // 8))
+    requests = []
     for i in range(count):
-        prompt = beginning if i % 3 == 0 else ()
+        prompt = prefix if i % 3 == 0 else ()
         longest = longest_prompt // 4 if i % 3 == 1 else longest_prompt - len(prompt)
         prompt += tuple(rng.randrange(vocabulary) for _ in range(rng.randint(1, longest)))
         tokens = rng.randint(2, longest_answer)
-        asks.append(Ask(prompt, tokens, rng.randint(1, tokens) if i % 4 == 3 else None))
-    return asks
+        requests.append(GreedyRequest(prompt, tokens, rng.randint(1, tokens) if i % 4 == 3 else None))
+    return requests
 
 
 @torch.inference_mode()
-def generated(folder: str | Path, asks: list[Ask]) -> list[list[int]]:
-    """What transformers' own generate() answers, one prompt at a time."""
+def reference_answers(folder: str | Path, requests: list[GreedyRequest]) -> list[list[int]]:
+    """The answers of transformers' own generate(), one prompt at a time."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     answers = []
-    for asked in asks:
-        ids = torch.tensor([asked.prompt])
+    for request in requests:
+        ids = torch.tensor([request.prompt])
         out = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             do_sample=False,
-            max_new_tokens=asked.tokens,
-            min_new_tokens=asked.tokens,
+            max_new_tokens=request.max_tokens,
+            min_new_tokens=request.max_tokens,
             eos_token_id=None,
             pad_token_id=0,
         )
@@ -120,18 +132,18 @@ def generated(folder: str | Path, asks: list[Ask]) -> list[list[int]]:
     return answers
 
 
-async def idle(engine: Engine) -> None:
-    """Wait until nobody is in the engine; the last who left is let go at its next step."""
+async def wait_until_idle(engine: Engine) -> None:
+    """Wait until the engine has no request; it frees a cancelled request at its next step."""
     async with asyncio.timeout(5):
         while engine.stats().running or engine.stats().waiting:  # noqa: ASYNC110 - another thread's state
             await asyncio.sleep(0.005)
 
 
-def agree(answers: list[list[int]], references: list[list[int]], asks: list[Ask]) -> None:
-    """Every reader got the reference's tokens: all of them, or those up to where it left."""
-    for answer, reference, asked in zip(answers, references, asks, strict=True):
-        if asked.leaves_after is None:
-            assert answer == reference, f"prompt of {len(asked.prompt)}"
+def assert_answers(answers: list[list[int]], references: list[list[int]], requests: list[GreedyRequest]) -> None:
+    """Each answer is the reference, for a cancelled request the reference up to the cancellation."""
+    for answer, reference, request in zip(answers, references, requests, strict=True):
+        if request.cancel_after is None:
+            assert answer == reference, f"prompt of {len(request.prompt)}"
         else:
-            assert len(answer) >= asked.leaves_after
+            assert len(answer) >= request.cancel_after
             assert answer == reference[: len(answer)]

@@ -28,7 +28,7 @@ from serve_app.engines.native.loader import (
     quantized_by_bitsandbytes,
 )
 from tests.models import tiny
-from tests.models.hub import COMMIT, hub_of
+from tests.models.fake_hub import COMMIT, hub_of
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(120)]
 

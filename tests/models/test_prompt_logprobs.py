@@ -19,15 +19,15 @@ from serve_app.core.events import Chunk, Logprobs
 from serve_app.core.requests import GenerationRequest, SamplingParams, TokenPrompt
 from serve_app.engines.native import kernels, linear
 from serve_app.engines.native.engine import Engine
-from serve_app.engines.native.fused import LeanModel
+from serve_app.engines.native.fused import FusedModel
 from serve_app.engines.native.kv_cache import BLOCK
-from serve_app.engines.native.linear import Int8DotLinear, Int8Linear
+from serve_app.engines.native.linear import FbgemmInt8Linear, Int8DotProductLinear
 from serve_app.engines.native.loader import Loaded, SourceError, load
 from serve_app.engines.native.rows import span
 from serve_app.engines.native.runner import TorchRunner
 from serve_app.engines.native.stream import TokenStream
 from tests.models import tiny
-from tests.models.crowd import idle, model_config, running
+from tests.models.concurrent_load import model_config, running, wait_until_idle
 
 pytestmark = pytest.mark.model
 
@@ -110,12 +110,12 @@ def agree(found: tuple[Logprobs, ...], prompt: Prompt, wanted: torch.Tensor, err
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 async def test_packed(family: str, tmp_path: Path) -> None:
-    await check(tiny.save(family, tmp_path), "packed")
+    await check(tiny.save(family, tmp_path), "transformers")
 
 
-@pytest.mark.parametrize("family", tiny.LEAN)
+@pytest.mark.parametrize("family", tiny.FUSED)
 async def test_lean(family: str, tmp_path: Path) -> None:
-    await check(tiny.save(family, tmp_path, tiny.LEAN), "lean")
+    await check(tiny.save(family, tmp_path, tiny.FUSED), "fused")
 
 
 async def check(folder: Path, kind: str) -> None:
@@ -138,34 +138,34 @@ async def check(folder: Path, kind: str) -> None:
             agree(first, prompt, wanted)
             assert torch.cosine_similarity(second, vector, dim=0) > 0.999
             assert second.norm().item() == pytest.approx(1, abs=1e-5)
-        await idle(engine)
+        await wait_until_idle(engine)
         assert engine.stats().preemptions > 0
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("quantization", ["none", "int8", "int4"])
-@pytest.mark.parametrize("family", [*tiny.LEAN, "gpt2"])
+@pytest.mark.parametrize("family", [*tiny.FUSED, "gpt2"])
 async def test_quantised(family: str, quantization: str, dtype: str, tmp_path: Path) -> None:
     """Close to what it was, also where channels were moved for the quantisation's sake; alone as in a crowd.
 
     To the bit, where the products are our own; MKL's and oneDNN's add in an order that the number of rows decides.
     """
-    folder = tiny.save(family, tmp_path, tiny.FAMILIES | tiny.LEAN)
+    folder = tiny.save(family, tmp_path, tiny.FAMILIES | tiny.FUSED)
     asked = prompts(4)
     logprobs, embeddings = reference(folder, asked)
     config = model_config(folder, max_running=4, max_context=96, max_step_tokens=24, threads=1)
     config = config.model_copy(update={"dtype": dtype, "quantization": quantization})
     with running(config) as engine:
-        assert engine.kind == ("lean" if family in tiny.LEAN else "packed")
+        assert engine.kind == ("fused" if family in tiny.FUSED else "transformers")
         alone = [(await told(engine, prompt), await embedded(engine, prompt)) for prompt in asked]
         crowd = await asyncio.gather(*(told(engine, prompt) for prompt in asked))
     vectors = torch.stack([vector for _, vector in alone])
     likeness = torch.cosine_similarity(vectors, torch.stack(embeddings), dim=-1)
     assert likeness.min() > LIKE[quantization], likeness
-    own = quantization != "none" or (dtype == "bfloat16" and torch.ops.serve_app.has_dots())
+    own = quantization != "none" or (dtype == "bfloat16" and torch.ops.serve_app.has_dot_products())
     for prompt, wanted, (first, _), again in zip(asked, logprobs, alone, crowd, strict=True):
         assert len(first) == len(wanted) == len(prompt) - 1
-        if own and family in tiny.LEAN:
+        if own and family in tiny.FUSED:
             assert [one.chosen for one in first] == [one.chosen for one in again]
         elif (quantization, dtype) == ("none", "float32"):
             agree(again, prompt, wanted)
@@ -185,7 +185,7 @@ def silent(config: Model) -> Loaded:
 
 def test_a_model_that_cannot_embed_is_refused_where_it_is_to(tmp_path: Path) -> None:
     config = model_config(tiny.save("gpt2", tmp_path), max_running=2, max_context=64)
-    assert TorchRunner(silent(config), config.engine).kind == "packed"
+    assert TorchRunner(silent(config), config.engine).kind == "transformers"
     with pytest.raises(SourceError, match=r"GPT2LMHeadModel tells no hidden states.*embeddings: false"):
         TorchRunner(silent(config), config.engine, embeddings=True)
 
@@ -194,13 +194,13 @@ def test_a_model_that_cannot_embed_is_refused_where_it_is_to(tmp_path: Path) -> 
 async def test_int8_in_either_kind_of_layer(dots: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows to sample from, told ones and embedded ones of one step go different ways after the last layer."""
     assert kernels.available(print), "this machine has a compiler"
-    if dots and not torch.ops.serve_app.has_dots():
+    if dots and not torch.ops.serve_app.has_dot_products():
         pytest.skip("this processor has no dot products of bytes and bfloat16")
-    monkeypatch.setattr(linear, "_has_dots", lambda: dots)
-    config = model_config(tiny.save("qwen3", tmp_path, tiny.LEAN), max_running=4, max_context=64)
+    monkeypatch.setattr(linear, "_has_dot_products", lambda: dots)
+    config = model_config(tiny.save("qwen3", tmp_path, tiny.FUSED), max_running=4, max_context=64)
     runner = TorchRunner.from_config(config.model_copy(update={"quantization": "int8"}), lambda stage: None)
-    assert isinstance(runner._model, LeanModel)
-    assert isinstance(runner._model._head, Int8DotLinear if dots else Int8Linear)
+    assert isinstance(runner._model, FusedModel)
+    assert isinstance(runner._model._head, Int8DotProductLinear if dots else FbgemmInt8Linear)
     rows = span(list(range(20)), slot=0, start=0)
     with torch.inference_mode():
         apart = runner._model.forward(replace(rows, wanted=list(range(20)))).logits

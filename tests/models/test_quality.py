@@ -13,13 +13,13 @@ from transformers import PreTrainedModel
 
 from serve_app.core.requests import TextPrompt
 from serve_app.engines.native import int4, kernels
-from serve_app.engines.native.linear import DotLinear, Int4Linear, Int8DotLinear, Int8Linear, pack
+from serve_app.engines.native.linear import DotProductLinear, FbgemmInt8Linear, Int4Linear, Int8DotProductLinear, pack
 from serve_app.engines.native.loader import load
 from serve_app.engines.native.rows import span
 from serve_app.engines.native.runner import TorchRunner
 from serve_app.engines.native.smooth import smooth
 from tests.models import tiny
-from tests.models.crowd import model_config
+from tests.models.concurrent_load import model_config
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(240)]
 
@@ -42,7 +42,7 @@ def read(
     loaded = load(model, lambda stage: None)
     change(loaded.model)
     runner = TorchRunner(loaded, model.engine, model.quantization)
-    assert runner.kind == "lean"
+    assert runner.kind == "fused"
     (ids,) = runner.text.encode([TextPrompt(PROSE)])
     assert isinstance(ids, list)
     rows = span(ids, slot=0, start=0)
@@ -126,19 +126,19 @@ Make = Callable[[torch.Tensor, torch.Tensor | None], torch.nn.Module]
 
 every_quantised = pytest.mark.parametrize(
     "make",
-    [partial(pack, quantization="int8"), Int8Linear, partial(Int4Linear, importance=None)],
+    [partial(pack, quantization="int8"), FbgemmInt8Linear, partial(Int4Linear, importance=None)],
     ids=["int8", "int8 by fbgemm", "int4"],
 )
 
 
 def test_a_layer_is_what_is_best_here() -> None:
     assert kernels.available(lambda stage: None)
-    dots = torch.ops.serve_app.has_dots()
+    dots = torch.ops.serve_app.has_dot_products()
     for outputs in (48, 20):
         weight = torch.randn(outputs, 64)
-        assert type(pack(weight, None, "int8")) is (Int8DotLinear if dots else Int8Linear)
-        assert not dots or type(pack(weight.bfloat16(), None, "none")) is DotLinear
-    assert type(pack(torch.randn(16, 40), None, "int8")) is Int8Linear
+        assert type(pack(weight, None, "int8")) is (Int8DotProductLinear if dots else FbgemmInt8Linear)
+        assert not dots or type(pack(weight.bfloat16(), None, "none")) is DotProductLinear
+    assert type(pack(torch.randn(16, 40), None, "int8")) is FbgemmInt8Linear
 
 
 @every_quantised
@@ -169,7 +169,7 @@ def test_a_row_that_goes_in_twice_is_the_same_beside_others(monkeypatch: pytest.
     """What 7 bits leave of a number in the middle between two steps reaches past 1, by an ulp."""
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
     noise = torch.Generator().manual_seed(3)
-    layer = Int8Linear(torch.randn(80, 96, generator=noise), None)
+    layer = FbgemmInt8Linear(torch.randn(80, 96, generator=noise), None)
     middles = (torch.arange(-63, 63) + 0.5) / 63.5
     rows, pin = middles[torch.randint(0, 126, (60, 96), generator=noise)], layer._pin[None]
     rows[::2] *= torch.rand(30, 1, generator=noise)
@@ -182,7 +182,7 @@ def test_a_row_that_goes_in_twice_is_the_same_beside_others(monkeypatch: pytest.
 def test_what_the_int4_kernel_does_not_take_is_int8(rows: int, columns: int) -> None:
     weight, x = torch.randn(rows, columns), torch.randn(3, columns)
     layer = pack(weight, None, "int4")
-    assert isinstance(layer, Int8Linear | Int8DotLinear)
+    assert isinstance(layer, FbgemmInt8Linear | Int8DotProductLinear)
     y, scales = layer.scaled(x, None)
     assert scales is None
     assert torch.cosine_similarity(y, x @ weight.T).min() > 0.999
@@ -207,10 +207,10 @@ def test_int4_reads_a_weight_as_it_says_and_spends_its_levels_where_they_count()
     assert (constant[1][..., 1] + (constant[0][0, 0] - 8) * constant[1][..., 0] == 0.5).all()
 
 
-@pytest.mark.parametrize("family", tiny.LEAN)
+@pytest.mark.parametrize("family", tiny.FUSED)
 def test_smoothing_changes_nothing_but_the_ranges(family: str, tmp_path: Path) -> None:
     """By powers of two: every logit stays what it was, up to the order of sums."""
-    loaded = load(model_config(tiny.save(family, tmp_path, tiny.LEAN)), lambda stage: None)
+    loaded = load(model_config(tiny.save(family, tmp_path, tiny.FUSED)), lambda stage: None)
     ids = list(range(1, 60))
     with torch.inference_mode():
         before = loaded.model(input_ids=torch.tensor([ids]), use_cache=False).logits
@@ -225,14 +225,14 @@ def test_smoothing_changes_nothing_but_the_ranges(family: str, tmp_path: Path) -
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
-@pytest.mark.parametrize("family", [*tiny.LEAN, "gpt2", "qwen2_moe"])
+@pytest.mark.parametrize("family", [*tiny.FUSED, "gpt2", "qwen2_moe"])
 def test_a_quantised_model_is_close_to_what_it_was(family: str, quantization: str, dtype: str, tmp_path: Path) -> None:
     """Random weights have no outliers; biases, head norms, windows and other code each take their own way.
 
     Three layers of noise leave int4 nothing to spare, so that only the median of its positions tells anything.
     """
-    folder = tiny.save(family, tmp_path, tiny.FAMILIES | tiny.LEAN)
-    exact, rounded = (chunked(folder, dtype, wanted, family in tiny.LEAN) for wanted in ("none", quantization))
+    folder = tiny.save(family, tmp_path, tiny.FAMILIES | tiny.FUSED)
+    exact, rounded = (chunked(folder, dtype, wanted, family in tiny.FUSED) for wanted in ("none", quantization))
     likeness = torch.cosine_similarity(exact, rounded, dim=-1)
     assert likeness.median() > (0.95 if quantization == "int8" else 0.6)
 
@@ -245,7 +245,7 @@ def chunked(folder: Path, dtype: str, quantization: str, lean: bool) -> torch.Te
     if not lean:
         loaded.model.config.model_type = "unknown to the lean path"
     runner = TorchRunner(loaded, model.engine, model.quantization)
-    assert runner.kind == ("lean" if lean else "packed")
+    assert runner.kind == ("fused" if lean else "transformers")
     first, second = span(list(range(1, 31)), slot=0, start=0), span(list(range(31, 51)), slot=0, start=30)
     first.wanted.clear()
     second.wanted[:] = range(20)
@@ -254,8 +254,8 @@ def chunked(folder: Path, dtype: str, quantization: str, lean: bool) -> torch.Te
         return runner._model.forward(second).logits.float()
 
 
-@pytest.mark.parametrize("family", tiny.LEAN)
+@pytest.mark.parametrize("family", tiny.FUSED)
 def test_int4_is_the_same_in_both_ways_to_run(family: str, tmp_path: Path) -> None:
-    folder = tiny.save(family, tmp_path, tiny.LEAN)
+    folder = tiny.save(family, tmp_path, tiny.FUSED)
     lean = chunked(folder, "float32", "int4", lean=True)
     assert torch.cosine_similarity(lean, chunked(folder, "float32", "int4", lean=False), dim=-1).min() > 0.99

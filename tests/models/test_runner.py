@@ -11,7 +11,7 @@ from serve_app.engines.native.loader import SourceError
 from serve_app.engines.native.machine import NotEnoughMemory
 from serve_app.engines.native.runner import TorchRunner
 from tests.models import tiny
-from tests.models.crowd import model_config
+from tests.models.concurrent_load import model_config
 
 pytestmark = pytest.mark.model
 

@@ -18,7 +18,12 @@ from serve_app.engines.native.engine import Engine
 from serve_app.engines.native.kv_cache import BLOCK
 from serve_app.engines.native.loader import builtin_gguf, convert_gguf
 from serve_app.engines.native.stream import TokenStream
-from tests.models.crowd import Ask, agree, ask, crowd, generated, greedy, idle, model_config, random_asks, running
+from tests.models.concurrent_load import (
+    generate,
+    model_config,
+    running,
+    wait_until_idle,
+)
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(240)]
 
@@ -47,7 +52,7 @@ async def test_alone_is_a_crowd_is_generate(engine: Engine, folder: Path) -> Non
     references = generated(folder, asks)
     agree([await greedy(engine, asked) for asked in asks[:6]], references[:6], asks[:6])
     agree(await crowd(engine, asks, seed=1), references, asks)
-    await idle(engine)
+    await wait_until_idle(engine)
 
 
 @pytest.mark.parametrize(("dtype", "quantization"), [("bfloat16", "none"), ("float32", "int8"), ("float32", "int4")])
@@ -55,11 +60,11 @@ async def test_rows_that_are_rounded_are_rounded_alike_in_a_crowd(dtype: str, qu
     config = model_config("builtin:smollm2-135m", max_running=12, max_context=512, max_step_tokens=48)
     asks = random_asks(24, vocabulary=49152, longest_prompt=90, longest_answer=20, seed=5)
     with running(config.model_copy(update={"dtype": dtype, "quantization": quantization})) as engine:
-        if dtype == "bfloat16" and not torch.ops.serve_app.has_dots():
+        if dtype == "bfloat16" and not torch.ops.serve_app.has_dot_products():
             pytest.skip("oneDNN rounds a row by the number of its neighbours")
         alone = [await greedy(engine, replace(asked, leaves_after=None)) for asked in asks]
         agree(await crowd(engine, asks, seed=1), alone, asks)
-        await idle(engine)
+        await wait_until_idle(engine)
 
 
 async def test_guesses_and_kept_beginnings_change_nothing(engine: Engine, folder: Path) -> None:
@@ -78,7 +83,7 @@ async def test_guesses_and_kept_beginnings_change_nothing(engine: Engine, folder
 
 
 async def test_the_chat_template_leads_to_paris(engine: Engine) -> None:
-    events = await ask(engine, FRANCE, SamplingParams(max_tokens=40, temperature=0))
+    events = await generate(engine, FRANCE, SamplingParams(max_tokens=40, temperature=0))
     assert text(events) == "The capital of France is Paris."
     assert events[-1].finish_reason is FinishReason.STOP
 
@@ -89,7 +94,7 @@ async def test_a_seeded_request_says_the_same_alone_and_in_a_crowd(engine: Engin
 
     async def say(seed: int) -> str:
         await asyncio.sleep(seed % 5 / 20)
-        return text(await ask(engine, TextPrompt(f"A story of {seed} lines:"), params(seed)))
+        return text(await generate(engine, TextPrompt(f"A story of {seed} lines:"), params(seed)))
 
     alone = [await say(seed) for seed in range(4)]
     assert len(set(alone)) == 4
@@ -111,13 +116,13 @@ async def test_four_answers_to_one_prompt_are_those_of_four_requests_and_cost_on
     after = engine.stats()
     prefilled = after.rows - before.rows - (after.decode_rows - before.decode_rows) - (after.drafted - before.drafted)
     assert prefilled <= 200 + 3 * 8
-    apart = [[e.token_id for e in await ask(engine, prompt, replace(params, seed=7 + i))] for i in range(4)]
+    apart = [[e.token_id for e in await generate(engine, prompt, replace(params, seed=7 + i))] for i in range(4)]
     assert together == apart
     assert len({*map(tuple, together)}) == 4
 
 
 async def test_logprobs_are_those_of_the_reference(engine: Engine, folder: Path) -> None:
-    events = await ask(engine, FRANCE, SamplingParams(max_tokens=8, temperature=0, logprobs=3))
+    events = await generate(engine, FRANCE, SamplingParams(max_tokens=8, temperature=0, logprobs=3))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     runner = engine._runner
     (prompt,) = runner.text.encode([FRANCE])
@@ -134,7 +139,7 @@ async def test_logprobs_are_those_of_the_reference(engine: Engine, folder: Path)
 
 
 async def test_a_stop_string_ends_the_answer_and_is_never_sent(engine: Engine) -> None:
-    events = await ask(engine, FRANCE, SamplingParams(max_tokens=40, temperature=0, stop=("ance is",)))
+    events = await generate(engine, FRANCE, SamplingParams(max_tokens=40, temperature=0, stop=("ance is",)))
     assert text(events) == "The capital of Fr"
     assert events[-1].finish_reason is FinishReason.STOP
 
@@ -142,7 +147,7 @@ async def test_a_stop_string_ends_the_answer_and_is_never_sent(engine: Engine) -
 async def test_no_piece_of_a_text_is_half_a_character(engine: Engine) -> None:
     """A model this small repeats what it was shown, in characters of several tokens each."""
     shown = "🌍🎉 世界 grüßt 🌍🎉 世界 grüßt 🌍🎉 世界 grüßt 🌍🎉 世界"
-    events = await ask(engine, TextPrompt(shown), SamplingParams(max_tokens=40, temperature=0, ignore_eos=True))
+    events = await generate(engine, TextPrompt(shown), SamplingParams(max_tokens=40, temperature=0, ignore_eos=True))
     assert any(event.text == "" for event in events), "some token was only a part of a character"
     assert "🌍🎉 世界" in text(events)
     assert not any("\ufffd" in event.text for event in events)

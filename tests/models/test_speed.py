@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from serve_app.engines.native.linear import Quantization
 from serve_app.engines.native.rows import DecodeRun, Rows
 from serve_app.engines.native.runner import TorchRunner
-from tests.models.crowd import model_config
+from tests.models.concurrent_load import model_config
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(240)]
 

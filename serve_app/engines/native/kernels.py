@@ -27,11 +27,11 @@ _POLL_S = 0.1
 _BUILD_ALLOWED = "SERVE_APP_NATIVE_KERNELS"
 
 
-class _Unavailable(Exception):
-    pass
+class Unavailable(Exception):
+    """The operations cannot be compiled on this machine; the message is the reason."""
 
 
-_FAILURES = (OSError, subprocess.SubprocessError, CacheError, _Unavailable)
+_FAILURES = (OSError, subprocess.SubprocessError, CacheError, Unavailable)
 
 
 class _Build(threading.Thread):
@@ -95,12 +95,12 @@ def available(report: Report) -> bool:
 def build(report: Report, root: Path | None = None) -> Path:
     """The compiled library below `root`, by default in the user's cache folder. A damaged library is compiled again.
 
-    Raises CacheError, _Unavailable, OSError or SubprocessError.
+    Raises Unavailable, CacheError, OSError or SubprocessError.
     """
     if os.environ.get(_BUILD_ALLOWED) == "0":
-        raise _Unavailable(f"{_BUILD_ALLOWED}=0")
+        raise Unavailable(f"{_BUILD_ALLOWED}=0")
     if platform.system() != "Linux":
-        raise _Unavailable(f"they are not supported on {platform.system()}")
+        raise Unavailable(f"they are not supported on {platform.system()}")
     work = Work(_compile, "compiling for this processor", "compiles the native operations", 1.2 * _BUILD_TIMEOUT_S)
     return cached_file((root or cache_subfolder("kernels")) / f"{_key()}.so", work, report)
 
@@ -124,7 +124,7 @@ def _key() -> str:
 def _compile(target: Path) -> None:
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
-        raise _Unavailable("no C++ compiler (install g++, or set CXX)")
+        raise Unavailable("no C++ compiler (install g++, or set CXX)")
     home = Path(torch.__file__).parent
     # The path of torch's own OpenMP: a second OpenMP in the process would have a second thread pool.
     openmp = [str(path) for path in sorted((home / "lib").glob("libgomp*.so*"))[:1]]
@@ -133,4 +133,4 @@ def _compile(target: Path) -> None:
     command = [compiler, *_FLAGS, *_MATH_FLAGS, *includes, str(_SOURCE), "-o", str(target), *libraries]
     done = subprocess.run(command, capture_output=True, text=True, timeout=_BUILD_TIMEOUT_S, check=False)
     if done.returncode != 0:
-        raise _Unavailable(f"{compiler} failed: {done.stderr[-500:]}")
+        raise Unavailable(f"{compiler} failed: {done.stderr[-500:]}")
