@@ -7,8 +7,9 @@ operations from Python would cost 1 to 2 ms a step, so that the loop over the la
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Seq
+from collections.abc import Callable, Sequence as Seq
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,6 +36,8 @@ HEAD_SIZES = (64, 128)
 # Elements that a native operation processes at a time.
 VECTOR_WIDTH = 16
 
+# Chooses a linear layer for a weight and a bias, as linear.pack does.
+Pack = Callable[..., Linear]
 # Rows, and the multipliers that are still to be applied to them. Before the first layer there are no rows.
 Scaled = tuple[torch.Tensor | None, torch.Tensor | None]
 
@@ -63,6 +66,7 @@ class FusedModel:
         caches: Seq[LayerCache],
         windows: Seq[int | None],
         quantization: Quantization,
+        pack: Pack = pack,
     ) -> None:
         config, length = model.config, caches[0].length
         self._keys, self._values = [cache.keys for cache in caches], [cache.values for cache in caches]
@@ -72,10 +76,11 @@ class FusedModel:
         self._int8 = quantization == "int8"
         self._embedding = model.get_input_embeddings().weight.detach()
         self._layers = [
-            _layer(layer, window or 0, quantization) for layer, window in zip(model.model.layers, windows, strict=True)
+            _layer(layer, window or 0, partial(pack, quantization=quantization))
+            for layer, window in zip(model.model.layers, windows, strict=True)
         ]
         self._norm = model.model.norm.weight.detach().float()
-        self._head = pack(model.get_output_embeddings().weight, None, head_quantization(quantization))
+        self._head = pack(model.get_output_embeddings().weight, None, quantization=head_quantization(quantization))
         # These layers take and return float32 rows: rounding rows to bfloat16 between them would only lose precision.
         float_rows = self._int8 or isinstance(self._head, DotProductLinear)
         self._dtype = torch.float32 if float_rows else model.dtype
@@ -204,18 +209,18 @@ def _head_size(model: PreTrainedModel) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def _layer(layer: Any, window: int, quantization: Quantization) -> Layer:
+def _layer(layer: Any, window: int, pack: Pack) -> Layer:
     attention, mlp = layer.self_attn, layer.mlp
     return Layer(
         norm=_weight(layer.input_layernorm),
-        qkv=_concatenated([attention.q_proj, attention.k_proj, attention.v_proj], quantization),
+        qkv=_concatenated([attention.q_proj, attention.k_proj, attention.v_proj], pack),
         query_norm=_weight(attention.q_norm) if hasattr(attention, "q_norm") else None,
         key_norm=_weight(attention.k_norm) if hasattr(attention, "k_norm") else None,
         window=window,
-        out=_concatenated([attention.o_proj], quantization),
+        out=_concatenated([attention.o_proj], pack),
         mlp_norm=_weight(layer.post_attention_layernorm),
-        gate_up=_concatenated([mlp.gate_proj, mlp.up_proj], quantization),
-        down=_concatenated([mlp.down_proj], quantization),
+        gate_up=_concatenated([mlp.gate_proj, mlp.up_proj], pack),
+        down=_concatenated([mlp.down_proj], pack),
     )
 
 
@@ -224,12 +229,12 @@ def _weight(norm: Any) -> torch.Tensor:
     return weight
 
 
-def _concatenated(linears: Seq[torch.nn.Linear], quantization: Quantization) -> Linear:
+def _concatenated(linears: Seq[torch.nn.Linear], pack: Pack) -> Linear:
     """Layers with the same input as one layer."""
     biases = [linear.bias for linear in linears]
     bias = None if biases[0] is None else torch.cat([bias.detach() for bias in biases])
     weight = torch.cat([linear.weight.detach() for linear in linears])
-    return pack(weight, bias, quantization, attached_importance(linears[0]))
+    return pack(weight, bias, importance=attached_importance(linears[0]))
 
 
 def _rotary_tables(model: PreTrainedModel, length: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -87,6 +87,7 @@ class FbgemmInt8Linear(torch.nn.Module):
         self.bias = None if bias is None else bias.float()
         self._pin = torch.ones(weight.shape[1])
         self._pin[::2] = -1
+        self.multiply_twice = not torch.cpu._is_vnni_supported()
         self.weight_bytes = weight.numel() + 4 * len(scales)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -117,7 +118,7 @@ class FbgemmInt8Linear(torch.nn.Module):
 
     def _product(self, rows: torch.Tensor) -> torch.Tensor:
         product: Any = torch.ops.quantized.linear_dynamic
-        if torch.cpu._is_vnni_supported():
+        if not self.multiply_twice:
             return product(rows, self.weight, False)  # type: ignore[no-any-return]
         plain, pin = rows[:-1], rows[-1:]
         # [-1, 1] in 7 bits has steps of 2 / 127. A remainder one ulp above 1 would change the scale of the whole call.

@@ -41,9 +41,9 @@ def load(config: Model, report: Report) -> Loaded:
     Raises SourceError when the source is missing, damaged or unsafe, or not a decoder-only language model.
     """
     transformers_logging.disable_progress_bar()
+    device = choose_device(config.device, config.resources.num_gpus)
     folder = resolve(config, report)
     report("loading weights")
-    device = choose_device(config.device, config.resources.num_gpus)
     placement = config.device_map or ({"": device.index or 0} if device.type == "cuda" else None)
     dtype = choose_dtype(config.dtype, device)
     options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
