@@ -23,7 +23,7 @@ from starlette.applications import Starlette
 from serve_app.config import ConfigError, Engine as EngineConfig, Telemetry as Settings, Tracing
 from serve_app.core.requests import GenerationRequest, SamplingParams, TextPrompt
 from serve_app.deployments.telemetry import Telemetry, check
-from serve_app.engines.native.engine import Engine
+from serve_app.engines.native.engine import NativeEngine
 from serve_app.engines.native.stream import TokenStream
 from serve_app.engines.toy import ToyRunner
 from serve_app.telemetry.engine_spans import TracedAdmitter, TracedStream
@@ -147,7 +147,7 @@ class Entrance:
         provider = TracerProvider(shutdown_on_exit=False)
         provider.add_span_processor(SimpleSpanProcessor(self._exporter))
         config = EngineConfig(max_running=4, draft_tokens=0)
-        self.engine = Engine(lambda: ToyRunner(config), config)
+        self.engine = NativeEngine(lambda: ToyRunner(config), config)
         self.phases = TracedAdmitter(provider.get_tracer("test"), self.engine.admit)
 
     def open(self, text: str, traceparent: str = PARENT) -> TokenStream:

@@ -11,7 +11,7 @@ from serve_app.api.gateway import Gateway
 from serve_app.api.middleware import OneRequestId
 from serve_app.config import AppConfig, ConfigError, Telemetry as Settings
 from serve_app.core.requests import GenerationRequest
-from serve_app.engines.native.engine import Engine
+from serve_app.engines.native.engine import NativeEngine
 from serve_app.engines.native.stream import TokenStream
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class Telemetry:
         layer = Middleware(Observe, tracer=tracer, access_log=self._settings.log_format == "json")
         return create_app(ObservedGateway(gateway, tracer, capture), config, around=[named, layer])
 
-    def turnstile(self, engine: Engine) -> TracedAdmitter | Admitter:
+    def turnstile(self, engine: NativeEngine) -> TracedAdmitter | Admitter:
         """The way into an engine."""
         if self._exporter is None:
             return Admitter(engine)
@@ -77,7 +77,7 @@ class Telemetry:
 class Admitter:
     """The way into an engine when nothing is traced."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: NativeEngine) -> None:
         self.admit = engine.admit
 
     def open(self, request: GenerationRequest) -> TokenStream:

@@ -20,7 +20,7 @@ from serve_app.deployments.gateway import log_to_serve
 from serve_app.deployments.hub import Pusher
 from serve_app.deployments.registry import Heartbeat
 from serve_app.deployments.telemetry import Telemetry
-from serve_app.engines.native.engine import Engine, EngineStalled
+from serve_app.engines.native.engine import EngineStalled, NativeEngine
 from serve_app.engines.native.sequence import Runner
 from serve_app.engines.native.stream import TokenStream
 from serve_app.engines.toy import ToyRunner
@@ -52,7 +52,7 @@ class Worker:
         self._pusher = Pusher(hub, self._notice, self._families)
         self._admit.set_max_batch_size(model.batching.max_batch_size)
         self._admit.set_batch_wait_timeout_s(model.batching.batch_wait_timeout_s)
-        self._engine = Engine(partial(_make_runner, model, self._report), model.engine, watch=self._steps.saw)
+        self._engine = NativeEngine(partial(_make_runner, model, self._report), model.engine, watch=self._steps.saw)
         self._turnstile = self._telemetry.turnstile(self._engine)
         try:
             await asyncio.to_thread(self._engine.start)

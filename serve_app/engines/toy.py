@@ -1,4 +1,4 @@
-"""A model without weights: answers with its own prompt, over and over. For tests of everything around a model."""
+"""A model without weights, for tests of the rest of the service: its answer repeats its prompt."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ from urllib.parse import parse_qsl, urlsplit
 
 from serve_app.config import Engine
 from serve_app.core.events import Logprobs, TextToken, TokenLogprob
-from serve_app.core.requests import ChatPrompt, Grammar, Prompt, TextPrompt, TokenPrompt
+from serve_app.core.requests import ChatPrompt, Grammar, Prompt, SamplingParams, TextPrompt, TokenPrompt, ToolChoice
 from serve_app.engines.native.sequence import Advance, Outcome, Sampled, Sequence, Step
-from serve_app.engines.text.tool_format import ToolCallFormat
 from serve_app.errors import InvalidRequest, ServeAppError
 
 END = 256
 
 
 class ToyDecoder:
-    """Bytes to text; an incomplete character is held back. The end token is special: no text, or its name."""
+    """Decodes bytes as UTF-8 and holds incomplete characters back. The end token is special: "" or its name."""
 
     def __init__(self, skip_special_tokens: bool = True) -> None:
         self._utf8 = getincrementaldecoder("utf-8")(errors="replace")
@@ -29,11 +28,10 @@ class ToyDecoder:
 
 
 class ToyText:
-    """One token a byte of UTF-8; 256 ends an answer."""
+    """A tokenizer with one token for each byte of UTF-8; token 256 ends an answer."""
 
     end_ids = special_ids = frozenset({END})
     vocabulary = END + 1
-    tools: ToolCallFormat | None = None
 
     def encode(self, prompts: Seq[Prompt]) -> list[list[int] | ServeAppError]:
         return [self._encode(prompt) or InvalidRequest("the prompt is empty", param="prompt") for prompt in prompts]
@@ -42,20 +40,22 @@ class ToyText:
         ids = self._encode(prompt)
         if isinstance(ids, ServeAppError):
             return ids
-        return tuple(TextToken(token, self._text([token]), at, at + 1) for at, token in enumerate(ids))
+        return tuple(TextToken(token, self._decode([token]), at, at + 1) for at, token in enumerate(ids))
 
     def detokenize(self, token_ids: Seq[int], skip_special_tokens: bool) -> str | ServeAppError:
         ids = self._encode(TokenPrompt(tuple(token_ids)))
-        return ids if isinstance(ids, ServeAppError) else self._text(ids, skip_special_tokens)
+        return ids if isinstance(ids, ServeAppError) else self._decode(ids, skip_special_tokens)
 
     def decoder(self, prompt: Seq[int], skip_special_tokens: bool = True) -> ToyDecoder:
         return ToyDecoder(skip_special_tokens)
 
     def constraint(self, grammar: Grammar, ignore_eos: bool) -> InvalidRequest:
-        """It repeats its prompt, whatever the grammar."""
-        return InvalidRequest("the toy model follows no grammar; ask a real one", param=grammar.field)
+        return InvalidRequest("the toy model follows no grammar; use another model", param=grammar.field)
 
-    def _text(self, ids: Seq[int], skip_special_tokens: bool = False) -> str:
+    def tool_use(self, choice: ToolChoice, params: SamplingParams) -> InvalidRequest:
+        return InvalidRequest("the toy model calls no tools", param="tools")
+
+    def _decode(self, ids: Seq[int], skip_special_tokens: bool = False) -> str:
         decoder = ToyDecoder(skip_special_tokens)
         return "".join(decoder.step(token) for token in ids)
 
@@ -70,13 +70,13 @@ class ToyText:
 
 
 class ToyRunner:
-    """Token n of an answer is token n of the prompt, counted round; each step takes `step_ms`.
+    """Token n of an answer is token n of the prompt, modulo the prompt's length. Each step takes `step_ms`.
 
-    It keeps nothing, so that `kv_memory_bytes` counts tokens here. It expected every token of its prompt; an embedding
-    counts the tokens of each remainder by 4.
+    The toy holds no keys and values: `kv_memory_bytes` is the number of tokens that its cache counts. Every token of a
+    prompt has probability 1. An embedding is the number of tokens with each remainder modulo 4.
 
-    With `log`, a line is appended to that file for each token made: monotonic seconds, and the request's id.
-    A step with a prompt that begins with `fails_on` fails.
+    With `log`, the toy appends a line to that file for each token: monotonic seconds and the request's id. A step with
+    a prompt that begins with `fails_on` fails.
     """
 
     def __init__(
@@ -84,17 +84,19 @@ class ToyRunner:
     ) -> None:
         time.sleep(load_s)
         self.kind = "toy"
+        self.quantization = "none"
+        self.dtype_name = ""
         self.slots = config.max_running
         self.context = config.max_context
         self.kv_tokens = config.kv_memory_bytes or self.slots * self.context
         self.text = ToyText()
         self._step_s = step_ms / 1e3
         self._fails_on = list(fails_on.encode())
-        self._log = None if log is None else open(log, "a", buffering=1)  # noqa: SIM115 (as long as the process)
+        self._log = None if log is None else open(log, "a", buffering=1)  # noqa: SIM115 (open until the process ends)
 
     @classmethod
     def from_source(cls, source: str, config: Engine) -> ToyRunner:
-        """From `builtin:toy`, or `builtin:toy?step_ms=5&load_s=2&log=/tmp/tokens`."""
+        """From `builtin:toy`, or with options: `builtin:toy?step_ms=5&load_s=2&log=/tmp/tokens`."""
         options = dict(parse_qsl(urlsplit(source).query))
         step_ms, load_s = (float(options.get(name, 0)) for name in ("step_ms", "load_s"))
         return cls(config, step_ms, load_s, options.get("log"), options.get("fails_on", ""))
@@ -103,23 +105,23 @@ class ToyRunner:
         if self._step_s:
             time.sleep(self._step_s)
         if self._fails_on and any(self._fails(advance.sequence) for advance in step.advances):
-            raise RuntimeError("a toy that was to fail")
+            raise RuntimeError("the toy model fails on this prompt")
         for advance in step.advances:
-            self._read(advance)
+            self._read_out(advance)
         return [self._outcome(advance) for advance in step.advances if advance.samples]
 
     def _fails(self, sequence: Sequence) -> bool:
         return sequence.tokens[: len(self._fails_on)] == self._fails_on
 
-    def _read(self, advance: Advance) -> None:
-        sequence, reading, rows = advance.sequence, advance.sequence.reading, advance.reads
-        if reading is None or not rows:
+    def _read_out(self, advance: Advance) -> None:
+        sequence, readout, rows = advance.sequence, advance.sequence.readout, advance.readout_rows
+        if readout is None or not rows:
             return
         tokens = sequence.tokens[sequence.computed :]
         if sequence.embeds:
-            reading.add_states([float(sum(tokens[row] % 4 == n for row in rows)) for n in range(4)], len(rows))
+            readout.add_states([float(sum(tokens[row] % 4 == n for row in rows)) for n in range(4)], len(rows))
         else:
-            reading.add_logprobs([self._certain(tokens[row + 1], rank=1) for row in rows])
+            readout.add_logprobs([self._certain(tokens[row + 1], rank=1) for row in rows])
 
     def _certain(self, token: int, rank: int | None = None) -> Logprobs:
         return Logprobs(TokenLogprob(token, chr(token), 0.0), (), rank)

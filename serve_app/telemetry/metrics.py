@@ -21,7 +21,7 @@ from serve_app import __version__
 from serve_app.core.events import CANCELLED, EMBEDDED, FinishReason
 from serve_app.core.http import HttpCall
 from serve_app.core.queries import ModelState
-from serve_app.engines.native.engine import Engine
+from serve_app.engines.native.engine import NativeEngine
 from serve_app.engines.native.sequence import Step
 from serve_app.errors import ServeAppError
 
@@ -239,7 +239,7 @@ class StepSeries(_Series):
 class EngineMetrics:
     """What one engine does, read from it whenever somebody looks."""
 
-    def __init__(self, model: str, replica: str, engine: Engine, load_s: float) -> None:
+    def __init__(self, model: str, replica: str, engine: NativeEngine, load_s: float) -> None:
         self._labels = [model, replica]
         self._engine = engine
         self._load_s = load_s
@@ -270,8 +270,12 @@ class EngineMetrics:
             "draft_tokens": ("Tokens guessed ahead", stats.drafted),
             "draft_accepted_tokens": ("Of them, those that were right", stats.accepted),
         }
-        info = _gauge("runner_info", "How steps run", ("model", "replica", "kind"))
-        info.add_metric([*self._labels, self._engine.kind], 1)
+        info = _gauge(
+            "runner_info",
+            "The path on which a model runs and the quantization of its weights",
+            ("model", "replica", "kind", "quantization"),
+        )
+        info.add_metric([*self._labels, self._engine.kind, self._engine.quantization], 1)
         families: list[Metric] = [info]
         for name, (text, value) in gauges.items():
             gauge = _gauge(name, text, _MODEL)

@@ -20,7 +20,7 @@ from alerts.__main__ import main
 from serve_app import errors
 from serve_app.core.http import HttpCall
 from serve_app.core.queries import ModelState
-from serve_app.engines.native.engine import Engine, EngineStats
+from serve_app.engines.native.engine import EngineStats, NativeEngine
 from serve_app.telemetry.meter import IngressMetrics
 from serve_app.telemetry.metrics import (
     FINISHED,
@@ -113,7 +113,7 @@ def families() -> list[Metric]:
     ingress = IngressMetrics("r1", ["m"], opentelemetry=False, alone=True)
     ingress.http.ended(HttpCall("/generate", "POST", 200, 0.1, 10, 20))
     stats = SimpleNamespace(**dict.fromkeys(EngineStats.__slots__, 1))
-    engine = cast(Engine, SimpleNamespace(stats=lambda: stats, kind="toy", step_age=lambda: 0.0))
+    engine = cast(NativeEngine, SimpleNamespace(stats=lambda: stats, kind="toy", step_age=lambda: 0.0))
     of_all = [*states([("m", ModelState.READY, 1)]), *ages([("m", "r1", 0.5)]), hub_up(True)]
     graphics = gpu()
     for family in graphics.values():

@@ -12,9 +12,9 @@ import httpx
 from serve_app.api.app import create_app
 from serve_app.core.events import Chunk
 from serve_app.core.requests import GenerationRequest
-from serve_app.engines.native.engine import Engine
+from serve_app.engines.native.engine import NativeEngine
 from serve_app.engines.native.stream import TokenStream
-from tests.engine.toys import running
+from tests.engines.native.helpers import running
 
 from .scripted import ScriptedGateway, app_config
 
@@ -23,7 +23,7 @@ from .scripted import ScriptedGateway, app_config
 class EngineGateway(ScriptedGateway):
     """Asks an engine instead of playing a script."""
 
-    engine: Engine | None = None
+    engine: NativeEngine | None = None
 
     async def stream(self, request: GenerationRequest, warm_wait_s: float | None = None) -> AsyncGenerator[Chunk, None]:
         assert self.engine is not None

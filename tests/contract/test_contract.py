@@ -25,7 +25,7 @@ Run = subprocess.CompletedProcess[str]
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """With everything switched on, and a short context, so that the longest answer takes a moment."""
-    source = tiny.save("llama", tmp_path_factory.mktemp("model"), tiny.LEAN)
+    source = tiny.save("llama", tmp_path_factory.mktemp("model"), tiny.FUSED)
     engine: Config = {"max_context": 48, "max_running": 32}
     everything: Config = {"embeddings": True, "chat_template": "builtin:chatml_tools", "quantization": "int8"}
     with Service([model("small", str(source), engine=engine, **everything)], fused=True) as service:

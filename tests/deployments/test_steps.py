@@ -6,7 +6,7 @@ import pytest
 
 from serve_app.engines.native.sequence import Advance, Step
 from serve_app.telemetry.metrics import StepSeries
-from tests.engine.toys import sequence
+from tests.engines.native.helpers import sequence
 
 
 def step(*counts: int) -> Step:

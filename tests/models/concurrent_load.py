@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from serve_app.config import Deployment, Engine as EngineConfig, Model
 from serve_app.core.events import TokenEvent
 from serve_app.core.requests import GenerationRequest, Prompt, SamplingParams, TokenPrompt
-from serve_app.engines.native.engine import Engine
+from serve_app.engines.native.engine import NativeEngine
 from serve_app.engines.native.runner import TorchRunner
 from serve_app.engines.native.stream import TokenStream
 
@@ -45,7 +45,7 @@ def model_config(source: str | Path, **engine: int) -> Model:
 
 
 @contextmanager
-def running(model: Model, kv_tokens: int | None = None) -> Iterator[Engine]:
+def running(model: Model, kv_tokens: int | None = None) -> Iterator[NativeEngine]:
     """An engine; `kv_tokens` replaces the number of tokens that the configured memory holds."""
 
     def make() -> TorchRunner:
@@ -53,7 +53,7 @@ def running(model: Model, kv_tokens: int | None = None) -> Iterator[Engine]:
         runner.kv_tokens = kv_tokens or runner.kv_tokens
         return runner
 
-    engine = Engine(make, model.engine)
+    engine = NativeEngine(make, model.engine)
     engine.start()
     try:
         yield engine
@@ -62,7 +62,7 @@ def running(model: Model, kv_tokens: int | None = None) -> Iterator[Engine]:
 
 
 async def generate(
-    engine: Engine, prompt: Prompt, params: SamplingParams, cancel_after: int | None = None
+    engine: NativeEngine, prompt: Prompt, params: SamplingParams, cancel_after: int | None = None
 ) -> list[TokenEvent]:
     stream = TokenStream(GenerationRequest("id", "m", prompt, params, time.monotonic(), time.monotonic() + 900))
     refusals = await asyncio.to_thread(engine.admit, [stream])
@@ -78,13 +78,13 @@ async def generate(
     return events
 
 
-async def generate_greedy(engine: Engine, request: GreedyRequest) -> list[int]:
+async def generate_greedy(engine: NativeEngine, request: GreedyRequest) -> list[int]:
     params = SamplingParams(max_tokens=request.max_tokens, temperature=0.0, ignore_eos=True)
     return [e.token_id for e in await generate(engine, TokenPrompt(request.prompt), params, request.cancel_after)]
 
 
 async def generate_concurrently(
-    engine: Engine, requests: list[GreedyRequest], seed: int, within_s: float = 0.05
+    engine: NativeEngine, requests: list[GreedyRequest], seed: int, within_s: float = 0.05
 ) -> list[list[int]]:
     """The answers to all requests, which arrive at random moments within `within_s`, during the same few steps."""
     rng = random.Random(seed)
@@ -132,7 +132,7 @@ def reference_answers(folder: str | Path, requests: list[GreedyRequest]) -> list
     return answers
 
 
-async def wait_until_idle(engine: Engine) -> None:
+async def wait_until_idle(engine: NativeEngine) -> None:
     """Wait until the engine has no request; it frees a cancelled request at its next step."""
     async with asyncio.timeout(5):
         while engine.stats().running or engine.stats().waiting:  # noqa: ASYNC110 - another thread's state

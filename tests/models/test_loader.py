@@ -90,17 +90,19 @@ def test_one_of_several_processes_converts_the_embedded_model(tmp_path: Path) ->
 
 
 def test_a_gguf_file_is_converted_once_and_loaded(tmp_path: Path) -> None:
-    source, stages = tiny.save_gguf(tmp_path / "model.gguf"), []
+    source = tiny.save_gguf(tmp_path / "model.gguf")
+    stages: list[str] = []
     folder = convert_gguf(source, stages.append, tmp_path / "models")
     assert stages == ["checking the model file", "converting the model file (once)"]
     assert convert_gguf(source, stages.append, tmp_path / "models") == folder
     assert stages[2:] == ["checking the model file"]
     loaded = load(config(folder), lambda stage: None)
-    assert (loaded.context, loaded.text.end_ids, loaded.text.vocabulary) == (256, {257}, 258)
+    assert (loaded.context, loaded.text.end_ids, loaded.text.vocabulary) == (256, frozenset({257}), 258)
 
 
 def test_a_truncated_conversion_is_made_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    source, stages = tiny.save_gguf(tmp_path / "model.gguf"), []
+    source = tiny.save_gguf(tmp_path / "model.gguf")
+    stages: list[str] = []
     folder = convert_gguf(source, stages.append, tmp_path / "models")
     weights = folder / "model.safetensors"
     before = weights.read_bytes()

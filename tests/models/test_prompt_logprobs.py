@@ -18,7 +18,7 @@ from serve_app.config import Model
 from serve_app.core.events import Chunk, Logprobs
 from serve_app.core.requests import GenerationRequest, SamplingParams, TokenPrompt
 from serve_app.engines.native import kernels
-from serve_app.engines.native.engine import Engine
+from serve_app.engines.native.engine import NativeEngine
 from serve_app.engines.native.fused import FusedModel
 from serve_app.engines.native.kv_cache import BLOCK
 from serve_app.engines.native.linear import FbgemmInt8Linear, Int8DotProductLinear
@@ -58,7 +58,7 @@ def prompts(count: int, longest: int = 60) -> list[Prompt]:
     return [*made, (5,)]
 
 
-async def chunks_of(engine: Engine, prompt: Prompt, embed: bool, tokens: int = 4) -> list[Chunk]:
+async def chunks_of(engine: NativeEngine, prompt: Prompt, embed: bool, tokens: int = 4) -> list[Chunk]:
     params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True, prompt_logprobs=None if embed else TOP)
     request = GenerationRequest(
         "id", "m", TokenPrompt(prompt), params, time.monotonic(), time.monotonic() + 120, embed=embed
@@ -68,14 +68,14 @@ async def chunks_of(engine: Engine, prompt: Prompt, embed: bool, tokens: int = 4
     return [chunk async for chunk in stream.chunks(0.0)]
 
 
-async def logprobs_of(engine: Engine, prompt: Prompt, tokens: int = 4) -> tuple[Logprobs, ...]:
+async def logprobs_of(engine: NativeEngine, prompt: Prompt, tokens: int = 4) -> tuple[Logprobs, ...]:
     first, *others = await chunks_of(engine, prompt, embed=False, tokens=tokens)
     assert first.prompt is not None
     assert all(chunk.prompt is None for chunk in others)
     return first.prompt.logprobs
 
 
-async def embedding_of(engine: Engine, prompt: Prompt) -> torch.Tensor:
+async def embedding_of(engine: NativeEngine, prompt: Prompt) -> torch.Tensor:
     (chunk,) = await chunks_of(engine, prompt, embed=True)
     assert chunk.embedding is not None
     assert (chunk.events, chunk.prompt_tokens, chunk.cached_tokens) == ((), len(prompt), 0)
@@ -206,9 +206,9 @@ def test_rows_of_one_step_get_the_same_results_with_either_int8_layer(
     model = FusedModel(loaded.model, caches, [None] * 3, "int8", lambda weight, bias, **_: layer(weight, bias))
     rows = span(list(range(20)), slot=0, start=0)
     with torch.inference_mode():
-        apart = model.forward(replace(rows, wanted=list(range(20)))).logits
-        together = model.forward(replace(rows, told=[4, 2], embedded=[3, 19, 2]))
-        states = model.forward(replace(rows, wanted=[], embedded=list(range(20))))
+        apart = model.forward(replace(rows, sample_rows=list(range(20)))).logits
+        together = model.forward(replace(rows, logprob_rows=[4, 2], embedding_rows=[3, 19, 2]))
+        states = model.forward(replace(rows, sample_rows=[], embedding_rows=list(range(20))))
     assert torch.equal(together.logits, apart[[19, 4, 2]])
     assert torch.equal(together.hidden, states.hidden[[3, 19, 2]])
     assert len(states.logits) == 0

@@ -46,7 +46,7 @@ def logprobs_of(
     (ids,) = runner.text.encode([TextPrompt(PROSE)])
     assert isinstance(ids, list)
     rows = span(ids, slot=0, start=0)
-    rows.wanted[:] = range(len(ids))
+    rows.sample_rows[:] = range(len(ids))
     with torch.inference_mode():
         logprobs = runner._model.forward(rows).logits.float().log_softmax(-1)
     return logprobs, torch.tensor(ids), runner.weight_bytes / 2**20
@@ -251,8 +251,8 @@ def chunked(folder: Path, dtype: str, quantization: str, fused: bool) -> torch.T
     runner = TorchRunner(loaded, model.engine, model.quantization)
     assert runner.kind == ("fused" if fused else "transformers")
     first, second = span(list(range(1, 31)), slot=0, start=0), span(list(range(31, 51)), slot=0, start=30)
-    first.wanted.clear()
-    second.wanted[:] = range(20)
+    first.sample_rows.clear()
+    second.sample_rows[:] = range(20)
     with torch.inference_mode():
         assert len(runner._model.forward(first).logits) == 0
         return runner._model.forward(second).logits.float()

@@ -115,6 +115,7 @@ def test_auto_quantizes_on_the_fused_path_only_and_logs_the_reason(
         runner = TorchRunner(loaded, config.engine, "auto", flags=ICE_LAKE)
     assert (runner.kind, runner.quantization) == (kind, quantization)
     assert f"quantization {quantization} ({reason}" in caplog.text
+    assert runner.dtype_name == "float32"
     if isinstance(runner._model, FusedModel):
         assert isinstance(runner._model._layers[0].qkv, Int8DotProductLinear | FbgemmInt8Linear)
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from serve_app.core.events import FinishReason, TokenEvent
 from serve_app.core.requests import ChatMessage, ChatPrompt, GenerationRequest, SamplingParams, TextPrompt, TokenPrompt
-from serve_app.engines.native.engine import Engine
+from serve_app.engines.native.engine import NativeEngine
 from serve_app.engines.native.kv_cache import BLOCK
 from serve_app.engines.native.loader import builtin_gguf, convert_gguf
 from serve_app.engines.native.stream import TokenStream
@@ -42,7 +42,7 @@ def folder() -> Path:
 
 
 @pytest.fixture(scope="module")
-def engine() -> Iterator[Engine]:
+def engine() -> Iterator[NativeEngine]:
     """Fewer slots than requests, and steps small enough that prompts are split into chunks."""
     config = model_config("builtin:smollm2-135m", max_running=8, max_context=512, max_step_tokens=48)
     with running(config) as engine:
@@ -53,7 +53,7 @@ def text(events: list[TokenEvent]) -> str:
     return "".join(event.text for event in events)
 
 
-async def test_answers_equal_generate_alone_and_under_concurrent_load(engine: Engine, folder: Path) -> None:
+async def test_answers_equal_generate_alone_and_under_concurrent_load(engine: NativeEngine, folder: Path) -> None:
     requests = random_requests(16, vocabulary=49152, longest_prompt=90, longest_answer=20, seed=4)
     references = reference_answers(folder, requests)
     assert_answers([await generate_greedy(engine, one) for one in requests[:4]], references[:4], requests[:4])
@@ -76,7 +76,7 @@ async def test_rounded_answers_are_equal_alone_and_under_concurrent_load(dtype: 
         await wait_until_idle(engine)
 
 
-async def test_drafts_and_the_prefix_cache_do_not_change_an_answer(engine: Engine, folder: Path) -> None:
+async def test_drafts_and_the_prefix_cache_do_not_change_an_answer(engine: NativeEngine, folder: Path) -> None:
     """The text repeats itself, and the prompt is sent twice."""
     encoded = engine._runner.text.encode([TextPrompt("one two three four five six seven eight nine ten. " * 6)])[0]
     assert isinstance(encoded, list)
@@ -91,13 +91,13 @@ async def test_drafts_and_the_prefix_cache_do_not_change_an_answer(engine: Engin
     assert after.steps - before.steps < 2 * 40
 
 
-async def test_a_chat_request_is_answered(engine: Engine) -> None:
+async def test_a_chat_request_is_answered(engine: NativeEngine) -> None:
     events = await generate(engine, FRANCE, SamplingParams(max_tokens=40, temperature=0))
     assert text(events) == "The capital of France is Paris."
     assert events[-1].finish_reason is FinishReason.STOP
 
 
-async def test_a_seeded_answer_is_the_same_alone_and_under_concurrent_load(engine: Engine) -> None:
+async def test_a_seeded_answer_is_the_same_alone_and_under_concurrent_load(engine: NativeEngine) -> None:
     def params(seed: int) -> SamplingParams:
         return SamplingParams(max_tokens=16, temperature=1.0, top_p=0.95, min_p=0.01, presence_penalty=0.5, seed=seed)
 
@@ -110,7 +110,7 @@ async def test_a_seeded_answer_is_the_same_alone_and_under_concurrent_load(engin
     assert (await asyncio.gather(*(answer(seed) for seed in range(12))))[:4] == alone
 
 
-async def test_four_answers_of_a_group_equal_four_requests_and_share_one_prefill(engine: Engine) -> None:
+async def test_four_answers_of_a_group_equal_four_requests_and_share_one_prefill(engine: NativeEngine) -> None:
     """Of the 200 prompt tokens, each of the other three answers computes the 8 that do not fill a block."""
     (ids,) = engine._runner.text.encode([TextPrompt("What was said about the sea, by those who sailed it? " * 20)])
     assert isinstance(ids, list)
@@ -130,7 +130,7 @@ async def test_four_answers_of_a_group_equal_four_requests_and_share_one_prefill
     assert len({*map(tuple, together)}) == 4
 
 
-async def test_logprobs_equal_the_reference(engine: Engine, folder: Path) -> None:
+async def test_logprobs_equal_the_reference(engine: NativeEngine, folder: Path) -> None:
     events = await generate(engine, FRANCE, SamplingParams(max_tokens=8, temperature=0, logprobs=3))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     runner = engine._runner
@@ -147,13 +147,13 @@ async def test_logprobs_equal_the_reference(engine: Engine, folder: Path) -> Non
         assert event.logprobs.chosen.logprob == pytest.approx(row[event.token_id].item(), abs=1e-3)
 
 
-async def test_a_stop_string_ends_the_answer_and_is_not_sent(engine: Engine) -> None:
+async def test_a_stop_string_ends_the_answer_and_is_not_sent(engine: NativeEngine) -> None:
     events = await generate(engine, FRANCE, SamplingParams(max_tokens=40, temperature=0, stop=("ance is",)))
     assert text(events) == "The capital of Fr"
     assert events[-1].finish_reason is FinishReason.STOP
 
 
-async def test_text_events_contain_complete_characters_only(engine: Engine) -> None:
+async def test_text_events_contain_complete_characters_only(engine: NativeEngine) -> None:
     """The model repeats the prompt, in which one character has several tokens."""
     prompt = "🌍🎉 世界 grüßt 🌍🎉 世界 grüßt 🌍🎉 世界 grüßt 🌍🎉 世界"
     events = await generate(engine, TextPrompt(prompt), SamplingParams(max_tokens=40, temperature=0, ignore_eos=True))
@@ -162,7 +162,7 @@ async def test_text_events_contain_complete_characters_only(engine: Engine) -> N
     assert not any("\ufffd" in event.text for event in events)
 
 
-async def test_prompt_logprobs_and_embedding_equal_the_reference(engine: Engine, folder: Path) -> None:
+async def test_prompt_logprobs_and_embedding_equal_the_reference(engine: NativeEngine, folder: Path) -> None:
     """Log probabilities of each token and the mean of the last hidden states, with chunks of 48 tokens."""
     prompt = TextPrompt("The capital of France is Paris, and that of Italy is Rome. " * 8)
     params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=2)

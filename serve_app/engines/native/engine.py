@@ -1,4 +1,4 @@
-"""The loop: one thread owns the model and takes all sequences one step further at a time."""
+"""The engine's thread: it owns the model and advances all sequences together, one step at a time."""
 
 from __future__ import annotations
 
@@ -7,24 +7,22 @@ import threading
 import time
 from collections.abc import Callable, Sequence as Seq
 from dataclasses import asdict, dataclass
-from math import isfinite
+from functools import partial
 from typing import cast
 
 from serve_app.config import Engine as EngineConfig
 from serve_app.core.queries import A, Detokenize, GetModelInfo, ModelInfo, Query, Tokenize
+from serve_app.engines.native.admission import guarded, make_sequences
 from serve_app.engines.native.kv_cache import KVCache
 from serve_app.engines.native.scheduler import Scheduler
 from serve_app.engines.native.sequence import Runner, Sequence, Step
 from serve_app.engines.native.step_time import StepTimeModel
-from serve_app.engines.native.stream import Embedded, TokenStream, wake_all
-from serve_app.engines.text.prompt_details import shown
-from serve_app.errors import InternalError, InvalidRequest, NotReady, PromptTooLong, ServeAppError
+from serve_app.engines.native.stream import Embedding, TokenStream, wake_all
+from serve_app.errors import InternalError, NotReady, ServeAppError
 
 logger = logging.getLogger(__name__)
 
 FAILURES_BEFORE_UNHEALTHY = 3
-# Names of tokens and numbers that one request may be told of its prompt.
-MOST_TOLD = 65_536
 
 
 class EngineStalled(Exception):
@@ -33,10 +31,11 @@ class EngineStalled(Exception):
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """One look at the engine. Counters count from its start.
+    """A snapshot of the engine. Counters count from its start.
 
-    `busy_s` is the time of steps, from plan to commit; `planning_s` of it went before the model, and `telling_s` was
-    spent after it, on taking tokens in and handing them out.
+    `arena_tokens` is the number of tokens that the KV cache can hold. `busy_s` is the time of all steps from plan to
+    commit, of which `planning_s` passed before the model ran. `telling_s` is the time after the steps in which their
+    results were sent to the streams.
     """
 
     running: int
@@ -59,12 +58,12 @@ class EngineStats:
     failed_steps: int
 
 
-class Engine:
+class NativeEngine:
     """Continuous batching over one Runner.
 
-    `make_runner` is called on the engine's own thread, because torch's thread pools belong to the
-    thread that first used them, and so is `watch`, with every step that succeeded and its seconds. Everything else may
-    be called from any thread, once `start` has returned; `stop` at any time.
+    The engine's own thread calls `make_runner`, because torch's thread pools belong to the thread that first used
+    them, and `watch`, with every step that succeeded and its seconds. All other methods may be called from any thread
+    once `start` has returned; `stop` may be called at any time.
     """
 
     def __init__(
@@ -78,7 +77,7 @@ class Engine:
         self._config = config
         self._clock = clock
         self._watch = watch
-        self._inbox: list[Sequence] = []
+        self._new: list[Sequence] = []
         self._changed = threading.Condition()
         self._stopping = False
         self._loaded = threading.Event()
@@ -90,14 +89,14 @@ class Engine:
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
 
     def start(self) -> None:
-        """Load the model and start the loop. Returns when it can answer; raises what loading raised."""
+        """Load the model and start the thread. Returns when the engine is ready; raises what loading raised."""
         self._thread.start()
         self._loaded.wait()
         if self._load_error is not None:
             raise self._load_error
 
     def stop(self, timeout_s: float = 30) -> None:
-        """End the loop after the step under way; what is unfinished gets an error."""
+        """End the thread after the current step. Unfinished requests end with NotReady."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
@@ -105,46 +104,52 @@ class Engine:
             self._thread.join(timeout_s)
 
     def admit(self, streams: Seq[TokenStream]) -> list[ServeAppError | None]:
-        """Tokenise the prompts of several streams together and queue them: one outcome each, never raises.
+        """Tokenize the prompts of several streams together and queue them; the reason of refusal of each, or None.
 
-        None is success: tokens, or an error, will arrive on the stream.
+        An admitted stream receives tokens or an error later. A fault in one request fails only that request, with
+        InternalError; only KeyboardInterrupt and SystemExit are raised.
         """
-        try:
-            return self._admit(streams)
-        except Exception:
-            logger.exception("admission failed")
-            return [InternalError("the request could not be read") for _ in streams]
+        made = make_sequences(streams, self._runner, self._clock())
+        outcomes = [one if isinstance(one, ServeAppError) else None for one in made]
+        with self._changed:
+            if self._stopping:
+                return [outcome or NotReady("this replica is shutting down", retry_after_s=1) for outcome in outcomes]
+            self._new.extend(one for one in made if isinstance(one, Sequence))
+            self._changed.notify()
+        return outcomes
 
-    def answer(self, question: Query[A]) -> A | ServeAppError:
-        """What the question's class promises, or why it cannot be had. Takes no step; never raises."""
-        try:
-            return cast("A | ServeAppError", self._answer(question))
-        except Exception:
-            logger.exception("the question %s failed", type(question).__name__)
-            return InternalError("the question could not be answered")
+    def answer(self, query: Query[A]) -> A | ServeAppError:
+        """The result of a query, or an error. Takes no step; raises only KeyboardInterrupt and SystemExit."""
+        result = guarded(partial(self._answer, query), f"query {type(query).__name__}", "the query failed")
+        return cast("A | ServeAppError", result)
 
     def check(self) -> None:
-        """Raises EngineStalled when steps fail one after another or the thread has ended."""
+        """Raises EngineStalled if the last steps all failed or the thread has ended."""
         if not self._thread.is_alive():
             raise EngineStalled("the engine's thread has ended")
         if self._failures_in_a_row >= FAILURES_BEFORE_UNHEALTHY:
             raise EngineStalled(f"{self._failures_in_a_row} steps failed in a row")
 
     def step_age(self) -> float:
-        """Seconds since the step under way began; 0 between steps."""
+        """Seconds since the current step began; 0 between steps."""
         started = self._step_started
         return 0.0 if started is None else self._clock() - started
 
     @property
     def kind(self) -> str:
-        """How steps run: `lean`, `packed` or `toy`."""
+        """How steps are computed: `fused`, `transformers` or `toy`."""
         return self._runner.kind
+
+    @property
+    def quantization(self) -> str:
+        """The quantization of the weights: `none`, `int8` or `int4`."""
+        return self._runner.quantization
 
     def stats(self) -> EngineStats:
         scheduler, runner = self._scheduler, self._runner
         return EngineStats(
             running=scheduler.running,
-            waiting=scheduler.waiting + len(self._inbox),
+            waiting=scheduler.waiting + len(self._new),
             slots=runner.slots,
             tokens_held=scheduler.tokens_held,
             arena_tokens=runner.kv_tokens,
@@ -155,91 +160,58 @@ class Engine:
             **self._counts,
         )
 
-    def _answer(self, question: Query[A]) -> object:
+    def _answer(self, query: Query[A]) -> object:
         text = self._runner.text
-        match question:
+        match query:
             case Tokenize(prompt, special_tokens):
                 return text.tokenize(prompt, special_tokens)
             case Detokenize(token_ids, skip_special_tokens):
                 return text.detokenize(token_ids, skip_special_tokens)
             case GetModelInfo():
-                return ModelInfo(self._runner.context, text.vocabulary, text.special_ids, text.tools)
-        raise TypeError(f"{question!r} is no question to a model")
-
-    def _admit(self, streams: Seq[TokenStream]) -> list[ServeAppError | None]:
-        encoded = self._runner.text.encode([stream.request.prompt for stream in streams])
-        made = [
-            ids if isinstance(ids, ServeAppError) else self._sequence(stream, ids)
-            for stream, ids in zip(streams, encoded, strict=True)
-        ]
-        outcomes = [one if isinstance(one, ServeAppError) else None for one in made]
-        arrivals = [one for one in made if isinstance(one, Sequence)]
-        with self._changed:
-            if self._stopping:
-                return [outcome or NotReady("this replica is shutting down", retry_after_s=1) for outcome in outcomes]
-            self._inbox.extend(arrivals)
-            self._changed.notify()
-        return outcomes
-
-    def _sequence(self, stream: TokenStream, ids: list[int]) -> Sequence | ServeAppError:
-        """A sequence for a prompt, its stream opened; or why there can be none."""
-        text, context, params = self._runner.text, self._runner.context, stream.request.params
-        keep = stream.request.truncate_prompt_tokens
-        if keep is not None:
-            if keep < 1 and keep != -1:
-                message = "truncate_prompt_tokens is at least 1, or -1 for as many as the model takes"
-                return InvalidRequest(message, param="truncate_prompt_tokens")
-            ids = ids[-(context - 1 if keep == -1 else keep) :]
-        refusal = (
-            _too_long(len(ids), context)
-            or _wrong_bias(params.logit_bias, text.vocabulary)
-            or _tells_too_much(len(ids), params.prompt_logprobs)
-        )
-        if refusal is not None:
-            return refusal
-        prompt = shown(text, stream.request, ids) if stream.request.prompt_details else None
-        if isinstance(prompt, ServeAppError):
-            return prompt
-        constraint = None if params.grammar is None else text.constraint(params.grammar, params.ignore_eos)
-        if isinstance(constraint, ServeAppError):
-            return constraint
-        stream.open(len(ids), text.decoder(ids, params.skip_special_tokens), prompt)
-        return Sequence(stream, ids, text.end_ids, context, constraint)
+                runner = self._runner
+                return ModelInfo(
+                    runner.context,
+                    text.vocabulary,
+                    text.special_ids,
+                    quantization=runner.quantization,
+                    dtype=runner.dtype_name,
+                )
+        raise TypeError(f"unknown query {query!r}")
 
     def _main(self) -> None:
         try:
             self._runner = self._make_runner()
             self._scheduler = _scheduler(self._runner, self._config)
-        except BaseException as error:  # noqa: BLE001 - handed to start(), which raises it to the caller
+        except BaseException as error:  # noqa: BLE001 - start() raises it to its caller
             self._load_error = error
             return
         finally:
             self._loaded.set()
         try:
             while self._wait_for_work():
-                self._turn()
+                self._step()
         finally:
             self._end()
 
     def _wait_for_work(self) -> bool:
         with self._changed:
-            while not self._stopping and not self._inbox and self._scheduler.idle:
-                self._scheduler.check()
+            while not self._stopping and not self._new and self._scheduler.idle:
+                self._scheduler.check_slots()
                 self._changed.wait()
-            arrivals, self._inbox = self._inbox, []
+            new, self._new = self._new, []
             stopping = self._stopping
         refused = []
-        for sequence in arrivals:
+        for sequence in new:
             refusal = self._scheduler.add(sequence)
             if refusal is not None:
                 refused.append((sequence, refusal))
-        self._tell(refused)
+        self._fail_streams(refused)
         return not stopping
 
-    def _turn(self) -> None:
-        """Let go of who left, plan, run, commit, tell."""
+    def _step(self) -> None:
+        """Remove ended sequences, plan a step, run it, commit it and send its results to the streams."""
         now = self._clock()
-        self._tell(self._scheduler.sweep(now))
+        self._fail_streams(self._scheduler.remove_ended(now))
         step = self._scheduler.plan(now)
         if not step.advances:
             return
@@ -248,28 +220,30 @@ class Engine:
         try:
             outcomes = self._runner.run(step)
             done = self._clock()
-            news = self._scheduler.commit(step, outcomes, done)
-        except Exception:
+            results = self._scheduler.commit(step, outcomes, done)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException:
             logger.exception("step of %d rows failed", step.rows)
-            self._fail(step)
+            self._fail_step(step)
             return
         finally:
             self._step_started = None
-        for sequence, told in news:
-            if isinstance(told, ServeAppError):
-                sequence.stream.fail(told)
+        for sequence, result in results:
+            if isinstance(result, ServeAppError):
+                sequence.stream.fail(result)
             else:
-                sequence.stream.put(told)
-        wake_all(sequence.stream for sequence, _ in news)
-        self._count(step, sum(not isinstance(told, Embedded) for _, told in news), done - now)
+                sequence.stream.put(result)
+        wake_all(sequence.stream for sequence, _ in results)
+        self._count(step, sum(not isinstance(result, Embedding) for _, result in results), done - now)
         self._seconds["planning_s"] += planned - now
         self._seconds["telling_s"] += self._clock() - done
 
-    def _fail(self, step: Step) -> None:
+    def _fail_step(self, step: Step) -> None:
         self._failures_in_a_row += 1
         self._counts["failed_steps"] += 1
-        lost = self._scheduler.fail(step)
-        self._tell([(s, InternalError("the model failed on this step; the request was ended")) for s in lost])
+        error = InternalError("the model failed on this step; the request was ended")
+        self._fail_streams([(sequence, error) for sequence in self._scheduler.fail(step)])
 
     def _count(self, step: Step, generated: int, seconds: float) -> None:
         self._failures_in_a_row = 0
@@ -282,7 +256,7 @@ class Engine:
         if self._watch is not None:
             self._watch(step, seconds)
 
-    def _tell(self, ended: list[tuple[Sequence, ServeAppError]]) -> None:
+    def _fail_streams(self, ended: list[tuple[Sequence, ServeAppError]]) -> None:
         for sequence, error in ended:
             sequence.stream.fail(error)
         wake_all(sequence.stream for sequence, _ in ended)
@@ -290,46 +264,17 @@ class Engine:
     def _end(self) -> None:
         with self._changed:
             self._stopping = True
-            left, self._inbox = self._inbox, []
+            new, self._new = self._new, []
         error = NotReady("this replica is shutting down; send the request again", retry_after_s=1)
-        self._tell([(sequence, error) for sequence in (*left, *self._scheduler.drain())])
+        self._fail_streams([(sequence, error) for sequence in (*new, *self._scheduler.drain())])
 
 
 def _scheduler(runner: Runner, config: EngineConfig) -> Scheduler:
-    arena = KVCache(runner.slots, runner.kv_tokens)
     return Scheduler(
-        arena, config.max_step_tokens, config.max_waiting, StepTimeModel(), config.draft_tokens, config.prefix_cache
-    )
-
-
-def _wrong_bias(biases: Seq[tuple[int, float]], vocabulary: int) -> ServeAppError | None:
-    for token, bias in biases:
-        if not 0 <= token < vocabulary:
-            return InvalidRequest(f"token id {token} is outside 0 to {vocabulary - 1}", param="logit_bias")
-        if not isfinite(bias):
-            return InvalidRequest(f"the bias of token {token} is not a finite number", param="logit_bias")
-    return None
-
-
-def _tells_too_much(tokens: int, alternatives: int | None) -> ServeAppError | None:
-    if alternatives is None:
-        return None
-    if alternatives < 0:
-        return InvalidRequest("prompt_logprobs is at least 0", param="prompt_logprobs")
-    most = MOST_TOLD // tokens - 1
-    if alternatives <= most:
-        return None
-    return InvalidRequest(
-        f"{alternatives} alternatives for each of {tokens} tokens are more than one answer tells; "
-        + (f"ask for at most {most}" if most >= 0 else f"shorten the prompt to at most {MOST_TOLD} tokens"),
-        param="prompt_logprobs",
-    )
-
-
-def _too_long(tokens: int, context: int) -> ServeAppError | None:
-    if tokens < context:
-        return None
-    return PromptTooLong(
-        f"the prompt has {tokens} tokens; this model takes {context} with the answer, so at most {context - 1}",
-        param="prompt",
+        KVCache(runner.slots, runner.kv_tokens),
+        config.max_step_tokens,
+        config.max_waiting,
+        StepTimeModel(),
+        config.draft_tokens,
+        config.prefix_cache,
     )

@@ -96,8 +96,8 @@ class FusedModel:
     def forward(self, rows: Rows) -> ForwardOutput:
         """See ForwardPass."""
         slots, positions = torch.tensor(rows.slots), torch.tensor(rows.positions)
-        logit_rows = len(rows.wanted) + len(rows.told)
-        wanted = torch.tensor([*rows.wanted, *rows.told, *rows.embedded], dtype=torch.long)
+        logit_rows = len(rows.sample_rows) + len(rows.logprob_rows)
+        wanted = torch.tensor([*rows.sample_rows, *rows.logprob_rows, *rows.embedding_rows], dtype=torch.long)
         x = F.embedding(torch.tensor(rows.tokens), self._embedding).to(self._dtype)
         if self._arguments is None:
             normed = self.layers(x, slots, positions, wanted)
@@ -111,7 +111,7 @@ class FusedModel:
         hidden = states[logit_rows:count]
         if scale is not None:
             hidden, scale = hidden * scale[logit_rows:, None], scale[:logit_rows]
-        if rows.embedded:
+        if rows.embedding_rows:
             states = torch.cat([states[:logit_rows], states[count:]])
         logits = self._logits(states, scale) if logit_rows else x.new_empty(0, self._head.out_features)
         return ForwardOutput(logits, hidden)

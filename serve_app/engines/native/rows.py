@@ -1,4 +1,4 @@
-"""A step as a model sees it: flat rows, one for every token that goes in."""
+"""Flattens a step into the rows of one forward pass, one row for each input token."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from serve_app.engines.native.sequence import Step
 
 @dataclass(frozen=True, slots=True)
 class DecodeRun:
-    """Decoding rows of consecutive slots; `positions` are those of the rows' new tokens."""
+    """Decode rows of consecutive slots; `positions` are the positions of their tokens."""
 
     first_row: int
     first_slot: int
@@ -18,7 +18,7 @@ class DecodeRun:
 
 @dataclass(frozen=True, slots=True)
 class PromptChunk:
-    """Consecutive tokens of one sequence, from position `start`: of its prompt, or its newest and guesses."""
+    """Consecutive tokens of one sequence from position `start`: a part of its prompt, or its last token and drafts."""
 
     first_row: int
     slot: int
@@ -28,24 +28,25 @@ class PromptChunk:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Lists of N: each row's token, its sequence's slot, its position there. `wanted` are rows to sample from.
+    """The N input rows of a step. `tokens`, `slots` and `positions` have one entry for each row.
 
-    The same rows grouped: `runs` of decoding neighbours, and `chunks` of prompts. Of prompts that are read, `told` are
-    rows whose logits say how likely the next token was, and `embedded` rows whose last hidden state is wanted.
+    `runs` and `chunks` are the same rows grouped for attention. A token is sampled from the logits of each row of
+    `sample_rows`. The logits of `logprob_rows` give log probabilities of prompt tokens; the last hidden states of
+    `embedding_rows` are summed into embeddings.
     """
 
     tokens: list[int]
     slots: list[int]
     positions: list[int]
-    wanted: list[int]
+    sample_rows: list[int]
     runs: list[DecodeRun]
     chunks: list[PromptChunk]
-    told: list[int] = field(default_factory=list)
-    embedded: list[int] = field(default_factory=list)
+    logprob_rows: list[int] = field(default_factory=list)
+    embedding_rows: list[int] = field(default_factory=list)
 
 
 def rows_of(step: Step) -> Rows:
-    """The rows of a step, decoding sequences first as it has them."""
+    """The rows of a step, in the order of its advances."""
     rows = Rows([], [], [], [], [], [])
     for advance in step.advances:
         sequence, first, start = advance.sequence, len(rows.tokens), advance.sequence.computed
@@ -54,26 +55,26 @@ def rows_of(step: Step) -> Rows:
         rows.slots.extend([sequence.slot] * advance.rows)
         rows.positions.extend(range(start, start + advance.rows))
         if advance.samples:
-            rows.wanted.extend(range(first + advance.count - 1, first + advance.rows))
-        if sequence.reading is not None:
-            read = rows.embedded if sequence.embeds else rows.told
-            read.extend(first + row for row in advance.reads)
+            rows.sample_rows.extend(range(first + advance.count - 1, first + advance.rows))
+        if sequence.readout is not None:
+            target = rows.embedding_rows if sequence.embeds else rows.logprob_rows
+            target.extend(first + row for row in advance.readout_rows)
         if advance.rows > 1:
             rows.chunks.append(PromptChunk(first, sequence.slot, start, advance.rows))
         else:
-            _decode(rows, first, sequence.slot, start)
+            _add_decode_row(rows, first, sequence.slot, start)
     return rows
 
 
 def span(tokens: list[int], slot: int, start: int) -> Rows:
-    """The rows of one sequence's tokens from `start`, the last one wanted."""
+    """The rows of one sequence's tokens from position `start`; the last row is sampled."""
     count = len(tokens)
     chunks = [PromptChunk(0, slot, start, count)] if count > 1 else []
     runs = [] if chunks else [DecodeRun(0, slot, (start,))]
     return Rows(tokens, [slot] * count, list(range(start, start + count)), [count - 1], runs, chunks)
 
 
-def _decode(rows: Rows, row: int, slot: int, position: int) -> None:
+def _add_decode_row(rows: Rows, row: int, slot: int, position: int) -> None:
     last = rows.runs[-1] if rows.runs and not rows.chunks else None
     if last is not None and slot == last.first_slot + len(last.positions):
         rows.runs[-1] = replace(last, positions=(*last.positions, position))

@@ -31,7 +31,7 @@ from serve_app.engines.native.machine import (
 from serve_app.engines.native.quantization import Choice, Quantization, RequestedQuantization, choose_quantization
 from serve_app.engines.native.rows import Rows, rows_of, span
 from serve_app.engines.native.sampler import prompt_logprobs, sample
-from serve_app.engines.native.sequence import Advance, Outcome, Reading, Sampled, Step
+from serve_app.engines.native.sequence import Advance, Outcome, PromptReadout, Sampled, Step
 from serve_app.engines.native.smooth import smooth, smooth_head
 from serve_app.engines.native.sources import SourceError
 from serve_app.engines.native.transformers_path import (
@@ -127,48 +127,52 @@ class TorchRunner:
     def weight_bytes(self) -> int:
         return self._model.weight_bytes
 
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
     @torch.inference_mode()
     def run(self, step: Step) -> list[Outcome]:
-        for command in step.orders:
+        for command in step.cache_ops:
             for cache in self._caches:
                 cache.apply(command)
         rows = rows_of(step)
         logits, hidden = self._model.forward(rows)
         computed = time.perf_counter()
-        self._record_prompt_results(step, logits[len(rows.wanted) :], hidden)
+        self._record_prompt_results(step, logits[len(rows.sample_rows) :], hidden)
         sampling = [advance for advance in step.advances if advance.samples]
         if not sampling:
             return []
         wanted = [advance.sequence for advance in sampling for _ in range(1 + len(advance.drafts))]
         ahead = [number for advance in sampling for number in range(1 + len(advance.drafts))]
-        sampled = iter(sample(logits[: len(rows.wanted)], wanted, self.text.token_text, ahead))
+        sampled = iter(sample(logits[: len(rows.sample_rows)], wanted, self.text.token_text, ahead))
         self.sampling_s += time.perf_counter() - computed
         return [_outcome(list(islice(sampled, 1 + len(advance.drafts)))) for advance in sampling]
 
     def _record_prompt_results(self, step: Step, logits: torch.Tensor, hidden: torch.Tensor) -> None:
         """Add the log probabilities and hidden states of prompt tokens to the sequences that requested them."""
         for advance in step.advances:
-            count, reading = len(advance.reads), advance.sequence.reading
-            if reading is None or not count:
+            count, readout = len(advance.readout_rows), advance.sequence.readout
+            if readout is None or not count:
                 continue
             if advance.sequence.embeds:
-                self._add_states(hidden[:count], reading)
+                self._add_states(hidden[:count], readout)
                 hidden = hidden[count:]
             else:
-                self._add_logprobs(logits[:count], advance, reading)
+                self._add_logprobs(logits[:count], advance, readout)
                 logits = logits[count:]
 
-    def _add_states(self, hidden: torch.Tensor, reading: Reading) -> None:
+    def _add_states(self, hidden: torch.Tensor, readout: PromptReadout) -> None:
         sums = hidden.double().sum(0)
-        reading.add_states(
+        readout.add_states(
             (sums if self._hidden_divisors is None else sums * self._hidden_divisors).tolist(), len(hidden)
         )
 
-    def _add_logprobs(self, logits: torch.Tensor, advance: Advance, reading: Reading) -> None:
+    def _add_logprobs(self, logits: torch.Tensor, advance: Advance, readout: PromptReadout) -> None:
         sequence = advance.sequence
-        first = sequence.computed + advance.reads.start + 1
+        first = sequence.computed + advance.readout_rows.start + 1
         tokens = sequence.tokens[first : first + len(logits)]
-        reading.add_logprobs(
+        readout.add_logprobs(
             prompt_logprobs(logits, tokens, sequence.params.prompt_logprobs or 0, self.text.token_text)
         )
 

@@ -9,65 +9,53 @@ from dataclasses import dataclass
 from random import getrandbits
 from typing import Protocol
 
-from serve_app.core.events import FinishReason, Logprobs, TextToken
-from serve_app.core.requests import Grammar, Prompt, SamplingParams
+from serve_app.core.events import FinishReason, Logprobs
+from serve_app.core.requests import SamplingParams
 from serve_app.engines.native.drafts import Drafter
-from serve_app.engines.native.kv_cache import Copy, Trim
-from serve_app.engines.native.stream import Embedded, Token, TokenStream
-from serve_app.engines.text.detokenizer import Decoder
-from serve_app.engines.text.tool_format import ToolCallFormat
+from serve_app.engines.native.kv_cache import CacheOp
+from serve_app.engines.native.stream import Embedding, Token, TokenStream
+from serve_app.engines.text.protocol import Constraint, Text
 from serve_app.errors import InternalError, ServeAppError
 
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """The token that a step chose for one sequence."""
+    """The token that a step sampled for one sequence."""
 
     token_id: int
     logprobs: Logprobs | None = None
 
 
-class Constraint(Protocol):
-    """Where one answer is in the grammar that it follows."""
+class PromptReadout:
+    """Collects the log probabilities, or the embedding, of a prompt's first `rows` rows as they are computed.
 
-    def allowed(self) -> bytes | bytearray | ServeAppError:
-        """One bit for each token of the vocabulary, lowest first in a byte: whether it may come next.
-
-        An error when that cannot be told; it ends the request.
-        """
-        ...
-
-    def accept(self, token_id: int) -> bool:
-        """Take in the answer's next token; whether the answer is complete, and nothing more can follow."""
-        ...
-
-
-class Reading:
-    """What is gathered of a prompt's first `rows` rows as they are computed; `done` of them are known.
-
-    A row that is computed again after a preemption is not read again.
+    `collected` rows are known. A row that is computed again after a preemption is not collected again.
     """
 
-    __slots__ = ("_sums", "done", "logprobs", "rows")
+    __slots__ = ("_sums", "collected", "logprobs", "rows")
 
     def __init__(self, rows: int) -> None:
         self.rows = rows
-        self.done = 0
+        self.collected = 0
         self.logprobs: tuple[Logprobs, ...] = ()
         self._sums: tuple[float, ...] = ()
 
+    @property
+    def complete(self) -> bool:
+        return self.collected >= self.rows
+
     def add_logprobs(self, logprobs: Seq[Logprobs]) -> None:
-        """Of the tokens that come after the next rows."""
+        """Add the log probabilities that the next rows give to the tokens after them."""
         self.logprobs += tuple(logprobs)
-        self.done += len(logprobs)
+        self.collected += len(logprobs)
 
     def add_states(self, sums: Seq[float], rows: int) -> None:
-        """The sums of the next rows' last hidden states."""
+        """Add the sums of the last hidden states of the next `rows` rows, one number for each dimension."""
         self._sums = tuple(map(sum, zip(self._sums, sums, strict=True))) if self._sums else tuple(sums)
-        self.done += rows
+        self.collected += rows
 
     def embedding(self) -> tuple[float, ...] | ServeAppError:
-        """The mean of all states, of length 1; of states that are all 0, as a padding token's may be, it is 0."""
+        """The mean of all hidden states, scaled to length 1. States that are all 0, as of padding tokens, give 0."""
         length = math.hypot(*self._sums)
         if not length < math.inf:
             return InternalError("the model computed no numbers for this text; it may be too unusual for its precision")
@@ -75,27 +63,27 @@ class Reading:
 
 
 class Sequence:
-    """Token ids so far, how many of them are in the KV arena, and where.
+    """The tokens of one request and their state in the KV cache.
 
-    `tokens` is the prompt and then the answer. `computed` counts the tokens whose keys and values
-    are in slot `slot`; the sequence decodes when only its newest token is not. `order` counts arrivals;
-    `long` is a prompt that may only advance as far as nobody notices. `reading` is what is to be told of the prompt.
-    One that `embeds` ends with its prompt.
+    `tokens` is the prompt followed by the answer. The keys and values of the first `computed` tokens are in slot
+    `slot`; while the sequence decodes, only its last token is not computed. `arrival` counts sequences in the order
+    of their arrival. The chunks of a `long_prompt` are limited to bound the delay of running sequences. `readout`
+    collects what the request wants to know of its prompt. A sequence that `embeds` ends with its prompt.
     """
 
     __slots__ = (
+        "arrival",
         "computed",
         "constraint",
         "deadline",
         "drafter",
         "embeds",
         "end_ids",
-        "limit",
-        "long",
-        "order",
+        "long_prompt",
+        "max_tokens",
         "params",
         "prompt_len",
-        "reading",
+        "readout",
         "seed",
         "slot",
         "stream",
@@ -110,25 +98,25 @@ class Sequence:
         context: int,
         constraint: Constraint | None = None,
     ) -> None:
-        assert prompt, "a sequence without tokens would never advance"
-        params = stream.request.params
+        assert prompt, "a sequence needs at least one token"
+        params = stream.params
         self.stream = stream
         self.params: SamplingParams = params
         self.constraint = constraint
         self.tokens = list(prompt)
         self.prompt_len = len(self.tokens)
         self.embeds = stream.request.embed
-        self.reading = self._reading()
+        self.readout = self._make_readout()
         self.computed = 0
-        self.long = False
-        self.order = 0
+        self.long_prompt = False
+        self.arrival = 0
         self.drafter = Drafter()
         self.slot: int | None = None
         self.deadline = stream.request.deadline
         self.end_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else end_ids)
         self.seed = getrandbits(63) if params.seed is None else params.seed + stream.request.index
-        room = context - self.prompt_len
-        self.limit = room if params.max_tokens is None else min(room, params.max_tokens)
+        available = context - self.prompt_len
+        self.max_tokens = available if params.max_tokens is None else min(available, params.max_tokens)
 
     @property
     def generated(self) -> int:
@@ -136,16 +124,16 @@ class Sequence:
 
     @property
     def pending(self) -> int:
-        """Tokens that are not in the KV arena yet: 1 while decoding."""
+        """The number of tokens that are not in the KV cache yet: 1 while decoding."""
         return len(self.tokens) - self.computed
 
     @property
-    def unread(self) -> bool:
-        """Whether rows of its prompt are still to be read, and so to be computed for it alone."""
-        return self.reading is not None and self.reading.done < self.reading.rows
+    def needs_readout(self) -> bool:
+        """Whether rows of the prompt still have to be collected, so that they cannot come from the prefix cache."""
+        return self.readout is not None and not self.readout.complete
 
-    def drafts(self, count: int) -> tuple[int, ...]:
-        """At most `count` guesses at its next tokens; none where a token's choice depends on more than its place."""
+    def propose_drafts(self, count: int) -> tuple[int, ...]:
+        """At most `count` draft tokens; none if the choice of a token depends on the answer so far."""
         p = self.params
         plain = p.repetition_penalty == 1 and p.presence_penalty == 0 and p.frequency_penalty == 0
         if (
@@ -156,39 +144,40 @@ class Sequence:
             or self.constraint
         ):
             return ()
-        return self.drafter.propose(self.tokens, min(count, self.limit - self.generated - 1))
+        return self.drafter.propose(self.tokens, min(count, self.max_tokens - self.generated - 1))
 
     def accept(self, sampled: Sampled, now: float) -> Token:
-        """Append a sampled token; say when it came, and whether the answer ends with it."""
+        """Append a sampled token. The returned token has a finish reason if it ends the answer."""
         self.tokens.append(sampled.token_id)
         reason, complete = None, False
         if sampled.token_id in self.end_ids and self.generated >= self.params.min_tokens:
             reason = FinishReason.STOP
         elif self.constraint is not None and self.constraint.accept(sampled.token_id):
             reason, complete = FinishReason.STOP, True
-        elif self.generated >= self.limit:
+        elif self.generated >= self.max_tokens:
             reason = FinishReason.LENGTH
-        told = self.reading.logprobs if self.reading is not None and self.generated == 1 else None
-        return Token(sampled.token_id, now - self.stream.arrived, reason, sampled.logprobs, complete, told)
+        prompt_logprobs = self.readout.logprobs if self.readout is not None and self.generated == 1 else None
+        elapsed_s = now - self.stream.arrived
+        return Token(sampled.token_id, elapsed_s, reason, sampled.logprobs, complete, prompt_logprobs)
 
-    def embedded(self) -> Embedded | ServeAppError:
-        """What it ends with, once its whole prompt was read."""
-        assert self.reading is not None
-        vector = self.reading.embedding()
-        return vector if isinstance(vector, ServeAppError) else Embedded(vector)
+    def embedding(self) -> Embedding | ServeAppError:
+        """The embedding of the prompt, once all of it is computed."""
+        assert self.readout is not None
+        vector = self.readout.embedding()
+        return vector if isinstance(vector, ServeAppError) else Embedding(vector)
 
-    def _reading(self) -> Reading | None:
+    def _make_readout(self) -> PromptReadout | None:
         if self.embeds:
-            return Reading(self.prompt_len)
-        return None if self.params.prompt_logprobs is None else Reading(self.prompt_len - 1)
+            return PromptReadout(self.prompt_len)
+        return None if self.params.prompt_logprobs is None else PromptReadout(self.prompt_len - 1)
 
 
 @dataclass(frozen=True, slots=True)
 class Advance:
-    """Feed the next `count` tokens of a sequence to the model; sample one when that completes its tokens.
+    """Computes the next `count` tokens of a sequence and, if these are its last, samples the token after them.
 
-    Prefill, chunk and decode differ only in the number. `drafts` are fed after them: each is right if it is what
-    the row before it samples, and then its own row gives one token more.
+    Prefill, chunked prefill and decode differ only in `count`. `drafts` are computed after these tokens: a draft is
+    accepted if it equals the token sampled before it, and then one more token is sampled after it.
     """
 
     sequence: Sequence
@@ -201,16 +190,16 @@ class Advance:
 
     @property
     def completes(self) -> bool:
-        """Whether all its tokens are in the arena after this."""
+        """Whether all tokens of the sequence are in the KV cache after this step."""
         return self.count == self.sequence.pending
 
     @property
-    def reads(self) -> range:
-        """Those of its rows that tell of the prompt what is not known yet."""
-        reading, start = self.sequence.reading, self.sequence.computed
-        if reading is None:
+    def readout_rows(self) -> range:
+        """The rows of this advance, counted from 0, that the sequence's readout still has to collect."""
+        readout, start = self.sequence.readout, self.sequence.computed
+        if readout is None:
             return range(0)
-        return range(max(0, reading.done - start), min(self.count, reading.rows - start))
+        return range(max(0, readout.collected - start), min(self.count, readout.rows - start))
 
     @property
     def rows(self) -> int:
@@ -219,68 +208,36 @@ class Advance:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One forward pass: decoding sequences by slot, then prompt chunks. `orders` come before it."""
+    """One forward pass: decoding sequences by slot, then prompt chunks. The runner executes `cache_ops` before it."""
 
     advances: tuple[Advance, ...]
-    orders: tuple[Copy | Trim, ...] = ()
+    cache_ops: tuple[CacheOp, ...] = ()
 
     @property
     def rows(self) -> int:
         return sum(advance.rows for advance in self.advances)
 
 
-# What a step chose for a sequence: a token, and one more for every draft that may be right; or why it has none.
+# The result of a step for one sequence: a token, and one more for each draft that may be accepted; or an error.
 Outcome = tuple[Sampled, ...] | ServeAppError
 
 
-class Text(Protocol):
-    """A model's tokenizer, seen from the engine."""
-
-    @property
-    def end_ids(self) -> frozenset[int]: ...
-
-    @property
-    def vocabulary(self) -> int:
-        """Token ids are below it."""
-        ...
-
-    @property
-    def special_ids(self) -> frozenset[int]:
-        """Tokens that are signs rather than text."""
-        ...
-
-    @property
-    def tools(self) -> ToolCallFormat | None:
-        """How the model writes calls of tools."""
-        ...
-
-    def encode(self, prompts: Seq[Prompt]) -> list[list[int] | ServeAppError]:
-        """Token ids of each prompt, tokenised together; an error in the place of one that cannot be."""
-        ...
-
-    def tokenize(self, prompt: Prompt, special_tokens: bool) -> tuple[TextToken, ...] | ServeAppError:
-        """See Tokenize."""
-        ...
-
-    def detokenize(self, token_ids: Seq[int], skip_special_tokens: bool) -> str | ServeAppError:
-        """See Detokenize."""
-        ...
-
-    def decoder(self, prompt: Seq[int], skip_special_tokens: bool) -> Decoder:
-        """A decoder for what follows this prompt, which shows special tokens or not."""
-        ...
-
-    def constraint(self, grammar: Grammar, ignore_eos: bool) -> Constraint | ServeAppError:
-        """The beginning of an answer in this grammar; an error if there can be none."""
-        ...
-
-
 class Runner(Protocol):
-    """A model with a KV arena. Made and called on the engine's thread only."""
+    """A model with a KV cache. Created and called on the engine's thread only."""
 
     @property
     def kind(self) -> str:
-        """How it runs, in one word for an operator."""
+        """How steps are computed: `fused`, `transformers` or `toy`."""
+        ...
+
+    @property
+    def quantization(self) -> str:
+        """The quantization of the weights: `none`, `int8` or `int4`."""
+        ...
+
+    @property
+    def dtype_name(self) -> str:
+        """The dtype of the weights before quantization, such as `bfloat16`; empty for a runner without weights."""
         ...
 
     @property
@@ -288,20 +245,20 @@ class Runner(Protocol):
 
     @property
     def kv_tokens(self) -> int:
-        """How many tokens all slots together may hold."""
+        """The number of tokens that all slots together can hold."""
         ...
 
     @property
     def context(self) -> int:
-        """The longest sequence, prompt and answer, in tokens."""
+        """The largest number of tokens of a prompt and its answer."""
         ...
 
     @property
     def text(self) -> Text: ...
 
     def run(self, step: Step) -> list[Outcome]:
-        """Carry out the orders, then one forward pass; for each advance that samples, in order, its outcome.
+        """Execute the cache operations, then one forward pass; one outcome for each advance that samples, in order.
 
-        What each advance `reads` of its prompt goes to its sequence's `reading`.
+        Adds the `readout_rows` of each advance to the readout of its sequence.
         """
         ...

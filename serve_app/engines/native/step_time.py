@@ -1,17 +1,18 @@
-"""How long steps take here, and how many rows one may have before running streams notice."""
+"""Predicts how long a step takes from its number of rows, to bound the delay that a long prompt causes."""
 
 from __future__ import annotations
 
-# A running stream may wait this much longer than usual for a newcomer's long prompt; the promise is 2.
-STRETCH = 1.9
+# A step with a chunk of a long prompt may take this many times as long as one without it. The documented bound is 2.
+MAX_SLOWDOWN = 1.9
+# Weight of the newest step in the moving averages.
 _NEWEST = 0.2
 
 
 class StepTimeModel:
-    """Seconds of a step by its rows, learnt from the steps there were.
+    """Learns the seconds of a step by its rows from the steps that ran.
 
-    Steps are grouped by rows in powers of two, each group with its mean rows and seconds, weighted to the newest.
-    A group that was never seen is tried once everything smaller is within the limit.
+    Steps are grouped by rows in powers of two. Each group has moving averages of rows and seconds. A group without
+    steps is tried once all smaller groups are within the limit.
     """
 
     def __init__(self) -> None:
@@ -25,8 +26,8 @@ class StepTimeModel:
             mean_s + _NEWEST * (seconds - mean_s),
         )
 
-    def seconds(self, rows: int) -> float | None:
-        """What a step of `rows` usually takes, in proportion between the groups around it; None if nothing is known."""
+    def predict(self, rows: int) -> float | None:
+        """Seconds of a step of `rows`, interpolated linearly between groups; None before the first record."""
         if not self._groups:
             return None
         below = [entry for entry in self._groups.values() if entry[0] <= rows]
@@ -36,18 +37,18 @@ class StepTimeModel:
         (low, low_s), (high, high_s) = max(below), min(above)
         return low_s + (high_s - low_s) * (rows - low) / (high - low)
 
-    def most_rows(self, usual_rows: int) -> int | None:
-        """Rows of the largest step that takes at most STRETCH times one of `usual_rows`; None if nothing is known."""
-        usual_s = self.seconds(usual_rows)
+    def max_rows(self, usual_rows: int) -> int | None:
+        """The most rows that take at most MAX_SLOWDOWN times as long as `usual_rows`; None before the first record."""
+        usual_s = self.predict(usual_rows)
         if usual_s is None:
             return None
-        limit_s = STRETCH * usual_s
+        limit_s = MAX_SLOWDOWN * usual_s
         within = usual_rows
         for rows, seconds in sorted(self._groups.values()):
             if rows <= usual_rows:
                 continue
             if seconds > limit_s:
-                low_s = self.seconds(within) or usual_s
+                low_s = self.predict(within) or usual_s
                 return within + int((rows - within) * (limit_s - low_s) / max(seconds - low_s, 1e-9))
             within = int(rows)
         return 2 * within

@@ -1,4 +1,4 @@
-"""The way out: from the engine's thread to the event loop that serves one request."""
+"""Carries the tokens of one request from the engine's thread to the event loop that serves the request."""
 
 from __future__ import annotations
 
@@ -9,19 +9,21 @@ from collections.abc import AsyncGenerator, Iterable
 from dataclasses import replace
 from typing import NamedTuple
 
-from serve_app.core.events import Chunk, FinishReason, Logprobs, PromptDetails, TokenEvent
+from serve_app.core.events import Chunk, Delta, FinishReason, Logprobs, PromptDetails, TokenEvent
 from serve_app.core.requests import GenerationRequest
-from serve_app.engines.text.detokenizer import Decoder, Detokenizer
+from serve_app.engines.text.detokenizer import Detokenizer
+from serve_app.engines.text.protocol import Decoder
+from serve_app.engines.text.tool_use import ToolCallParser, ToolUse
 from serve_app.errors import InternalError, ServeAppError
 
 logger = logging.getLogger(__name__)
 
 
 class Token(NamedTuple):
-    """A token as the model chose it, before it is text. Stop strings can still end the answer earlier.
+    """A sampled token before detokenization. A stop string can still end the answer earlier.
 
-    `complete` says that it ends an answer as the last of its text, not as a sign of its end. The first one brings what
-    is `told` of the prompt.
+    `complete` is set if the answer ends with this token because its grammar is complete: the token is text and no end
+    token. The first token carries the `prompt_logprobs`.
     """
 
     token_id: int
@@ -29,27 +31,28 @@ class Token(NamedTuple):
     finish_reason: FinishReason | None = None
     logprobs: Logprobs | None = None
     complete: bool = False
-    told: tuple[Logprobs, ...] | None = None
+    prompt_logprobs: tuple[Logprobs, ...] | None = None
 
 
-class Embedded(NamedTuple):
-    """A prompt's embedding, which is all of the answer."""
+class Embedding(NamedTuple):
+    """The embedding of a prompt: the whole result of its request."""
 
     vector: tuple[float, ...]
 
 
 class TokenStream:
-    """One request's tokens on their way to its consumer.
+    """The tokens of one request on their way to its consumer.
 
-    The engine's thread calls `put` and `fail`, then wakes all streams of a step at once. Everything else happens on
-    the event loop that made the stream: `wake` makes text of the tokens and looks for stop strings, so that the model
-    waits for neither; the consumer reads `chunks` and calls `close`. The engine looks at `closed` before every step,
-    so that whoever leaves, or met a stop string, has its slot freed before the next one. What waits here is bounded
-    by the request's own max_tokens.
+    The engine's thread calls `put` and `fail`, then wakes all streams of a step together. The event loop that created
+    the stream does everything else, so that the model does not wait for it: `wake` detokenizes, looks for stop strings
+    and parses tool calls; the consumer reads `chunks` and calls `close`. The engine reads `closed` before every step
+    and frees the slot of a stream whose consumer left or that met a stop string. The request's max_tokens bounds the
+    number of tokens that wait here.
     """
 
     def __init__(self, request: GenerationRequest) -> None:
         self.request = request
+        self.params = request.params
         self.arrived = request.arrived
         self.prompt_tokens = 0
         self.cached_tokens = 0
@@ -57,34 +60,45 @@ class TokenStream:
         self.closed = False
         self.loop = asyncio.get_running_loop()
         self._detokenizer: Detokenizer | None = None
-        self._told: deque[Token | Embedded | ServeAppError] = deque()
+        self._parser: ToolCallParser | None = None
+        self._received: deque[Token | Embedding | ServeAppError] = deque()
         self._prompt: PromptDetails | None = None
         self._embedding: tuple[float, ...] | None = None
         self._tokens = 0
         self._events: list[TokenEvent] = []
         self._error: ServeAppError | None = None
         self._ended = False
-        self._arrival = asyncio.Event()
+        self._ready = asyncio.Event()
         self._end = asyncio.Event()
 
-    def open(self, prompt_tokens: int, decoder: Decoder, prompt: PromptDetails | None = None) -> None:
-        """At admission, before any token: what its prompt comes to, and how its answer becomes text."""
+    def open(
+        self,
+        prompt_tokens: int,
+        decoder: Decoder,
+        prompt: PromptDetails | None = None,
+        tool_use: ToolUse | None = None,
+    ) -> None:
+        """Set at admission, before any token, what turns the tokens into events.
+
+        The parameters of `tool_use` replace the request's; its parser divides the text into the events' deltas.
+        """
         self.prompt_tokens = prompt_tokens
         self._prompt = prompt
-        params = self.request.params
-        self._detokenizer = Detokenizer(decoder, params.stop, params.include_stop_str_in_output)
+        if tool_use is not None:
+            self.params, self._parser = tool_use.params, tool_use.parser
+        self._detokenizer = Detokenizer(decoder, self.params.stop, self.params.include_stop_str_in_output)
 
-    def put(self, told: Token | Embedded) -> None:
-        self._told.append(told)
+    def put(self, result: Token | Embedding) -> None:
+        self._received.append(result)
 
     def fail(self, error: ServeAppError) -> None:
-        self._told.append(error)
+        self._received.append(error)
 
     def wake(self) -> None:
-        """On the event loop only: take in what the engine told, and let the consumer look."""
-        while self._told and not self._ended:
-            self._take_in(self._told.popleft())
-        self._arrival.set()
+        """Process what the engine sent and let the consumer continue. Called on the event loop only."""
+        while self._received and not self._ended:
+            self._process(self._received.popleft())
+        self._ready.set()
         if self._ended:
             self._end.set()
 
@@ -92,18 +106,18 @@ class TokenStream:
         self.closed = True
 
     async def chunks(self, flush_interval_s: float) -> AsyncGenerator[Chunk, None]:
-        """Yield what has arrived: the first token at once, later ones gathered for `flush_interval_s`.
+        """Yield the first token at once, and later tokens gathered for `flush_interval_s` seconds.
 
         Raises the ServeAppError that ended the request, after the tokens that came before it.
         """
         loop = self.loop
         flush_at = loop.time()
         while True:
-            await self._arrival.wait()
+            await self._ready.wait()
             await self._gather(flush_at - loop.time())
-            self._arrival.clear()
+            self._ready.clear()
             if self._events or self._embedding is not None:
-                yield self._take()
+                yield self._take_chunk()
                 flush_at = loop.time() + flush_interval_s
             if self._ended and not self._events:
                 if self._error is not None:
@@ -118,42 +132,52 @@ class TokenStream:
             except TimeoutError:
                 pass
 
-    def _take_in(self, told: Token | Embedded | ServeAppError) -> None:
-        if isinstance(told, ServeAppError):
-            self._error, self._ended = told, True
+    def _process(self, result: Token | Embedding | ServeAppError) -> None:
+        if isinstance(result, ServeAppError):
+            self._error, self._ended = result, True
             return
-        if isinstance(told, Embedded):
-            self._embedding, self._ended = told.vector, True
+        if isinstance(result, Embedding):
+            self._embedding, self._ended = result.vector, True
             return
-        if told.told is not None:
-            self._prompt = replace(self._prompt or PromptDetails(), logprobs=told.told)
+        if result.prompt_logprobs is not None:
+            self._prompt = replace(self._prompt or PromptDetails(), logprobs=result.prompt_logprobs)
         try:
-            event = self._event(told)
-        except Exception:
-            logger.exception("no text can be made of the answer to request %s", self.request.id)
+            event = self._make_event(result)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException:
+            # A panic of a Rust extension is a BaseException; it must not keep other streams of the step from waking.
+            logger.exception("the answer to request %s could not be turned into text", self.request.id)
             self._error = InternalError("the answer could not be turned into text")
             self._ended = self.closed = True
             return
         self._events.append(event)
         self._ended = event.finish_reason is not None
 
-    def _event(self, token: Token) -> TokenEvent:
+    def _make_event(self, token: Token) -> TokenEvent:
         assert self._detokenizer is not None, "a stream is opened before its first token"
         self._tokens += 1
-        params, text, reason = self.request.params, "", token.finish_reason
-        is_sign = reason is FinishReason.STOP and not token.complete
-        stopped_by: str | int | None = token.token_id if is_sign and token.token_id in params.stop_token_ids else None
-        # Of a token that is a sign of the end nothing is shown, unless asked for.
-        if not is_sign or params.include_stop_str_in_output:
-            text, met = self._detokenizer.push(token.token_id, self._tokens >= params.min_tokens)
-            if met is not None:
-                reason, stopped_by = FinishReason.STOP, met
+        params, text, reason = self.params, "", token.finish_reason
+        ends_answer = reason is FinishReason.STOP and not token.complete
+        stopped_by: str | int | None = None
+        if ends_answer and token.token_id in params.stop_token_ids:
+            stopped_by = token.token_id
+        # A token that ends the answer has no text, unless the request includes it.
+        if not ends_answer or params.include_stop_str_in_output:
+            text, stop = self._detokenizer.push(token.token_id, self._tokens >= params.min_tokens)
+            if stop is not None:
+                reason, stopped_by = FinishReason.STOP, stop
                 self.closed = True
         if reason is not None:
             text += self._detokenizer.flush()
-        return TokenEvent(token.token_id, text, token.elapsed_s, reason, token.logprobs, stopped_by)
+        deltas = () if self._parser is None else self._parse(self._parser, text, reason is not None)
+        return TokenEvent(token.token_id, text, token.elapsed_s, reason, token.logprobs, stopped_by, deltas)
 
-    def _take(self) -> Chunk:
+    def _parse(self, parser: ToolCallParser, text: str, last: bool) -> tuple[Delta, ...]:
+        deltas = parser.feed(text)
+        return (*deltas, *parser.end()) if last else tuple(deltas)
+
+    def _take_chunk(self) -> Chunk:
         events, self._events = tuple(self._events), []
         prompt, self._prompt = self._prompt, None
         embedding, self._embedding = self._embedding, None
@@ -162,7 +186,7 @@ class TokenStream:
 
 
 def wake_all(streams: Iterable[TokenStream]) -> None:
-    """Wake the consumers of a step: one call into each event loop, whatever the number of streams."""
+    """Wake the consumers of a step with one call into each event loop, whatever the number of streams."""
     by_loop: dict[asyncio.AbstractEventLoop, list[TokenStream]] = {}
     for stream in streams:
         by_loop.setdefault(stream.loop, []).append(stream)
@@ -170,7 +194,7 @@ def wake_all(streams: Iterable[TokenStream]) -> None:
         try:
             loop.call_soon_threadsafe(_wake_each, members)
         except RuntimeError:
-            # The loop is closed: its consumers are gone, and nobody is left to tell.
+            # The loop is closed and its consumers are gone.
             for stream in members:
                 stream.close()
 

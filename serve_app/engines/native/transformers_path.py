@@ -21,7 +21,7 @@ from serve_app.engines.native.sources import SourceError
 
 
 class ForwardOutput(NamedTuple):
-    """`logits` `[S, V]` of a step's rows `wanted` and then `told`, and last `hidden` states `[E, H]` of `embedded`."""
+    """`logits` `[S, V]` of `sample_rows`, then `logprob_rows`; last `hidden` states `[E, H]` of `embedding_rows`."""
 
     logits: torch.Tensor
     hidden: torch.Tensor
@@ -125,10 +125,10 @@ def _forward(model: PreTrainedModel, rows: Rows) -> ForwardOutput:
         input_ids=torch.tensor([rows.tokens], device=device),
         position_ids=torch.tensor([rows.positions], device=device),
         use_cache=False,
-        logits_to_keep=torch.tensor(rows.wanted + rows.told, dtype=torch.long, device=device),
-        output_hidden_states=bool(rows.embedded),
+        logits_to_keep=torch.tensor(rows.sample_rows + rows.logprob_rows, dtype=torch.long, device=device),
+        output_hidden_states=bool(rows.embedding_rows),
     )
     logits: torch.Tensor = output.logits[0]
     # The last hidden state is the one after the last norm.
-    hidden = output.hidden_states[-1][0][rows.embedded] if rows.embedded else logits.new_empty(0, 0)
+    hidden = output.hidden_states[-1][0][rows.embedding_rows] if rows.embedding_rows else logits.new_empty(0, 0)
     return ForwardOutput(logits, hidden)

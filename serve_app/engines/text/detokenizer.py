@@ -1,25 +1,16 @@
-"""From token ids to text that can be sent: whole characters, and never a part of a stop string."""
+"""Turns the token ids of one answer into text: whole characters, and never a part of a stop string."""
 
 from __future__ import annotations
 
-from typing import Protocol
-
 from serve_app.engines.text.overlap import overlap
-
-
-class Decoder(Protocol):
-    """Incremental decoding of one sequence; keeps incomplete characters back."""
-
-    def step(self, token_id: int) -> str:
-        """The text that this token completes; "" while a character is incomplete or the token not to be shown."""
-        ...
+from serve_app.engines.text.protocol import Decoder
 
 
 class Detokenizer:
-    """Decodes one sequence and looks for its stop strings across token borders.
+    """Decodes one sequence and searches for its stop strings across token borders.
 
-    Text is held back only while it can still become a stop string. With `include_stop` the one that ends the text is
-    its end, of several that begin at the same place the shortest.
+    Text is held back only while it can still become a stop string. With `include_stop` the text ends with the stop
+    string that ended it; of several that begin at the same character, the shortest one.
     """
 
     def __init__(self, decoder: Decoder, stop: tuple[str, ...], include_stop: bool = False) -> None:
@@ -29,9 +20,9 @@ class Detokenizer:
         self._held = ""
 
     def push(self, token_id: int, may_stop: bool = True) -> tuple[str, str | None]:
-        """The text to send now, and the stop string if one was met (all after it is dropped, and it as well or not).
+        """The text to send now, and the stop string that ended the text, or None.
 
-        With `may_stop` false, a stop string is text like any other.
+        Text after a stop string is dropped. With `may_stop` false, a stop string is ordinary text.
         """
         text = self._held + self._decoder.step(token_id)
         self._held = ""
@@ -40,9 +31,9 @@ class Detokenizer:
         if may_stop:
             found = [(text.find(stop), len(stop)) for stop in self._stop if stop in text]
             if found:
-                at, length = min(found)
-                end = at + length
-                return text[: end if self._include_stop else at], text[at:end]
+                start, length = min(found)
+                end = start + length
+                return text[: end if self._include_stop else start], text[start:end]
         keep = max(overlap(text, stop) for stop in self._stop)
         if keep:
             self._held = text[-keep:]
@@ -50,6 +41,6 @@ class Detokenizer:
         return text, None
 
     def flush(self) -> str:
-        """The text still held back, once no stop string can follow."""
+        """The text still held back; called after the last token."""
         text, self._held = self._held, ""
         return text

@@ -1,4 +1,4 @@
-"""Answers that follow a grammar: which tokens may come next, by llguidance (Earley parser over a trie of tokens)."""
+"""Constrains answers to grammars: computes the tokens that may come next with llguidance, an Earley parser."""
 
 from __future__ import annotations
 
@@ -11,24 +11,23 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from tokenizers import Tokenizer
 
 from serve_app.core.requests import Grammar
+from serve_app.engines.text.tool_grammar import JSON_WHITESPACE
 from serve_app.errors import InvalidRequest, ServeAppError
 
 logger = logging.getLogger(__name__)
 
-_MOST_CHARACTERS = 65_536
-_CHECKED = 32
-# Rules, or references of a schema. llguidance follows them one inside the other, and some 2,000 in a chain overflow a
-# thread's stack, which is the end of the process (1.9.1: 1,000 are fine, 3,000 are not).
-_MOST_DEFINITIONS = 500
-# Between the parts of a JSON document; without a bound an unsure model writes spaces until its tokens are used up.
-_SPACE = r" |\r?\n[ \t]{0,24}"
-# Half and less of llguidance's own bounds. Of grammars made to be slow the worst mask took 48 ms then; its states may
-# take 1 to 2 kB each, says the library.
+_MAX_CHARACTERS = 65_536
+_CACHED_GRAMMARS = 32
+# Rules, or references of a JSON schema. llguidance follows a chain of them recursively: a chain of about 2,000
+# overflows the thread's stack, which ends the process (measured with 1.9.1: 1,000 work, 3,000 do not).
+_MAX_DEFINITIONS = 500
+# At most half of llguidance's defaults. With these limits the slowest mask of grammars made to be slow took 48 ms.
+# llguidance's documentation states 1 to 2 kB of memory for each lexer state.
 _LIMITS = LLParserLimits(step_lexer_fuel=100_000, step_max_items=20_000, max_lexer_states=50_000, verbose_errors=False)
 
 
 class Constraint:
-    """Where one answer is in its grammar. Belongs to one sequence, and is used by one thread at a time."""
+    """The state of one answer in its grammar. Belongs to one sequence; one thread at a time uses it."""
 
     def __init__(self, matcher: LLMatcher, end_ids: frozenset[int], ignore_eos: bool, field: str) -> None:
         self._matcher = matcher
@@ -37,107 +36,167 @@ class Constraint:
         self._ignore_eos = ignore_eos
 
     def allowed(self) -> bytearray | ServeAppError:
-        """One bit for each token of the vocabulary, lowest first in a byte: whether it may come next.
+        """One bit for each token of the vocabulary, lowest bit of a byte first: whether the token may come next.
 
-        The end tokens may exactly where the text may end; with ignore_eos, where it can only end. An error when the
-        grammar asks for more computing than is given.
+        End tokens are allowed where the text may end; with `ignore_eos`, only where it must end. InvalidRequest if the
+        grammar exceeds the limits of computation.
         """
         bits = bytearray(self._matcher.compute_bitmask())
         if self._matcher.is_error():
-            return InvalidRequest(f"the grammar cannot be followed: {_why(self._matcher)}", param=self._field)
+            return InvalidRequest(f"the grammar cannot be followed: {_error_text(self._matcher)}", param=self._field)
         may_end = self._matcher.is_stopped() or (self._matcher.is_accepting() and not self._ignore_eos)
         for token in self._end_ids:
             bits[token // 8] = bits[token // 8] & ~(1 << token % 8) | may_end << token % 8
         return bits
 
     def accept(self, token_id: int) -> bool:
-        """Take in the answer's next token; whether the answer is complete, and nothing more can follow."""
+        """Add the next token of the answer. True if the answer is complete and no token can follow."""
         if token_id in self._end_ids:
             return True
         return self._matcher.consume_token(token_id) and self._matcher.is_stopped()
 
 
-class Grammars:
-    """Compiles grammars for one tokenizer, and knows of the last ones whether they can be. To be used from any thread.
+class GrammarCompiler:
+    """Compiles grammars for one tokenizer. Can be used from any thread.
 
-    Nothing compiled is kept: copies of a matcher share their lexer, and one answer that takes it past its bound
-    would leave it unusable for all others. The tokenizer's trie is built with the first grammar, best before
-    anybody is served: for 49,152 tokens that holds the interpreter for 0.25 s.
+    The trie of the tokenizer's tokens is built with the first grammar: for 49,152 tokens that holds the interpreter
+    lock for 0.25 s, so the loader compiles a grammar before the model serves requests.
     """
 
     def __init__(self, tokenizer: Tokenizer, end_ids: frozenset[int], vocabulary: int) -> None:
         self._tokenizer = tokenizer
         self._end_ids = frozenset(token for token in end_ids if token < vocabulary)
         self._vocabulary = vocabulary
-        self._checked = lru_cache(_CHECKED)(self._check)
+        self._compiled = lru_cache(_CACHED_GRAMMARS)(self._compile)
 
     def constraint(self, grammar: Grammar, ignore_eos: bool) -> Constraint | ServeAppError:
-        """The beginning of an answer in this grammar; InvalidRequest if there can be none."""
-        source, why_not = self._checked(grammar)
-        if why_not:
-            refusals = (self.constraint(part, ignore_eos) for part in grammar.parts)
-            named = next((refusal for refusal in refusals if isinstance(refusal, ServeAppError)), None)
-            return named or InvalidRequest(why_not, param=grammar.field)
-        tokenizer = self._trie
-        assert isinstance(tokenizer, LLTokenizer), "what was compiled was compiled for it"
+        """The constraint of a new answer; InvalidRequest if the grammar cannot be compiled."""
+        compiled = self._compiled(grammar)
+        if isinstance(compiled, str):
+            errors = (self.constraint(part, ignore_eos) for part in grammar.parts)
+            error = next((error for error in errors if isinstance(error, ServeAppError)), None)
+            return error or InvalidRequest(compiled, param=grammar.field)
+        tokenizer = compiled.tokenizer
         ends = self._end_ids or frozenset(token for token in [tokenizer.eos_token] if token < self._vocabulary)
-        return Constraint(_matcher(tokenizer, source), ends, ignore_eos, grammar.field)
+        return Constraint(compiled.new_matcher(), ends, ignore_eos, grammar.field)
 
-    def signs(self, token_ids: Iterable[int]) -> frozenset[int] | None:
-        """Those of these tokens that are no text to a grammar; None if there are no grammars for this tokenizer."""
+    def marker_tokens(self, token_ids: Iterable[int]) -> frozenset[int] | None:
+        """The given tokens that are not text to a grammar; None if the tokenizer does not support grammars."""
         trie = self._trie
         return None if isinstance(trie, str) else frozenset(filter(trie.is_special_token, token_ids))
 
-    def _check(self, grammar: Grammar) -> tuple[str, str]:
-        """The grammar as llguidance takes it, and a sentence why it does not: one of them is empty."""
-        if len(grammar.text) > _MOST_CHARACTERS:
-            return "", f"the grammar has {len(grammar.text)} characters; at most {_MOST_CHARACTERS} are taken"
+    def _compile(self, grammar: Grammar) -> _CompiledGrammar | str:
+        """The compiled grammar, or the sentence of the error."""
+        if len(grammar.text) > _MAX_CHARACTERS:
+            return f"the grammar has {len(grammar.text)} characters; at most {_MAX_CHARACTERS} are allowed"
         if isinstance(self._trie, str):
-            return "", self._trie
+            return self._trie
         try:
-            source, definitions = _source(grammar), _definitions(grammar)
+            source = _source(grammar)
+        except _TooManyDefinitions as error:
+            return str(error)
         except (TypeError, ValueError, RecursionError) as error:
-            return "", f"the grammar ({grammar.kind}) cannot be read: {error}"
-        if definitions > _MOST_DEFINITIONS:
-            return "", f"the grammar has {definitions} rules or references; at most {_MOST_DEFINITIONS} are taken"
+            return f"the grammar ({grammar.kind}) cannot be read: {error}"
         matcher = _matcher(self._trie, source)
-        matcher.compute_bitmask()  # the first one takes longest, and may be too much already
+        matcher.compute_bitmask()  # the first mask is the slowest, and can already exceed the limits
         if matcher.is_error():
-            return "", f"the grammar ({grammar.kind}) does not compile: {_why(matcher)}"
-        return source, ""
+            return f"the grammar ({grammar.kind}) does not compile: {_error_text(matcher)}"
+        return _CompiledGrammar(self._trie, source, matcher)
 
     @cached_property
     def _trie(self) -> LLTokenizer | str:
-        """The tokenizer as llguidance wants it; or a sentence why it does not."""
+        """The tokenizer for llguidance, or the sentence of the error."""
         eos = min(self._end_ids, default=None)
         try:
             return LLTokenizer(self._tokenizer.to_str(), n_vocab=self._vocabulary, eos_token=eos)
         except ValueError as error:
             logger.warning("no grammars for this model: %s", error)
-            return "this model's tokenizer is of a kind that grammars cannot be used with"
+            return "this model's tokenizer does not support grammars"
+
+
+class _CompiledGrammar:
+    """A grammar without errors. Makes one matcher for each answer; the first is the one that found no errors.
+
+    Matchers are not copied: copies share a lexer, and an answer that takes the lexer past its limit would make it
+    unusable for all other answers.
+    """
+
+    def __init__(self, tokenizer: LLTokenizer, source: str, first: LLMatcher) -> None:
+        self.tokenizer = tokenizer
+        self._source = source
+        self._first = [first]
+
+    def new_matcher(self) -> LLMatcher:
+        try:
+            return self._first.pop()  # atomic: threads that compile the same grammar never share a matcher
+        except IndexError:
+            return _matcher(self.tokenizer, self._source)
+
+
+class _TooManyDefinitions(Exception):
+    def __init__(self, count: int) -> None:
+        super().__init__(f"the grammar has {count} rules or references; at most {_MAX_DEFINITIONS} are allowed")
 
 
 def _matcher(tokenizer: LLTokenizer, source: str) -> LLMatcher:
-    """At its beginning."""
     return LLMatcher(tokenizer, source, log_level=0, limits=_LIMITS)
 
 
-def _definitions(grammar: Grammar) -> int:
-    """How many things it may define by another one; of Lark every line with a colon, of JSON every `$ref`.
+def _error_text(matcher: LLMatcher) -> str:
+    return " ".join(matcher.get_error().replace("<non-verbose/>", "").split())
 
-    Raises ValueError and RecursionError.
+
+def _source(grammar: Grammar) -> str:
+    """The grammar in llguidance's own form.
+
+    Raises ValueError, TypeError or RecursionError if its text does not fit its kind, and _TooManyDefinitions.
     """
-    if grammar.kind == "json_schema":
-        return _references(json.loads(grammar.text))
-    if grammar.kind != "lark":
-        return 0
-    count, rest = 0, grammar.text
-    while (at := rest.find("%json")) >= 0:  # which has a schema behind it
-        document = rest[at + len("%json") :].lstrip()
+    match grammar.kind:
+        case "json_object":
+            return _json_schema({"type": "object"})
+        case "json_schema":
+            schema = json.loads(grammar.text)
+            _check_definitions(_references(schema))
+            return _json_schema(schema)
+        case "regex":
+            return LLMatcher.grammar_from_regex(grammar.text)
+        case "choice":
+            return f"start: CHOICE\nCHOICE: {' | '.join(json.dumps(choice) for choice in _choices(grammar.text))}"
+        case "lark":
+            _check_definitions(_lark_definitions(grammar.text))
+            return LLMatcher.grammar_from_lark(grammar.text)
+
+
+def _json_schema(schema: object) -> str:
+    if not isinstance(schema, dict):
+        raise TypeError("a JSON schema must be an object")
+    return LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_pattern": JSON_WHITESPACE})
+
+
+def _choices(text: str) -> list[str]:
+    choices = json.loads(text)
+    if not isinstance(choices, list) or not choices or not all(isinstance(choice, str) for choice in choices):
+        raise TypeError("choices must be a JSON list of one or more strings")
+    return choices
+
+
+def _check_definitions(count: int) -> None:
+    if count > _MAX_DEFINITIONS:
+        raise _TooManyDefinitions(count)
+
+
+def _lark_definitions(text: str) -> int:
+    """The number of rules, counted as lines with a colon, and of references in the schemas after `%json`.
+
+    Raises ValueError or RecursionError if a schema is not JSON.
+    """
+    count = 0
+    while (position := text.find("%json")) >= 0:
+        document = text[position + len("%json") :].lstrip()
         schema, end = json.JSONDecoder().raw_decode(document)
-        count += _references(schema) + _rules(rest[:at])
-        rest = document[end:]
-    return count + _rules(rest)
+        count += _references(schema) + _rules(text[:position])
+        text = document[end:]
+    return count + _rules(text)
 
 
 def _rules(text: str) -> int:
@@ -145,44 +204,13 @@ def _rules(text: str) -> int:
 
 
 def _references(schema: object) -> int:
-    count, left = 0, [schema]
-    while left:
-        match left.pop():
+    """The number of `$ref` members."""
+    count, remaining = 0, [schema]
+    while remaining:
+        match remaining.pop():
             case dict() as section:
                 count += "$ref" in section
-                left += section.values()
+                remaining += section.values()
             case list() as members:
-                left += members
+                remaining += members
     return count
-
-
-def _why(matcher: LLMatcher) -> str:
-    return " ".join(matcher.get_error().replace("<non-verbose/>", "").split())
-
-
-def _source(grammar: Grammar) -> str:
-    """The grammar in llguidance's own form. Raises ValueError or TypeError when its text is not what its kind says."""
-    match grammar.kind:
-        case "json_object":
-            return _json_schema({"type": "object"})
-        case "json_schema":
-            return _json_schema(json.loads(grammar.text))
-        case "regex":
-            return LLMatcher.grammar_from_regex(grammar.text)
-        case "choice":
-            return f"start: CHOICE\nCHOICE: {' | '.join(json.dumps(choice) for choice in _choices(grammar.text))}"
-        case "lark":
-            return LLMatcher.grammar_from_lark(grammar.text)
-
-
-def _json_schema(schema: object) -> str:
-    if not isinstance(schema, dict):
-        raise TypeError("a JSON schema is an object here")
-    return LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_pattern": _SPACE})
-
-
-def _choices(text: str) -> list[str]:
-    choices = json.loads(text)
-    if not isinstance(choices, list) or not choices or not all(isinstance(choice, str) for choice in choices):
-        raise TypeError("choices are a JSON list of strings, at least one")
-    return choices

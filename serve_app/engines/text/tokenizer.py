@@ -1,4 +1,4 @@
-"""A model's tokenizer: prompts and chat messages to ids, ids to text."""
+"""A model's tokenizer and chat template: prompts to token ids, token ids to text, grammars and tool use."""
 
 from __future__ import annotations
 
@@ -9,172 +9,246 @@ from functools import cached_property
 from typing import Any
 
 import jinja2
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from serve_app.core.events import TextToken
-from serve_app.core.requests import ChatPrompt, Grammar, Prompt, TextPrompt, TokenPrompt
-from serve_app.engines.text.grammar import Constraint, Grammars
-from serve_app.engines.text.tool_format import Convention, Manner, Signs, ToolCallFormat, learn
+from serve_app.core.requests import (
+    ChatPrompt,
+    Grammar,
+    Prompt,
+    SamplingParams,
+    TextPrompt,
+    TokenPrompt,
+    ToolChoice,
+)
+from serve_app.engines.text.grammar import Constraint, GrammarCompiler
+from serve_app.engines.text.tool_format import (
+    MarkerTokens,
+    MessageStyle,
+    ToolCallFormat,
+    ToolTemplate,
+    detect_tool_template,
+)
+from serve_app.engines.text.tool_use import NO_TOOL_SUPPORT, ToolUse, prepare_tool_use
 from serve_app.errors import InternalError, InvalidRequest, ServeAppError
 
 logger = logging.getLogger(__name__)
 
-# A decoder needs a little of the prompt to know, for example, whether its first token starts with a space.
+# The last tokens of the prompt that a decoder reads, for example to know whether its first token begins with a space.
 _CONTEXT_TOKENS = 8
 
 
+class _PanicsAsErrors:
+    """Raises RuntimeError in place of a Rust panic, which is a BaseException that no handler of errors catches."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
+        if kind is not None and kind.__module__ == "pyo3_runtime":
+            raise RuntimeError(f"the tokenizer panicked: {error}") from error
+
+
+_panics_as_errors = _PanicsAsErrors()
+
+
 class StreamDecoder:
-    """Incremental decoding by the tokenizers library: whole characters only, special tokens left out or by name."""
+    """Decodes one sequence token by token with the tokenizers library; emits whole characters only.
+
+    Special tokens are left out, or written by name. Raises an Exception if the tokenizer fails.
+    """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Seq[int], skip_special_tokens: bool = True) -> None:
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
         context = list(prompt[-_CONTEXT_TOKENS:])
         self._stream = DecodeStream(ids=context, skip_special_tokens=self._skip)
-        # What ends in half a character, or in U+FFFD, the stream takes for text that it still has to give.
-        text = tokenizer.decode(context, skip_special_tokens=self._skip)
+        # DecodeStream emits again a prompt that ends with an incomplete character or U+FFFD.
+        with _panics_as_errors:
+            text = tokenizer.decode(context, skip_special_tokens=self._skip)
         self._prompt_text = text if text.endswith("\ufffd") else ""
 
     def step(self, token_id: int) -> str:
-        text = self._step(token_id)
+        with _panics_as_errors:
+            text = self._step(token_id)
         if text and self._prompt_text:
-            text, self._prompt_text = text[_agreement(text, self._prompt_text) :], ""
+            text, self._prompt_text = text[_common_prefix_length(text, self._prompt_text) :], ""
         return text
 
     def _step(self, token_id: int) -> str:
         try:
             return self._stream.step(self._tokenizer, token_id) or ""
-        except Exception:  # noqa: BLE001 - the library raises no other
-            # A tokenizer that falls back to bytes decodes a row of them together: one that does not fit makes those
-            # before it wrong, which were given already. What is held back is lost, and the text goes on from here.
+        except Exception:  # noqa: BLE001 - the library raises no subclass
+            # A tokenizer with byte fallback decodes consecutive bytes together. An invalid byte changes the text of the
+            # bytes before it, which was emitted already. The text continues from here without the text held back.
             self._stream = DecodeStream(skip_special_tokens=self._skip)
             self._prompt_text = ""
             return self._stream.step(self._tokenizer, token_id) or ""
 
 
-def _agreement(one: str, other: str) -> int:
-    """Up to which character two texts are the same."""
+def _common_prefix_length(one: str, other: str) -> int:
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 class HFText:
-    """Wraps a fast transformers tokenizer.
+    """A fast transformers tokenizer with its chat template.
 
-    Works on the Rust tokenizer below it, whose methods used here leave it unchanged, because the engine's
-    thread decodes while the event loop's worker encodes.
+    Calls only methods of the Rust tokenizer that do not change it, because the engine's thread decodes while the event
+    loop's worker thread encodes.
     """
 
     def __init__(self, tokenizer: Any, end_ids: frozenset[int], vocabulary: int) -> None:
         self._tokenizer = tokenizer
-        self._rust: Tokenizer = tokenizer.backend_tokenizer
-        self._rust.no_padding()
-        self._rust.no_truncation()
+        self._backend: Tokenizer = tokenizer.backend_tokenizer
+        self._backend.no_padding()
+        self._backend.no_truncation()
         self.vocabulary = vocabulary
         self.end_ids = end_ids
-        self._added = self._rust.get_added_tokens_decoder()
-        self.special_ids = frozenset(token for token, about in self._added.items() if about.special)
-        self._grammars = Grammars(self._rust, end_ids, vocabulary)
+        self._added = self._backend.get_added_tokens_decoder()
+        self.special_ids = frozenset(token_id for token_id, token in self._added.items() if token.special)
+        self._grammars = GrammarCompiler(self._backend, end_ids, vocabulary)
 
     def encode(self, prompts: Seq[Prompt]) -> list[list[int] | ServeAppError]:
-        results: list[list[int] | ServeAppError] = [InvalidRequest("the prompt is empty", param="prompt")] * len(
-            prompts
-        )
-        plain, rendered = [], []
+        """Token ids of each prompt, or the error of this prompt alone. Raises no error of a prompt."""
+        results: dict[int, list[int] | ServeAppError] = {}
+        texts: dict[bool, dict[int, str]] = {True: {}, False: {}}
         for i, prompt in enumerate(prompts):
-            if isinstance(prompt, TextPrompt):
-                plain.append((i, prompt.text))
-            elif isinstance(prompt, TokenPrompt):
-                results[i] = self._known(prompt)
+            prepared = self._prepared(prompt)
+            if isinstance(prepared, str):
+                texts[_adds_special_tokens(prompt)][i] = prepared
             else:
-                text = self._render(prompt)
-                if isinstance(text, ServeAppError):
-                    results[i] = text
-                else:
-                    rendered.append((i, text))
-        # A chat template writes the special tokens itself.
-        for texts, special in ((plain, True), (rendered, False)):
-            encodings = self._rust.encode_batch([text for _, text in texts], add_special_tokens=special)
-            for (i, _), encoding in zip(texts, encodings, strict=True):
-                if encoding.ids:
-                    results[i] = encoding.ids
-        return results
+                results[i] = prepared
+        for special_tokens, batch in texts.items():
+            results |= zip(batch, self._encoded(list(batch.values()), special_tokens), strict=True)
+        return [results[i] for i in range(len(prompts))]
 
     def tokenize(self, prompt: Prompt, special_tokens: bool) -> tuple[TextToken, ...] | ServeAppError:
-        if isinstance(prompt, TokenPrompt):
-            known = self._known(prompt)
-            if isinstance(known, ServeAppError):
-                return known
-            return tuple(TextToken(token, self.token_text(token), 0, 0) for token in known)
-        text = self._render(prompt) if isinstance(prompt, ChatPrompt) else prompt.text
-        if isinstance(text, ServeAppError):
-            return text
-        encoding = self._rust.encode(text, add_special_tokens=special_tokens and isinstance(prompt, TextPrompt))
+        """The tokens of a prompt, with or without the special tokens that the tokenizer adds to a text."""
+        prepared = self._prepared(prompt)
+        if isinstance(prepared, ServeAppError):
+            return prepared
+        if not isinstance(prepared, str):
+            return tuple(TextToken(token, self.token_text(token), 0, 0) for token in prepared)
+        encoding = self._encoding(prepared, special_tokens and _adds_special_tokens(prompt))
+        if isinstance(encoding, ServeAppError):
+            return encoding
         return tuple(
             TextToken(token, self.token_text(token), *span)
             for token, span in zip(encoding.ids, encoding.offsets, strict=True)
         )
 
     def detokenize(self, token_ids: Seq[int], skip_special_tokens: bool) -> str | ServeAppError:
-        known = self._known(TokenPrompt(tuple(token_ids)))
-        return known if isinstance(known, ServeAppError) else self._rust.decode(known, skip_special_tokens)
+        known = self._known(token_ids)
+        return known if isinstance(known, ServeAppError) else self._decoded(known, skip_special_tokens)
 
     def decoder(self, prompt: Seq[int], skip_special_tokens: bool = True) -> StreamDecoder:
-        return StreamDecoder(self._rust, prompt, skip_special_tokens)
+        """A decoder for the tokens that follow `prompt`."""
+        return StreamDecoder(self._backend, prompt, skip_special_tokens)
 
     def constraint(self, grammar: Grammar, ignore_eos: bool) -> Constraint | ServeAppError:
+        """The constraint of a new answer; InvalidRequest if the grammar cannot be compiled."""
         return self._grammars.constraint(grammar, ignore_eos)
 
     @property
     def tools(self) -> ToolCallFormat | None:
-        return None if self._convention is None else self._convention.syntax
+        """The format of the model's tool calls; None if the model does not call tools."""
+        return None if self._tool_template is None else self._tool_template.call_format
+
+    def tool_use(self, choice: ToolChoice, params: SamplingParams) -> ToolUse | ServeAppError:
+        """Tool use of one new answer; InvalidRequest if the model does not call tools or the parameters forbid it."""
+        return prepare_tool_use(self.tools, choice, params)
 
     def token_text(self, token_id: int) -> str:
-        """One token by itself, special tokens by name."""
-        return str(self._rust.decode([token_id], skip_special_tokens=False))
+        """The text of one token decoded alone; special tokens by name."""
+        return self._decoded([token_id], skip_special_tokens=False)
 
-    def _known(self, prompt: TokenPrompt) -> list[int] | ServeAppError:
-        wrong = next((token for token in prompt.token_ids if not 0 <= token < self.vocabulary), None)
+    def _prepared(self, prompt: Prompt) -> str | list[int] | ServeAppError:
+        """The text to encode; of a token prompt, its ids."""
+        match prompt:
+            case TextPrompt():
+                return prompt.text
+            case TokenPrompt():
+                return self._known(prompt.token_ids)
+            case ChatPrompt():
+                return self._rendered_chat(prompt)
+
+    def _encoded(self, texts: list[str], special_tokens: bool) -> list[list[int] | ServeAppError]:
+        try:
+            with _panics_as_errors:
+                encodings: Seq[Encoding | ServeAppError] = self._backend.encode_batch(
+                    texts, add_special_tokens=special_tokens
+                )
+        except Exception:  # noqa: BLE001 - an error of one text; encoding each text alone finds and logs it
+            encodings = [self._encoding(text, special_tokens) for text in texts]
+        return [encoding if isinstance(encoding, ServeAppError) else _ids(encoding) for encoding in encodings]
+
+    def _encoding(self, text: str, special_tokens: bool) -> Encoding | ServeAppError:
+        try:
+            with _panics_as_errors:
+                return self._backend.encode(text, add_special_tokens=special_tokens)
+        except Exception:
+            logger.exception("the tokenizer failed on a prompt of %d characters", len(text))
+            return InternalError("the model's tokenizer failed on this prompt", param="prompt")
+
+    def _decoded(self, token_ids: list[int], skip_special_tokens: bool) -> str:
+        with _panics_as_errors:
+            return str(self._backend.decode(token_ids, skip_special_tokens))
+
+    def _known(self, token_ids: Seq[int]) -> list[int] | ServeAppError:
+        wrong = next((token for token in token_ids if not 0 <= token < self.vocabulary), None)
         if wrong is not None:
             return InvalidRequest(f"token id {wrong} is outside 0 to {self.vocabulary - 1}", param="prompt")
-        return list(prompt.token_ids) or InvalidRequest("the prompt is empty", param="prompt")
+        return list(token_ids) or _empty_prompt()
 
-    def _render(self, prompt: ChatPrompt) -> str | ServeAppError:
+    def _rendered_chat(self, prompt: ChatPrompt) -> str | ServeAppError:
         if not self._tokenizer.chat_template:
             return InvalidRequest("this model has no chat template; use /v1/completions or /generate", param="messages")
-        refusal = self._without_tools(prompt)
-        if refusal is not None:
-            return refusal
-        manner = Manner() if self._convention is None else self._convention.manner
-        messages = [manner.message(message) for message in prompt.messages]
+        error = self._unsupported_tools(prompt)
+        if error is not None:
+            return error
+        style = MessageStyle() if self._tool_template is None else self._tool_template.message_style
         try:
-            return self._written(
-                messages, [json.loads(tool) for tool in prompt.tools] or None, add_generation_prompt=True
-            )
+            messages = [style.message(message) for message in prompt.messages]
+            tools = [json.loads(tool) for tool in prompt.tools] or None
+            return self._rendered(messages, tools, add_generation_prompt=True)
         except jinja2.TemplateError as error:
             return InvalidRequest(f"the model's chat template refuses these messages: {error}", param="messages")
         except Exception:
-            # A template is somebody's program; its faults are not those of the others who came in together.
+            # A template is foreign code. Its error must not fail the other prompts of the batch.
             logger.exception("the chat template failed")
             return InternalError("the model's chat template failed on these messages", param="messages")
 
-    def _without_tools(self, prompt: ChatPrompt) -> InvalidRequest | None:
-        """A refusal of tools and their calls, if there are any and the template takes none."""
-        called = any(message.tool_calls or message.role == "tool" for message in prompt.messages)
-        if not (prompt.tools or called) or self._convention is not None:
+    def _unsupported_tools(self, prompt: ChatPrompt) -> InvalidRequest | None:
+        if self._tool_template is not None:
             return None
-        return InvalidRequest(
-            "this model's chat template takes no tools", param="tools" if prompt.tools else "messages"
-        )
+        if prompt.tools:
+            return InvalidRequest(NO_TOOL_SUPPORT, param="tools")
+        if any(message.tool_calls or message.role == "tool" for message in prompt.messages):
+            return InvalidRequest("this model's chat template takes no tool calls", param="messages")
+        return None
 
-    def _written(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, **options: bool) -> str:
+    def _rendered(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, **options: bool) -> str:
         return str(self._tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **options))
 
     @cached_property
-    def _convention(self) -> Convention | None:
-        """How the chat template writes calls of tools. Learned best before anybody is served."""
-        signs = self._grammars.signs(self._added)
-        if signs is None or not self._tokenizer.chat_template:
+    def _tool_template(self) -> ToolTemplate | None:
+        """Detected by rendering samples, so the loader reads `tools` before the model serves requests."""
+        markers = self._grammars.marker_tokens(self._added)
+        if markers is None or not self._tokenizer.chat_template:
             return None
-        names = {about.content: token for token, about in self._added.items() if token in signs}
-        return learn(self._written, Signs(names, self.special_ids, self.end_ids))
+        ids = {token.content: token_id for token_id, token in self._added.items() if token_id in markers}
+        return detect_tool_template(self._rendered, MarkerTokens(ids, self.special_ids, self.end_ids))
+
+
+def _adds_special_tokens(prompt: Prompt) -> bool:
+    """A chat template writes its special tokens itself."""
+    return isinstance(prompt, TextPrompt)
+
+
+def _ids(encoding: Encoding) -> list[int] | ServeAppError:
+    return encoding.ids or _empty_prompt()
+
+
+def _empty_prompt() -> InvalidRequest:
+    return InvalidRequest("the prompt is empty", param="prompt")

@@ -1,75 +1,78 @@
-"""What an answer may look like when tools may, or have to, be called: a grammar in llguidance's dialect of Lark."""
+"""Writes the grammar of answers that may or must call tools, in llguidance's dialect of Lark."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
 
-from serve_app.core.requests import Grammar
+from serve_app.core.requests import Grammar, Tool, ToolChoice
 from serve_app.engines.text.tool_format import ToolCallFormat
+from serve_app.errors import InvalidRequest
 
-# Between the parts of a JSON document; without a bound an unsure model writes spaces until its tokens are used up.
-_SPACE = r" |\r?\n[ \t]{0,24}"
-_ANY = "/(?s:.*)/"
-
-
-@dataclass(frozen=True, slots=True)
-class Tool:
-    """A tool that may be called: its name, the JSON schema of its arguments, and what the caller calls that schema."""
-
-    name: str
-    schema: dict[str, object]
-    field: str
+# Whitespace between the parts of a JSON document. It is bounded because a model may otherwise generate spaces until
+# its answer reaches max_tokens.
+JSON_WHITESPACE = r" |\r?\n[ \t]{0,24}"
+_ANY_TEXT = "/(?s:.*)/"
 
 
-def tool_grammar(syntax: ToolCallFormat, tools: Sequence[Tool], must: bool, several: bool) -> Grammar:
-    """Calls of these tools, one or `several`; if not `must`, free text instead of them or before them."""
-    several = several and syntax.between is not None
+def tool_grammar(call_format: ToolCallFormat, choice: ToolChoice) -> Grammar:
+    """Calls of the tools of `choice`, instead of free text or after it unless the choice is `required`.
+
+    Raises InvalidRequest if the schema of a tool is not the text of a JSON object.
+    """
+    parallel = choice.parallel and call_format.between is not None
+    tools = list(enumerate(choice.tools))
     rules = [
-        *([f"start: {_text(syntax, syntax.before)} calls"] if must else _freely(syntax)),
-        f"calls: call{' more*' if several else ''} {_text(syntax, syntax.after)}",
-        *([f"more: {_text(syntax, syntax.between or '')} call"] if several else []),
-        f"call: {' | '.join(f'call_{number}' for number in range(len(tools)))}",
-        *(f"call_{number}: {_call(syntax, tool.name, f'arguments_{number}')}" for number, tool in enumerate(tools)),
-        *(f"arguments_{number}: %json {_document(tool.schema)}" for number, tool in enumerate(tools)),
+        *([f"start: {_literal(call_format, call_format.before)} calls"] if choice.required else _optional(call_format)),
+        f"calls: call{' more*' if parallel else ''} {_literal(call_format, call_format.after)}",
+        *([f"more: {_literal(call_format, call_format.between or '')} call"] if parallel else []),
+        f"call: {' | '.join(f'call_{number}' for number, _ in tools)}",
+        *(f"call_{number}: {_call(call_format, tool.name, f'arguments_{number}')}" for number, tool in tools),
+        *(f"arguments_{number}: %json {_arguments_schema(tool)}" for number, tool in tools),
     ]
-    parts = tuple(Grammar("json_schema", json.dumps(tool.schema), tool.field) for tool in tools)
+    parts = tuple(Grammar("json_schema", tool.schema, tool.field) for tool in choice.tools)
     return Grammar("lark", "\n".join(rules), "tools", parts)
 
 
-def _text(syntax: ToolCallFormat, text: str) -> str:
-    """Literal text as terms of a grammar: tokens of their own stand by their ids."""
-    ids = dict(syntax.signs)
+def _literal(call_format: ToolCallFormat, text: str) -> str:
+    """Literal text as terms of a grammar; markers are written by their token ids."""
+    ids = dict(call_format.markers)
     pieces = re.split(f"({'|'.join(map(re.escape, ids))})", text) if ids else [text]
     return " ".join(f"<[{ids[piece]}]>" if piece in ids else json.dumps(piece) for piece in pieces if piece)
 
 
-def _call(syntax: ToolCallFormat, name: str, arguments: str) -> str:
-    if syntax.name_first:
-        return f"{_text(syntax, name + syntax.middle)} {arguments}"
-    return f"{arguments} {_text(syntax, syntax.middle + name)}"
+def _call(call_format: ToolCallFormat, name: str, arguments: str) -> str:
+    if call_format.name_first:
+        return f"{_literal(call_format, name + call_format.middle)} {arguments}"
+    return f"{arguments} {_literal(call_format, call_format.middle + name)}"
 
 
-def _freely(syntax: ToolCallFormat) -> list[str]:
-    """Free text, and calls as soon as it comes to their trigger, be that spelt or a token of its own."""
-    ranges = ",".join(str(first) if first == last else f"{first}-{last}" for first, last in syntax.free)
-    free = f"<[{ranges}]>"
-    more = f" ({free} TEXT)*" if ranges else ""
-    trigger = json.dumps(syntax.trigger)
-    if not syntax.anywhere:
-        other = f"OTHER: {_ANY} & ~({trigger} {_ANY})"
-        return [f"start: {_text(syntax, syntax.before)} calls | OTHER{more}", f"TEXT: {_ANY}", other]
-    sign = dict(syntax.signs).get(syntax.trigger)
-    spelt = f"(TEXT {free})* spelt" if ranges else "spelt"
+def _optional(call_format: ToolCallFormat) -> list[str]:
+    """Rules for free text, and for calls after a trigger, which is one marker or the same text in other tokens."""
+    ranges = ",".join(str(first) if first == last else f"{first}-{last}" for first, last in call_format.content_markers)
+    content_marker = f"<[{ranges}]>"
+    more_text = f" ({content_marker} TEXT)*" if ranges else ""
+    trigger = json.dumps(call_format.trigger)
+    if not call_format.anywhere:
+        other = f"OTHER: {_ANY_TEXT} & ~({trigger} {_ANY_TEXT})"
+        calls = f"{_literal(call_format, call_format.before)} calls"
+        return [f"start: {calls} | OTHER{more_text}", f"TEXT: {_ANY_TEXT}", other]
+    marker = dict(call_format.markers).get(call_format.trigger)
+    spelled = f"(TEXT {content_marker})* spelled" if ranges else "spelled"
+    rest = _literal(call_format, call_format.before.removeprefix(call_format.trigger))
     return [
-        f"start: TEXT{more} | begin {_text(syntax, syntax.before.removeprefix(syntax.trigger))} calls",
-        f"begin: {spelt}" if sign is None else f"begin: {spelt} | TEXT{more} <[{sign}]>",
-        f"spelt[lazy]: {_ANY} {trigger}",
-        f"TEXT: {_ANY}",
+        f"start: TEXT{more_text} | begin {rest} calls",
+        f"begin: {spelled}" if marker is None else f"begin: {spelled} | TEXT{more_text} <[{marker}]>",
+        f"spelled[lazy]: {_ANY_TEXT} {trigger}",
+        f"TEXT: {_ANY_TEXT}",
     ]
 
 
-def _document(schema: dict[str, object]) -> str:
-    return json.dumps(schema | {"x-guidance": {"whitespace_pattern": _SPACE}})
+def _arguments_schema(tool: Tool) -> str:
+    try:
+        schema = json.loads(tool.schema)
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(f"the schema of the tool {tool.name} is not JSON: {error}", param=tool.field) from error
+    if not isinstance(schema, dict):
+        raise InvalidRequest(f"the schema of the tool {tool.name} is not a JSON object", param=tool.field)
+    return json.dumps(schema | {"x-guidance": {"whitespace_pattern": JSON_WHITESPACE}})

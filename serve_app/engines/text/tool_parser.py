@@ -1,202 +1,168 @@
-"""Calls of tools in an answer's text, found as the text comes."""
+"""Divides the text of an answer into content and tool calls while it is generated."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 
+from serve_app.core.events import Delta, TextDelta, ToolCallDelta
 from serve_app.engines.text.overlap import overlap
 from serve_app.engines.text.tool_format import ToolCallFormat
 
-MOST_NAME = 64
-_OF_NAMES = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-")
-# What changes where a JSON object stands: a string's end or escape inside one, brackets and strings outside.
-_INSIDE = re.compile(r'["\\]')
-_OUTSIDE = re.compile(r'["{}\[\]]')
+MAX_NAME_LENGTH = 64
+_NAME_CHARACTERS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-")
+# The characters that change the state of the scan of a JSON object, inside and outside its strings.
+_IN_STRING = re.compile(r'["\\]')
+_OUTSIDE_STRINGS = re.compile(r'["{}\[\]]')
+
+_State = Callable[[], list[Delta]]
 
 
-@dataclass(frozen=True, slots=True)
-class Content:
-    """Text that is no call."""
+class ToolCallFormatParser:
+    """Parses one answer, in pieces of any size. Emits each piece as soon as its meaning is certain.
 
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Begun:
-    """A call of this tool; its arguments follow."""
-
-    name: str
-
-
-@dataclass(frozen=True, slots=True)
-class Arguments:
-    """More of the last call's arguments, exactly as the model wrote them."""
-
-    text: str
-
-
-News = Content | Begun | Arguments
-State = Callable[[], list[News]]
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    name: str
-    arguments: str
-
-
-def parse(syntax: ToolCallFormat, text: str) -> tuple[str, list[Call]]:
-    """A whole answer: what is no call, and its calls."""
-    parser, content = CallParser(syntax), ""
-    calls: list[Call] = []
-    for news in (*parser.feed(text), *parser.end()):
-        match news:
-            case Content(more):
-                content += more
-            case Begun(name):
-                calls.append(Call(name, ""))
-            case Arguments(more):
-                calls[-1] = Call(calls[-1].name, calls[-1].arguments + more)
-    return content, calls
-
-
-class CallParser:
-    """Takes an answer in pieces, wherever they are cut, and tells what they are as soon as that is sure.
-
-    What does not follow the syntax is content, from the beginning of the call that does not, and so is all after it.
-    Space before a trigger belongs to it. Special tokens of the syntax are no content.
+    Text that does not follow the format is content, from the beginning of the malformed call to the end of the answer.
+    Whitespace before a trigger belongs to the trigger. Special tokens of the format are never content.
     """
 
-    def __init__(self, syntax: ToolCallFormat) -> None:
-        self._syntax = syntax
-        self._state: State = self._before
-        self._held = ""  # not looked at yet, or not enough
-        self._taken = ""  # of a call that may still turn out to be none
+    def __init__(self, call_format: ToolCallFormat) -> None:
+        self._format = call_format
+        self._state: _State = self._before_calls
+        self._pending = ""  # text that no state has consumed
+        self._candidate = ""  # consumed text of a call that may still turn out to be content
+        self._calls = 0
         self._name = ""
         self._arguments = ""
-        self._object = _Object()
-        self._content = _Without(syntax.hidden)
+        self._object = _JsonObjectScanner()
+        self._content = _WordFilter(call_format.special_markers)
 
-    def feed(self, text: str) -> list[News]:
-        self._held += text
-        found: list[News] = []
+    def feed(self, text: str) -> list[Delta]:
+        """The deltas that this text completes."""
+        self._pending += text
+        deltas: list[Delta] = []
         while True:
-            before = (self._state, self._held)
-            found += self._state()
-            if (self._state, self._held) == before:
-                return self._shown(found)
+            before = (self._state, self._pending)
+            deltas += self._state()
+            if (self._state, self._pending) == before:
+                return self._without_markers(deltas)
 
-    def end(self) -> list[News]:
-        """What was held back, once nothing can follow."""
-        # The beginning of what stands after a call says nothing.
-        text = "" if self._state == self._after else self._taken + self._held
-        self._taken = self._held = ""
-        shown = self._content.feed(text) + self._content.end()
-        return [Content(shown)] if shown else []
+    def end(self) -> list[Delta]:
+        """The deltas still held back; called after the last text."""
+        # A beginning of the format's end after a complete call is not content.
+        text = "" if self._state == self._after_call else self._candidate + self._pending
+        self._candidate = self._pending = ""
+        content = self._content.feed(text) + self._content.end()
+        return [TextDelta(content)] if content else []
 
-    def _shown(self, found: list[News]) -> list[News]:
-        texts = [Content(self._content.feed(news.text)) if isinstance(news, Content) else news for news in found]
-        return [news for news in texts if not isinstance(news, Content) or news.text]
+    def _without_markers(self, deltas: list[Delta]) -> list[Delta]:
+        filtered = (
+            TextDelta(self._content.feed(delta.text)) if isinstance(delta, TextDelta) else delta for delta in deltas
+        )
+        return [delta for delta in filtered if not isinstance(delta, TextDelta) or delta.text]
 
-    # Each state takes what it can, and names the next one when it is done; when it does neither, it needs more text.
+    # Each state consumes pending text and sets the next state. A state that does neither needs more text.
 
-    def _before(self) -> list[News]:
-        """Text, until a trigger."""
-        syntax, held = self._syntax, self._held
-        if not syntax.anywhere:
-            if held.startswith(syntax.trigger):
+    def _before_calls(self) -> list[Delta]:
+        call_format, pending = self._format, self._pending
+        if not call_format.anywhere:
+            if pending.startswith(call_format.trigger):
                 self._state = self._opening
-            elif not syntax.trigger.startswith(held):
-                self._state = self._rest
+            elif not call_format.trigger.startswith(pending):
+                self._state = self._only_content
             return []
-        at = held.find(syntax.trigger)
-        if at >= 0:
+        start = pending.find(call_format.trigger)
+        if start >= 0:
             self._state = self._opening
-        end = len(held[: at if at >= 0 else len(held) - overlap(held, syntax.trigger)].rstrip())
-        self._held = held[end:]
-        return [Content(held[:end])]
+        else:
+            start = len(pending) - overlap(pending, call_format.trigger)
+        content = pending[:start].rstrip()
+        self._pending = pending[len(content) :]
+        return [TextDelta(content)]
 
-    def _opening(self) -> list[News]:
-        return self._literal(self._syntax.before, self._first, len(self._held) - len(self._held.lstrip()))
+    def _opening(self) -> list[Delta]:
+        whitespace = len(self._pending) - len(self._pending.lstrip())
+        return self._consume_literal(self._format.before, self._first_part, whitespace)
 
-    def _first(self) -> list[News]:
-        return self._take_name(self._middle) if self._syntax.name_first else self._take_object(self._middle)
+    def _first_part(self) -> list[Delta]:
+        consume = self._consume_name if self._format.name_first else self._consume_arguments
+        return consume(self._between_parts)
 
-    def _middle(self) -> list[News]:
-        return self._literal(self._syntax.middle, self._second)
+    def _between_parts(self) -> list[Delta]:
+        return self._consume_literal(self._format.middle, self._second_part)
 
-    def _second(self) -> list[News]:
-        return self._take_object(self._after) if self._syntax.name_first else self._take_name(self._after)
+    def _second_part(self) -> list[Delta]:
+        consume = self._consume_arguments if self._format.name_first else self._consume_name
+        return consume(self._after_call)
 
-    def _after(self) -> list[News]:
-        """Another call, or the end of all of them."""
-        between, after, held = self._syntax.between or "", self._syntax.after, self._held
-        if between and held.startswith(between):
-            # If it turns out to be none, what ended the call before is still no content.
-            self._taken, self._held, self._state = between.removeprefix(after), held[len(between) :], self._first
-        elif not after.startswith(held) and not between.startswith(held):
-            self._held, self._state = held.removeprefix(after), self._rest
+    def _after_call(self) -> list[Delta]:
+        """Before another call, or the end of all calls."""
+        between, after, pending = self._format.between or "", self._format.after, self._pending
+        if between and pending.startswith(between):
+            # If the next call is malformed, the end of this call is still not content.
+            self._candidate, self._pending = between.removeprefix(after), pending[len(between) :]
+            self._state = self._first_part
+        elif not after.startswith(pending) and not between.startswith(pending):
+            self._pending, self._state = pending.removeprefix(after), self._only_content
         return []
 
-    def _rest(self) -> list[News]:
-        text, self._held = self._taken + self._held, ""
-        self._taken = ""
-        return [Content(text)]
+    def _only_content(self) -> list[Delta]:
+        text, self._pending = self._candidate + self._pending, ""
+        self._candidate = ""
+        return [TextDelta(text)]
 
-    def _literal(self, text: str, then: State, space: int = 0) -> list[News]:
-        held = self._held[space:]
-        if held.startswith(text):
-            self._take(space + len(text))
-            self._state = then
-        elif not text.startswith(held):
-            self._state = self._rest
+    def _consume_literal(self, literal: str, next_state: _State, whitespace: int = 0) -> list[Delta]:
+        pending = self._pending[whitespace:]
+        if pending.startswith(literal):
+            self._consume(whitespace + len(literal))
+            self._state = next_state
+        elif not literal.startswith(pending):
+            self._state = self._only_content
         return []
 
-    def _take_name(self, then: State) -> list[News]:
-        length = next((at for at, char in enumerate(self._held) if char not in _OF_NAMES), len(self._held))
-        if length > MOST_NAME or (length == 0 and self._held):
-            self._state = self._rest
-        elif length < len(self._held):
-            self._name = self._held[:length]
-            self._take(length)
-            self._state = then
-            return [] if self._syntax.name_first else [self._begin(), Arguments(self._arguments)]
+    def _consume_name(self, next_state: _State) -> list[Delta]:
+        pending = self._pending
+        length = next((i for i, char in enumerate(pending) if char not in _NAME_CHARACTERS), len(pending))
+        if length > MAX_NAME_LENGTH or (length == 0 and pending):
+            self._state = self._only_content
+        elif length < len(pending):
+            self._name = pending[:length]
+            self._consume(length)
+            self._state = next_state
+            return [] if self._format.name_first else [self._call_delta(), self._arguments_delta(self._arguments)]
         return []
 
-    def _take_object(self, then: State) -> list[News]:
-        if not self._object.begun:  # a grammar may allow space before it
-            self._take(len(self._held) - len(self._held.lstrip()))
-        first = self._held and not self._object.begun
-        if first and self._held[0] != "{":
-            self._state = self._rest
+    def _consume_arguments(self, next_state: _State) -> list[Delta]:
+        if not self._object.begun:  # grammars allow whitespace before an object
+            self._consume(len(self._pending) - len(self._pending.lstrip()))
+        first = self._pending and not self._object.begun
+        if first and self._pending[0] != "{":
+            self._state = self._only_content
             return []
-        piece = self._held[: self._object.feed(self._held)]
-        self._take(len(piece))
+        piece = self._pending[: self._object.feed(self._pending)]
+        self._consume(len(piece))
         self._arguments = piece if first else self._arguments + piece
         if self._object.complete:
-            self._object = _Object()
-            self._state = then
-        if not self._syntax.name_first or not piece:
+            self._object = _JsonObjectScanner()
+            self._state = next_state
+        if not self._format.name_first or not piece:
             return []
-        return [self._begin(), Arguments(piece)] if first else self._more(piece)
+        return [self._call_delta(), self._arguments_delta(piece)] if first else [self._arguments_delta(piece)]
 
-    def _begin(self) -> Begun:
-        self._taken = ""
-        return Begun(self._name)
+    def _consume(self, length: int) -> None:
+        self._candidate += self._pending[:length]
+        self._pending = self._pending[length:]
 
-    def _more(self, piece: str) -> list[News]:
-        self._taken = ""
-        return [Arguments(piece)]
+    def _call_delta(self) -> ToolCallDelta:
+        self._calls += 1
+        return ToolCallDelta(self._calls - 1, name=self._name)
 
-    def _take(self, length: int) -> None:
-        self._taken += self._held[:length]
-        self._held = self._held[length:]
+    def _arguments_delta(self, piece: str) -> ToolCallDelta:
+        self._candidate = ""
+        return ToolCallDelta(self._calls - 1, arguments=piece)
 
 
-class _Object:
-    """Where a text is in a JSON object that begins it."""
+class _JsonObjectScanner:
+    """Finds the end of a JSON object in text that begins with it."""
 
     def __init__(self) -> None:
         self._depth = 0
@@ -209,18 +175,18 @@ class _Object:
         return self.begun and self._depth == 0
 
     def feed(self, text: str) -> int:
-        """How much of the text is the object's."""
-        at = 0
-        while at < len(text) and not self.complete:
-            at = self._step(text, at)
-        return at
+        """The number of characters that belong to the object."""
+        position = 0
+        while position < len(text) and not self.complete:
+            position = self._step(text, position)
+        return position
 
-    def _step(self, text: str, at: int) -> int:
-        """Over what says nothing, and one character that does."""
+    def _step(self, text: str, position: int) -> int:
+        """Skip to the next character that changes the state; return the position after it."""
         if self._escaped:
             self._escaped = False
-            return at + 1
-        found = (_INSIDE if self._in_string else _OUTSIDE).search(text, at)
+            return position + 1
+        found = (_IN_STRING if self._in_string else _OUTSIDE_STRINGS).search(text, position)
         if found is None:
             return len(text)
         match found[0]:
@@ -235,29 +201,29 @@ class _Object:
         return found.end()
 
 
-class _Without:
-    """A text without some words, wherever it is cut."""
+class _WordFilter:
+    """Removes words from a text that comes in pieces of any size."""
 
     def __init__(self, words: tuple[str, ...]) -> None:
         self._words = sorted(words, key=len, reverse=True)
         self._longest = len(self._words[0]) if words else 0
-        self._held = ""
+        self._pending = ""
 
     def feed(self, text: str) -> str:
         if not self._words:
             return text
-        self._held += text
-        kept, at = "", 0
-        while at < len(self._held):
-            rest = self._held[at : at + self._longest]
+        self._pending += text
+        kept, position = "", 0
+        while position < len(self._pending):
+            rest = self._pending[position : position + self._longest]
             if any(len(rest) < len(word) and word.startswith(rest) for word in self._words):
                 break
             word = next((word for word in self._words if rest.startswith(word)), "")
             kept += "" if word else rest[0]
-            at += len(word) or 1
-        self._held = self._held[at:]
+            position += len(word) or 1
+        self._pending = self._pending[position:]
         return kept
 
     def end(self) -> str:
-        text, self._held = self._held, ""
+        text, self._pending = self._pending, ""
         return text

@@ -91,7 +91,8 @@ def delete(file: Path) -> None:
 def test_a_damaged_folder_is_made_again(
     tmp_path: Path, name: str, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
 ) -> None:
-    target, stages = tmp_path / "entry", []
+    target = tmp_path / "entry"
+    stages: list[str] = []
     work = Work(make_model, "making", "makes the model")
     cached_folder(target, work, stages.append)
     assert cached_folder(target, work, stages.append) == target
@@ -127,8 +128,13 @@ def test_a_file_without_a_safetensors_header_is_a_fault(tmp_path: Path, content:
 
 
 def test_a_damaged_file_is_made_again(tmp_path: Path) -> None:
-    target, stages = tmp_path / "file", []
-    work = Work(lambda part: part.write_bytes(b"library") and None, "making", "makes the file")
+    target = tmp_path / "file"
+    stages: list[str] = []
+
+    def make(part: Path) -> None:
+        part.write_bytes(b"library")
+
+    work = Work(make, "making", "makes the file")
     for content in (None, b"librar", b"Library", b""):
         if content is not None:
             target.write_bytes(content)
@@ -141,7 +147,8 @@ def test_a_damaged_file_is_made_again(tmp_path: Path) -> None:
 
 
 def test_the_wait_for_another_process_is_bounded(tmp_path: Path) -> None:
-    target, stages = tmp_path / "entry", []
+    target = tmp_path / "entry"
+    stages: list[str] = []
     with FileLock(f"{target}.lock"), pytest.raises(CacheError) as error:
         cached_folder(target, Work(make_model, "making", "makes the model", lock_timeout_s=1.5), stages.append)
     other = f"another process that makes the model (lock file {target}.lock)"

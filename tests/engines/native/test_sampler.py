@@ -15,7 +15,7 @@ from serve_app.core.requests import SamplingParams
 from serve_app.engines.native.sampler import prompt_logprobs, sample, uniform
 from serve_app.engines.native.sequence import Sequence
 from serve_app.errors import InternalError
-from tests.engine.toys import request, sequence, sequences, tokens_of
+from tests.engines.native.helpers import request, sequence, sequences, tokens_of
 
 pytestmark = pytest.mark.model
 

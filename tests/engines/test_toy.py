@@ -7,17 +7,26 @@ import pytest
 from hypothesis import given, strategies as st
 
 from serve_app.config import Engine as EngineConfig
-from serve_app.core.requests import ChatMessage, ChatPrompt, Prompt, SamplingParams, TextPrompt, TokenPrompt
+from serve_app.core.requests import (
+    ChatMessage,
+    ChatPrompt,
+    Prompt,
+    SamplingParams,
+    TextPrompt,
+    TokenPrompt,
+    Tool,
+    ToolChoice,
+)
 from serve_app.engines.native.sequence import Advance, Step
 from serve_app.engines.toy import END, ToyDecoder, ToyRunner, ToyText
 from serve_app.errors import InvalidRequest
 
-from .toys import sequence, tokens_of
+from .native.helpers import sequence, tokens_of
 
 
 @given(st.binary(max_size=12))
-def test_decoding_byte_by_byte_gives_what_decoding_at_once_gives(data: bytes) -> None:
-    """A full stop at the end releases what an unfinished character held back."""
+def test_decoding_byte_by_byte_equals_decoding_at_once(data: bytes) -> None:
+    """A full stop at the end releases the bytes of an incomplete character."""
     decoder = ToyDecoder()
     assert "".join(decoder.step(token) for token in data + b".") == (data + b".").decode(errors="replace")
 
@@ -30,7 +39,7 @@ def test_every_character_comes_with_its_last_byte(text: str) -> None:
         assert ("".join(first), last) == ("", character)
 
 
-def test_the_end_token_says_nothing() -> None:
+def test_the_end_token_has_no_text_unless_special_tokens_are_kept() -> None:
     assert ToyDecoder().step(END) == ""
     assert ToyDecoder(skip_special_tokens=False).step(END) == "<end>"
 
@@ -43,42 +52,47 @@ def test_the_end_token_says_nothing() -> None:
         (ChatPrompt((ChatMessage("user", "hi"), ChatMessage("bot", "ho"))), list(b"user: hi\nbot: ho")),
     ],
 )
-def test_a_prompt_is_its_bytes(prompt: Prompt, ids: list[int]) -> None:
+def test_the_tokens_of_a_prompt_are_its_bytes(prompt: Prompt, ids: list[int]) -> None:
     assert ToyText().encode([prompt]) == [ids]
 
 
 @pytest.mark.parametrize(
-    ("prompt", "words"),
+    ("prompt", "message"),
     [(TextPrompt(""), "is empty"), (TokenPrompt(()), "is empty"), (TokenPrompt((END + 1,)), "0 to 256")],
 )
-def test_a_prompt_that_cannot_be_is_refused_in_its_place(prompt: Prompt, words: str) -> None:
+def test_an_invalid_prompt_is_refused_in_its_place(prompt: Prompt, message: str) -> None:
     good, bad = ToyText().encode([TextPrompt("x"), prompt])
     assert good == [ord("x")]
     assert isinstance(bad, InvalidRequest)
-    assert words in bad.message
+    assert message in bad.message
     assert bad.param == "prompt"
 
 
-def test_it_answers_with_its_prompt_counted_round() -> None:
-    runner, asked = ToyRunner(EngineConfig()), sequence("abc")
+def test_tools_are_refused() -> None:
+    refusal = ToyText().tool_use(ToolChoice((Tool("f", "{}", "tools.0"),)), SamplingParams())
+    assert (refusal.message, refusal.param) == ("the toy model calls no tools", "tools")
+
+
+def test_an_answer_repeats_its_prompt() -> None:
+    runner, made = ToyRunner(EngineConfig()), sequence("abc")
     for _ in range(5):
-        (sampled,) = tokens_of(runner.run(Step((Advance(asked, asked.pending),))))
-        asked.tokens.append(sampled.token_id)
-    assert bytes(asked.tokens) == b"abcabcab"
+        (sampled,) = tokens_of(runner.run(Step((Advance(made, made.pending),))))
+        made.tokens.append(sampled.token_id)
+    assert bytes(made.tokens) == b"abcabcab"
 
 
-def test_an_unfinished_prompt_gives_no_token() -> None:
+def test_an_incomplete_prompt_gives_no_token() -> None:
     assert ToyRunner(EngineConfig()).run(Step((Advance(sequence("abc"), 2),))) == []
 
 
-def test_it_reports_logprobs_when_asked() -> None:
-    asked = sequence("abc", SamplingParams(logprobs=0))
-    (sampled,) = tokens_of(ToyRunner(EngineConfig()).run(Step((Advance(asked, 3),))))
+def test_logprobs_are_reported_on_request() -> None:
+    made = sequence("abc", SamplingParams(logprobs=0))
+    (sampled,) = tokens_of(ToyRunner(EngineConfig()).run(Step((Advance(made, 3),))))
     assert sampled.logprobs is not None
     assert sampled.logprobs.chosen.token == "a"
 
 
-def test_it_takes_the_time_and_the_shape_it_is_told() -> None:
+def test_the_source_sets_times_and_the_config_sets_sizes() -> None:
     config = EngineConfig(max_running=3, max_context=40)
     began = time.monotonic()
     runner = ToyRunner.from_source("builtin:toy?step_ms=10&load_s=0.01", config)
@@ -88,21 +102,21 @@ def test_it_takes_the_time_and_the_shape_it_is_told() -> None:
     assert ToyRunner.from_source("builtin:toy", config).run(Step(())) == []
 
 
-def test_it_keeps_a_log_of_its_tokens_when_asked(tmp_path: Path) -> None:
+def test_tokens_are_logged_on_request(tmp_path: Path) -> None:
     path = tmp_path / "tokens"
-    runner, asked = ToyRunner.from_source(f"builtin:toy?log={path}", EngineConfig()), sequence("abc")
+    runner, made = ToyRunner.from_source(f"builtin:toy?log={path}", EngineConfig()), sequence("abc")
     before = time.monotonic()
-    runner.run(Step((Advance(asked, 2),)))
-    runner.run(Step((Advance(asked, 3),)))
+    runner.run(Step((Advance(made, 2),)))
+    runner.run(Step((Advance(made, 3),)))
     (line,) = path.read_text().splitlines()
-    at, who = line.split()
-    assert before - 0.001 <= float(at) <= time.monotonic()
-    assert who == "id"
+    instant, request_id = line.split()
+    assert before - 0.001 <= float(instant) <= time.monotonic()
+    assert request_id == "id"
     assert runner._log is not None
     runner._log.close()
 
 
-def test_it_fails_where_it_was_told_to() -> None:
+def test_a_step_fails_if_a_prompt_begins_with_the_configured_text() -> None:
     runner = ToyRunner.from_source("builtin:toy?fails_on=bad", EngineConfig())
     assert runner.run(Step((Advance(sequence("a bad one"), 9),))) != []
     with pytest.raises(RuntimeError):

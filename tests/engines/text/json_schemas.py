@@ -1,4 +1,4 @@
-"""Random JSON schemas of moderate size, whose every answer is finite."""
+"""Random JSON schemas of moderate size. Every valid document of a schema is finite."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ _PATTERNS = ["^[A-Z]{2}[0-9]{1,3}$", "^(red|green|blue)-[a-f0-9]{4}$", "^[0-9]{4
 _VALUES = ["red", "green", "a longer choice", "ü", 7, -3, None, True]
 
 
-def schema(seed: int) -> dict[str, Any]:
-    """An object; the same for the same seed."""
+def random_schema(seed: int) -> dict[str, Any]:
+    """The schema of an object; the same for the same seed."""
     return _object(random.Random(seed), depth=2)
 
 

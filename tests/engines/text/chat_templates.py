@@ -1,8 +1,8 @@
-"""Chat templates that write calls of tools, each in the way of one family of models."""
+"""Chat templates that write tool calls, each in the format of one model family."""
 
 from __future__ import annotations
 
-# Every turn between marks of its own, the end mark of which ends an answer.
+# Every turn stands between two markers. The second one ends an answer.
 _TURNS = """
 {%- if tools -%}
 {{- '<|im_start|>system\n' }}{% for tool in tools %}{{ tool | tojson }}{% endfor %}{{ '<|im_end|>\n' -}}
@@ -17,12 +17,12 @@ _TURNS = """
 
 
 def turns(calls: str) -> str:
-    """A template whose assistant writes calls in this way."""
-    said = "{%- if m.tool_calls -%}" + calls + "{%- else %}{{ m.content }}{% endif -%}"
-    return _TURNS.replace("%s", said)
+    """A template with this text for the calls of an assistant message."""
+    content = "{%- if m.tool_calls -%}" + calls + "{%- else %}{{ m.content }}{% endif -%}"
+    return _TURNS.replace("%s", content)
 
 
-# Qwen 2.5: as a line each, after what was said.
+# Qwen 2.5: each call on lines of its own, after the content.
 QWEN = _TURNS.replace(
     "%s",
     """{%- if m.content %}{{ m.content + ('\n' if m.tool_calls else '') }}{% endif -%}
@@ -33,7 +33,7 @@ QWEN = _TURNS.replace(
 {%- endfor -%}""",
 )
 
-# Qwen 3: the last turn shows that nothing was thought.
+# Qwen 3: the last turn begins with empty reasoning.
 QWEN_3 = turns(
     """{%- if loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif -%}
 {%- for c in m.tool_calls -%}
@@ -43,7 +43,7 @@ QWEN_3 = turns(
 {%- endfor -%}"""
 ).replace("{%- else %}", "{%- else %}{% if loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}")
 
-# SmolLM2-1.7B: one list between tags.
+# SmolLM2-1.7B: one list between two tags.
 SMOLLM = turns(
     """{{- '<tool_call>[' -}}
 {%- for c in m.tool_calls -%}
@@ -52,7 +52,7 @@ SMOLLM = turns(
 {{- ']</tool_call>' -}}"""
 )
 
-# Mistral 7B v0.3: a mark, then one list, with ids of nine characters.
+# Mistral 7B v0.3: a marker, then one list. Call ids must have nine characters.
 MISTRAL = """
 {{- '<s>' -}}
 {%- for m in messages -%}
@@ -73,14 +73,14 @@ MISTRAL = """
 {%- endfor -%}
 """
 
-# Llama 3.1: the bare object, one a message, by another word for arguments.
+# Llama 3.1: a JSON object without tags, one per message, with "parameters" in place of "arguments".
 LLAMA = turns(
     """{%- if m.tool_calls | length != 1 %}{{ raise_exception('one call a message') }}{% endif -%}
 {%- set c = m.tool_calls[0].function -%}
 {{- '{"name": "' + c.name + '", ' + '"parameters": ' + c.arguments | tojson + '}' -}}"""
 )
 
-# DeepSeek R1: marks around all and each, arguments as text in a block, and no content beside calls.
+# DeepSeek R1: markers around all calls and around each call, arguments as text in a code block, no content.
 DEEPSEEK = """
 {%- if tools %}{{ tools | tojson }}{% endif -%}
 {%- for m in messages -%}
@@ -100,21 +100,21 @@ DEEPSEEK = """
 {%- if add_generation_prompt %}{{ '<|assistant|>' }}{% endif -%}
 """
 
-# The name last, in a tag of another form.
+# The name is the last member of the object.
 NAME_LAST = turns(
     """{%- for c in m.tool_calls -%}
 {{- '<call>{"arguments": ' + c.function.arguments | tojson + ', "name": "' + c.function.name + '"}</call>' -}}
 {%- endfor -%}"""
 )
 
-# The name in the tag itself, and nothing that is JSON but the arguments.
+# The name is part of the tag. Only the arguments are JSON.
 FUNCTION_TAG = turns(
     """{%- for c in m.tool_calls -%}
 {{- '<function=' + c.function.name + '>' + c.function.arguments | tojson + '</function>' -}}
 {%- endfor -%}"""
 )
 
-# Nobody can be told how these are written by two examples: no JSON, and no word of tools.
+# Not supported: arguments that are not JSON.
 PARAMETERS = turns(
     """{%- for c in m.tool_calls -%}
 {{- '<function=' + c.function.name + '>' -}}
@@ -124,4 +124,7 @@ PARAMETERS = turns(
 {{- '</function>' -}}
 {%- endfor -%}"""
 )
-DEAF = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + (m.content or '') + '<|im_end|>\n' }}{% endfor %}"
+# Ignores tools.
+NO_TOOLS = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + (m.content or '') + '<|im_end|>\n' }}{% endfor %}"
+)

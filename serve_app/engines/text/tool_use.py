@@ -1,0 +1,66 @@
+"""Tool use of one answer: the grammar that the answer follows, and the parser that emits its tool calls."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from serve_app.core.events import Delta
+from serve_app.core.requests import Grammar, SamplingParams, ToolChoice
+from serve_app.engines.text.tool_format import ToolCallFormat
+from serve_app.engines.text.tool_grammar import tool_grammar
+from serve_app.engines.text.tool_parser import ToolCallFormatParser
+from serve_app.errors import InvalidRequest, ServeAppError
+
+NO_TOOL_SUPPORT = (
+    "this model does not call tools: its chat template takes no tools, or writes tool calls in a format that is not "
+    "supported. Remove tools from the request, or configure a chat template that takes tools, for example "
+    "chat_template: builtin:chatml_tools"
+)
+
+
+class ToolCallParser(Protocol):
+    """Divides the text of one answer into content and tool calls."""
+
+    def feed(self, text: str) -> list[Delta]:
+        """The deltas that this text completes."""
+        ...
+
+    def end(self) -> list[Delta]:
+        """The deltas still held back; called after the last text."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ToolUse:
+    """What the engine needs for one answer that may call tools.
+
+    `params` are the request's, with `grammar`, and with special tokens in the text if the format consists of such
+    tokens. The parser reads that text.
+    """
+
+    grammar: Grammar
+    params: SamplingParams
+    parser: ToolCallParser
+
+
+def prepare_tool_use(
+    call_format: ToolCallFormat | None, choice: ToolChoice, params: SamplingParams
+) -> ToolUse | ServeAppError:
+    """Tool use of one answer of a model with this format of calls; None: the model does not call tools."""
+    if call_format is None:
+        return InvalidRequest(NO_TOOL_SUPPORT, param="tools")
+    hides_markers = bool(call_format.special_markers) and params.skip_special_tokens
+    if hides_markers and params.include_stop_str_in_output:
+        return InvalidRequest(
+            "this model writes tool calls with special tokens, so an answer with tools cannot include the text that "
+            "ended it; remove include_stop_str_in_output or tools",
+            param="include_stop_str_in_output",
+        )
+    try:
+        grammar = tool_grammar(call_format, choice)
+    except InvalidRequest as error:
+        return error
+    skip_special_tokens = params.skip_special_tokens and not hides_markers
+    params = replace(params, grammar=grammar, skip_special_tokens=skip_special_tokens)
+    return ToolUse(grammar, params, ToolCallFormatParser(call_format))
