@@ -195,10 +195,10 @@ def test_the_same_seed_repeats_an_answer_and_another_seed_changes_it() -> None:
     logits = noise(40, 500, spread=1.0)
 
     def answer(seed: int) -> list[int]:
-        sequence_ = sequence(params=replace(WARM, seed=seed))
+        current = sequence(params=replace(WARM, seed=seed))
         for row in logits:
-            sequence_.tokens += chosen(row[None], [sequence_])
-        return sequence_.tokens[sequence_.prompt_len :]
+            current.tokens += chosen(row[None], [current])
+        return current.tokens[current.prompt_len :]
 
     assert answer(7) == answer(7)
     assert answer(7) != answer(8)
@@ -220,16 +220,16 @@ def test_the_generator_equals_splitmix64() -> None:
 # Penalties, biases and min_tokens
 
 
-def penalized(row: list[float], sequence_: Sequence) -> list[float]:
+def penalized(row: list[float], current: Sequence) -> list[float]:
     """Logits after penalties and min_tokens, by the definitions."""
-    p, answer = sequence_.params, sequence_.tokens[sequence_.prompt_len :]
+    p, answer = current.params, current.tokens[current.prompt_len :]
     result = []
     for token, logit in enumerate(row):
-        if token in sequence_.tokens:
+        if token in current.tokens:
             logit = logit / p.repetition_penalty if logit > 0 else logit * p.repetition_penalty
         if token in answer:
             logit -= p.presence_penalty + p.frequency_penalty * answer.count(token)
-        if token in sequence_.end_ids and len(answer) < p.min_tokens:
+        if token in current.end_ids and len(answer) < p.min_tokens:
             logit = -math.inf
         result.append(logit)
     return result
@@ -240,7 +240,7 @@ def test_penalties_equal_a_naive_reference() -> None:
     logits = noise(150, vocabulary, spread=1.0)
     batch, expected = [], []
     for row in logits:
-        sequence_ = sequence(
+        current = sequence(
             [rng.randrange(vocabulary) for _ in range(3)],
             SamplingParams(
                 temperature=0.0,
@@ -251,9 +251,9 @@ def test_penalties_equal_a_naive_reference() -> None:
                 stop_token_ids=(0, 1),
             ),
         )
-        sequence_.tokens += [rng.randrange(vocabulary) for _ in range(rng.choice([0, 1, 6]))]
-        batch.append(sequence_)
-        reference_row = penalized(row.tolist(), sequence_)
+        current.tokens += [rng.randrange(vocabulary) for _ in range(rng.choice([0, 1, 6]))]
+        batch.append(current)
+        reference_row = penalized(row.tolist(), current)
         expected.append(reference_row.index(max(reference_row)))
     before = logits.clone()
     tokens = chosen(logits, batch)
@@ -301,8 +301,8 @@ def test_draws_with_a_bias_follow_the_shifted_softmax() -> None:
 
 def test_logprobs_do_not_include_the_bias() -> None:
     row = noise(50)
-    sequence_ = [sequence(params=replace(GREEDY, logprobs=1, logit_bias=((3, 100.0),)))]
-    (sampled,) = tokens_of(sample(row[None], sequence_, str))
+    current = [sequence(params=replace(GREEDY, logprobs=1, logit_bias=((3, 100.0),)))]
+    (sampled,) = tokens_of(sample(row[None], current, str))
     assert sampled.logprobs is not None
     assert sampled.token_id == 3
     assert sampled.logprobs.chosen.logprob == pytest.approx(row.log_softmax(-1)[3].item())
@@ -315,18 +315,18 @@ def test_no_end_token_before_min_tokens(temperature: float) -> None:
     row = noise(300)
     row[256] = 50.0
     params = SamplingParams(temperature=temperature, min_tokens=2, stop_token_ids=(1000,), seed=0)
-    sequence_, ended = sequence(params=params), []
+    current, ended = sequence(params=params), []
     for _ in range(3):
-        (token,) = chosen(row[None], [sequence_])
-        sequence_.tokens.append(token)
+        (token,) = chosen(row[None], [current])
+        current.tokens.append(token)
         ended.append(token == 256)
     assert ended == [False, False, True]
 
 
 def test_min_tokens_without_end_tokens_changes_nothing() -> None:
     row = noise(300)
-    sequence_ = sequence(params=SamplingParams(temperature=0.0, min_tokens=2, ignore_eos=True))
-    assert chosen(row[None], [sequence_]) == [int(row.argmax())]
+    current = sequence(params=SamplingParams(temperature=0.0, min_tokens=2, ignore_eos=True))
+    assert chosen(row[None], [current]) == [int(row.argmax())]
 
 
 # Logprobs
@@ -335,8 +335,8 @@ def test_min_tokens_without_end_tokens_changes_nothing() -> None:
 def test_logprobs_are_those_before_penalties_temperature_and_filters() -> None:
     row = noise(50)
     params = SamplingParams(temperature=0.3, top_k=2, repetition_penalty=1.9, seed=1, logprobs=4)
-    sequence_ = [sequence([1, 2, 3], params)]
-    (sampled,) = tokens_of(sample(row[None].bfloat16(), sequence_, lambda token: f"<{token}>"))
+    current = [sequence([1, 2, 3], params)]
+    (sampled,) = tokens_of(sample(row[None].bfloat16(), current, lambda token: f"<{token}>"))
     own = row.bfloat16().float().log_softmax(-1)
     assert sampled.logprobs is not None
     token, top = sampled.logprobs.chosen, sampled.logprobs.top
