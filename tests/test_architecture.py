@@ -26,7 +26,18 @@ SDK = {"opentelemetry.sdk", "opentelemetry.exporter"}
 BASE = {"serve_app.core", "serve_app.errors"}
 
 # The half of the native engine that decides. Everything else in that folder computes, and needs torch.
-DECIDING = {"admission", "drafts", "engine", "kv_cache", "rows", "scheduler", "sequence", "step_time", "stream", "__init__"}
+DECIDING = {
+    "admission",
+    "drafts",
+    "engine",
+    "kv_cache",
+    "rows",
+    "scheduler",
+    "sequence",
+    "step_time",
+    "stream",
+    "__init__",
+}
 DECIDING_MODULES = {f"serve_app.engines.native.{name}" for name in DECIDING - {"__init__"}}
 
 # What the files of a folder may import besides the standard library. The longest prefix of a path counts.
