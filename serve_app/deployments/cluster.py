@@ -111,7 +111,7 @@ def _join(address: str) -> Cluster:
     if _serve_runs():
         ray.shutdown()
         raise ClusterError(
-            f"Ray Serve already runs on the cluster at {address} with its own port: use `serve deploy` there, "
+            f"Ray Serve runs on the cluster at {address} with its own port: use `serve deploy` there, "
             "or --ray-address local to start a local Ray"
         )
     return Cluster(context.dashboard_url or "", ours=False)
