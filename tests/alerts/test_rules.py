@@ -114,9 +114,8 @@ def families() -> list[Metric]:
     ingress = IngressMetrics("r1", ["m"], opentelemetry=False)
     ingress.http.ended(HttpCall("/generate", "POST", 200, 0.1, 10, 20))
     stats = SimpleNamespace(**dict.fromkeys(EngineStats.__slots__, 1))
-    engine = cast(
-        NativeEngine, SimpleNamespace(stats=lambda: stats, kind="toy", quantization="none", step_age=lambda: 0.0)
-    )
+    facts = {"kind": "toy", "quantization": "none", "step_age": lambda: 0.0}
+    engine = cast(NativeEngine, SimpleNamespace(stats=lambda: stats, **facts))
     of_all = [*states([("m", ModelState.READY, 1)]), *ages([("m", "r1", 0.5)]), metrics_complete(True)]
     graphics = gpu()
     for family in graphics.values():

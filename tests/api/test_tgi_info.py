@@ -72,7 +72,7 @@ async def test_info_follows_the_configuration() -> None:
         ),
         (
             {"deployment": {"max_ongoing_requests": 33, "max_queued_requests": 5, "autoscaling": scaled}},
-            {"max_concurrent_requests": 101},
+            {"max_concurrent_requests": 104},
         ),
     ]
     for fields, expected in changes:
