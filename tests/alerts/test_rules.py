@@ -331,7 +331,7 @@ def test_every_outcome_is_classified() -> None:
     failures = {kind.code for kind in kinds if kind.status >= 500 or kind.status == 429}
     assert set(slo.BAD.split("|")) == failures
     # These errors occur before the model of a request is known.
-    without_model = {"body_too_large", "method_not_allowed", "model_not_found", "not_found"}
+    without_model = {"body_too_large", "method_not_allowed", "model_not_found", "not_found", "request_timeout"}
     assert set(slo.NOT_COUNTED.split("|")) == {kind.code for kind in kinds} - failures - without_model | {"cancelled"}
     assert not FINISHED & {*slo.BAD.split("|"), *slo.NOT_COUNTED.split("|")}
     symptoms = (ALERTS / "rules/symptoms.yml").read_text()
