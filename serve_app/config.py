@@ -140,7 +140,7 @@ class Model(Section):
     trust_remote_code: bool = False
     chat_template: str | None = Field(None, min_length=1)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    quantization: Literal["none", "int8", "int4"] = "none"
+    quantization: Literal["auto", "none", "int8", "int4"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     device_map: str | dict[str, int | str] | None = None
     embeddings: bool = False

@@ -39,11 +39,17 @@ class Detokenize(Query[str]):
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """What is known of a loaded model. `context` is the largest number of tokens of a prompt and its answer."""
+    """Facts of a loaded model. `context` is the largest number of tokens of a prompt and its answer.
+
+    `quantization` of the weights is `none`, `int8` or `int4`, and `dtype` their dtype before quantization; empty for a
+    model without weights.
+    """
 
     context: int
     vocabulary: int
     special_ids: frozenset[int]
+    quantization: str = ""
+    dtype: str = ""
 
 
 @dataclass(frozen=True, slots=True)

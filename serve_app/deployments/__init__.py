@@ -1,1 +1,1 @@
-"""The corridor: the only room that imports Ray. It carries requests; it decides nothing about generation."""
+"""The Ray Serve deployments of the service, and the Ray below them."""

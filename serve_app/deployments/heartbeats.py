@@ -1,4 +1,4 @@
-"""The reports of every process to all ingresses, once a second: its heartbeat and its metrics."""
+"""Sends the heartbeat and the metrics of a process to all ingresses, once per second."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from serve_app.telemetry.exposition import MetricsSnapshot, Writer
 logger = logging.getLogger("ray.serve")
 
 INTERVAL_S = 1.0
-# A call to a lost node can stay without an answer for minutes.
+# Without this limit a call to a lost node can take minutes.
 _SEND_TIMEOUT_S = 2.0
 
 Report = tuple[Heartbeat, MetricsSnapshot]
@@ -24,7 +24,7 @@ Send = Callable[[Report], Awaitable[object]]
 
 
 class Reporter:
-    """Sends what this process reports until it is stopped. On an event loop only. `lag_s`: how late the loop was."""
+    """Sends the reports of this process until it is stopped. Needs a running event loop; `lag_s` is its delay."""
 
     def __init__(self, send: Send, heartbeat: Callable[[], Heartbeat], families: Callable[[], list[Metric]]) -> None:
         self._send = send
@@ -35,11 +35,11 @@ class Reporter:
         self._task = asyncio.create_task(self._send_forever())
 
     def report(self) -> Report:
-        """What this process reports now."""
+        """The current heartbeat and metrics of this process."""
         return self._heartbeat(), self._writer.snapshot(self._families())
 
     async def send(self, heartbeat: Heartbeat | None = None) -> None:
-        """Send a report now. Errors are logged only: the next report says everything again."""
+        """Send a report now. An error is only logged, because the next report replaces this one."""
         current, metrics = self.report()
         try:
             async with asyncio.timeout(_SEND_TIMEOUT_S):
@@ -48,7 +48,7 @@ class Reporter:
             logger.debug("the report was not sent", exc_info=True)
 
     async def stop(self, last: Heartbeat) -> None:
-        """Send one last report, with this heartbeat."""
+        """Send one last report, with the heartbeat `last`; takes at most 1 s."""
         self._task.cancel()
         with suppress(TimeoutError):
             async with asyncio.timeout(INTERVAL_S):
@@ -64,7 +64,7 @@ class Reporter:
 
 
 def to_every_replica(handle: DeploymentHandle, method: str) -> Send:
-    """A way to send reports: a call of `method` on every running replica of a deployment."""
+    """A function that sends a report by calling `method` on every running replica of a deployment."""
 
     async def send(report: Report) -> None:
         await handle.broadcast(method, *report).results_async(timeout_s=_SEND_TIMEOUT_S, return_exceptions=True)

@@ -1,4 +1,4 @@
-"""The deployment that answers HTTP: the Starlette app over the gateway's stages over the models' handles."""
+"""Deploys the HTTP application, with the gateway's stages in front of the model deployments."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from serve_app.gateway.chain import ModelChain
 
 logger = logging.getLogger("ray.serve")
 
-# How long a new ingress waits for the reports of running replicas before it serves.
+# The time for which a new ingress waits for the reports of running replicas before it serves.
 _FIRST_REPORTS_S = 1.0
-_LOOK_S = 0.5
+_UPDATE_INTERVAL_S = 0.5
 
 
 @serve.deployment
 @serve.ingress()
 class Ingress:
-    """Serves HTTP, also while no model is loaded. Every process of the service reports to every ingress."""
+    """Serves HTTP, even while no model is loaded. Every process of the service reports to every ingress."""
 
     async def __init__(  # type: ignore[misc]  # Ray awaits it
         self, config: AppConfig, handles: list[DeploymentHandle]
@@ -54,21 +54,21 @@ class Ingress:
         self._telemetry.reporter = self._reporter
         with suppress(TimeoutError):
             async with asyncio.timeout(_FIRST_REPORTS_S):
-                await asyncio.gather(*map(self._ask_replicas, handles))
+                await asyncio.gather(*map(self._collect_reports, handles))
         self._update()
-        self._looking = asyncio.create_task(self._look_forever())
+        self._updates = asyncio.create_task(self._update_forever())
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         engine = Catalog({name: chain.engine for name, chain in self._chains.items()})
         return self._process.app(engine, self._telemetry, self._config)
 
     async def push(self, *report: object) -> None:
-        """Take in the report of another process: see `heartbeats.Report`."""
+        """Receive the report of another process, a `heartbeats.Report`."""
         heartbeat, metrics = report
         self._registry.take(heartbeat, metrics)  # type: ignore[arg-type]
 
     async def __del__(self) -> None:
-        self._looking.cancel()
+        self._updates.cancel()
         for chain in self._chains.values():
             chain.stop()
         await self._reporter.stop(Heartbeat(self._id, "", "", leaving=True))
@@ -79,8 +79,8 @@ class Ingress:
         remote = RemoteEngine(model.name, self._handles[model.name], self._receiver)
         return ModelChain(model, remote, self._telemetry.meter, partial(self._telemetry.woke, model.name))
 
-    async def _ask_replicas(self, handle: DeploymentHandle) -> None:
-        """Replicas that run already report within a second; a new ingress does not let requests wait for that."""
+    async def _collect_reports(self, handle: DeploymentHandle) -> None:
+        """Get the reports of running replicas, so that the first requests do not wait for the next ones."""
         try:
             reports: list[Report] = await handle.broadcast("report").results_async(timeout_s=_FIRST_REPORTS_S)
             for report in reports:
@@ -89,34 +89,34 @@ class Ingress:
             logger.debug("the replicas did not report", exc_info=True)
 
     async def _report(self, report: Report) -> None:
-        """Report to this ingress, and to the others if there are any."""
+        """Report to this ingress and to the other ingresses."""
         self._registry.take(*report)
         if (routed_replicas(self._ingresses) or {self._id}) != {self._id}:
             await to_every_replica(self._ingresses, "push")(report)
 
-    async def _look_forever(self) -> None:
+    async def _update_forever(self) -> None:
         while True:
-            await asyncio.sleep(_LOOK_S)
+            await asyncio.sleep(_UPDATE_INTERVAL_S)
             try:
                 self._update()
             except Exception:
                 logger.exception("the state of the models could not be updated")
 
     def _update(self) -> None:
-        """Pass on to each model's stages what the registry knows about it."""
+        """Pass the state of each model from the registry to its stages and metrics."""
         state = self._registry.snapshot()
         for model in self._config.models:
             routed = routed_replicas(self._handles[model.name])
             status = state.status(model, routed)
             if status is not None:
                 self._chains[model.name].update(status, state.ready(model.name, routed), state.ingresses)
-                self._telemetry.saw(status, state.ready(model.name, routed))
+                self._telemetry.set_status(status, state.ready(model.name, routed))
 
 
 def routed_replicas(handle: DeploymentHandle) -> Collection[str] | None:
-    """The ids of the replicas to which Ray routes requests, draining ones excluded; None if Ray does not say.
+    """The ids of the replicas to which Ray routes requests, without draining replicas; None if they are unknown.
 
-    Ray has no public interface for it.
+    Ray has no public interface for these ids.
     """
     try:
         replicas = handle._router._asyncio_router._active_request_router.curr_replicas

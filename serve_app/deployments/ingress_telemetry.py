@@ -1,4 +1,4 @@
-"""What an ingress measures, and the metrics page of the whole service."""
+"""Measures the requests and HTTP calls of an ingress, and writes the metrics page of the whole service."""
 
 from __future__ import annotations
 
@@ -35,9 +35,10 @@ class IngressTelemetry:
         return self._metrics.meter(request)
 
     def woke(self, model: str, seconds: float) -> None:
+        """Record how long a model that was scaled to zero took until it was ready."""
         self._metrics.woke(model, seconds)
 
-    def saw(self, status: ModelStatus, ready: int) -> None:
+    def set_status(self, status: ModelStatus, ready: int) -> None:
         """Keep the latest state of a model and the number of its ready replicas."""
         self._models[status.name] = (status, ready)
 
@@ -55,8 +56,8 @@ class IngressTelemetry:
         self._metrics.http.ended(call)
 
     async def exposition(self) -> bytes:
-        """The metrics of all processes: this one's now, the others' as they were last reported."""
+        """The metrics of all processes: the current ones of this process, the last reported ones of the others."""
         self._registry.take(*self.reporter.report())
         state, measured = self._registry.snapshot(), self._registry.measurements()
-        now = states((name, status.state, ready) for name, (status, ready) in self._models.items())
-        return exposition(measured.parts, [*ages(measured.ages), *now, metrics_complete(state.complete)])
+        current = states((name, status.state, ready) for name, (status, ready) in self._models.items())
+        return exposition(measured.parts, [*ages(measured.ages), *current, metrics_complete(state.complete)])

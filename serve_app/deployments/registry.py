@@ -1,4 +1,4 @@
-"""What every process of the service reports: its heartbeats and its metrics. Plain data; Hub holds the registry."""
+"""Keeps the reports of all processes of the service, their heartbeats and metrics, in an ingress. Needs no Ray."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ V = TypeVar("V")
 
 # A process whose last heartbeat is older is lost.
 HEARTBEAT_TIMEOUT_S = 5.0
-# The counters of a process that has ended are exported for two more of Prometheus' usual scrapes, so that its last
-# requests are counted.
+# The counters of a process that has ended are exported for two more scrapes of 15 s, so that its last requests are
+# counted.
 KEEP_COUNTERS_S = 30.0
-# The reason why a model could not be loaded is reported for this long while Ray tries again.
+# The reason why a model could not be loaded is kept for this time while Ray tries again.
 KEEP_FAILURE_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
-    """One report of one process. `model` is "" for an ingress; `stage` is what a replica does until it can serve.
+    """The state of one process. `model` is "" for an ingress; `stage` is the current step of a start, "" when ready.
 
-    `leaving` marks the last report of a process that ends in an orderly way; `failed` that of a replica whose model
+    `leaving` marks the last report of a process that shuts down. `failed` marks the report of a replica whose model
     could not be loaded, with the reason in `stage`.
     """
 
@@ -40,7 +40,7 @@ class Heartbeat:
 
 @dataclass(frozen=True, slots=True)
 class Measurements:
-    """The metrics of all processes, as parts of a page, and the `ages` of the live ones: model, replica, seconds."""
+    """The metrics of all processes, as `parts` of a page, and the `ages` of reports: model, replica, seconds."""
 
     parts: list[bytes]
     ages: list[tuple[str, str, float]]
@@ -67,9 +67,9 @@ class RegistrySnapshot:
         return sum(not heartbeat.model for heartbeat in self.heartbeats)
 
     def ready(self, model: str, routed: Collection[str] | None = None) -> int:
-        """How many replicas of the model can serve.
+        """The number of replicas of the model that can serve.
 
-        `routed` are the replicas to which Ray routes requests, if known: a replica that drains is not among them.
+        `routed` are the replicas to which Ray routes requests, if known. They exclude a replica that drains.
         """
         return sum(
             heartbeat.model == model and not heartbeat.stage and (routed is None or heartbeat.replica in routed)
@@ -96,7 +96,7 @@ class RegistrySnapshot:
 
 
 class ReplicaRegistry:
-    """Keeps the latest heartbeat and metrics of every process. All of it can be lost: the next reports restore it."""
+    """Keeps the latest heartbeat and metrics of every process. A new registry is complete after one report of each."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -104,19 +104,19 @@ class ReplicaRegistry:
         self._heartbeats: dict[str, tuple[float, Heartbeat]] = {}
         self._metrics: dict[str, tuple[float, MetricsSnapshot]] = {}
         self._failures: dict[str, tuple[float, str]] = {}
-        self._left: dict[str, tuple[float, None]] = {}
+        self._ended: dict[str, tuple[float, None]] = {}
 
     def take(self, heartbeat: Heartbeat, metrics: MetricsSnapshot) -> None:
-        """Take a report in. A late report of a replica that has left does not bring it back."""
+        """Store a report. A late report of a replica that has shut down or failed is ignored."""
         now, replica = self._clock(), heartbeat.replica
-        if replica in self._left:
+        if replica in self._ended:
             return
         self._metrics[replica] = (now, metrics)
         if heartbeat.failed:
             self._failures[heartbeat.model] = (now, heartbeat.stage)
         if heartbeat.failed or heartbeat.leaving:
             self._heartbeats.pop(replica, None)
-            self._left[replica] = (now, None)
+            self._ended[replica] = (now, None)
             return
         self._heartbeats[replica] = (now, heartbeat)
         if not heartbeat.stage:
@@ -131,7 +131,7 @@ class ReplicaRegistry:
         )
 
     def measurements(self) -> Measurements:
-        """The counters of all processes, and the gauges of the live ones: a process that has ended holds nothing."""
+        """The counters of all processes, and the gauges of the processes that still run."""
         now = self._forget()
         parts = [metrics.counters for _, metrics in self._metrics.values()]
         parts += [metrics.gauges for replica, (_, metrics) in self._metrics.items() if replica in self._heartbeats]
@@ -139,14 +139,14 @@ class ReplicaRegistry:
         return Measurements(parts, ages)
 
     def _forget(self) -> float:
-        """Drop what is too old. Returns the time of the clock."""
+        """Remove entries that are too old. Returns the current time of the clock."""
         now = self._clock()
-        self._heartbeats = _younger(self._heartbeats, now - HEARTBEAT_TIMEOUT_S)
-        self._metrics = _younger(self._metrics, now - HEARTBEAT_TIMEOUT_S - KEEP_COUNTERS_S)
-        self._left = _younger(self._left, now - HEARTBEAT_TIMEOUT_S - KEEP_COUNTERS_S)
-        self._failures = _younger(self._failures, now - KEEP_FAILURE_S)
+        self._heartbeats = _newer(self._heartbeats, now - HEARTBEAT_TIMEOUT_S)
+        self._metrics = _newer(self._metrics, now - HEARTBEAT_TIMEOUT_S - KEEP_COUNTERS_S)
+        self._ended = _newer(self._ended, now - HEARTBEAT_TIMEOUT_S - KEEP_COUNTERS_S)
+        self._failures = _newer(self._failures, now - KEEP_FAILURE_S)
         return now
 
 
-def _younger(entries: dict[K, tuple[float, V]], since: float) -> dict[K, tuple[float, V]]:
+def _newer(entries: dict[K, tuple[float, V]], since: float) -> dict[K, tuple[float, V]]:
     return {key: entry for key, entry in entries.items() if entry[0] > since}

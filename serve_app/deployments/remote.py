@@ -1,4 +1,4 @@
-"""An Engine whose model runs in the replicas of another deployment: one Ray call a request, events over a socket."""
+"""An Engine that sends requests to the replicas of a model: one Ray call per request, with the events over a socket."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from serve_app.errors import InternalError, NotReady, QueueFull, ServeAppError, 
 
 logger = logging.getLogger("ray.serve")
 
-# A replica ends a request at its deadline itself; this is for a replica that cannot.
+# A replica ends a request at the deadline. If it does not, the ingress does so after this additional time.
 _GRACE_S = 5.0
-# Events travel beside the Ray call, so that its result can come before the last of them.
+# The result of a Ray call can arrive before the last events, because events have their own connection.
 _LAST_EVENTS_S = 5.0
 
 
@@ -32,7 +32,7 @@ class RemoteEngine:
     """Calls the replicas of `model` through `handle`. Closing a generator before its last chunk cancels the request.
 
     Ray chooses the replica. The call stays open until the request has ended there, so that Ray counts the request as
-    ongoing; its events come to `receiver`.
+    ongoing. `receiver` receives its events.
     """
 
     def __init__(self, model: str, handle: DeploymentHandle, receiver: EventReceiver) -> None:
@@ -88,24 +88,24 @@ class RemoteEngine:
         return EngineLoad(self._running, 0, self._running)
 
     async def _follow(self, response: DeploymentResponse, inbox: Inbox, id: str) -> None:
-        """Wait for the end of the call, and let the request end if its events do not end it."""
+        """Wait for the end of the call. If the events did not end the request by then, end it with an error."""
         try:
             await response
         except asyncio.CancelledError:
             return
-        except Exception as error:  # noqa: BLE001 - whatever Ray raises ends the request
+        except Exception as error:  # noqa: BLE001 - any exception of Ray ends the request
             inbox.put(self._mapped(error, id))
             return
         await asyncio.sleep(_LAST_EVENTS_S)
         inbox.put(InternalError("The model ended this request without an answer."))
 
     def _mapped(self, error: Exception, id: str) -> ServeAppError:
-        """Ray's exceptions as errors of this service."""
-        cause = getattr(error, "cause", error)  # Ray wraps what a replica raises
+        """The ServeAppError for an exception of Ray or of the replica."""
+        cause = getattr(error, "cause", error)  # Ray wraps the exception of a replica
         if isinstance(cause, ServeAppError):
             return cause
         if isinstance(error, BackPressureError):
-            return QueueFull(f"{self._model} has as many requests waiting as it takes. Try again later.", None, 1.0)
+            return QueueFull(f"The queue of {self._model} is full. Try again later.", None, 1.0)
         if isinstance(error, DeploymentUnavailableError):
             return NotReady(f"{self._model} is not available: its deployment failed.", retry_after_s=30)
         if isinstance(error, RayError) and not isinstance(error, RayTaskError):

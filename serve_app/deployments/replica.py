@@ -1,4 +1,4 @@
-"""A deployment of one model: an engine, admission by `@serve.batch`, and the events on their way to the ingress."""
+"""Deploys one model: runs its engine, admits requests in batches and sends their events to the ingress."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ from serve_app.telemetry.process import ProcessMetrics
 logger = logging.getLogger("ray.serve")
 
 READY = ""
-# Threads for queries; admission has one of its own, so that neither waits for the other.
+# Threads for queries. Admission has its own thread, so that neither waits for the other.
 _QUERY_THREADS = 2
 
 
 @serve.deployment
 class ModelReplica:
-    """One engine. Ray calls `generate` once a request, and routes requests here once `__init__` has returned."""
+    """One engine. Ray routes requests to this replica once `__init__` has returned, and calls `generate` for each."""
 
     async def __init__(  # type: ignore[misc]  # Ray awaits it
         self, model: Model, telemetry: TelemetrySettings
@@ -74,7 +74,7 @@ class ModelReplica:
     async def generate(self, request: GenerationRequest, number: int, address: ReplyAddress) -> None:
         """Send the request's chunks, or the error that ends it, to the ingress at `address` as stream `number`.
 
-        Returns when the last of them has been put on its way. Cancelled at any point, it frees the request's slot
+        Returns when the last chunk has been handed to the connection. A cancellation frees the slot of the request
         before the engine's next step. Raises NotReady if the ingress cannot be reached.
         """
         arrived = time.monotonic()
@@ -97,27 +97,27 @@ class ModelReplica:
             connection.detach(number)
 
     async def query(self, query: Query[A]) -> A | ServeAppError:
-        """The query's result; an error is returned, never raised, so that it keeps its type."""
+        """The result of a query. An error is returned and not raised, because Ray would wrap a raised one."""
         return await asyncio.get_running_loop().run_in_executor(self._query_threads, self._engine.answer, query)
 
-    @serve.batch(max_batch_size=1, batch_wait_timeout_s=0)  # both are set from the configuration
+    @serve.batch(max_batch_size=1, batch_wait_timeout_s=0)  # __init__ sets both from the configuration
     async def _admit(self, streams: list[TokenStream]) -> list[ServeAppError | None]:
-        """Let requests into the engine together: one outcome each. The engine batches from there on.
+        """Admit requests to the engine together. Returns the error, or None, of each.
 
-        It never raises: an exception here would fail every request of the batch.
+        An exception here would fail all requests of the batch, therefore the engine's `admit` returns errors.
         """
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._admission_thread, self._admitter.admit, streams)
 
     async def check_health(self) -> None:
-        """Ray replaces the replica when this raises: the engine has ended, fails or does not finish a step."""
+        """Raises EngineStalled if the engine has ended, fails or does not finish a step. Ray replaces the replica."""
         self._engine.check()
         age, limit = self._engine.step_age(), self._model.deployment.health_check_timeout_s
         if age > limit:
             raise EngineStalled(f"a step has been running for {age:.0f} s, longer than {limit:.0f} s")
 
     async def report(self) -> Report:
-        """The heartbeat and the metrics of this replica, for an ingress that has just started."""
+        """The heartbeat and the metrics of this replica. An ingress calls it when it starts."""
         return self._reporter.report()
 
     async def stats(self) -> dict[str, float]:
@@ -132,7 +132,7 @@ class ModelReplica:
         await asyncio.to_thread(self._telemetry.stop)
 
     def _report(self, stage: str) -> None:
-        """What this replica does until it can serve. Called from any thread."""
+        """Set the stage of the replica's start, "" when it is ready. Called from any thread."""
         self._stage = stage
         if stage:
             logger.info("%s: %s", self._model.name, stage)
@@ -146,7 +146,7 @@ class ModelReplica:
 
 
 def _make_runner(model: Model, report: Callable[[str], None]) -> Runner:
-    """On the engine's thread. torch is imported here and nowhere else in this folder."""
+    """Load the model, on the engine's thread. This is the only import of torch in this folder."""
     if model.source.startswith("builtin:toy"):
         return ToyRunner.from_source(model.source, model.engine)
     report("importing torch")

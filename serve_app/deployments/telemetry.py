@@ -1,4 +1,4 @@
-"""The traces and JSON logs of one process. What is switched off is not imported."""
+"""Sets up the traces and JSON logs of one process. Packages of disabled features are not imported."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def check(settings: Settings) -> None:
 
 
 def log_to_serve() -> None:
-    """Write the log records of this project to the log of Ray Serve's replica."""
+    """Write the log records of serve_app to the log of the Ray Serve replica."""
     ours = logging.getLogger("serve_app")
     ours.handlers, ours.propagate = logging.getLogger("ray.serve").handlers, False
     ours.setLevel(logging.INFO)
 
 
 class ProcessTelemetry:
-    """Of the replica `replica` of `model`, or of an ingress if `model` is "". Raises ConfigError: see `check`."""
+    """The telemetry of a replica of `model`, or of an ingress if `model` is "". Raises ConfigError: see `check`."""
 
     def __init__(self, settings: Settings, model: str, replica: str) -> None:
         check(settings)
@@ -54,7 +54,7 @@ class ProcessTelemetry:
             write_json(model, replica)
 
     def app(self, engine: Engine, telemetry: ServiceTelemetry, config: AppConfig) -> ASGIApp:
-        """The HTTP application, with spans and JSON access log if they are switched on."""
+        """The HTTP application, with spans and the JSON access log if they are enabled."""
         from starlette.middleware import Middleware
 
         request_id = Middleware(OneRequestId)
@@ -71,7 +71,7 @@ class ProcessTelemetry:
         return create_app(traced, TracedTelemetry(telemetry), config, around=[request_id, spans])
 
     def admitter(self, engine: NativeEngine) -> TracedAdmitter | Admitter:
-        """The way of requests into an engine."""
+        """Opens and admits the streams of requests, with spans if tracing is enabled."""
         if self._exporter is None:
             return Admitter(engine)
         from serve_app.telemetry.engine_spans import TracedAdmitter
@@ -79,13 +79,13 @@ class ProcessTelemetry:
         return TracedAdmitter(self._exporter.tracer, engine.admit)
 
     def stop(self) -> None:
-        """Send the spans that are left; takes at most two seconds."""
+        """Send the remaining spans; takes at most 2 s."""
         if self._exporter is not None:
             self._exporter.stop()
 
 
 class Admitter:
-    """The way of requests into an engine when nothing is traced."""
+    """Opens and admits the streams of requests without spans."""
 
     def __init__(self, engine: NativeEngine) -> None:
         self.admit = engine.admit

@@ -1,7 +1,7 @@
-"""Frames between a model replica and an ingress: the chunks of one flush, for any number of streams, as msgpack.
+"""Encodes the chunks and errors of any number of streams as one frame from a model replica to an ingress.
 
-A frame is a 4-byte length (big endian) and a msgpack list of `[stream, kind, fields]`. Nothing in it is executed when
-it is read, in contrast to pickle.
+A frame is a 4-byte length (big endian) and a msgpack list of `[stream, is_chunk, fields]`. In contrast to pickle,
+reading a frame executes nothing.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from serve_app.core.requests import GenerationRequest
 from serve_app.errors import InternalError, ServeAppError
 
 LENGTH: Final = struct.Struct(">I")
-# A prompt with details and 20 alternatives for each of 65,536 numbers stays far below it.
+# Far above the largest frame of one request: 65,536 log probabilities of a prompt, each with the text of its token.
 MAX_FRAME_BYTES: Final = 64 * 2**20
 
 Item = Chunk | ServeAppError
@@ -45,7 +45,7 @@ class Packed(NamedTuple):
 
     @property
     def elapsed_s(self) -> float | None:
-        """The time of the last token; None for an item without tokens."""
+        """The time of the last token since the arrival of the request; None for an item without tokens."""
         events = self.fields[0] if self.is_chunk else None
         return events[-1][2] if events else None
 
@@ -55,13 +55,13 @@ _DELTAS: Final = (TextDelta, ReasoningDelta, ToolCallDelta)
 
 
 def pack(items: Iterable[tuple[int, Item]]) -> bytes:
-    """A frame with an item for each stream number."""
+    """A frame with its length. Each item has the number of its stream."""
     body: bytes = msgpack.packb([[stream, *_packed(item)] for stream, item in items], unicode_errors="surrogatepass")
     return LENGTH.pack(len(body)) + body
 
 
 def unpack(body: bytes) -> list[Packed]:
-    """The items of a frame without its length. Raises ValueError for bytes that are no frame."""
+    """The items of a frame, which is given without its length. Raises ValueError for bytes that are not a frame."""
     try:
         items = msgpack.unpackb(body, strict_map_key=False, unicode_errors="surrogatepass")
         return [Packed(*item) for item in items]
@@ -70,7 +70,7 @@ def unpack(body: bytes) -> list[Packed]:
 
 
 def decode(packed: Packed, offset_s: float = 0.0) -> Item:
-    """The item, with times that count from an instant `offset_s` earlier than the sender's."""
+    """The item. `offset_s` is added to its times, which are relative to the arrival of the request."""
     if not packed.is_chunk:
         code, *arguments = packed.fields
         return _ERRORS.get(code, InternalError)(*arguments)
@@ -87,7 +87,7 @@ def decode(packed: Packed, offset_s: float = 0.0) -> Item:
 
 
 def outgoing(request: GenerationRequest, now: float) -> GenerationRequest:
-    """The request with instants relative to `now`, for a process with another clock."""
+    """The request with instants relative to `now`, for a process whose clock has another origin."""
     return replace(request, arrived=request.arrived - now, deadline=request.deadline - now)
 
 
@@ -107,7 +107,7 @@ def _packed(item: Item) -> tuple[bool, list[Any]]:
 
 
 def _packed_event(event: TokenEvent) -> list[Any]:
-    """Only as many fields as the event needs: most have no log probabilities and no deltas."""
+    """Three fields if the others are empty, because most events have neither log probabilities nor deltas."""
     fields: list[Any] = [event.token_id, event.text, event.elapsed_s]
     rest = (event.finish_reason, event.logprobs, event.stopped_by)
     if rest == (None, None, None) and not event.deltas:

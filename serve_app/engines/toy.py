@@ -84,6 +84,8 @@ class ToyRunner:
     ) -> None:
         time.sleep(load_s)
         self.kind = "toy"
+        self.quantization = "none"
+        self.dtype_name = ""
         self.slots = config.max_running
         self.context = config.max_context
         self.kv_tokens = config.kv_memory_bytes or self.slots * self.context

@@ -183,7 +183,7 @@ def _log(call: Call, took_ns: int) -> None:
         "error": _error(call),
         "duration_ms": round(took_ns / 1e6, 3),
     }
-    log.info("%s %s %s", call.method, call.route or "-", call.status or "-", extra={"told": fields})
+    log.info("%s %s %s", call.method, call.route or "-", call.status or "-", extra={"fields": fields})
 
 
 def _watched_receive(call: Call, receive: Receive) -> Receive:

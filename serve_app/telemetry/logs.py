@@ -37,7 +37,7 @@ def _add_ids(record: logging.LogRecord) -> bool:
 class JsonLines(logging.Formatter):
     """Formats a record as a JSON object. `time` is RFC 3339 in UTC with milliseconds.
 
-    The record's attribute `told`, a dict, adds fields of its own. Empty fields are left out: the ids of a record
+    The record's attribute `fields`, a dict, adds fields of its own. Empty fields are left out: the ids of a record
     outside requests, the model of an ingress.
     """
 
@@ -53,7 +53,7 @@ class JsonLines(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
             **getattr(record, "ids", {}),
-            **getattr(record, "told", {}),
+            **getattr(record, "fields", {}),
             **self._process,
             "exception": self.formatException(record.exc_info) if record.exc_info else record.exc_text,
         }

@@ -340,8 +340,8 @@ class EngineMetrics:
             "draft_tokens": ("Draft tokens proposed by speculative decoding.", stats.drafted),
             "draft_accepted_tokens": ("Draft tokens that the model accepted.", stats.accepted),
         }
-        info = _gauge("runner_info", _RUNNER_INFO, (*_MODEL, "kind"))
-        info.add_metric([*self._labels, self._engine.kind], 1)
+        info = _gauge("runner_info", _RUNNER_INFO, (*_MODEL, "kind", "quantization"))
+        info.add_metric([*self._labels, self._engine.kind, self._engine.quantization], 1)
         families: list[Metric] = [info]
         for name, (text, value) in gauges.items():
             gauge = _gauge(name, text, _MODEL)

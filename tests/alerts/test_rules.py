@@ -114,7 +114,8 @@ def families() -> list[Metric]:
     ingress = IngressMetrics("r1", ["m"], opentelemetry=False)
     ingress.http.ended(HttpCall("/generate", "POST", 200, 0.1, 10, 20))
     stats = SimpleNamespace(**dict.fromkeys(EngineStats.__slots__, 1))
-    engine = cast(NativeEngine, SimpleNamespace(stats=lambda: stats, kind="toy", step_age=lambda: 0.0))
+    facts = {"kind": "toy", "quantization": "none", "step_age": lambda: 0.0}
+    engine = cast(NativeEngine, SimpleNamespace(stats=lambda: stats, **facts))
     of_all = [*states([("m", ModelState.READY, 1)]), *ages([("m", "r1", 0.5)]), metrics_complete(True)]
     graphics = gpu()
     for family in graphics.values():
@@ -330,7 +331,7 @@ def test_every_outcome_is_classified() -> None:
     failures = {kind.code for kind in kinds if kind.status >= 500 or kind.status == 429}
     assert set(slo.BAD.split("|")) == failures
     # These errors occur before the model of a request is known.
-    without_model = {"body_too_large", "method_not_allowed", "model_not_found", "not_found"}
+    without_model = {"body_too_large", "method_not_allowed", "model_not_found", "not_found", "request_timeout"}
     assert set(slo.NOT_COUNTED.split("|")) == {kind.code for kind in kinds} - failures - without_model | {"cancelled"}
     assert not FINISHED & {*slo.BAD.split("|"), *slo.NOT_COUNTED.split("|")}
     symptoms = (ALERTS / "rules/symptoms.yml").read_text()

@@ -256,6 +256,6 @@ async def test_a_call_has_a_log_line_without_tracing(
     assert "traceparent" not in answer.headers
     (record,) = (record for record in caplog.records if record.name == "serve_app.telemetry.http_spans")
     assert record.getMessage() == "POST /generate 422"
-    line: dict[str, Any] = record.__dict__["told"]
+    line: dict[str, Any] = record.__dict__["fields"]
     assert line.pop("duration_ms") > 0
     assert line == {"method": "POST", "route": "/generate", "status": 422, "error": "invalid_request"}

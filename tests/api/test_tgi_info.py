@@ -10,9 +10,7 @@ import pytest
 from serve_app import __version__
 from serve_app.api.app import create_app
 from serve_app.core.queries import GetModelInfo, ModelInfo, ModelState, ModelStatus
-from serve_app.errors import (
-    NotReady,
-)
+from serve_app.errors import NotReady
 
 from .scripted import ScriptedEngine, ScriptedTelemetry, app_config
 
@@ -23,6 +21,7 @@ async def test_info_describes_the_model(client: httpx.AsyncClient, engine: Scrip
         "model_sha": None,
         "model_dtype": None,
         "model_device_type": "cpu",
+        "quantization": None,
         "model_pipeline_tag": "text-generation",
         "max_concurrent_requests": 64 + 8,
         "max_best_of": 16,
@@ -53,6 +52,12 @@ async def test_info_does_not_wake_a_model(client: httpx.AsyncClient, engine: Scr
     assert (await client.get("/info")).json()["max_total_tokens"] == 99, "the result of the earlier query is kept"
 
 
+async def test_info_reports_what_auto_became(client: httpx.AsyncClient, engine: ScriptedEngine) -> None:
+    engine.results[GetModelInfo] = ModelInfo(99, 300, frozenset(), quantization="int8", dtype="float32")
+    answer = (await client.get("/info")).json()
+    assert (answer["quantization"], answer["model_dtype"]) == ("int8", "torch.float32")
+
+
 async def test_info_follows_the_configuration() -> None:
     config = app_config()
     sha, scaled = "0e9e39f249a16976918f6564b8830bc894c89659", {"max_replicas": 3, "min_replicas": 1}
@@ -62,12 +67,12 @@ async def test_info_follows_the_configuration() -> None:
             {"model_sha": sha, "model_dtype": "torch.bfloat16", "model_device_type": "cpu"},
         ),
         (
-            {"revision": "main", "resources": {"num_gpus": 0.5}},
-            {"model_sha": None, "model_dtype": None, "model_device_type": "cuda"},
+            {"revision": "main", "resources": {"num_gpus": 0.5}, "quantization": "int4"},
+            {"model_sha": None, "model_dtype": None, "model_device_type": "cuda", "quantization": "int4"},
         ),
         (
             {"deployment": {"max_ongoing_requests": 33, "max_queued_requests": 5, "autoscaling": scaled}},
-            {"max_concurrent_requests": 101},
+            {"max_concurrent_requests": 104},
         ),
     ]
     for fields, expected in changes:

@@ -190,7 +190,7 @@ async def test_the_page_survives_a_restart(chromium: Browser, engine: ScriptedEn
     port = free_port()
 
     def script(request: GenerationRequest) -> list[Step]:
-        return [chunk(["user", ":"], None), None] if request.max_tokens == 3000 else [chunk(["user", ":"])]
+        return [chunk(["user", ":"], None), None] if request.sampling.max_tokens == 3000 else [chunk(["user", ":"])]
 
     engine.script = script
     async with Playground.at(chromium, f"http://127.0.0.1:{port}") as playground:

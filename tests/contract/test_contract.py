@@ -27,7 +27,7 @@ pytestmark = pytest.mark.system
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """Every feature is enabled. The context is short, so that the longest answer takes little time."""
-    source = tiny.save("llama", tmp_path_factory.mktemp("model"), tiny.LEAN)
+    source = tiny.save("llama", tmp_path_factory.mktemp("model"), tiny.FUSED)
     engine: Config = {"max_context": 48, "max_running": 32}
     features: Config = {"embeddings": True, "chat_template": "builtin:chatml_tools", "quantization": "int8"}
     with Service([model_config("small", str(source), engine=engine, **features)]) as service:

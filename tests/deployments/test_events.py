@@ -31,7 +31,7 @@ async def sender() -> AsyncIterator[EventSender]:
     sender.stop()
 
 
-async def got(inbox: Inbox) -> wire.Item:
+async def receive(inbox: Inbox) -> wire.Item:
     async with asyncio.timeout(5):
         return await inbox.get()
 
@@ -65,8 +65,8 @@ async def test_items_reach_the_inbox_of_their_stream_in_order(receiver: EventRec
     connection.put(one, chunk("a"))
     connection.put(two, QueueFull("full", retry_after_s=2))
     connection.put(one, LAST)
-    assert texts([await got(first), await got(first)]) == ["a", "z"]
-    refused = await got(second)
+    assert texts([await receive(first), await receive(first)]) == ["a", "z"]
+    refused = await receive(second)
     assert isinstance(refused, QueueFull)
     assert refused.retry_after_s == 2
 
@@ -77,7 +77,7 @@ async def test_a_replica_has_one_connection_to_an_ingress(receiver: EventReceive
     assert await sender.connection(receiver.address) is both[0]
 
 
-class Counting(EventReceiver):
+class CountingReceiver(EventReceiver):
     frames = 0
 
     def received(self, items: list[wire.Packed], connection: asyncio.Transport) -> None:
@@ -86,7 +86,7 @@ class Counting(EventReceiver):
 
 
 async def test_the_first_tokens_of_a_step_are_one_frame_at_once(sender: EventSender) -> None:
-    receiver = Counting("127.0.0.1")
+    receiver = CountingReceiver("127.0.0.1")
     await receiver.start()
     connection = await sender.connection(receiver.address)
     streams = [(ScriptedStream(), *receiver.open(time.monotonic())) for _ in range(32)]
@@ -96,14 +96,14 @@ async def test_the_first_tokens_of_a_step_are_one_frame_at_once(sender: EventSen
     for stream, _, _ in streams:
         stream.wake(chunk("a"))
     for _, _, inbox in streams:
-        await got(inbox)
+        await receive(inbox)
     assert receiver.frames == 1
     assert time.monotonic() - began < 1
     receiver.stop()
 
 
 async def test_later_tokens_of_all_streams_are_gathered_for_the_flush_interval() -> None:
-    receiver, sender = Counting("127.0.0.1"), EventSender(0.2)
+    receiver, sender = CountingReceiver("127.0.0.1"), EventSender(0.2)
     await receiver.start()
     connection = await sender.connection(receiver.address)
     one, two = ScriptedStream(), ScriptedStream()
@@ -112,14 +112,14 @@ async def test_later_tokens_of_all_streams_are_gathered_for_the_flush_interval()
     connection.attach(second, two)
     one.wake(chunk("a"))
     two.wake(chunk("A"))
-    assert texts([await got(inbox), await got(other)]) == ["a", "A"]
+    assert texts([await receive(inbox), await receive(other)]) == ["a", "A"]
     began = time.monotonic()
     for text in "bcd":
         one.wake(chunk(text))
         two.wake(chunk(text.upper()))
         await asyncio.sleep(0.01)
-    assert texts([await got(inbox) for _ in range(3)]) == ["b", "c", "d"]
-    assert texts([await got(other) for _ in range(3)]) == ["B", "C", "D"]
+    assert texts([await receive(inbox) for _ in range(3)]) == ["b", "c", "d"]
+    assert texts([await receive(other) for _ in range(3)]) == ["B", "C", "D"]
     assert receiver.frames == 2
     assert 0.1 < time.monotonic() - began < 1
     sender.stop()
@@ -127,7 +127,7 @@ async def test_later_tokens_of_all_streams_are_gathered_for_the_flush_interval()
 
 
 async def test_the_end_of_a_stream_is_sent_at_once_with_what_the_others_have() -> None:
-    receiver, sender = Counting("127.0.0.1"), EventSender(60)
+    receiver, sender = CountingReceiver("127.0.0.1"), EventSender(60)
     await receiver.start()
     connection = await sender.connection(receiver.address)
     one, two = ScriptedStream(), ScriptedStream()
@@ -136,10 +136,10 @@ async def test_the_end_of_a_stream_is_sent_at_once_with_what_the_others_have() -
     connection.attach(second, two)
     one.wake(chunk("a"))
     two.wake(chunk("A"))
-    await asyncio.gather(got(inbox), got(other))
+    await asyncio.gather(receive(inbox), receive(other))
     two.wake(chunk("B"))
     one.wake(LAST, last=True)
-    assert texts([await got(inbox), await got(other)]) == ["z", "B"]
+    assert texts([await receive(inbox), await receive(other)]) == ["z", "B"]
     connection.detach(first)
     assert one.on_wake is None
     sender.stop()
@@ -152,7 +152,7 @@ async def test_times_count_from_the_arrival_at_the_ingress(receiver: EventReceiv
     connection = await sender.connection(receiver.address)
     connection.put(number, chunk("a"))
     connection.put(number, replace(LAST, events=(replace(LAST.events[0], elapsed_s=0.5),)))
-    first, last = await got(inbox), await got(inbox)
+    first, last = await receive(inbox), await receive(inbox)
     assert not isinstance(first, Exception)
     assert not isinstance(last, Exception)
     offset = first.events[0].elapsed_s - 0.1
@@ -169,22 +169,22 @@ async def test_a_lost_replica_ends_its_streams_and_no_others(receiver: EventRece
     healthy = await other.connection(receiver.address)
     connection.put(one, chunk("a"))
     healthy.put(two, chunk("a"))
-    await got(lost)
-    await got(kept)
+    await receive(lost)
+    await receive(kept)
     connection.close()
-    assert isinstance(await got(lost), NotReady)
+    assert isinstance(await receive(lost), NotReady)
     healthy.put(two, LAST)
-    assert await got(kept) != chunk("a")
+    assert await receive(kept) != chunk("a")
     other.stop()
 
 
-async def test_items_of_a_stream_whose_client_left_are_dropped(receiver: EventReceiver, sender: EventSender) -> None:
+async def test_items_of_a_closed_stream_are_dropped(receiver: EventReceiver, sender: EventSender) -> None:
     (gone, _), (number, inbox) = receiver.open(time.monotonic()), receiver.open(time.monotonic())
     receiver.close(gone)
     connection = await sender.connection(receiver.address)
     connection.put(gone, LAST)
     connection.put(number, LAST)
-    await got(inbox)
+    await receive(inbox)
     assert list(receiver._inboxes) == [number]
 
 
@@ -209,7 +209,7 @@ async def test_a_frame_that_cannot_be_read_closes_the_connection(receiver: Event
     writer.close()
 
 
-async def test_frames_are_put_together_wherever_they_are_cut(receiver: EventReceiver) -> None:
+async def test_frames_are_joined_from_parts_of_any_size(receiver: EventReceiver) -> None:
     number, inbox = receiver.open(time.monotonic())
     _, writer = await asyncio.open_connection(receiver.address.host, receiver.address.port)
     data = receiver.address.secret + wire.pack([(number, chunk("a"))]) + wire.pack([(number, LAST)])
@@ -217,13 +217,11 @@ async def test_frames_are_put_together_wherever_they_are_cut(receiver: EventRece
         writer.write(data[at : at + 7])
         await writer.drain()
         await asyncio.sleep(0.001)
-    assert texts([await got(inbox), await got(inbox)]) == ["a", "z"]
+    assert texts([await receive(inbox), await receive(inbox)]) == ["a", "z"]
     writer.close()
 
 
-async def test_an_ingress_that_cannot_be_reached_is_an_error_at_once(
-    receiver: EventReceiver, sender: EventSender
-) -> None:
+async def test_an_unreachable_ingress_raises_an_error_at_once(receiver: EventReceiver, sender: EventSender) -> None:
     address = receiver.address
     receiver.stop()
     with pytest.raises(OSError):
@@ -239,4 +237,4 @@ async def test_a_new_connection_replaces_a_closed_one(receiver: EventReceiver, s
     assert second is not first
     number, inbox = receiver.open(time.monotonic())
     second.put(number, LAST)
-    await got(inbox)
+    await receive(inbox)

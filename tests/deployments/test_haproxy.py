@@ -1,4 +1,4 @@
-"""What is taken out of HAProxy's configuration, and that the program which does it becomes HAProxy."""
+"""The HAProxy that Ray Serve starts listens and logs only for the service."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ HEADERS = "timeout http-request 10s"
 STAMP = "http-request set-header X-Request-Start t=%[date(0,us)]"
 
 
-def test_only_the_service_listens_and_nothing_is_logged_elsewhere() -> None:
+def test_only_the_port_of_the_service_stays_and_no_log() -> None:
     expected = WRITTEN.replace("    log 127.0.0.1:514 local0 info\n", "")
     for first, after in (("frontend prometheus", "frontend http_frontend"), ("listen stats", None)):
         end = expected.index(after) if after else len(expected)
         expected = expected[: expected.index(first)] + expected[end:]
     expected = expected.replace("    bind *:8000\n", f"    bind *:8000\n    {HEADERS}\n    {STAMP}\n")
-    assert haproxy.fenced(WRITTEN, {}) == expected
+    assert haproxy.restricted(WRITTEN, {}) == expected
     assert [line.strip() for line in expected.splitlines() if "bind" in line] == ["bind *:8000"]
 
 
@@ -53,12 +53,12 @@ def test_only_the_service_listens_and_nothing_is_logged_elsewhere() -> None:
         ("RAY_SERVE_HAPROXY_LOG_TARGET", "    log 127.0.0.1:514 local0 info"),
     ],
 )
-def test_what_a_user_asks_for_is_there_on_loopback(variable: str, line: str) -> None:
-    assert line not in haproxy.fenced(WRITTEN, {}).splitlines()
-    assert line in haproxy.fenced(WRITTEN, {variable}).splitlines()
+def test_a_part_that_a_user_enables_stays_on_loopback(variable: str, line: str) -> None:
+    assert line not in haproxy.restricted(WRITTEN, {}).splitlines()
+    assert line in haproxy.restricted(WRITTEN, {variable}).splitlines()
 
 
-def test_the_program_that_ray_is_told_of_fences_the_file_and_becomes_haproxy(tmp_path: Path) -> None:
+def test_the_program_that_ray_runs_restricts_the_file_and_replaces_itself_by_haproxy(tmp_path: Path) -> None:
     binary = tmp_path / "a binary"
     binary.write_text('#!/bin/sh\necho "$$" "$@"\n')
     binary.chmod(0o700)
@@ -70,10 +70,10 @@ def test_the_program_that_ray_is_told_of_fences_the_file_and_becomes_haproxy(tmp
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stdout is not None
         assert process.stdout.read().split() == [str(process.pid), "-dS", *command[1:]]
-    assert configuration.read_text() == haproxy.fenced(WRITTEN, {})
+    assert configuration.read_text() == haproxy.restricted(WRITTEN, {})
 
 
-def test_streams_of_any_length_outlive_a_change_and_files_are_together(tmp_path: Path) -> None:
+def test_the_longest_stream_survives_a_change_and_all_files_are_in_the_folder(tmp_path: Path) -> None:
     variables = haproxy.environment("/bin/true", tmp_path, 600.5)
     assert int(variables["RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S"]) > 600.5
     paths = [value for value in variables.values() if value.startswith("/")]
@@ -81,7 +81,7 @@ def test_streams_of_any_length_outlive_a_change_and_files_are_together(tmp_path:
     assert all(Path(path).is_relative_to(tmp_path) for path in paths)
 
 
-def test_a_binary_that_is_not_there_is_no_binary(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_configured_binary_that_does_not_exist_is_not_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_SERVE_HAPROXY_BINARY_PATH", "/nowhere/haproxy")
     assert haproxy.find() is None
     monkeypatch.setenv("RAY_SERVE_HAPROXY_BINARY_PATH", "/bin/true")

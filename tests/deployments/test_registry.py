@@ -40,7 +40,7 @@ COUNTERS, GAUGES = b"counters of r1", b"gauges of r1"
 MODEL = Model(
     name="m", source="x", deployment=Deployment(max_ongoing_requests=32, max_queued_requests=1, num_replicas=1)
 )
-SLEEPER = MODEL.model_copy(
+SCALED_TO_ZERO = MODEL.model_copy(
     update={
         "deployment": Deployment(
             max_ongoing_requests=32, max_queued_requests=1, autoscaling=Autoscaling(min_replicas=0)
@@ -76,7 +76,7 @@ def test_the_counters_of_a_lost_process_are_exported_for_two_more_scrapes(
     assert parts(registry) == set()
 
 
-def test_a_process_that_leaves_is_gone_at_once(registry: ReplicaRegistry) -> None:
+def test_the_gauges_of_a_process_that_shuts_down_disappear_at_once(registry: ReplicaRegistry) -> None:
     registry.take(Heartbeat("r1", "m", ""), metrics("r1"))
     registry.take(Heartbeat("r1", "m", "", leaving=True), metrics("r1"))
     assert parts(registry) == {COUNTERS}
@@ -84,7 +84,7 @@ def test_a_process_that_leaves_is_gone_at_once(registry: ReplicaRegistry) -> Non
 
 
 @pytest.mark.parametrize("last", [{"leaving": True}, {"failed": True}])
-def test_a_late_report_does_not_bring_back_a_replica_that_has_left(
+def test_a_late_report_of_a_replica_that_has_ended_is_ignored(
     registry: ReplicaRegistry, clock: Clock, last: dict[str, bool]
 ) -> None:
     registry.take(Heartbeat("r1", "m", ""), metrics("r1"))
@@ -95,7 +95,7 @@ def test_a_late_report_does_not_bring_back_a_replica_that_has_left(
     assert parts(registry) == {COUNTERS}
 
 
-def test_the_reason_of_a_failure_stays_when_the_replica_leaves(registry: ReplicaRegistry, clock: Clock) -> None:
+def test_the_reason_of_a_failure_stays_when_the_replica_shuts_down(registry: ReplicaRegistry, clock: Clock) -> None:
     clock.now += 10
     registry.take(Heartbeat("r1", "m", "no such file", failed=True), EMPTY)
     registry.take(Heartbeat("r1", "m", "", leaving=True), EMPTY)
@@ -104,7 +104,7 @@ def test_the_reason_of_a_failure_stays_when_the_replica_leaves(registry: Replica
     assert state(registry) == ("loading", "no replica is running; Ray is starting one")
 
 
-def test_a_replica_that_tries_again_reports_the_failure_before_it(registry: ReplicaRegistry) -> None:
+def test_the_status_of_a_second_attempt_has_the_reason_of_the_first_failure(registry: ReplicaRegistry) -> None:
     registry.take(Heartbeat("r1", "m", "no such file", failed=True), EMPTY)
     registry.take(Heartbeat("r2", "m", "loading weights"), EMPTY)
     assert state(registry) == ("loading", "no such file (Ray tries again: loading weights)")
@@ -112,7 +112,7 @@ def test_a_replica_that_tries_again_reports_the_failure_before_it(registry: Repl
     assert state(registry) == ("ready", "")
 
 
-def test_several_processes_are_kept_apart(registry: ReplicaRegistry) -> None:
+def test_the_reports_of_several_processes_are_kept_separately(registry: ReplicaRegistry) -> None:
     registry.take(Heartbeat("r1", "", ""), metrics("r1"))
     registry.take(Heartbeat("r2", "m", "loading"), metrics("r2"))
     registry.take(Heartbeat("r3", "m", ""), EMPTY)
@@ -129,10 +129,12 @@ def test_a_draining_replica_is_not_ready(registry: ReplicaRegistry) -> None:
     assert state(registry, routed={"new"}) == ("ready", "")
 
 
-def test_a_sleeper_whose_last_replica_drains_is_asleep(registry: ReplicaRegistry, clock: Clock) -> None:
+def test_a_model_that_scales_to_zero_is_asleep_while_its_last_replica_drains(
+    registry: ReplicaRegistry, clock: Clock
+) -> None:
     clock.now += 10
     registry.take(Heartbeat("old", "m", ""), EMPTY)
-    found = state(registry, SLEEPER, routed=set())
+    found = state(registry, SCALED_TO_ZERO, routed=set())
     assert found is not None
     assert found[0] == ModelState.ASLEEP
 
@@ -143,4 +145,4 @@ def test_a_new_registry_does_not_know_a_models_state_before_every_process_could_
     assert state(registry) is None
     clock.now += 5
     assert state(registry) == ("loading", "no replica is running; Ray is starting one")
-    assert state(registry, SLEEPER) == ("asleep", "scaled to zero; the next request wakes it")
+    assert state(registry, SCALED_TO_ZERO) == ("asleep", "scaled to zero; the next request wakes it")

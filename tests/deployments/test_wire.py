@@ -1,4 +1,4 @@
-"""What a replica packs is what the ingress decodes."""
+"""An ingress decodes the chunks and errors that a replica packed."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ chunks = st.builds(
 )
 
 
-def sent(items: list[tuple[int, wire.Item]]) -> list[wire.Packed]:
+def transmit(items: list[tuple[int, wire.Item]]) -> list[wire.Packed]:
     frame = wire.pack(items)
     (length,) = wire.LENGTH.unpack_from(frame)
     assert length == len(frame) - wire.LENGTH.size
@@ -67,12 +67,12 @@ def sent(items: list[tuple[int, wire.Item]]) -> list[wire.Packed]:
 
 @given(st.lists(st.tuples(ids, chunks), max_size=4))
 def test_chunks_arrive_as_they_were_sent(items: list[tuple[int, wire.Item]]) -> None:
-    assert [(one.stream, wire.decode(one)) for one in sent(items)] == items
+    assert [(one.stream, wire.decode(one)) for one in transmit(items)] == items
 
 
 @given(chunks, st.floats(0, 10))
 def test_an_offset_is_added_to_every_time(chunk: Chunk, offset_s: float) -> None:
-    (packed,) = sent([(1, chunk)])
+    (packed,) = transmit([(1, chunk)])
     events = tuple(replace(event, elapsed_s=event.elapsed_s + offset_s) for event in chunk.events)
     assert wire.decode(packed, offset_s) == replace(chunk, events=events, queue_s=chunk.queue_s + offset_s)
     assert packed.elapsed_s == (chunk.events[-1].elapsed_s if chunk.events else None)
@@ -80,7 +80,7 @@ def test_an_offset_is_added_to_every_time(chunk: Chunk, offset_s: float) -> None
 
 @pytest.mark.parametrize("kind", ServeAppError.__subclasses__())
 def test_errors_keep_their_type_and_fields(kind: type[ServeAppError]) -> None:
-    (packed,) = sent([(1, kind("message", "param", 2.5))])
+    (packed,) = transmit([(1, kind("message", "param", 2.5))])
     found = wire.decode(packed)
     assert type(found) is kind
     assert isinstance(found, ServeAppError)
@@ -88,18 +88,18 @@ def test_errors_keep_their_type_and_fields(kind: type[ServeAppError]) -> None:
 
 
 def test_an_error_of_an_unknown_kind_is_an_internal_error() -> None:
-    (packed,) = sent([(1, QueueFull("x"))])
+    (packed,) = transmit([(1, QueueFull("x"))])
     packed.fields[0] = "from a newer version"
     assert isinstance(wire.decode(packed), InternalError)
 
 
 def test_a_text_with_half_a_surrogate_pair_passes() -> None:
     chunk = Chunk((TokenEvent(1, "\ud83d", math.inf),), 1, 0.0)
-    assert wire.decode(sent([(1, chunk)])[0]) == chunk
+    assert wire.decode(transmit([(1, chunk)])[0]) == chunk
 
 
 @pytest.mark.parametrize("body", [b"", b"\xc1", b"\x93\x01\x02", b"\x91\x01", b"\x01"])
-def test_bytes_that_are_no_frame_are_a_value_error(body: bytes) -> None:
+def test_bytes_that_are_not_a_frame_raise_a_value_error(body: bytes) -> None:
     with pytest.raises(ValueError, match="not a frame"):
         wire.unpack(body)
 

@@ -30,7 +30,7 @@ from tests.engines.text.constraints import acceptance, new_constraint, token_ids
 from tests.engines.text.json_schemas import random_schema
 from tests.engines.text.sample_tokenizers import BYTE_VOCABULARY, END, byte_text
 from tests.models import tiny
-from tests.models.crowd import ask as generate, idle, model_config, running
+from tests.models.concurrent_load import generate, model_config, running, wait_until_idle
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(300)]
 
@@ -176,7 +176,7 @@ async def test_200_answers_are_valid_under_their_200_schemas(engine: NativeEngin
     for number, events in enumerate(answers):
         assert events[-1].finish_reason is FinishReason.STOP, (number, text_of(events))
         jsonschema.validate(json.loads(text_of(events)), random_schema(number), jsonschema.Draft202012Validator)
-    await idle(engine)
+    await wait_until_idle(engine)
 
 
 async def test_answer_with_a_grammar_is_the_same_alone_concurrently_and_after_a_preemption() -> None:

@@ -1,8 +1,9 @@
-"""The native operations against plain torch in double precision, and how they are built."""
+"""The native operations, compared with torch in double precision, and their build."""
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,24 +12,26 @@ import pytest
 import torch
 
 from serve_app.engines.native import kernels
-from serve_app.engines.native.fused import LeanModel
-from serve_app.engines.native.linear import DotLinear, Int8DotLinear, Quantization
+from serve_app.engines.native.disk_cache import CacheError
+from serve_app.engines.native.fused import FusedModel
+from serve_app.engines.native.linear import DotProductLinear, Int8DotProductLinear
+from serve_app.engines.native.quantization import Quantization
 from serve_app.engines.native.rows import Rows
 from serve_app.engines.native.runner import TorchRunner
 from tests.models import tiny
-from tests.models.crowd import model_config
+from tests.models.concurrent_load import model_config
 
 pytestmark = pytest.mark.model
 
 FLOAT, BFLOAT = torch.float32, torch.bfloat16
-# What rounding the result costs, against the largest of it; in float32 also the order of sums.
+# The largest error by rounding, relative to the largest result; in float32 also by the order of sums.
 ROUNDING = {FLOAT: 3e-6, BFLOAT: 2**-8}
 every_type = pytest.mark.parametrize("dtype", [FLOAT, BFLOAT])
 
 
 @pytest.fixture(scope="module", autouse=True)
 def native() -> None:
-    assert kernels.available(print), "this machine has a compiler"
+    assert kernels.available(print), "these tests need a C++ compiler"
 
 
 def noise(*shape: int, dtype: torch.dtype = FLOAT, seed: int = 0) -> torch.Tensor:
@@ -45,52 +48,54 @@ WIDTHS = [(16, 32), (19, 48), (48, 64), (80, 96), (208, 576)]
 
 
 @pytest.fixture
-def dots() -> None:
-    if not torch.ops.serve_app.has_dots():
+def dot_products() -> None:
+    if not torch.ops.serve_app.has_dot_products():
         pytest.skip("this processor has no dot products of bytes and bfloat16")
 
 
-@pytest.mark.usefixtures("dots")
+@pytest.mark.usefixtures("dot_products")
 @pytest.mark.parametrize("rows", ROW_COUNTS)
 @pytest.mark.parametrize(("outputs", "inputs"), WIDTHS)
 @pytest.mark.parametrize("biased", [True, False])
-def test_rows_times_bfloat16(rows: int, outputs: int, inputs: int, biased: bool) -> None:
+def test_bfloat16_dot_products_equal_a_matrix_product(rows: int, outputs: int, inputs: int, biased: bool) -> None:
     x, weight = noise(rows, inputs, dtype=BFLOAT), noise(outputs, inputs, dtype=BFLOAT, seed=1)
     bias = noise(outputs, dtype=BFLOAT, seed=2) if biased else None
-    layer = DotLinear(weight, bias)
+    layer = DotProductLinear(weight, bias)
     y = layer(x.float())
     assert y.shape == (rows, outputs)
     assert rows == 0 or close(y, x.double() @ weight.double().T + (bias.double() if bias is not None else 0))
     assert torch.equal(layer(x), y.to(BFLOAT))
-    assert torch.equal(y, torch.cat([y[:0], *(layer(row[None].float()) for row in x)])), "alone as in company"
+    assert torch.equal(y, torch.cat([y[:0], *(layer(row[None].float()) for row in x)])), (
+        "a row must not depend on other rows"
+    )
 
 
-@pytest.mark.usefixtures("dots")
+@pytest.mark.usefixtures("dot_products")
 @pytest.mark.parametrize("rows", ROW_COUNTS)
 @pytest.mark.parametrize(("outputs", "inputs"), WIDTHS)
 @pytest.mark.parametrize("biased", [True, False])
-def test_rows_times_int8(rows: int, outputs: int, inputs: int, biased: bool) -> None:
-    """Exact on what 8 bits can say: whole numbers, and weights that use the whole range."""
+def test_int8_dot_products_are_exact_for_integers(rows: int, outputs: int, inputs: int, biased: bool) -> None:
+    """Rows and weights are integers within 8 bits, and the weights use the whole range."""
     x = (noise(rows, inputs) * 40).round().clamp(-127, 127)
     weight = (noise(outputs, inputs, seed=1) * 40).round().clamp(-127, 127)
     x[:, 0], weight[:, 1] = -127, 127
     bias = noise(outputs, seed=2).round() if biased else None
-    layer = Int8DotLinear(weight, bias)
+    layer = Int8DotProductLinear(weight, bias)
     y = layer(x)
     assert y.shape == (rows, outputs)
     assert rows == 0 or close(y, x.double() @ weight.double().T + (bias.double() if bias is not None else 0))
-    assert torch.equal(y, torch.cat([y[:0], *(layer(row[None]) for row in x)])), "alone as in company"
+    assert torch.equal(y, torch.cat([y[:0], *(layer(row[None]) for row in x)])), "a row must not depend on other rows"
 
 
-def test_what_does_not_fit_into_strips_is_refused() -> None:
+def test_weights_that_do_not_fit_into_strips_are_refused() -> None:
     with pytest.raises(RuntimeError, match="rows of 33, not a multiple of 2"):
-        torch.ops.serve_app.strips(noise(16, 33, dtype=BFLOAT))
+        torch.ops.serve_app.pack_strips(noise(16, 33, dtype=BFLOAT))
 
 
 @every_type
 @pytest.mark.parametrize("rows", [1, 3, 200])
 @pytest.mark.parametrize("added", [True, False])
-def test_add_norm(dtype: torch.dtype, rows: int, added: bool) -> None:
+def test_add_norm_adds_and_normalizes(dtype: torch.dtype, rows: int, added: bool) -> None:
     x, weight, out = noise(rows, 96, dtype=dtype), noise(96, seed=1), torch.empty(rows, 96, dtype=dtype)
     y = noise(rows, 96, dtype=dtype, seed=2) if added else None
     total = (x + y if y is not None else x).clone()
@@ -101,8 +106,8 @@ def test_add_norm(dtype: torch.dtype, rows: int, added: bool) -> None:
 
 
 @every_type
-def test_silu_mul(dtype: torch.dtype) -> None:
-    """Far out too, where an exponential overflows or vanishes."""
+def test_silu_mul_is_finite_for_large_inputs(dtype: torch.dtype) -> None:
+    """Includes inputs for which the exponential function overflows or underflows."""
     rows = noise(5, 64, dtype=dtype) * 30
     rows[0, :4] = torch.tensor([-200.0, 200.0, -1e30, 0.0])
     out = torch.empty(5, 32, dtype=dtype)
@@ -121,7 +126,7 @@ def rotated(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
 @every_type
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("normed", [True, False])
-def test_rope_store(dtype: torch.dtype, dim: int, normed: bool) -> None:
+def test_rope_store_rotates_and_writes_only_its_positions(dtype: torch.dtype, dim: int, normed: bool) -> None:
     heads, shared, length = 4, 2, 32
     qkv, angles = noise(3, (heads + 2 * shared) * dim, dtype=dtype), noise(length, dim // 2, seed=1)
     norms = [noise(dim, seed=2), noise(dim, seed=3)] if normed else [None, None]
@@ -144,10 +149,10 @@ def test_rope_store(dtype: torch.dtype, dim: int, normed: bool) -> None:
     for row, (slot, position) in enumerate(zip(slots, positions, strict=True)):
         assert close(keys[slot, :, position], expected[row, heads : heads + shared])
         assert close(values[slot, :, position], expected[row, heads + shared :])
-    assert int((keys != 0).any(-1).sum()) == 3 * shared, "no other place was written"
+    assert int((keys != 0).any(-1).sum()) == 3 * shared, "no other position may be written"
 
 
-def test_what_is_no_number_does_not_enter_the_arena() -> None:
+def test_nan_is_stored_in_the_cache_as_zero() -> None:
     qkv, ones = torch.full((1, 3 * 64), torch.nan), torch.ones(16, 32)
     keys, values = torch.ones(2, 1, 1, 16, 64)
     torch.ops.serve_app.rope_store(
@@ -158,14 +163,14 @@ def test_what_is_no_number_does_not_enter_the_arena() -> None:
 
 
 @every_type
-@pytest.mark.parametrize("arena", [FLOAT, BFLOAT])
+@pytest.mark.parametrize("cache_dtype", [FLOAT, BFLOAT])
 @pytest.mark.parametrize("group", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("window", [0, 1, 7, 16, 40])
-def test_attend(dtype: torch.dtype, arena: torch.dtype, group: int, window: int) -> None:
-    """Rows of several lengths, with what earlier owners left behind their ends."""
+def test_attend_equals_softmax_attention(dtype: torch.dtype, cache_dtype: torch.dtype, group: int, window: int) -> None:
+    """Rows of several lengths, with old values behind the end of each sequence."""
     shared, dim, length = 2, 64, 64
     heads, ends = shared * group, [1, 16, 17, 33, 64]
-    keys, values = noise(2, 5, shared, length, dim, dtype=arena, seed=1)
+    keys, values = noise(2, 5, shared, length, dim, dtype=cache_dtype, seed=1)
     qkv = noise(5, (heads + 2 * shared) * dim, dtype=dtype)
     slots, positions = torch.tensor([3, 0, 4, 1, 2]), torch.tensor(ends) - 1
     out = torch.empty(5, heads * dim, dtype=dtype)
@@ -178,7 +183,7 @@ def test_attend(dtype: torch.dtype, arena: torch.dtype, group: int, window: int)
         assert close(out[row], (weights @ v).reshape(-1))
 
 
-def test_a_row_is_the_same_alone_and_in_any_company() -> None:
+def test_attention_of_a_row_does_not_depend_on_other_rows() -> None:
     keys, values = noise(2, 8, 3, 128, 64, dtype=BFLOAT, seed=1)
     qkv, slots, positions = (
         noise(8, 15 * 64, dtype=BFLOAT),
@@ -194,8 +199,8 @@ def test_a_row_is_the_same_alone_and_in_any_company() -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 4, 130])
-def test_scaled_rows_are_the_same_rows_and_their_multipliers_undo_it(rows: int) -> None:
-    """For int8: what comes in is multiplied, what goes out lies in [-1, 1], and a last row pins the scale."""
+def test_scaled_rows_times_their_multipliers_are_the_unscaled_rows(rows: int) -> None:
+    """For int8 layers: inputs are multiplied, outputs lie in [-1, 1], and the last row fixes the scale."""
     x, y, scale = noise(rows, 96), noise(rows + 1, 96, seed=1), noise(rows, seed=2).abs()
     weight, out, left = noise(96, seed=3), torch.empty(rows + 1, 96), torch.empty(rows)
     plain, sum_ = torch.empty(rows, 96), (x + y[:-1] * scale[:, None]).clone()
@@ -218,43 +223,43 @@ def test_scaled_rows_are_the_same_rows_and_their_multipliers_undo_it(rows: int) 
 
 def assert_scaled(out: torch.Tensor, multipliers: torch.Tensor, plain: torch.Tensor) -> None:
     assert torch.allclose(out[:-1].abs().amax(-1), torch.ones(len(plain)), rtol=1e-6)
-    assert out.abs().max() == 1, "an ulp above would move the scale of the whole call"
+    assert out.abs().max() == 1, "one ulp above 1 would change the scale of the whole call"
     assert close(out[:-1] * multipliers[:, None], plain.double())
     assert out[-1].tolist() == [-1.0, 1.0] * (out.shape[1] // 2)
 
 
 @every_type
 @pytest.mark.parametrize("width", [1, 15, 16, 1000])
-def test_the_largest_of_every_row(dtype: torch.dtype, width: int) -> None:
-    rows = (noise(40, width, dtype=dtype) * 4).round()  # so that many are equally large
+def test_argmax_of_rows_finds_the_first_largest_value(dtype: torch.dtype, width: int) -> None:
+    rows = (noise(40, width, dtype=dtype) * 4).round()  # so that many values are equal
     rows[1, width // 2], rows[2, width - 1], rows[3] = torch.inf, -torch.inf, -torch.inf
     rows[4, width // 2] = torch.nan
-    values, places = torch.ops.serve_app.largest_of_rows(rows)
+    values, indices = torch.ops.serve_app.argmax_of_rows(rows)
     assert values[4].isnan()
-    whole = [row for row in range(40) if row != 4]
-    assert torch.equal(values[whole], rows[whole].float().amax(-1))
-    assert torch.equal(places[whole], rows[whole].float().eq(values[whole][:, None]).int().argmax(-1))
+    valid = [row for row in range(40) if row != 4]
+    assert torch.equal(values[valid], rows[valid].float().amax(-1))
+    assert torch.equal(indices[valid], rows[valid].float().eq(values[valid][:, None]).int().argmax(-1))
 
 
 @pytest.mark.parametrize("quantization", ["none", "int8", "int4"])
 @every_type
-@pytest.mark.parametrize("family", tiny.LEAN)
-def test_the_loop_over_the_layers_is_the_one_in_python(
+@pytest.mark.parametrize("family", tiny.FUSED)
+def test_the_native_loop_over_the_layers_equals_the_loop_in_python(
     family: str, dtype: torch.dtype, quantization: Quantization, tmp_path: Path
 ) -> None:
-    """Bit for bit, for decoding rows and chunks in one step, also where nothing is to be sampled."""
-    folder = tiny.save(family, tmp_path, tiny.LEAN)
+    """Bit for bit, for decode rows and chunks in one step, with and without rows to sample."""
+    folder = tiny.save(family, tmp_path, tiny.FUSED)
     name = {FLOAT: "float32", BFLOAT: "bfloat16"}[dtype]
     config = model_config(folder, max_running=4, max_context=64)
     config = config.model_copy(update={"quantization": quantization, "dtype": name})
     runner = TorchRunner.from_config(config, lambda stage: None)
     model = runner._model
-    assert isinstance(model, LeanModel)
-    assert model._native is not None
+    assert isinstance(model, FusedModel)
+    assert model._arguments is not None
     answers = []
     with torch.inference_mode():
-        for native in (model._native, None):
-            model._native = native
+        for arguments in (model._arguments, None):
+            model._arguments = arguments
             for wanted in ([], [2, 6]):
                 rows = Rows([5, 6, 7, 8, 9, 10, 11], [0, 2, 3, 3, 3, 3, 3], [0, 0, 0, 1, 2, 3, 4], wanted, [], [])
                 answers.append(model.forward(rows).logits)
@@ -262,58 +267,132 @@ def test_the_loop_over_the_layers_is_the_one_in_python(
     assert len(answers[0]) == len(answers[2]) == 0
 
 
-def test_rows_outside_the_arena_are_refused() -> None:
+def test_rows_outside_of_the_cache_are_refused() -> None:
     keys, values = torch.zeros(2, 1, 1, 16, 64)
     qkv, ones = torch.zeros(1, 3 * 64), torch.ones(16, 32)
     for slot, position in ((1, 0), (0, 16), (-1, 0), (0, -1)):
         place = torch.tensor([slot]), torch.tensor([position])
-        with pytest.raises(RuntimeError, match="outside the arena"):
+        with pytest.raises(RuntimeError, match="outside the cache"):
             torch.ops.serve_app.rope_store(qkv, None, 1, ones, ones, None, None, 1e-6, *place, keys, values)
 
 
+COMPILE_S = 2  # longer than a process waits for the lock before it reports that
 BUILD = """
 import sys
 from pathlib import Path
 from serve_app.engines.native import kernels
-print(kernels._built(lambda stage: print(stage, flush=True), Path(sys.argv[1])))
+print(kernels.build(lambda stage: print(stage, flush=True), Path(sys.argv[1])))
 """
 
 
-def test_two_that_want_them_at_once_build_them_once(tmp_path: Path) -> None:
-    calls, compiler, root = tmp_path / "calls", tmp_path / "compiler", tmp_path / "built"
-    compiler.write_text(f'#!/bin/sh\necho called >> {calls}\nexec g++ "$@"\n')
-    compiler.chmod(0o755)
+@pytest.fixture
+def compiler(tmp_path: Path) -> Path:
+    """A compiler that takes COMPILE_S, writes the library that this module uses, and appends a line to `calls`."""
+    script = tmp_path / "compiler"
+    library = kernels.build(print)
+    lines = [
+        "#!/bin/sh",
+        f"echo called >> {tmp_path / 'calls'}",
+        'while [ "$1" != -o ]; do shift; done',
+        f"sleep {COMPILE_S}",
+    ]
+    script.write_text("\n".join([*lines, f'cp {library} "$2"', ""]))
+    script.chmod(0o755)
+    return script
+
+
+def calls(compiler: Path) -> int:
+    return len(compiler.with_name("calls").read_text().splitlines())
+
+
+def test_of_two_processes_one_builds_the_operations_and_one_reports_that_it_waits(
+    compiler: Path, tmp_path: Path
+) -> None:
+    root = tmp_path / "built"
     command, environment = [sys.executable, "-c", BUILD, str(root)], {**os.environ, "CXX": str(compiler)}
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) for _ in range(2)]
-    said = [process.communicate(timeout=240)[0].splitlines() for process in both]
-    assert calls.read_text().splitlines() == ["called"]
-    assert said[0] == said[1]
-    assert said[0][0] == "compiling for this processor (once)"
-    assert [path.suffix for path in sorted(root.iterdir())] == [".so", ".lock"]
-
-
-def test_they_are_built_beside_other_work(tmp_path: Path) -> None:
-    program = (
-        "import torch, time; from serve_app.engine import kernels;"
-        "kernels.begin(); time.sleep(0.5); said = [];"
-        "assert kernels.available(said.append); assert kernels.available(said.append);"
-        "print(said, hasattr(torch.ops.serve_app, 'attend'))"
+    builder, waiter = sorted(process.communicate(timeout=60)[0].splitlines() for process in both)
+    (library,) = root.glob("*.so")
+    assert calls(compiler) == 1
+    assert builder == ["compiling for this processor (once)", str(library)]
+    assert waiter[0].startswith(
+        f"waiting for another process that compiles the native operations (lock file {library}.lock), 1 s so far"
     )
-    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "['compiling for this processor (once)'] True"
-    assert len(list(tmp_path.rglob("*.so"))) == 1
+    assert waiter[-1] == str(library)
+    assert [path.suffix for path in sorted(root.iterdir())] == [".so", ".lock", ".sha256"]
 
 
-@pytest.mark.parametrize("setting", [{"CXX": "no-such-compiler"}, {"CXX": "false"}, {"SERVE_APP_NATIVE_KERNELS": "0"}])
-def test_without_them_the_model_runs_all_the_same(setting: dict[str, str], tmp_path: Path) -> None:
+LOAD = """
+import time
+from serve_app.engines.native import kernels
+import torch
+kernels.start_build()
+time.sleep(0.5)
+stages = []
+assert kernels.available(stages.append)
+assert kernels.available(stages.append)
+print(stages, hasattr(torch.ops.serve_app, "attend"))
+"""
+
+
+def load_in_a_new_process(compiler: Path, cache: Path) -> str:
+    environment = {**os.environ, "XDG_CACHE_HOME": str(cache), "CXX": str(compiler)}
+    command = [sys.executable, "-c", LOAD]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=60)
+    return done.stdout.strip()
+
+
+def test_the_operations_are_built_in_the_background(compiler: Path, tmp_path: Path) -> None:
+    assert load_in_a_new_process(compiler, tmp_path) == "['compiling for this processor (once)'] True"
+    assert load_in_a_new_process(compiler, tmp_path) == "[] True"
+    assert calls(compiler) == 1
+
+
+@pytest.mark.parametrize("length", [0, 100_000])
+def test_a_truncated_library_is_built_again(compiler: Path, tmp_path: Path, length: int) -> None:
+    """The dynamic loader would end the process by SIGBUS."""
+    folder = tmp_path / "serve_app" / "kernels"
+    library = kernels.build(print)
+    folder.mkdir(parents=True)
+    for name in (library.name, f"{library.name}.sha256"):
+        (folder / name).write_bytes(library.with_name(name).read_bytes())
+    os.truncate(folder / library.name, length)
+    assert load_in_a_new_process(compiler, tmp_path) == "['compiling for this processor (once)'] True"
+    assert calls(compiler) == 1
+    assert (folder / library.name).read_bytes() == library.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("setting", "reason"),
+    [
+        ({"CXX": "no-such-compiler"}, "no C++ compiler"),
+        ({"CXX": "false"}, "false failed"),
+        ({"SERVE_APP_NATIVE_KERNELS": "0"}, "SERVE_APP_NATIVE_KERNELS=0"),
+    ],
+)
+def test_a_build_that_is_not_possible_raises_the_reason(
+    setting: dict[str, str], reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in setting.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(kernels.Unavailable, match=re.escape(reason)):
+        kernels.build(print, tmp_path)
+
+
+def test_a_folder_that_cannot_be_made_is_an_error_with_the_setting(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(CacheError, match=r"file/kernels cannot be made: Not a directory; .*XDG_CACHE_HOME"):
+        kernels.build(print, tmp_path / "file" / "kernels")
+
+
+def test_without_the_operations_the_model_runs_on_the_hugging_face_path(tmp_path: Path) -> None:
     program = (
-        "import sys; from tests.models import tiny; from tests.models.crowd import model_config;"
+        "import sys; from tests.models import tiny; from tests.models.concurrent_load import model_config;"
         "from pathlib import Path; from serve_app.engines.native.runner import TorchRunner; f = Path(sys.argv[1]);"
-        "print(TorchRunner.from_config(model_config(tiny.save('llama', f, tiny.LEAN)), lambda s: None).kind)"
+        "print(TorchRunner.from_config(model_config(tiny.save('llama', f, tiny.FUSED)), lambda s: None).kind)"
     )
-    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), **setting}
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "CXX": "no-such-compiler"}
     command = [sys.executable, "-c", program, str(tmp_path / "model")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True)
-    assert done.stdout.strip() == "packed"
-    assert "native kernels are not used, steps are slower" in done.stderr
+    assert done.stdout.strip() == "transformers"
+    assert "native kernels are not used, steps are slower: no C++ compiler" in done.stderr

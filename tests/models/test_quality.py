@@ -1,4 +1,4 @@
-"""What each precision costs, on a text: likeness to float32 of every next-token distribution."""
+"""Quality of each precision on a text: next-token distributions compared with float32. Quantized layers."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from transformers import PreTrainedModel
 
 from serve_app.core.requests import TextPrompt
 from serve_app.engines.native import int4, kernels
-from serve_app.engines.native.linear import DotLinear, Int4Linear, Int8DotLinear, Int8Linear, pack
+from serve_app.engines.native.linear import DotProductLinear, FbgemmInt8Linear, Int4Linear, Int8DotProductLinear, pack
 from serve_app.engines.native.loader import load
 from serve_app.engines.native.rows import span
 from serve_app.engines.native.runner import TorchRunner
 from serve_app.engines.native.smooth import smooth
 from tests.models import tiny
-from tests.models.crowd import model_config
+from tests.models.concurrent_load import model_config
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(240)]
 
@@ -33,16 +33,16 @@ class Quality(NamedTuple):
     weight_mib: float
 
 
-def read(
+def logprobs_of(
     dtype: str, quantization: str, change: Callable[[PreTrainedModel], None] = lambda model: None
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Log-probabilities `[N, V]` after every token of the text, its ids, and the weights' MiB."""
+    """Log probabilities `[N, V]` after each token of the text, the token ids, and the size of the weights in MiB."""
     model = model_config("builtin:smollm2-135m", max_running=2, max_context=1024)
     model = model.model_copy(update={"dtype": dtype, "quantization": quantization})
     loaded = load(model, lambda stage: None)
     change(loaded.model)
     runner = TorchRunner(loaded, model.engine, model.quantization)
-    assert runner.kind == "lean"
+    assert runner.kind == "fused"
     (ids,) = runner.text.encode([TextPrompt(PROSE)])
     assert isinstance(ids, list)
     rows = span(ids, slot=0, start=0)
@@ -54,15 +54,15 @@ def read(
 
 @pytest.fixture(scope="module")
 def exact() -> tuple[torch.Tensor, torch.Tensor, float]:
-    return read("float32", "none")
+    return logprobs_of("float32", "none")
 
 
 def compare(exact: torch.Tensor, ids: torch.Tensor, other: torch.Tensor, weight_mib: float) -> Quality:
-    said = other[:-1].gather(1, ids[1:, None])
+    of_text = other[:-1].gather(1, ids[1:, None])
     return Quality(
         top1=(exact.argmax(-1) == other.argmax(-1)).float().mean().item(),
         kl=(exact.exp() * (exact - other)).sum(-1).mean().item(),
-        perplexity=(-said.mean()).exp().item(),
+        perplexity=(-of_text.mean()).exp().item(),
         weight_mib=weight_mib,
     )
 
@@ -71,12 +71,12 @@ def compare(exact: torch.Tensor, ids: torch.Tensor, other: torch.Tensor, weight_
     ("dtype", "quantization", "top1", "kl"),
     [("bfloat16", "none", 0.97, 0.002), ("bfloat16", "int8", 0.90, 0.03), ("bfloat16", "int4", 0.92, 0.01)],
 )
-def test_precision(
+def test_the_loss_of_quality_is_small(
     exact: tuple[torch.Tensor, torch.Tensor, float], dtype: str, quantization: str, top1: float, kl: float
 ) -> None:
-    """int4 is flattered: this checkpoint was in groups of 32 on 16 levels before. The next test is the honest one."""
+    """This favours int4, because the checkpoint has groups of 32 weights on 16 levels. The next test does not."""
     reference, ids, mib = exact
-    other, _, other_mib = read(dtype, quantization)
+    other, _, other_mib = logprobs_of(dtype, quantization)
     best, quality = compare(reference, ids, reference, mib), compare(reference, ids, other, other_mib)
     print(f"\n{len(ids)} positions; float32 {best}; {dtype} {quantization} {quality}")
     assert quality.top1 >= top1
@@ -84,12 +84,14 @@ def test_precision(
     assert quality.perplexity <= best.perplexity * 1.05
 
 
-def test_int4_of_weights_that_were_never_in_groups(exact: tuple[torch.Tensor, torch.Tensor, float]) -> None:
-    """The same model with its channels in another order computes the same, and no group is on a grid any more."""
+def test_the_loss_of_quality_by_int4_is_small_for_shuffled_weights(
+    exact: tuple[torch.Tensor, torch.Tensor, float],
+) -> None:
+    """The same model with its channels in another order: it computes the same, and no group has 16 levels."""
     reference, ids, mib = exact
-    same, _, _ = read("float32", "none", shuffle)
+    same, _, _ = logprobs_of("float32", "none", shuffle)
     assert compare(reference, ids, same, mib).kl < 1e-6
-    other, _, other_mib = read("bfloat16", "int4", shuffle)
+    other, _, other_mib = logprobs_of("bfloat16", "int4", shuffle)
     best, quality = compare(reference, ids, reference, mib), compare(reference, ids, other, other_mib)
     print(f"\n{len(ids)} positions; shuffled bfloat16 int4 {quality}")
     assert quality.top1 >= 0.86
@@ -99,7 +101,7 @@ def test_int4_of_weights_that_were_never_in_groups(exact: tuple[torch.Tensor, to
 
 @torch.no_grad()
 def shuffle(model: Any) -> None:
-    """Another order of the channels between the layers, within each MLP and within each value head; in place."""
+    """Change the order of the channels between the layers, within each MLP and within each value head, in place."""
     noise = torch.Generator().manual_seed(0)
     config = model.config
     hidden, inner, dim = config.hidden_size, config.intermediate_size, config.head_dim
@@ -108,8 +110,8 @@ def shuffle(model: Any) -> None:
         weight.copy_(weight[..., order])
     for layer in model.model.layers:
         attention, mlp = layer.self_attn, layer.mlp
-        readers = [attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj]
-        for module in (layer.input_layernorm, layer.post_attention_layernorm, *readers):
+        consumers = [attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj]
+        for module in (layer.input_layernorm, layer.post_attention_layernorm, *consumers):
             module.weight.copy_(module.weight[..., order])
         for module in (attention.o_proj, mlp.down_proj):
             module.weight.copy_(module.weight[order])
@@ -124,26 +126,26 @@ def shuffle(model: Any) -> None:
 
 Make = Callable[[torch.Tensor, torch.Tensor | None], torch.nn.Module]
 
-every_quantised = pytest.mark.parametrize(
+every_quantized = pytest.mark.parametrize(
     "make",
-    [partial(pack, quantization="int8"), Int8Linear, partial(Int4Linear, importance=None)],
+    [partial(pack, quantization="int8"), FbgemmInt8Linear, partial(Int4Linear, importance=None)],
     ids=["int8", "int8 by fbgemm", "int4"],
 )
 
 
-def test_a_layer_is_what_is_best_here() -> None:
+def test_pack_chooses_the_fastest_layer_of_the_processor() -> None:
     assert kernels.available(lambda stage: None)
-    dots = torch.ops.serve_app.has_dots()
+    dots = torch.ops.serve_app.has_dot_products()
     for outputs in (48, 20):
         weight = torch.randn(outputs, 64)
-        assert type(pack(weight, None, "int8")) is (Int8DotLinear if dots else Int8Linear)
-        assert not dots or type(pack(weight.bfloat16(), None, "none")) is DotLinear
-    assert type(pack(torch.randn(16, 40), None, "int8")) is Int8Linear
+        assert type(pack(weight, None, "int8")) is (Int8DotProductLinear if dots else FbgemmInt8Linear)
+        assert not dots or type(pack(weight.bfloat16(), None, "none")) is DotProductLinear
+    assert type(pack(torch.randn(16, 40), None, "int8")) is FbgemmInt8Linear
 
 
-@every_quantised
+@every_quantized
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_quantised_rows_do_not_depend_on_an_outlier_beside_them(make: Make, dtype: torch.dtype) -> None:
+def test_quantized_rows_do_not_depend_on_an_outlier_in_another_row(make: Make, dtype: torch.dtype) -> None:
     noise = torch.Generator().manual_seed(0)
     layer = make(torch.randn(48, 64, generator=noise), torch.randn(48, generator=noise))
     rows = torch.randn(5, 64, generator=noise).to(dtype)
@@ -154,9 +156,9 @@ def test_quantised_rows_do_not_depend_on_an_outlier_beside_them(make: Make, dtyp
         assert torch.equal(beside[row], alone[row])
 
 
-@every_quantised
-def test_a_row_is_the_same_in_any_number_of_rows(make: Make) -> None:
-    """Of those that a decode step and a prompt's chunk have; none at all is none."""
+@every_quantized
+def test_a_quantized_row_does_not_depend_on_the_number_of_rows(make: Make) -> None:
+    """Row counts of decode steps and of prompt chunks, and 0."""
     noise = torch.Generator().manual_seed(1)
     layer = make(torch.randn(80, 96, generator=noise), None)
     rows = torch.randn(70, 96, generator=noise).to(torch.bfloat16)
@@ -165,11 +167,11 @@ def test_a_row_is_the_same_in_any_number_of_rows(make: Make) -> None:
         assert torch.equal(layer(rows[None, :count])[0], alone[:count])
 
 
-def test_a_row_that_goes_in_twice_is_the_same_beside_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What 7 bits leave of a number in the middle between two steps reaches past 1, by an ulp."""
-    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
+def test_a_row_that_is_multiplied_twice_does_not_depend_on_others() -> None:
+    """The remainder of a number halfway between two steps of 7 bits may be one ulp above 1."""
     noise = torch.Generator().manual_seed(3)
-    layer = Int8Linear(torch.randn(80, 96, generator=noise), None)
+    layer = FbgemmInt8Linear(torch.randn(80, 96, generator=noise), None)
+    layer.multiply_twice = True  # as on a processor without AVX512-VNNI
     middles = (torch.arange(-63, 63) + 0.5) / 63.5
     rows, pin = middles[torch.randint(0, 126, (60, 96), generator=noise)], layer._pin[None]
     rows[::2] *= torch.rand(30, 1, generator=noise)
@@ -179,38 +181,38 @@ def test_a_row_that_goes_in_twice_is_the_same_beside_others(monkeypatch: pytest.
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(24, 64), (48, 40)])
-def test_what_the_int4_kernel_does_not_take_is_int8(rows: int, columns: int) -> None:
+def test_shapes_that_the_int4_kernel_does_not_support_become_int8(rows: int, columns: int) -> None:
     weight, x = torch.randn(rows, columns), torch.randn(3, columns)
     layer = pack(weight, None, "int4")
-    assert isinstance(layer, Int8Linear | Int8DotLinear)
+    assert isinstance(layer, FbgemmInt8Linear | Int8DotProductLinear)
     y, scales = layer.scaled(x, None)
     assert scales is None
     assert torch.cosine_similarity(y, x @ weight.T).min() > 0.999
 
 
-def test_int4_reads_a_weight_as_it_says_and_spends_its_levels_where_they_count() -> None:
+def test_int4_dequantizes_by_its_formula_and_follows_the_importance() -> None:
     noise = torch.Generator().manual_seed(2)
     weight = torch.randn(48, 64, generator=noise)
     importance = torch.ones(64)
     importance[::8] = 1000.0
     errors = []
     for channels in (None, importance):
-        levels, lines = int4.quantize(weight, channels)
-        scales, middles = (line.float().T.repeat_interleave(int4.GROUP, 1) for line in lines.unbind(-1))
-        said = (levels - 8) * scales + middles
+        levels, parameters = int4.quantize(weight, channels)
+        scales, zeros = (x.float().T.repeat_interleave(int4.GROUP, 1) for x in parameters.unbind(-1))
+        dequantized = (levels - 8) * scales + zeros
         assert 0 <= int(levels.min()) <= int(levels.max()) <= 15
         rows = torch.eye(64)
-        assert torch.allclose(Int4Linear(weight, None, channels)(rows).T, said, rtol=2**-7, atol=2**-7)
-        errors.append((said - weight)[:, ::8].square().mean())
+        assert torch.allclose(Int4Linear(weight, None, channels)(rows).T, dequantized, rtol=2**-7, atol=2**-7)
+        errors.append((dequantized - weight)[:, ::8].square().mean())
     assert errors[1] < errors[0] / 2
     constant, _ = int4.quantize(torch.full((16, 32), 0.5), None), None
     assert (constant[1][..., 1] + (constant[0][0, 0] - 8) * constant[1][..., 0] == 0.5).all()
 
 
-@pytest.mark.parametrize("family", tiny.LEAN)
-def test_smoothing_changes_nothing_but_the_ranges(family: str, tmp_path: Path) -> None:
-    """By powers of two: every logit stays what it was, up to the order of sums."""
-    loaded = load(model_config(tiny.save(family, tmp_path, tiny.LEAN)), lambda stage: None)
+@pytest.mark.parametrize("family", tiny.FUSED)
+def test_smoothing_does_not_change_the_logits(family: str, tmp_path: Path) -> None:
+    """The factors are powers of two, so that the logits change by the order of sums only."""
+    loaded = load(model_config(tiny.save(family, tmp_path, tiny.FUSED)), lambda stage: None)
     ids = list(range(1, 60))
     with torch.inference_mode():
         before = loaded.model(input_ids=torch.tensor([ids]), use_cache=False).logits
@@ -225,27 +227,29 @@ def test_smoothing_changes_nothing_but_the_ranges(family: str, tmp_path: Path) -
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
-@pytest.mark.parametrize("family", [*tiny.LEAN, "gpt2", "qwen2_moe"])
-def test_a_quantised_model_is_close_to_what_it_was(family: str, quantization: str, dtype: str, tmp_path: Path) -> None:
-    """Random weights have no outliers; biases, head norms, windows and other code each take their own way.
+@pytest.mark.parametrize("family", tiny.every([*tiny.FUSED, "gpt2", "qwen2_moe"], ["qwen2", "qwen3", "gpt2"]))
+def test_a_quantized_model_is_close_to_the_unquantized_one(
+    family: str, quantization: str, dtype: str, tmp_path: Path
+) -> None:
+    """Covers biases, head norms, windows and the Hugging Face path. Random weights have no outliers.
 
-    Three layers of noise leave int4 nothing to spare, so that only the median of its positions tells anything.
+    On three layers with random weights int4 loses much, so that only the median over the positions is compared.
     """
-    folder = tiny.save(family, tmp_path, tiny.FAMILIES | tiny.LEAN)
-    exact, rounded = (chunked(folder, dtype, wanted, family in tiny.LEAN) for wanted in ("none", quantization))
+    folder = tiny.save(family, tmp_path, tiny.FAMILIES | tiny.FUSED)
+    exact, rounded = (chunked(folder, dtype, wanted, family in tiny.FUSED) for wanted in ("none", quantization))
     likeness = torch.cosine_similarity(exact, rounded, dim=-1)
     assert likeness.median() > (0.95 if quantization == "int8" else 0.6)
 
 
-def chunked(folder: Path, dtype: str, quantization: str, lean: bool) -> torch.Tensor:
-    """Logits of the second part of a prompt, whose first part gives none yet."""
+def chunked(folder: Path, dtype: str, quantization: str, fused: bool) -> torch.Tensor:
+    """Logits of the second chunk of a prompt; the first chunk returns none."""
     model = model_config(folder, max_running=2, max_context=64)
     model = model.model_copy(update={"quantization": quantization, "dtype": dtype})
     loaded = load(model, lambda stage: None)
-    if not lean:
-        loaded.model.config.model_type = "unknown to the lean path"
+    if not fused:
+        loaded.model.config.model_type = "not supported by the fused path"
     runner = TorchRunner(loaded, model.engine, model.quantization)
-    assert runner.kind == ("lean" if lean else "packed")
+    assert runner.kind == ("fused" if fused else "transformers")
     first, second = span(list(range(1, 31)), slot=0, start=0), span(list(range(31, 51)), slot=0, start=30)
     first.sample_rows.clear()
     second.sample_rows[:] = range(20)
@@ -254,8 +258,8 @@ def chunked(folder: Path, dtype: str, quantization: str, lean: bool) -> torch.Te
         return runner._model.forward(second).logits.float()
 
 
-@pytest.mark.parametrize("family", tiny.LEAN)
-def test_int4_is_the_same_in_both_ways_to_run(family: str, tmp_path: Path) -> None:
-    folder = tiny.save(family, tmp_path, tiny.LEAN)
-    lean = chunked(folder, "float32", "int4", lean=True)
-    assert torch.cosine_similarity(lean, chunked(folder, "float32", "int4", lean=False), dim=-1).min() > 0.99
+@pytest.mark.parametrize("family", tiny.every(tiny.FUSED, ["qwen3", "mistral"]))
+def test_int4_computes_the_same_on_both_paths(family: str, tmp_path: Path) -> None:
+    folder = tiny.save(family, tmp_path, tiny.FUSED)
+    fused, transformers = (chunked(folder, "float32", "int4", fused) for fused in (True, False))
+    assert torch.cosine_similarity(fused, transformers, dim=-1).min() > 0.99

@@ -1,4 +1,4 @@
-"""The embedded model itself: what it says alone, in a crowd, and, in float32, by model.generate() is the same."""
+"""The embedded model: its answers alone, under concurrent load and, in float32, by model.generate() are the same."""
 
 from __future__ import annotations
 
@@ -18,7 +18,18 @@ from serve_app.engines.native.engine import NativeEngine
 from serve_app.engines.native.kv_cache import BLOCK
 from serve_app.engines.native.loader import builtin_gguf, convert_gguf
 from serve_app.engines.native.stream import TokenStream
-from tests.models.crowd import Ask, agree, ask, crowd, generated, greedy, idle, model_config, random_asks, running
+from tests.models.concurrent_load import (
+    GreedyRequest,
+    assert_answers,
+    generate,
+    generate_concurrently,
+    generate_greedy,
+    model_config,
+    random_requests,
+    reference_answers,
+    running,
+    wait_until_idle,
+)
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(240)]
 
@@ -32,8 +43,8 @@ def folder() -> Path:
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[NativeEngine]:
-    """Fewer slots than requests, and steps small enough that prompts are cut into chunks."""
-    config = model_config("builtin:smollm2-135m", max_running=12, max_context=512, max_step_tokens=48)
+    """Fewer slots than requests, and steps small enough that prompts are split into chunks."""
+    config = model_config("builtin:smollm2-135m", max_running=8, max_context=512, max_step_tokens=48)
     with running(config) as engine:
         yield engine
 
@@ -42,82 +53,85 @@ def text(events: list[TokenEvent]) -> str:
     return "".join(event.text for event in events)
 
 
-async def test_alone_is_a_crowd_is_generate(engine: NativeEngine, folder: Path) -> None:
-    asks = random_asks(24, vocabulary=49152, longest_prompt=90, longest_answer=20, seed=4)
-    references = generated(folder, asks)
-    agree([await greedy(engine, asked) for asked in asks[:6]], references[:6], asks[:6])
-    agree(await crowd(engine, asks, seed=1), references, asks)
-    await idle(engine)
+async def test_answers_equal_generate_alone_and_under_concurrent_load(engine: NativeEngine, folder: Path) -> None:
+    requests = random_requests(16, vocabulary=49152, longest_prompt=90, longest_answer=20, seed=4)
+    references = reference_answers(folder, requests)
+    assert_answers([await generate_greedy(engine, one) for one in requests[:4]], references[:4], requests[:4])
+    assert_answers(await generate_concurrently(engine, requests, seed=1), references, requests)
+    await wait_until_idle(engine)
 
 
-@pytest.mark.parametrize(("dtype", "quantization"), [("bfloat16", "none"), ("float32", "int8"), ("float32", "int4")])
-async def test_rows_that_are_rounded_are_rounded_alike_in_a_crowd(dtype: str, quantization: str) -> None:
-    config = model_config("builtin:smollm2-135m", max_running=12, max_context=512, max_step_tokens=48)
-    asks = random_asks(24, vocabulary=49152, longest_prompt=90, longest_answer=20, seed=5)
+@pytest.mark.parametrize(
+    ("dtype", "quantization"),
+    [("bfloat16", "none"), ("float32", "int8"), pytest.param("float32", "int4", marks=pytest.mark.long)],
+)
+async def test_rounded_answers_are_equal_alone_and_under_concurrent_load(dtype: str, quantization: str) -> None:
+    config = model_config("builtin:smollm2-135m", max_running=6, max_context=512, max_step_tokens=48)
+    requests = random_requests(12, vocabulary=49152, longest_prompt=90, longest_answer=20, seed=5)
     with running(config.model_copy(update={"dtype": dtype, "quantization": quantization})) as engine:
-        if dtype == "bfloat16" and not torch.ops.serve_app.has_dots():
-            pytest.skip("oneDNN rounds a row by the number of its neighbours")
-        alone = [await greedy(engine, replace(asked, leaves_after=None)) for asked in asks]
-        agree(await crowd(engine, asks, seed=1), alone, asks)
-        await idle(engine)
+        if dtype == "bfloat16" and not torch.ops.serve_app.has_dot_products():
+            pytest.skip("the result of oneDNN for a row depends on the number of rows")
+        alone = [await generate_greedy(engine, replace(request, cancel_after=None)) for request in requests]
+        assert_answers(await generate_concurrently(engine, requests, seed=1), alone, requests)
+        await wait_until_idle(engine)
 
 
-async def test_guesses_and_kept_beginnings_change_nothing(engine: NativeEngine, folder: Path) -> None:
-    """A text that goes on as it began, asked for twice."""
+async def test_drafts_and_the_prefix_cache_do_not_change_an_answer(engine: NativeEngine, folder: Path) -> None:
+    """The text repeats itself, and the prompt is sent twice."""
     encoded = engine._runner.text.encode([TextPrompt("one two three four five six seven eight nine ten. " * 6)])[0]
     assert isinstance(encoded, list)
-    asks = [Ask(tuple(encoded), 40)]
+    requests = [GreedyRequest(tuple(encoded), 40)]
     before = engine.stats()
-    references = generated(folder, asks)
+    references = reference_answers(folder, requests)
     for _ in range(2):
-        agree([await greedy(engine, asks[0])], references, asks)
+        assert_answers([await generate_greedy(engine, requests[0])], references, requests)
     after = engine.stats()
     assert after.accepted - before.accepted > 20
     assert after.cached_tokens - before.cached_tokens >= len(encoded) - BLOCK
     assert after.steps - before.steps < 2 * 40
 
 
-async def test_the_chat_template_leads_to_paris(engine: NativeEngine) -> None:
-    events = await ask(engine, FRANCE, SamplingParams(max_tokens=40, temperature=0))
+async def test_a_chat_request_is_answered(engine: NativeEngine) -> None:
+    events = await generate(engine, FRANCE, SamplingParams(max_tokens=40, temperature=0))
     assert text(events) == "The capital of France is Paris."
     assert events[-1].finish_reason is FinishReason.STOP
 
 
-async def test_a_seeded_request_says_the_same_alone_and_in_a_crowd(engine: NativeEngine) -> None:
+async def test_a_seeded_answer_is_the_same_alone_and_under_concurrent_load(engine: NativeEngine) -> None:
     def params(seed: int) -> SamplingParams:
-        return SamplingParams(max_tokens=24, temperature=1.0, top_p=0.95, min_p=0.01, presence_penalty=0.5, seed=seed)
+        return SamplingParams(max_tokens=16, temperature=1.0, top_p=0.95, min_p=0.01, presence_penalty=0.5, seed=seed)
 
-    async def say(seed: int) -> str:
+    async def answer(seed: int) -> str:
         await asyncio.sleep(seed % 5 / 20)
-        return text(await ask(engine, TextPrompt(f"A story of {seed} lines:"), params(seed)))
+        return text(await generate(engine, TextPrompt(f"A story of {seed} lines:"), params(seed)))
 
-    alone = [await say(seed) for seed in range(4)]
+    alone = [await answer(seed) for seed in range(4)]
     assert len(set(alone)) == 4
-    assert (await asyncio.gather(*(say(seed) for seed in range(16))))[:4] == alone
+    assert (await asyncio.gather(*(answer(seed) for seed in range(12))))[:4] == alone
 
 
-async def test_four_answers_to_one_prompt_are_those_of_four_requests_and_cost_one_prefill(engine: NativeEngine) -> None:
-    """Of 200 tokens, 8 are left over by whole blocks for each of the other three."""
+async def test_four_answers_of_a_group_equal_four_requests_and_share_one_prefill(engine: NativeEngine) -> None:
+    """Of the 200 prompt tokens, each of the other three answers computes the 8 that do not fill a block."""
     (ids,) = engine._runner.text.encode([TextPrompt("What was said about the sea, by those who sailed it? " * 20)])
     assert isinstance(ids, list)
     prompt, params = TokenPrompt(tuple(ids[:200])), SamplingParams(max_tokens=12, ignore_eos=True, seed=7)
-    asked = GenerationRequest(
+    request = GenerationRequest(
         "id", "m", prompt, params, time.monotonic(), time.monotonic() + 60, cache_salt="four", group="g"
     )
     before = engine.stats()
-    streams = [TokenStream(replace(asked, index=index)) for index in range(4)]
+    streams = [TokenStream(replace(request, index=index)) for index in range(4)]
     assert await asyncio.to_thread(engine.admit, streams) == [None] * 4
     together = [[event.token_id async for chunk in s.chunks(0.0) for event in chunk.events] for s in streams]
     after = engine.stats()
     prefilled = after.rows - before.rows - (after.decode_rows - before.decode_rows) - (after.drafted - before.drafted)
     assert prefilled <= 200 + 3 * 8
-    apart = [[e.token_id for e in await ask(engine, prompt, replace(params, seed=7 + i))] for i in range(4)]
+    apart = [[e.token_id for e in await generate(engine, prompt, replace(params, seed=7 + i))] for i in range(4)]
     assert together == apart
     assert len({*map(tuple, together)}) == 4
 
 
-async def test_logprobs_are_those_of_the_reference(engine: NativeEngine, folder: Path) -> None:
-    events = await ask(engine, FRANCE, SamplingParams(max_tokens=8, temperature=0, logprobs=3))
+async def test_logprobs_equal_the_reference(engine: NativeEngine, folder: Path) -> None:
+    events = await generate(engine, FRANCE, SamplingParams(max_tokens=8, temperature=0, logprobs=3))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     runner = engine._runner
     (prompt,) = runner.text.encode([FRANCE])
@@ -133,23 +147,23 @@ async def test_logprobs_are_those_of_the_reference(engine: NativeEngine, folder:
         assert event.logprobs.chosen.logprob == pytest.approx(row[event.token_id].item(), abs=1e-3)
 
 
-async def test_a_stop_string_ends_the_answer_and_is_never_sent(engine: NativeEngine) -> None:
-    events = await ask(engine, FRANCE, SamplingParams(max_tokens=40, temperature=0, stop=("ance is",)))
+async def test_a_stop_string_ends_the_answer_and_is_not_sent(engine: NativeEngine) -> None:
+    events = await generate(engine, FRANCE, SamplingParams(max_tokens=40, temperature=0, stop=("ance is",)))
     assert text(events) == "The capital of Fr"
     assert events[-1].finish_reason is FinishReason.STOP
 
 
-async def test_no_piece_of_a_text_is_half_a_character(engine: NativeEngine) -> None:
-    """A model this small repeats what it was shown, in characters of several tokens each."""
-    shown = "🌍🎉 世界 grüßt 🌍🎉 世界 grüßt 🌍🎉 世界 grüßt 🌍🎉 世界"
-    events = await ask(engine, TextPrompt(shown), SamplingParams(max_tokens=40, temperature=0, ignore_eos=True))
-    assert any(event.text == "" for event in events), "some token was only a part of a character"
+async def test_text_events_contain_complete_characters_only(engine: NativeEngine) -> None:
+    """The model repeats the prompt, in which one character has several tokens."""
+    prompt = "🌍🎉 世界 grüßt 🌍🎉 世界 grüßt 🌍🎉 世界 grüßt 🌍🎉 世界"
+    events = await generate(engine, TextPrompt(prompt), SamplingParams(max_tokens=40, temperature=0, ignore_eos=True))
+    assert any(event.text == "" for event in events), "at least one token must be a part of a character"
     assert "🌍🎉 世界" in text(events)
     assert not any("\ufffd" in event.text for event in events)
 
 
-async def test_what_is_told_of_a_prompt_is_what_the_model_itself_says(engine: NativeEngine, folder: Path) -> None:
-    """Log probabilities of every token, and the mean of the last hidden states; chunks of 48 tokens."""
+async def test_prompt_logprobs_and_embedding_equal_the_reference(engine: NativeEngine, folder: Path) -> None:
+    """Log probabilities of each token and the mean of the last hidden states, with chunks of 48 tokens."""
     prompt = TextPrompt("The capital of France is Paris, and that of Italy is Rome. " * 8)
     params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=2)
     requests = [
@@ -158,15 +172,15 @@ async def test_what_is_told_of_a_prompt_is_what_the_model_itself_says(engine: Na
     ]
     streams = [TokenStream(request) for request in requests]
     assert await asyncio.to_thread(engine.admit, streams) == [None, None]
-    ((told,), (embedded,)) = [[chunk async for chunk in stream.chunks(0.0)] for stream in streams]
-    assert told.prompt is not None
+    ((logprobs,), (embedded,)) = [[chunk async for chunk in stream.chunks(0.0)] for stream in streams]
+    assert logprobs.prompt is not None
     assert embedded.embedding is not None
-    ids = torch.tensor([[piece.token_id for piece in told.prompt.tokens]])
+    ids = torch.tensor([[piece.token_id for piece in logprobs.prompt.tokens]])
     assert ids.shape[1] > 2 * 48
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.inference_mode():
         output = model(ids, output_hidden_states=True)
     wanted = output.logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0].tolist()
-    assert [one.chosen.logprob for one in told.prompt.logprobs] == pytest.approx(wanted, abs=2e-3)
-    likeness = torch.cosine_similarity(torch.tensor(embedded.embedding), output.hidden_states[-1][0].mean(0), dim=0)
-    assert likeness > 0.9999
+    assert [one.chosen.logprob for one in logprobs.prompt.logprobs] == pytest.approx(wanted, abs=2e-3)
+    cosine = torch.cosine_similarity(torch.tensor(embedded.embedding), output.hidden_states[-1][0].mean(0), dim=0)
+    assert cosine > 0.9999

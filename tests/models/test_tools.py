@@ -20,7 +20,7 @@ from serve_app.engines.native.stream import TokenStream
 from tests.engines.text.call_formats import HERMES, Call, join_deltas, parse
 from tests.engines.text.tool_families import SCHEMAS, SHIPPED_TEMPLATE, SHOWN_TOOLS, choice
 from tests.models import tiny
-from tests.models.crowd import model_config, running
+from tests.models.concurrent_load import model_config, running
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(300)]
 

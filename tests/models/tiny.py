@@ -1,11 +1,15 @@
-"""Tiny models with random weights, one for each family, saved as a user's folder would be."""
+"""Tiny models with random weights, one per model family, saved as folders or GGUF files."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import gguf
+import pytest
 import torch
+from _pytest.mark.structures import ParameterSet
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, set_seed
 
@@ -76,7 +80,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "granite": _SHAPE,
     "gpt_neox": _SHAPE,
     "gpt_bigcode": _GPT_2,
-    # Its queries grow with their positions.
+    # Scales its queries by their positions.
     "ministral3": _SHAPE
     | {
         "sliding_window": WINDOW,
@@ -94,7 +98,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "opt": _SHAPE | {"ffn_dim": 96, "word_embed_proj_dim": 48},
     "phi": _SHAPE,
     "smollm3": _SHAPE,
-    # As much rotary embedding as leaves an even part of each head.
+    # Half of each head is rotated, which is an even number of elements.
     "stablelm": _NO_HEAD_DIM | {"partial_rotary_factor": 0.5},
     "starcoder2": _SHAPE | {"sliding_window": WINDOW},
     "mixtral": _EXPERTS,
@@ -107,17 +111,33 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt2": _GPT_2,
 }
 
-# Shapes that the native operations take: heads of 64 or 128, rows in multiples of 16.
+# The families of FAMILIES that cover every code path of the Hugging Face path: plain, norms of queries and keys, a cap
+# of the scores, layers with and without window, sinks and experts, latent attention with values of another size, Conv1D
+# and learnt positions, one key-value head, scaled queries. The others run in the long tests.
+REPRESENTATIVE = (
+    "llama",
+    "qwen3",
+    "gemma2",
+    "gemma3_text",
+    "gpt_oss",
+    "deepseek_v3",
+    "gpt2",
+    "gpt_bigcode",
+    "ministral3",
+    "mistral",
+)
+
+# Shapes that the native operations support: heads of 64 or 128 elements, rows in multiples of 16.
 _WIDE: dict[str, Any] = _SHAPE | {"hidden_size": 64, "head_dim": 64, "intermediate_size": 96}
-LEAN: dict[str, dict[str, Any]] = {
+FUSED: dict[str, dict[str, Any]] = {
     "llama": _WIDE,
-    # Wider rows with weights this large would only amplify rounding, transformers' own as much as ours.
+    # Wider rows with larger weights would amplify the rounding errors of both implementations.
     "qwen2": _WIDE | {"num_attention_heads": 6, "hidden_size": 384, "initializer_range": 0.1},
     "qwen3": _WIDE | {"head_dim": 128, "num_key_value_heads": 1},
     "mistral": _WIDE | {"sliding_window": WINDOW, "num_key_value_heads": 4},
 }
 
-# Their layers attend within a window, or chunks, and leave it to the mask to say so.
+# The layers of these families attend within a window or chunk that only transformers' mask expresses.
 MASKED_WINDOW = 40
 MASKED: dict[str, dict[str, Any]] = {
     "doge": _SHAPE | {"sliding_window": MASKED_WINDOW},
@@ -128,7 +148,7 @@ MASKED: dict[str, dict[str, Any]] = {
     | {"attention_chunk_size": MASKED_WINDOW, "intermediate_size_mlp": 96, "num_experts_per_tok": 1},
 }
 
-# What these remember is not, or not only, keys and values that the attention interface is given.
+# These families keep a state other than the keys and values that they pass to the attention interface.
 UNSUPPORTED: dict[str, dict[str, Any]] = {
     "bloom": _BLOOM,
     "falcon": _NO_HEAD_DIM,
@@ -144,8 +164,14 @@ UNSUPPORTED: dict[str, dict[str, Any]] = {
 }
 
 
+def every(shapes: Iterable[str], representative: Iterable[str] = REPRESENTATIVE) -> list[ParameterSet]:
+    """Parameters of a test over families; families other than the representative ones run in the long tests."""
+    kept = set(representative)
+    return [pytest.param(family, marks=[] if family in kept else pytest.mark.long) for family in shapes]
+
+
 def save(family: str, folder: Path, shapes: dict[str, dict[str, Any]] | None = None) -> Path:
-    """A model of this family in `folder`, the same weights every time."""
+    """Write a model of this family to `folder`, with the same weights every time."""
     set_seed(7)
     config = AutoConfig.for_model(family, **(FAMILIES | UNSUPPORTED if shapes is None else shapes)[family])
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -155,7 +181,7 @@ def save(family: str, folder: Path, shapes: dict[str, dict[str, Any]] | None = N
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, and an end token."""
+    """A tokenizer with one token per byte and an end token."""
     symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
     raw = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(symbols)}, merges=[]))
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -163,3 +189,42 @@ def tokenizer() -> PreTrainedTokenizerFast:
     fast = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<end>")
     fast.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
     return fast
+
+
+def save_gguf(path: Path, without: str = "", extra: str = "", feed_forward_length: int = 96) -> Path:
+    """Write a Llama model to a GGUF file: without one tensor, with an extra one, or with a wrong size, if given."""
+    noise = torch.Generator().manual_seed(7)
+    hidden, heads, inner, layers = 48, 4, 96, 2
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(256)
+    writer.add_block_count(layers)
+    writer.add_embedding_length(hidden)
+    writer.add_feed_forward_length(feed_forward_length)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(heads)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_dimension_count(hidden // heads)
+    symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*symbols, symbols[0] + symbols[1], "<end>"]  # a tokenizer in a GGUF file has at least one merge
+    writer.add_vocab_size(len(tokens))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([1] * (len(tokens) - 1) + [3])
+    writer.add_token_merges([f"{symbols[0]} {symbols[1]}"])
+    writer.add_eos_token_id(len(tokens) - 1)
+    shapes = {"token_embd": (len(tokens), hidden), "output_norm": (hidden,), "output": (len(tokens), hidden)}
+    for layer in range(layers):
+        square = dict.fromkeys(("attn_q", "attn_k", "attn_v", "attn_output"), (hidden, hidden))
+        norms = dict.fromkeys(("attn_norm", "ffn_norm"), (hidden,))
+        mlp = {"ffn_gate": (inner, hidden), "ffn_up": (inner, hidden), "ffn_down": (hidden, inner)}
+        shapes |= {f"blk.{layer}.{name}": shape for name, shape in {**square, **norms, **mlp}.items()}
+    for name, shape in shapes.items():
+        if name != without:
+            writer.add_tensor(f"{name}.weight", (torch.randn(*shape, generator=noise) * 0.2).numpy())
+    if extra:
+        writer.add_tensor(extra, torch.ones(hidden // heads // 2).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

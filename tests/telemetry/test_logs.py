@@ -32,7 +32,7 @@ def log(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_record_is_written_at_once_as_one_object(log: Path) -> None:
     write_json("small", "abc")
-    logging.getLogger("ray.serve").warning("%s line\nof two", "one", extra={"told": {"status": 200, "error": None}})
+    logging.getLogger("ray.serve").warning("%s line\nof two", "one", extra={"fields": {"status": 200, "error": None}})
     (line,) = map(json.loads, log.read_text().splitlines())
     assert time.time() - 60 < _timestamp(line.pop("time")) <= time.time() + 1
     assert line == {

@@ -101,6 +101,7 @@ class TgiInfo(TypedDict):
     model_sha: str | None
     model_dtype: str | None
     model_device_type: str
+    quantization: str | None
     model_pipeline_tag: str
     max_concurrent_requests: int
     max_best_of: int

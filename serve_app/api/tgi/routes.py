@@ -118,8 +118,9 @@ def _info(model: Model, known: ModelInfo | None, max_items: int) -> TgiInfo:
     return {
         "model_id": model.name,
         "model_sha": model.revision if re.fullmatch(r"[0-9a-f]{40}", model.revision or "") else None,
-        "model_dtype": None if model.dtype == "auto" else f"torch.{model.dtype}",
+        "model_dtype": _dtype(model, known),
         "model_device_type": _device(model),
+        "quantization": _quantization(model, known),
         "model_pipeline_tag": "text-generation",
         "max_concurrent_requests": max_running + model.deployment.max_queued_requests,
         "max_best_of": min(MAX_ANSWERS, max_items),
@@ -132,6 +133,18 @@ def _info(model: Model, known: ModelInfo | None, max_items: int) -> TgiInfo:
         "sha": None,
         "docker_label": None,
     }
+
+
+def _dtype(model: Model, known: ModelInfo | None) -> str | None:
+    """What the model computes in; None while `auto` has not been decided."""
+    dtype = (known and known.dtype) or ("" if model.dtype == "auto" else model.dtype)
+    return f"torch.{dtype}" if dtype else None
+
+
+def _quantization(model: Model, known: ModelInfo | None) -> str | None:
+    """The quantization of the weights; None while `auto` has not been decided."""
+    configured = None if model.quantization == "auto" else model.quantization
+    return (known and known.quantization) or configured
 
 
 def _max_replicas(deployment: Deployment) -> int:

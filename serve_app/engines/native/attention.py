@@ -1,8 +1,8 @@
-"""Attention over a slot arena, as a function that transformers calls in place of its own.
+"""Attention over the slots of the KV cache, registered as an attention function of transformers.
 
-All rows of a step go through the unmodified modelling code packed as one row `[1, N]`. Here they are told
-apart again: every row's key and value are written to its sequence's slot, and every row attends to its own
-slot only. Decoding rows of neighbouring slots are one batched product; a prompt chunk is one call of SDPA.
+The unmodified modelling code sees all rows of a step as one sequence `[1, N]`. This module separates the rows again:
+it writes the key and value of each row to the slot of the row's sequence, and each row attends to its own slot only.
+The decode rows of adjacent slots are computed by one batched product, each prompt chunk by one call of SDPA.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from serve_app.engines.native.rows import DecodeRun, PromptChunk, Rows
 
 IMPLEMENTATION = "serve_app_slots"
 _LENGTH_STEP = 64
-# Private pages are given back one by one, and none is set aside before it is written to.
+# Private pages can be released one by one, and the kernel reserves none before the first write.
 _PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
 
 
 @dataclass(slots=True)
 class Layout:
-    """Where the rows of one step belong. Index tensors and masks are made once, and shared by all layers."""
+    """Slot and position of each row of one step. All layers share the index tensors and masks, which are made once."""
 
     runs: tuple[DecodeRun, ...]
     chunks: tuple[PromptChunk, ...]
@@ -35,8 +35,8 @@ class Layout:
     positions: torch.Tensor
     _shared: dict[tuple[Any, ...], torch.Tensor] = field(default_factory=dict)
 
-    def arena_rows(self, heads: int, length: int) -> torch.Tensor:
-        """Index `[N * heads]` of every row's heads in an arena viewed as `[slots * heads * length, dim]`."""
+    def cache_rows(self, heads: int, length: int) -> torch.Tensor:
+        """Index `[N * heads]` of every row's heads in a cache viewed as `[slots * heads * length, dim]`."""
         key = ("rows", heads, length)
         if key not in self._shared:
             head = torch.arange(heads, device=self.slots.device)
@@ -45,14 +45,14 @@ class Layout:
         return self._shared[key]
 
     def decode_mask(self, run: DecodeRun, low: int, high: int, window: int | None) -> torch.Tensor:
-        """Which of the positions `low` to `high` each row may see: bool `[rows, 1, 1, high - low]`."""
+        """Mask of the positions `low` to `high` that each row attends to: bool `[rows, 1, 1, high - low]`."""
         key = ("decode", run.first_row, low, high, window)
         if key not in self._shared:
             self._shared[key] = self._visible(list(run.positions), low, high, window)[:, None, None]
         return self._shared[key]
 
     def chunk_mask(self, chunk: PromptChunk, low: int, window: int | None) -> torch.Tensor:
-        """The same for the rows of a prompt chunk: bool `[count, start + count - low]`."""
+        """Mask for the rows of a prompt chunk: bool `[count, start + count - low]`."""
         key = ("chunk", chunk.first_row, low, window)
         if key not in self._shared:
             end = chunk.start + chunk.count
@@ -67,7 +67,7 @@ class Layout:
 
 
 class LayerCache:
-    """Keys and values of one layer for all slots: `[slots, heads, length, dim]`."""
+    """Keys and values of one layer for all slots, each `[slots, heads, length, dim]`. Set `layout` before each step."""
 
     def __init__(
         self,
@@ -85,13 +85,14 @@ class LayerCache:
         self.length = length
         self.layout: Layout | None = None
 
-    def carry_out(self, order: Copy | Trim) -> None:
-        if isinstance(order, Copy):
-            for arena in (self.keys, self.values):
-                arena[order.target, :, : order.count].copy_(arena[order.source, :, : order.count])
+    def apply(self, command: Copy | Trim) -> None:
+        """Copy the first positions of one slot to another, or release the last positions of a slot."""
+        if isinstance(command, Copy):
+            for cache in (self.keys, self.values):
+                cache[command.target, :, : command.count].copy_(cache[command.source, :, : command.count])
         else:
-            _give_back(self.keys, self._key_pages, order)
-            _give_back(self.values, self._value_pages, order)
+            _release_pages(self.keys, self._key_pages, command)
+            _release_pages(self.values, self._value_pages, command)
 
     def attend(
         self,
@@ -116,17 +117,17 @@ class LayerCache:
         return out[None]
 
     def _write(self, layout: Layout, key: torch.Tensor, value: torch.Tensor) -> None:
-        index = layout.arena_rows(self.heads, self.length)
-        for arena, rows in ((self.keys, key), (self.values, value)):
-            dim = arena.shape[3]
-            # A masked position weighs nothing, but nothing times NaN is NaN: the arena holds numbers only.
-            flat = rows[0].transpose(0, 1).reshape(-1, dim).to(arena.dtype).nan_to_num()
-            arena.view(-1, dim).index_copy_(0, index, flat)
+        index = layout.cache_rows(self.heads, self.length)
+        for cache, rows in ((self.keys, key), (self.values, value)):
+            dim = cache.shape[3]
+            # A masked position has weight 0, but 0 * NaN is NaN: the cache must hold finite numbers only.
+            flat = rows[0].transpose(0, 1).reshape(-1, dim).to(cache.dtype).nan_to_num()
+            cache.view(-1, dim).index_copy_(0, index, flat)
 
     def _decode(
         self, layout: Layout, run: DecodeRun, query: torch.Tensor, scaling: float, window: int | None, **extras: Any
     ) -> torch.Tensor:
-        """Query `[H, B, D]` -> `[B, H, Dv]`: one batched product over neighbouring slots."""
+        """Query `[H, B, D]` -> `[B, H, Dv]`, by one batched product over adjacent slots."""
         high = min(self.length, _round_up(max(run.positions) + 1))
         low = 0 if window is None else max(0, min(run.positions) + 1 - window)
         slots = slice(run.first_slot, run.first_slot + len(run.positions))
@@ -144,19 +145,19 @@ class LayerCache:
         low = 0 if window is None else max(0, chunk.start + 1 - window)
         slot = slice(chunk.slot, chunk.slot + 1)
         keys, values = self.keys[slot, :, low:end].to(query.dtype), self.values[slot, :, low:end].to(query.dtype)
-        whole = chunk.start == 0 and (window is None or end <= window)
-        mask = None if whole else layout.chunk_mask(chunk, low, window)
+        plain_causal = chunk.start == 0 and (window is None or end <= window)
+        mask = None if plain_causal else layout.chunk_mask(chunk, low, window)
         if any(extra is not None for extra in extras.values()):
             causal = layout.chunk_mask(chunk, low, window)
             return attend(query, keys, values, causal, scaling, **extras)[0]
         out = F.scaled_dot_product_attention(
-            query, keys, values, attn_mask=mask, is_causal=whole, scale=scaling, enable_gqa=True
+            query, keys, values, attn_mask=mask, is_causal=plain_causal, scale=scaling, enable_gqa=True
         )
         return out[0].transpose(0, 1)
 
 
 def _round_up(length: int) -> int:
-    """Positions that a decode step looks at: torch prepares a product anew for every length that it has not met."""
+    """Number of positions that a decode step reads. Few distinct lengths: torch prepares a product for each new one."""
     return -(-length // _LENGTH_STEP) * _LENGTH_STEP
 
 
@@ -169,11 +170,11 @@ def attend(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Plain attention of `[B, H, n, D]` over `[B, KV, L, D]` -> `[B, n, H, Dv]`, softmax in float32.
+    """Plain attention of `[B, H, n, D]` over `[B, KV, L, D]` -> `[B, n, H, Dv]`, with the softmax in float32.
 
-    Query heads that share a key-value head go through one product, which on CPU is several times faster than
-    SDPA for n = 1. `softcap` bounds the scores (Gemma 2), `sinks` adds a learnt score a head that takes part
-    in the softmax and nothing else (gpt-oss).
+    The query heads that share a key-value head are computed by one product, which on CPU is several times faster than
+    SDPA for n = 1. `softcap` bounds the scores (Gemma 2). `sinks` adds one learnt score per head to the softmax; the
+    score has no value (gpt-oss).
     """
     batch, heads, count, dim = query.shape
     shared, length = keys.shape[1], keys.shape[2]
@@ -194,9 +195,10 @@ def attend(
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, mmap.mmap | None]:
-    """On CPU from pages that take no memory until a sequence writes to them; torch.zeros writes to all.
+    """A zero tensor, and on CPU the pages that hold it.
 
-    Small pages: the first token of a slot would make the kernel clear 2 MiB a layer otherwise, for its neighbours too.
+    On CPU the pages take no memory before a sequence writes to them, whereas torch.zeros writes to all. Huge pages are
+    off: with them the first token of a slot makes the kernel clear 2 MiB per layer.
     """
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device), None
@@ -206,21 +208,21 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     return torch.frombuffer(pages, dtype=dtype).view(shape), pages
 
 
-def _give_back(arena: torch.Tensor, pages: mmap.mmap | None, order: Trim) -> None:
-    """Whole pages only; they read as zeros from then on. Memory of a GPU stays where it is."""
+def _release_pages(cache: torch.Tensor, pages: mmap.mmap | None, command: Trim) -> None:
+    """Release the whole pages behind the kept positions; they read as zeros afterwards. On a GPU this does nothing."""
     if pages is None or not hasattr(mmap, "MADV_DONTNEED"):
         return
-    token_bytes = arena.stride(2) * arena.itemsize
-    for place in arena[order.slot]:
-        begin = place.storage_offset() * arena.itemsize
-        first = -(-(begin + order.keep * token_bytes) // mmap.PAGESIZE) * mmap.PAGESIZE
-        end = (begin + place.shape[0] * token_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    token_bytes = cache.stride(2) * cache.itemsize
+    for head in cache[command.slot]:
+        begin = head.storage_offset() * cache.itemsize
+        first = -(-(begin + command.keep * token_bytes) // mmap.PAGESIZE) * mmap.PAGESIZE
+        end = (begin + head.shape[0] * token_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
         if end > first:
             pages.madvise(mmap.MADV_DONTNEED, first, end - first)
 
 
 class ShapeProbe:
-    """Stands in for a cache once, to learn a layer's key-value heads and their sizes from the model itself."""
+    """Replaces a layer's cache for one pass and records the number and size of the layer's key-value heads."""
 
     def __init__(self) -> None:
         self.heads = self.key_dim = self.value_dim = 0
@@ -241,7 +243,7 @@ class ShapeProbe:
 
 
 def attention_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """The modules that may call the attention function: those that know their layer's number."""
+    """The modules that may call the attention function: the modules with a layer index."""
     return [module for module in model.modules() if isinstance(getattr(module, "layer_idx", None), int)]
 
 
@@ -263,10 +265,10 @@ def _forward(
 
 
 def layout_of(rows: Rows, device: torch.device) -> Layout:
-    """A layout with its index tensors on the model's device."""
+    """The layout of a step's rows, with its index tensors on `device`."""
     slots, positions = torch.tensor(rows.slots, device=device), torch.tensor(rows.positions, device=device)
     return Layout(tuple(rows.runs), tuple(rows.chunks), slots, positions)
 
 
-# No mask function is registered under the same name: transformers then makes no mask at all.
+# No mask function is registered under this name, so that transformers builds no mask.
 AttentionInterface.register(IMPLEMENTATION, _forward)

@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"bench: {error}", file=sys.stderr)
         return 1
     try:
-        print(f"{model.source}, {model.quantization}, {engine.kind}: loaded in {time.monotonic() - began:.1f} s")
+        print(f"{model.source}, {engine.quantization}, {engine.kind}: loaded in {time.monotonic() - began:.1f} s")
         if arguments.grammar:
             _measure_grammar(engine, made[0][0], arguments)
         else:
@@ -106,7 +106,9 @@ def _parser() -> argparse.ArgumentParser:
         "--config", default="serve_config.yaml", help="file with the model's configuration (default: %(default)s)"
     )
     parser.add_argument("--model", help="name of the model (default: the first in the file)")
-    parser.add_argument("--quantization", choices=("none", "int8", "int4"), help="replaces the value in the file")
+    parser.add_argument(
+        "--quantization", choices=("auto", "none", "int8", "int4"), help="replaces the value in the file"
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="replaces the value in the file")
     parser.add_argument("--draft", type=int, choices=range(8), help="draft tokens; replaces the value in the file")
     parser.add_argument(
@@ -287,7 +289,7 @@ async def _times(stream: TokenStream, on_start: Callable[[], None] = lambda: Non
 def linear_flops(model: Model, runner: TorchRunner) -> float:
     """Operations per second of a linear layer with the model's quantization on 1,024 rows, the best of five passes."""
     x = torch.ones(_FLOP_SIZE, _FLOP_SIZE, dtype=runner.dtype)
-    linear = pack(torch.ones(_FLOP_SIZE, _FLOP_SIZE, dtype=runner.dtype), None, model.quantization)
+    linear = pack(torch.ones(_FLOP_SIZE, _FLOP_SIZE, dtype=runner.dtype), None, runner.quantization)
     return 2 * _FLOP_SIZE**3 / _best(lambda: linear(x))
 
 

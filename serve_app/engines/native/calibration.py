@@ -1,4 +1,4 @@
-"""What a model's linear layers read, seen on one short text; quantisation spends its digits by it."""
+"""Statistics of the inputs of a model's linear layers on one short text. Quantization chooses scales by them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence as Seq
 import torch
 from transformers import PreTrainedModel
 
-# Which channels are large hardly depends on the text.
+# The set of large channels hardly depends on the text.
 TEXT = (
     "Query: A train leaves at 9:40 and arrives at 12:05. How long is the journey?\nAnswer: 2 hours 25 minutes.\n\n"
     "def area(width, height):\n    return width * height\n\nThe river froze in January, and by the end of the "
@@ -18,27 +18,32 @@ TEXT = (
 Statistic = Callable[[torch.Tensor], torch.Tensor]
 
 
-def inputs(model: PreTrainedModel, ids: Seq[int], statistic: Statistic) -> dict[torch.nn.Module, torch.Tensor]:
-    """`statistic` of the float32 rows `[N, K]` that each linear layer reads of `ids`; of those that read any."""
-    seen: dict[torch.nn.Module, torch.Tensor] = {}
+def input_statistics(
+    model: PreTrainedModel, ids: Seq[int], statistic: Statistic
+) -> dict[torch.nn.Module, torch.Tensor]:
+    """`statistic` of the float32 inputs `[N, K]` of each linear layer in one pass over `ids`.
 
-    def look(module: torch.nn.Module, read: tuple[torch.Tensor, ...], _: object) -> None:
-        if read[0].numel():
-            seen[module] = statistic(read[0].detach().float().flatten(0, -2))
+    A layer without input rows (an expert that no token was routed to) is left out.
+    """
+    statistics: dict[torch.nn.Module, torch.Tensor] = {}
+
+    def record(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], _: object) -> None:
+        if inputs[0].numel():
+            statistics[module] = statistic(inputs[0].detach().float().flatten(0, -2))
 
     linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
-    hooks = [linear.register_forward_hook(look) for linear in linears]
+    hooks = [linear.register_forward_hook(record) for linear in linears]
     model(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=False)
     for hook in hooks:
         hook.remove()
-    return seen
+    return statistics
 
 
-def largest(rows: torch.Tensor) -> torch.Tensor:
-    """The largest magnitude of every channel `[K]`."""
+def max_magnitude(rows: torch.Tensor) -> torch.Tensor:
+    """The largest magnitude of each channel `[K]`."""
     return rows.abs().amax(0)
 
 
-def importance(rows: torch.Tensor) -> torch.Tensor:
-    """How much an error in a weight costs, by channel `[K]`: the mean square of what it is multiplied with."""
+def mean_square(rows: torch.Tensor) -> torch.Tensor:
+    """The mean square of each channel `[K]`: the factor by which an error in a weight of the channel counts."""
     return rows.square().mean(0)

@@ -140,6 +140,11 @@ class NativeEngine:
         """How steps are computed: `fused`, `transformers` or `toy`."""
         return self._runner.kind
 
+    @property
+    def quantization(self) -> str:
+        """The quantization of the weights: `none`, `int8` or `int4`."""
+        return self._runner.quantization
+
     def stats(self) -> EngineStats:
         scheduler, runner = self._scheduler, self._runner
         return EngineStats(
@@ -163,7 +168,14 @@ class NativeEngine:
             case Detokenize(token_ids, skip_special_tokens):
                 return text.detokenize(token_ids, skip_special_tokens)
             case GetModelInfo():
-                return ModelInfo(self._runner.context, text.vocabulary, text.special_ids)
+                runner = self._runner
+                return ModelInfo(
+                    runner.context,
+                    text.vocabulary,
+                    text.special_ids,
+                    quantization=runner.quantization,
+                    dtype=runner.dtype_name,
+                )
         raise TypeError(f"unknown query {query!r}")
 
     def _main(self) -> None:

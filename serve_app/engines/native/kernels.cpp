@@ -1,12 +1,13 @@
-// Four fused CPU operations for one step of a Llama-like model over flat rows.
+// Fused CPU operations for one step of a Llama-like model over flat rows.
 //
-// A row is one token of one sequence: it has a slot of the arena and a position in it. Decoding rows and prompt chunks
-// are the same here, so one call serves any mixture of them, and no row's result depends on its neighbours.
-// Rows and arena are float or bfloat16 (the arena: [slots, heads, length, dim]); all arithmetic is float.
-// For int8 linear layers, which quantise all rows of a call with one scale, a result can be written with every row
-// scaled to [-1, 1] and its multiplier kept apart (`out_scale`); who reads the layer's rows multiplies (`scale`). One row
-// more, of +1 and -1, then pins the layer's scale, so that here too no row depends on another.
-// kernels.py builds this file where it runs; tests/models/test_kernels.py compares it with plain torch.
+// A row is one token of one sequence: it has a slot of the KV cache and a position in the slot. The operations treat
+// decode rows and prompt chunks alike, so that one call takes any mixture of them, and the result of a row does not
+// depend on other rows. Rows and cache are float or bfloat16 (the cache: [slots, heads, length, dim]); all arithmetic
+// is float.
+// An int8 linear layer quantizes all rows of a call with one scale. For it, an operation can write each row scaled to
+// [-1, 1] and the row's multiplier to `out_scale`; the operation that reads the layer's result applies the multiplier
+// (`scale`). An additional last row of +1 and -1 fixes the layer's scale, so that no row depends on another one.
+// kernels.py compiles this file on the machine where it runs; tests/models/test_kernels.py compares it with torch.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -25,7 +26,7 @@ using at::Tensor;
 using bf16 = c10::BFloat16;
 using Optional = std::optional<Tensor>;
 
-// As many floats as one register holds. Wider vectors than the processor's would spill to the stack.
+// The number of floats in one register. Vectors wider than the processor's registers would spill to the stack.
 #ifdef __AVX512F__
 constexpr int W = 16;
 #else
@@ -44,7 +45,7 @@ inline Floats load(const bf16* p) {
 }
 inline void store(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
 inline void store(bf16* p, Floats v) {
-  // Round to nearest, ties to even; what is no number stays none.
+  // Round to nearest, ties to even; NaN stays NaN.
   Bits u = (Bits)v, rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
   Bits kept = v == v ? rounded : (Bits){} + 0x7fc0;
   Halves h = __builtin_convertvector(kept, Halves);
@@ -65,11 +66,12 @@ inline float largest(Floats v) {
   return most;
 }
 
-// Cephes expf (S. Moshier): 2^n times a polynomial of what is left; relative error 2e-7. glibc's is not vectorised here.
+// Cephes expf (S. Moshier): 2^n times a polynomial of the remainder; relative error 2e-7. The compiler does not
+// vectorize the expf of glibc.
 inline Floats exponential(Floats x) {
   x = larger(x, all(-87.f));
   x = x < 88.f ? x : all(88.f);
-  Floats n = (x * 1.44269504f + 12582912.f) - 12582912.f;  // adding 1.5 * 2^23 rounds to a whole number
+  Floats n = (x * 1.44269504f + 12582912.f) - 12582912.f;  // adding 1.5 * 2^23 rounds to an integer
   Floats r = x - n * 0.693359375f + n * 2.12194440e-4f;
   Floats p = 1.9875691500e-4f * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
@@ -87,26 +89,26 @@ void for_type(const Tensor& t, F body) {
 }
 #define TYPE_OF(tag) std::remove_pointer_t<decltype(tag)>
 template <class F>
-void for_types(const Tensor& rows, const Tensor& arena, F body) {
-  for_type(rows, [&](auto* row) { for_type(arena, [&](auto* kept) { body(row, kept); }); });
+void for_types(const Tensor& rows, const Tensor& cache, F body) {
+  for_type(rows, [&](auto* row) { for_type(cache, [&](auto* kept) { body(row, kept); }); });
 }
 
 const float* floats(const Optional& t) { return t ? t->const_data_ptr<float>() : nullptr; }
-// Rows a thread takes at a time: about 2,000 numbers, below which a thread's start costs more than its work.
+// Rows per task of a thread: about 2,000 elements. The start of a thread costs more than the work on fewer.
 int64_t grain(int64_t width) { return std::max<int64_t>(1, 2048 / width); }
 
-// The factor that takes a row with this largest value to [-1, 1], its inverse kept as the row's multiplier.
+// The factor that scales a row with this largest magnitude to [-1, 1]; its inverse is stored as the row's multiplier.
 inline float to_unit(float most, float* multiplier) {
   *multiplier = std::max(most, 1e-20f);
   return 1.f / *multiplier;
 }
-// A product with that factor may be rounded past 1, and would then move the layer's scale for all rows.
+// A product with that factor may be rounded past 1, which would change the layer's scale for all rows.
 inline Floats clamped(Floats v, float most) {
   v = v > most ? all(most) : v;
   return v < -most ? all(-most) : v;
 }
 
-// Checks a result of `rows` rows, and writes the row that pins the scale where rows are scaled.
+// Checks the shape of a result of `rows` rows and, where rows are scaled, writes the last row that fixes the scale.
 template <class T>
 float* multipliers(Tensor& out, const Optional& out_scale, int64_t rows) {
   TORCH_CHECK(out.is_contiguous() && out.size(0) == rows + (out_scale ? 1 : 0) && out.size(1) % W == 0);
@@ -200,8 +202,8 @@ void normalise(float* head, int64_t dim, const float* weight, float eps) {
   for (int64_t i = 0; i < dim; i += W) store(head + i, load(head + i) * factor * load(weight + i));
 }
 
-// In place on rows [queries | keys | values] * scale: norm of every query and key head where weights are given, rotary
-// embedding of halves (cos and sin: [length, dim / 2]). Keys and values go to the arena, what is no number as 0.
+// In place on rows [queries | keys | values] * scale: norm of each query and key head where norm weights are given, and
+// rotary embedding of halves (cos and sin: [length, dim / 2]). Writes keys and values to the cache, NaN as 0.
 void rope_store(Tensor qkv, const Optional& scale, int64_t heads, const Tensor& cos, const Tensor& sin, const Optional& query_norm,
                 const Optional& key_norm, double eps, const Tensor& slots, const Tensor& positions, Tensor keys,
                 Tensor values) {
@@ -214,26 +216,26 @@ void rope_store(Tensor qkv, const Optional& scale, int64_t heads, const Tensor& 
   TORCH_CHECK(qkv.size(0) >= count && positions.numel() == count);
   const float* row_scale = checked_scale(scale, count);
   const int64_t *slot_of = slots.const_data_ptr<int64_t>(), *position_of = positions.const_data_ptr<int64_t>();
-  for_types(qkv, keys, [&](auto* row_tag, auto* arena_tag) {
+  for_types(qkv, keys, [&](auto* row_tag, auto* cache_tag) {
     using T = TYPE_OF(row_tag);
-    using Kept = TYPE_OF(arena_tag);
+    using Kept = TYPE_OF(cache_tag);
     at::parallel_for(0, count, grain(qkv.size(1)), [&](int64_t first, int64_t last) {
       for (int64_t row = first; row < last; row++) {
         const int64_t slot = slot_of[row], position = position_of[row];
         const Floats m = all(row_scale ? row_scale[row] : 1.f);
-        TORCH_CHECK(slot >= 0 && slot < keys.size(0) && position >= 0 && position < length, "row outside the arena");
+        TORCH_CHECK(slot >= 0 && slot < keys.size(0) && position >= 0 && position < length, "row outside the cache");
         const float *c = cos.const_data_ptr<float>() + position * half, *s = sin.const_data_ptr<float>() + position * half;
         for (int64_t h = 0; h < heads + 2 * shared; h++) {
           T* head = qkv.data_ptr<T>() + (row * (heads + 2 * shared) + h) * dim;
           const bool is_query = h < heads, is_value = h >= heads + shared;
           const Optional& norm = is_query ? query_norm : key_norm;
-          float exact[LARGEST_HEAD];  // so that a row is rounded once, at the end
+          float exact[LARGEST_HEAD];  // unrounded, so that a row is rounded only once, at the end
           for (int64_t i = 0; i < dim; i += W) store(exact + i, load(head + i) * m);
           if (!is_value && norm) normalise(exact, dim, floats(norm), (float)eps);
-          Kept* place = nullptr;
+          Kept* target = nullptr;
           if (!is_query) {
-            Tensor& arena = is_value ? values : keys;
-            place = arena.data_ptr<Kept>() + ((slot * shared + (h - heads) % shared) * length + position) * dim;
+            Tensor& cache = is_value ? values : keys;
+            target = cache.data_ptr<Kept>() + ((slot * shared + (h - heads) % shared) * length + position) * dim;
           }
           for (int64_t i = 0; i < half; i += W) {
             Floats a = load(exact + i), b = load(exact + half + i);
@@ -241,9 +243,9 @@ void rope_store(Tensor qkv, const Optional& scale, int64_t heads, const Tensor& 
             Floats y = is_value ? b : b * load(c + i) + a * load(s + i);
             store(head + i, x);
             store(head + half + i, y);
-            if (place) {
-              store(place + i, x == x ? x : all(0));
-              store(place + half + i, y == y ? y : all(0));
+            if (target) {
+              store(target + i, x == x ? x : all(0));
+              store(target + half + i, y == y ? y : all(0));
             }
           }
         }
@@ -252,7 +254,7 @@ void rope_store(Tensor qkv, const Optional& scale, int64_t heads, const Tensor& 
   });
 }
 
-// Each lane of the result is the sum of one of W vectors: every level halves their number by adding pairs of halves.
+// Each lane of the result is the sum of one of W vectors. Each level halves the number of vectors by adding halves.
 template <int step, int... I>
 inline Floats halves(Floats a, Floats b, std::integer_sequence<int, I...>) {
   return __builtin_shuffle(a, b, (Ints){(I & step ? W + I - step : I)...}) +
@@ -265,9 +267,10 @@ inline Floats sums(Floats* v) {
   else return v[0];
 }
 
-// G query heads that share one key-value head, over its positions [skip, count), skip < W. `scores` is scratch of G
-// rows of `count` rounded up to W; keys are read up to there from 0, and what lies outside is masked. `ahead` is where
-// the next call will read keys, if it is known: memory takes as long to answer as a call to compute.
+// Attention of G query heads that share one key-value head, over the positions [skip, count), skip < W. `scores` is
+// scratch memory of G rows of `count` rounded up to W; keys are read from 0 up to that length and masked outside of the
+// range. `ahead` is the address where the next call reads keys, if known: it is prefetched, because a read from memory
+// takes as long as a call.
 template <int G, int dim, class T, class Kept>
 void attend_heads(const T* query, const Kept* keys, const Kept* values, int64_t skip, int64_t count, float scale,
                   float* scores, T* out, const Kept* ahead) {
@@ -313,25 +316,25 @@ void attend_heads(const T* query, const Kept* keys, const Kept* values, int64_t 
     for (int c = 0; c < parts; c++) store(out + g * dim + c * W, result[g][c] * weight[g]);
 }
 
-// Causal attention of every row over its own slot, as far back as `window` positions (0: all).
+// Causal attention of each row over the last `window` positions (0: all) of its own slot.
 void attend(const Tensor& qkv, int64_t heads, double scale, int64_t window, const Tensor& slots,
             const Tensor& positions, const Tensor& keys, const Tensor& values, Tensor out, const Optional& out_scale) {
   const int64_t shared = keys.size(1), length = keys.size(2), dim = keys.size(3), group = heads / shared;
   const int64_t rows = slots.numel(), stride = qkv.size(1), width = heads * dim;
   TORCH_CHECK(dim == 64 || dim == 128, "head size ", dim);
-  TORCH_CHECK(length % W == 0 && keys.is_contiguous() && values.is_contiguous(), "arena of ", length, " positions");
+  TORCH_CHECK(length % W == 0 && keys.is_contiguous() && values.is_contiguous(), "cache of ", length, " positions");
   TORCH_CHECK(heads % shared == 0 && stride == (heads + 2 * shared) * dim && qkv.is_contiguous());
   TORCH_CHECK(qkv.size(0) >= rows && out.size(1) == width);
   TORCH_CHECK(out.scalar_type() == qkv.scalar_type() && values.scalar_type() == keys.scalar_type());
   TORCH_CHECK(positions.numel() == rows);
   const int64_t *slot_of = slots.const_data_ptr<int64_t>(), *position_of = positions.const_data_ptr<int64_t>();
-  for_types(qkv, keys, [&](auto* row_tag, auto* arena_tag) {
+  for_types(qkv, keys, [&](auto* row_tag, auto* cache_tag) {
     using T = TYPE_OF(row_tag);
-    using Kept = TYPE_OF(arena_tag);
+    using Kept = TYPE_OF(cache_tag);
     float* multiplier = multipliers<T>(out, out_scale, rows);
     auto with = [&](auto group_size, auto head_size) {
       constexpr int G = decltype(group_size)::value, D = decltype(head_size)::value;
-      // Neighbours are of one sequence and of about one length: dealt out in turn, they keep all threads busy.
+      // Adjacent rows often belong to one sequence and have similar lengths: assigned in turn, they balance the threads.
       const int64_t workers = std::min<int64_t>(at::get_num_threads(), rows * shared);
       at::parallel_for(0, workers, 1, [&](int64_t first, int64_t last) {
         std::vector<float> scores(G * (length + W));
@@ -352,7 +355,7 @@ void attend(const Tensor& qkv, int64_t heads, double scale, int64_t window, cons
       });
     };
     auto with_head = [&](auto head_size) {
-      // More heads at a time reuse what was loaded, until the registers are full.
+      // The more heads a call takes, the more often it reuses loaded keys and values, until the registers are full.
       if (W == 16 && group % 4 == 0) return with(std::integral_constant<int, 4>(), head_size);
       if (W == 16 && group % 3 == 0) return with(std::integral_constant<int, 3>(), head_size);
       if (W == 16 && group % 2 == 0) return with(std::integral_constant<int, 2>(), head_size);
@@ -370,13 +373,13 @@ void attend(const Tensor& qkv, int64_t heads, double scale, int64_t window, cons
   });
 }
 
-// The largest of every row and its first place; none of both (NaN, 0) for a row with a value that is no number.
-std::tuple<Tensor, Tensor> largest_of_rows(const Tensor& rows) {
+// The largest value of each row and its first index; NaN and 0 for a row with a NaN.
+std::tuple<Tensor, Tensor> argmax_of_rows(const Tensor& rows) {
   const int64_t count = rows.size(0), width = rows.size(1);
   TORCH_CHECK(rows.is_contiguous() && width > 0);
-  Tensor values = at::empty({count}, at::kFloat), places = at::empty({count}, at::kLong);
+  Tensor values = at::empty({count}, at::kFloat), indices = at::empty({count}, at::kLong);
   float* value_of = values.data_ptr<float>();
-  int64_t* place_of = places.data_ptr<int64_t>();
+  int64_t* index_of = indices.data_ptr<int64_t>();
   for_type(rows, [&](auto* tag) {
     using T = TYPE_OF(tag);
     at::parallel_for(0, count, grain(width), [&](int64_t first, int64_t last) {
@@ -394,18 +397,18 @@ std::tuple<Tensor, Tensor> largest_of_rows(const Tensor& rows) {
         bool numbers = true;
         for (int i = 0; i < W; i++) numbers &= none[i] == 0;
         for (int64_t i = whole; i < width; i++) best = std::max(best, (float)values[i]), numbers &= values[i] == values[i];
-        int64_t place = 0;
+        int64_t index = 0;
         if (numbers)
-          while ((float)values[place] != best) place++;
+          while ((float)values[index] != best) index++;
         value_of[row] = numbers ? best : NAN;
-        place_of[row] = place;
+        index_of[row] = index;
       }
     });
   });
-  return {values, places};
+  return {values, indices};
 }
 
-// linear.Int8Linear._product.
+// The product of linear.FbgemmInt8Linear, see there.
 Tensor fbgemm(LinearPackedParamsBase& weight, const Tensor& rows) {
   if (at::cpu::is_avx512_vnni_supported()) return weight.apply_dynamic(rows);
   const int64_t count = rows.size(0) - 1;
@@ -416,19 +419,20 @@ Tensor fbgemm(LinearPackedParamsBase& weight, const Tensor& rows) {
   return y.narrow(0, 0, count + 1);
 }
 
-// One of six kinds of linear layer by number: in strips for dot products (int8 by its scales, bfloat16);
-// fbgemm's int8 with its scaled rows; int4 by its lines; packed by oneDNN; or as it came.
+// Calls a linear layer by its index. All layers are of one of six kinds: DotProductLinear or Int8DotProductLinear
+// (4-dimensional weights), FbgemmInt8Linear (`packed`), Int4Linear (`scales` without row multipliers), OneDnnLinear
+// (mkldnn weights) or PlainLinear.
 struct Linears {
   using Packed = c10::List<c10::intrusive_ptr<LinearPackedParamsBase>>;
   using Pointwise = Tensor(const Tensor&, const Tensor&, const Optional&, std::string_view,
                            c10::List<std::optional<at::Scalar>>, std::optional<std::string_view>);
-  const at::TensorList weights, lines;
+  const at::TensorList weights, scales;
   const c10::List<Optional> biases;
   const Packed packed;
   const c10::TypedOperatorHandle<Pointwise> pointwise =
       c10::Dispatcher::singleton().findSchemaOrThrow("mkldnn::_linear_pointwise", "").typed<Pointwise>();
 
-  // The layer of `rows`, and what its rows are still to be multiplied with.
+  // The layer's result for `rows`, and the row multipliers that are still to be applied to it.
   std::pair<Tensor, Optional> operator()(int64_t i, const Tensor& rows, const Optional& scale) const {
     const Optional bias = biases.get(i);
     if (packed.size()) {
@@ -437,10 +441,10 @@ struct Linears {
       y.narrow(0, 0, scale->size(0)).mul_(scale->unsqueeze(1)).add_(*bias);
       return {y, std::nullopt};
     }
-    if (scale) return {matmul::int8(rows, weights[i], lines[i], bias, *scale), std::nullopt};
-    if (lines.size()) {
-      const int64_t group = rows.size(1) / lines[i].size(0);
-      Tensor y = at::_weight_int4pack_mm_for_cpu(rows.to(at::kBFloat16), weights[i], group, lines[i]);
+    if (scale) return {matmul::int8(rows, weights[i], scales[i], bias, *scale), std::nullopt};
+    if (scales.size()) {
+      const int64_t group = rows.size(1) / scales[i].size(0);
+      Tensor y = at::_weight_int4pack_mm_for_cpu(rows.to(at::kBFloat16), weights[i], group, scales[i]);
       if (bias) y.add_(*bias);
       return {y.to(rows.scalar_type()), std::nullopt};
     }
@@ -450,22 +454,22 @@ struct Linears {
   }
 };
 
-// All layers: lean.py's loop without a word of Python, so that other threads have the interpreter.
-// `norms` are those before attention and before the MLP in turn, and the last one; linear layers are four a layer
-// (queries, keys and values; out; gate and up; down). Returns what the head reads, of the wanted rows.
+// The loop over all layers, as in fused.py, without Python, so that other threads can hold the interpreter lock.
+// `norms` holds the norms before attention and before the MLP in turn, and the last norm; `weights` holds four linear
+// layers per layer (queries, keys and values; out; gate and up; down). Returns the head's input for the wanted rows.
 std::tuple<Tensor, Optional> layers(
-    Tensor x, at::TensorList norms, at::TensorList weights, at::TensorList lines, const c10::List<Optional>& biases,
+    Tensor x, at::TensorList norms, at::TensorList weights, at::TensorList scales, const c10::List<Optional>& biases,
     const Linears::Packed& packed, const c10::List<Optional>& query_norms, const c10::List<Optional>& key_norms,
     at::IntArrayRef windows, int64_t heads, double eps, const Tensor& cos, const Tensor& sin, Tensor slots,
     Tensor positions, const Tensor& wanted, at::TensorList keys, at::TensorList values) {
-  const Linears linear{weights, lines, biases, packed};
+  const Linears linear{weights, scales, biases, packed};
   const int64_t count = windows.size(), dim = keys[0].size(3);
   const bool int8 = packed.size() || (weights[0].scalar_type() == at::kByte && weights[0].dim() == 4);
-  auto room = [&](int64_t width) -> std::pair<Tensor, Optional> {
-    Tensor place = at::empty({x.size(0) + int8, width}, x.options());
-    return {place, int8 ? Optional(at::empty({x.size(0)}, at::kFloat)) : std::nullopt};
+  auto buffer = [&](int64_t width) -> std::pair<Tensor, Optional> {
+    Tensor rows = at::empty({x.size(0) + int8, width}, x.options());
+    return {rows, int8 ? Optional(at::empty({x.size(0)}, at::kFloat)) : std::nullopt};
   };
-  std::pair<Tensor, Optional> y, normed = room(x.size(1));
+  std::pair<Tensor, Optional> y, normed = buffer(x.size(1));
   auto norm = [&](int64_t i) {
     add_norm(x, i ? Optional(y.first) : std::nullopt, y.second, norms[i], eps, normed.first, normed.second);
   };
@@ -474,17 +478,17 @@ std::tuple<Tensor, Optional> layers(
     auto [qkv, scale] = linear(4 * i, normed.first, normed.second);
     rope_store(qkv, scale, heads, cos, sin, query_norms.get(i), key_norms.get(i), eps, slots, positions, keys[i], values[i]);
     if (i == count - 1) {
-      // Whatever is not sampled from has done its part when its keys and values are kept.
+      // The other rows are complete when their keys and values are stored.
       x = x.index_select(0, wanted), qkv = qkv.index_select(0, wanted);
       slots = slots.index_select(0, wanted), positions = positions.index_select(0, wanted);
-      normed = room(x.size(1));
+      normed = buffer(x.size(1));
     }
-    auto [attended, attended_scale] = room(heads * dim);
+    auto [attended, attended_scale] = buffer(heads * dim);
     attend(qkv, heads, 1 / std::sqrt((double)dim), windows[i], slots, positions, keys[i], values[i], attended, attended_scale);
     y = linear(4 * i + 1, attended, attended_scale);
     norm(2 * i + 1);
     auto [gate_up, gate_up_scale] = linear(4 * i + 2, normed.first, normed.second);
-    auto [active, active_scale] = room(gate_up.size(1) / 2);
+    auto [active, active_scale] = buffer(gate_up.size(1) / 2);
     silu_mul(gate_up, gate_up_scale, active, active_scale);
     y = linear(4 * i + 3, active, active_scale);
   }
@@ -508,15 +512,15 @@ TORCH_LIBRARY(serve_app, library) {
       "attend(Tensor qkv, int heads, float scale, int window, Tensor slots, Tensor positions, Tensor keys, "
       "Tensor values, Tensor(a!) out, Tensor(b!)? out_scale) -> ()",
       &attend);
-  library.def("has_dots() -> bool", [] { return matmul::available; });
-  library.def("strips(Tensor weight) -> Tensor", &matmul::packed);
+  library.def("has_dot_products() -> bool", [] { return matmul::available; });
+  library.def("pack_strips(Tensor weight) -> Tensor", &matmul::packed);
   library.def("linear_bfloat16(Tensor rows, Tensor weight, Tensor? bias, int outputs) -> Tensor", &matmul::bfloat16);
   library.def(
       "linear_int8(Tensor rows, Tensor weight, Tensor scales, Tensor? bias, Tensor row_scales) -> Tensor",
       &matmul::int8);
-  library.def("largest_of_rows(Tensor rows) -> (Tensor, Tensor)", &largest_of_rows);
+  library.def("argmax_of_rows(Tensor rows) -> (Tensor, Tensor)", &argmax_of_rows);
   library.def(
-      "layers(Tensor(a!) x, Tensor[] norms, Tensor[] weights, Tensor[] lines, Tensor?[] biases, "
+      "layers(Tensor(a!) x, Tensor[] norms, Tensor[] weights, Tensor[] scales, Tensor?[] biases, "
       "__torch__.torch.classes.quantized.LinearPackedParamsBase[] packed, Tensor?[] query_norms, Tensor?[] key_norms, "
       "int[] windows, int heads, float eps, Tensor cos, Tensor sin, Tensor slots, Tensor positions, Tensor wanted, "
       "Tensor(b!)[] keys, Tensor(c!)[] values) -> (Tensor, Tensor?)",

@@ -1,4 +1,4 @@
-"""The native operations of kernels.cpp: built once where they run, and kept by processor, torch and source."""
+"""The native operations of kernels.cpp: compiled once per processor, version of torch and source, then loaded."""
 
 from __future__ import annotations
 
@@ -9,79 +9,109 @@ import platform
 import shutil
 import subprocess
 import threading
-from contextlib import suppress
 from pathlib import Path
 
 import torch
-from filelock import FileLock
 
-from serve_app.config import cache_dir
-from serve_app.engines.native.loader import Report
+from serve_app.engines.native.disk_cache import CacheError, Report, Work, cache_subfolder, cached_file
 
 logger = logging.getLogger(__name__)
 
 _SOURCE = Path(__file__).with_name("kernels.cpp")
-_INCLUDED = Path(__file__).with_name("matmul.h")
-# No -ffast-math: it would make the whole process flush denormals. ABI notes about vectors do not matter within a file.
+_HEADER = Path(__file__).with_name("matmul.h")
+# No -ffast-math: it makes the whole process flush denormals. ABI notes about vectors do not matter within one file.
 _FLAGS = ("-std=c++20", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-Wno-psabi")
 _MATH_FLAGS = ("-fno-math-errno", "-fno-trapping-math")
-_BUILD_S = 300
+_BUILD_TIMEOUT_S = 300
+_POLL_S = 0.1
 _BUILD_ALLOWED = "SERVE_APP_NATIVE_KERNELS"
 
 
-def available(report: Report) -> bool:
-    """Whether `torch.ops.serve_app` holds the operations, after building and loading them if that is possible.
+class Unavailable(Exception):
+    """The operations cannot be compiled on this machine; the message is the reason."""
 
-    They are not where there is no C++ compiler, on other systems than Linux, or with SERVE_APP_NATIVE_KERNELS=0.
+
+_FAILURES = (OSError, subprocess.SubprocessError, CacheError, Unavailable)
+
+
+class _Build(threading.Thread):
+    """A build in the background. `stage` is its latest report."""
+
+    def __init__(self) -> None:
+        super().__init__(name="kernels", daemon=True)
+        self.stage = ""
+        self.error: Exception | None = None
+
+    def run(self) -> None:
+        try:
+            build(self._report)
+        except _FAILURES as error:
+            self.error = error
+
+    def wait(self, report: Report) -> None:
+        """Wait for the end and pass on each stage. Raises what the build raised."""
+        reported = ""
+        while self.is_alive():
+            if self.stage != reported:
+                reported = self.stage
+                report(reported)
+            self.join(_POLL_S)
+        if self.error is not None:
+            raise self.error
+
+    def _report(self, stage: str) -> None:
+        self.stage = stage
+
+
+_background: _Build | None = None
+
+
+def start_build() -> None:
+    """Compile the operations, if necessary, in the background while a model loads; `available` waits for it."""
+    global _background
+    _background = _Build()
+    _background.start()
+
+
+def available(report: Report) -> bool:
+    """Whether `torch.ops.serve_app` has the operations; compiles and loads them if possible.
+
+    They are not available without a C++ compiler, on systems other than Linux, or with SERVE_APP_NATIVE_KERNELS=0.
     """
+    global _background
     if hasattr(torch.ops.serve_app, "attend"):
         return True
+    running, _background = _background, None
     try:
-        torch.ops.load_library(_built(report))  # type: ignore[no-untyped-call]
-    except (OSError, subprocess.SubprocessError, _Unavailable) as error:
+        if running is not None:
+            running.wait(report)
+        torch.ops.load_library(build(report))  # type: ignore[no-untyped-call]
+    except _FAILURES as error:
         logger.warning("native kernels are not used, steps are slower: %s", error)
         return False
     return True
 
 
-def begin() -> None:
-    """Have them built, if they are to be, by another process while a model is read; `available` waits for it."""
+def build(report: Report, root: Path | None = None) -> Path:
+    """The compiled library below `root`, by default in the user's cache folder. A damaged library is compiled again.
 
-    def build() -> None:
-        with suppress(OSError, subprocess.SubprocessError, _Unavailable):  # `available` tries again, and says why
-            _built(lambda stage: None)
-
-    threading.Thread(target=build, name="kernels", daemon=True).start()
-
-
-class _Unavailable(Exception):
-    pass
-
-
-def _built(report: Report, root: Path | None = None) -> Path:
-    """The library's file. It appears whole or not at all, and of two processes that want it one builds."""
-    if os.environ.get(_BUILD_ALLOWED) == "0" or platform.system() != "Linux":
-        raise _Unavailable(f"{_BUILD_ALLOWED}=0" if platform.system() == "Linux" else platform.system())
-    target = (root or cache_dir() / "kernels") / f"{_key()}.so"
-    if target.exists():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    report("compiling for this processor (once)")
-    with FileLock(f"{target}.lock"):
-        if not target.exists():
-            part = target.with_suffix(".part")
-            _compile(part)
-            part.replace(target)
-    return target
+    Raises Unavailable, CacheError, OSError or SubprocessError.
+    """
+    if os.environ.get(_BUILD_ALLOWED) == "0":
+        raise Unavailable(f"{_BUILD_ALLOWED}=0")
+    if platform.system() != "Linux":
+        raise Unavailable(f"they are not supported on {platform.system()}")
+    work = Work(_compile, "compiling for this processor", "compiles the native operations", 1.2 * _BUILD_TIMEOUT_S)
+    return cached_file((root or cache_subfolder("kernels")) / f"{_key()}.so", work, report)
 
 
 def _key() -> str:
-    """Of everything that the machine code depends on: -march=native reads the processor's flags."""
+    """A hash of everything that the machine code depends on: -march=native depends on the processor's flags."""
     described = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
     processor = [line for line in described.splitlines() if line.startswith(("model name", "flags", "Features"))]
     parts = [
         _SOURCE.read_text(),
-        _INCLUDED.read_text(),
+        _HEADER.read_text(),
         torch.__version__,
         *_FLAGS,
         *_MATH_FLAGS,
@@ -94,13 +124,13 @@ def _key() -> str:
 def _compile(target: Path) -> None:
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
-        raise _Unavailable("no C++ compiler (install g++, or set CXX)")
+        raise Unavailable("no C++ compiler (install g++, or set CXX)")
     home = Path(torch.__file__).parent
-    # torch's own OpenMP by its path: a second one in the process would mean a second pool of threads.
+    # The path of torch's own OpenMP: a second OpenMP in the process would have a second thread pool.
     openmp = [str(path) for path in sorted((home / "lib").glob("libgomp*.so*"))[:1]]
     includes = [f"-I{home / 'include'}", f"-I{home / 'include/torch/csrc/api/include'}"]
     libraries = ["-Wl,--as-needed", *openmp, f"-L{home / 'lib'}", "-ltorch_cpu", "-lc10"]
     command = [compiler, *_FLAGS, *_MATH_FLAGS, *includes, str(_SOURCE), "-o", str(target), *libraries]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=_BUILD_S, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=_BUILD_TIMEOUT_S, check=False)
     if done.returncode != 0:
-        raise _Unavailable(f"{compiler} failed: {done.stderr[-500:]}")
+        raise Unavailable(f"{compiler} failed: {done.stderr[-500:]}")

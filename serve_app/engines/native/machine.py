@@ -1,4 +1,4 @@
-"""How much memory and how many cores this process may take, by the limits that really hold."""
+"""The memory, the cores and the instruction sets that this process may use, by the limits of machine and cgroups."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from pathlib import Path
 from serve_app.config import Engine
 
 _PROC_MEMINFO = Path("/proc/meminfo")
+_PROC_CPUINFO = Path("/proc/cpuinfo")
 _PROC_CGROUP = Path("/proc/self/cgroup")
 _CGROUP = Path("/sys/fs/cgroup")
 _V1_NAMES = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 
 
 class NotEnoughMemory(Exception):
-    """The KV arena cannot hold a single sequence."""
+    """The KV cache cannot hold a single sequence."""
 
 
 def available_bytes(meminfo: Path = _PROC_MEMINFO, cgroup: Path = _CGROUP, own: Path = _PROC_CGROUP) -> int:
-    """Bytes that can be taken without swapping: the least of what the machine and each control group leave.
+    """Bytes that this process can allocate without swapping: the least that the machine and each cgroup leave.
 
-    Reads cgroup v2 (`memory.max`, `memory.current`) and v1 (`memory.limit_in_bytes`, `memory.usage_in_bytes`), of
-    this process's own group and of all above it; page cache that the kernel would give back counts as free, as it
-    does in MemAvailable.
+    Reads cgroup v2 (`memory.max`, `memory.current`) and v1 (`memory.limit_in_bytes`, `memory.usage_in_bytes`) of the
+    process's own cgroup and of its ancestors. Reclaimable page cache counts as free, as in MemAvailable.
     """
     free = _meminfo_available(meminfo)
     groups = _own_groups(own)
@@ -31,7 +31,7 @@ def available_bytes(meminfo: Path = _PROC_MEMINFO, cgroup: Path = _CGROUP, own: 
         (cgroup, groups.get("", ""), "memory.max", "memory.current", "inactive_file"),
         (cgroup / "memory", groups.get("memory", ""), *_V1_NAMES),
     ):
-        for folder in _from_the_top(top, path):
+        for folder in _hierarchy(top, path):
             limit, usage = _number(folder / limit_name), _number(folder / usage_name)
             if limit is not None and usage is not None:
                 free = min(free, limit - usage + _stat(folder / "memory.stat", cache_key))
@@ -39,31 +39,38 @@ def available_bytes(meminfo: Path = _PROC_MEMINFO, cgroup: Path = _CGROUP, own: 
 
 
 def usable_cores(cgroup: Path = _CGROUP, own: Path = _PROC_CGROUP) -> int:
-    """Cores that this process may run on: of its affinity, no more than a control group lets it use at a time.
+    """Number of cores that this process may run on: its CPU affinity, bounded by the CPU quota of its cgroups.
 
-    Reads cgroup v2 (`cpu.max`) and v1 (`cpu.cfs_quota_us`, `cpu.cfs_period_us`). A thread more than the quota pays for
-    would stop all of them for the rest of every period.
+    Reads cgroup v2 (`cpu.max`) and v1 (`cpu.cfs_quota_us`, `cpu.cfs_period_us`). With more threads than the quota
+    covers, the kernel would suspend all threads for the rest of every period.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     groups = _own_groups(own)
-    for folder in _from_the_top(cgroup, groups.get("", "")):
+    for folder in _hierarchy(cgroup, groups.get("", "")):
         quota, _, period = _text(folder / "cpu.max").partition(" ")
-        cores = _within(cores, quota, period)
-    for folder in _from_the_top(cgroup / "cpu", groups.get("cpu", "")):
-        cores = _within(cores, _text(folder / "cpu.cfs_quota_us"), _text(folder / "cpu.cfs_period_us"))
+        cores = _bounded(cores, quota, period)
+    for folder in _hierarchy(cgroup / "cpu", groups.get("cpu", "")):
+        cores = _bounded(cores, _text(folder / "cpu.cfs_quota_us"), _text(folder / "cpu.cfs_period_us"))
     return cores
 
 
-def _within(cores: int, quota: str, period: str) -> int:
+def processor_flags(cpuinfo: Path = _PROC_CPUINFO) -> frozenset[str]:
+    """Instruction sets of the processor by Linux's names (`avx512_vnni`); empty where /proc/cpuinfo lists none."""
+    lines = (line.partition(":") for line in _text(cpuinfo).splitlines())
+    flags = next((flags for name, _, flags in lines if name.strip() in ("flags", "Features")), "")
+    return frozenset(flags.split())
+
+
+def _bounded(cores: int, quota: str, period: str) -> int:
     if not (quota.isdigit() and period.isdigit() and int(period)):
         return cores
     return max(1, min(cores, math.floor(int(quota) / int(period))))
 
 
 def kv_tokens_that_fit(engine: Engine, free_bytes: int, token_bytes: int, longest: int) -> int:
-    """Tokens whose keys and values, of `token_bytes` each, the budget holds.
+    """Number of tokens whose keys and values, `token_bytes` each, fit into the memory budget.
 
-    Raises NotEnoughMemory, with the numbers and what would work, when these are less than `longest`, one sequence's.
+    Raises NotEnoughMemory, with the numbers and the settings to change, when fewer than `longest` tokens fit.
     """
     budget = engine.kv_memory_bytes or int(free_bytes * engine.kv_memory_fraction)
     tokens = budget // token_bytes
@@ -86,11 +93,11 @@ def _meminfo_available(path: Path) -> int:
     for line in lines:
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
-    raise NotEnoughMemory(f"{path} does not tell how much memory is free; set engine.kv_memory_bytes")
+    raise NotEnoughMemory(f"{path} has no MemAvailable line; set engine.kv_memory_bytes")
 
 
 def _own_groups(path: Path) -> dict[str, str]:
-    """This process's group by controller, "" for cgroup v2: lines like `4:memory:/a/b` and `0::/a/b`."""
+    """This process's cgroup by controller, "" for cgroup v2. The file has lines like `4:memory:/a/b` and `0::/a/b`."""
     try:
         fields = [line.split(":", 2) for line in path.read_text().splitlines()]
     except OSError:
@@ -98,8 +105,8 @@ def _own_groups(path: Path) -> dict[str, str]:
     return {controller: group for _, controllers, group in fields for controller in controllers.split(",")}
 
 
-def _from_the_top(top: Path, group: str) -> list[Path]:
-    """A hierarchy's folders down to a group; only the top when the group lies outside of what is mounted here."""
+def _hierarchy(top: Path, group: str) -> list[Path]:
+    """The folders from `top` down to a cgroup; only `top` when the cgroup lies outside of the mounted hierarchy."""
     parts = [part for part in group.split("/") if part]
     if ".." in parts:
         parts = []
@@ -112,7 +119,7 @@ def _number(path: Path) -> int | None:
 
 
 def _text(path: Path) -> str:
-    """Of a file that may not be there: "" then."""
+    """The content of a file without white space at its ends; "" when it cannot be read."""
     try:
         return path.read_text().strip()
     except OSError:

@@ -1,9 +1,10 @@
-// Rows times packed weights with the processor's dot-product instructions (AVX512-BF16, AVX512-VNNI).
+// Products of rows and packed weights with the processor's dot-product instructions (AVX512-BF16, AVX512-VNNI).
 //
-// Made for the rows of decoding steps: threads take strips of outputs as they get free, so that one that is held up
-// does not hold up all, and ask for the next strips' weights while they compute. Weights `[N, K]` lie in strips of 16
-// outputs: `[ceil(N / 16), K / G, 16, G]`, where G neighbours in K make 32 bits, which an instruction multiplies with
-// the same G of a row. A result is a sum in the order of K, whoever its neighbours are.
+// Designed for the few rows of decode steps. Each thread takes the next strips of outputs when it is free, so that a
+// delayed thread does not delay the others, and prefetches the weights of its next strips while it computes. Weights
+// `[N, K]` are packed into strips of 16 outputs: `[ceil(N / 16), K / G, 16, G]`, where G adjacent elements of K fill 32
+// bits, which one instruction multiplies with the same G elements of a row. Each result is summed in the order of K and
+// does not depend on other rows.
 #pragma once
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -13,7 +14,7 @@
 #include <optional>
 
 #if defined(__AVX512BF16__) && defined(__AVX512VNNI__)
-#define SERVE_APP_DOTS 1
+#define SERVE_APP_DOT_PRODUCTS 1
 #include <immintrin.h>
 #endif
 
@@ -22,21 +23,21 @@ namespace matmul {
 using at::Tensor;
 constexpr int64_t STRIP = 16;
 constexpr bool available =
-#ifdef SERVE_APP_DOTS
+#ifdef SERVE_APP_DOT_PRODUCTS
     true;
 #else
     false;
 #endif
 
-// Rows that share a look at a strip's weights, so that both stay in the cache.
+// Rows of one task: the rows and the strip's weights fit into the processor's cache together.
 constexpr int64_t ROWS = 64;
-// Strips at a time: with eight rows their sums fill the registers.
+// Strips of one task: with eight rows their sums fill the registers.
 constexpr int64_t STRIPS = 3;
 constexpr int64_t LINE = 64;
-// How many lines before its use a strip is asked for: memory takes that long to answer.
+// Prefetch distance in cache lines: the latency of the memory.
 constexpr int64_t AHEAD = 32;
 
-#ifdef SERVE_APP_DOTS
+#ifdef SERVE_APP_DOT_PRODUCTS
 
 template <class V>
 struct Operands {
@@ -49,7 +50,7 @@ struct Operands {
   float* out;
   const float* bias;
 
-  // Of the 16 outputs from here on those that there are.
+  // Mask of the outputs of a strip that exist: the last strip may have fewer than 16.
   __mmask16 inside(int64_t column) const { return width - column < STRIP ? (1 << (width - column)) - 1 : 0xffff; }
 };
 
@@ -66,10 +67,10 @@ struct Bfloat16 : Operands<at::BFloat16> {
   }
 };
 
-// Weights are bytes, 128 above their value, which adds 128 times the sum of a row to each of its results.
+// Weights are bytes with an offset of 128, which adds 128 times the sum of a row to each result; `store` subtracts it.
 struct Int8 : Operands<int8_t> {
   using Sum = __m512i;
-  // As an intrinsic GCC 12 copies every sum before and after, which takes as long again.
+  // With the intrinsic, GCC 12 copies each sum before and after the instruction, which doubles the time.
   static void dot(Sum& sum, __m512i four, __m512i weights) {
     asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(weights), "v"(four));
   }
@@ -87,14 +88,14 @@ struct Int8 : Operands<int8_t> {
   }
 };
 
-// The strips of the next task, asked for while this one is computed.
+// The strips of the next task, which are prefetched while this task is computed.
 struct Next {
   const char* lines;
   int64_t stride;  // bytes from one step to the next
 };
 
-// R rows times S strips, whose sums stay in registers; says R. The first tile of a task meets strips that may still be
-// in memory, and asks for them AHEAD lines ahead; the later ones have time for those of the next task.
+// R rows times S strips, with the sums in registers; returns R. The strips of the first tile of a task may still be in
+// memory, so that the tile prefetches them AHEAD lines ahead; the later tiles prefetch the strips of the next task.
 template <class D, int R, int S, bool FIRST>
 int64_t tile(const D& d, int64_t row, int64_t strip, Next next) {
   typename D::Sum sums[R][S] = {};
@@ -142,7 +143,7 @@ void rows_times(const D& d, int64_t row, int64_t end, int64_t strip, int64_t nex
   for (; row < end; next.lines += d.K / D::G * next.stride) row += largest_tile<D, S, false>(d, row, end, strip, next);
 }
 
-// Threads take tasks, of STRIPS times ROWS, as they get free; one task ahead, to know what they need next.
+// Each thread takes the next task, of STRIPS times ROWS, when it is free, one task ahead so that it can prefetch.
 template <class D>
 void multiply(const D& d) {
   const int64_t strips = (d.width + STRIP - 1) / STRIP, groups = (strips + STRIPS - 1) / STRIPS;
@@ -169,9 +170,9 @@ inline Tensor packed(const Tensor& weight) {
   return whole.reshape({-1, STRIP, K / G, G}).permute({0, 2, 1, 3}).contiguous();
 }
 
-// Rows of floats `[N, K]`, rounded to bfloat16 here, and packed weights of `width` outputs -> floats `[N, width]`.
+// Float rows `[N, K]`, which this function rounds to bfloat16, and packed weights of `width` outputs -> `[N, width]`.
 inline Tensor bfloat16(const Tensor& rows, const Tensor& weight, const std::optional<Tensor>& bias, int64_t width) {
-#ifdef SERVE_APP_DOTS
+#ifdef SERVE_APP_DOT_PRODUCTS
   const int64_t K = rows.size(1);
   TORCH_CHECK(rows.is_contiguous() && rows.scalar_type() == at::kFloat && (!bias || bias->numel() == width));
   TORCH_CHECK(weight.is_contiguous() && weight.scalar_type() == at::kBFloat16 && weight.size(1) * 2 == K);
@@ -182,15 +183,15 @@ inline Tensor bfloat16(const Tensor& rows, const Tensor& weight, const std::opti
                      K, out.data_ptr<float>(), bias ? bias->const_data_ptr<float>() : nullptr}});
   return out;
 #else
-  TORCH_CHECK(false, "this processor has no bfloat16 products");
+  TORCH_CHECK(false, "this processor has no bfloat16 dot products");
 #endif
 }
 
-// Rows `[>= N, K]` of floats in [-1, 1] and what each is to be multiplied with `[N]`, packed weights of one byte, 128
-// above their value, and their outputs' scales `[M]` -> floats `[N, M]`.
+// Float rows `[>= N, K]` in [-1, 1] with multipliers `[N]`, packed weights of one byte with an offset of 128, and the
+// scales `[M]` of the outputs -> floats `[N, M]`.
 inline Tensor int8(const Tensor& rows, const Tensor& weight, const Tensor& scales, const std::optional<Tensor>& bias,
                    const Tensor& row_scales) {
-#ifdef SERVE_APP_DOTS
+#ifdef SERVE_APP_DOT_PRODUCTS
   const int64_t count = row_scales.numel(), K = rows.size(1), width = scales.numel();
   TORCH_CHECK(rows.is_contiguous() && rows.scalar_type() == at::kFloat && rows.size(0) >= count && K % 16 == 0);
   TORCH_CHECK(weight.is_contiguous() && weight.scalar_type() == at::kByte && weight.size(1) * 4 == K);
@@ -215,7 +216,7 @@ inline Tensor int8(const Tensor& rows, const Tensor& weight, const Tensor& scale
                 scales.const_data_ptr<float>(), row_scales.const_data_ptr<float>(), sums.const_data_ptr<int32_t>()});
   return out;
 #else
-  TORCH_CHECK(false, "this processor has no products of bytes");
+  TORCH_CHECK(false, "this processor has no int8 dot products");
 #endif
 }
 

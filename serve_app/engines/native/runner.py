@@ -1,10 +1,10 @@
-"""Runs a step on a model: one forward pass for everybody, then sampling."""
+"""Runs the steps of a model: one forward pass for all sequences of a step, then sampling."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from itertools import islice, takewhile
 from typing import Protocol
@@ -16,85 +16,110 @@ from serve_app.config import Engine, Model
 from serve_app.core.requests import TextPrompt
 from serve_app.engines.native import calibration, kernels
 from serve_app.engines.native.attention import LayerCache
-from serve_app.engines.native.fused import LeanModel, why_not
+from serve_app.engines.native.disk_cache import Report
+from serve_app.engines.native.fused import FusedModel, unsupported_reason
 from serve_app.engines.native.kv_cache import BLOCK
-from serve_app.engines.native.linear import Quantization, mark
-from serve_app.engines.native.loader import Loaded, Report, SourceError, load, return_memory
-from serve_app.engines.native.machine import NotEnoughMemory, available_bytes, kv_tokens_that_fit, usable_cores
-from serve_app.engines.native.packed import Computed, LayerShape, PackedModel, layer_shapes, unmasked_context
+from serve_app.engines.native.linear import attach_importance
+from serve_app.engines.native.loader import Loaded, load, return_memory
+from serve_app.engines.native.machine import (
+    NotEnoughMemory,
+    available_bytes,
+    kv_tokens_that_fit,
+    processor_flags,
+    usable_cores,
+)
+from serve_app.engines.native.quantization import Choice, Quantization, RequestedQuantization, choose_quantization
 from serve_app.engines.native.rows import Rows, rows_of, span
-from serve_app.engines.native.sampler import how_likely, sample
+from serve_app.engines.native.sampler import prompt_logprobs, sample
 from serve_app.engines.native.sequence import Advance, Outcome, PromptReadout, Sampled, Step
 from serve_app.engines.native.smooth import smooth, smooth_head
+from serve_app.engines.native.sources import SourceError
+from serve_app.engines.native.transformers_path import (
+    ForwardOutput,
+    LayerShape,
+    TransformersModel,
+    layer_shapes,
+    unmasked_context,
+)
 from serve_app.errors import ServeAppError
 
 logger = logging.getLogger(__name__)
 
 _SELF_TEST_TOKENS = 12
-# Least cosine of two ways' logits that rounding explains. Measured on 30 layers: 1.0000, 0.9983, 1.0000; int8 0.94.
-_LIKE = {torch.float32: 0.9999, torch.bfloat16: 0.98, torch.float16: 0.999}
-# int4 0.9987, but 0.8 and less on three layers of noise, which have no digits to spare.
-_LIKE_QUANTIZED = {"int8": 0.85, "int4": 0.7}
+# The least cosine of the logits of two paths that rounding explains. Measured on 30 layers: 1.0000, 0.9983, 1.0000;
+# int8 0.94, int4 0.9987. On three layers with random weights int4 has 0.8 and less.
+_MIN_COSINE = {torch.float32: 0.9999, torch.bfloat16: 0.98, torch.float16: 0.999}
+_MIN_COSINE_QUANTIZED = {"int8": 0.85, "int4": 0.7}
 
 
 class ForwardPass(Protocol):
-    """A model with its arena. `weight_bytes` is what a step reads of weights."""
+    """A model with its KV cache. `weight_bytes` is the number of bytes of weights that a step reads."""
 
     @property
     def weight_bytes(self) -> int: ...
 
-    def forward(self, rows: Rows) -> Computed:
-        """What the rows ask for; keys and values of all of them go to the arena."""
+    def forward(self, rows: Rows) -> ForwardOutput:
+        """The outputs that the rows request. The keys and values of all rows are written to the KV cache."""
         ...
 
 
 class TorchRunner:
-    """One model with a KV arena of `slots` sequences of `context` tokens each.
+    """One model with a KV cache of `slots` sequences of `context` tokens each.
 
-    `kind` is `lean` or `packed`: how it runs, see docs/architecture.md. `token_bytes` is what the arena keeps of a
-    token, `kv_tokens` how many tokens all slots together may hold, `weight_count` how many weights a row is multiplied
-    with, `sampling_s` the time that sampling took so far. Make and use it on one thread: torch's thread pool belongs to
-    the thread that first used it.
-    Raises SourceError when the architecture does not run packed, or is to give `embeddings` and does not tell its
-    hidden states; NotEnoughMemory when no slot fits.
+    `kind` is the path on which the model runs, `fused` or `transformers`, and `quantization` the quantization of its
+    weights, which `auto` chooses by the processor's instruction sets (`flags`). `token_bytes` is the size of a token in
+    the KV cache, `kv_tokens` the number of tokens that all slots together may hold, `weight_count` the number of
+    weights that a row is multiplied with, `sampling_s` the time spent on sampling.
+    Create and use a runner on one thread: torch's thread pool belongs to the thread that first used it.
+    Raises SourceError when neither path supports the model, or when `embeddings` are requested and the model does not
+    return its hidden states; NotEnoughMemory when the KV cache cannot hold one sequence.
     """
 
     def __init__(
         self,
         loaded: Loaded,
         engine: Engine,
-        quantization: Quantization = "none",
+        quantization: RequestedQuantization = "none",
         report: Report = lambda stage: None,
         embeddings: bool = False,
+        flags: Set[str] | None = None,
     ) -> None:
         self.text = loaded.text
         self.sampling_s = 0.0
         self.dtype = loaded.model.dtype
         self.context = min(engine.max_context, loaded.context)
-        self._quantization = quantization
-        # What the channels of the last hidden states were divided by, for the sake of the head.
-        self._divided: torch.Tensor | None = None
         model = loaded.model
+        choice = _choose_quantization(quantization, model, processor_flags() if flags is None else flags, report)
+        logger.info("%s: quantization %s (%s)", type(model).__name__, choice.quantization, choice.reason)
+        self.quantization: Quantization = choice.quantization
+        # The divisors of the channels of the last hidden states, if the model was smoothed.
+        self._hidden_divisors: torch.Tensor | None = None
         self.weight_count = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
-        with _in_a_sentence(model), torch.inference_mode():
-            test = _SelfTest(model, self.context, quantization, embeddings)
-            if quantization != "none" and model.device.type == "cpu":
-                self._divided = _calibrate(loaded, quantization, smoothable=why_not(model) is None)
+        with _as_source_error(model), torch.inference_mode():
+            test = _SelfTest(model, self.context, embeddings)
+            if self.quantization != "none" and model.device.type == "cpu":
+                smoothable = unsupported_reason(model) is None
+                self._hidden_divisors = _calibrate(loaded, self.quantization, smoothable)
             shapes = layer_shapes(model)
             self.context = min(self.context, unmasked_context(model, shapes) or self.context)
             self._caches = caches = self._make_caches(shapes, engine, model.dtype)
-            self._model, self.kind = self._fastest(model, caches, shapes, test, report)
+            windows = [shape.window for shape in shapes]
+            fused = self._fused_path(model, caches, windows, test, report)
+            if fused is None and quantization == "auto":
+                self.quantization = "none"
+            self.kind = "transformers" if fused is None else "fused"
+            self._model = fused or self._transformers_path(model, caches, test)
 
     @classmethod
     def from_config(cls, model: Model, report: Report) -> TorchRunner:
-        """Load a model as the configuration says, on as many threads as it says."""
+        """Load a model with the settings of its configuration."""
         torch.set_num_threads(model.engine.threads or usable_cores())
         if not model.resources.num_gpus:
-            kernels.begin()
+            kernels.start_build()
         loaded = load(model, report)
-        report("preparing the KV arena")
+        report("preparing the KV cache")
         runner = cls(loaded, model.engine, model.quantization, report, model.embeddings)
-        del loaded  # a lean model has weights of its own
+        del loaded  # the fused path has its own weights
         return_memory()
         return runner
 
@@ -102,15 +127,19 @@ class TorchRunner:
     def weight_bytes(self) -> int:
         return self._model.weight_bytes
 
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
     @torch.inference_mode()
     def run(self, step: Step) -> list[Outcome]:
-        for order in step.cache_ops:
+        for command in step.cache_ops:
             for cache in self._caches:
-                cache.carry_out(order)
+                cache.apply(command)
         rows = rows_of(step)
         logits, hidden = self._model.forward(rows)
         computed = time.perf_counter()
-        self._read(step, logits[len(rows.sample_rows) :], hidden)
+        self._record_prompt_results(step, logits[len(rows.sample_rows) :], hidden)
         sampling = [advance for advance in step.advances if advance.samples]
         if not sampling:
             return []
@@ -120,31 +149,38 @@ class TorchRunner:
         self.sampling_s += time.perf_counter() - computed
         return [_outcome(list(islice(sampled, 1 + len(advance.drafts)))) for advance in sampling]
 
-    def _read(self, step: Step, logits: torch.Tensor, hidden: torch.Tensor) -> None:
-        """What the step tells of prompts, to those who asked."""
+    def _record_prompt_results(self, step: Step, logits: torch.Tensor, hidden: torch.Tensor) -> None:
+        """Add the log probabilities and hidden states of prompt tokens to the sequences that requested them."""
         for advance in step.advances:
             count, readout = len(advance.readout_rows), advance.sequence.readout
             if readout is None or not count:
                 continue
             if advance.sequence.embeds:
-                self._sum(hidden[:count], readout)
+                self._add_states(hidden[:count], readout)
                 hidden = hidden[count:]
             else:
-                self._tell(logits[:count], advance, readout)
+                self._add_logprobs(logits[:count], advance, readout)
                 logits = logits[count:]
 
-    def _sum(self, hidden: torch.Tensor, readout: PromptReadout) -> None:
+    def _add_states(self, hidden: torch.Tensor, readout: PromptReadout) -> None:
         sums = hidden.double().sum(0)
-        readout.add_states((sums if self._divided is None else sums * self._divided).tolist(), len(hidden))
+        readout.add_states(
+            (sums if self._hidden_divisors is None else sums * self._hidden_divisors).tolist(), len(hidden)
+        )
 
-    def _tell(self, logits: torch.Tensor, advance: Advance, readout: PromptReadout) -> None:
+    def _add_logprobs(self, logits: torch.Tensor, advance: Advance, readout: PromptReadout) -> None:
         sequence = advance.sequence
         first = sequence.computed + advance.readout_rows.start + 1
         tokens = sequence.tokens[first : first + len(logits)]
-        readout.add_logprobs(how_likely(logits, tokens, sequence.params.prompt_logprobs or 0, self.text.token_text))
+        readout.add_logprobs(
+            prompt_logprobs(logits, tokens, sequence.params.prompt_logprobs or 0, self.text.token_text)
+        )
 
     def _make_caches(self, shapes: list[LayerShape], engine: Engine, dtype: torch.dtype) -> list[LayerCache]:
-        """All slots on CPU, where only what is written to takes memory; else as many as the memory budget holds."""
+        """One cache per layer. On a GPU with as many slots as fit into the memory budget.
+
+        On CPU there are `max_running` slots, because a slot takes memory only for the tokens written to it.
+        """
         length = -(-self.context // BLOCK) * BLOCK
         self.token_bytes = sum(s.heads * (s.key_dim + s.value_dim) for s in shapes) * dtype.itemsize
         device = shapes[0].device
@@ -154,88 +190,103 @@ class TorchRunner:
         self.kv_tokens = min(tokens, self.slots * length)
         return [LayerCache(self.slots, s.heads, length, s.key_dim, s.value_dim, dtype, s.device) for s in shapes]
 
-    def _fastest(
+    def _fused_path(
         self,
         model: PreTrainedModel,
         caches: list[LayerCache],
-        shapes: list[LayerShape],
+        windows: list[int | None],
         test: _SelfTest,
         report: Report,
-    ) -> tuple[ForwardPass, str]:
-        """The lean model if it can be had and gives what the model's own code gives; the packed one otherwise."""
-        name, reason = type(model).__name__, why_not(model)
-        if reason is None and kernels.available(report):
-            lean = LeanModel(model, caches, [shape.window for shape in shapes], self._quantization)
-            error = test.fault(lean)
-            if error is None:
-                return lean, "lean"
-            logger.warning("%s runs packed, not lean: %s", name, error)
-        elif reason is not None:
-            logger.info("%s runs packed, not lean: %s", name, reason)
-        packed = PackedModel(model, caches, self._quantization)
-        error = test.fault(packed)
+    ) -> ForwardPass | None:
+        """None if the fused path does not support the model or fails the self-test."""
+        name, reason = type(model).__name__, unsupported_reason(model)
+        if reason is not None:
+            logger.info("%s runs on the Hugging Face path: %s", name, reason)
+            return None
+        if not kernels.available(report):
+            return None
+        fused = FusedModel(model, caches, windows, self.quantization)
+        error = test.fault(fused, self.quantization)
         if error is not None:
-            raise SourceError(f"{name} {error}; this architecture is not supported")
-        return packed, "packed"
+            logger.warning("%s runs on the Hugging Face path: on the fused path it %s", name, error)
+            return None
+        return fused
+
+    def _transformers_path(self, model: PreTrainedModel, caches: list[LayerCache], test: _SelfTest) -> ForwardPass:
+        transformers = TransformersModel(model, caches, self.quantization)
+        error = test.fault(transformers, self.quantization)
+        if error is not None:
+            raise SourceError(f"{type(model).__name__} {error}; this architecture is not supported")
+        return transformers
+
+
+def _choose_quantization(
+    requested: RequestedQuantization, model: PreTrainedModel, flags: Set[str], report: Report
+) -> Choice:
+    choice = choose_quantization(requested, flags, model.device.type, unsupported_reason(model))
+    if requested == "auto" and choice.quantization != "none" and not kernels.available(report):
+        return Choice("none", "auto quantizes on the fused path only, which needs the native kernels")
+    return choice
 
 
 class _SelfTest:
-    """A few tokens, and what the model's own code says after them; seen before its weights are changed."""
+    """A few tokens, and the logits of the unmodified model after them. Create it before the weights are changed."""
 
-    def __init__(self, model: PreTrainedModel, context: int, quantization: Quantization, embeddings: bool) -> None:
+    def __init__(self, model: PreTrainedModel, context: int, embeddings: bool) -> None:
         vocabulary = model.get_input_embeddings().weight.shape[0]
         self._tokens = [(i + 1) * 7919 % vocabulary for i in range(min(_SELF_TEST_TOKENS, context))]
         ids = torch.tensor([self._tokens], device=model.device)
         output = model(input_ids=ids, use_cache=False, output_hidden_states=embeddings)
         if embeddings and not output.hidden_states:
-            raise SourceError(f"{type(model).__name__} tells no hidden states to embed with; set embeddings: false")
+            raise SourceError(
+                f"{type(model).__name__} does not return hidden states, which embeddings need; set embeddings: false"
+            )
         self._reference: torch.Tensor = output.logits[0, -1]
-        self._like = _LIKE_QUANTIZED.get(quantization) or _LIKE[self._reference.dtype]
 
-    def fault(self, model: ForwardPass) -> str | None:
-        """What is wrong if two chunks and a decode step do not give what the model's own attention gives.
+    def fault(self, model: ForwardPass, quantization: Quantization) -> str | None:
+        """What is wrong with the logits of a forward pass after two chunks and a decode step; None if nothing is.
 
-        This finds an attention that wants more than keys and values of earlier tokens, and an operation that does not
-        compute here what it should.
+        Finds an attention that needs more than keys and values of earlier tokens, and operations that compute wrong
+        results on this processor.
         """
         last = len(self._tokens) - 1
         for start, end in ((0, last // 2), (last // 2, last), (last, last + 1)):
             logits, _ = model.forward(span(self._tokens[start:end], slot=0, start=start))
             if len(logits) != 1:
-                return f"gives logits of {len(logits)} rows when one is wanted"
-        likeness = torch.cosine_similarity(logits[0].float(), self._reference.float(), dim=0).item()
-        if likeness >= self._like:
+                return f"returns logits of {len(logits)} rows instead of one"
+        cosine = torch.cosine_similarity(logits[0].float(), self._reference.float(), dim=0).item()
+        if cosine >= (_MIN_COSINE_QUANTIZED.get(quantization) or _MIN_COSINE[self._reference.dtype]):
             return None
-        return f"does not give its own answers when run packed (their cosine is {likeness:.3f})"
+        return f"does not compute the logits of the unmodified model (their cosine is {cosine:.3f})"
 
 
 def _calibrate(loaded: Loaded, quantization: Quantization, smoothable: bool) -> torch.Tensor | None:
-    """Read a text once, to spend the few digits where they count.
+    """Prepare the model's weights for quantization by one pass over a short text.
 
-    What the channels of the last hidden states are divided by from now on, if they are.
+    Returns the divisors of the channels of the last hidden states, if the model is smoothed.
     """
     (ids,) = loaded.text.encode([TextPrompt(calibration.TEXT)])
     assert isinstance(ids, list)
     ids = ids[: loaded.context]
     if quantization == "int4":
-        mark(calibration.inputs(loaded.model, ids, calibration.importance))
+        attach_importance(calibration.input_statistics(loaded.model, ids, calibration.mean_square))
     return (smooth if quantization == "int8" else smooth_head)(loaded.model, ids) if smoothable else None
 
 
 @contextmanager
-def _in_a_sentence(model: torch.nn.Module) -> Iterator[None]:
-    """Foreign code, called as it may not expect, raises whatever it likes: all of it is a SourceError here."""
+def _as_source_error(model: torch.nn.Module) -> Iterator[None]:
+    """Turn any exception of the model's code, which may not support this kind of call, into a SourceError."""
     try:
         yield
     except (SourceError, NotEnoughMemory):
         raise
     except Exception as error:
         reason = " ".join(str(error).split())
-        raise SourceError(f"{type(model).__name__} cannot be run here: {reason}") from error
+        raise SourceError(f"{type(model).__name__} cannot be run: {reason}") from error
 
 
 def _outcome(sampled: list[Sampled | ServeAppError]) -> Outcome:
-    """All tokens before the first that is none; that one's error if there are no others."""
+    """All tokens before the first error; the error if it comes first."""
     tokens = tuple(takewhile(lambda one: isinstance(one, Sampled), sampled))
     return tokens or sampled[0]  # type: ignore[return-value]
 

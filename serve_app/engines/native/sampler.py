@@ -1,4 +1,4 @@
-"""Chooses tokens. A draw depends on the request's seed and the token's position, never on its neighbours."""
+"""Samples tokens from logits. A draw depends on the request's seed and the token's position, not on other rows."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from serve_app.errors import InternalError, ServeAppError
 CANDIDATES = 256
 _MASK = 2**64 - 1
 _ROWS = 64
-# A smaller divisor could make a logit infinite, and then a probability that is no number.
-_SMALLEST_DIVISOR = 1e-6
+# A smaller divisor could make a logit infinite, and its probability NaN.
+_MIN_DIVISOR = 1e-6
 
 
 def sample(
@@ -24,24 +24,23 @@ def sample(
     token_text: Callable[[int], str],
     ahead: list[int] | None = None,
 ) -> list[Sampled | ServeAppError]:
-    """One token for each row of `[R, V]` logits; an error for a row that holds no numbers, or whose grammar fails.
+    """One token for each row of `[R, V]` logits, or an error for a row that holds NaN or whose grammar fails.
 
-    A row is its sequence's next token, or the one that comes `ahead` tokens after it.
+    Row i is the distribution of the token at `ahead[i]` positions after the next one of `sequences[i]`, by default 0.
     """
     ahead = ahead or [0] * len(sequences)
     adjusted, failed = _adjust(logits, sequences)
-    likeliest, ids = _largest(adjusted)
-    tokens, broken = ids.tolist(), likeliest.isnan().tolist()
+    largest, ids = _argmax(adjusted)
+    tokens, with_nan = ids.tolist(), largest.isnan().tolist()
     drawn = [row for row, sequence in enumerate(sequences) if sequence.params.temperature > 0]
     if drawn:
-        every = len(drawn) == len(sequences)
-        rows = adjusted.float() if every else adjusted[drawn].float()
+        rows = adjusted.float() if len(drawn) == len(sequences) else adjusted[drawn].float()
         for row, token in zip(drawn, _draw(rows, [(sequences[row], ahead[row]) for row in drawn]), strict=True):
             tokens[row] = token
-    for row, nan in enumerate(broken):
+    for row, nan in enumerate(with_nan):
         if nan:
             failed[row] = InternalError(
-                "the model computed no numbers for this request; its text may be too unusual for its precision"
+                "the model computed NaN for this request; the precision of the model may not suffice for this text"
             )
     return [
         failed.get(row)
@@ -50,22 +49,22 @@ def sample(
     ]
 
 
-def how_likely(
+def prompt_logprobs(
     logits: torch.Tensor, tokens: list[int], alternatives: int, token_text: Callable[[int], str]
 ) -> list[Logprobs]:
-    """What the model's own distributions, rows `[R, V]`, say of the tokens that came.
+    """Log probability and rank of each of the R prompt tokens by the logits `[R, V]` of the positions before them.
 
-    Some rows at a time: in float32, of 2,000 rows and a vocabulary of 128,000, each copy would be a gigabyte.
+    Processes 64 rows at a time: for 2,000 rows and a vocabulary of 128,000 each float32 copy would take a gigabyte.
     """
-    parts = range(0, len(tokens), _ROWS)
+    parts = [slice(first, first + _ROWS) for first in range(0, len(tokens), _ROWS)]
     return [
-        told
-        for first in parts
-        for told in _how_likely(logits[first : first + _ROWS], tokens[first : first + _ROWS], alternatives, token_text)
+        logprobs
+        for part in parts
+        for logprobs in _prompt_logprobs(logits[part], tokens[part], alternatives, token_text)
     ]
 
 
-def _how_likely(
+def _prompt_logprobs(
     logits: torch.Tensor, tokens: list[int], alternatives: int, token_text: Callable[[int], str]
 ) -> list[Logprobs]:
     logprobs = logits.float().log_softmax(-1)
@@ -73,7 +72,7 @@ def _how_likely(
     ranks = (logprobs > chosen).sum(-1) + 1
     values, ids = logprobs.topk(min(alternatives, logits.shape[1]))
     return [
-        Logprobs(TokenLogprob(token, token_text(token), logprob), _named(top, best, token_text), rank)
+        Logprobs(TokenLogprob(token, token_text(token), logprob), _top_logprobs(top, best, token_text), rank)
         for token, logprob, rank, top, best in zip(
             tokens, chosen[:, 0].tolist(), ranks.tolist(), ids.tolist(), values.tolist(), strict=True
         )
@@ -81,7 +80,7 @@ def _how_likely(
 
 
 def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) with 52 bits that depends on seed and position only.
+    """A number in [0, 1) with 52 bits that depends only on `seed` and `position`.
 
     SplitMix64 used as a counter-based generator: Steele, Lea, Flood, "Fast splittable pseudorandom number
     generators", OOPSLA 2014. With 52 bits, u * total is always below total in double precision.
@@ -92,28 +91,28 @@ def uniform(seed: int, position: int) -> float:
     return ((z ^ (z >> 31)) >> 12) * 2.0**-52
 
 
-def _largest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Value and place of each row's largest; torch's own way takes four times as long on CPU."""
-    known = logits.device.type == "cpu" and logits.dtype in (torch.float32, torch.bfloat16)
-    if known and hasattr(torch.ops.serve_app, "largest_of_rows"):
-        values, places = torch.ops.serve_app.largest_of_rows(logits.contiguous())
-        return values, places
+def _argmax(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The largest value of each row and its index, by the native operation: torch's takes four times as long on CPU."""
+    supported = logits.device.type == "cpu" and logits.dtype in (torch.float32, torch.bfloat16)
+    if supported and hasattr(torch.ops.serve_app, "argmax_of_rows"):
+        values, indices = torch.ops.serve_app.argmax_of_rows(logits.contiguous())
+        return values, indices
     largest = logits.max(-1)
     return largest.values, largest.indices
 
 
 def _adjust(logits: torch.Tensor, sequences: list[Sequence]) -> tuple[torch.Tensor, dict[int, ServeAppError]]:
-    """Biases, penalties, no end before min_tokens, then grammars; and the rows whose grammar fails.
+    """Logits after biases, penalties, min_tokens and grammars, and the errors of the rows whose grammar fails.
 
-    Copies only when a row asks for something.
+    Copies the logits only when a row needs an adjustment.
     """
     failed: dict[int, ServeAppError] = {}
-    asking = [(row, s) for row, s in enumerate(sequences) if _asks(s)]
-    if not asking:
+    adjusted_rows = [(row, s) for row, s in enumerate(sequences) if _needs_adjustment(s)]
+    if not adjusted_rows:
         return logits, failed
     logits = logits.to(torch.float32, copy=True)
-    _bias(logits, asking)
-    for row, sequence in asking:
+    _bias(logits, adjusted_rows)
+    for row, sequence in adjusted_rows:
         _adjust_row(logits[row], sequence)
         error = _constrain(logits[row], sequence)
         if error is not None:
@@ -121,39 +120,43 @@ def _adjust(logits: torch.Tensor, sequences: list[Sequence]) -> tuple[torch.Tens
     return logits, failed
 
 
-def _asks(sequence: Sequence) -> bool:
+def _needs_adjustment(sequence: Sequence) -> bool:
     p = sequence.params
-    penalised = p.repetition_penalty != 1 or p.presence_penalty != 0 or p.frequency_penalty != 0
-    return penalised or sequence.generated < p.min_tokens or bool(p.logit_bias) or sequence.constraint is not None
+    penalized = p.repetition_penalty != 1 or p.presence_penalty != 0 or p.frequency_penalty != 0
+    return penalized or sequence.generated < p.min_tokens or bool(p.logit_bias) or sequence.constraint is not None
 
 
-def _bias(logits: torch.Tensor, asking: list[tuple[int, Sequence]]) -> None:
-    """In place, all rows in one pass."""
-    biases = [(row, *bias) for row, s in asking for bias in s.params.logit_bias if bias[0] < logits.shape[1]]
+def _bias(logits: torch.Tensor, adjusted_rows: list[tuple[int, Sequence]]) -> None:
+    """Add the biases of all rows in place, in one operation."""
+    biases = [(row, *bias) for row, s in adjusted_rows for bias in s.params.logit_bias if bias[0] < logits.shape[1]]
     if biases:
         rows, tokens, values = (torch.tensor(column, device=logits.device) for column in zip(*biases, strict=True))
         logits.index_put_((rows, tokens), values.to(logits.dtype), accumulate=True)
 
 
 def _adjust_row(row: torch.Tensor, sequence: Sequence) -> None:
-    """In place. Repetition counts prompt and answer (Keskar et al. 2019, CTRL); the other two the answer (OpenAI)."""
+    """Apply penalties and min_tokens in place.
+
+    The repetition penalty applies to tokens of prompt and answer (Keskar et al. 2019, CTRL), the presence and frequency
+    penalties to tokens of the answer (OpenAI).
+    """
     p = sequence.params
     if p.repetition_penalty != 1:
         seen = torch.unique(torch.tensor(sequence.tokens, device=row.device))
-        value, penalty = row[seen], max(p.repetition_penalty, _SMALLEST_DIVISOR)
+        value, penalty = row[seen], max(p.repetition_penalty, _MIN_DIVISOR)
         row[seen] = torch.where(value > 0, value / penalty, value * penalty)
     if sequence.generated and (p.presence_penalty or p.frequency_penalty):
         answer = torch.tensor(sequence.tokens[sequence.prompt_len :], device=row.device)
-        said, times = torch.unique(answer, return_counts=True)
-        row[said] -= p.presence_penalty + p.frequency_penalty * times
+        generated, counts = torch.unique(answer, return_counts=True)
+        row[generated] -= p.presence_penalty + p.frequency_penalty * counts
     if sequence.generated < p.min_tokens and sequence.constraint is None:
         row[_ends(row, sequence)] = -torch.inf
 
 
 def _constrain(row: torch.Tensor, sequence: Sequence) -> ServeAppError | None:
-    """In place: minus infinity for what the sequence's grammar does not allow; or why it cannot be told.
+    """Set tokens that the sequence's grammar does not allow to minus infinity, in place; returns the grammar's error.
 
-    An end before min_tokens is allowed where the grammar allows nothing else.
+    An end token before min_tokens is allowed where the grammar allows no other token.
     """
     if sequence.constraint is None:
         return None
@@ -162,9 +165,9 @@ def _constrain(row: torch.Tensor, sequence: Sequence) -> ServeAppError | None:
         return bits
     allowed = np.unpackbits(np.frombuffer(bits, np.uint8), count=row.shape[0], bitorder="little").view(np.bool_)
     if sequence.generated < sequence.params.min_tokens:
-        longer = allowed.copy()
-        longer[_ends(row, sequence)] = False
-        allowed = longer if longer.any() else allowed
+        without_end = allowed.copy()
+        without_end[_ends(row, sequence)] = False
+        allowed = without_end if without_end.any() else allowed
     row.masked_fill_(torch.from_numpy(~allowed).to(row.device), -torch.inf)
     return None
 
@@ -173,21 +176,21 @@ def _ends(row: torch.Tensor, sequence: Sequence) -> list[int]:
     return [token for token in sequence.end_ids if token < row.shape[0]]
 
 
-def _draw(logits: torch.Tensor, places: list[tuple[Sequence, int]]) -> list[int]:
-    """Inverse-transform sampling of rows `[M, V]`, in float64 so that the draw does not depend on summation order."""
-    sequences = [sequence for sequence, _ in places]
+def _draw(logits: torch.Tensor, positions: list[tuple[Sequence, int]]) -> list[int]:
+    """Inverse-transform sampling of rows `[M, V]`, in float64 so that a draw does not depend on the summation order."""
+    sequences = [sequence for sequence, _ in positions]
     params = [s.params for s in sequences]
     device = logits.device
-    scaled = logits / torch.tensor([max(p.temperature, _SMALLEST_DIVISOR) for p in params], device=device)[:, None]
+    scaled = logits / torch.tensor([max(p.temperature, _MIN_DIVISOR) for p in params], device=device)[:, None]
     draws = torch.tensor(
-        [uniform(s.seed, s.generated + ahead) for s, ahead in places], dtype=torch.float64, device=device
+        [uniform(s.seed, s.generated + ahead) for s, ahead in positions], dtype=torch.float64, device=device
     )
     filtered = [i for i, p in enumerate(params) if p.top_k > 0 or p.top_p < 1 or p.min_p > 0]
-    free = [i for i in range(len(params)) if i not in set(filtered)]
+    unfiltered = [i for i in range(len(params)) if i not in set(filtered)]
     tokens = [0] * len(params)
-    if free:
-        ids = _pick(torch.softmax(scaled[free].double(), dim=-1), draws[free])
-        for i, token in zip(free, ids.tolist(), strict=True):
+    if unfiltered:
+        ids = _first_above(torch.softmax(scaled[unfiltered].double(), dim=-1), draws[unfiltered])
+        for i, token in zip(unfiltered, ids.tolist(), strict=True):
             tokens[i] = token
     if filtered:
         chosen = _draw_filtered(scaled[filtered], draws[filtered], [sequences[i] for i in filtered], CANDIDATES)
@@ -197,10 +200,11 @@ def _draw(logits: torch.Tensor, places: list[tuple[Sequence, int]]) -> list[int]
 
 
 def _draw_filtered(scaled: torch.Tensor, draws: torch.Tensor, sequences: list[Sequence], candidates: int) -> list[int]:
-    """Top-k, then top-p of what is left, then min-p, on the most likely candidates: no sort of the vocabulary.
+    """Top-k, then top-p of the remaining tokens, then min-p, on the most likely `candidates`; no full sort.
 
-    A row whose candidates do not hold what its filters ask for is drawn again by itself from as many as they need,
-    so that the width, which decides the order of equal values, is never a neighbour's.
+    If the candidates of a row do not include all tokens that its filters keep, the row is drawn again alone from as
+    many candidates as its filters need. The number of candidates decides the order of equal values and must not
+    depend on other rows.
     """
     params = [s.params for s in sequences]
     vocabulary = scaled.shape[-1]
@@ -217,30 +221,30 @@ def _draw_filtered(scaled: torch.Tensor, draws: torch.Tensor, sequences: list[Se
     total = torch.where(top_k < vocabulary, weights.sum(-1, keepdim=True), 1.0)
     cumulative = weights.cumsum(-1)
     keep = (cumulative - weights < top_p * total) & (probs >= min_p * probs[:, :1])
-    keep[:, 0] = True  # whatever the smallest of filters is rounded to
+    keep[:, 0] = True  # a very small filter may be rounded to 0, which would keep no token
     reached = (cumulative[:, -1:] >= top_p * total) | (probs[:, -1:] < min_p * probs[:, :1])
     enough = (top_k <= width) | ((top_k >= vocabulary) & reached)
-    tokens: list[int] = ids.gather(1, _pick(weights * keep, draws)[:, None])[:, 0].tolist()
+    tokens: list[int] = ids.gather(1, _first_above(weights * keep, draws)[:, None])[:, 0].tolist()
     for i in [] if width == vocabulary else (~enough[:, 0]).nonzero()[:, 0].tolist():
         needed = params[i].top_k or vocabulary
         tokens[i] = _draw_filtered(scaled[i : i + 1], draws[i : i + 1], [sequences[i]], needed)[0]
     return tokens
 
 
-def _pick(weights: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+def _first_above(weights: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
     """Index `[M]` of the first column whose cumulative weight exceeds draw * total."""
     cumulative = weights.cumsum(-1)
     found = torch.searchsorted(cumulative, (draws * cumulative[:, -1])[:, None], right=True)[:, 0]
-    return found.clamp(max=weights.shape[1] - 1)  # weights that are no numbers must not fail the neighbours' step
+    return found.clamp(max=weights.shape[1] - 1)  # NaN weights of one row must not fail the step of all rows
 
 
 def _logprobs(row: torch.Tensor, token: int, sequence: Sequence, token_text: Callable[[int], str]) -> Logprobs:
-    """Of the model's own distribution, before biases, penalties, temperature and filters."""
+    """Log probabilities of the model's distribution, before biases, penalties, temperature and filters."""
     logprobs = row.float().log_softmax(-1)
     values, ids = logprobs.topk(min(sequence.params.logprobs or 0, row.shape[0]))
     chosen = TokenLogprob(token, token_text(token), logprobs[token].item())
-    return Logprobs(chosen, _named(ids.tolist(), values.tolist(), token_text))
+    return Logprobs(chosen, _top_logprobs(ids.tolist(), values.tolist(), token_text))
 
 
-def _named(ids: list[int], logprobs: list[float], token_text: Callable[[int], str]) -> tuple[TokenLogprob, ...]:
+def _top_logprobs(ids: list[int], logprobs: list[float], token_text: Callable[[int], str]) -> tuple[TokenLogprob, ...]:
     return tuple(TokenLogprob(i, token_text(i), logprob) for i, logprob in zip(ids, logprobs, strict=True))

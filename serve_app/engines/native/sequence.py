@@ -231,6 +231,16 @@ class Runner(Protocol):
         ...
 
     @property
+    def quantization(self) -> str:
+        """The quantization of the weights: `none`, `int8` or `int4`."""
+        ...
+
+    @property
+    def dtype_name(self) -> str:
+        """The dtype of the weights before quantization, such as `bfloat16`; empty for a runner without weights."""
+        ...
+
+    @property
     def slots(self) -> int: ...
 
     @property

@@ -1,8 +1,9 @@
-"""Makes a Llama-like model's activations easier to quantise, without changing what it computes.
+"""Rescales the channels of a Llama-like model for quantization of its activations; the model's outputs stay the same.
 
-A few channels of a transformer's activations are many times larger than the rest, and 8 bits shared by a row are then
-spent on them. Dividing such a channel where it is made, and multiplying the weights that read it, moves the range to
-the weights, which have a scale for every output (SmoothQuant: Xiao et al. 2023, arXiv 2211.10438, alpha 0.5).
+A few channels of a transformer's activations are many times larger than the others, and take most of the 8 bits that a
+row shares. This module divides such a channel in the layer that produces it and multiplies the weights that consume it.
+The weights have a scale for each output and can carry the range (SmoothQuant: Xiao et al. 2023, arXiv 2211.10438, with
+alpha 0.5).
 """
 
 from __future__ import annotations
@@ -19,64 +20,64 @@ _ALPHA = 0.5
 
 
 def smooth(model: PreTrainedModel, ids: Seq[int]) -> torch.Tensor:
-    """Rescale channels in place, by powers of two, so that no weight is rounded. `ids`: a text to see them on.
+    """Rescale channels in place, by powers of two, so that no weight is rounded. `ids` is the calibration text.
 
-    What the channels of its last hidden states are divided by from now on.
+    Returns the divisors `[hidden]` of the channels of the last hidden states.
     """
-    largest = calibration.inputs(model, ids, calibration.largest)
+    ranges = calibration.input_statistics(model, ids, calibration.max_magnitude)
     layers: Any = model.model.layers
     for layer in layers:
         attention, mlp = layer.self_attn, layer.mlp
-        for norm, readers in (
+        for norm, consumers in (
             (layer.input_layernorm, [attention.q_proj, attention.k_proj, attention.v_proj]),
             (layer.post_attention_layernorm, [mlp.gate_proj, mlp.up_proj]),
         ):
-            scale = _scale(largest[readers[0]], readers)
+            scale = _scale(ranges[consumers[0]], consumers)
             norm.weight.data /= scale
-            _read(readers, scale)
-        scale = _scale(largest[mlp.down_proj], [mlp.down_proj])
-        _make(mlp.up_proj, scale)
-        _read([mlp.down_proj], scale)
-        shared = attention.v_proj.out_features
+            _multiply_inputs(consumers, scale)
+        scale = _scale(ranges[mlp.down_proj], [mlp.down_proj])
+        _divide_outputs(mlp.up_proj, scale)
+        _multiply_inputs([mlp.down_proj], scale)
         # The query heads of one group read the same value head, so they share its scale.
-        grouped = _scale(largest[attention.o_proj], [attention.o_proj]).view(-1, _group(attention), attention.head_dim)
+        grouped = _scale(ranges[attention.o_proj], [attention.o_proj]).view(-1, _group(attention), attention.head_dim)
         scale = grouped.amax(1)
-        _make(attention.v_proj, scale.reshape(shared))
-        _read([attention.o_proj], scale[:, None].expand_as(grouped).reshape(-1))
-    return _smooth_head(model, largest)
+        _divide_outputs(attention.v_proj, scale.reshape(attention.v_proj.out_features))
+        _multiply_inputs([attention.o_proj], scale[:, None].expand_as(grouped).reshape(-1))
+    return _smooth_head(model, ranges)
 
 
 def smooth_head(model: PreTrainedModel, ids: Seq[int]) -> torch.Tensor:
-    """Only what the head reads, for a model of which only the head is int8."""
-    return _smooth_head(model, calibration.inputs(model, ids, calibration.largest))
+    """Rescale only the inputs of the head, for a model in which only the head is int8. Returns the same as `smooth`."""
+    return _smooth_head(model, calibration.input_statistics(model, ids, calibration.max_magnitude))
 
 
-def _smooth_head(model: PreTrainedModel, largest: dict[torch.nn.Module, torch.Tensor]) -> torch.Tensor:
+def _smooth_head(model: PreTrainedModel, ranges: dict[torch.nn.Module, torch.Tensor]) -> torch.Tensor:
     head, norm = model.get_output_embeddings(), model.model.norm
-    scale = _scale(largest[head], [head])
+    scale = _scale(ranges[head], [head])
     norm.weight.data /= scale
-    # A weight of its own: it may have been the embedding's, which stays as it is.
+    # A new parameter: the head may share its weight with the embedding, which must not change.
     head.weight = torch.nn.Parameter(head.weight.detach() * scale.to(head.weight.dtype), requires_grad=False)
     return scale
 
 
 def _group(attention: Any) -> int:
+    """Query heads per key-value head."""
     return int(attention.o_proj.in_features // attention.v_proj.out_features)
 
 
-def _scale(largest: torch.Tensor, readers: Seq[torch.nn.Linear]) -> torch.Tensor:
-    """What each channel is divided by where it is made."""
-    weights = torch.stack([reader.weight.detach().float().abs().amax(0) for reader in readers]).amax(0)
-    ratio = largest.clamp_min(1e-5) ** _ALPHA / weights.clamp_min(1e-5) ** (1 - _ALPHA)
+def _scale(range_: torch.Tensor, consumers: Seq[torch.nn.Linear]) -> torch.Tensor:
+    """The divisor of each channel `[K]`, a power of two. `range_` holds the channels' largest magnitudes."""
+    weights = torch.stack([consumer.weight.detach().float().abs().amax(0) for consumer in consumers]).amax(0)
+    ratio = range_.clamp_min(1e-5) ** _ALPHA / weights.clamp_min(1e-5) ** (1 - _ALPHA)
     return torch.exp2(torch.round(torch.log2(ratio)))
 
 
-def _make(linear: torch.nn.Linear, scale: torch.Tensor) -> None:
+def _divide_outputs(linear: torch.nn.Linear, scale: torch.Tensor) -> None:
     linear.weight.data /= scale.to(linear.weight.dtype)[:, None]
     if linear.bias is not None:
         linear.bias.data /= scale.to(linear.bias.dtype)
 
 
-def _read(linears: Seq[torch.nn.Linear], scale: torch.Tensor) -> None:
+def _multiply_inputs(linears: Seq[torch.nn.Linear], scale: torch.Tensor) -> None:
     for linear in linears:
         linear.weight.data *= scale.to(linear.weight.dtype)

@@ -1,3 +1,5 @@
+"""Attention over the slots of the cache, compared with one sequence at a time in plain loops."""
+
 from __future__ import annotations
 
 import random
@@ -32,7 +34,7 @@ def expected(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """One row `[H, D]` over everything its own sequence has, head by head: `[H, Dv]`."""
+    """Attention of one row `[H, D]` over its own sequence, head by head: `[H, Dv]`."""
     seen = slice(max(0, len(keys) - window) if window else 0, None)
     out = []
     for head, q in enumerate(query):
@@ -46,8 +48,8 @@ def expected(
     return torch.stack(out)
 
 
-class KVCache:
-    """A cache, and beside it every sequence's keys and values in plain lists."""
+class ReferenceCache:
+    """A LayerCache, and the keys and values of each sequence in plain lists."""
 
     def __init__(self, heads: int, shared: int, seed: int) -> None:
         self.heads, self.shared = heads, shared
@@ -57,7 +59,7 @@ class KVCache:
         self._noise = torch.Generator().manual_seed(seed)
 
     def step(self, decode: list[int], chunks: list[tuple[int, int]], window: int | None, **extras: Any) -> None:
-        """Decode these slots in order, then advance chunks of (slot, count); compare every row."""
+        """Decode these slots in order, then process chunks of (slot, count), and compare each row."""
         slots = [*decode, *(slot for slot, count in chunks for _ in range(count))]
         query, key, value = (
             torch.randn(1, heads, len(slots), dim, generator=self._noise)
@@ -101,41 +103,41 @@ EXTRAS = {
 @pytest.mark.parametrize("extras", EXTRAS.values(), ids=EXTRAS)
 @pytest.mark.parametrize("window", [None, 1, 4])
 @pytest.mark.parametrize("shared", [1, 2, 4])
-def test_any_mixture_of_decoding_and_chunks_is_what_each_sequence_gets_alone(
+def test_a_mixture_of_decode_rows_and_chunks_equals_each_sequence_alone(
     shared: int, window: int | None, extras: dict[str, Any]
 ) -> None:
-    """Four query heads over 1, 2 or 4 key-value heads; slots are taken over with what their last owner left."""
-    arena, rng = KVCache(4, shared, seed=shared), random.Random(shared)
+    """Four query heads over 1, 2 or 4 key-value heads. New sequences reuse slots that still hold old values."""
+    cache, rng = ReferenceCache(4, shared, seed=shared), random.Random(shared)
     for _ in range(12):
         decode, chunks = [], []
         for slot in range(SLOTS):
-            held = len(arena.keys[slot])
+            held = len(cache.keys[slot])
             if held and (held > LENGTH - 6 or rng.random() < 0.1):
-                arena.keys[slot], arena.values[slot], held = [], [], 0
+                cache.keys[slot], cache.values[slot], held = [], [], 0
             if held and rng.random() < 0.6:
                 decode.append(slot)
             elif rng.random() < 0.6:
                 chunks.append((slot, rng.randint(2, 6)))
         if decode or chunks:
             rng.shuffle(chunks)
-            arena.step(decode, chunks, window, **extras)
+            cache.step(decode, chunks, window, **extras)
 
 
-def test_what_is_no_number_stays_with_who_made_it() -> None:
-    """The next owner of the slot, and its neighbours, look at positions beyond their own behind a mask."""
-    arena = KVCache(4, 2, seed=1)
-    arena.cache.layout = layout_of(span([0] * 6, slot=1, start=0), CPU)
+def test_nan_of_one_sequence_does_not_reach_others() -> None:
+    """The next sequence in the slot and the adjacent slots read the positions with NaN and mask them."""
+    cache = ReferenceCache(4, 2, seed=1)
+    cache.cache.layout = layout_of(span([0] * 6, slot=1, start=0), CPU)
     broken = torch.full((1, 4, 6, KEY_DIM), torch.nan)
-    arena.cache.attend(broken, broken[:, :2], torch.full((1, 2, 6, VALUE_DIM), torch.inf), SCALING, None)
-    arena.step([], [(0, 5), (1, 2), (2, 3)], None)
-    arena.step([0, 1, 2], [], None)
+    cache.cache.attend(broken, broken[:, :2], torch.full((1, 2, 6, VALUE_DIM), torch.inf), SCALING, None)
+    cache.step([], [(0, 5), (1, 2), (2, 3)], None)
+    cache.step([0, 1, 2], [], None)
 
 
-def test_layers_share_what_a_step_computed_once() -> None:
-    arena = KVCache(4, 2, seed=2)
-    arena.step([], [(0, 5), (1, 3)], None)
-    arena.step([0, 1], [(2, 4)], None)
-    layout, other = arena.cache.layout, LayerCache(SLOTS, 2, LENGTH, KEY_DIM, VALUE_DIM, torch.float32, CPU)
+def test_layers_share_the_index_tensors_and_masks_of_a_step() -> None:
+    cache = ReferenceCache(4, 2, seed=2)
+    cache.step([], [(0, 5), (1, 3)], None)
+    cache.step([0, 1], [(2, 4)], None)
+    layout, other = cache.cache.layout, LayerCache(SLOTS, 2, LENGTH, KEY_DIM, VALUE_DIM, torch.float32, CPU)
     assert layout is not None
     other.layout, before = layout, dict(layout._shared)
     key = torch.zeros(1, 2, 6, KEY_DIM)
@@ -145,7 +147,7 @@ def test_layers_share_what_a_step_computed_once() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_an_arena_begins_with_zeros_of_its_type(dtype: torch.dtype) -> None:
+def test_a_new_cache_is_zero_and_has_the_dtype(dtype: torch.dtype) -> None:
     cache = LayerCache(2, 1, 3, 4, 5, dtype, CPU)
     assert (cache.keys.shape, cache.values.shape) == ((2, 1, 3, 4), (2, 1, 3, 5))
     assert (cache.keys.dtype, cache.values.dtype) == (dtype, dtype)
@@ -153,21 +155,21 @@ def test_an_arena_begins_with_zeros_of_its_type(dtype: torch.dtype) -> None:
     assert not cache.values.any()
 
 
-def test_a_reduced_arena_answers_in_the_querys_type() -> None:
+def test_attention_over_a_bfloat16_cache_returns_the_dtype_of_the_query() -> None:
     cache = LayerCache(1, 1, 8, 4, 4, torch.bfloat16, CPU)
     cache.layout = layout_of(span([0] * 3, slot=0, start=0), CPU)
     rows = torch.randn(1, 1, 3, 4)
     assert cache.attend(rows, rows, rows, 1.0, None).dtype == torch.float32
 
 
-def test_a_probe_learns_the_shapes_of_a_layer() -> None:
+def test_a_shape_probe_records_the_shapes_of_a_layer() -> None:
     probe = ShapeProbe()
     out = probe.attend(torch.ones(1, 4, 3, 8), torch.ones(1, 2, 3, 8), torch.ones(1, 2, 3, 6), 1.0, None)
     assert (probe.heads, probe.key_dim, probe.value_dim) == (2, 8, 6)
     assert out.shape == (1, 3, 4, 6)
 
 
-def test_transformers_is_given_our_attention_and_its_own_scale_by_default() -> None:
+def test_transformers_finds_the_attention_function_and_its_default_scale() -> None:
     from transformers import AttentionInterface
 
     forward = AttentionInterface()[IMPLEMENTATION]
@@ -184,23 +186,23 @@ def test_transformers_is_given_our_attention_and_its_own_scale_by_default() -> N
     assert not torch.allclose(outs[0], outs[2])
 
 
-def test_the_modules_that_attend_are_those_that_know_their_layer() -> None:
+def test_attention_modules_are_the_modules_with_a_layer_index() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Linear(1, 1))
     model[1].layer_idx = 0  # type: ignore[assignment]
     assert attention_modules(model) == [model[1]]
 
 
-def test_a_beginning_is_copied_and_what_is_given_back_reads_as_zeros() -> None:
+def test_copy_and_trim_change_only_the_given_positions() -> None:
     cache = LayerCache(3, 2, 256, 64, 64, torch.float32, torch.device("cpu"))
-    for arena in (cache.keys, cache.values):
-        arena.copy_(torch.arange(3 * 2 * 256 * 64).view(3, 2, 256, 64))
+    for tensor in (cache.keys, cache.values):
+        tensor.copy_(torch.arange(3 * 2 * 256 * 64).view(3, 2, 256, 64))
     kept = cache.values.clone()
-    cache.carry_out(Trim(0, 128))
+    cache.apply(Trim(0, 128))
     assert cache.values[0, :, :128].equal(kept[0, :, :128])
     assert cache.values[0, :, 128:].eq(0).all()
-    cache.carry_out(Trim(1, 0))
+    cache.apply(Trim(1, 0))
     assert cache.keys[1].eq(0).all()
     assert cache.values[2].equal(kept[2])
-    cache.carry_out(Copy(2, 0, 96))
+    cache.apply(Copy(2, 0, 96))
     assert cache.values[0, :, :96].equal(kept[2, :, :96])
     assert cache.values[0, :, 96:128].equal(kept[0, :, 96:128])

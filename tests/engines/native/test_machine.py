@@ -1,3 +1,5 @@
+"""Memory, cores and instruction sets that the process finds, from files in the format of Linux."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -5,14 +7,20 @@ from pathlib import Path
 import pytest
 
 from serve_app.config import Engine as EngineConfig
-from serve_app.engines.native.machine import NotEnoughMemory, available_bytes, kv_tokens_that_fit, usable_cores
+from serve_app.engines.native.machine import (
+    NotEnoughMemory,
+    available_bytes,
+    kv_tokens_that_fit,
+    processor_flags,
+    usable_cores,
+)
 
 MIB = 2**20
 
 
 @pytest.fixture
 def meminfo(tmp_path: Path) -> Path:
-    """A machine with 1000 MiB to spare."""
+    """A machine with 1000 MiB of available memory."""
     return written(tmp_path / "meminfo", f"MemTotal: 9999999 kB\nMemAvailable:   {1000 * 1024} kB\nBuffers: 1 kB\n")
 
 
@@ -22,7 +30,7 @@ def written(path: Path, text: object) -> Path:
     return path
 
 
-def test_without_a_container_the_machine_decides(meminfo: Path, tmp_path: Path) -> None:
+def test_without_a_cgroup_the_machine_is_the_limit(meminfo: Path, tmp_path: Path) -> None:
     assert available_bytes(meminfo, tmp_path / "nowhere", tmp_path / "alone") == 1000 * MIB
 
 
@@ -30,7 +38,7 @@ def test_this_machine_has_some_memory() -> None:
     assert available_bytes() > 0
 
 
-def test_a_container_of_today_counts_its_page_cache_as_free(meminfo: Path, tmp_path: Path) -> None:
+def test_reclaimable_page_cache_of_cgroup_v2_counts_as_free(meminfo: Path, tmp_path: Path) -> None:
     written(tmp_path / "memory.max", 500 * MIB)
     written(tmp_path / "memory.current", 450 * MIB)
     assert available_bytes(meminfo, tmp_path, tmp_path / "alone") == 50 * MIB
@@ -40,7 +48,7 @@ def test_a_container_of_today_counts_its_page_cache_as_free(meminfo: Path, tmp_p
     assert available_bytes(meminfo, tmp_path, tmp_path / "alone") == 50 * MIB
 
 
-def test_a_container_of_yesterday_is_understood(meminfo: Path, tmp_path: Path) -> None:
+def test_the_limit_of_cgroup_v1_is_read(meminfo: Path, tmp_path: Path) -> None:
     written(tmp_path / "memory/memory.limit_in_bytes", 300 * MIB)
     written(tmp_path / "memory/memory.usage_in_bytes", 250 * MIB)
     written(tmp_path / "memory/memory.stat", f"total_inactive_file {20 * MIB}\n")
@@ -48,7 +56,7 @@ def test_a_container_of_yesterday_is_understood(meminfo: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("tight", ["", "a.slice", "a.slice/b.service"])
-def test_the_tightest_group_above_this_process_counts(meminfo: Path, tmp_path: Path, tight: str) -> None:
+def test_the_lowest_limit_among_the_ancestor_cgroups_holds(meminfo: Path, tmp_path: Path, tight: str) -> None:
     own = written(tmp_path / "own", "1:name=systemd:/elsewhere\n0::/a.slice/b.service\n")
     for group in ("", "a.slice", "a.slice/b.service", "other"):
         limit = 200 if group == tight else 100 if group == "other" else 900
@@ -57,7 +65,7 @@ def test_the_tightest_group_above_this_process_counts(meminfo: Path, tmp_path: P
     assert available_bytes(meminfo, tmp_path / "tree", own) == 150 * MIB
 
 
-def test_groups_of_yesterday_nest_too(meminfo: Path, tmp_path: Path) -> None:
+def test_limits_of_ancestor_cgroups_v1_are_read(meminfo: Path, tmp_path: Path) -> None:
     own = written(tmp_path / "own", "5:cpu,memory:/a/b\n0::/\n")
     written(tmp_path / "tree/memory/a/memory.limit_in_bytes", 300 * MIB)
     written(tmp_path / "tree/memory/a/memory.usage_in_bytes", 100 * MIB)
@@ -65,14 +73,14 @@ def test_groups_of_yesterday_nest_too(meminfo: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("group", ["/", "/../outside", "/docker/0123", "/gone (deleted)"])
-def test_a_container_that_sees_only_itself_is_understood(meminfo: Path, tmp_path: Path, group: str) -> None:
+def test_the_mounted_cgroup_is_used_if_the_own_path_is_not_mounted(meminfo: Path, tmp_path: Path, group: str) -> None:
     own = written(tmp_path / "own", f"0::{group}\n")
     written(tmp_path / "tree/memory.max", 300 * MIB)
     written(tmp_path / "tree/memory.current", 100 * MIB)
     assert available_bytes(meminfo, tmp_path / "tree", own) == 200 * MIB
 
 
-def test_a_group_outside_of_the_container_is_not_taken_for_another(meminfo: Path, tmp_path: Path) -> None:
+def test_a_cgroup_path_outside_of_the_mount_is_not_followed(meminfo: Path, tmp_path: Path) -> None:
     own = written(tmp_path / "own", "4:memory:/../a\n0::/../a\n")
     for namesake in ("a", "tree/a", "tree/memory/a"):
         for limit, usage in (("max", "current"), ("limit_in_bytes", "usage_in_bytes")):
@@ -81,7 +89,7 @@ def test_a_group_outside_of_the_container_is_not_taken_for_another(meminfo: Path
     assert available_bytes(meminfo, tmp_path / "tree", own) == 1000 * MIB
 
 
-def test_page_cache_of_a_group_above_counts_as_free_too(meminfo: Path, tmp_path: Path) -> None:
+def test_reclaimable_page_cache_of_an_ancestor_counts_as_free(meminfo: Path, tmp_path: Path) -> None:
     own = written(tmp_path / "own", "0::/a/b:c\n")
     written(tmp_path / "tree/a/memory.max", 300 * MIB)
     written(tmp_path / "tree/a/memory.current", 250 * MIB)
@@ -91,25 +99,25 @@ def test_page_cache_of_a_group_above_counts_as_free_too(meminfo: Path, tmp_path:
     assert available_bytes(meminfo, tmp_path / "tree", own) == 80 * MIB
 
 
-def test_a_container_without_a_limit_does_not_count(meminfo: Path, tmp_path: Path) -> None:
+def test_a_cgroup_without_a_limit_is_ignored(meminfo: Path, tmp_path: Path) -> None:
     written(tmp_path / "memory.max", "max\n")
     written(tmp_path / "memory.current", 450 * MIB)
     assert available_bytes(meminfo, tmp_path, tmp_path / "alone") == 1000 * MIB
 
 
-def test_a_limit_without_a_usage_does_not_count(meminfo: Path, tmp_path: Path) -> None:
+def test_a_limit_without_a_usage_is_ignored(meminfo: Path, tmp_path: Path) -> None:
     written(tmp_path / "memory.max", 500 * MIB)
     assert available_bytes(meminfo, tmp_path, tmp_path / "alone") == 1000 * MIB
 
 
-def test_a_container_over_its_limit_has_nothing_left(meminfo: Path, tmp_path: Path) -> None:
+def test_a_cgroup_over_its_limit_has_no_available_memory(meminfo: Path, tmp_path: Path) -> None:
     written(tmp_path / "memory.max", 100)
     written(tmp_path / "memory.current", 300)
     assert available_bytes(meminfo, tmp_path, tmp_path / "alone") == 0
 
 
-def test_a_machine_that_does_not_tell_is_an_error_with_the_file(tmp_path: Path) -> None:
-    with pytest.raises(NotEnoughMemory, match="memless does not tell how much memory is free"):
+def test_meminfo_without_memavailable_is_an_error_with_the_path(tmp_path: Path) -> None:
+    with pytest.raises(NotEnoughMemory, match="memless has no MemAvailable line"):
         available_bytes(written(tmp_path / "memless", "MemTotal: 1 kB\n"))
 
 
@@ -117,11 +125,11 @@ def test_a_machine_that_does_not_tell_is_an_error_with_the_file(tmp_path: Path) 
     ("config", "tokens"),
     [(EngineConfig(kv_memory_fraction=0.5), 5), (EngineConfig(kv_memory_bytes=30 * MIB), 3)],
 )
-def test_as_many_tokens_as_the_budget_holds(config: EngineConfig, tokens: int) -> None:
+def test_the_memory_budget_gives_the_number_of_tokens(config: EngineConfig, tokens: int) -> None:
     assert kv_tokens_that_fit(config, free_bytes=100 * MIB, token_bytes=10 * MIB, longest=3) == tokens
 
 
-def test_when_not_one_sequence_fits_the_numbers_are_told() -> None:
+def test_the_error_for_a_budget_below_one_sequence_has_the_numbers() -> None:
     with pytest.raises(NotEnoughMemory) as caught:
         kv_tokens_that_fit(EngineConfig(), free_bytes=100 * MIB, token_bytes=MIB // 2, longest=120)
     assert str(caught.value).startswith(
@@ -135,14 +143,34 @@ ALL = usable_cores(Path("/nowhere"), Path("/nowhere"))
 
 
 @pytest.mark.parametrize(("limit", "cores"), [("max 100000", ALL), ("100000 100000", 1), ("5000 100000", 1), ("", ALL)])
-def test_no_more_cores_than_the_group_pays_for(tmp_path: Path, limit: str, cores: int) -> None:
+def test_cores_are_bounded_by_the_quota_of_cgroup_v2(tmp_path: Path, limit: str, cores: int) -> None:
     written(tmp_path / "pod" / "cpu.max", limit)
     own = written(tmp_path / "own", "0::/pod/app\n")
     assert usable_cores(tmp_path, own) == cores
 
 
 @pytest.mark.parametrize(("quota", "cores"), [(-1, ALL), (100_000, 1), (100_000 * 10_000, ALL)])
-def test_the_older_groups_too(tmp_path: Path, quota: int, cores: int) -> None:
+def test_cores_are_bounded_by_the_quota_of_cgroup_v1(tmp_path: Path, quota: int, cores: int) -> None:
     written(tmp_path / "cpu" / "app" / "cpu.cfs_quota_us", quota)
     written(tmp_path / "cpu" / "app" / "cpu.cfs_period_us", 100_000)
     assert usable_cores(tmp_path, written(tmp_path / "own", "4:cpu,cpuacct:/app\n")) == cores
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "flags"),
+    [
+        (
+            "processor\t: 0\nflags\t\t: fpu avx2 avx512_vnni\n\nprocessor\t: 1\nflags\t\t: fpu\n",
+            {"fpu", "avx2", "avx512_vnni"},
+        ),
+        ("processor\t: 0\nFeatures\t: fp asimd asimddp\n", {"fp", "asimd", "asimddp"}),
+        ("processor\t: 0\n", set()),
+    ],
+    ids=["x86", "arm", "none"],
+)
+def test_processor_flags_are_those_of_the_first_processor(tmp_path: Path, cpuinfo: str, flags: set[str]) -> None:
+    assert processor_flags(written(tmp_path / "cpuinfo", cpuinfo)) == flags
+
+
+def test_processor_flags_are_empty_without_cpuinfo(tmp_path: Path) -> None:
+    assert processor_flags(tmp_path / "missing") == set()

@@ -1,4 +1,7 @@
-"""Any model through transformers' own code, unmodified: all rows of a step packed as one row `[1, N]`."""
+"""The Hugging Face path: any model by transformers' own code, with all rows of a step packed as one sequence `[1, N]`.
+
+This path supports the most models and is the reference of the fused path (fused.py).
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,14 @@ from transformers import PreTrainedModel
 
 from serve_app.engines.native import attention
 from serve_app.engines.native.attention import LayerCache, Layout, ShapeProbe
-from serve_app.engines.native.linear import Quantization, swap
-from serve_app.engines.native.loader import SourceError
+from serve_app.engines.native.linear import replace_linears
+from serve_app.engines.native.quantization import Quantization
 from serve_app.engines.native.rows import Rows, span
+from serve_app.engines.native.sources import SourceError
 
 
-class Computed(NamedTuple):
-    """Of a step: `logits` `[S, V]` of the rows wanted and those told, `hidden` states `[E, H]` of those embedded."""
+class ForwardOutput(NamedTuple):
+    """`logits` `[S, V]` of `sample_rows`, then `logprob_rows`; last `hidden` states `[E, H]` of `embedding_rows`."""
 
     logits: torch.Tensor
     hidden: torch.Tensor
@@ -25,9 +29,9 @@ class Computed(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class LayerShape:
-    """What one layer's attention keeps of a token: `heads` keys and values, and on which device.
+    """Keys and values that one layer keeps of a token: their number `heads`, their sizes and the device.
 
-    `window` is how many positions a row looks back on, None where the layer does not say.
+    `window` is the number of positions that a row attends to, None where the layer does not pass any.
     """
 
     heads: int
@@ -37,26 +41,26 @@ class LayerShape:
     window: int | None
 
 
-class PackedModel:
-    """The reference for every faster way to run a model, and the way of those that have none."""
+class TransformersModel:
+    """A forward pass by the transformers model itself. On CPU its linear layers are replaced by faster ones."""
 
     def __init__(self, model: PreTrainedModel, caches: Seq[LayerCache], quantization: Quantization) -> None:
         self._model = model
         self._caches = caches
         if model.device.type == "cpu" and (quantization != "none" or model.dtype == torch.bfloat16):
-            swap(model, quantization, model.get_output_embeddings())
-        for module, cache in zip(_attending(model), caches, strict=True):
+            replace_linears(model, quantization, model.get_output_embeddings())
+        for module, cache in zip(_attention_layers(model), caches, strict=True):
             module.serve_app_cache = cache  # type: ignore[assignment]
 
     @property
     def weight_bytes(self) -> int:
-        """Of everything but the embedding, of which a step reads a few rows."""
+        """Bytes of all weights but the embedding, of which a step reads a few rows only."""
         packed = sum(getattr(module, "weight_bytes", 0) for module in self._model.modules())
         unpacked = sum(p.numel() * p.itemsize for p in self._model.parameters())
         embedding = self._model.get_input_embeddings().weight
         return int(packed + unpacked - embedding.numel() * embedding.itemsize)
 
-    def forward(self, rows: Rows) -> Computed:
+    def forward(self, rows: Rows) -> ForwardOutput:
         """See ForwardPass."""
         layouts: dict[torch.device, Layout] = {}
         for cache in self._caches:
@@ -68,21 +72,21 @@ class PackedModel:
 
 
 def layer_shapes(model: PreTrainedModel) -> list[LayerShape]:
-    """What the layers keep, learnt from one pass with probes in their attention's place.
+    """Shapes of all layers, found by one pass with a ShapeProbe in place of each layer's cache.
 
-    Raises SourceError for a model that remembers in another way than keys and values.
+    Raises SourceError for a model whose layers keep a state other than keys and values.
     """
     model.set_attn_implementation(attention.IMPLEMENTATION)
     modules = attention.attention_modules(model)
     for module in modules:
         module.serve_app_cache = ShapeProbe()  # type: ignore[assignment]
     _forward(model, span([0], slot=0, start=0))
-    layers = _attending(model)
+    layers = _attention_layers(model)
     wanted = model.config.get_text_config().num_hidden_layers
     if len(layers) != wanted:
         raise SourceError(
-            f"{type(model).__name__}: {len(layers)} of {wanted} layers call transformers' attention interface, "
-            "and what the others remember would be lost; this architecture is not supported"
+            f"{type(model).__name__}: {len(layers)} of {wanted} layers call transformers' attention interface; the "
+            "state of the other layers would be lost, so that this architecture is not supported"
         )
     shapes = []
     for module in layers:
@@ -95,10 +99,11 @@ def layer_shapes(model: PreTrainedModel) -> list[LayerShape]:
 
 
 def unmasked_context(model: PreTrainedModel, shapes: Seq[LayerShape]) -> int | None:
-    """The longest sequence that needs no mask but the causal one; None for any.
+    """The longest sequence for which the causal mask suffices; None if it suffices for any length.
 
-    transformers makes no masks for this attention. Most layers with a window also say so in their call, but some
-    leave it to the mask (Phi-3.5-MoE, Moshi, Doge), and Llama 4 its chunks: these are right up to that length.
+    transformers builds no masks for this attention function. Most layers with a window pass the window to the
+    attention function, but some express it by the mask only (Phi-3.5-MoE, Moshi, Doge), as Llama 4 does with its
+    chunks. The results of these models are correct up to the length of the window or chunk.
     """
     config = model.config.get_text_config()
     kinds = getattr(config, "layer_types", None)
@@ -109,12 +114,12 @@ def unmasked_context(model: PreTrainedModel, shapes: Seq[LayerShape]) -> int | N
     return min((limit for limit in limits if limit), default=None)
 
 
-def _attending(model: PreTrainedModel) -> list[torch.nn.Module]:
-    """The modules whose probe, or whatever took its place, was called."""
+def _attention_layers(model: PreTrainedModel) -> list[torch.nn.Module]:
+    """The modules whose probe was called, which later hold the probe or a cache."""
     return [m for m in attention.attention_modules(model) if getattr(m.serve_app_cache, "heads", 0)]
 
 
-def _forward(model: PreTrainedModel, rows: Rows) -> Computed:
+def _forward(model: PreTrainedModel, rows: Rows) -> ForwardOutput:
     device = model.device
     output = model(
         input_ids=torch.tensor([rows.tokens], device=device),
@@ -124,6 +129,6 @@ def _forward(model: PreTrainedModel, rows: Rows) -> Computed:
         output_hidden_states=bool(rows.embedding_rows),
     )
     logits: torch.Tensor = output.logits[0]
-    # The last of them comes after the last norm.
+    # The last hidden state is the one after the last norm.
     hidden = output.hidden_states[-1][0][rows.embedding_rows] if rows.embedding_rows else logits.new_empty(0, 0)
-    return Computed(logits, hidden)
+    return ForwardOutput(logits, hidden)

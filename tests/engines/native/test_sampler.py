@@ -1,3 +1,5 @@
+"""Sampling, compared with naive references: distribution, filters, penalties and independence of other rows."""
+
 from __future__ import annotations
 
 import math
@@ -10,7 +12,7 @@ import pytest
 import torch
 
 from serve_app.core.requests import SamplingParams
-from serve_app.engines.native.sampler import how_likely, sample, uniform
+from serve_app.engines.native.sampler import prompt_logprobs, sample, uniform
 from serve_app.engines.native.sequence import Sequence
 from serve_app.errors import InternalError
 from tests.engines.native.helpers import request, sequence, sequences, tokens_of
@@ -25,21 +27,21 @@ def noise(*shape: int, seed: int = 0, spread: float = 2.0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * spread
 
 
-def crowd(count: int, params: SamplingParams) -> list[Sequence]:
-    """The same wish with seeds 0, 1, 2 ..."""
+def seeded(count: int, params: SamplingParams) -> list[Sequence]:
+    """Sequences with the same parameters and the seeds 0, 1, 2 ..."""
     return sequences([request(params=replace(params, seed=seed)) for seed in range(count)])
 
 
-def chosen(logits: torch.Tensor, members: list[Sequence]) -> list[int]:
-    return [sampled.token_id for sampled in tokens_of(sample(logits, members, str))]
+def chosen(logits: torch.Tensor, batch: list[Sequence]) -> list[int]:
+    return [sampled.token_id for sampled in tokens_of(sample(logits, batch, str))]
 
 
 def draws(row: torch.Tensor, params: SamplingParams, count: int) -> list[int]:
-    return chosen(row.expand(count, -1), crowd(count, params))
+    return chosen(row.expand(count, -1), seeded(count, params))
 
 
 def reference(row: torch.Tensor, params: SamplingParams) -> torch.Tensor:
-    """Probabilities after temperature, top-k, top-p of what is left, then min-p: a sort of the whole vocabulary."""
+    """Probabilities after temperature, top-k, top-p of the rest, then min-p, by a sort of the whole vocabulary."""
     probs = torch.softmax(row.double() / params.temperature, dim=-1)
     order = probs.argsort(descending=True).tolist()
     if params.top_k:
@@ -56,8 +58,8 @@ def reference(row: torch.Tensor, params: SamplingParams) -> torch.Tensor:
     return result / result.sum()
 
 
-def agrees(tokens: list[int], probs: torch.Tensor) -> bool:
-    """Pearson's chi-square, rare tokens pooled; four standard deviations by Wilson and Hilferty."""
+def matches(tokens: list[int], probs: torch.Tensor) -> bool:
+    """Pearson's chi-square test with rare tokens pooled; bound of four standard deviations (Wilson and Hilferty)."""
     counts, expected = Counter(tokens), (probs * len(tokens)).tolist()
     observed_bins, expected_bins, rare_observed, rare_expected = [], [], 0, 0.0
     for token, share in enumerate(expected):
@@ -76,20 +78,20 @@ def agrees(tokens: list[int], probs: torch.Tensor) -> bool:
     return bool(statistic < freedom * (1 - 2 / (9 * freedom) + 4 * math.sqrt(2 / (9 * freedom))) ** 3)
 
 
-# What is chosen
+# Distribution and filters
 
 
-def test_greedy_is_the_argmax() -> None:
+def test_temperature_0_chooses_the_argmax() -> None:
     logits = noise(20, 1000)
-    assert chosen(logits, crowd(20, GREEDY)) == logits.argmax(-1).tolist()
+    assert chosen(logits, seeded(20, GREEDY)) == logits.argmax(-1).tolist()
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_draws_follow_the_softmax(temperature: float) -> None:
     row, params = noise(30), replace(WARM, temperature=temperature)
     tokens = draws(row, params, 2000)
-    assert agrees(tokens, reference(row, params))
-    assert not agrees(tokens, reference(row, replace(params, temperature=temperature * 1.5)))
+    assert matches(tokens, reference(row, params))
+    assert not matches(tokens, reference(row, replace(params, temperature=temperature * 1.5)))
 
 
 FILTERS = [
@@ -108,19 +110,21 @@ FILTERS = [
 
 @pytest.mark.parametrize("filters", FILTERS, ids=str)
 @pytest.mark.parametrize(("vocabulary", "spread"), [(40, 2.0), (700, 3.0)])
-def test_filters_keep_what_a_naive_reference_keeps(filters: dict[str, Any], vocabulary: int, spread: float) -> None:
+def test_filters_keep_the_same_tokens_as_a_naive_reference(
+    filters: dict[str, Any], vocabulary: int, spread: float
+) -> None:
     row, params = noise(vocabulary, seed=3, spread=spread), replace(WARM, temperature=1.3, **filters)
     expected = reference(row, params)
     tokens = draws(row, params, 600)
     assert set(tokens) <= set(expected.nonzero()[:, 0].tolist())
-    assert agrees(tokens, expected)
+    assert matches(tokens, expected)
 
 
 @pytest.mark.parametrize(
     "filters", [{"top_p": 0.9}, {"top_k": 300}, {"top_k": 350, "top_p": 0.9}, {"min_p": 0.3}, {"min_p": 0.001}], ids=str
 )
-def test_filters_that_want_more_than_the_candidates_are_still_exact(filters: dict[str, Any]) -> None:
-    """On a nearly flat row of 400 tokens all of these keep more than 256."""
+def test_filters_that_keep_more_tokens_than_the_candidates_are_exact(filters: dict[str, Any]) -> None:
+    """Each filter keeps more than 256 of 400 tokens with nearly equal logits."""
     row, params = noise(400, seed=5, spread=0.3), replace(WARM, **filters)
     expected = reference(row, params)
     kept = set(expected.nonzero()[:, 0].tolist())
@@ -128,24 +132,24 @@ def test_filters_that_want_more_than_the_candidates_are_still_exact(filters: dic
     assert len(kept) > 256
     assert set(tokens) <= kept
     assert len(set(tokens)) > 0.9 * len(kept)
-    assert agrees([token % 40 for token in tokens], expected.view(10, 40).sum(0))
+    assert matches([token % 40 for token in tokens], expected.view(10, 40).sum(0))
 
 
 @pytest.mark.parametrize(
     "smallest", [{"temperature": 1e-40}, {"temperature": 1e-300}, {"top_p": 5e-324}, {"top_p": 5e-324, "top_k": 3}]
 )
-def test_the_smallest_of_values_choose_the_likeliest(smallest: dict[str, Any]) -> None:
+def test_tiny_temperature_or_top_p_chooses_the_most_likely_token(smallest: dict[str, Any]) -> None:
     row = noise(500)
     assert set(draws(row, replace(WARM, **smallest), 20)) == {int(row.argmax())}
 
 
-def test_the_smallest_repetition_penalty_makes_no_infinity() -> None:
+def test_a_tiny_repetition_penalty_makes_no_infinite_logit() -> None:
     params = replace(WARM, repetition_penalty=1e-40, seed=1)
     row = noise(300).abs()
     assert chosen(row[None], [sequence([1, 2, 3], params)])[0] == 1 + int(row[1:4].argmax())
 
 
-# Company
+# Independence of other rows
 
 
 def mixed(count: int) -> list[SamplingParams]:
@@ -167,76 +171,76 @@ def mixed(count: int) -> list[SamplingParams]:
 
 @pytest.mark.parametrize("spread", [0.5, 2.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_draw_does_not_depend_on_its_neighbours_nor_on_its_row(spread: float, dtype: torch.dtype) -> None:
-    """With bfloat16's few digits many logits are equal, and their order must not be a neighbour's either."""
+def test_a_draw_does_not_depend_on_other_rows_or_the_row_number(spread: float, dtype: torch.dtype) -> None:
+    """In bfloat16 many logits are equal, and their order must not depend on other rows either."""
     logits = noise(60, 2000, seed=9, spread=spread).to(dtype)
-    members = sequences([request(params=params) for params in mixed(60)])
-    alone = [chosen(logits[i : i + 1], [members[i]])[0] for i in range(60)]
+    batch = sequences([request(params=params) for params in mixed(60)])
+    alone = [chosen(logits[i : i + 1], [batch[i]])[0] for i in range(60)]
     for seed in range(3):
         order = random.Random(seed).sample(range(60), 60 - 20 * seed)
-        assert chosen(logits[order], [members[i] for i in order]) == [alone[i] for i in order]
+        assert chosen(logits[order], [batch[i] for i in order]) == [alone[i] for i in order]
 
 
 @pytest.mark.parametrize("filters", [{}, {"top_k": 5}])
-def test_a_row_of_no_numbers_is_an_error_and_hurts_nobody_else(filters: dict[str, Any]) -> None:
-    logits, members = noise(3, 400), crowd(3, replace(WARM, **filters))
-    expected = sample(logits, members, str)
+def test_a_row_with_nan_is_an_error_and_does_not_change_other_rows(filters: dict[str, Any]) -> None:
+    logits, batch = noise(3, 400), seeded(3, replace(WARM, **filters))
+    expected = sample(logits, batch, str)
     logits[1, 7] = torch.nan
-    outcomes = sample(logits, members, str)
+    outcomes = sample(logits, batch, str)
     assert (outcomes[0], outcomes[2]) == (expected[0], expected[2])
     assert isinstance(outcomes[1], InternalError)
 
 
-def test_a_seed_gives_the_same_answer_again_and_another_seed_another() -> None:
+def test_the_same_seed_repeats_an_answer_and_another_seed_changes_it() -> None:
     logits = noise(40, 500, spread=1.0)
 
     def answer(seed: int) -> list[int]:
-        asked = sequence(params=replace(WARM, seed=seed))
+        current = sequence(params=replace(WARM, seed=seed))
         for row in logits:
-            asked.tokens += chosen(row[None], [asked])
-        return asked.tokens[asked.prompt_len :]
+            current.tokens += chosen(row[None], [current])
+        return current.tokens[current.prompt_len :]
 
     assert answer(7) == answer(7)
     assert answer(7) != answer(8)
-    assert len(set(answer(7))) > 30, "a new draw for each position"
+    assert len(set(answer(7))) > 30, "each position must have its own draw"
 
 
-def test_the_generator_is_even_over_positions_and_over_seeds() -> None:
+def test_the_generator_is_uniform_over_positions_and_over_seeds() -> None:
     for numbers in ([uniform(42, n) for n in range(4000)], [uniform(n, 0) for n in range(4000)]):
         assert all(0 <= u < 1 for u in numbers)
-        assert agrees([int(u * 20) for u in numbers], torch.full((20,), 0.05))
+        assert matches([int(u * 20) for u in numbers], torch.full((20,), 0.05))
 
 
-def test_the_generator_is_splitmix64() -> None:
-    """First outputs for seed 1234567 of the reference implementation, as Rosetta Code gives them."""
+def test_the_generator_equals_splitmix64() -> None:
+    """The first outputs of the reference implementation for seed 1234567, from Rosetta Code."""
     expected = [6457827717110365317, 3203168211198807973, 9817491932198370423]
     assert [int(uniform(1234567, n) * 2**52) for n in range(3)] == [number >> 12 for number in expected]
 
 
-# Penalties and the shortest answer
+# Penalties, biases and min_tokens
 
 
-def penalised(row: list[float], asked: Sequence) -> list[float]:
-    """Word by word as the definitions have it."""
-    p, answer = asked.params, asked.tokens[asked.prompt_len :]
+def penalized(row: list[float], current: Sequence) -> list[float]:
+    """Logits after penalties and min_tokens, by the definitions."""
+    p, answer = current.params, current.tokens[current.prompt_len :]
     result = []
     for token, logit in enumerate(row):
-        if token in asked.tokens:
+        if token in current.tokens:
             logit = logit / p.repetition_penalty if logit > 0 else logit * p.repetition_penalty
         if token in answer:
             logit -= p.presence_penalty + p.frequency_penalty * answer.count(token)
-        if token in asked.end_ids and len(answer) < p.min_tokens:
+        if token in current.end_ids and len(answer) < p.min_tokens:
             logit = -math.inf
         result.append(logit)
     return result
 
 
-def test_penalties_are_those_of_a_naive_reference() -> None:
+def test_penalties_equal_a_naive_reference() -> None:
     rng, vocabulary = random.Random(4), 8
     logits = noise(150, vocabulary, spread=1.0)
-    members, expected = [], []
+    batch, expected = [], []
     for row in logits:
-        asked = sequence(
+        current = sequence(
             [rng.randrange(vocabulary) for _ in range(3)],
             SamplingParams(
                 temperature=0.0,
@@ -247,19 +251,19 @@ def test_penalties_are_those_of_a_naive_reference() -> None:
                 stop_token_ids=(0, 1),
             ),
         )
-        asked.tokens += [rng.randrange(vocabulary) for _ in range(rng.choice([0, 1, 6]))]
-        members.append(asked)
-        reference_row = penalised(row.tolist(), asked)
+        current.tokens += [rng.randrange(vocabulary) for _ in range(rng.choice([0, 1, 6]))]
+        batch.append(current)
+        reference_row = penalized(row.tolist(), current)
         expected.append(reference_row.index(max(reference_row)))
     before = logits.clone()
-    tokens = chosen(logits, members)
+    tokens = chosen(logits, batch)
     assert tokens == expected
     assert tokens != logits.argmax(-1).tolist()
-    assert torch.equal(logits, before), "the model's logits are left as they were"
+    assert torch.equal(logits, before), "sampling must not change the model's logits"
 
 
-def test_biases_are_added_first_whatever_the_temperature() -> None:
-    """Seven rows in one pass, with and without; penalties see the sum."""
+def test_biases_are_added_before_penalties_at_any_temperature() -> None:
+    """Seven rows in one call, some with biases; penalties apply to the sum."""
     rows = noise(7, 50, spread=1.0)
     biases = [
         ((3, 50.0),),
@@ -281,8 +285,8 @@ def test_biases_are_added_first_whatever_the_temperature() -> None:
     assert tokens[3] == int(rows[3].argsort(descending=True)[1])
     assert [tokens[i] for i in (1, 5, 6)] == [unbiased[i] for i in (1, 5, 6)]
     assert torch.equal(rows, before)
-    penalised = SamplingParams(temperature=0.0, logit_bias=((1, 40.0), (2, 30.0)), repetition_penalty=2.0)
-    assert chosen(rows[:1], [sequence([1], penalised)]) == [2]
+    penalized = SamplingParams(temperature=0.0, logit_bias=((1, 40.0), (2, 30.0)), repetition_penalty=2.0)
+    assert chosen(rows[:1], [sequence([1], penalized)]) == [2]
 
 
 def test_draws_with_a_bias_follow_the_shifted_softmax() -> None:
@@ -291,14 +295,14 @@ def test_draws_with_a_bias_follow_the_shifted_softmax() -> None:
     shifted[3] += 1.5
     shifted[7] -= 2.0
     tokens = draws(row, params, 2000)
-    assert agrees(tokens, reference(shifted, WARM))
-    assert not agrees(tokens, reference(row, WARM))
+    assert matches(tokens, reference(shifted, WARM))
+    assert not matches(tokens, reference(row, WARM))
 
 
-def test_logprobs_are_without_the_bias() -> None:
+def test_logprobs_do_not_include_the_bias() -> None:
     row = noise(50)
-    asked = [sequence(params=replace(GREEDY, logprobs=1, logit_bias=((3, 100.0),)))]
-    (sampled,) = tokens_of(sample(row[None], asked, str))
+    current = [sequence(params=replace(GREEDY, logprobs=1, logit_bias=((3, 100.0),)))]
+    (sampled,) = tokens_of(sample(row[None], current, str))
     assert sampled.logprobs is not None
     assert sampled.token_id == 3
     assert sampled.logprobs.chosen.logprob == pytest.approx(row.log_softmax(-1)[3].item())
@@ -306,61 +310,63 @@ def test_logprobs_are_without_the_bias() -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_no_end_before_min_tokens(temperature: float) -> None:
-    """Token 256, the toy's end, is by far the likeliest; ids beyond the vocabulary are let be."""
+def test_no_end_token_before_min_tokens(temperature: float) -> None:
+    """Token 256, the toy's end token, has the largest logit; stop ids beyond the vocabulary are ignored."""
     row = noise(300)
     row[256] = 50.0
     params = SamplingParams(temperature=temperature, min_tokens=2, stop_token_ids=(1000,), seed=0)
-    asked, ended = sequence(params=params), []
+    current, ended = sequence(params=params), []
     for _ in range(3):
-        (token,) = chosen(row[None], [asked])
-        asked.tokens.append(token)
+        (token,) = chosen(row[None], [current])
+        current.tokens.append(token)
         ended.append(token == 256)
     assert ended == [False, False, True]
 
 
-def test_min_tokens_without_any_end_changes_nothing() -> None:
+def test_min_tokens_without_end_tokens_changes_nothing() -> None:
     row = noise(300)
-    asked = sequence(params=SamplingParams(temperature=0.0, min_tokens=2, ignore_eos=True))
-    assert chosen(row[None], [asked]) == [int(row.argmax())]
+    current = sequence(params=SamplingParams(temperature=0.0, min_tokens=2, ignore_eos=True))
+    assert chosen(row[None], [current]) == [int(row.argmax())]
 
 
 # Logprobs
 
 
-def test_logprobs_are_the_models_own_before_penalties_temperature_and_filters() -> None:
+def test_logprobs_are_those_before_penalties_temperature_and_filters() -> None:
     row = noise(50)
     params = SamplingParams(temperature=0.3, top_k=2, repetition_penalty=1.9, seed=1, logprobs=4)
-    asked = [sequence([1, 2, 3], params)]
-    (sampled,) = tokens_of(sample(row[None].bfloat16(), asked, lambda token: f"<{token}>"))
+    current = [sequence([1, 2, 3], params)]
+    (sampled,) = tokens_of(sample(row[None].bfloat16(), current, lambda token: f"<{token}>"))
     own = row.bfloat16().float().log_softmax(-1)
     assert sampled.logprobs is not None
-    told, top = sampled.logprobs.chosen, sampled.logprobs.top
-    assert (told.token_id, told.token) == (sampled.token_id, f"<{sampled.token_id}>")
-    assert told.logprob == pytest.approx(own[sampled.token_id].item())
+    token, top = sampled.logprobs.chosen, sampled.logprobs.top
+    assert (token.token_id, token.token) == (sampled.token_id, f"<{sampled.token_id}>")
+    assert token.logprob == pytest.approx(own[sampled.token_id].item())
     assert [t.logprob for t in top] == pytest.approx(own.sort(descending=True).values[:4].tolist())
     assert [own[t.token_id].item() for t in top] == pytest.approx([t.logprob for t in top])
 
 
-@pytest.mark.parametrize(("asked", "told"), [(0, 0), (3, 3), (99, 10)])
-def test_as_many_alternatives_as_asked_for(asked: int, told: int) -> None:
-    (sampled,) = tokens_of(sample(noise(1, 10), [sequence(params=replace(GREEDY, logprobs=asked))], str))
+@pytest.mark.parametrize(("requested", "returned"), [(0, 0), (3, 3), (99, 10)])
+def test_the_number_of_alternatives_is_the_requested_one(requested: int, returned: int) -> None:
+    (sampled,) = tokens_of(sample(noise(1, 10), [sequence(params=replace(GREEDY, logprobs=requested))], str))
     assert sampled.logprobs is not None
-    assert len(sampled.logprobs.top) == told
+    assert len(sampled.logprobs.top) == returned
 
 
-def test_nobody_is_told_logprobs_unasked() -> None:
-    (sampled,) = tokens_of(sample(noise(1, 10), crowd(1, GREEDY), str))
+def test_no_logprobs_without_a_request() -> None:
+    (sampled,) = tokens_of(sample(noise(1, 10), seeded(1, GREEDY), str))
     assert sampled.logprobs is None
 
 
-def test_how_likely_a_token_was_is_the_softmax_and_its_place_among_the_others() -> None:
-    rows, tokens = noise(200, 300, seed=3), list(range(40, 240))  # more than are taken at a time
-    rows[1] = 0.0  # all alike
-    for row, token, told in zip(rows, tokens, how_likely(rows, tokens, 5, str), strict=True):
+def test_prompt_logprobs_are_log_softmax_and_rank() -> None:
+    rows, tokens = noise(200, 300, seed=3), list(range(40, 240))  # more rows than one part
+    rows[1] = 0.0  # equal logits
+    for row, token, returned in zip(rows, tokens, prompt_logprobs(rows, tokens, 5, str), strict=True):
         logprobs = row.double().log_softmax(-1)
-        assert (told.chosen.token_id, told.chosen.token) == (token, str(token))
-        assert told.chosen.logprob == pytest.approx(logprobs[token].item(), abs=1e-5)
-        assert told.rank == 1 + int((row > row[token]).sum())
-        assert [one.logprob for one in told.top] == pytest.approx(logprobs.topk(5).values.tolist(), abs=1e-5)
-        assert [one.logprob for one in told.top] == pytest.approx([logprobs[one.token_id].item() for one in told.top])
+        assert (returned.chosen.token_id, returned.chosen.token) == (token, str(token))
+        assert returned.chosen.logprob == pytest.approx(logprobs[token].item(), abs=1e-5)
+        assert returned.rank == 1 + int((row > row[token]).sum())
+        assert [one.logprob for one in returned.top] == pytest.approx(logprobs.topk(5).values.tolist(), abs=1e-5)
+        assert [one.logprob for one in returned.top] == pytest.approx(
+            [logprobs[one.token_id].item() for one in returned.top]
+        )

@@ -1,0 +1,46 @@
+"""Chooses the quantization of a model for which the configuration says `quantization: auto`."""
+
+from __future__ import annotations
+
+from collections.abc import Set
+from dataclasses import dataclass
+from typing import Literal
+
+Quantization = Literal["none", "int8", "int4"]
+RequestedQuantization = Literal["auto", "none", "int8", "int4"]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A quantization, and the reason for it as a clause that an operator can read."""
+
+    quantization: Quantization
+    reason: str
+
+
+def choose_quantization(
+    requested: RequestedQuantization, flags: Set[str], device: str, not_fused: str | None = None
+) -> Choice:
+    """The requested quantization; for `auto` int8 where it is measurably faster than the model's own precision.
+
+    `flags` are the processor's instruction sets by Linux's names, `device` is `cpu` or `cuda`, and `not_fused` is the
+    reason why the model does not run on the fused path, if it does not.
+
+    `auto` is int8 on CPU on the fused path, if the processor has AVX512-VNNI but not AVX512-BF16. Measured over HTTP at
+    1, 8 and 32 streams on Ice Lake: 40, 58 and 145 tokens/s in float32, 95, 232 and 430 in int8. With AVX512-BF16 the
+    model runs in bfloat16, which loses less quality. AVX-VNNI without AVX-512 (Alder Lake) does not count: matmul.h is
+    compiled for AVX-512 only, and fbgemm has no kernel for it, so that FbgemmInt8Linear multiplies each row twice.
+    """
+    if requested != "auto":
+        return Choice(requested, "set by the configuration")
+    if device != "cpu":
+        return Choice("none", "auto quantizes on CPU only")
+    if not_fused is not None:
+        return Choice("none", f"auto quantizes on the fused path only: {not_fused}")
+    if "avx512_bf16" in flags:
+        return Choice("none", "the processor multiplies bfloat16 (AVX512-BF16)")
+    if "avx512_vnni" in flags:
+        return Choice("int8", "the processor has AVX512-VNNI and no AVX512-BF16")
+    if "avx_vnni" in flags:
+        return Choice("none", "the int8 layers have no code for AVX-VNNI without AVX-512")
+    return Choice("none", "the processor has no AVX512-VNNI")

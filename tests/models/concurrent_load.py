@@ -1,0 +1,149 @@
+"""Runs a real engine under concurrent requests, and computes the reference answers by `model.generate()`."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from serve_app.config import Deployment, Engine as EngineConfig, Model
+from serve_app.core.events import TokenEvent
+from serve_app.core.requests import GenerationRequest, Prompt, SamplingParams, TokenPrompt
+from serve_app.engines.native.engine import NativeEngine
+from serve_app.engines.native.runner import TorchRunner
+from serve_app.engines.native.stream import TokenStream
+
+_DEPLOYMENT = Deployment(max_ongoing_requests=64, max_queued_requests=64, num_replicas=1)
+
+
+@dataclass(frozen=True)
+class GreedyRequest:
+    """A prompt, the length of its answer, and the number of tokens after which the client cancels (None: never)."""
+
+    prompt: tuple[int, ...]
+    max_tokens: int
+    cancel_after: int | None = None
+
+
+def model_config(source: str | Path, **engine: int) -> Model:
+    """A model in float32 without quantization, unless `model_copy` changes it."""
+    return Model(
+        name="m",
+        source=str(source),
+        dtype="float32",
+        quantization="none",
+        deployment=_DEPLOYMENT,
+        engine=EngineConfig(**engine),
+    )
+
+
+@contextmanager
+def running(model: Model, kv_tokens: int | None = None) -> Iterator[NativeEngine]:
+    """An engine; `kv_tokens` replaces the number of tokens that the configured memory holds."""
+
+    def make() -> TorchRunner:
+        runner = TorchRunner.from_config(model, lambda stage: None)
+        runner.kv_tokens = kv_tokens or runner.kv_tokens
+        return runner
+
+    engine = NativeEngine(make, model.engine)
+    engine.start()
+    try:
+        yield engine
+    finally:
+        engine.stop()
+
+
+async def generate(
+    engine: NativeEngine, prompt: Prompt, params: SamplingParams, cancel_after: int | None = None
+) -> list[TokenEvent]:
+    stream = TokenStream(GenerationRequest("id", "m", prompt, params, time.monotonic(), time.monotonic() + 900))
+    refusals = await asyncio.to_thread(engine.admit, [stream])
+    assert refusals == [None]
+    events: list[TokenEvent] = []
+    try:
+        async for chunk in stream.chunks(0.0):
+            events += chunk.events
+            if cancel_after is not None and len(events) >= cancel_after:
+                break
+    finally:
+        stream.close()
+    return events
+
+
+async def generate_greedy(engine: NativeEngine, request: GreedyRequest) -> list[int]:
+    params = SamplingParams(max_tokens=request.max_tokens, temperature=0.0, ignore_eos=True)
+    return [e.token_id for e in await generate(engine, TokenPrompt(request.prompt), params, request.cancel_after)]
+
+
+async def generate_concurrently(
+    engine: NativeEngine, requests: list[GreedyRequest], seed: int, within_s: float = 0.05
+) -> list[list[int]]:
+    """The answers to all requests, which arrive at random moments within `within_s`, during the same few steps."""
+    rng = random.Random(seed)
+
+    async def later(request: GreedyRequest, delay_s: float) -> list[int]:
+        await asyncio.sleep(delay_s)
+        return await generate_greedy(engine, request)
+
+    return await asyncio.gather(*(later(request, rng.random() * within_s) for request in requests))
+
+
+def random_requests(
+    count: int, vocabulary: int, longest_prompt: int, longest_answer: int, seed: int
+) -> list[GreedyRequest]:
+    """Every fourth request is cancelled. Of three prompts one starts with a shared prefix, and one is short."""
+    rng = random.Random(seed)
+    prefix = tuple(rng.randrange(vocabulary) for _ in range(longest_prompt - longest_prompt // 8))
+    requests = []
+    for i in range(count):
+        prompt = prefix if i % 3 == 0 else ()
+        longest = longest_prompt // 4 if i % 3 == 1 else longest_prompt - len(prompt)
+        prompt += tuple(rng.randrange(vocabulary) for _ in range(rng.randint(1, longest)))
+        tokens = rng.randint(2, longest_answer)
+        requests.append(GreedyRequest(prompt, tokens, rng.randint(1, tokens) if i % 4 == 3 else None))
+    return requests
+
+
+@torch.inference_mode()
+def reference_answers(folder: str | Path, requests: list[GreedyRequest]) -> list[list[int]]:
+    """The answers of transformers' own generate(), one prompt at a time."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    answers = []
+    for request in requests:
+        ids = torch.tensor([request.prompt])
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=request.max_tokens,
+            min_new_tokens=request.max_tokens,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        answers.append(out[0, ids.shape[1] :].tolist())
+    return answers
+
+
+async def wait_until_idle(engine: NativeEngine) -> None:
+    """Wait until the engine has no request; it frees a cancelled request at its next step."""
+    async with asyncio.timeout(5):
+        while engine.stats().running or engine.stats().waiting:  # noqa: ASYNC110 - another thread's state
+            await asyncio.sleep(0.005)
+
+
+def assert_answers(answers: list[list[int]], references: list[list[int]], requests: list[GreedyRequest]) -> None:
+    """Each answer is the reference, for a cancelled request the reference up to the cancellation."""
+    for answer, reference, request in zip(answers, references, requests, strict=True):
+        if request.cancel_after is None:
+            assert answer == reference, f"prompt of {len(request.prompt)}"
+        else:
+            assert len(answer) >= request.cancel_after
+            assert answer == reference[: len(answer)]
