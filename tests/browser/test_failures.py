@@ -33,7 +33,7 @@ FAILURES: list[tuple[Exception, list[str]]] = [
     (DeadlineExceeded("not finished after 600 s"), ["too long", "600 s", "Lower max tokens"]),
     (InternalError("quote request abc"), ["failed", "quote request abc"]),
     (InvalidRequest("seed is odd", param="seed"), ["refused a setting", "seed is odd"]),
-    (ValueError("a fault of ours"), ["failed", "quote request"]),
+    (ValueError("an unexpected exception"), ["failed", "Quote request"]),
 ]
 
 
@@ -190,7 +190,7 @@ async def test_the_page_survives_a_restart(chromium: Browser, engine: ScriptedEn
     port = free_port()
 
     def script(request: GenerationRequest) -> list[Step]:
-        return [chunk(["user", ":"], None), None] if request.sampling.max_tokens == 3000 else [chunk(["user", ":"])]
+        return [chunk(["user", ":"], None), None] if request.params.max_tokens == 3000 else [chunk(["user", ":"])]
 
     engine.script = script
     async with Playground.at(chromium, f"http://127.0.0.1:{port}") as playground:
