@@ -95,19 +95,19 @@ def test_huggingface_hub_gets_the_details_of_tgi(service: ShippedService) -> Non
     assert "Paris" in whole
     assert "".join(client.text_generation(prompt, max_new_tokens=12, stream=True)) == whole
 
-    told = client.text_generation(prompt, max_new_tokens=12, details=True, top_n_tokens=2)
-    assert told.generated_text == whole
-    assert told.details is not None
-    assert (told.details.finish_reason, told.details.generated_tokens, told.details.seed) == ("length", 12, None)
-    assert "".join(token.text for token in told.details.tokens) == whole
-    assert told.details.top_tokens is not None
-    for token, top in zip(told.details.tokens, told.details.top_tokens, strict=True):
+    answer = client.text_generation(prompt, max_new_tokens=12, details=True, top_n_tokens=2)
+    assert answer.generated_text == whole
+    assert answer.details is not None
+    assert (answer.details.finish_reason, answer.details.generated_tokens, answer.details.seed) == ("length", 12, None)
+    assert "".join(token.text for token in answer.details.tokens) == whole
+    assert answer.details.top_tokens is not None
+    for token, top in zip(answer.details.tokens, answer.details.top_tokens, strict=True):
         first, second = (dict(one) for one in top)
         assert first["logprob"] >= second["logprob"]
         assert (token.id, token.logprob) == (first["id"], first["logprob"]), "a greedy choice is the likeliest"
 
     events = list(client.text_generation(prompt, max_new_tokens=12, details=True, stream=True))
-    assert [event.token.id for event in events] == [token.id for token in told.details.tokens]
+    assert [event.token.id for event in events] == [token.id for token in answer.details.tokens]
     assert [event.index for event in events] == list(range(1, 13))
     assert (events[-1].generated_text, [event.generated_text for event in events[:-1]]) == (whole, [None] * 11)
     assert events[-1].details is not None
@@ -130,7 +130,7 @@ def test_huggingface_hub_sampling_stop_and_grammar(service: ShippedService) -> N
     assert drawn.details is not None
     assert drawn.details.seed is not None
     again = client.text_generation(prompt, max_new_tokens=16, do_sample=True, temperature=1.5, seed=drawn.details.seed)
-    assert again == drawn.generated_text, "the seed that was told says the same again"
+    assert again == drawn.generated_text, "the reported seed gives the same answer again"
 
     schema = {"type": "object", "properties": {"age": {"type": "integer", "maximum": 99}}, "required": ["age"]}
     shape: Any = {"type": "json", "value": schema}
@@ -145,12 +145,12 @@ def test_huggingface_hub_sampling_stop_and_grammar(service: ShippedService) -> N
 
 def test_huggingface_hub_gets_the_logprobs_of_its_prompt(service: ShippedService) -> None:
     client, prompt = huggingface_hub.InferenceClient(service.url), "The capital of France is Paris"
-    told = client.text_generation(prompt, max_new_tokens=1, details=True, decoder_input_details=True)
-    assert told.details is not None
-    first, *others = told.details.prefill
+    answer = client.text_generation(prompt, max_new_tokens=1, details=True, decoder_input_details=True)
+    assert answer.details is not None
+    first, *others = answer.details.prefill
     assert first.logprob is None
     pieces = httpx.post(service.url + "/tokenize", json={"inputs": prompt}).json()
-    assert [(token.id, token.text) for token in told.details.prefill] == [
+    assert [(token.id, token.text) for token in answer.details.prefill] == [
         (piece["id"], piece["text"]) for piece in pieces
     ]
     assert all(token.logprob < 0 for token in others)
@@ -162,18 +162,18 @@ def test_huggingface_hub_gets_the_logprobs_of_its_prompt(service: ShippedService
 
 def test_huggingface_hub_gets_the_most_likely_of_several_answers(service: ShippedService) -> None:
     client = huggingface_hub.InferenceClient(service.url)
-    told = client.text_generation(
+    answer = client.text_generation(
         "Once upon a time", max_new_tokens=12, do_sample=True, temperature=1.5, best_of=4, seed=3, details=True
     )
-    assert told.details is not None
-    assert told.details.best_of_sequences is not None
-    others = told.details.best_of_sequences
-    assert sorted([told.details.seed or 0, *(other.seed or 0 for other in others)]) == [3, 4, 5, 6]
-    answers: list[Any] = [told.details, *others]
+    assert answer.details is not None
+    assert answer.details.best_of_sequences is not None
+    others = answer.details.best_of_sequences
+    assert sorted([answer.details.seed or 0, *(other.seed or 0 for other in others)]) == [3, 4, 5, 6]
+    answers: list[Any] = [answer.details, *others]
     means = [sum(token.logprob for token in answer.tokens) / len(answer.tokens) for answer in answers]
     assert len(means) == 4
     assert means[0] == max(means)
-    assert len({told.generated_text, *(other.generated_text for other in others)}) > 1
+    assert len({answer.generated_text, *(other.generated_text for other in others)}) > 1
 
 
 def test_huggingface_hub_raises_its_exceptions(service: ShippedService) -> None:
