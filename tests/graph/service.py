@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -143,7 +144,8 @@ class Program:
             self.interrupt()
         finally:  # also when the program did not end after the signal
             for process in self.running():
-                process.kill()
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
             self.process.wait(timeout=10)
             shutil.rmtree(self.folder, ignore_errors=True)
 

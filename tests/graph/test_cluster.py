@@ -131,10 +131,10 @@ def test_ctrl_c_on_a_joined_cluster_deletes_this_application_only(head: Head) ->
         answer = httpx.post(service.url + "/generate", json={"prompt": "ab", "max_tokens": 2})
         assert answer.json()["text"] == "ab"
         with Service([model_config("other")], "--ray-address", "auto", environment=environment) as second:
+            head.python(OTHER_APPLICATION)
             assert second.process.wait(timeout=60) == 1
             assert "Ray Serve runs on the cluster" in second.output()
             assert "serve deploy" in second.output()
-        head.python(OTHER_APPLICATION)
         assert httpx.get(service.url + "/other").text == "other"
         assert service.interrupt() == 0
         assert httpx.get(service.url + "/other").text == "other"

@@ -17,7 +17,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.graph.conftest import TracedService
-from tests.graph.service import http_client, stream_lines, wait_until
+from tests.graph.service import Service, http_client, stream_lines, wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
@@ -33,6 +33,18 @@ SCRAPES = 100
 async def client(traced: TracedService) -> AsyncIterator[httpx.AsyncClient]:
     async with http_client(traced.service) as client:
         yield client
+
+
+TOKENS = "serve_app_engine_generated_tokens_total"
+
+
+@dataclass(frozen=True)
+class Killed:
+    """A replica that was killed: its id, the line of its counter of tokens, and the monotonic instant."""
+
+    replica: str
+    counter: str
+    at: float
 
 
 Key = tuple[str, frozenset[tuple[str, str]]]
@@ -152,6 +164,41 @@ async def failing(client: httpx.AsyncClient, counted: ClientCounts) -> None:
         await whole(client, counted, "faulty", prompt, 3, "/generate")
 
 
+@pytest.fixture(scope="module")
+def killed(toy_service: Service) -> Killed:
+    """Kills the replica of the model `victim` at the module's first test."""
+    counter = f'{TOKENS}{{model="victim",replica='
+    body = {"model": "victim", "prompt": "x", "max_tokens": 5}
+    with httpx.Client(base_url=toy_service.url, timeout=20) as client:
+        assert client.post("/generate", json=body).status_code == 200
+        end = time.monotonic() + 10
+        while not (lines := [line for line in page(client) if line.startswith(counter) and not line.endswith(" 0.0")]):
+            assert time.monotonic() < end, "the replica did not report its tokens"
+            time.sleep(0.1)
+    (process,) = toy_service.find("ServeReplica:serve_app:model-victim")
+    process.kill()
+    (line,) = lines
+    return Killed(line.split('replica="')[1].split('"')[0], line, time.monotonic())
+
+
+def page(client: httpx.Client) -> list[str]:
+    return client.get("/metrics").text.splitlines()
+
+
+async def test_the_gauges_of_a_killed_replica_are_removed_and_its_counters_stay(
+    toy_service: Service, killed: Killed
+) -> None:
+    """The counters stay for 35 s, so that two scrapes of Prometheus see the last requests."""
+    async with http_client(toy_service) as client:
+        gauge = f'serve_app_slots{{model="victim",replica="{killed.replica}"}}'
+        await wait_until(lambda: absent(client, gauge), seconds=10)
+        assert killed.counter in (await client.get("/metrics")).text
+
+
+async def absent(client: httpx.AsyncClient, text: str) -> bool:
+    return text not in (await client.get("/metrics")).text
+
+
 @pytest.mark.parametrize("requests", REQUESTS)
 async def test_counters_match_the_clients_counts(client: httpx.AsyncClient, requests: int) -> None:
     """Answers whole and streamed, refusals, failures, deadlines and disconnects, in random order."""
@@ -215,14 +262,14 @@ async def test_counters_match_the_clients_counts(client: httpx.AsyncClient, requ
         raise AssertionError("\n".join(await differences())) from None
 
 
-async def test_quantiles_lie_within_one_bucket_of_the_clients(traced: TracedService) -> None:
-    """Times to the first token of `slow`, whose step of 50 ms is longer than the way between client and model."""
+async def test_quantiles_lie_within_one_bucket_of_the_clients(toy_service: Service) -> None:
+    """Times to the first token of `slow`, whose step of 100 ms is much longer than the way between client and model."""
     limits, seen = httpx.Limits(max_connections=4, max_keepalive_connections=4), list[float]()
-    async with httpx.AsyncClient(base_url=traced.service.url, timeout=60, limits=limits) as client:
+    async with httpx.AsyncClient(base_url=toy_service.url, timeout=60, limits=limits) as client:
         before = await scrape(client)
 
         async def send() -> None:
-            for _ in range(15):
+            for _ in range(10):
                 began = time.monotonic()
                 body = {"model": "slow", "prompt": "abc", "max_tokens": 2}
                 async with client.stream("POST", "/generate_stream", json=body) as response:
@@ -313,3 +360,10 @@ async def test_made_up_names_create_no_series_and_a_scrape_takes_at_most_100_ms(
         print(f"scrape: median {statistics.median(times) * 1e3:.1f} ms, p99 {p99 * 1e3:.1f} ms, {size} bytes")
         assert p99 <= 0.1
         assert size <= 1_000_000
+
+
+async def test_the_counters_of_a_killed_replica_are_removed_after_35_s(toy_service: Service, killed: Killed) -> None:
+    async with http_client(toy_service) as client:
+        if time.monotonic() < killed.at + 25:
+            assert killed.counter in (await client.get("/metrics")).text
+        await wait_until(lambda: absent(client, killed.replica), seconds=max(1, killed.at + 45 - time.monotonic()))

@@ -17,8 +17,6 @@ from tests.graph.service import Service, metric_totals, stream_events, stream_li
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]
 
-TOKENS = "serve_app_engine_generated_tokens_total"
-
 
 def body(model: str, max_tokens: int = 3) -> dict[str, Any]:
     return {"model": model, "prompt": "abc", "max_tokens": max_tokens}
@@ -54,31 +52,13 @@ async def streams(client: httpx.AsyncClient, model: str, count: int, tokens: int
     await asyncio.gather(*tasks)
 
 
-async def series(client: httpx.AsyncClient, name: str) -> list[str]:
-    """The lines of a metric on the page."""
-    page = (await client.get("/metrics")).text
-    return [line for line in page.splitlines() if line.startswith(name)]
-
-
-@pytest.fixture(scope="module")
-def killed() -> dict[str, Any]:
-    """What is known about the replica that was killed: its id, its counters and the instant."""
-    return {}
-
-
 async def test_a_killed_replica_ends_its_streams_with_one_error_event_and_is_replaced(
-    client: httpx.AsyncClient, toy_service: Service, killed: dict[str, Any]
+    client: httpx.AsyncClient, toy_service: Service
 ) -> None:
     """The streams of another model go on."""
     (replica,) = toy_service.find("model-victim")
     async with streams(client, "slow", 2, tokens=60) as others, streams(client, "victim", 8, tokens=1000) as cut:
-        (counter,) = await wait_until(lambda: series(client, f'{TOKENS}{{model="victim"'), seconds=5)
-        name = counter.split('replica="')[1].split('"')[0]
         replica.kill()
-        killed |= {"id": name, "at": time.monotonic()}
-        await wait_until(lambda: gone(client, f'serve_app_slots{{model="victim",replica="{name}"}}'))
-        killed["counters"] = await series(client, f'{TOKENS}{{model="victim",replica="{name}"')
-        assert killed["counters"], "the counters of a process that has ended stay for two scrapes"
     for lines in cut:
         assert lines[-2] == "event: error"
         assert '"code":"not_ready"' in lines[-1]
@@ -95,10 +75,6 @@ async def test_a_killed_replica_ends_its_streams_with_one_error_event_and_is_rep
         return answer.status_code == 200
 
     await wait_until(replaced, seconds=40)
-
-
-async def gone(client: httpx.AsyncClient, text: str) -> bool:
-    return text not in (await client.get("/metrics")).text
 
 
 async def test_a_connection_that_sends_its_headers_slowly_is_closed_after_10_s(toy_service: Service) -> None:
@@ -123,27 +99,20 @@ async def test_a_connection_that_sends_its_headers_slowly_is_closed_after_10_s(t
     assert 9 <= await asyncio.to_thread(send) <= 15
 
 
-async def test_haproxy_is_back_within_5_s_after_it_is_killed(client: httpx.AsyncClient, toy_service: Service) -> None:
-    """In one of three attempts: Ray's controller and the new HAProxy are slower on a busy machine."""
-    seconds: list[float] = []
-    while not seconds or (min(seconds) > 5 and len(seconds) < 3):
-        (haproxy,) = toy_service.find("haproxy.cfg")
-        haproxy.kill()
-        psutil.wait_procs([haproxy], timeout=5)
-        began = time.monotonic()
-        assert not await answers(client, "toy")
-        await wait_until(lambda: answers(client, "toy"), seconds=30, every_s=0.05)
-        seconds.append(time.monotonic() - began)
-    print(f"HAProxy was back after {', '.join(f'{s:.1f}' for s in seconds)} s")
-    assert min(seconds) <= 5
-
-
-async def test_the_counters_of_a_killed_replica_are_removed_after_35_s(
-    client: httpx.AsyncClient, killed: dict[str, Any]
+# Ray replaces HAProxy about 4 s after it was killed on a machine that is idle otherwise.
+@pytest.mark.parametrize("limit_s", [10, pytest.param(5, marks=pytest.mark.long)])
+async def test_haproxy_is_replaced_soon_after_it_is_killed(
+    client: httpx.AsyncClient, toy_service: Service, limit_s: float
 ) -> None:
-    if time.monotonic() < killed["at"] + 25:
-        assert await series(client, f'{TOKENS}{{model="victim",replica="{killed["id"]}"') == killed["counters"]
-    await wait_until(lambda: gone(client, killed["id"]), seconds=killed["at"] + 45 - time.monotonic())
+    (haproxy,) = toy_service.find("haproxy.cfg")
+    haproxy.kill()
+    psutil.wait_procs([haproxy], timeout=5)
+    began = time.monotonic()
+    assert not await answers(client, "toy")
+    await wait_until(lambda: answers(client, "toy"), seconds=60, every_s=0.05)
+    seconds = time.monotonic() - began
+    print(f"HAProxy was back after {seconds:.1f} s")
+    assert seconds <= limit_s
 
 
 async def test_a_killed_ingress_is_replaced_and_the_model_replicas_serve_on(
