@@ -14,7 +14,7 @@ from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
 from serve_app.config import AppConfig, Model
-from serve_app.deployments.events import EventReceiver
+from serve_app.deployments.event_receiver import EventReceiver
 from serve_app.deployments.heartbeats import Report, Reporter, to_every_replica
 from serve_app.deployments.ingress_telemetry import IngressTelemetry
 from serve_app.deployments.registry import Heartbeat, ReplicaRegistry
