@@ -48,6 +48,8 @@ class Collector:
         self.exports = 0
         self.raw = bytearray()
         self.headers: dict[str, str] = {}
+        self._answers = threading.Event()
+        self._answers.set()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
 
@@ -60,8 +62,13 @@ class Collector:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._answers.set()
         self._server.shutdown()
         self._server.server_close()
+
+    def stall(self) -> None:
+        """Accept exports from now on without answering them."""
+        self._answers.clear()
 
     def spans(self) -> list[Span]:
         with self._lock:
@@ -107,6 +114,9 @@ class Collector:
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
+                if not collector._answers.is_set():
+                    collector._answers.wait()
+                    return
                 headers = {name.lower(): value for name, value in self.headers.items()}
                 response = collector.receive(self.path, headers, self.rfile.read(int(headers["content-length"])))
                 self.send_response(200)

@@ -33,9 +33,10 @@ _ENVIRONMENT = {
     # Ray's controller checks its deployments ten times a second, and each check interrupts the model on a machine with
     # few cores: 3 to 7 % of the tokens at 32 streams.
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
-    # Ray replaces a proxy after missed health checks. Its default period of 10 s leaves the service without a proxy for
-    # up to 39 s.
-    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
+    # Ray replaces a proxy after three failed health checks, each of which takes two passes of its control loop: with
+    # this period a HAProxy that was killed is back after 4 to 5 s. Ray's default of 10 s leaves the service without a
+    # proxy for up to 39 s.
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "0.2",
     # Ray starts its workers with niceness 15. The two threads of a step wait for each other: beside one busy process of
     # niceness 0, steps took ten times as long.
     "RAY_worker_niceness": "0",

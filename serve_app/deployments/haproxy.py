@@ -2,7 +2,8 @@
 
 Ray Serve writes HAProxy's configuration and starts a new HAProxy at every change. The configuration has ports for
 metrics and statistics and a log, which no option of Ray disables. Therefore Ray runs this file instead of HAProxy: it
-removes these parts, adds the time of arrival to every request, and replaces itself by HAProxy.
+removes these parts, limits the time for the headers of a request, adds the time of arrival to every request, and
+replaces itself by HAProxy.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ _STAMP = "http-request set-header X-Request-Start t=%[date(0,us)]"
 # Ray uses these ports neither for workers nor for replicas.
 _PORTS = range(20_000, 30_000)
 _PR_SET_PDEATHSIG = 1
-_HEADERS_S = 10
+# The time in which a client must send its headers. Ray has no option for it.
+_HEADERS = "timeout http-request 10s"
 
 
 def find() -> str | None:
@@ -66,8 +68,6 @@ def environment(binary: str, folder: Path, longest_s: float) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_NBTHREAD": "1",
         # After a change the previous HAProxy finishes its streams. Ray's default of 120 s would end longer streams.
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(math.ceil(longest_s) + 30),
-        # The time in which a client must send its headers.
-        "RAY_SERVE_HAPROXY_TIMEOUT_HTTP_REQUEST_S": str(_HEADERS_S),
         # Disables a log line per request that a Python process reads. The service has its own metrics.
         "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
         # The port of Ray's own proxy, the fallback. Several programs can open Ray's fixed default port.
@@ -77,7 +77,7 @@ def environment(binary: str, folder: Path, longest_s: float) -> dict[str, str]:
 
 def restricted(configuration: str, enabled: Container[str]) -> str:
     """The configuration without ports and logs other than the service's. Parts whose variable is in `enabled` stay on
-    loopback. The part of the service adds the time of arrival to every request.
+    loopback. The part of the service limits the time for headers and adds the time of arrival to every request.
     """
     parts = re.split(r"(?m)^(?=\w)", configuration)
     return "".join(part for part in (_restricted(part, enabled) for part in parts))
@@ -88,7 +88,7 @@ def _restricted(part: str, enabled: Container[str]) -> str:
         if re.match(beginning, part):
             return re.sub(r"(?m)^( +bind )[^:\n]*:", r"\g<1>127.0.0.1:", part) if variable in enabled else ""
     if part.startswith("frontend http_frontend\n"):
-        return re.sub(r"(?m)^( +)bind .*\n", rf"\g<0>\g<1>{_STAMP}\n", part, count=1)
+        return re.sub(r"(?m)^( +)bind .*\n", rf"\g<0>\g<1>{_HEADERS}\n\g<1>{_STAMP}\n", part, count=1)
     if part.startswith("global\n") and _LOG not in enabled:
         return re.sub(r"(?m)^ +log .*\n", "", part)
     return part

@@ -3,16 +3,16 @@ import { announce, el } from "./dom.js";
 import { Failure } from "./failure.js";
 import { token } from "./odds.js";
 
-const WAITING = { queued: "Waiting for a free place in the model", warming: "The model is being loaded" };
+const WAITING = { queued: "Waiting until the model has a free slot", warming: "The model is being loaded" };
 const ENDS = { length: "cut at max tokens", stopped: "stopped by you" };
 
-/** The text so far. */
+/** The text of the tokens so far. */
 export function textOf(answer) {
   return answer.tokens.map(({ text }) => text).join("");
 }
 
-/** Fill the view's answer until it ends, one way or another. Returns the Failure, if it ended in one. */
-export async function ask(body, signal, view) {
+/** Stream an answer into the view. Returns the Failure that ended it, or null. */
+export async function stream(body, signal, view) {
   const began = performance.now();
   view.began();
   let failure = null;
@@ -26,7 +26,7 @@ export async function ask(body, signal, view) {
   return failure;
 }
 
-/** One answer as the page shows it. `again` asks anew. */
+/** The elements of one answer. `again` requests a new answer. */
 export class AnswerView {
   constructor(answer, again) {
     this.answer = answer;
@@ -35,7 +35,7 @@ export class AnswerView {
     this._failure = el("div", { className: "failure", hidden: true });
     this._figures = el("dl", { className: "figures" });
     this._again = again;
-    this._held = []; // tokens whose text has not come yet
+    this._held = []; // tokens whose text has not arrived yet
     const actions = el("div", { className: "actions" }, this._copyButton(), this._button("Regenerate", "again", again));
     this.element = el("article", { className: "answer" },
       el("h3", {}, answer.model), this._waiting, this._text, this._failure,
@@ -52,7 +52,7 @@ export class AnswerView {
     announce(`${this.answer.model} is answering.`);
   }
 
-  /** A part of the stream, `ms` after it was asked for. */
+  /** Show a part of the stream that arrived `ms` after the request. */
   take({ waiting, text, odds, end, usage }, ms) {
     const { answer } = this;
     if (waiting !== undefined && answer.firstMs === null) this._wait(WAITING[waiting] ?? waiting);
@@ -75,7 +75,7 @@ export class AnswerView {
     this.answer.failure = failure?.plain() ?? null;
     this._showFigures();
     this._showFailure();
-    announce(failure ? `${failure.title} ${failure.advice}` : `${this.answer.model} says: ${textOf(this.answer)}`);
+    announce(failure ? `${failure.title} ${failure.advice}` : `${this.answer.model} answered: ${textOf(this.answer)}`);
   }
 
   _append(one) {
@@ -87,7 +87,7 @@ export class AnswerView {
     const span = token(one);
     if (one.odds.length && !this._text.querySelector("[tabindex]")) {
       span.tabIndex = 0;
-      this._text.setAttribute("aria-label", "Answer; arrow keys go from token to token");
+      this._text.setAttribute("aria-label", "Answer. The arrow keys move from token to token.");
     }
     this._text.append(span);
   }
@@ -102,9 +102,9 @@ export class AnswerView {
     const rate = count > 1 && lastMs > firstMs ? ((count - 1) * 1000) / (lastMs - firstMs) : null;
     const figures = [
       ["ttft", "TTFT", "time to the first token", firstMs === null ? "–" : `${firstMs.toFixed(0)} ms`],
-      ["rate", "tok/s", "tokens a second after the first", rate === null ? "–" : rate.toFixed(1)],
-      ["count", "tokens", "tokens of the answer", String(count)],
-      ["prompt", "prompt", "tokens of the prompt", promptTokens === null ? "–" : String(promptTokens)],
+      ["rate", "tok/s", "tokens per second after the first token", rate === null ? "–" : rate.toFixed(1)],
+      ["count", "tokens", "number of tokens of the answer", String(count)],
+      ["prompt", "prompt", "number of tokens of the prompt", promptTokens === null ? "–" : String(promptTokens)],
     ].map(([name, label, title, value]) => figure(name, el("abbr", { title }, label), value));
     if (ENDS[end]) figures.push(figure("end", el("span", { className: "unseen" }, "ended"), ENDS[end]));
     this._figures.replaceChildren(...figures);
@@ -143,7 +143,7 @@ function figure(className, label, value) {
   return el("div", { className }, el("dt", {}, label), el("dd", {}, value));
 }
 
-/** The clipboard is there on https and localhost only; elsewhere the old way still works. */
+/** Browsers offer the clipboard on https and localhost only. Elsewhere `execCommand` works. */
 async function copy(text) {
   try {
     await navigator.clipboard.writeText(text);

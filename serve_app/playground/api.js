@@ -1,7 +1,7 @@
 import { Failure } from "./failure.js";
 import { events } from "./stream.js";
 
-const BASE = new URL("..", import.meta.url); // the service may live under a prefix
+const BASE = new URL("..", import.meta.url); // the service may have a route prefix
 
 async function call(path, options) {
   try {
@@ -11,7 +11,7 @@ async function call(path, options) {
   }
 }
 
-/** Every model with its state: ready, loading, asleep or failed. */
+/** All models with their states: ready, loading, asleep or failed. */
 export async function models() {
   const [list, ready] = await Promise.all([call("v1/models"), call("ready")]);
   if (!list.ok) throw await Failure.response(list);
@@ -20,7 +20,7 @@ export async function models() {
   return (await list.json()).data.map(({ id }) => ({ id, state: "loading", detail: "", ...known.get(id) }));
 }
 
-/** Parts of one answer: {waiting}, {text, odds}, {end}, {usage}. Throws Failure; an abort stops the model too. */
+/** Parts of one answer: {waiting}, {text, odds}, {end}, {usage}. Throws Failure. An abort also stops the model. */
 export async function* complete(body, signal) {
   const response = await call("v1/chat/completions", {
     method: "POST",
@@ -38,7 +38,7 @@ export async function* complete(body, signal) {
   } catch (error) {
     throw signal.aborted || error instanceof Failure ? error : new Failure("broken");
   }
-  throw new Failure("broken"); // it ended without its end mark
+  throw new Failure("broken"); // the stream ended without [DONE]
 }
 
 function* parts({ error, choices, usage }) {
@@ -50,7 +50,7 @@ function* parts({ error, choices, usage }) {
   if (usage) yield { usage };
 }
 
-/** A token, its log probability, and the likeliest tokens of its place. */
+/** A token, its log probability, and the most likely tokens at its position. */
 function odds({ token, logprob, top_logprobs }) {
   return { token, logprob, top: top_logprobs.map((other) => ({ token: other.token, logprob: other.logprob })) };
 }

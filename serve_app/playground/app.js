@@ -8,7 +8,7 @@ const NAMES = ["chat", "compare"];
 const WIDE = matchMedia("(min-width: 60rem)");
 
 const { state, damaged } = load();
-const keep = () => save(state) || notify("This browser does not keep the conversation: its storage is full or off.");
+const keep = () => save(state) || notify("This browser cannot store the conversation: its storage is full or switched off.");
 const chat = new Chat(document.getElementById("chat-view"), state.chat, keep);
 const compare = new Compare(document.getElementById("compare-view"), state.compare, keep);
 
@@ -18,7 +18,7 @@ function notify(text) {
   notice.hidden = false;
 }
 
-/** The view that the address names; other anchors change nothing. */
+/** Show the view that the address names. Other anchors change nothing. */
 function route() {
   const name = location.hash.slice(1) || NAMES[0];
   if (!NAMES.includes(name)) return;
@@ -34,24 +34,24 @@ function route() {
   document.getElementById("skip").hash = name === "chat" ? "#message" : "#compare-message";
 }
 
-/** Answers that are under way are kept as far as they are. */
+/** Store incomplete answers too. */
 function leave() {
   chat.stop();
   compare.stop();
   keep();
 }
 
-function unfold() {
+function openSettings() {
   chat.settings.details.open = WIDE.matches;
 }
 
-if (damaged) notify("What this browser kept could not be read. A new conversation was begun.");
+if (damaged) notify("The stored conversation could not be read. This is a new conversation.");
 addEventListener("hashchange", route);
 addEventListener("pagehide", leave);
-WIDE.addEventListener("change", unfold);
+WIDE.addEventListener("change", openSettings);
 watch();
 route();
-unfold();
+openSettings();
 new Status(document.getElementById("status"), (models) => {
   chat.settings.offer(models);
   compare.offer(models);

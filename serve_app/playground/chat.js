@@ -1,10 +1,10 @@
-import { AnswerView, ask, textOf } from "./answer.js";
+import { AnswerView, stream, textOf } from "./answer.js";
 import { Composer } from "./composer.js";
 import { el } from "./dom.js";
 import { Settings } from "./settings.js";
 import { answer } from "./store.js";
 
-/** One conversation with one model. `state` is what the browser keeps of it; `save` writes it down. */
+/** One conversation with one model. `state` is stored in the browser by `save`. */
 export class Chat {
   constructor(root, state, save) {
     this._state = state;
@@ -12,27 +12,27 @@ export class Chat {
     this._turns = root.querySelector(".turns");
     this._empty = root.querySelector(".empty");
     this._clear = root.querySelector(".clear");
-    this._leaving = new AbortController();
+    this._abort = new AbortController();
     this.settings = new Settings(root.querySelector(".side"), state.settings, (values) => {
       state.settings = values;
       save();
     });
-    this._composer = new Composer(root.querySelector(".composer"), (text) => this._say(text), () => this.stop());
+    this._composer = new Composer(root.querySelector(".composer"), (text) => this._send(text), () => this.stop());
     this._clear.addEventListener("click", () => this._begin());
-    this._empty.addEventListener("click", ({ target }) => target.matches("button") && this._say(target.textContent));
+    this._empty.addEventListener("click", ({ target }) => target.matches("button") && this._send(target.textContent));
     state.turns.forEach((turn) => this._turns.append(this._item(turn)));
     this._showEmpty();
     this._follow();
   }
 
-  /** Keep the end in sight, unless the reader has scrolled away from it. */
+  /** Scroll to the end of a growing answer, unless the user has scrolled up. */
   _follow() {
     const page = document.documentElement;
     let atEnd = true;
     let before = 0;
     addEventListener("scroll", () => {
       const near = page.scrollHeight - innerHeight - scrollY < 60;
-      atEnd = near || (atEnd && scrollY >= before); // only going up is going away: the end moves by itself
+      atEnd = near || (atEnd && scrollY >= before); // the end itself moves down, so only scrolling up counts
       before = scrollY;
     });
     new ResizeObserver(() => {
@@ -41,10 +41,10 @@ export class Chat {
   }
 
   stop() {
-    this._leaving.abort();
+    this._abort.abort();
   }
 
-  _say(prompt) {
+  _send(prompt) {
     if (this._composer.busy || !this.settings.check()) return;
     this._composer.field.value = "";
     this._state.turns.push({ prompt, answer: null });
@@ -53,19 +53,19 @@ export class Chat {
     this._answer();
   }
 
-  /** Answer the last turn, for the first time or anew. */
+  /** Request an answer to the last turn, also if it has one already. */
   async _answer() {
     if (this._composer.busy || !this.settings.check()) return;
     const turn = this._state.turns.at(-1);
     turn.answer = answer({ model: this.settings.model });
     this._turns.lastElementChild.replaceWith(this._item(turn));
-    this._leaving = new AbortController();
+    this._abort = new AbortController();
     this._composer.busy = true;
     this._save();
     scrollTo(0, document.documentElement.scrollHeight);
-    const failure = await ask(this.settings.request(this._messages()), this._leaving.signal, this._last);
+    const failure = await stream(this.settings.request(this._messages()), this._abort.signal, this._last);
     this._composer.busy = false;
-    if (failure?.param) this.settings.blame(failure.param);
+    if (failure?.param) this.settings.markInvalid(failure.param);
     this._save();
   }
 
@@ -75,7 +75,7 @@ export class Chat {
     return el("li", { className: "turn" }, asked, this._last.element);
   }
 
-  /** A turn that was left without an answer would make the model see two prompts in a row. */
+  /** Turns without an answer are left out: the model would see two prompts in a row. */
   _messages() {
     const turns = this._state.turns;
     const before = turns.slice(0, -1).filter((turn) => textOf(turn.answer));

@@ -1,4 +1,4 @@
-import { AnswerView, ask } from "./answer.js";
+import { AnswerView, stream } from "./answer.js";
 import { Composer } from "./composer.js";
 import { Settings } from "./settings.js";
 import { answer } from "./store.js";
@@ -8,34 +8,34 @@ export class Compare {
   constructor(root, state, save) {
     this._state = state;
     this._save = save;
-    this._leaving = new AbortController();
+    this._abort = new AbortController();
     this._sides = [...root.querySelectorAll(".side")].map((place, i) => {
       return new Side(place, state.sides[i], save, () => this._run([this._sides[i]]));
     });
-    this._composer = new Composer(root.querySelector(".composer"), (text) => this._say(text), () => this.stop());
+    this._composer = new Composer(root.querySelector(".composer"), (text) => this._send(text), () => this.stop());
     this._composer.field.value = state.prompt;
   }
 
-  /** The second side begins with the second model, if there is one and nobody has chosen. */
+  /** The second side selects the second model, if there is one and the user has not selected another. */
   offer(models) {
     this._sides.forEach((side, i) => side.settings.offer(models, models[i] ?? models[0]));
   }
 
   stop() {
-    this._leaving.abort();
+    this._abort.abort();
   }
 
-  _say(prompt) {
+  _send(prompt) {
     this._state.prompt = prompt;
     this._run(this._sides);
   }
 
   async _run(sides) {
     if (this._composer.busy || !sides.every((side) => side.settings.check())) return;
-    this._leaving = new AbortController();
+    this._abort = new AbortController();
     this._composer.busy = true;
     this._save();
-    await Promise.all(sides.map((side) => side.answer(this._state.prompt, this._leaving.signal)));
+    await Promise.all(sides.map((side) => side.answer(this._state.prompt, this._abort.signal)));
     this._composer.busy = false;
     this._save();
   }
@@ -56,8 +56,8 @@ class Side {
   async answer(prompt, signal) {
     this._state.answer = answer({ model: this.settings.model });
     this._show();
-    const failure = await ask(this.settings.request([{ role: "user", content: prompt }]), signal, this._view);
-    if (failure?.param) this.settings.blame(failure.param);
+    const failure = await stream(this.settings.request([{ role: "user", content: prompt }]), signal, this._view);
+    if (failure?.param) this.settings.markInvalid(failure.param);
   }
 
   _show() {

@@ -1,4 +1,4 @@
-/** A message box with its buttons. `send` gets what was written; `stop` ends what is under way. */
+/** A message box with its buttons. `send` receives the text; `stop` ends the current answer. */
 export class Composer {
   constructor(form, send, stop) {
     this.field = form.querySelector("textarea");
@@ -19,7 +19,7 @@ export class Composer {
     });
   }
 
-  /** Send keeps its place, so that a second click on it never stops what the first one began. */
+  /** The Send button stays visible, so that a second click on it cannot stop the answer. */
   set busy(busy) {
     const left = document.activeElement === this._stop;
     this._busy = busy;

@@ -1,4 +1,4 @@
-/** An element with properties or attributes, and children. Strings become text, never markup. */
+/** An element with these properties or attributes and children. Strings become text, never markup. */
 export function el(tag, given = {}, ...children) {
   const element = document.createElement(tag);
   for (const [name, value] of Object.entries(given)) {
@@ -9,7 +9,7 @@ export function el(tag, given = {}, ...children) {
   return element;
 }
 
-/** Tell a screen reader once. Answers are not live regions themselves: a word for every token would be noise. */
+/** Let screen readers read a text. Answers are not live regions: screen readers would read every token. */
 export function announce(text) {
   document.getElementById("announcer").textContent = text;
 }

@@ -1,4 +1,4 @@
-// How likely a token was, and what else could have stood there: by pointer, and by keyboard in the same words.
+// A tooltip with the probabilities of a token and of its alternatives, by pointer and by keyboard.
 
 import { el } from "./dom.js";
 
@@ -6,7 +6,7 @@ const known = new WeakMap();
 const tip = document.getElementById("odds");
 let shown = null;
 
-/** An element for one token. `odds` has an entry for each token whose text came with it, or none. */
+/** An element for one piece of text. `odds` has an entry for each of its tokens, or none. */
 export function token({ text, odds }) {
   const span = el("span", { className: "token" }, text);
   if (odds.length) {
@@ -17,9 +17,9 @@ export function token({ text, odds }) {
 }
 
 export function watch() {
-  // By moves: a pointer at rest, under which the text passes, asks for nothing. A finger only taps.
-  for (const asking of ["pointermove", "pointerdown"]) {
-    document.addEventListener(asking, ({ target }) => target !== shown && known.has(target) && show(target));
+  // `pointermove`, because text that scrolls under a pointer at rest must not open the tooltip. A touch has no moves.
+  for (const type of ["pointermove", "pointerdown"]) {
+    document.addEventListener(type, ({ target }) => target !== shown && known.has(target) && show(target));
   }
   document.addEventListener("pointerover", ({ target }) => target !== shown && leave(target));
   document.addEventListener("focusin", ({ target }) => known.has(target) ? show(target) : hide());
@@ -27,7 +27,7 @@ export function watch() {
   document.addEventListener("scroll", place, true);
 }
 
-/** The tip itself may be pointed at. A token in focus keeps its own. */
+/** The tooltip stays while the pointer is on it. A token with the focus keeps its tooltip. */
 function leave(target) {
   if (tip.contains(target)) return;
   if (known.has(document.activeElement)) show(document.activeElement);
@@ -49,7 +49,7 @@ function hide() {
   tip.hidden = true;
 }
 
-/** Under the token, above it where there is no room; always within the window. */
+/** Below the token, or above it if there is no room below; always within the window. */
 function place() {
   if (!shown) return;
   const at = shown.getClientRects()[0] ?? shown.getBoundingClientRect();
@@ -58,7 +58,7 @@ function place() {
   tip.style.left = `${Math.max(8, Math.min(at.left, document.documentElement.clientWidth - tip.offsetWidth - 8))}px`;
 }
 
-/** One stop of the tab key an answer; arrows move inside. */
+/** The tab key reaches each answer once; the arrow keys move from token to token. */
 function key(event) {
   if (event.key === "Escape") hide();
   const from = event.target;
@@ -89,14 +89,14 @@ function row(text, logprob, className) {
   return el("p", { className }, word, " ", el("span", { className: "percent" }, percent(logprob)), bar);
 }
 
-/** White space in a form that can be seen. */
+/** The text with visible characters in place of white space. */
 function visible(text) {
-  return text.replaceAll(" ", "␣").replaceAll("\n", "⏎").replaceAll("\t", "⇥") || "nothing";
+  return text.replaceAll(" ", "␣").replaceAll("\n", "⏎").replaceAll("\t", "⇥") || "(empty)";
 }
 
 function percent(logprob) {
   const share = Math.exp(logprob) * 100;
-  return share > 0 && share < 0.1 ? "under 0.1 %" : `${share.toFixed(1)} %`;
+  return share > 0 && share < 0.1 ? "less than 0.1 %" : `${share.toFixed(1)} %`;
 }
 
 function likely(logprob) {

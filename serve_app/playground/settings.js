@@ -32,7 +32,7 @@ export class Settings {
     return this._values.model;
   }
 
-  /** Name the models there are. `first` takes the place of one that is gone, or that nobody has chosen. */
+  /** List the models. `first` is selected if the user has selected none or the selected one is gone. */
   offer(models, first = models[0]) {
     const { model } = this.form.elements;
     const wanted = this._values.model;
@@ -43,13 +43,13 @@ export class Settings {
     if (model.value !== wanted) this._read();
   }
 
-  /** Whether every field is filled in well; the browser says which one is not. */
+  /** Whether every field is valid; the browser points at the first invalid one. */
   check() {
-    if (!this.form.checkValidity()) this.details.open = true; // a folded field cannot be pointed at
+    if (!this.form.checkValidity()) this.details.open = true; // the browser cannot point at a field in a closed element
     return this.form.reportValidity();
   }
 
-  /** The body of a chat completion. An empty field is left to the service. */
+  /** The body of a chat completion. The service has defaults for empty fields. */
   request(messages) {
     const { model, system, stop, odds } = this._values;
     const body = { model, messages: system ? [{ role: "system", content: system }, ...messages] : messages };
@@ -62,8 +62,8 @@ export class Settings {
     return body;
   }
 
-  /** Mark the field that the service found wrong, until it is changed. */
-  blame(name) {
+  /** Mark the field that the service refused until the user changes it. */
+  markInvalid(name) {
     const field = this.form.elements[name];
     if (!field) return;
     this.details.open = true;
@@ -94,7 +94,7 @@ export class Settings {
     this._changed(this._values);
   }
 
-  /** What differs from the defaults, so that two sides can be told apart while their settings are folded. */
+  /** Summarize the values that differ from the defaults, so that closed settings can be compared. */
   _sum() {
     const changed = Object.keys(DEFAULTS).filter((name) => name !== "model" && this._values[name] !== DEFAULTS[name]);
     const words = changed.map((name) => WORDS[name] ?? `${name.replaceAll("_", " ")} ${this._values[name] || "open"}`);

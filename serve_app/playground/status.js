@@ -1,9 +1,9 @@
 import { models } from "./api.js";
 
-const OFTEN_MS = 2000;
-const SELDOM_MS = 15000;
+const UNAVAILABLE_MS = 2000;
+const AVAILABLE_MS = 15000;
 
-/** Looks how the models are: seldom while all is well, often while something is missing. */
+/** Requests the states of the models every 2 s while one is not available, else every 15 s. */
 export class Status {
   constructor(element, found) {
     this._element = element;
@@ -12,25 +12,25 @@ export class Status {
   }
 
   async watch() {
-    const well = document.hidden || (await this._look());
-    setTimeout(() => this.watch(), well ? SELDOM_MS : OFTEN_MS);
+    const available = document.hidden || (await this._update());
+    setTimeout(() => this.watch(), available ? AVAILABLE_MS : UNAVAILABLE_MS);
   }
 
-  async _look() {
+  async _update() {
     try {
       const all = await models();
       if (this._seen !== (this._seen = JSON.stringify(all))) this._found(all);
       const missing = all.filter(({ state }) => state === "loading" || state === "failed");
-      this._say(missing.length ? "waiting" : "ready", missing.map(sentence).join("; ") || "Ready");
+      this._show(missing.length ? "waiting" : "ready", missing.map(sentence).join("; ") || "Ready");
       return !missing.length;
     } catch {
-      this._say("away", "The service does not answer");
+      this._show("away", "The service does not answer");
       return false;
     }
   }
 
-  /** A live region: only what is new may be written. */
-  _say(state, words) {
+  /** The element is a live region: screen readers read each text that is written. */
+  _show(state, words) {
     this._element.dataset.state = state;
     if (this._element.textContent !== words) this._element.textContent = words;
   }

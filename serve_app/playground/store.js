@@ -1,4 +1,4 @@
-// What the browser keeps. Whatever it finds there is made whole: other releases wrote it, or other hands.
+// The state in the browser's storage. Missing or wrong parts, for example of other releases, become defaults.
 
 const KEY = "serve_app.playground";
 
@@ -17,7 +17,7 @@ export const DEFAULTS = {
   odds: true,
 };
 
-/** The state, and whether what was found could not be read. */
+/** The stored state, and whether it could not be read. */
 export function load() {
   try {
     const found = JSON.parse(localStorage.getItem(KEY) ?? "{}");
@@ -27,14 +27,14 @@ export function load() {
   }
 }
 
-/** Whether it could be kept. Without room for everything, probabilities go first. */
+/** Store the state; returns whether that worked. Without room for all of it, probabilities are left out. */
 export function save(state) {
   for (const text of [() => JSON.stringify(state), () => JSON.stringify(state, withoutOdds)]) {
     try {
       localStorage.setItem(KEY, text());
       return true;
     } catch {
-      // full, or switched off
+      // the storage is full or switched off
     }
   }
   return false;
@@ -70,7 +70,7 @@ function turn({ prompt, answer: given }) {
   return { prompt: text(prompt), answer: answer(object(given)) };
 }
 
-/** One answer: whose, its tokens, its times in ms since it was asked for, how it ended. */
+/** One answer: its model, its tokens, its times in ms since the request, and its finish reason. */
 export function answer(found = {}) {
   const { title, message, advice } = object(found.failure);
   return {

@@ -1,4 +1,4 @@
-// Not a module: it runs before the page is painted, so that no one sees the other scheme first.
+// Not a module: it runs before the page is painted, so that the other scheme is never visible.
 (() => {
   const key = "serve_app.theme";
   const root = document.documentElement;
@@ -7,7 +7,7 @@
     try {
       return localStorage.getItem(key);
     } catch {
-      return null; // storage is switched off
+      return null; // the storage is switched off
     }
   }
 
@@ -16,7 +16,7 @@
     try {
       localStorage.setItem(key, theme);
     } catch {
-      // it holds until the page is left
+      // the choice is valid until the page is closed
     }
   }
 

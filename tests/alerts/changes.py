@@ -9,7 +9,7 @@ from pathlib import Path
 from threading import Thread
 
 from tests.alerts.live import LiveService
-from tests.graph.house import Program, free_port
+from tests.graph.service import Program, free_port
 
 
 class Metrics(BaseHTTPRequestHandler):
@@ -34,8 +34,8 @@ def _report_changes(folder: Path) -> str:
     ports = [word for name in ("prometheus", "alertmanager", "history") for word in (f"--{name}-port", "0")]
     command = ["alerts", "monitor", "--url", f"http://127.0.0.1:{port}/llm/", "--data", str(folder / "data"), *ports]
     with Program(command) as program:
-        program.wait_for("the service does not answer: ")
-        output = program.wait_for("Ray is not found: ")
+        program.wait_for_output("the service does not answer: ")
+        output = program.wait_for_output("Ray is not found: ")
         assert f"{program.folder}/ray/prom_metrics_service_discovery.json lists no targets yet" in output
         server = ThreadingHTTPServer(("127.0.0.1", port), Metrics)
         Thread(target=server.serve_forever, daemon=True).start()
@@ -43,11 +43,11 @@ def _report_changes(folder: Path) -> str:
         targets = [{"labels": {"job": "other"}, "targets": [f"127.0.0.1:{port}"]}]
         (program.folder / "ray/prom_metrics_service_discovery.json").write_text(json.dumps(targets))
         try:
-            program.wait_for(f"the service is up: Prometheus scrapes http://127.0.0.1:{port}/llm/metrics")
-            program.wait_for("Ray is up: Prometheus scrapes")
+            program.wait_for_output(f"the service is up: Prometheus scrapes http://127.0.0.1:{port}/llm/metrics")
+            program.wait_for_output("Ray is up: Prometheus scrapes")
         finally:
             server.shutdown()
             server.server_close()
-        program.wait_for("Ray does not answer at any of the addresses (1)")
+        program.wait_for_output("Ray does not answer at any of the addresses (1)")
         assert program.interrupt() == 0
-        return program.said()
+        return program.output()

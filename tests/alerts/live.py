@@ -28,7 +28,7 @@ from aiohttp.test_utils import TestServer
 from alerts.dashboards import write
 from alerts.settings import DEAD_MAN_SILENCE_S
 from tests.alerts.receivers import Email, Json, MailServer, WebhookServer, loopback_settings, mail_server, until
-from tests.graph.house import Program, Service, caller, model, sleeper
+from tests.graph.service import Program, Service, http_client, model_config, zero_scaled_model_config
 
 VICTIM, HEALTHY = "victim", "toy"
 _START_S = 120
@@ -113,11 +113,13 @@ class LiveService:
         one_request = {"max_ongoing_requests": 1, "max_queued_requests": 1}
         return Service(
             [
-                model(HEALTHY, "builtin:toy?step_ms=5", engine={"draft_tokens": 4, "max_running": 8}, embeddings=True),
-                model("narrow", "builtin:toy?step_ms=20", deployment=one_request),
-                sleeper("sleepy", "builtin:toy?load_s=1", downscale_to_zero_delay_s=600),
+                model_config(
+                    HEALTHY, "builtin:toy?step_ms=5", engine={"draft_tokens": 4, "max_running": 8}, embeddings=True
+                ),
+                model_config("narrow", "builtin:toy?step_ms=20", deployment=one_request),
+                zero_scaled_model_config("sleepy", "builtin:toy?load_s=1", downscale_to_zero_delay_s=600),
                 # The log folder takes the place of weights: the toy engine cannot load without it.
-                model(VICTIM, f"builtin:toy?step_ms=5&log={self._weights / 'tokens'}"),
+                model_config(VICTIM, f"builtin:toy?step_ms=5&log={self._weights / 'tokens'}"),
             ]
         )
 
@@ -148,7 +150,7 @@ class LiveService:
         self._weights.with_suffix(".removed").rename(self._weights)
         end = time.monotonic() + _START_S
         while (await _generate(client, VICTIM)) != 200:
-            assert time.monotonic() < end, self.service.said()
+            assert time.monotonic() < end, self.service.output()
             await asyncio.sleep(0.2)
         return time.monotonic()
 
@@ -164,7 +166,7 @@ class Monitor(Program):
 
     @property
     def url(self) -> str:
-        (url,) = re.findall(r"Prometheus +(http://[^/]+)/", self.said())
+        (url,) = re.findall(r"Prometheus +(http://[^/]+)/", self.output())
         return str(url)
 
 
@@ -208,7 +210,7 @@ class Watch:
         return found
 
     async def history(self) -> list[Json]:
-        (url,) = re.findall(r"(http://[^/]+)/alerts\n", self.monitor.said().partition("History")[2])
+        (url,) = re.findall(r"(http://[^/]+)/alerts\n", self.monitor.output().partition("History")[2])
         token = {"Authorization": "Bearer history-secret"}
         found: list[Json] = (await self.client.get(f"{url}/alerts", headers=token)).json()
         return found
@@ -253,7 +255,7 @@ class Watch:
 async def watch(live: LiveService, folder: Path, url: str) -> AsyncIterator[Watch]:
     """A monitor of the service at `url`, when it has scraped a service that serves requests."""
     mail = mail_server()
-    async with WebhookServer().open() as webhooks, mail.open(), caller(live.service) as client:
+    async with WebhookServer().open() as webhooks, mail.open(), http_client(live.service) as client:
         settings = loopback_settings(folder, webhooks, mail)
         await live.ready  # otherwise a slow start of the service would cause ServiceDown
         async with running(Monitor(folder, url, live.service, settings)) as monitor:

@@ -21,7 +21,7 @@ from alerts.programs import ProgramError, check
 from alerts.settings import EXAMPLE
 from tests.alerts.receivers import production_settings, write_secrets, write_settings
 from tests.alerts.test_rules import promtool
-from tests.graph.house import Program
+from tests.graph.service import Program
 
 CLOSED = "http://127.0.0.1:9"
 
@@ -90,7 +90,7 @@ def test_prometheus_accepts_the_configurations(tmp_path: Path, name: str) -> Non
 @pytest.mark.system
 def test_it_starts_and_stops_everything_without_settings(tmp_path: Path) -> None:
     with monitor(tmp_path) as program:
-        output = program.wait_for("monitoring http")
+        output = program.wait_for_output("monitoring http")
         assert "Alerts are only recorded here." in output
         rules = get(f"{address(output, 'Prometheus')}/api/v1/rules")["data"]["groups"]
         alerts = [rule for group in rules for rule in group["rules"] if rule["type"] == "alerting"]
@@ -106,12 +106,12 @@ def test_it_starts_and_stops_everything_without_settings(tmp_path: Path) -> None
         assert (tmp_path / "data/history_token").stat().st_mode & 0o777 == 0o600
         history = address(output, "History")
         assert get(f"{history}/alerts", Authorization=f"Bearer {token}") == []
-        connections = [process.net_connections("tcp") for process in program.family()]
+        connections = [process.net_connections("tcp") for process in program.descendants()]
         listening = {one.laddr.ip for every in connections for one in every if one.status == "LISTEN"}
         assert listening == {"127.0.0.1"}
         assert program.interrupt(signal.SIGTERM) == 0
-        assert program.left() == []
-        assert program.said().endswith("stopping\n")
+        assert program.running() == []
+        assert program.output().endswith("stopping\n")
 
 
 @pytest.mark.system
@@ -134,7 +134,7 @@ def test_the_settings_determine_receivers_and_links(tmp_path: Path) -> None:
     write_secrets(tmp_path / "secrets")
     settings = write_settings(tmp_path, production_settings())
     with monitor(tmp_path, "--settings", str(settings)) as program:
-        output = program.wait_for("monitoring http")
+        output = program.wait_for_output("monitoring http")
         assert f"Alerts are sent to the receivers in {settings}" in output
         rules = get(f"{address(output, 'Prometheus')}/api/v1/rules")["data"]["groups"]
         links = {rule["annotations"]["runbook_url"] for one in rules for rule in one["rules"] if "annotations" in rule}
@@ -151,42 +151,42 @@ def test_a_proxy_in_the_environment_is_not_used_for_loopback(tmp_path: Path) -> 
     """The proxy's port is closed, so every request through it would fail."""
     proxy = dict.fromkeys(("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"), CLOSED)
     with monitor(tmp_path, **proxy) as program:
-        program.wait_for("monitoring http", 60)
-        program.wait_for("Ray is not found: ", 60)  # Prometheus answered the monitor
+        program.wait_for_output("monitoring http", 60)
+        program.wait_for_output("Ray is not found: ", 60)  # Prometheus answered the monitor
         assert program.interrupt() == 0
 
 
 @pytest.mark.system
 def test_its_programs_end_when_it_is_killed(tmp_path: Path) -> None:
     with monitor(tmp_path) as program:
-        program.wait_for("monitoring http")
-        assert len(program.family()) == 3
+        program.wait_for_output("monitoring http")
+        assert len(program.descendants()) == 3
         program.process.kill()
         program.process.wait()
-        until(lambda: not program.left(), 10)
+        until(lambda: not program.running(), 10)
 
 
 @pytest.mark.system
 def test_it_ends_when_one_of_its_programs_ends(tmp_path: Path) -> None:
     with monitor(tmp_path) as program:
-        program.wait_for("monitoring http")
+        program.wait_for_output("monitoring http")
         (alertmanager,) = program.find("--cluster.listen-address")
         alertmanager.kill()
         assert program.process.wait(20) == 1
-        assert "alertmanager ended with exit code -9. The last lines of" in program.said()
-        assert program.left() == []
+        assert "alertmanager ended with exit code -9. The last lines of" in program.output()
+        assert program.running() == []
 
 
 @pytest.mark.system
 def test_two_monitors_with_the_same_folder(tmp_path: Path) -> None:
     with monitor(tmp_path) as first:
-        first.wait_for("monitoring http")
+        first.wait_for_output("monitoring http")
         with monitor(tmp_path) as second:
             assert second.process.wait(60) == 2
-            assert "another monitor" in second.said()
-            assert "--data" in second.said()
+            assert "another monitor" in second.output()
+            assert "--data" in second.output()
         assert first.process.poll() is None
-        assert get(f"{address(first.said(), 'Prometheus')}/api/v1/alertmanagers")["status"] == "success"
+        assert get(f"{address(first.output(), 'Prometheus')}/api/v1/alertmanagers")["status"] == "success"
 
 
 @pytest.mark.system

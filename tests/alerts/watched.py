@@ -24,7 +24,7 @@ from serve_app.telemetry.exposition import exposition
 from serve_app.telemetry.metrics import gpu
 from tests.alerts.live import HEALTHY, LiveService
 from tests.alerts.receivers import alerting_stack, executable
-from tests.graph.house import free_port
+from tests.graph.service import free_port
 
 LOAD_S = 75  # the error budgets are sampled once per minute
 DRILL_S = 30

@@ -1,10 +1,11 @@
-"""Chromium, and two services to point it at: the whole one over toy models, and the front door over a script."""
+"""Chromium, and two services for it: the toy service, and the HTTP application over a scripted engine."""
 
 from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import pytest
 import pytest_asyncio
@@ -12,22 +13,13 @@ import uvicorn
 from playwright.async_api import Browser, async_playwright
 
 from serve_app.api.app import create_app
-from tests.api.scripted import ScriptedGateway, app_config
-from tests.browser.visitor import Visitor
-from tests.graph.house import Service, free_port, model, until
+from tests.api.scripted import ScriptedEngine, ScriptedTelemetry, app_config
+from tests.browser.playground import Playground
+from tests.graph.service import Service, free_port, wait_until
 
 
-@pytest.fixture(scope="package")
-def service() -> Iterator[Service]:
-    """Tokens come slowly enough to be seen one after another."""
-    engine = {"max_context": 4096}
-    models = [
-        model("quick", "builtin:toy?step_ms=15", engine=engine),
-        model("slow", "builtin:toy?step_ms=80", engine=engine),
-    ]
-    with Service(models, heartbeat_s=0.3) as service:
-        service.wait_for("answers on")
-        yield service
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.import_plugin("tests.graph.shared")
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
@@ -39,38 +31,43 @@ async def chromium() -> AsyncIterator[Browser]:
 
 
 @pytest_asyncio.fixture(loop_scope="session")
-async def visitor(chromium: Browser, service: Service) -> AsyncIterator[Visitor]:
-    """Somebody at the whole service, who finds nothing wrong with the page while the test lasts."""
-    async with Visitor.at(chromium, service.url) as visitor:
-        yield visitor
-        assert visitor.complaints == []
+async def playground(chromium: Browser, toy_service: Service) -> AsyncIterator[Playground]:
+    """The page of the toy service. The test fails if the browser reports an error."""
+    async with Playground.at(chromium, toy_service.url) as playground:
+        yield playground
+        assert playground.errors == []
 
 
 @pytest.fixture
-def gateway() -> ScriptedGateway:
-    return ScriptedGateway()
+def engine() -> ScriptedEngine:
+    return ScriptedEngine()
 
 
-@pytest_asyncio.fixture(loop_scope="session")
-async def door(gateway: ScriptedGateway) -> AsyncIterator[str]:
-    """The front door over the script, on a socket. Silence makes a heartbeat after 50 ms."""
-    port = free_port()
-    app = create_app(gateway, app_config(heartbeat_s=0.05))
-    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning", ws="none", lifespan="off"))
-    serving = asyncio.create_task(server.serve())
+@asynccontextmanager
+async def served(engine: ScriptedEngine, port: int) -> AsyncIterator[None]:
+    """The HTTP application over the engine at a port. It sends a heartbeat after 50 ms without a token."""
+    app = create_app(engine, ScriptedTelemetry(), app_config(heartbeat_s=0.05))
+    config = uvicorn.Config(
+        app, port=port, log_level="critical", ws="none", lifespan="off", timeout_graceful_shutdown=0
+    )
+    server = uvicorn.Server(config)
+    task = asyncio.create_task(server.serve())
 
     async def started() -> bool:
         return server.started
 
-    await until(started, every_s=0.01)
-    yield f"http://127.0.0.1:{port}"
-    server.should_exit = True
-    await serving
+    await wait_until(started, every_s=0.01)
+    try:
+        yield
+    finally:
+        server.should_exit = True
+        await task
 
 
 @pytest_asyncio.fixture(loop_scope="session")
-async def guest(chromium: Browser, door: str) -> AsyncIterator[Visitor]:
-    """Somebody at the scripted door."""
-    async with Visitor.at(chromium, door) as visitor:
-        yield visitor
-        assert visitor.complaints == []
+async def scripted(chromium: Browser, engine: ScriptedEngine) -> AsyncIterator[Playground]:
+    """The page of the application over the scripted engine. The test fails if the browser reports an error."""
+    port = free_port()
+    async with served(engine, port), Playground.at(chromium, f"http://127.0.0.1:{port}") as playground:
+        yield playground
+        assert playground.errors == []

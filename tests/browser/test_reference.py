@@ -1,19 +1,19 @@
-"""The API's reference at /docs, in a browser."""
+"""The reference of the API at /docs in a browser."""
 
 from __future__ import annotations
 
 import pytest
 from playwright.async_api import expect
 
-from serve_app.api.openapi import OPERATIONS
-from tests.browser.visitor import Visitor
+from serve_app.api.operations import OPERATIONS
+from tests.browser.playground import Playground
 
 pytestmark = [pytest.mark.browser, pytest.mark.asyncio(loop_scope="session")]
 
 
-async def test_every_endpoint_stands_there_and_its_example_can_be_tried(guest: Visitor) -> None:
-    page = guest.page
-    await page.goto(guest.url + "/docs")
+async def test_every_endpoint_is_listed_and_its_example_works(scripted: Playground) -> None:
+    page = scripted.page
+    await page.goto(scripted.url + "/docs")
     await expect(page.locator(".opblock")).to_have_count(len(OPERATIONS))
     block = page.locator("#operations-Native-post_generate")
     await block.get_by_role("button").first.click()

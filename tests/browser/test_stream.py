@@ -1,10 +1,10 @@
-"""The page's reader of server-sent events, by itself: networks cut a stream wherever they like."""
+"""The page's parser of server-sent events with chunks of every size."""
 
 from __future__ import annotations
 
 import pytest
 
-from tests.browser.visitor import Visitor
+from tests.browser.playground import Playground
 
 pytestmark = [pytest.mark.browser, pytest.mark.asyncio(loop_scope="session")]
 
@@ -35,10 +35,10 @@ READ = """async ([bytes, sizes]) => {
 }"""
 
 
-async def test_events_are_the_same_however_the_stream_is_cut(visitor: Visitor) -> None:
-    await visitor.open()
+async def test_the_events_do_not_depend_on_the_size_of_the_chunks(playground: Playground) -> None:
+    await playground.open()
     data = STREAM.encode()
     sizes = list(range(1, len(data) + 1))
-    found = await visitor.page.evaluate(READ, [list(data), sizes])
+    found = await playground.page.evaluate(READ, [list(data), sizes])
     assert len(found) == len(sizes)
     assert [events for events in found if events != EVENTS] == []

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from serve_app.api.operations import OPERATIONS
-from tests.graph.house import Config, Service, model
+from tests.graph.service import Config, Service, model_config
 from tests.models import tiny
 
 CONFIG = Path(__file__).with_name("schemathesis.toml")
@@ -30,8 +30,8 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     source = tiny.save("llama", tmp_path_factory.mktemp("model"), tiny.FUSED)
     engine: Config = {"max_context": 48, "max_running": 32}
     features: Config = {"embeddings": True, "chat_template": "builtin:chatml_tools", "quantization": "int8"}
-    with Service([model("small", str(source), engine=engine, **features)]) as service:
-        service.wait_for("answers on")
+    with Service([model_config("small", str(source), engine=engine, **features)]) as service:
+        service.wait_until_ready()
         yield service
 
 

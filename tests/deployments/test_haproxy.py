@@ -31,6 +31,7 @@ listen stats
   bind *:8404
   stats enable
 """
+HEADERS = "timeout http-request 10s"
 STAMP = "http-request set-header X-Request-Start t=%[date(0,us)]"
 
 
@@ -39,7 +40,7 @@ def test_only_the_port_of_the_service_stays_and_no_log() -> None:
     for first, after in (("frontend prometheus", "frontend http_frontend"), ("listen stats", None)):
         end = expected.index(after) if after else len(expected)
         expected = expected[: expected.index(first)] + expected[end:]
-    expected = expected.replace("    bind *:8000\n", f"    bind *:8000\n    {STAMP}\n")
+    expected = expected.replace("    bind *:8000\n", f"    bind *:8000\n    {HEADERS}\n    {STAMP}\n")
     assert haproxy.restricted(WRITTEN, {}) == expected
     assert [line.strip() for line in expected.splitlines() if "bind" in line] == ["bind *:8000"]
 

@@ -1,47 +1,64 @@
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
 import pytest
 
-from tests.graph.house import Service, caller, model, sleeper
+from tests.collector import Collector
+from tests.graph.service import PROXIES, Config, Service, model_config, zero_scaled_model_config
+
+DEADLINE_S = 3
+EXPORTS_SOON = {"OTEL_BSP_SCHEDULE_DELAY": "200", "OTEL_EXPORTER_OTLP_HEADERS": "x-key=secret"}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.import_plugin("tests.graph.shared")
+
+
+@dataclass
+class TracedService:
+    """A service behind Ray's own proxy, the collector of its spans, and the log of tokens of its model `slow`."""
+
+    service: Service
+    collector: Collector
+    token_log: Path
+
+
+def traced_model_config() -> Config:
+    """8 sequences run, 8 requests wait in the engine and 8 at the ingress."""
+    return model_config(
+        "only",
+        "builtin:toy?step_ms=10",
+        deployment={"max_ongoing_requests": 16, "max_queued_requests": 8},
+        batching={"max_batch_size": 16, "batch_wait_timeout_s": 0.01},
+        embeddings=True,
+        engine={"max_running": 8},
+    )
 
 
 @pytest.fixture(scope="package")
-def token_log(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the model `slow` writes when it made each token, and for whom."""
-    return tmp_path_factory.mktemp("slow") / "tokens"
-
-
-@pytest.fixture(scope="package")
-def toys(token_log: Path) -> Iterator[Service]:
-    """One service for the folder, with a model for each kind of trouble."""
+def traced(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TracedService]:
+    """Everything that `telemetry` can switch on, and a short deadline."""
+    log = tmp_path_factory.mktemp("traced") / "tokens"
+    narrow = {"max_ongoing_requests": 1, "max_queued_requests": 1}
     models = [
-        model(
-            "toy",
-            "builtin:toy?step_ms=2",
-            engine={"max_running": 16},
-            batching={"max_batch_size": 16},
-            embeddings=True,
-        ),
-        model(
-            "slow",
-            f"builtin:toy?step_ms=100&log={token_log}",
-            engine={"max_running": 64},
-            batching={"max_batch_size": 64},
-        ),
-        model("narrow", "builtin:toy?step_ms=20", deployment={"max_ongoing_requests": 1, "max_queued_requests": 2}),
-        model("victim", "builtin:toy?step_ms=50"),
-        sleeper("sleepy", "builtin:toy?load_s=1", downscale_to_zero_delay_s=1),
+        traced_model_config(),
+        model_config("slow", f"builtin:toy?step_ms=50&log={log}"),
+        model_config("narrow", "builtin:toy?step_ms=20", deployment=narrow),
+        model_config("faulty", "builtin:toy?fails_on=bad", deployment={"max_ongoing_requests": 1}),
+        zero_scaled_model_config("sleepy", "builtin:toy?load_s=1", downscale_to_zero_delay_s=1),
     ]
-    with Service(models, heartbeat_s=0.3, max_body_bytes=65_536, warm_wait_s=30) as service:
-        service.wait_for("answers on")
-        yield service
-
-
-@pytest.fixture
-async def client(toys: Service) -> AsyncIterator[httpx.AsyncClient]:
-    async with caller(toys) as client:
-        yield client
+    with Collector() as collector:
+        tracing = {"endpoint": collector.endpoint, "sampling_ratio": 1}
+        with Service(
+            models,
+            environment={**EXPORTS_SOON, **PROXIES["python"]},
+            telemetry={"tracing": tracing, "log_format": "json", "opentelemetry_metrics": True},
+            request_timeout_s=DEADLINE_S,
+            heartbeat_s=0.3,
+            max_body_bytes=65_536,
+        ) as service:
+            service.wait_until_ready()
+            yield TracedService(service, collector, log)

@@ -1,4 +1,4 @@
-"""The same file on a Ray that somebody else started: joined, deployed to, with (fake) GPUs, rolled out anew."""
+"""The service on a Ray cluster that runs already: joined, deployed to with `serve deploy`, rolled out."""
 
 from __future__ import annotations
 
@@ -17,17 +17,19 @@ import pytest
 import yaml
 
 from serve_app.deployments import haproxy
-from tests.graph.house import (
-    FRONTS,
+from tests.graph.service import (
+    PROXIES,
     Config,
     Program,
     Service,
-    frames_of,
     free_port,
-    model,
-    serve_file,
-    state,
-    until,
+    metric_totals,
+    model_config,
+    model_state,
+    model_status,
+    serve_config,
+    stream_events,
+    wait_until,
 )
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
@@ -36,7 +38,7 @@ PATIENT: Config = {"graceful_shutdown_timeout_s": 60}
 
 
 class Head(Program):
-    """`ray start --head` with two GPUs that do not exist, one of them an A10G by its label."""
+    """`ray start --head` with two GPUs that do not exist; one of them has the label A10G."""
 
     def __init__(self, **environment: str) -> None:
         self.dashboard, self.port = free_port(), free_port()
@@ -58,14 +60,18 @@ class Head(Program):
             capture_output=True, text=True, timeout=60, check=False, env=self.environment,
         )  # fmt: skip
 
+    def python(self, program: str) -> None:
+        """Run a Python program that connects to this cluster."""
+        subprocess.run([sys.executable, "-c", program], check=True, timeout=60, env=self.environment)
+
     def deploy(self, *models: Config, **options: Any) -> None:
         file = self.folder / "serve_config.yaml"
-        file.write_text(yaml.safe_dump(serve_file(models, port=self.port, **options)))
+        file.write_text(yaml.safe_dump(serve_config(models, port=self.port, **options)))
         done = self.serve("deploy", str(file))
         assert done.returncode == 0, done.stderr
 
     async def actors(self) -> dict[str, dict[str, float]]:
-        """What each live replica reserves of the cluster, by deployment."""
+        """The resources that each live model replica reserves, by deployment."""
         headers = {"authorization": f"Bearer {self.environment['RAY_AUTH_TOKEN']}"}
         params = {"detail": "true", "filter_keys": "state", "filter_predicates": "=", "filter_values": "ALIVE"}
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{self.dashboard}", headers=headers) as client:
@@ -74,11 +80,18 @@ class Head(Program):
         return {row["name"].split("#")[1]: row["required_resources"] for row in rows if "#model-" in row["name"]}
 
 
-@pytest.fixture(scope="module")
-def head() -> Iterator[Head]:
-    with Head() as head:
-        head.wait_for("Ray runtime started")
-        yield head
+@pytest.fixture(scope="module", params=["haproxy", pytest.param("python", marks=pytest.mark.long)])
+def head(request: pytest.FixtureRequest) -> Iterator[Head]:
+    """A cluster with HAProxy, as the manifests in `cluster/` configure it, and one with Ray's own proxy."""
+    binary = haproxy.find()
+    assert binary is not None
+    with tempfile.TemporaryDirectory(prefix="sa") as folder:
+        environment = PROXIES["python"]
+        if request.param == "haproxy":
+            environment = haproxy.environment(binary, Path(folder), 60)
+        with Head(**environment) as head:
+            head.wait_for_output("Ray runtime started")
+            yield head
 
 
 @pytest.fixture
@@ -88,7 +101,7 @@ async def client(head: Head) -> AsyncIterator[httpx.AsyncClient]:
 
 
 async def answers(client: httpx.AsyncClient, name: str) -> bool:
-    """Whether this model gives the toy's answer. Before the proxy is there, nobody answers."""
+    """Whether this model answers. Before the proxy runs, nothing listens."""
     try:
         answer = await client.post("/generate", json={"model": name, "prompt": "abc", "max_tokens": 6})
     except httpx.TransportError:
@@ -96,33 +109,67 @@ async def answers(client: httpx.AsyncClient, name: str) -> bool:
     return answer.status_code == 200 and answer.json()["text"] == "abcabc"
 
 
-def test_a_running_ray_is_joined_and_outlives_the_service(head: Head) -> None:
+OTHER_APPLICATION = """
+import os, sys
+from ray import init, serve
+
+@serve.deployment(ray_actor_options={"num_cpus": 0.01})
+class Other:
+    async def __call__(self, request):
+        return "other"
+
+init(address="auto", log_to_driver=False)
+serve.run(Other.bind(), name="other", route_prefix="/other")
+"""
+
+
+def test_ctrl_c_on_a_joined_cluster_deletes_this_application_only(head: Head) -> None:
+    """The cluster and an application that others have deployed go on."""
     environment = {name: head.environment[name] for name in ("RAY_TMPDIR", "RAY_AUTH_TOKEN")}
-    with Service([model("toy")], "--ray-address", "auto", environment=environment) as service:
-        service.wait_for("answers on")
-        assert httpx.post(service.url + "/generate", json={"prompt": "ab", "max_tokens": 2}).json()["text"] == "ab"
-        with Service([model("other")], "--ray-address", "auto", environment=environment) as second:
+    with Service([model_config("toy")], "--ray-address", "auto", environment=environment) as service:
+        service.wait_until_ready()
+        answer = httpx.post(service.url + "/generate", json={"prompt": "ab", "max_tokens": 2})
+        assert answer.json()["text"] == "ab"
+        with Service([model_config("other")], "--ray-address", "auto", environment=environment) as second:
             assert second.process.wait(timeout=60) == 1
-            assert "Ray Serve runs on the cluster" in second.said()
-            assert "serve deploy" in second.said()
+            assert "Ray Serve runs on the cluster" in second.output()
+            assert "serve deploy" in second.output()
+        head.python(OTHER_APPLICATION)
+        assert httpx.get(service.url + "/other").text == "other"
+        assert service.interrupt() == 0
+        assert httpx.get(service.url + "/other").text == "other"
+        assert httpx.get(service.url + "/health").status_code == 404
+    assert head.process.poll() is None
+    (replica,) = head.find("ServeReplica")
+    assert "ServeReplica:other" in " ".join(replica.cmdline())
+    done = head.serve("shutdown", "-y")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.long
+def test_ctrl_c_on_a_joined_cluster_shuts_serve_down_if_no_application_is_left(head: Head) -> None:
+    environment = {name: head.environment[name] for name in ("RAY_TMPDIR", "RAY_AUTH_TOKEN")}
+    with Service([model_config("toy")], "--ray-address", "auto", environment=environment) as service:
+        service.wait_until_ready()
         assert service.interrupt() == 0
     assert head.process.poll() is None
     assert not head.find("ServeReplica")
+    assert not head.find("ServeController")
 
 
-async def test_the_file_deploys_with_the_tool_and_gpus_go_where_it_says(head: Head, client: httpx.AsyncClient) -> None:
+async def test_serve_deploy_places_the_models_on_gpus(head: Head, client: httpx.AsyncClient) -> None:
     head.deploy(
-        model("whole", resources={"num_gpus": 1, "accelerator_type": "A10G"}),
-        model("half", resources={"num_gpus": 0.5}),
-        model("other-half", resources={"num_gpus": 0.5}),
-        model("none"),
-        model("too-many", resources={"num_gpus": 1}),
+        model_config("whole", resources={"num_gpus": 1, "accelerator_type": "A10G"}),
+        model_config("half", resources={"num_gpus": 0.5}),
+        model_config("other-half", resources={"num_gpus": 0.5}),
+        model_config("none"),
+        model_config("too-many", resources={"num_gpus": 1}),
     )
 
     async def all_answer() -> bool:
         return all([await answers(client, name) for name in ("whole", "half", "other-half", "none")])
 
-    await until(all_answer, seconds=90, every_s=0.5)
+    await wait_until(all_answer, seconds=90, every_s=0.5)
     placed = await head.actors()
     assert {name: needs.get("GPU", 0) for name, needs in placed.items()} == {
         "model-whole": 1,
@@ -131,46 +178,33 @@ async def test_the_file_deploys_with_the_tool_and_gpus_go_where_it_says(head: He
         "model-none": 0,
     }
     assert "accelerator_type:A10G" in placed["model-whole"]
-    # No GPU is left for the last one: the others serve, and its callers learn that it is not there.
-    assert await state(client, "too-many") == "loading"
+    # No GPU is left for the last model. The others serve, and requests to the last one get 503.
+    assert await model_state(client, "too-many") == "loading"
     refused = await client.post("/generate", json={"model": "too-many", "prompt": "abc"})
     assert refused.status_code == 503
     assert int(refused.headers["retry-after"]) >= 1
 
 
-async def test_a_rollout_cuts_no_stream(head: Head, client: httpx.AsyncClient) -> None:
-    """The second deployment changes the model's engine: its replica and the ingress are replaced, and none is away."""
-    await roll_out(head, client, ingress=PATIENT)
+async def test_a_rollout_cuts_no_stream_and_counts_only_routed_replicas_as_ready(
+    head: Head, client: httpx.AsyncClient
+) -> None:
+    """The second deployment changes the engine of the model and so replaces its replica and the ingress.
 
-
-@pytest.mark.parametrize("front", FRONTS)
-async def test_a_rollout_of_a_fused_model_cuts_no_stream(front: str) -> None:
-    """On a cluster whose operator puts HAProxy in front, and on one as Ray comes."""
-    binary = haproxy.find()
-    assert binary is not None
-    with tempfile.TemporaryDirectory(prefix="sa") as folder:
-        environment = haproxy.environment(binary, Path(folder), 60) if front == "haproxy" else {}
-        with Head(**environment) as head:
-            head.wait_for("Ray runtime started")
-            async with httpx.AsyncClient(base_url=head.url, timeout=60) as client:
-                await roll_out(head, client, fused=True)
-                assert bool(head.find("haproxy.cfg")) == (front == "haproxy")
-
-
-async def roll_out(head: Head, client: httpx.AsyncClient, **options: Any) -> None:
-    """Streams of 8 s begin all the while, so that many are under way whenever it is that the replicas change."""
+    Streams of 6 s begin throughout, so that many are under way whenever replicas change. The old model replica, which
+    finishes its streams, is not ready any more.
+    """
 
     def deploy(max_running: int) -> None:
         source = "builtin:toy?step_ms=100&load_s=2"
-        head.deploy(model("rolling", source, PATIENT, engine={"max_running": max_running}), **options)
+        head.deploy(model_config("rolling", source, PATIENT, engine={"max_running": max_running}), ingress=PATIENT)
 
     def replicas() -> set[psutil.Process]:
         return {*head.find(":Ingress"), *head.find(":model-rolling")}
 
     async def stream() -> list[dict[str, Any]]:
-        body = {"model": "rolling", "prompt": "abc", "max_tokens": 81}
+        body = {"model": "rolling", "prompt": "abc", "max_tokens": 60}
         async with client.stream("POST", "/generate_stream", json=body) as response:
-            return [frame async for frame in frames_of(response)]
+            return [event async for event in stream_events(response)]
 
     async def call() -> float:
         began = time.monotonic()
@@ -180,38 +214,43 @@ async def roll_out(head: Head, client: httpx.AsyncClient, **options: Any) -> Non
         return time.monotonic() - began
 
     await asyncio.to_thread(deploy, 32)
-    await until(lambda: answers(client, "rolling"), seconds=90, every_s=0.5)
+    await wait_until(lambda: answers(client, "rolling"), seconds=90, every_s=0.5)
     old = replicas()
-    assert old
+    assert len(head.find(":model-rolling")) == 1
     streams = [asyncio.create_task(stream())]
     await asyncio.sleep(1)
     deployed = asyncio.create_task(asyncio.to_thread(deploy, 33))
-    took, came = [], False
+    seconds, ready, both = [], list[tuple[float, float]](), False
     end = time.monotonic() + 150
     while any(process.is_running() for process in old):
-        assert time.monotonic() < end, f"still there: {old}"
-        came = came or bool(replicas() - old)
-        took.append(await call())
+        assert time.monotonic() < end, f"still running: {old}"
+        both = both or bool(replicas() - old)
+        seconds.append(await call())
+        totals = await metric_totals(client)
+        ready.append((len(head.find(":model-rolling")), totals["ready_replicas", "rolling"]))
         streams.append(asyncio.create_task(stream()))
     await deployed
-    for frames in await asyncio.gather(*streams):
-        assert frames[-1]["finished"] is True
-        assert frames[-1]["text"] == "abc" * 27
-    assert came, "the new replica came while the old one was still answering"
-    assert max(took) < 5, "somebody had to wait for the old one to end"
+    for events in await asyncio.gather(*streams):
+        assert events[-1]["finished"] is True
+        assert events[-1]["text"] == "abc" * 20
+    assert both, "the new replicas start while the old ones still run"
+    assert max(seconds) < 5, "no request waits for the end of the old replicas"
+    assert (2, 1) in ready, "both replicas run, and one of them is ready"
+    assert {count for _, count in ready} <= {0, 1}, ready
+    assert (await model_status(client, "rolling"))["state"] == "ready"
 
 
-async def test_a_faulty_file_is_refused_by_the_tool_with_every_fault(head: Head, tmp_path: Path) -> None:
-    document = serve_file([{**model("toy"), "sauce": 1}], port=head.port)
+async def test_serve_status_states_every_fault_of_a_faulty_file(head: Head, tmp_path: Path) -> None:
+    document = serve_config([{**model_config("toy"), "sauce": 1}], port=head.port)
     document["applications"][0]["args"]["limits"] = {"warm_wait_s": -1}
     file = tmp_path / "faulty.yaml"
     file.write_text(yaml.safe_dump(document))
     head.serve("deploy", str(file))
 
-    async def said() -> str:
+    async def failure() -> str:
         status = await asyncio.to_thread(head.serve, "status")
         return status.stdout if "DEPLOY_FAILED" in status.stdout else ""
 
-    text = await until(said, seconds=60, every_s=0.5)
+    text = await wait_until(failure, seconds=60, every_s=0.5)
     assert "sauce" in text
     assert "warm_wait_s" in text

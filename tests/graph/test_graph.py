@@ -1,4 +1,4 @@
-"""The graph in one piece: proxy, ingress, turnstile, engine and back, for everybody who is well."""
+"""Requests through proxy, ingress, model replica and back when nothing fails."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ import asyncio
 import httpx
 import pytest
 
-from tests.graph.house import frames_of, idle, metrics, until
+from tests.graph.service import metric_totals, stream_events, wait_until, wait_until_idle
 
 pytestmark = pytest.mark.ray
 
-# The toy says its own prompt, a byte a token.
+# The toy model repeats its prompt, one byte per token.
 TEXT = "Grüße, 世界 🌍!"
 SIZE = len(TEXT.encode())
 
 
-async def test_a_stream_says_what_the_whole_answer_says(client: httpx.AsyncClient) -> None:
+async def test_a_stream_has_the_text_of_the_whole_answer(client: httpx.AsyncClient) -> None:
     body = {"model": "toy", "prompt": TEXT, "max_tokens": SIZE}
     whole = (await client.post("/generate", json=body)).json()
     async with client.stream("POST", "/generate_stream", json=body) as response:
         assert response.headers["content-type"] == "text/event-stream"
-        frames = [frame async for frame in frames_of(response)]
-    assert whole["text"] == frames[-1]["text"] == "".join(frame["token"] for frame in frames) == TEXT
-    assert [frame["finished"] for frame in frames] == [False] * (SIZE - 1) + [True]
-    assert frames[-1]["usage"] == whole["usage"]
+        events = [event async for event in stream_events(response)]
+    assert whole["text"] == events[-1]["text"] == "".join(event["token"] for event in events) == TEXT
+    assert [event["finished"] for event in events] == [False] * (SIZE - 1) + [True]
+    assert events[-1]["usage"] == whole["usage"]
     assert whole["usage"] == {
         "prompt_tokens": SIZE,
         "prompt_tokens_details": {"cached_tokens": 0},
@@ -33,29 +33,28 @@ async def test_a_stream_says_what_the_whole_answer_says(client: httpx.AsyncClien
     }
 
 
-async def test_the_first_token_comes_before_the_last_is_made(client: httpx.AsyncClient) -> None:
+async def test_the_first_token_arrives_before_the_last_is_computed(client: httpx.AsyncClient) -> None:
     body = {"model": "slow", "prompt": "abcdefgh", "max_tokens": 8}
     began = asyncio.get_running_loop().time()
     async with client.stream("POST", "/generate_stream", json=body) as response:
-        times = [asyncio.get_running_loop().time() - began async for _ in frames_of(response)]
+        times = [asyncio.get_running_loop().time() - began async for _ in stream_events(response)]
     assert len(times) == 8
     assert times[0] < times[-1] - 0.5, "eight steps of 100 ms lie between the first and the last"
 
 
-async def test_many_at_once_get_their_own_answers(client: httpx.AsyncClient) -> None:
-    async def ask(i: int) -> None:
+async def test_64_concurrent_requests_get_their_own_answers(client: httpx.AsyncClient) -> None:
+    async def send(i: int) -> None:
         prompt = f"request {i} of many"
         tokens = len(prompt) * (1 + i % 3)
         answer = await client.post("/generate", json={"model": "toy", "prompt": prompt, "max_tokens": tokens})
         assert answer.json()["text"] == prompt * (1 + i % 3)
 
-    await asyncio.gather(*(ask(i) for i in range(64)))
+    await asyncio.gather(*(send(i) for i in range(64)))
 
 
-async def test_what_is_asked_of_a_prompt_comes_through(client: httpx.AsyncClient) -> None:
-    """How it was told, and its embedding, which the metrics count."""
-    asked = {"model": "toy", "prompt": "hello", "max_tokens": 2, "echo": True, "logprobs": 0, "user": "somebody"}
-    (choice,) = (await client.post("/v1/completions", json=asked)).json()["choices"]
+async def test_prompt_logprobs_and_embeddings_arrive_and_are_counted(client: httpx.AsyncClient) -> None:
+    body = {"model": "toy", "prompt": "hello", "max_tokens": 2, "echo": True, "logprobs": 0, "user": "somebody"}
+    (choice,) = (await client.post("/v1/completions", json=body)).json()["choices"]
     assert choice["text"] == "hellohe"
     assert choice["logprobs"]["token_logprobs"] == [None, *[0.0] * 6]
     answer = (await client.post("/v1/embeddings", json={"model": "toy", "input": ["a" * 300, "b"]})).json()
@@ -67,29 +66,28 @@ async def test_what_is_asked_of_a_prompt_comes_through(client: httpx.AsyncClient
         lines = (await client.get("/metrics")).text.splitlines()
         return any('outcome="embedded"' in line and float(line.rpartition(" ")[2]) > 0 for line in lines)
 
-    await until(counted)
-    await idle(client, "toy")
+    await wait_until(counted)
 
 
-async def test_a_batch_has_one_outcome_for_each(client: httpx.AsyncClient) -> None:
+async def test_a_batch_has_one_outcome_per_item(client: httpx.AsyncClient) -> None:
     good = {"model": "toy", "prompt": "yes", "max_tokens": 3}
-    requests = [good, {**good, "model": "nobody"}, {**good, "max_tokens": -1}, {**good, "prompt": "x" * 5000}, good]
+    requests = [good, {**good, "model": "unknown"}, {**good, "max_tokens": -1}, {**good, "prompt": "x" * 5000}, good]
     results = (await client.post("/generate_batch", json={"requests": requests})).json()["results"]
     assert [result.get("text") for result in results] == ["yes", None, None, None, "yes"]
     codes = [result["error"]["code"] for result in results[1:4]]
     assert codes == ["model_not_found", "invalid_request", "prompt_too_long"]
 
 
-async def test_a_prompt_over_the_context_is_told_both_numbers(client: httpx.AsyncClient) -> None:
+async def test_the_error_of_a_long_prompt_states_its_length_and_the_limit(client: httpx.AsyncClient) -> None:
     for path in ("/generate", "/generate_stream"):
         answer = await client.post(path, json={"model": "toy", "prompt": "x" * 5000})
         assert answer.status_code == 422
         assert "5000 tokens" in answer.json()["error"]["message"]
-        assert "2047" in answer.json()["error"]["message"]
+        assert "4095" in answer.json()["error"]["message"]
 
 
-async def test_counters_are_what_the_client_counts(client: httpx.AsyncClient) -> None:
-    before = await idle(client, "toy")
+async def test_counters_match_the_clients_count(client: httpx.AsyncClient) -> None:
+    before = await wait_until_idle(client, "toy")
     requests, tokens = 10, 7
     body = {"model": "toy", "prompt": "count", "max_tokens": tokens}
     await asyncio.gather(*(client.post("/generate", json=body) for _ in range(requests)))
@@ -108,27 +106,26 @@ async def test_counters_are_what_the_client_counts(client: httpx.AsyncClient) ->
     }
 
     async def counted() -> bool:
-        after = await metrics(client)
+        after = await metric_totals(client)
         return all(after[name, "toy"] - before.get((name, "toy"), 0) == number for name, number in expected.items())
 
-    await until(counted, seconds=5)
+    await wait_until(counted, seconds=5)
 
 
-async def test_errors_are_counted_by_kind(client: httpx.AsyncClient) -> None:
-    before = (await metrics(client)).get(("errors_total", ""), 0)
-    await client.post("/generate", json={"model": "nobody", "prompt": "x"})
-    assert (await metrics(client))["errors_total", ""] == before + 1
+async def test_errors_are_counted_by_code(client: httpx.AsyncClient) -> None:
+    before = (await metric_totals(client)).get(("errors_total", ""), 0)
+    await client.post("/generate", json={"model": "unknown", "prompt": "x"})
+    assert (await metric_totals(client))["errors_total", ""] == before + 1
 
 
-async def test_many_enter_together(client: httpx.AsyncClient) -> None:
-    """The mean number of rows of a step is what batching is for."""
-    before = await idle(client, "slow")
+async def test_32_concurrent_requests_share_the_steps_of_the_engine(client: httpx.AsyncClient) -> None:
+    before = await wait_until_idle(client, "slow")
     body = {"model": "slow", "prompt": "x", "max_tokens": 5}
     await asyncio.gather(*(client.post("/generate", json=body) for _ in range(32)))
 
     async def batched() -> bool:
-        after = await metrics(client)
+        after = await metric_totals(client)
         steps = after["engine_steps_total", "slow"] - before["engine_steps_total", "slow"]
         return 5 <= steps <= 25 and after["running_sequences", "slow"] == 0
 
-    await until(batched, seconds=5)
+    await wait_until(batched, seconds=5)

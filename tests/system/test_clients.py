@@ -1,12 +1,13 @@
-"""What the official clients ask for beside a chat, of the embedded model through the whole production graph."""
+"""OpenAI's client and LangChain against the embedded model through the whole service."""
 
 from __future__ import annotations
 
 import base64
 import math
-import socket
 import struct
-from collections.abc import AsyncIterator
+import sys
+from collections.abc import AsyncIterator, Iterator
+from functools import cache
 from typing import Annotated, Any
 
 import openai
@@ -15,7 +16,7 @@ from langchain_core.messages import AIMessageChunk, HumanMessage, SystemMessage,
 from langchain_openai import ChatOpenAI
 from pydantic import BaseModel, Field
 
-from tests.system.conftest import Shipped
+from tests.system.conftest import ShippedService
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
 
@@ -25,7 +26,7 @@ FRANCE: Any = [{"role": "user", "content": "What is the capital of France?"}]
 
 
 class Town(BaseModel):
-    """A town and what is known of it."""
+    """A town and facts about it."""
 
     name: Annotated[str, Field(max_length=20)]
     people: Annotated[int, Field(ge=1, le=9999)]
@@ -33,8 +34,8 @@ class Town(BaseModel):
 
 
 @pytest.fixture
-async def client(service: Shipped) -> AsyncIterator[openai.AsyncOpenAI]:
-    async with service.official() as client:
+async def client(service: ShippedService) -> AsyncIterator[openai.AsyncOpenAI]:
+    async with service.openai_client() as client:
         yield client
 
 
@@ -56,19 +57,19 @@ async def test_a_completion_with_its_logprobs(client: openai.AsyncOpenAI) -> Non
         model=MODEL, prompt=PROMPT, temperature=0, max_tokens=6, logprobs=2, echo=True
     )
     (choice,) = answer.choices
-    told = choice.logprobs
-    assert told is not None
-    assert told.tokens is not None
-    assert told.token_logprobs is not None
-    assert told.top_logprobs is not None
-    assert told.text_offset is not None
-    assert "".join(told.tokens) == choice.text
+    reported = choice.logprobs
+    assert reported is not None
+    assert reported.tokens is not None
+    assert reported.token_logprobs is not None
+    assert reported.top_logprobs is not None
+    assert reported.text_offset is not None
+    assert "".join(reported.tokens) == choice.text
     assert choice.text.startswith(PROMPT)
-    assert [choice.text[at : at + len(token)] for at, token in zip(told.text_offset, told.tokens, strict=True)] == (
-        told.tokens
-    )
-    assert told.token_logprobs[0] is None
-    for logprob, top in zip(told.token_logprobs[-6:], told.top_logprobs[-6:], strict=True):
+    assert [
+        choice.text[at : at + len(token)] for at, token in zip(reported.text_offset, reported.tokens, strict=True)
+    ] == (reported.tokens)
+    assert reported.token_logprobs[0] is None
+    for logprob, top in zip(reported.token_logprobs[-6:], reported.top_logprobs[-6:], strict=True):
         assert logprob == max(top.values()), "a greedy choice is the likeliest"
 
 
@@ -80,18 +81,18 @@ async def test_a_chats_logprobs_are_the_same_whole_and_streamed(client: openai.A
     streamed = [choice async for chunk in stream for choice in chunk.choices]
     (choice,) = whole.choices
     assert choice.logprobs is not None
-    told = choice.logprobs.content or []
+    reported = choice.logprobs.content or []
     again = [token for part in streamed if part.logprobs for token in part.logprobs.content or []]
-    assert [token.token for token in again] == [token.token for token in told]
-    assert bytes(byte for token in told for byte in token.bytes or []).decode() == choice.message.content
-    for token in told:
+    assert [token.token for token in again] == [token.token for token in reported]
+    assert bytes(byte for token in reported for byte in token.bytes or []).decode() == choice.message.content
+    for token in reported:
         best, *others = token.top_logprobs
         assert (best.token, best.logprob) == (token.token, token.logprob)
         assert len(others) == 2
         assert all(math.exp(other.logprob) <= math.exp(best.logprob) for other in others)
 
 
-async def test_several_streamed_answers_are_those_that_come_whole(client: openai.AsyncOpenAI) -> None:
+async def test_several_streamed_answers_equal_the_whole_ones(client: openai.AsyncOpenAI) -> None:
     asked: dict[str, Any] = {"model": MODEL, "messages": FRANCE, "temperature": 1, "seed": 5, "n": 3, "max_tokens": 12}
     whole = await client.chat.completions.create(**asked)
     said = {choice.index: "" for choice in whole.choices}
@@ -102,7 +103,7 @@ async def test_several_streamed_answers_are_those_that_come_whole(client: openai
     assert len(set(said.values())) == 3
 
 
-async def test_an_answer_is_parsed_into_its_class(client: openai.AsyncOpenAI) -> None:
+async def test_an_answer_is_parsed_into_a_pydantic_model(client: openai.AsyncOpenAI) -> None:
     asked: dict[str, Any] = {"model": MODEL, "messages": FRANCE, "temperature": 0, "max_tokens": 100}
     answer = await client.chat.completions.parse(**asked, response_format=Town)
     town = answer.choices[0].message.parsed
@@ -112,10 +113,10 @@ async def test_an_answer_is_parsed_into_its_class(client: openai.AsyncOpenAI) ->
     assert final.choices[0].message.parsed == town
 
 
-async def test_an_embedding_whole_and_as_the_client_asks_for_it(tooled: Shipped) -> None:
-    """The client asks for base64 unless it is told otherwise."""
+async def test_embeddings_as_floats_and_as_base64(tools_service: ShippedService) -> None:
+    """The client requests base64 unless `encoding_format` is given."""
     texts = ["A cat sleeps.", "A kitten naps.", "Tax law of 1923"]
-    async with openai.AsyncOpenAI(base_url=tooled.url + "/v1", api_key="none", max_retries=0) as client:
+    async with openai.AsyncOpenAI(base_url=tools_service.url + "/v1", api_key="none", max_retries=0) as client:
         usual = await client.embeddings.create(model=MODEL, input=texts)
         floats = await client.embeddings.create(model=MODEL, input=texts, encoding_format="float")
         packed: Any = await client.embeddings.create(model=MODEL, input=texts[0], encoding_format="base64")
@@ -137,29 +138,38 @@ def alike(one: list[float], other: list[float]) -> float:
 # LangChain
 
 
+@cache
+def looked_up() -> set[str]:
+    """The names of the hosts that this process looks up from the first call on. Python cannot remove an audit hook."""
+    hosts = set[str]()
+
+    def audit(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "socket.getaddrinfo":
+            hosts.add(str(arguments[0]))
+
+    sys.addaudithook(audit)
+    return hosts
+
+
 @pytest.fixture
-def nobody_outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    """LangChain would report to LangSmith if the environment said so; whatever it asks for, it is told no names."""
-    look_up = socket.getaddrinfo
-
-    def on_this_machine(host: Any, *rest: Any, **more: Any) -> Any:
-        assert host in ("127.0.0.1", "localhost"), f"a request to {host}"
-        return look_up(host, *rest, **more)
-
+def loopback_only(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fails if the test looks up another host: LangChain would report to LangSmith if the environment enabled that."""
     monkeypatch.setenv("LANGSMITH_TRACING", "false")
-    monkeypatch.setattr(socket, "getaddrinfo", on_this_machine)
+    looked_up().clear()
+    yield
+    assert looked_up() <= {"127.0.0.1", "localhost"}
 
 
-langchain = pytest.mark.usefixtures("nobody_outside")
+langchain = pytest.mark.usefixtures("loopback_only")
 
 
-def chat(service: Shipped, **fields: Any) -> ChatOpenAI:
+def chat(service: ShippedService, **fields: Any) -> ChatOpenAI:
     asked: dict[str, Any] = {"temperature": 0, "max_tokens": 30, "max_retries": 0, **fields}
     return ChatOpenAI(model=MODEL, base_url=service.url + "/v1", api_key="none", **asked)
 
 
 @langchain
-async def test_langchain_hears_paris_whole_and_streamed(service: Shipped) -> None:
+async def test_langchain_gets_the_same_answer_whole_and_streamed(service: ShippedService) -> None:
     messages = [SystemMessage("You are a helpful assistant."), HumanMessage("What is the capital of France?")]
     model = chat(service, stream_usage=True)
     whole = model.invoke(messages)
@@ -181,20 +191,20 @@ async def test_langchain_hears_paris_whole_and_streamed(service: Shipped) -> Non
 
 
 @langchain
-def test_langchain_tells_logprobs_and_stops(service: Shipped) -> None:
+def test_langchain_logprobs_and_stop(service: ShippedService) -> None:
     model = chat(service, logprobs=True, top_logprobs=2, seed=1, stop=["Paris"])
     answer = model.invoke("What is the capital of France?")
     assert "Paris" not in str(answer.content)
-    told = answer.response_metadata["logprobs"]["content"]
-    assert len(told) > 2
-    assert all(len(token["top_logprobs"]) == 2 for token in told)
+    reported = answer.response_metadata["logprobs"]["content"]
+    assert len(reported) > 2
+    assert all(len(token["top_logprobs"]) == 2 for token in reported)
 
 
 # LangChain dumps the openai client's own message, whose type does not say what the client has put into `parsed`.
 @pytest.mark.filterwarnings(r"ignore:Pydantic serializer warnings.\s+.*Expected .none.*field_name='parsed':UserWarning")
 @langchain
 @pytest.mark.parametrize("temperature", [0, 1])
-def test_langchain_has_an_answer_of_a_class(service: Shipped, temperature: float) -> None:
+def test_langchain_structured_output(service: ShippedService, temperature: float) -> None:
     model = chat(service, temperature=temperature, seed=3, max_tokens=100)
     shaped = model.with_structured_output(Town, method="json_schema")
     assert isinstance(shaped.invoke("Tell me of a town in Spain."), Town)
@@ -211,9 +221,9 @@ def forecast(city: Annotated[str, "Where"], days: int) -> str:
 
 
 @langchain
-def test_langchain_calls_a_tool_and_says_what_came_of_it(tooled: Shipped) -> None:
+def test_langchain_calls_a_tool_and_sends_its_result(tools_service: ShippedService) -> None:
     question = HumanMessage("What will the weather be in Paris for three days?")
-    model = chat(tooled, max_tokens=100)
+    model = chat(tools_service, max_tokens=100)
     bound = model.bind_tools([forecast], tool_choice="forecast")
     said: Any = bound.invoke([question])
     (call,) = said.tool_calls

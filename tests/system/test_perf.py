@@ -1,4 +1,4 @@
-"""The load tests against the service as it ships."""
+"""The load tests against the service with the shipped configuration."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import pytest
 from perf.exits import Exit
 from perf.results import Run
 
-from .conftest import Shipped
+from .conftest import ShippedService
 
 
 @pytest.mark.system
-def test_a_quick_run_is_quick_and_counts_as_the_server_does(service: Shipped, tmp_path: Path) -> None:
+def test_a_quick_run_takes_at_most_60_s_and_counts_as_the_server(service: ShippedService, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "perf.suite", "--quick", "--url", service.url, "--output", str(tmp_path)]
     began = time.monotonic()
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
@@ -36,7 +36,7 @@ def test_a_quick_run_is_quick_and_counts_as_the_server_does(service: Shipped, tm
 
 @pytest.mark.system
 @pytest.mark.parametrize("api", ["openai", "tgi"])
-def test_its_other_apis_can_be_measured(service: Shipped, api: str, tmp_path: Path) -> None:
+def test_the_other_apis_can_be_measured(service: ShippedService, api: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "perf.suite", "--url", service.url, "--api", api, "--output", str(tmp_path)]
     line = ["--only", "streaming,concurrency", "--concurrency", "2", "4", "--num-requests", "4", "--max-tokens", "8"]
     done = subprocess.run([*command, *line], capture_output=True, text=True, timeout=100, check=False)

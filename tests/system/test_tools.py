@@ -1,9 +1,8 @@
-"""Tools called by the embedded model through the whole production graph, with the official client."""
+"""Tool calls of the embedded model through the whole service, with OpenAI's client."""
 
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -13,8 +12,7 @@ import jsonschema
 import openai
 import pytest
 
-from tests.graph.house import ROOT
-from tests.system.conftest import Shipped
+from tests.system.conftest import ShippedService, documented_examples
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
 
@@ -37,12 +35,12 @@ FORECAST: Any = {"type": "function", "function": {"name": "forecast"}}
 
 
 @pytest.fixture
-async def client(tooled: Shipped) -> AsyncIterator[openai.AsyncOpenAI]:
-    async with tooled.official() as client:
+async def client(tools_service: ShippedService) -> AsyncIterator[openai.AsyncOpenAI]:
+    async with tools_service.openai_client() as client:
         yield client
 
 
-async def test_a_call_whole_and_streamed_and_what_comes_of_its_result(client: openai.AsyncOpenAI) -> None:
+async def test_a_tool_call_whole_and_streamed_and_the_answer_to_its_result(client: openai.AsyncOpenAI) -> None:
     asked: dict[str, Any] = {"model": MODEL, "tools": TOOLS, "temperature": 0, "max_tokens": 100}
     whole: Any = await client.chat.completions.create(messages=[USER], tool_choice=FORECAST, **asked)
     said = whole.choices[0].message
@@ -67,7 +65,7 @@ async def test_a_call_whole_and_streamed_and_what_comes_of_its_result(client: op
     assert after.usage.prompt_tokens > whole.usage.prompt_tokens
 
 
-async def test_several_answers_that_have_to_call_each_do(client: openai.AsyncOpenAI) -> None:
+async def test_each_of_several_answers_calls_a_required_tool(client: openai.AsyncOpenAI) -> None:
     answer: Any = await client.chat.completions.create(
         model=MODEL, messages=[USER], tools=TOOLS, tool_choice="required", parallel_tool_calls=False,
         n=3, seed=1, temperature=1, max_tokens=100,
@@ -78,24 +76,23 @@ async def test_several_answers_that_have_to_call_each_do(client: openai.AsyncOpe
         jsonschema.validate(json.loads(call.function.arguments), schemas[call.function.name])
 
 
-async def test_a_schema_that_cannot_be_followed_is_refused_by_its_tool(client: openai.AsyncOpenAI) -> None:
+async def test_an_unsupported_schema_is_refused_with_the_path_of_its_tool(client: openai.AsyncOpenAI) -> None:
     strange: Any = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {"type": "odd"}}}}}
     with pytest.raises(openai.UnprocessableEntityError) as refused:
         await client.chat.completions.create(model=MODEL, messages=[USER], tools=[*TOOLS, strange])
     assert refused.value.param == "tools[2].function.parameters"
 
 
-async def test_the_model_as_it_ships_takes_no_tools_and_says_what_would_help(service: Shipped) -> None:
+async def test_the_shipped_configuration_refuses_tools_and_names_the_setting(service: ShippedService) -> None:
     async with openai.AsyncOpenAI(base_url=service.url + "/v1", api_key="none", max_retries=0) as client:
         with pytest.raises(openai.UnprocessableEntityError, match="chat_template: builtin:chatml_tools") as refused:
             await client.chat.completions.create(model=MODEL, messages=[USER], tools=TOOLS)
     assert refused.value.param == "tools"
 
 
-def test_the_readmes_example_works(tooled: Shipped) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    (program,) = [block for block in blocks if "tools" in block]
-    program = program.replace("localhost:8000", f"localhost:{tooled.port}")
+def test_the_documented_program_with_tools_works(tools_service: ShippedService) -> None:
+    (program,) = [program for program in documented_examples("python") if "tools" in program]
+    program = program.replace("localhost:8000", f"localhost:{tools_service.port}")
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("weather {'city': ")

@@ -1,0 +1,171 @@
+"""Processes of the service that are killed, and clients that stall: what fails, and how soon the service recovers."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from tests.graph.service import Service, metric_totals, stream_events, stream_lines, wait_until, wait_until_idle
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]
+
+TOKENS = "serve_app_engine_generated_tokens_total"
+
+
+def body(model: str, max_tokens: int = 3) -> dict[str, Any]:
+    return {"model": model, "prompt": "abc", "max_tokens": max_tokens}
+
+
+async def answers(client: httpx.AsyncClient, model: str) -> bool:
+    """Whether the model answers. Without a proxy nothing listens."""
+    try:
+        answer = await client.post("/generate", json=body(model), timeout=5)
+    except httpx.TransportError:
+        return False
+    return answer.status_code == 200 and answer.json()["text"] == "abc"
+
+
+@asynccontextmanager
+async def streams(client: httpx.AsyncClient, model: str, count: int, tokens: int) -> AsyncIterator[list[list[str]]]:
+    """Streams that have begun: the lines of each, to which lines are appended until all streams have ended."""
+    found: list[list[str]] = [[] for _ in range(count)]
+
+    async def read(lines: list[str]) -> None:
+        async with client.stream("POST", "/generate_stream", json=body(model, tokens)) as response:
+            assert response.status_code == 200
+            async for line in stream_lines(response):
+                lines.append(line)  # noqa: PERF401 - others read the list meanwhile
+
+    tasks = [asyncio.create_task(read(lines)) for lines in found]
+
+    async def begun() -> bool:
+        return all(any(line.startswith("data: ") for line in lines) for lines in found)
+
+    await wait_until(begun, every_s=0.02)
+    yield found
+    await asyncio.gather(*tasks)
+
+
+async def series(client: httpx.AsyncClient, name: str) -> list[str]:
+    """The lines of a metric on the page."""
+    page = (await client.get("/metrics")).text
+    return [line for line in page.splitlines() if line.startswith(name)]
+
+
+@pytest.fixture(scope="module")
+def killed() -> dict[str, Any]:
+    """What is known about the replica that was killed: its id, its counters and the instant."""
+    return {}
+
+
+async def test_a_killed_replica_ends_its_streams_with_one_error_event_and_is_replaced(
+    client: httpx.AsyncClient, toy_service: Service, killed: dict[str, Any]
+) -> None:
+    """The streams of another model go on."""
+    (replica,) = toy_service.find("model-victim")
+    async with streams(client, "slow", 2, tokens=60) as others, streams(client, "victim", 8, tokens=1000) as cut:
+        (counter,) = await wait_until(lambda: series(client, f'{TOKENS}{{model="victim"'), seconds=5)
+        name = counter.split('replica="')[1].split('"')[0]
+        replica.kill()
+        killed |= {"id": name, "at": time.monotonic()}
+        await wait_until(lambda: gone(client, f'serve_app_slots{{model="victim",replica="{name}"}}'))
+        killed["counters"] = await series(client, f'{TOKENS}{{model="victim",replica="{name}"')
+        assert killed["counters"], "the counters of a process that has ended stay for two scrapes"
+    for lines in cut:
+        assert lines[-2] == "event: error"
+        assert '"code":"not_ready"' in lines[-1]
+        assert sum("event: error" in line for line in lines) == 1
+    for lines in others:
+        assert '"finished":true' in lines[-1]
+        assert "event: error" not in lines
+
+    async def replaced() -> bool:
+        answer = await client.post("/generate", json=body("victim"))
+        assert answer.status_code in (200, 503)
+        if answer.status_code == 503:
+            assert int(answer.headers["retry-after"]) >= 1
+        return answer.status_code == 200
+
+    await wait_until(replaced, seconds=40)
+
+
+async def gone(client: httpx.AsyncClient, text: str) -> bool:
+    return text not in (await client.get("/metrics")).text
+
+
+async def test_a_connection_that_sends_its_headers_slowly_is_closed_after_10_s(toy_service: Service) -> None:
+    """One byte per second. HAProxy's `timeout http-request` counts from the first byte."""
+
+    def send() -> float:
+        with socket.create_connection(("127.0.0.1", toy_service.port)) as connection:
+            connection.settimeout(1)
+            began = time.monotonic()
+            for byte in b"GET /health HTTP/1.1\r\nhost: localhost\r\n":
+                try:
+                    connection.sendall(bytes([byte]))
+                    answer = connection.recv(1000)
+                except TimeoutError:
+                    continue
+                except ConnectionError:
+                    answer = b""
+                assert not answer or answer.startswith(b"HTTP/1.1 408")
+                return time.monotonic() - began
+        raise AssertionError("the connection stayed open")
+
+    assert 9 <= await asyncio.to_thread(send) <= 15
+
+
+async def test_haproxy_is_back_within_5_s_after_it_is_killed(client: httpx.AsyncClient, toy_service: Service) -> None:
+    """In one of three attempts: Ray's controller and the new HAProxy are slower on a busy machine."""
+    seconds: list[float] = []
+    while not seconds or (min(seconds) > 5 and len(seconds) < 3):
+        (haproxy,) = toy_service.find("haproxy.cfg")
+        haproxy.kill()
+        psutil.wait_procs([haproxy], timeout=5)
+        began = time.monotonic()
+        assert not await answers(client, "toy")
+        await wait_until(lambda: answers(client, "toy"), seconds=30, every_s=0.05)
+        seconds.append(time.monotonic() - began)
+    print(f"HAProxy was back after {', '.join(f'{s:.1f}' for s in seconds)} s")
+    assert min(seconds) <= 5
+
+
+async def test_the_counters_of_a_killed_replica_are_removed_after_35_s(
+    client: httpx.AsyncClient, killed: dict[str, Any]
+) -> None:
+    if time.monotonic() < killed["at"] + 25:
+        assert await series(client, f'{TOKENS}{{model="victim",replica="{killed["id"]}"') == killed["counters"]
+    await wait_until(lambda: gone(client, killed["id"]), seconds=killed["at"] + 45 - time.monotonic())
+
+
+async def test_a_killed_ingress_is_replaced_and_the_model_replicas_serve_on(
+    client: httpx.AsyncClient, toy_service: Service
+) -> None:
+    """The replicas open new connections for events to the new ingress, and stop the requests of the old one."""
+    replicas = toy_service.find(":model-toy") + toy_service.find(":model-slow")
+    (ingress,) = toy_service.find(":Ingress")
+    abandoned = asyncio.create_task(client.post("/generate", json=body("slow", 1000)))
+    await wait_until(lambda: running(client, "slow"))
+    ingress.kill()
+    with pytest.raises(httpx.HTTPError):
+        (await abandoned).raise_for_status()
+    await wait_until(lambda: answers(client, "toy"), seconds=40)
+    assert toy_service.find(":Ingress") not in ([ingress], [])
+    assert toy_service.find(":model-toy") + toy_service.find(":model-slow") == replicas
+    for model in ("toy", "slow"):
+        async with client.stream("POST", "/generate_stream", json=body(model, 6)) as response:
+            events = [event async for event in stream_events(response)]
+        assert events[-1]["text"] == "abcabc"
+    await wait_until_idle(client, "slow")
+
+
+async def running(client: httpx.AsyncClient, model: str) -> float:
+    return (await metric_totals(client))["running_sequences", model]
