@@ -200,7 +200,7 @@ def test_langchain_logprobs_and_stop(service: ShippedService) -> None:
     assert all(len(token["top_logprobs"]) == 2 for token in reported)
 
 
-# LangChain dumps the openai client's own message, whose type does not say what the client has put into `parsed`.
+# LangChain serializes the message of the openai client, whose declared type does not include the value in `parsed`.
 @pytest.mark.filterwarnings(r"ignore:Pydantic serializer warnings.\s+.*Expected .none.*field_name='parsed':UserWarning")
 @langchain
 @pytest.mark.parametrize("temperature", [0, 1])
@@ -239,5 +239,6 @@ def test_langchain_calls_a_tool_and_sends_its_result(tools_service: ShippedServi
     result = ToolMessage(forecast(**call["args"]), tool_call_id=call["id"])
     after = model.bind_tools([forecast], tool_choice="none").invoke([question, said, result])
     assert after.content
-    with pytest.raises(openai.UnprocessableEntityError, match="is the id of no call before it"):
+    with pytest.raises(openai.UnprocessableEntityError) as refused:
         model.invoke([question, result])
+    assert refused.value.param == "messages[1].tool_call_id"
