@@ -370,10 +370,10 @@ PROCESSES = (
     ),
     Panel(
         "Runners",
-        "`lean` is the fast CPU path, `packed` the Hugging Face path. `packed` for a Llama-like model on a CPU means"
-        " that no compiler was found or a self-test failed.",
+        "`fused` is the fast CPU path, `transformers` the Hugging Face path. `transformers` for a Llama-like model on"
+        " a CPU means that no compiler was found or a self-test failed.",
         "short",
-        ((f"max by (model, replica, kind) (serve_app_runner_info{{{MODEL}}})", ""),),
+        ((f"max by (model, replica, kind, quantization) (serve_app_runner_info{{{MODEL}}})", ""),),
         "table",
     ),
 )

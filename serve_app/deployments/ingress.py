@@ -14,7 +14,7 @@ from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
 from serve_app.config import AppConfig, Model
-from serve_app.deployments.events import EventReceiver
+from serve_app.deployments.event_receiver import EventReceiver
 from serve_app.deployments.heartbeats import Report, Reporter, to_every_replica
 from serve_app.deployments.ingress_telemetry import IngressTelemetry
 from serve_app.deployments.registry import Heartbeat, ReplicaRegistry
@@ -22,6 +22,7 @@ from serve_app.deployments.remote import RemoteEngine
 from serve_app.deployments.telemetry import ProcessTelemetry, log_to_serve
 from serve_app.gateway.catalog import Catalog
 from serve_app.gateway.chain import ModelChain
+from serve_app.telemetry.exposition import MetricsSnapshot
 
 logger = logging.getLogger("ray.serve")
 
@@ -62,10 +63,9 @@ class Ingress:
         engine = Catalog({name: chain.engine for name, chain in self._chains.items()})
         return self._process.app(engine, self._telemetry, self._config)
 
-    async def push(self, *report: object) -> None:
-        """Receive the report of another process, a `heartbeats.Report`."""
-        heartbeat, metrics = report
-        self._registry.take(heartbeat, metrics)  # type: ignore[arg-type]
+    async def push(self, heartbeat: Heartbeat, metrics: MetricsSnapshot) -> None:
+        """Receive the report of another process."""
+        self._registry.take(heartbeat, metrics)
 
     async def __del__(self) -> None:
         self._updates.cancel()

@@ -17,7 +17,7 @@ from serve_app.core.events import Chunk
 from serve_app.core.queries import A, ModelState, ModelStatus, Query
 from serve_app.core.requests import GenerationRequest
 from serve_app.deployments import wire
-from serve_app.deployments.events import EventReceiver, Inbox, replica_lost
+from serve_app.deployments.event_receiver import EventReceiver, Inbox, replica_lost
 from serve_app.errors import InternalError, NotReady, QueueFull, ServeAppError, deadline_exceeded
 
 logger = logging.getLogger("ray.serve")

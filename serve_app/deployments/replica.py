@@ -16,7 +16,8 @@ from serve_app.config import Model, Telemetry as TelemetrySettings
 from serve_app.core.queries import A, Query
 from serve_app.core.requests import GenerationRequest
 from serve_app.deployments import wire
-from serve_app.deployments.events import EventSender, ReplyAddress
+from serve_app.deployments.event_receiver import ReplyAddress
+from serve_app.deployments.event_sender import EventSender
 from serve_app.deployments.heartbeats import Report, Reporter, to_every_replica
 from serve_app.deployments.registry import Heartbeat
 from serve_app.deployments.telemetry import ProcessTelemetry, log_to_serve

@@ -125,7 +125,7 @@ class LiveService:
 
     @cached_property
     def ready(self) -> asyncio.Task[str]:
-        return asyncio.create_task(asyncio.to_thread(self.service.wait_for, "answers on", _START_S))
+        return asyncio.create_task(asyncio.to_thread(self.service.wait_for_output, "answers on", _START_S))
 
     async def stop(self) -> None:
         if "service" in self.__dict__:
@@ -260,7 +260,7 @@ async def watch(live: LiveService, folder: Path, url: str) -> AsyncIterator[Watc
         await live.ready  # otherwise a slow start of the service would cause ServiceDown
         async with running(Monitor(folder, url, live.service, settings)) as monitor:
             for text in ("the service is up", "Ray is up"):
-                await asyncio.to_thread(monitor.wait_for, text, _START_S)
+                await asyncio.to_thread(monitor.wait_for_output, text, _START_S)
             await until(lambda: webhooks.at("/dead-man"), "the first message to the dead man's switch", 60)
             yield Watch(monitor, client, webhooks, mail)
 

@@ -11,7 +11,8 @@ import pytest
 
 from serve_app.core.events import Chunk
 from serve_app.deployments import wire
-from serve_app.deployments.events import Connection, EventReceiver, EventSender, Inbox
+from serve_app.deployments.event_receiver import EventReceiver, Inbox
+from serve_app.deployments.event_sender import Connection, EventSender
 from serve_app.errors import NotReady, QueueFull
 from tests.gateway.scripted import LAST, chunk
 

@@ -68,9 +68,8 @@ def test_queries_are_answered_without_a_step() -> None:
         assert tokens == (TextToken(ord("h"), "h", 0, 1), TextToken(ord("i"), "i", 1, 2))
         assert engine.answer(Detokenize((*b"hi", END))) == "hi<end>"
         assert engine.answer(Detokenize((*b"hi", END), skip_special_tokens=True)) == "hi"
-        assert engine.answer(GetModelInfo()) == ModelInfo(
-            context=64, vocabulary=END + 1, special_ids=frozenset({END}), quantization="none"
-        )
+        info = ModelInfo(context=64, vocabulary=END + 1, special_ids=frozenset({END}), quantization="none")
+        assert engine.answer(GetModelInfo()) == info
         assert isinstance(engine.answer(Detokenize((END + 1,))), InvalidRequest)
         assert engine.stats().steps == 0
 
