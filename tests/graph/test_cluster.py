@@ -61,8 +61,10 @@ class Head(Program):
         )  # fmt: skip
 
     def python(self, program: str) -> None:
-        """Run a Python program that connects to this cluster."""
-        subprocess.run([sys.executable, "-c", program], check=True, timeout=60, env=self.environment)
+        """Run a Python program. RAY_ADDRESS is this cluster: other clusters can run on the same machine."""
+        address = (self.folder / "ray/ray_current_cluster").read_text().strip()
+        environment = {**self.environment, "RAY_ADDRESS": address}
+        subprocess.run([sys.executable, "-c", program], check=True, timeout=60, env=environment)
 
     def deploy(self, *models: Config, **options: Any) -> None:
         file = self.folder / "serve_config.yaml"
@@ -110,7 +112,6 @@ async def answers(client: httpx.AsyncClient, name: str) -> bool:
 
 
 OTHER_APPLICATION = """
-import os, sys
 from ray import init, serve
 
 @serve.deployment(ray_actor_options={"num_cpus": 0.01})
@@ -118,7 +119,7 @@ class Other:
     async def __call__(self, request):
         return "other"
 
-init(address="auto", log_to_driver=False)
+init(log_to_driver=False)
 serve.run(Other.bind(), name="other", route_prefix="/other")
 """
 
