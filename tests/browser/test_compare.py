@@ -22,7 +22,7 @@ async def run(playground: Playground, prompt: str, max_tokens: int) -> None:
 
 
 async def test_both_answers_are_streamed_at_the_same_time_and_stored(playground: Playground) -> None:
-    await run(playground, "hello", 66)
+    await run(playground, "hello", 33)
     await playground.wait_for_text(2, 0)
     await playground.wait_for_text(2, 1)
     await expect(playground.page.locator(".answer[aria-busy]")).to_have_count(2)
@@ -37,7 +37,7 @@ async def test_both_answers_are_streamed_at_the_same_time_and_stored(playground:
     rates = [float(text) for text in await playground.page.locator(".figures .rate dd").all_text_contents()]
     assert rates[0] > 2 * rates[1]
     texts = await playground.texts.all_text_contents()
-    assert texts[0] == texts[1] == "user: hello" * 6
+    assert texts[0] == texts[1] == "user: hello" * 3
     await playground.page.reload()
     await playground.open("compare")
     assert await playground.texts.all_text_contents() == texts
