@@ -1,21 +1,27 @@
-"""What holds for all tests."""
+"""Settings and checks for all tests."""
 
 from __future__ import annotations
 
 import gc
+import os
 import signal
 from collections.abc import Iterator
 
 import pytest
 
-# A shell without job control has what it runs in the background ignore Ctrl-C, and every program that the tests start
-# would inherit that: none of them could be stopped as a user stops it.
+# A shell without job control starts its background programs with SIGINT ignored, and every program that the tests start
+# would inherit that: Ctrl-C could not stop them.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_configure() -> None:
-    """Until everything is imported: the modules stay, and looking for garbage among them takes longer than that."""
+    """Collect no garbage while modules are imported: modules stay, and the search for garbage takes longer."""
     gc.disable()
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "")
+    if worker and hasattr(os, "sched_setaffinity"):
+        # One core for each worker: the threads of two engines that share two cores wait for each other at each barrier.
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
 
 
 def pytest_collection_finish() -> None:
@@ -24,8 +30,8 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture(autouse=True)
-def no_signal_is_left_ignored() -> Iterator[None]:
-    """All programs of later tests would ignore it."""
+def no_test_leaves_a_signal_ignored() -> Iterator[None]:
+    """All programs that later tests start would ignore it too."""
     before = ignored()
     yield
     assert ignored() <= before

@@ -84,6 +84,7 @@ def test_the_loss_of_quality_is_small(
     assert quality.perplexity <= best.perplexity * 1.05
 
 
+@pytest.mark.long
 def test_the_loss_of_quality_by_int4_is_small_for_shuffled_weights(
     exact: tuple[torch.Tensor, torch.Tensor, float],
 ) -> None:
