@@ -10,8 +10,9 @@ from functools import partial
 
 import ray
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve.handle import DeploymentHandle
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app.config import AppConfig, Model
 from serve_app.deployments.event_receiver import EventReceiver
@@ -61,7 +62,7 @@ class Ingress:
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         engine = Catalog({name: chain.engine for name, chain in self._chains.items()})
-        return self._process.app(engine, self._telemetry, self._config)
+        return with_disconnects(self._process.app(engine, self._telemetry, self._config))
 
     async def push(self, heartbeat: Heartbeat, metrics: MetricsSnapshot) -> None:
         """Receive the report of another process."""
@@ -123,3 +124,18 @@ def routed_replicas(handle: DeploymentHandle) -> Collection[str] | None:
     except AttributeError:
         return None
     return {replica.unique_id for replica in replicas}
+
+
+def with_disconnects(app: ASGIApp) -> ASGIApp:
+    """The application behind Ray's own proxy, whose `receive` can raise a RayError when a client has disconnected."""
+
+    async def wrapped(scope: Scope, receive: Receive, send: Send) -> None:
+        async def receive_or_disconnect() -> Message:
+            try:
+                return await receive()
+            except RayError:
+                return {"type": "http.disconnect"}
+
+        await app(scope, receive_or_disconnect, send)
+
+    return wrapped

@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncGenerator
 from typing import Any
 
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayError, RayTaskError, TaskCancelledError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
@@ -91,8 +91,8 @@ class RemoteEngine:
         """Wait for the end of the call. If the events did not end the request by then, end it with an error."""
         try:
             await response
-        except asyncio.CancelledError:
-            return
+        except (asyncio.CancelledError, TaskCancelledError):
+            return  # `generate` has ended, or Ray cancelled the call because the client left
         except Exception as error:  # noqa: BLE001 - any exception of Ray ends the request
             inbox.put(self._mapped(error, id))
             return

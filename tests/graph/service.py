@@ -214,6 +214,11 @@ class Service(Program):
         super().__exit__(*error)
         self._config.unlink()
 
+    def log(self) -> list[str]:
+        """The lines in the logs of the model replicas and of the ingress."""
+        files = (self.folder / "ray/session_latest/logs/serve").glob("replica_*.log")
+        return [line for file in files for line in file.read_text().splitlines()]
+
     def wait_until_ready(self) -> None:
         self.wait_for_output("answers on")
 

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.graph.service import logged_requests, stream_lines, tokens_after, wait_until_idle
+from tests.graph.service import Service, logged_requests, stream_lines, tokens_after, wait_until_idle
 
 pytestmark = pytest.mark.ray
 
@@ -38,7 +38,7 @@ async def cut(client: httpx.AsyncClient, id: str, after: int, timeout_s: float |
 
 @pytest.mark.parametrize("streams", [120, pytest.param(500, marks=pytest.mark.long)])
 async def test_streams_cut_at_random_points_free_their_slots(
-    client: httpx.AsyncClient, token_log: Path, streams: int
+    client: httpx.AsyncClient, toy_service: Service, token_log: Path, streams: int
 ) -> None:
     """A fifth is cut within 150 ms, mostly before the first token; the others after 1 to 8 tokens.
 
@@ -58,6 +58,8 @@ async def test_streams_cut_at_random_points_free_their_slots(
     print(f"tokens computed after a cut: {sum(extra) / streams:.2f} on average, {max(extra)} at most")
     assert len(extra) == streams
     assert max(extra) <= 2
+    errors = [line for line in toy_service.log() if f"cut{streams}-" in line and "ERROR" in line]
+    assert errors == [], "a client that leaves is no error"
 
 
 # Ray Serve knows these two headers.

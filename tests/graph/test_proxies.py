@@ -23,7 +23,8 @@ from tests.graph.service import (
     wait_until_idle,
 )
 
-pytestmark = pytest.mark.ray
+# `shared` keeps the toy service until the last test that names it.
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("toy_service")]
 
 
 @dataclass

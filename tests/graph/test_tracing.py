@@ -100,7 +100,7 @@ def calls(traced: TracedService) -> Calls:
     traced.collector.settle()
     # A client that disconnects at once may have reached the proxy only. The log, which does not depend on tracing,
     # shows which requests reached the ingress.
-    arrived = {line.get("request_id") for line in log_lines(traced.service)}
+    arrived = {line.get("request_id") for line in log_records(traced.service)}
     lost = {name for name, kind in calls.kinds.items() if kind == "impatient" and name not in arrived}
     assert len(lost) < 3
     for name in lost:
@@ -144,7 +144,8 @@ def generations(spans: list[Span]) -> list[tuple[Span, dict[str, Span]]]:
 def check_tree(spans: list[Span], may_outlive: bool) -> None:
     """The spans are one tree, and each lies within its parent.
 
-    With `may_outlive` a span ends up to 1 s after its parent: a model learns a moment later that a client has left.
+    With `may_outlive` a span ends up to 1 s after its parent: a replica learns a moment later that a client has left,
+    and closes the spans of a failed request after it has sent the error.
     """
     by_id = {span.id: span for span in spans}
     assert len(by_id) == len(spans)
@@ -164,7 +165,7 @@ async def test_every_request_has_one_complete_tree_of_spans(traced: TracedServic
     assert len(calls.kinds) >= 60
     assert sorted(traces) == sorted(calls.kinds)
     for name, spans in traces.items():
-        check_tree(spans, may_outlive=calls.kinds[name] in ("cut", "impatient"))
+        check_tree(spans, may_outlive=calls.kinds[name] in ("cut", "impatient", "late"))
         assert server(spans).parent == "", "only HAProxy states when a request arrived"
         kinds = {span.name for span in spans} - {server(spans).name} - set(PHASES)
         assert kinds <= {"chat only", "text_completion only", "embeddings only"}
@@ -338,14 +339,13 @@ async def test_a_callers_trace_is_continued_and_answers_have_a_traceparent(trace
     assert own[1] in traces
 
 
-def log_lines(service: Service) -> list[dict[str, Any]]:
+def log_records(service: Service) -> list[dict[str, Any]]:
     """The log of the model replicas and of the ingress."""
-    files = (service.folder / "ray/session_latest/logs/serve").glob("replica_*.log")
-    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    return [json.loads(line) for line in service.log()]
 
 
 async def test_the_log_is_json_with_the_ids_of_the_request(traced: TracedService, calls: Calls) -> None:
-    lines = log_lines(traced.service)
+    lines = log_records(traced.service)
     for line in lines:
         assert {"time", "level", "logger", "message", "replica"} <= set(line)
         assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", line["time"])
