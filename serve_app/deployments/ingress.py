@@ -120,6 +120,8 @@ def routed_replicas(handle: DeploymentHandle) -> Collection[str] | None:
     Ray has no public interface for these ids.
     """
     try:
+        if not handle.running_replicas_populated():
+            return None
         replicas = handle._router._asyncio_router._active_request_router.curr_replicas
     except AttributeError:
         return None

@@ -50,12 +50,13 @@ class Measurements:
 class RegistrySnapshot:
     """The heartbeats of all live processes, and recent failures to load by model.
 
-    `age_s` is the time since the registry began to collect.
+    `age_s` is the time since the registry began to collect. `lost` are replicas that reported before and do not now.
     """
 
     age_s: float
     heartbeats: list[Heartbeat]
     failures: dict[str, str]
+    lost: frozenset[str] = frozenset()
 
     @property
     def complete(self) -> bool:
@@ -69,12 +70,12 @@ class RegistrySnapshot:
     def ready(self, model: str, routed: Collection[str] | None = None) -> int:
         """The number of replicas of the model that can serve.
 
-        `routed` are the replicas to which Ray routes requests, if known. They exclude a replica that drains.
+        `routed` are the replicas to which Ray routes requests, if known: replicas that are loaded and do not drain. The
+        first report of a new one can come after Ray has begun to route to it.
         """
-        return sum(
-            heartbeat.model == model and not heartbeat.stage and (routed is None or heartbeat.replica in routed)
-            for heartbeat in self.heartbeats
-        )
+        if routed is not None:
+            return len(set(routed) - self.lost)
+        return sum(heartbeat.model == model and not heartbeat.stage for heartbeat in self.heartbeats)
 
     def status(self, model: Model, routed: Collection[str] | None = None) -> ModelStatus | None:
         """The model's state; None while the registry cannot know it. `routed`: see `ready`."""
@@ -128,6 +129,7 @@ class ReplicaRegistry:
             now - self._began,
             [heartbeat for _, heartbeat in self._heartbeats.values()],
             {model: reason for model, (_, reason) in self._failures.items()},
+            frozenset(self._metrics.keys() - self._heartbeats.keys()),
         )
 
     def measurements(self) -> Measurements:

@@ -30,7 +30,8 @@ class Readiness(Stage):
     A model that is scaled to zero is woken by one query, whatever the number of requests that wait for it. At most
     `max_held` requests wait; further ones are refused with QueueFull. A model that is loading although it should be up
     (first start, lost replicas) and a model that failed refuse requests with NotReady. `Retry-After` is the usual time
-    of a start, from the wake-up to the first ready replica, less the time since this start began.
+    of a start, from the wake-up to the first ready replica, less the time since this start began. Until the first
+    `update` requests wait: a new ingress does not know yet that the model is ready.
     """
 
     def __init__(self, inner: Engine, model: Model, max_held: int, woke: Callable[[float], None]) -> None:
@@ -40,6 +41,7 @@ class Readiness(Stage):
         self._max_held = max_held
         self._woke = woke
         self._status = ModelStatus(model.name, ModelState.LOADING, "starting")
+        self._known = False
         self._changed = asyncio.Event()
         self._held = 0
         self._waking: asyncio.Task[None] | None = None
@@ -63,6 +65,7 @@ class Readiness(Stage):
     def update(self, status: ModelStatus) -> None:
         """Take in the model's state, and learn from its changes how long a start takes."""
         now = time.monotonic()
+        self._known = True
         if status.state is ModelState.READY:
             self._started(now)
         elif status.state is ModelState.LOADING:
@@ -114,6 +117,8 @@ class Readiness(Stage):
             pass
 
     def _refuse_unless_waking(self) -> None:
+        if not self._known:
+            return
         state = self._status.state
         if state is ModelState.FAILED:
             raise NotReady(f"{self._name} cannot be loaded. The service's log has the reason.", retry_after_s=60)

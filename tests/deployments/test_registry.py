@@ -146,3 +146,21 @@ def test_a_new_registry_does_not_know_a_models_state_before_every_process_could_
     clock.now += 5
     assert state(registry) == ("loading", "no replica is running; Ray is starting one")
     assert state(registry, SCALED_TO_ZERO) == ("asleep", "scaled to zero; the next request wakes it")
+
+
+def test_a_routed_replica_is_ready_before_its_first_report(registry: ReplicaRegistry) -> None:
+    """During a rollout the old replica drains already while the new one has not reported to this ingress."""
+    registry.take(Heartbeat("old", "m", ""), EMPTY)
+    assert state(registry, routed={"new"}) == ("ready", "")
+    assert registry.snapshot().ready("m", {"new"}) == 1
+
+
+def test_a_routed_replica_that_stopped_reporting_is_not_ready(registry: ReplicaRegistry, clock: Clock) -> None:
+    registry.take(Heartbeat("r1", "m", ""), EMPTY)
+    registry.take(Heartbeat("r2", "m", ""), EMPTY)
+    clock.now += 4
+    registry.take(Heartbeat("r2", "m", ""), EMPTY)
+    clock.now += 3
+    assert registry.snapshot().ready("m", {"r1", "r2"}) == 1
+    registry.take(Heartbeat("r1", "m", ""), EMPTY)
+    assert registry.snapshot().ready("m", {"r1", "r2"}) == 2, "it only stood still for a while"

@@ -22,6 +22,7 @@ READY = ModelStatus("m", ModelState.READY)
 async def test_a_request_passes_all_stages_once_the_model_is_ready() -> None:
     meter = KeptMeter()
     stages = chain(ScriptedEngine(), meter)
+    stages.update(ModelStatus("m", ModelState.LOADING, "importing torch"), ready=0, ingresses=1)
     with pytest.raises(NotReady):
         [one async for one in stages.engine.generate(request())]
     stages.update(READY, ready=1, ingresses=1)

@@ -145,3 +145,13 @@ async def test_the_estimate_counts_from_the_wake_up_to_the_first_answer() -> Non
         await waiting
         assert 0.19 < m.stage._usual_start_s < 1
         assert m.wakes[0] == pytest.approx(m.stage._usual_start_s, abs=0.01)
+
+
+async def test_requests_are_held_until_the_first_state_is_known() -> None:
+    """A new ingress does not refuse requests for a model that may be ready."""
+    async with sleeper(min_replicas=1) as m:
+        waiting = asyncio.create_task(m.answer())
+        await settle()
+        assert not waiting.done()
+        m.is_now(ModelState.READY)
+        assert await waiting == ["a", "z"]
