@@ -96,7 +96,8 @@ class Connection(asyncio.Protocol):
 
     def flush(self) -> None:
         """Send the items of all streams in one frame."""
-        self._timer, self._urgent = None, False
+        self._cancel_timer()
+        self._urgent = False
         items, self._items = self._items, []
         for number, stream in self._streams.items():
             while (item := stream.take()) is not None:
@@ -134,9 +135,13 @@ class Connection(asyncio.Protocol):
         """Flush after the engine has woken the other streams of the same step."""
         if not self._urgent:
             self._urgent = True
-            if self._timer is not None:
-                self._timer.cancel()
+            self._cancel_timer()
             self._timer = asyncio.get_running_loop().call_soon(self.flush)
+
+    def _cancel_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     def _send(self, items: list[tuple[int, wire.Item]]) -> None:
         if self.closed or self._transport is None or not items:
