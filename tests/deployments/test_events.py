@@ -103,16 +103,25 @@ async def test_the_first_tokens_of_a_step_are_one_frame_at_once(sender: EventSen
     receiver.stop()
 
 
-async def test_later_tokens_of_all_streams_are_gathered_for_the_flush_interval() -> None:
-    receiver, sender = CountingReceiver("127.0.0.1"), EventSender(0.2)
+async def two_begun_streams(
+    receiver: EventReceiver, sender: EventSender
+) -> tuple[Connection, tuple[ScriptedStream, Inbox], tuple[ScriptedStream, Inbox]]:
+    """Streams 1 and 2 of a receiver that starts here; their first tokens, "a" and "A", are on their way."""
     await receiver.start()
     connection = await sender.connection(receiver.address)
-    one, two = ScriptedStream(), ScriptedStream()
-    (first, inbox), (second, other) = receiver.open(time.monotonic()), receiver.open(time.monotonic())
-    connection.attach(first, one)
-    connection.attach(second, two)
-    one.wake(chunk("a"))
-    two.wake(chunk("A"))
+    streams = (ScriptedStream(), ScriptedStream())
+    inboxes = []
+    for stream, text in zip(streams, "aA", strict=True):
+        number, inbox = receiver.open(time.monotonic())
+        connection.attach(number, stream)
+        stream.wake(chunk(text))
+        inboxes.append(inbox)
+    return connection, (streams[0], inboxes[0]), (streams[1], inboxes[1])
+
+
+async def test_later_tokens_of_all_streams_are_gathered_for_the_flush_interval() -> None:
+    receiver, sender = CountingReceiver("127.0.0.1"), EventSender(0.2)
+    _, (one, inbox), (two, other) = await two_begun_streams(receiver, sender)
     assert texts([await receive(inbox), await receive(other)]) == ["a", "A"]
     began = time.monotonic()
     for text in "bcd":
@@ -129,19 +138,12 @@ async def test_later_tokens_of_all_streams_are_gathered_for_the_flush_interval()
 
 async def test_the_end_of_a_stream_is_sent_at_once_with_what_the_others_have() -> None:
     receiver, sender = CountingReceiver("127.0.0.1"), EventSender(60)
-    await receiver.start()
-    connection = await sender.connection(receiver.address)
-    one, two = ScriptedStream(), ScriptedStream()
-    (first, inbox), (second, other) = receiver.open(time.monotonic()), receiver.open(time.monotonic())
-    connection.attach(first, one)
-    connection.attach(second, two)
-    one.wake(chunk("a"))
-    two.wake(chunk("A"))
+    connection, (one, inbox), (two, other) = await two_begun_streams(receiver, sender)
     await asyncio.gather(receive(inbox), receive(other))
     two.wake(chunk("B"))
     one.wake(LAST, last=True)
     assert texts([await receive(inbox), await receive(other)]) == ["z", "B"]
-    connection.detach(first)
+    connection.detach(1)
     assert one.on_wake is None
     sender.stop()
     receiver.stop()
