@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator
 
@@ -16,7 +17,7 @@ from serve_app.core.requests import GenerationRequest, SamplingParams, TextPromp
 from serve_app.engines.native.engine import NativeEngine
 from serve_app.engines.native.stream import TokenStream
 from serve_app.engines.toy import ToyRunner
-from serve_app.telemetry.engine_spans import TracedAdmitter, TracedStream
+from serve_app.telemetry.engine_spans import TracedAdmitter, TracedStream, read_clocks
 
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
@@ -126,3 +127,23 @@ async def test_a_request_that_was_cancelled_before_its_admission_has_one_span(to
     assert admission.links == ()
     assert len(toy.spans("admit batch")) == 1
     assert toy.spans("prefill") == []
+
+
+def test_both_clocks_are_read_at_one_instant_while_other_threads_compute() -> None:
+    done = threading.Event()
+
+    def compute() -> None:
+        while not done.is_set():
+            sum(range(1000))
+
+    threads = [threading.Thread(target=compute) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    try:
+        readings = [read_clocks() for _ in range(200_000)]
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()
+    offsets = [wall - instant * 1e9 for instant, wall in readings]
+    assert max(offsets) - min(offsets) < 1e6
