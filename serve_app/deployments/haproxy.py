@@ -64,6 +64,8 @@ def environment(binary: str, folder: Path, longest_s: float) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
+        # Ray removes an ingress that stops from HAProxy within 1 s. Its default of 30 s is for other load balancers.
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",
         # HAProxy only copies bytes. A second thread would take CPU time from the model.
         "RAY_SERVE_HAPROXY_NBTHREAD": "1",
         # After a change the previous HAProxy finishes its streams. Ray's default of 120 s would end longer streams.
