@@ -133,7 +133,8 @@ def parser() -> argparse.ArgumentParser:
 
     one = commands.add_parser("prometheus", help="write the configurations of Prometheus for containers and Kubernetes")
     one.add_argument("--output", type=Path, default=prometheus.FOLDER, help="folder, created if missing (%(default)s)")
-    commands.add_parser("rules", help="write alerts/rules/slo.yml from the table in alerts/slo.py")
+    one = commands.add_parser("rules", help="write alerts/rules/slo.yml from the table in alerts/slo.py")
+    one.add_argument("--output", type=Path, default=slo.FILE, help="file (%(default)s)")
     return root
 
 
@@ -153,8 +154,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         case "dashboards":
             return _dashboards(options.output, options.runbooks, options.dashboards)
         case "rules":
-            slo.FILE.write_text(slo.text())
-            print(f"wrote {slo.FILE}")
+            options.output.write_text(slo.text())
+            print(f"wrote {options.output}")
             return 0
         case "prometheus":
             return _prometheus(options.output)

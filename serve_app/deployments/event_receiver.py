@@ -34,12 +34,13 @@ class ReplyAddress(NamedTuple):
 
 @dataclass(slots=True)
 class Inbox:
-    """The items of one stream that have been received and not yet been read."""
+    """The items of one stream that have been received and not yet been read. A closed inbox has no reader."""
 
     arrived: float
     items: deque[wire.Item] = field(default_factory=deque)
     offset_s: float | None = None
     connection: asyncio.Transport | None = None
+    closed: bool = False
     _filled: asyncio.Event = field(default_factory=asyncio.Event)
 
     def put(self, item: wire.Item) -> None:
@@ -88,7 +89,7 @@ class EventReceiver:
         return self._numbers, inbox
 
     def close(self, number: int) -> None:
-        self._inboxes.pop(number, None)
+        self._inboxes.pop(number).closed = True
 
     def authentic(self, secret: bytes) -> bool:
         return compare_digest(secret, self._secret)

@@ -96,8 +96,9 @@ class RemoteEngine:
         except Exception as error:  # noqa: BLE001 - any exception of Ray ends the request
             inbox.put(self._mapped(error, id))
             return
-        await asyncio.sleep(_LAST_EVENTS_S)
-        inbox.put(InternalError("The model ended this request without an answer."))
+        if not inbox.closed:
+            await asyncio.sleep(_LAST_EVENTS_S)
+            inbox.put(InternalError("The model ended this request without an answer."))
 
     def _mapped(self, error: Exception, id: str) -> ServeAppError:
         """The ServeAppError for an exception of Ray or of the replica."""

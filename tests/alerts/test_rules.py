@@ -343,9 +343,8 @@ def test_the_rules_of_the_objectives_are_generated() -> None:
     assert slo.FILE.read_text() == slo.text(), "run: python -m alerts rules"
 
 
-def test_the_command_writes_the_rules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slo, "FILE", tmp_path / "slo.yml")
-    assert main(["rules"]) == 0
+def test_the_command_writes_the_rules(tmp_path: Path) -> None:
+    assert main(["rules", "--output", str(tmp_path / "slo.yml")]) == 0
     assert (tmp_path / "slo.yml").read_text() == slo.text()
 
 
