@@ -128,8 +128,8 @@ def cluster_config(spec: ClusterSpec, catalogue: Catalogue, config: Object) -> O
     """The config for the cluster. It differs from the file in these values:
 
     - HTTP listens on all addresses of a pod, because other pods connect to the pod's address.
-    - An ingress deployment that reserves no CPU reserves one, so that it runs on a worker: Ray's head has no CPU to
-      give, and a replica on the head would end with it.
+    - An ingress that reserves no CPU reserves one. It then runs on a worker, because Ray's head has no CPU to give; an
+      ingress on the head would end with the head.
     - A model that reserves no GPU reserves one, unless it has `device: cpu`.
     - `device: auto` becomes `cuda`, so that a missing or old driver is an error instead of a slow replica on the CPU.
     - A model with at most one replica may have as many replicas as the pools have GPUs for.
@@ -138,8 +138,8 @@ def cluster_config(spec: ClusterSpec, catalogue: Catalogue, config: Object) -> O
     config["http_options"] = {**(config.get("http_options") or {}), "host": "0.0.0.0"}
     gpus = pod_resources.gpus(spec, catalogue)
     for service in _services(config):
-        if (service.get("ingress") or {}).get("deployment"):
-            service["ingress"]["num_cpus"] = service["ingress"].get("num_cpus") or 1
+        ingress = service.get("ingress") or {}
+        service["ingress"] = {**ingress, "num_cpus": ingress.get("num_cpus") or 1}
         for model in service["models"]:
             _reserve_gpus(model, gpus)
     return config

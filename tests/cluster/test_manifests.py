@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import kubernetes_validate
@@ -130,8 +131,7 @@ def test_the_rendered_config_differs_from_the_file_only_where_a_cluster_needs_it
     expected = read_config(CONFIG)
     expected["http_options"]["host"] = "0.0.0.0"
     args = expected["applications"][0]["args"]
-    if "deployment" in args["ingress"]:
-        args["ingress"]["num_cpus"] = 1
+    args["ingress"]["num_cpus"] = 1
     (model,) = args["models"]
     assert model["device"] == "auto"
     model["device"] = "cuda"
@@ -151,12 +151,12 @@ def test_an_ingress_deployment_reserves_a_cpu(num_cpus: float | None, reserved: 
     assert adapted == {"deployment": {"num_replicas": 1}, "num_cpus": reserved}
 
 
-def test_a_config_without_an_ingress_deployment_stays_without_one() -> None:
+@pytest.mark.parametrize("ingress", [None, {}])
+def test_an_ingress_with_default_values_reserves_a_cpu(ingress: dict[str, Any] | None) -> None:
     config = read_config(CONFIG)
-    for ingress in (None, {"in_process": True}):
-        config["applications"][0]["args"]["ingress"] = ingress
-        adapted = cluster_config(description("aws"), CATALOGUE, config)["applications"][0]["args"]
-        assert adapted["ingress"] == ingress
+    config["applications"][0]["args"]["ingress"] = ingress
+    adapted = cluster_config(description("aws"), CATALOGUE, config)["applications"][0]["args"]["ingress"]
+    assert adapted == {"num_cpus": 1}
 
 
 def test_values_in_the_config_have_priority_over_the_adaptation() -> None:
