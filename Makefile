@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 ARGS ?=
-QUIET := not ray and not system and not browser and not perf
+PYTEST := $(VENV)/bin/python -m pytest
+COMPUTES := not ray and not system and not browser and not alone
 # Modules that import torch, Pulumi or Playwright.
 HEAVY := browser contract models infra/test_addons.py infra/test_deploy.py infra/test_plan.py infra/test_policy.py \
   engines/native/test_attention.py engines/native/test_sampler.py
@@ -26,16 +27,18 @@ serve: $(VENV)/serve.done
 monitor: $(VENV)/serve.done
 	@$(VENV)/bin/python -m alerts monitor $(ARGS)
 
-# Tests that compute run on all cores; tests that start services or measure time run alone, one after the other.
+# Three parts: tests that compute, one worker for each core; tests that start programs and mostly wait, two at a time;
+# tests that measure times or run the real model, one after the other. Exit code 5: ARGS selects no test of this part.
 test: check
-	$(VENV)/bin/python -m pytest -n auto --dist loadscope -m "not long and $(QUIET)" $(ARGS)
-	$(VENV)/bin/python -m pytest -m "not long and not ($(QUIET))" $(ARGS)
+	$(PYTEST) -n auto --one-core-each --dist loadscope -m "not long and $(COMPUTES)" $(ARGS) || [ $$? = 5 ]
+	$(PYTEST) -n 2 --dist loadscope --no-loadscope-reorder -m "not long and not alone and not ($(COMPUTES))" $(ARGS) || [ $$? = 5 ]
+	$(PYTEST) -m "not long and alone" $(ARGS) || [ $$? = 5 ]
 
 test-long: check
-	$(VENV)/bin/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 fast: $(VENV)/test.done
-	$(VENV)/bin/python -m pytest -n auto --dist loadscope $(HEAVY:%=--ignore=tests/%) -m "not model and not infra and not long and $(QUIET)" $(ARGS)
+	$(PYTEST) -n auto --one-core-each --dist loadscope $(HEAVY:%=--ignore=tests/%) -m "not model and not infra and not long and $(COMPUTES)" $(ARGS)
 
 check: $(VENV)/test.done
 	$(VENV)/bin/ruff format --check .

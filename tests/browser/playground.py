@@ -68,6 +68,12 @@ class Playground:
         await self.page.wait_for_function(count, arg=[nth, longer_than])
         return await self.texts.nth(nth).text_content() or ""
 
+    async def wait_for_two_growing_texts(self) -> None:
+        """Wait for a moment at which two answers have text and are not complete. The page looks at every frame."""
+        await self.page.wait_for_function(
+            "document.querySelectorAll('.answer[aria-busy] .text:not(:empty)').length === 2"
+        )
+
     @property
     def message_box(self) -> Locator:
         return self.page.get_by_role("textbox", name="Message", exact=True)

@@ -281,10 +281,13 @@ def interrupt_start(after_s: float) -> None:
 
 
 MOMENTS = [0.3, 1.0, 2.0, 3.5, 5.5, 7.5]
+FOR_A_RELEASE = [0.3, 2.0, 5.5]
 INTERRUPTED = "test_ctrl_c_during_the_start_ends_all_processes"
 SCENARIOS |= {f"{INTERRUPTED}[{moment}]": partial(interrupt_start, moment) for moment in MOMENTS}
 
 
-@pytest.mark.parametrize("after_s", MOMENTS)
+@pytest.mark.parametrize(
+    "after_s", [pytest.param(s, marks=pytest.mark.long) if s in FOR_A_RELEASE else s for s in MOMENTS]
+)
 def test_ctrl_c_during_the_start_ends_all_processes(results: Results, after_s: float) -> None:
     results[f"{INTERRUPTED}[{after_s}]"].result()

@@ -6,7 +6,7 @@ import pytest
 
 from tests.system.conftest import ShippedService
 
-pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.system, pytest.mark.alone, pytest.mark.timeout(300)]
 
 
 def test_the_first_start_takes_at_most_90_s_and_the_next_25_s(

@@ -15,6 +15,7 @@ from perf.results import Run
 from .conftest import ShippedService
 
 
+@pytest.mark.alone
 @pytest.mark.system
 def test_a_quick_run_takes_at_most_60_s_and_counts_as_the_server(service: ShippedService, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "perf.suite", "--quick", "--url", service.url, "--output", str(tmp_path)]
@@ -34,6 +35,7 @@ def test_a_quick_run_takes_at_most_60_s_and_counts_as_the_server(service: Shippe
     assert "counted the same" in done.stdout
 
 
+@pytest.mark.alone
 @pytest.mark.system
 @pytest.mark.parametrize("api", ["openai", "tgi"])
 def test_the_other_apis_can_be_measured(service: ShippedService, api: str, tmp_path: Path) -> None:
