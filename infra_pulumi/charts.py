@@ -120,7 +120,7 @@ def prometheus() -> Chart:
         {
             "alertmanager": {
                 "serviceMonitor": _as_job("alertmanager"),
-                # The chart's default configuration notifies no receiver. cluster/monitoring/README.md describes how to
+                # The chart's default configuration notifies no receiver. docs/operations.md describes how to
                 # create the two secrets. Both are mounted, so that Alertmanager does not start without them; otherwise
                 # the operator would use a default configuration, again without receivers.
                 "alertmanagerSpec": {

@@ -1,4 +1,4 @@
-"""What the routes share: the engine, the telemetry, the configuration, the clock, and the making of requests."""
+"""The context of all routes: engine, telemetry, configuration and clock; it also builds the requests to the engine."""
 
 from __future__ import annotations
 

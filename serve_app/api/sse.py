@@ -1,4 +1,4 @@
-"""Server-sent events: the form of one event."""
+"""Formats one server-sent event."""
 
 from __future__ import annotations
 

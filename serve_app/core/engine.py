@@ -1,4 +1,4 @@
-"""The Engine protocol: the one interface of a model, whatever computes it and wherever it runs."""
+"""The Engine protocol: the interface of every model, for every engine and every process."""
 
 from __future__ import annotations
 

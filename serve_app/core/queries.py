@@ -1,4 +1,4 @@
-"""Queries to a model, which take no step of its engine, and their results; and what is known of a model's state."""
+"""Queries to a model, which need no step of its engine, their results, and the known state of a model."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The Ray Serve deployments of the service, and the Ray below them."""
+"""The Ray Serve deployments of the service, and the start of a local Ray."""

@@ -1,4 +1,4 @@
-"""Guarantees that every request ends in exactly one outcome, which is counted once and, if an error, is ours."""
+"""Guarantees that every request ends in exactly one outcome, counted once; errors become errors of the service."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The spans of one generation, by OpenTelemetry's semantic conventions for generative AI: the whole, and its wait."""
+"""Records the span of one generation and its `queue` span, by OpenTelemetry's conventions for generative AI."""
 
 from __future__ import annotations
 

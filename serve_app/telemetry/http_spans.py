@@ -1,4 +1,4 @@
-"""The span and the log line of an HTTP call: ASGI middleware around all others, a TracedEngine and TracedTelemetry."""
+"""Records the span and the log line of an HTTP call: outermost ASGI middleware, TracedEngine and TracedTelemetry."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The part that OpenAI's encoders of completions and of chats share."""
+"""The base class of the encoders of OpenAI's completions and chats."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text Generation Inference's endpoints, for huggingface_hub's InferenceClient and its like."""
+"""Text Generation Inference's endpoints, for huggingface_hub's InferenceClient and similar clients."""
 
 from __future__ import annotations
 

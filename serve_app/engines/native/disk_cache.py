@@ -1,4 +1,4 @@
-"""Files in the user's cache folder that are expensive to make: made once, by one process, and verified before use."""
+"""Keeps files that are expensive to make in the user's cache folder. One process makes a file; each use verifies it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From the configuration of a model to the model and its tokenizer in memory."""
+"""Loads a model and its tokenizer into memory, as the configuration of the model specifies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From the configuration's `source` to a folder of model files: embedded model, GGUF file, folder or model hub."""
+"""Finds or makes the folder of model files for a `source`: embedded model, GGUF file, folder or model hub."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much of a text's end may still become a given word."""
+"""Finds how many characters at the end of a text may be the beginning of a given word."""
 
 from __future__ import annotations
 
