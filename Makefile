@@ -3,8 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 ARGS ?=
-PYTEST := $(VENV)/bin/python -m pytest
-COMPUTES := not ray and not system and not browser and not alone
+QUIET := not ray and not system and not browser and not perf
 # Modules that import torch, Pulumi or Playwright.
 HEAVY := browser contract models infra/test_addons.py infra/test_deploy.py infra/test_plan.py infra/test_policy.py \
   engines/native/test_attention.py engines/native/test_sampler.py
@@ -27,18 +26,16 @@ serve: $(VENV)/serve.done
 monitor: $(VENV)/serve.done
 	@$(VENV)/bin/python -m alerts monitor $(ARGS)
 
-# Three parts: tests that compute, one worker for each core; tests that start programs and mostly wait, two at a time;
-# tests that measure times or run the real model, one after the other. Exit code 5: ARGS selects no test of this part.
+# Tests that compute run on all cores; tests that start services or measure time run alone, one after the other.
 test: check
-	$(PYTEST) -n auto --one-core-each --dist loadscope -m "not long and $(COMPUTES)" $(ARGS) || [ $$? = 5 ]
-	$(PYTEST) -n 2 --dist loadscope --no-loadscope-reorder -m "not long and not alone and not ($(COMPUTES))" $(ARGS) || [ $$? = 5 ]
-	$(PYTEST) -m "not long and alone" $(ARGS) || [ $$? = 5 ]
+	$(VENV)/bin/python -m pytest -n auto --dist loadscope -m "not long and $(QUIET)" $(ARGS)
+	$(VENV)/bin/python -m pytest -m "not long and not ($(QUIET))" $(ARGS)
 
 test-long: check
-	$(PYTEST) $(ARGS)
+	$(VENV)/bin/python -m pytest $(ARGS)
 
 fast: $(VENV)/test.done
-	$(PYTEST) -n auto --one-core-each --dist loadscope $(HEAVY:%=--ignore=tests/%) -m "not model and not infra and not long and $(COMPUTES)" $(ARGS)
+	$(VENV)/bin/python -m pytest -n auto --dist loadscope $(HEAVY:%=--ignore=tests/%) -m "not model and not infra and not long and $(QUIET)" $(ARGS)
 
 check: $(VENV)/test.done
 	$(VENV)/bin/ruff format --check .
@@ -67,6 +64,7 @@ $(VENV)/serve.done: requirements.lock pyproject.toml | $(VENV)/bin/python
 
 $(VENV)/test.done: requirements-dev.lock requirements-infra.lock $(VENV)/serve.done
 	$(PIP) install -r requirements-dev.lock
-	# Without dependencies: Pulumi requires a protobuf older than the service's, but works with the service's.
-	$(PIP) install --no-deps -r requirements-infra.lock
+	# Without dependencies: Pulumi requires a protobuf older than the service's, but works with the service's. Without
+	# bytecode: most of the modules of the cloud SDKs are never imported.
+	$(PIP) install --no-deps --no-compile -r requirements-infra.lock
 	@touch $@

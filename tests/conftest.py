@@ -14,16 +14,12 @@ import pytest
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--one-core-each", action="store_true", help="run each worker of pytest-xdist on one core")
-
-
-def pytest_configure(config: pytest.Config) -> None:
+def pytest_configure() -> None:
     """Collect no garbage while modules are imported: modules stay, and the search for garbage takes longer."""
     gc.disable()
     worker = os.environ.get("PYTEST_XDIST_WORKER", "")
-    if worker and config.getoption("--one-core-each") and hasattr(os, "sched_setaffinity"):
-        # The threads of two engines that share two cores wait for each other at each barrier.
+    if worker and hasattr(os, "sched_setaffinity"):
+        # One core for each worker: the threads of two engines that share two cores wait for each other at each barrier.
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
 

@@ -24,8 +24,12 @@ class Metrics(BaseHTTPRequestHandler):
         pass
 
 
+# The port is closed: the monitor must not send requests to loopback addresses through the proxy of the environment.
+PROXY = dict.fromkeys(("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"), "http://127.0.0.1:9")
+
+
 async def report_changes(live: LiveService) -> str:
-    """The output of the monitor. The fake service has a URL with a path."""
+    """The output of the monitor. The fake service has a URL with a path, and the environment has a proxy."""
     return await asyncio.to_thread(_report_changes, live.folder("changes"))
 
 
@@ -33,7 +37,7 @@ def _report_changes(folder: Path) -> str:
     port = free_port()
     ports = [word for name in ("prometheus", "alertmanager", "history") for word in (f"--{name}-port", "0")]
     command = ["alerts", "monitor", "--url", f"http://127.0.0.1:{port}/llm/", "--data", str(folder / "data"), *ports]
-    with Program(command) as program:
+    with Program(command, **PROXY) as program:
         program.wait_for_output("the service does not answer: ")
         output = program.wait_for_output("Ray is not found: ")
         assert f"{program.folder}/ray/prom_metrics_service_discovery.json lists no targets yet" in output

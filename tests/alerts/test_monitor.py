@@ -117,7 +117,8 @@ def test_it_starts_and_stops_everything_without_settings(tmp_path: Path) -> None
 @pytest.mark.system
 @pytest.mark.timeout(720)
 def test_it_reports_when_the_service_and_ray_appear_and_disappear(reported: str) -> None:
-    """Prometheus notices a change after up to 15 s, so the story runs in the background (changes.py)."""
+    """The environment has a proxy, which is not used for loopback. The story runs in the background (changes.py),
+    because Prometheus notices a change after up to 15 s."""
     expected = (
         "the service does not answer: ",
         "Ray is not found: ",
@@ -143,16 +144,6 @@ def test_the_settings_determine_receivers_and_links(tmp_path: Path) -> None:
         config = yaml.safe_load(status["config"]["original"])
         (history,) = (one for one in config["receivers"] if one["name"] == "history")
         assert history["webhook_configs"][0]["url"] == f"{address(output, 'History')}/webhook"
-        assert program.interrupt() == 0
-
-
-@pytest.mark.system
-def test_a_proxy_in_the_environment_is_not_used_for_loopback(tmp_path: Path) -> None:
-    """The proxy's port is closed, so every request through it would fail."""
-    proxy = dict.fromkeys(("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"), CLOSED)
-    with monitor(tmp_path, **proxy) as program:
-        program.wait_for_output("monitoring http", 60)
-        program.wait_for_output("Ray is not found: ", 60)  # Prometheus answered the monitor
         assert program.interrupt() == 0
 
 

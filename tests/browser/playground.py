@@ -71,7 +71,7 @@ class Playground:
     async def wait_for_two_growing_texts(self) -> None:
         """Wait for a moment at which two answers have text and are not complete. The page looks at every frame."""
         await self.page.wait_for_function(
-            "document.querySelectorAll('.answer[aria-busy] .text:not(:empty)').length === 2"
+            "() => document.querySelectorAll('.answer[aria-busy] .text:not(:empty)').length === 2"
         )
 
     @property

@@ -27,8 +27,15 @@ async def violations(page: Page) -> list[Any]:
 
 
 @pytest.mark.parametrize("view", ["chat", "compare"])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("viewport", [DESK, PHONE], ids=["desk", "phone"])
+@pytest.mark.parametrize(
+    ("scheme", "viewport"),
+    [
+        pytest.param("light", DESK, id="desk-light"),
+        pytest.param("dark", PHONE, id="phone-dark"),
+        pytest.param("dark", DESK, id="desk-dark", marks=pytest.mark.long),
+        pytest.param("light", PHONE, id="phone-light", marks=pytest.mark.long),
+    ],
+)
 async def test_axe_finds_no_violation(
     chromium: Browser, toy_service: Service, view: str, scheme: Any, viewport: Any
 ) -> None:

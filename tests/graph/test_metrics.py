@@ -19,7 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.graph.conftest import TracedService
 from tests.graph.service import Service, http_client, stream_lines, wait_until
 
-pytestmark = [pytest.mark.ray, pytest.mark.alone, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
 # Requests of a run: 240 are 12 of each of the 20 kinds in `send`, enough that every counter moves and that the kinds
 # overlap in time (24 run at once). A miscounted kind fails the test at its first request.

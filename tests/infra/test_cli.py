@@ -219,7 +219,7 @@ def test_commands_import_only_the_packages_that_they_need() -> None:
 
 
 @pytest.mark.long
-@pytest.mark.alone
+@pytest.mark.perf
 @pytest.mark.parametrize(("provider", "limit_s"), [("aws", 3.0), ("gcp", 3.0), ("azure", 6.0)])
 def test_a_plan_takes_a_few_seconds(provider: str, limit_s: float) -> None:
     flags = ["--provider", provider, "--instance-type", TYPES[provider], "--json"]

@@ -15,7 +15,7 @@ from perf.phases import PhaseController, Window
 from tests.perf.mock_host import MockHost
 from tests.perf.simulation import client, workload
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.perf
 
 EVENT = b'{"token": " a", "finished": false}'
 # 10,000 events per second on a core where json.loads of an event takes 1.3 us.

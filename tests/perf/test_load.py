@@ -25,7 +25,7 @@ from tests.perf import simulation
 from tests.perf.mock_host import MockHost
 from tests.perf.simulation import SimulatedClient, client, workload
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.perf
 
 # Prints how late timers with the same schedule are in a process that does nothing else.
 BARE_TIMERS = """

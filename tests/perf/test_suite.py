@@ -24,7 +24,7 @@ from perf.results import SCHEMA_FILE, Run, schema
 from perf.suite import main
 from tests.perf.mock_host import MockHost
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.perf
 
 
 @dataclass

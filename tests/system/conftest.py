@@ -63,26 +63,20 @@ class ShippedService(Program):
 
 
 @pytest.fixture(scope="package")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A cache folder that is empty before the first start, which converts the model."""
-    return str(tmp_path_factory.mktemp("cache"))
-
-
-@pytest.fixture(scope="package")
-def tools_service(tmp_path_factory: pytest.TempPathFactory, cache: str) -> Iterator[ShippedService]:
+def tools_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ShippedService]:
     """The shipped configuration with the chat template for tools, and with embeddings."""
     document = yaml.safe_load(SHIPPED_CONFIG.read_text())
     document["applications"][0]["args"]["models"][0] |= {"chat_template": "builtin:chatml_tools", "embeddings": True}
     config = tmp_path_factory.mktemp("tools") / "serve_config.yaml"
     config.write_text(yaml.safe_dump(document))
-    with ShippedService(config, XDG_CACHE_HOME=cache) as service:
+    with ShippedService(config) as service:
         service.wait_until_ready()
         yield service
 
 
 @pytest.fixture(scope="package")
-def service(tools_service: ShippedService, cache: str) -> Iterator[ShippedService]:
-    """The shipped configuration. It starts second, with the cache that the first start has filled."""
-    with ShippedService(XDG_CACHE_HOME=cache) as service:
+def service(tools_service: ShippedService) -> Iterator[ShippedService]:
+    """The shipped configuration. It starts second; the first start has put the converted model into the cache."""
+    with ShippedService() as service:
         service.wait_until_ready()
         yield service

@@ -18,7 +18,7 @@ from pydantic import BaseModel, Field
 
 from tests.system.conftest import ShippedService
 
-pytestmark = [pytest.mark.system, pytest.mark.alone, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
 
 MODEL = "smollm2-135m"
 PROMPT = "The capital of France is"

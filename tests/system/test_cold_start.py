@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from tests.system.conftest import ShippedService
 
-pytestmark = [pytest.mark.system, pytest.mark.alone, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
 
 
-def test_the_first_start_takes_at_most_90_s_and_the_next_25_s(
-    tools_service: ShippedService, service: ShippedService
-) -> None:
-    """The packages are installed. The first start converts the model; an idle service runs during the second."""
-    first, second = tools_service.first_token_s, service.first_token_s
-    print(f"first streamed token after {first:.1f} s without and {second:.1f} s with the converted model")
-    assert first <= 90
-    assert second <= 25
+def test_a_start_takes_at_most_25_s(service: ShippedService) -> None:
+    """The converted model is in the cache. An idle service runs at the same time."""
+    print(f"first streamed token after {service.first_token_s:.1f} s with the converted model")
+    assert service.first_token_s <= 25
+
+
+@pytest.mark.long
+def test_the_first_start_takes_at_most_90_s(tmp_path: Path) -> None:
+    """The packages are installed. The service converts the model and compiles the operations."""
+    with ShippedService(XDG_CACHE_HOME=str(tmp_path)) as service:
+        service.wait_until_ready()
+        print(f"first streamed token after {service.first_token_s:.1f} s without the converted model")
+        assert service.first_token_s <= 90

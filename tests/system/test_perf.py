@@ -15,7 +15,6 @@ from perf.results import Run
 from .conftest import ShippedService
 
 
-@pytest.mark.alone
 @pytest.mark.system
 def test_a_quick_run_takes_at_most_60_s_and_counts_as_the_server(service: ShippedService, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "perf.suite", "--quick", "--url", service.url, "--output", str(tmp_path)]
@@ -35,9 +34,8 @@ def test_a_quick_run_takes_at_most_60_s_and_counts_as_the_server(service: Shippe
     assert "counted the same" in done.stdout
 
 
-@pytest.mark.alone
 @pytest.mark.system
-@pytest.mark.parametrize("api", ["openai", "tgi"])
+@pytest.mark.parametrize("api", ["openai", pytest.param("tgi", marks=pytest.mark.long)])
 def test_the_other_apis_can_be_measured(service: ShippedService, api: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "perf.suite", "--url", service.url, "--api", api, "--output", str(tmp_path)]
     line = ["--only", "streaming,concurrency", "--concurrency", "2", "4", "--num-requests", "4", "--max-tokens", "8"]

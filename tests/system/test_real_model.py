@@ -21,7 +21,7 @@ from huggingface_hub.errors import ValidationError
 from tests.graph.service import ROOT, stream_events, wait_until
 from tests.system.conftest import STORY, ShippedService, documented_examples
 
-pytestmark = [pytest.mark.system, pytest.mark.alone, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
 
 MODEL = "smollm2-135m"
 FRANCE: Any = [{"role": "user", "content": "What is the capital of France?"}]

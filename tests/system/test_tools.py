@@ -14,7 +14,7 @@ import pytest
 
 from tests.system.conftest import ShippedService, documented_examples
 
-pytestmark = [pytest.mark.system, pytest.mark.alone, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
 
 MODEL = "smollm2-135m"
 PLACE = {
