@@ -307,7 +307,7 @@ class EngineMetrics:
             "slots": ("Slots of the KV cache: the maximum number of running sequences.", stats.slots),
             "kv_usage_ratio": (
                 "Share of the KV cache that the tokens of running sequences occupy, from 0 to 1.",
-                stats.tokens_held / stats.arena_tokens,
+                stats.tokens_held / stats.kv_tokens,
             ),
             "engine_step_age_seconds": (
                 "Time since the start of the current engine step; 0 between steps.",

@@ -263,13 +263,13 @@ async def _round(
     )
     after, before = engine.stats(), started[-1][0]  # all streams decode after the first token of the last one
     steps = max(1, after.steps - before.steps)
-    busy_s, telling_s = after.busy_s - before.busy_s, after.telling_s - before.telling_s
+    busy_s, delivery_s = after.busy_s - before.busy_s, after.delivery_s - before.delivery_s
     sampling_s = runner.sampling_s - started[-1][1]
     return Round(
         tokens_per_s=streams * arguments.output / max(one[-1] for one in times),
         ttft_s=statistics.median(one[0] for one in times),
         tpot_s=statistics.median((one[-1] - one[0]) / max(1, len(one) - 1) for one in times),
-        step_s=(busy_s + telling_s) / steps,
+        step_s=(busy_s + delivery_s) / steps,
         model_s=(busy_s - (after.planning_s - before.planning_s) - sampling_s) / steps,
         sampling_s=sampling_s / steps,
         rows=(after.rows - before.rows) / steps,

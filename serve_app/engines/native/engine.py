@@ -33,8 +33,8 @@ class EngineStalled(Exception):
 class EngineStats:
     """A snapshot of the engine. Counters count from its start.
 
-    `arena_tokens` is the number of tokens that the KV cache can hold. `busy_s` is the time of all steps from plan to
-    commit, of which `planning_s` passed before the model ran. `telling_s` is the time after the steps in which their
+    `kv_tokens` is the number of tokens that the KV cache can hold. `busy_s` is the time of all steps from plan to
+    commit, of which `planning_s` passed before the model ran. `delivery_s` is the time after the steps in which their
     results were sent to the streams.
     """
 
@@ -42,7 +42,7 @@ class EngineStats:
     waiting: int
     slots: int
     tokens_held: int
-    arena_tokens: int
+    kv_tokens: int
     preemptions: int
     prompt_tokens: int
     cached_tokens: int
@@ -54,7 +54,7 @@ class EngineStats:
     generated_tokens: int
     busy_s: float
     planning_s: float
-    telling_s: float
+    delivery_s: float
     failed_steps: int
 
 
@@ -85,7 +85,7 @@ class NativeEngine:
         self._step_started: float | None = None
         self._failures_in_a_row = 0
         self._counts = dict.fromkeys(("steps", "rows", "decode_rows", "generated_tokens", "failed_steps"), 0)
-        self._seconds = dict.fromkeys(("busy_s", "planning_s", "telling_s"), 0.0)
+        self._seconds = dict.fromkeys(("busy_s", "planning_s", "delivery_s"), 0.0)
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -152,11 +152,11 @@ class NativeEngine:
             waiting=scheduler.waiting + len(self._new),
             slots=runner.slots,
             tokens_held=scheduler.tokens_held,
-            arena_tokens=runner.kv_tokens,
+            kv_tokens=runner.kv_tokens,
             **asdict(scheduler.counts),
             busy_s=self._seconds["busy_s"],
             planning_s=self._seconds["planning_s"],
-            telling_s=self._seconds["telling_s"],
+            delivery_s=self._seconds["delivery_s"],
             **self._counts,
         )
 
@@ -237,7 +237,7 @@ class NativeEngine:
         wake_all(sequence.stream for sequence, _ in results)
         self._count(step, sum(not isinstance(result, Embedding) for _, result in results), done - now)
         self._seconds["planning_s"] += planned - now
-        self._seconds["telling_s"] += self._clock() - done
+        self._seconds["delivery_s"] += self._clock() - done
 
     def _fail_step(self, step: Step) -> None:
         self._failures_in_a_row += 1

@@ -224,7 +224,7 @@ async def test_all_slots_are_free_after_the_last_answer() -> None:
         await asyncio.gather(*(generate(engine, limited_request("abc", 5)) for _ in range(6)))
         wait_until(partial(idle, engine))
         stats = engine.stats()
-    assert (stats.slots, stats.tokens_held, stats.arena_tokens) == (2, 0, 2 * 2048)
+    assert (stats.slots, stats.tokens_held, stats.kv_tokens) == (2, 0, 2 * 2048)
 
 
 async def test_stats_count_steps_rows_and_tokens() -> None:
