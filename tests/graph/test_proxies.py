@@ -80,11 +80,22 @@ async def test_refusals_arrive_unchanged(client: httpx.AsyncClient) -> None:
 
 
 async def test_a_full_model_delays_neither_health_nor_the_heartbeat_of_a_stream(client: httpx.AsyncClient) -> None:
-    body = {"model": "narrow", "prompt": "abc", "max_tokens": 40}
+    body = {"model": "narrow", "prompt": "abc", "max_tokens": 60}
+    queued = asyncio.Event()
+
+    async def wait_in_the_queue() -> str:
+        text = ""
+        async with client.stream("POST", "/generate_stream", json=body) as response:
+            async for part in response.aiter_text():
+                text += part
+                queued.set()
+        return text
+
     async with client.stream("POST", "/generate_stream", json=body) as running:
         events = stream_events(running)
         await anext(events)
-        waiting = asyncio.create_task(client.post("/generate_stream", json=body))
+        waiting = asyncio.create_task(wait_in_the_queue())
+        await queued.wait()
         refused = asyncio.gather(*(client.post("/generate", json=body) for _ in range(20)))
         began = time.monotonic()
         assert (await client.get("/health")).status_code == 200
@@ -92,8 +103,8 @@ async def test_a_full_model_delays_neither_health_nor_the_heartbeat_of_a_stream(
         async for _ in events:
             pass
     late = await waiting
-    assert late.text.startswith(": queued\n\n")
-    assert '"finished":true' in late.text
+    assert late.startswith(": queued\n\n")
+    assert '"finished":true' in late
     answers = await refused
     statuses = {answer.status_code for answer in answers}
     assert 429 in statuses
