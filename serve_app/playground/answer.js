@@ -75,6 +75,7 @@ export class AnswerView {
     this.answer.failure = failure?.plain() ?? null;
     this._showFigures();
     this._showFailure();
+    if (failure) document.dispatchEvent(new Event("failure"));
     announce(failure ? `${failure.title} ${failure.advice}` : `${this.answer.model} answered: ${textOf(this.answer)}`);
   }
 

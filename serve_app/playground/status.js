@@ -3,17 +3,19 @@ import { models } from "./api.js";
 const UNAVAILABLE_MS = 2000;
 const AVAILABLE_MS = 15000;
 
-/** Requests the states of the models every 2 s while one is not available, else every 15 s. */
+/** Requests the states of the models every 2 s while one is not available, else every 15 s and after each failure. */
 export class Status {
   constructor(element, found) {
     this._element = element;
     this._found = found;
     this._seen = "";
+    document.addEventListener("failure", () => this.watch());
   }
 
   async watch() {
     const available = document.hidden || (await this._update());
-    setTimeout(() => this.watch(), available ? AVAILABLE_MS : UNAVAILABLE_MS);
+    clearTimeout(this._timer);
+    this._timer = setTimeout(() => this.watch(), available ? AVAILABLE_MS : UNAVAILABLE_MS);
   }
 
   async _update() {

@@ -15,6 +15,7 @@ from perf.results import Run
 from .conftest import ShippedService
 
 
+@pytest.mark.long
 @pytest.mark.system
 def test_a_quick_run_takes_at_most_60_s_and_counts_as_the_server(service: ShippedService, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "perf.suite", "--quick", "--url", service.url, "--output", str(tmp_path)]
