@@ -36,11 +36,11 @@ class Options:
 
     url: str
     data: Path
-    settings: Path | None = None
-    ray_metrics: Path | None = None
-    prometheus_port: int = 9090
-    alertmanager_port: int = 9093
-    history_port: int = 9099
+    settings: Path | None
+    ray_metrics: Path | None
+    prometheus_port: int
+    alertmanager_port: int
+    history_port: int
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ def _write(options: Options, plan: Plan, settings: Settings | None, service: tup
         alertmanager=plan.alertmanager,
         history=plan.history,
         history_token=str(plan.token),
-        ray_file=str(_ray_file(options)),
+        ray_file=str(ray_file(options.ray_metrics)),
         scheme=scheme,
         path=path,
         header="Written by `python -m alerts monitor` at every start.",
@@ -217,11 +217,11 @@ def _history_only_config(history: Webhook) -> str:
     return yaml.safe_dump({"route": route, "receivers": receivers}, sort_keys=False)
 
 
-def _ray_file(options: Options) -> Path:
+def ray_file(configured: Path | None) -> Path:
     """The file in which Ray lists its metrics addresses. It is in Ray's temporary folder, which is determined here in
     the same way as in Ray. The file does not have to exist yet, because Prometheus reads it repeatedly."""
-    if options.ray_metrics is not None:
-        return options.ray_metrics.absolute()
+    if configured is not None:
+        return configured.absolute()
     temporary = os.environ.get("RAY_TMPDIR") or (sys.platform == "linux" and os.environ.get("TMPDIR"))
     if not temporary:
         temporary = "/tmp" if sys.platform in ("darwin", "linux") else tempfile.gettempdir()
@@ -251,7 +251,7 @@ def _watch(options: Options, plan: Plan, children: list[Child]) -> None:
     while True:
         for child in children:
             child.raise_if_ended()
-        for job, (state, text) in states(plan.prometheus, _ray_file(options)).items():
+        for job, (state, text) in states(plan.prometheus, ray_file(options.ray_metrics)).items():
             if known.get(job) != state:
                 print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
             known[job] = state

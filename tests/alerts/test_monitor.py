@@ -17,6 +17,7 @@ import yaml
 
 from alerts import prometheus, render
 from alerts.__main__ import main
+from alerts.monitor import ray_file
 from alerts.programs import ProgramError, check
 from alerts.settings import EXAMPLE
 from tests.alerts.receivers import production_settings, write_secrets, write_settings
@@ -85,6 +86,25 @@ def test_prometheus_accepts_the_configurations(tmp_path: Path, name: str) -> Non
     list(prometheus.write_rules(tmp_path, "https://llm.test/runbooks", "https://llm.test/d"))
     output = promtool("check", "config", tmp_path / prometheus.CONFIG)
     assert "5 rule files found" in output
+
+
+@pytest.mark.parametrize(
+    ("variables", "folder"),
+    [
+        ({}, "/tmp"),
+        ({"TMPDIR": "/a"}, "/a"),
+        ({"RAY_TMPDIR": "/b", "TMPDIR": "/a"}, "/b"),
+    ],
+)
+def test_the_file_of_ray_is_in_rays_temporary_folder(
+    variables: dict[str, str], folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RAY_TMPDIR", "TMPDIR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert ray_file(None) == Path(folder) / "ray/prom_metrics_service_discovery.json"
+    assert ray_file(Path("/c/file.json")) == Path("/c/file.json")
 
 
 @pytest.mark.system

@@ -29,6 +29,22 @@ def test_every_endpoint_is_described() -> None:
     assert {(method, path) for method, path in paths if method != "HEAD"} == described | pages
 
 
+def references(part: object) -> set[str]:
+    """All references in a part of the document."""
+    if isinstance(part, list):
+        return set().union(*map(references, part))
+    if not isinstance(part, dict):
+        return set()
+    own = {part["$ref"]} if isinstance(part.get("$ref"), str) else set()
+    return own.union(*map(references, part.values()))
+
+
+async def test_every_schema_is_referenced_and_every_reference_has_a_schema(client: httpx.AsyncClient) -> None:
+    found = (await client.get("/openapi.json")).json()
+    components = {f"#/components/{kind}/{name}" for kind, parts in found["components"].items() for name in parts}
+    assert references(found) == components
+
+
 async def test_the_document_lists_the_models(client: httpx.AsyncClient) -> None:
     answer = await client.get("/openapi.json")
     assert answer.headers["content-type"] == "application/json"

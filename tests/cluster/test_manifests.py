@@ -527,3 +527,21 @@ def test_all_objects_are_in_the_clusters_namespace() -> None:
     assert namespaces == {"other"}
     (account,) = (each["metadata"]["name"] for each in found if each["kind"] == "ServiceAccount")
     assert worker(found[-1])["spec"]["serviceAccountName"] == account == "serve-app"
+
+
+def test_spot_machines_on_gcp_are_deleted_when_they_are_preempted() -> None:
+    """The API of Compute Engine refuses a spot machine that restarts automatically."""
+    nodes = documents("gcp", "ray-up/gcp.yaml")[0]["available_node_types"].values()
+    (spot,) = [config for node in nodes if "provisioningModel" in (config := node["node_config"].get("scheduling", {}))]
+    assert spot == {
+        "onHostMaintenance": "TERMINATE",
+        "provisioningModel": "SPOT",
+        "automaticRestart": False,
+        "instanceTerminationAction": "DELETE",
+    }
+
+
+def test_the_gpu_exporter_on_gcp_reads_the_driver_of_the_host() -> None:
+    found = values("gcp", "dcgm-exporter")
+    assert found["securityContext"] == {"privileged": True}
+    assert {"name": "nvidia", "hostPath": "/home/kubernetes/bin/nvidia"} in found["extraHostVolumes"]

@@ -188,3 +188,12 @@ def test_the_derived_throughput_of_an_a100_is_close_to_a_measurement() -> None:
 def test_every_gpu_of_the_catalogue_has_a_data_sheet() -> None:
     gpus = {(str(each.gpu), float(each.gpu_memory_gib or 0)) for each in catalogue.load().instance_types if each.gpu}
     assert gpus <= set(model_sizing.GPUS)
+
+
+@pytest.mark.parametrize(("days", "stale"), [(catalogue.STALE_DAYS, False), (catalogue.STALE_DAYS + 1, True)])
+def test_an_old_price_is_reported(days: int, stale: bool) -> None:
+    spec = parse(document())
+    oldest = min(catalogue.load().get("aws", name).as_of for pool in spec.gpu_pools for name in pool.instance_types)
+    today = oldest + datetime.timedelta(days=days)
+    found = [text for text in catalogue.warnings(spec, catalogue.load(), today) if text.startswith("The price of")]
+    assert any(f"dates from {oldest}" in text for text in found) == stale

@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 
 from perf.aggregate import build_stage
+from perf.metrics import timeline
 from perf.phases import Measurement, PhaseController, Window
 from perf.progress import status_line
 from perf.records import Record
 from perf.results import Load, Stage, Tokens
 from perf.slo import Slo
+from perf.stages import load
 from perf.verdict import verdict
 
 
@@ -109,3 +111,35 @@ def test_status_line_shows_the_progress() -> None:
         now[0] += 0.5
         controller.finish(record)
     assert status_line("x", controller, now[0]) == "x: 50%, 0 in flight, 2 tok/s, TTFT p50 250 ms, p95 250 ms, 1 s left"
+
+
+def test_the_progress_of_a_late_window_is_the_whole() -> None:
+    controller = PhaseController(Window(duration_s=1.0, warmup=0), 1, clock=lambda: 0.0)
+    controller.start(0.0)
+    assert status_line("x", controller, 1.5).startswith("x: 100%, 1 in flight")
+
+
+def test_windows_that_were_not_steady_are_named() -> None:
+    steady = level(8, 0.1, 0.01).model_copy(update={"steady": True})
+    rising = level(32, 0.1, 0.01).model_copy(update={"steady": False})
+    unknown = level(64, 0.1, 0.01).model_copy(update={"steady": None})
+    (sentence,) = [
+        text for text in verdict([steady, rising, unknown], [], None, None).recommendations if "steady" in text
+    ]
+    assert "32 streams" in sentence
+    assert "8 streams" not in sentence
+    assert "64 streams" not in sentence
+
+
+@pytest.mark.parametrize(
+    ("prompts", "words"), [(1, "closed loop, 8 streams"), (4, "closed loop, 8 streams, 4 prompts")]
+)
+def test_the_load_in_words_has_the_prompts_of_a_batch(prompts: int, words: str) -> None:
+    stage = level(8, 0.1, 0.01)
+    described = load(stage.model_copy(update={"load": stage.load.model_copy(update={"batch_size": prompts})}))
+    assert described == words + (" per request" if prompts > 1 else "")
+
+
+def test_a_request_is_in_flight_from_the_second_in_which_it_is_sent() -> None:
+    request = Record(0.0, in_window=True, sent=1.0, done=2.5)
+    assert [second.in_flight for second in timeline([request], 0.0, 4.0)] == [0, 1, 0, 0]
