@@ -132,7 +132,7 @@ def test_windows_that_were_not_steady_are_named() -> None:
 
 
 @pytest.mark.parametrize(
-    ("prompts", "words"), [(1, "closed loop, 8 streams"), (4, "closed loop, 8 streams, 4 prompts")]
+    ("prompts", "words"), [(1, "closed loop, 8 streams"), (2, "closed loop, 8 streams, 2 prompts")]
 )
 def test_the_load_in_words_has_the_prompts_of_a_batch(prompts: int, words: str) -> None:
     stage = level(8, 0.1, 0.01)
