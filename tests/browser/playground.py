@@ -68,10 +68,11 @@ class Playground:
         await self.page.wait_for_function(count, arg=[nth, longer_than])
         return await self.texts.nth(nth).text_content() or ""
 
-    async def wait_for_two_growing_texts(self) -> None:
-        """Wait for a moment at which two answers have text and are not complete. The page looks at every frame."""
+    async def wait_for_two_growing_texts(self, longer_than: int) -> None:
+        """Wait for a moment at which two incomplete answers have more text. The page looks at every frame."""
+        both = "(size) => [...document.querySelectorAll('.answer[aria-busy] .text')]"
         await self.page.wait_for_function(
-            "() => document.querySelectorAll('.answer[aria-busy] .text:not(:empty)').length === 2"
+            f"{both}.filter(({{ textContent }}) => textContent.length > size).length === 2", arg=longer_than
         )
 
     @property

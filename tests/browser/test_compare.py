@@ -22,8 +22,8 @@ async def run(playground: Playground, prompt: str, max_tokens: int) -> None:
 
 
 async def test_both_answers_are_streamed_at_the_same_time_and_stored(playground: Playground) -> None:
-    await run(playground, "hello", 55)
-    await playground.wait_for_two_growing_texts()
+    await run(playground, "hello", 77)
+    await playground.wait_for_two_growing_texts(longer_than=2)
     assert await playground.page.locator(".answer h3").all_text_contents() == ["toy", "slow"]
     left, right = await playground.answers.all()
     a, b = await left.bounding_box(), await right.bounding_box()
@@ -35,7 +35,7 @@ async def test_both_answers_are_streamed_at_the_same_time_and_stored(playground:
     rates = [float(text) for text in await playground.page.locator(".figures .rate dd").all_text_contents()]
     assert rates[0] > 2 * rates[1]
     texts = await playground.texts.all_text_contents()
-    assert texts[0] == texts[1] == "user: hello" * 5
+    assert texts[0] == texts[1] == "user: hello" * 7
     await playground.page.reload()
     await playground.open("compare")
     assert await playground.texts.all_text_contents() == texts
