@@ -5,7 +5,7 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 ARGS ?=
 QUIET := not ray and not system and not browser and not perf
 # Modules that import torch, Pulumi or Playwright.
-HEAVY := browser contract models infra/test_addons.py infra/test_deploy.py infra/test_plan.py infra/test_policy.py \
+HEAVY := browser contract graph models system alerts/test_dashboards_live.py alerts/test_live.py infra/test_addons.py infra/test_deploy.py infra/test_plan.py infra/test_policy.py \
   engines/native/test_attention.py engines/native/test_sampler.py
 .PHONY: help serve monitor test test-long fast check format clean
 
@@ -14,7 +14,7 @@ help:
 	@echo "make monitor                     Prometheus, Alertmanager and the alert history next to the service; Ctrl-C stops them"
 	@echo "make test  [ARGS='-k stream']    format, lint, types and the tests: 20 minutes on 2 cores"
 	@echo "make test-long                   every test, also those that only a release needs"
-	@echo "make fast                        the tests that need no Ray, Pulumi, model weights or browser: 40 seconds"
+	@echo "make fast                        the tests that need no Ray, Pulumi, model weights or browser: 20 seconds"
 	@echo "make check                       format, lint and types only"
 	@echo "make format                      format the code and apply ruff's fixes"
 	@echo "make clean                       remove $(VENV)"
@@ -35,7 +35,7 @@ test-long: check
 	$(VENV)/bin/python -m pytest $(ARGS)
 
 fast: $(VENV)/test.done
-	$(VENV)/bin/python -m pytest -n auto --dist loadscope $(HEAVY:%=--ignore=tests/%) -m "not model and not infra and not long and $(QUIET)" $(ARGS)
+	$(VENV)/bin/python -m pytest -n auto --dist loadscope $(HEAVY:%=--ignore=tests/%) -m "not model and not infra and not long and not slow and $(QUIET)" $(ARGS)
 
 check: $(VENV)/test.done
 	$(VENV)/bin/ruff format --check .

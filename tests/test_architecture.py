@@ -132,6 +132,7 @@ def test_only_one_file_knows_how_spans_are_sent(path: str) -> None:
     assert path == "telemetry/otlp.py" or within(imports(text_of(path)), SDK) == set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "left_out"),
     [

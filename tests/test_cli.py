@@ -220,6 +220,7 @@ def test_without_a_server_the_state_is_unknown() -> None:
     assert waiting_models(f"http://127.0.0.1:{free_port()}", ["a"]) is None
 
 
+@pytest.mark.slow
 def test_a_server_that_does_not_answer_is_given_up() -> None:
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))

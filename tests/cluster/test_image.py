@@ -194,6 +194,7 @@ def drained(folder: Path, ray: str, longest_s: int) -> str:
     return (folder / "arguments").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ray", "longest_s"),
     [

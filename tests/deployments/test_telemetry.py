@@ -19,6 +19,7 @@ from tests.api.scripted import ScriptedEngine, ScriptedTelemetry, app_config
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_opentelemetry_is_not_imported_while_tracing_is_off() -> None:
     program = (
         "import sys\n"

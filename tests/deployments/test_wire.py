@@ -65,6 +65,7 @@ def transmit(items: list[tuple[int, wire.Item]]) -> list[wire.Packed]:
     return wire.unpack(frame[wire.LENGTH.size :])
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(ids, chunks), max_size=4))
 def test_chunks_arrive_as_they_were_sent(items: list[tuple[int, wire.Item]]) -> None:
     assert [(one.stream, wire.decode(one)) for one in transmit(items)] == items

@@ -116,6 +116,7 @@ async def test_a_whole_call_waits_for_its_wake_time_and_is_told_how_long_the_res
         assert 25 < (refused.value.retry_after_s or 0) <= 30, "the usual start takes 30 s until one was measured"
 
 
+@pytest.mark.slow
 async def test_a_whole_call_goes_on_waiting_when_the_start_is_nearly_over() -> None:
     async with sleeper() as m:
         m.stage._usual_start_s = 0.1

@@ -195,6 +195,7 @@ def test_long_texts_are_shortened() -> None:
     assert len(render(long)) < len(render(run)) + 10_000
 
 
+@pytest.mark.slow
 def test_report_of_10_000_requests_takes_at_most_1_mb_and_3_s() -> None:
     run = simulated_runs.run(scenarios=("concurrency",), open_loop=True, requests=1000)
     assert sum(stage.requests for stage in run.stages) == 10_000

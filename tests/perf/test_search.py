@@ -67,6 +67,7 @@ async def test_search_ends_after_a_second_client_limited_probe() -> None:
     assert [probe.at for probe in found.probes] == [10, 20, 40, 80, 80]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arrival", "capacity"), [("constant", 97.56), ("closed", 41)])
 def test_search_finds_the_capacity_of_a_simulated_server(arrival: str, capacity: float) -> None:
     """40 slots of 410 ms: 97.6 requests per second; or 40 to 42 streams, since a p95 lets a twentieth wait."""

@@ -129,6 +129,7 @@ async def test_a_request_that_was_cancelled_before_its_admission_has_one_span(to
     assert toy.spans("prefill") == []
 
 
+@pytest.mark.slow
 def test_both_clocks_are_read_at_one_instant_while_other_threads_compute() -> None:
     done = threading.Event()
 

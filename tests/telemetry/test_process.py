@@ -93,6 +93,7 @@ SECOND = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("visible", "expected"),
     [(None, FIRST + SECOND), ("1", SECOND), ("GPU-aaaa", FIRST), ("0, GPU-bbbb", FIRST + SECOND), ("", []), ("7", [])],

@@ -57,6 +57,7 @@ def make_model(part: Path) -> None:
     safetensors(part / "model.safetensors")
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_nothing_and_of_two_others_one_waits(tmp_path: Path) -> None:
     target = tmp_path / "cache" / "entry"
     victim = start(target, 60)
@@ -146,6 +147,7 @@ def test_a_damaged_file_is_made_again(tmp_path: Path) -> None:
     assert stages == ["making (once)"] * 5
 
 
+@pytest.mark.slow
 def test_the_wait_for_another_process_is_bounded(tmp_path: Path) -> None:
     target = tmp_path / "entry"
     stages: list[str] = []
