@@ -1,4 +1,4 @@
-"""Evaluates a description: runs its cloud's Pulumi program against the recording monitor."""
+"""Evaluates a cluster description: runs its Pulumi program with a monitor that only records its requests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sends single requests to a server and records the time of each read; server faults become record errors."""
+"""Sends single requests to a server and records the time of each read. A server fault becomes the record's error."""
 
 from __future__ import annotations
 

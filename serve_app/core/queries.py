@@ -1,4 +1,4 @@
-"""Queries to a model, which need no step of its engine, their results, and the known state of a model."""
+"""Queries to a model (they need no step of its engine), the results of the queries, and the known state of a model."""
 
 from __future__ import annotations
 

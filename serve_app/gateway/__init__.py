@@ -1,4 +1,4 @@
-"""The path from an HTTP call to a model: stages, each of which wraps an Engine and is an Engine itself.
+"""The path from an HTTP call to a model: a chain of stages, each of which is an Engine in front of the next one.
 
 From the outside inwards: Catalog picks the model's chain; Outcome counts the request and maps errors; Readiness waits
 for a sleeping model; Admission decides which waiting request goes next. Quotas belong between Catalog and Outcome, a

@@ -175,7 +175,8 @@ class HttpSeries:
                 self._errors.labels(model, replica, code)
         self._calls = Counter(
             "serve_app_http_requests",
-            "HTTP calls that have ended, by status class; left: the client disconnected before the status was sent.",
+            "HTTP calls that have ended, by status class, for example 2xx. The class left means that the client "
+            "disconnected before the status was sent.",
             ("route", "method", "status", "replica"),
             registry=registry,
         )

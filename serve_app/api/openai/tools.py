@@ -1,4 +1,4 @@
-"""The fields of a chat about tools: the tools, the choice among them, and the calls of earlier messages."""
+"""The fields about tools in the body of a chat completion: tools, their choice, and the calls of earlier messages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""4-bit weight quantization: chooses the scale and zero of each group of weights that add the least output error."""
+"""4-bit weight quantization: for each group of weights, chooses the scale and the zero with the least output error."""
 
 from __future__ import annotations
 
