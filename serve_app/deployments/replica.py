@@ -60,7 +60,7 @@ class ModelReplica:
         self._admission_thread = ThreadPoolExecutor(1, "admission")
         self._query_threads = ThreadPoolExecutor(_QUERY_THREADS, "query")
         self._admit.set_max_batch_size(model.batching.max_batch_size)
-        self._admit.set_batch_wait_timeout_s(model.batching.batch_wait_timeout_s)
+        self._open_requests = 0
         self._engine = NativeEngine(partial(_make_runner, model, self._report), model.engine, watch=self._steps.observe)
         self._admitter = self._telemetry.admitter(self._engine)
         try:
@@ -86,6 +86,10 @@ class ModelReplica:
             raise NotReady("The model cannot reach the ingress. Send the request again.", None, 1.0) from None
         stream = self._admitter.open(wire.incoming(request, arrived))
         connection.attach(number, stream)
+        self._open_requests += 1
+        # The next batch reads this value. A request that is alone has no others to wait for.
+        alone = self._open_requests == 1
+        self._admit.set_batch_wait_timeout_s(0 if alone else self._model.batching.batch_wait_timeout_s)
         try:
             refusal = await self._admit(stream)
             if refusal is not None:
@@ -94,6 +98,7 @@ class ModelReplica:
             await stream.wait_ended()
             connection.flush()
         finally:
+            self._open_requests -= 1
             stream.close()
             connection.detach(number)
 
@@ -101,7 +106,7 @@ class ModelReplica:
         """The result of a query. An error is returned and not raised, because Ray would wrap a raised one."""
         return await asyncio.get_running_loop().run_in_executor(self._query_threads, self._engine.answer, query)
 
-    @serve.batch(max_batch_size=1, batch_wait_timeout_s=0)  # __init__ sets both from the configuration
+    @serve.batch(max_batch_size=1, batch_wait_timeout_s=0)  # __init__ and generate set these from the configuration
     async def _admit(self, streams: list[TokenStream]) -> list[ServeAppError | None]:
         """Admit requests to the engine together. Returns the error, or None, of each.
 

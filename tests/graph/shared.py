@@ -55,7 +55,12 @@ def toy_service(token_log: Path) -> Iterator[Service]:
         model_config(
             "narrow", "builtin:toy?step_ms=20", deployment={"max_ongoing_requests": 1, "max_queued_requests": 3}
         ),
-        model_config("victim", "builtin:toy?step_ms=50", engine={"max_running": 16}),
+        model_config(
+            "victim",
+            "builtin:toy?step_ms=50",
+            engine={"max_running": 16},
+            batching={"max_batch_size": 16, "batch_wait_timeout_s": 0.5},
+        ),
         zero_scaled_model_config("sleepy", "builtin:toy?load_s=1", downscale_to_zero_delay_s=1),
         zero_scaled_model_config("undisturbed", "builtin:toy", downscale_to_zero_delay_s=1),
     ]

@@ -52,6 +52,20 @@ async def test_64_concurrent_requests_get_their_own_answers(client: httpx.AsyncC
     await asyncio.gather(*(send(i) for i in range(64)))
 
 
+async def test_only_a_request_beside_others_waits_for_a_batch(client: httpx.AsyncClient) -> None:
+    """The model `victim` has a `batch_wait_timeout_s` of 0.5 s."""
+
+    async def queue_ms(tokens: int, after_s: float = 0) -> float:
+        await asyncio.sleep(after_s)
+        answer = await client.post("/generate", json={"model": "victim", "prompt": "abc", "max_tokens": tokens})
+        return float(answer.json()["metrics"]["queue_ms"])
+
+    assert await queue_ms(1) < 400
+    first, *others = await asyncio.gather(queue_ms(40), *(queue_ms(1, after_s=0.3) for _ in range(3)))
+    assert first < 400
+    assert all(wait >= 490 for wait in others), others
+
+
 async def test_prompt_logprobs_and_embeddings_arrive_and_are_counted(client: httpx.AsyncClient) -> None:
     body = {"model": "toy", "prompt": "hello", "max_tokens": 2, "echo": True, "logprobs": 0, "user": "somebody"}
     (choice,) = (await client.post("/v1/completions", json=body)).json()["choices"]
