@@ -1,4 +1,4 @@
-"""Arrival schedules of open loops: seconds from the start at which requests are due, endless and seeded."""
+"""Arrival schedules of open loops: endless, seeded series of times (in seconds after the start) of requests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Groups the stages of a run for reports: load levels, loads in words, checks of the SLO."""
+"""Describes the stages of a run for reports: groups by load level, the load as text, and checks of the SLO."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Guarantees that every request ends in exactly one outcome, counted once; errors become errors of the service."""
+"""Guarantees that every request ends in exactly one outcome, counted once; makes every exception a ServeAppError."""
 
 from __future__ import annotations
 

@@ -97,17 +97,21 @@ class Readiness(Stage):
             self._held -= 1
 
     async def _hold(self, deadline: float, wake_wait_s: float | None) -> None:
-        arrived = time.monotonic()
-        patience = deadline if wake_wait_s is None else min(deadline, arrived + wake_wait_s)
+        """Wait for `wake_wait_s`, and once more for this time if the start is expected to be over by then."""
+        wait_s = deadline - time.monotonic() if wake_wait_s is None else wake_wait_s
+        limit = last = time.monotonic() + wait_s
+        if wake_wait_s is not None:
+            last += wait_s
         while self._status.state is not ModelState.READY:
             self._refuse_unless_waking()
             now = time.monotonic()
             if now >= deadline:
                 raise DeadlineExceeded(f"{self._name} was not loaded within the request's time.")
-            # A start that is nearly over is worth more than a refusal that asks the client to come back then.
-            if now >= patience and (wake_wait_s is None or self._remaining_s() > wake_wait_s):
-                raise self._loading()
-            await self._change((patience if now < patience else deadline) - now)
+            if now >= limit:
+                if now >= last or self._remaining_s() > wait_s:
+                    raise self._loading()
+                limit = last
+            await self._change(min(limit, deadline) - now)
 
     async def _change(self, timeout_s: float) -> None:
         try:

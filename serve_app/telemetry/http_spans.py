@@ -1,4 +1,4 @@
-"""Records the span and the log line of an HTTP call: outermost ASGI middleware, TracedEngine and TracedTelemetry."""
+"""Records the span and the log line of an HTTP call, by wrapping the HTTP application, its engine and its telemetry."""
 
 from __future__ import annotations
 

@@ -104,7 +104,8 @@ class RequestSeries(_Series):
         super().__init__(model, replica)
         self.requests = self._counters(
             "requests",
-            "Requests that have ended, by outcome: a finish reason, embedded, cancelled or an error code.",
+            "Requests that have ended, by outcome: a finish reason, 'embedded' for an embedding, 'cancelled', or an "
+            "error code.",
             "outcome",
             OUTCOMES,
         )
@@ -175,7 +176,7 @@ class HttpSeries:
                 self._errors.labels(model, replica, code)
         self._calls = Counter(
             "serve_app_http_requests",
-            "HTTP calls that have ended, by status class, for example 2xx. The class left means that the client "
+            "HTTP calls that have ended, by status class, for example 2xx. The class 'left' means that the client "
             "disconnected before the status was sent.",
             ("route", "method", "status", "replica"),
             registry=registry,

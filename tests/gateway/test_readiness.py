@@ -128,6 +128,18 @@ async def test_a_whole_call_goes_on_waiting_when_the_start_is_nearly_over() -> N
         assert await waiting == ["a", "z"]
 
 
+@pytest.mark.slow
+async def test_a_whole_call_waits_at_most_twice_its_wake_time() -> None:
+    """Also if the start takes longer than the last one."""
+    async with sleeper() as m:
+        m.stage._usual_start_s = 0.1
+        m.is_now(ModelState.ASLEEP)
+        began = time.monotonic()
+        with pytest.raises(NotReady):
+            await m.answer(wake_wait_s=1.05)
+        assert 2 < time.monotonic() - began < 3
+
+
 async def test_a_stream_waits_until_its_deadline() -> None:
     async with sleeper() as m:
         m.is_now(ModelState.ASLEEP)

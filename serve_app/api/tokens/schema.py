@@ -1,4 +1,4 @@
-"""The bodies of /tokenize and /detokenize: vLLM's, and Text Generation Inference's for the first."""
+"""The bodies of /tokenize and /detokenize, as in vLLM; /tokenize also takes the body of Text Generation Inference."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Makes sequences of requests: tokenizes their prompts, validates them, and prepares grammars and tool calls."""
+"""Turns requests into sequences: tokenizes their prompts, validates them, and prepares grammars and tool calls."""
 
 from __future__ import annotations
 
