@@ -1,4 +1,4 @@
-"""Load generators: open loop (requests at scheduled times) and closed loop (each stream sends after its response)."""
+"""Load generators: open loop (requests at scheduled times) and closed loop (a stream sends after the last response)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Engine protocol: the interface of every model, for every engine and every process."""
+"""The Engine protocol: the interface of a model. Every engine and every stage of the gateway implements it."""
 
 from __future__ import annotations
 
