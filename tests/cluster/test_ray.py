@@ -30,7 +30,7 @@ from tests.cluster.helpers import (
     validate_with_ray,
 )
 
-pytestmark = pytest.mark.system  # Ray is slow to import
+pytestmark = pytest.mark.slow
 
 # Cloud and name of each `ray up` file.
 FILES = [*((cloud, cloud) for cloud in CLOUDS), ("aws", "on-premises")]

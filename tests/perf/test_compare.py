@@ -15,7 +15,7 @@ from perf.exits import Exit
 from perf.results import Load, Machine, Run
 from tests.perf.run_factory import CLOSED, run, stage, target
 
-pytestmark = pytest.mark.perf
+pytestmark = pytest.mark.slow
 
 
 def measured(seed: int, count: int = 200, slower: float = 1.0, repeats: int = 1, drift: float = 0.0) -> Run:

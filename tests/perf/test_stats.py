@@ -11,7 +11,7 @@ from scipy.stats import mannwhitneyu
 
 from perf.stats import Difference, Floats, Sample, holm, latency_difference, mann_whitney, rate_difference
 
-pytestmark = pytest.mark.perf
+pytestmark = pytest.mark.slow
 
 SIGMA = 0.2
 Draw = Callable[[np.random.Generator], Floats]
