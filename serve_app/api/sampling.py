@@ -21,7 +21,7 @@ MAX_ANSWERS = 16  # answers to one prompt; each takes a slot of the model
 def _string_or_list(value: object) -> object:
     if not isinstance(value, str | list):
         raise PydanticCustomError("stop_type", "Input should be a string or a list of strings")
-    return [value] if isinstance(value, str) else value
+    return [value] * (value != "") if isinstance(value, str) else value
 
 
 def _not_zero(count: int) -> int:
@@ -42,7 +42,8 @@ Penalty = Annotated[float, Field(ge=-2, le=2)]
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
 _StopStrings = Annotated[list[StopString], Field(max_length=16, fail_fast=True)]
 StopStrings = Annotated[
-    _StopStrings, BeforeValidator(_string_or_list, json_schema_input_type=StopString | _StopStrings)
+    _StopStrings,
+    BeforeValidator(_string_or_list, json_schema_input_type=Annotated[str, Field(max_length=256)] | _StopStrings),
 ]
 Text = Annotated[str, Field(min_length=1)]
 LogitBias = Annotated[
@@ -65,8 +66,8 @@ class SamplingFields(Body):
     """The sampling temperature; 0 is greedy. The default is that of the model."""
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     """Sample from the most likely tokens that together have this probability. The default is that of the model."""
-    top_k: Annotated[int, Field(ge=0, le=MAX_TOKENS)] = 0
-    """Sample from this number of the most likely tokens; 0 samples from all tokens."""
+    top_k: Annotated[int, Field(ge=-1, le=MAX_TOKENS)] = 0
+    """Sample from this number of the most likely tokens; 0 and -1 sample from all tokens."""
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Sample from the tokens that have at least this fraction of the probability of the most likely token."""
     repetition_penalty: Annotated[float, Field(gt=0, le=2)] = 1.0
@@ -75,8 +76,8 @@ class SamplingFields(Body):
     """Subtracted from the logits of tokens of the answer so far."""
     frequency_penalty: Penalty = 0.0
     """Subtracted from the logit of a token once for each time that it occurs in the answer so far."""
-    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] | None = None
-    """The same request with the same seed gets the same answer, whatever other requests run."""
+    seed: Annotated[int, Field(ge=-1, le=2**63 - 1)] | None = None
+    """The same request with the same seed gets the same answer; -1 is a random seed."""
     stop: Annotated[StopStrings, Field(default_factory=list)]
     """A string or a list of strings. The answer ends before the first one that occurs in it."""
     stop_token_ids: Annotated[list[TokenId], Field(max_length=64, fail_fast=True, default_factory=list)]
@@ -140,12 +141,12 @@ class SamplingFields(Body):
             min_tokens=self.min_tokens,
             temperature=0.0 if greedy else temperature,
             top_p=defaults.top_p if self.top_p is None else self.top_p,
-            top_k=self.top_k,
+            top_k=max(self.top_k, 0),
             min_p=self.min_p,
             repetition_penalty=self.repetition_penalty,
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
-            seed=self.seed,
+            seed=None if self.seed == -1 else self.seed,
             stop=tuple(self.stop),
             stop_token_ids=tuple(self.stop_token_ids),
             ignore_eos=self.ignore_eos,

@@ -120,8 +120,8 @@ class ChatEncoder(OpenAIEncoder):
             "model": self._model,
             "choices": choices,
         }
-        if self._include_usage:
-            body["usage"] = None
+        if self._show.usage:
+            body["usage"] = self.chunk_usage()
         return body
 
 

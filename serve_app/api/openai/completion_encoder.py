@@ -84,8 +84,8 @@ class CompletionEncoder(OpenAIEncoder):
             "model": self._model,
             "choices": choices,
         }
-        if self._include_usage:
-            body["usage"] = None
+        if self._show.usage:
+            body["usage"] = self.chunk_usage()
         return body
 
     def _text_and_logprobs(

@@ -17,24 +17,27 @@ from serve_app.errors import ServeAppError
 
 @dataclass(frozen=True, slots=True)
 class Show:
-    """What an answer shows beside its text. `prompt_logprobs` is the number of alternatives to each prompt token."""
+    """What an answer shows beside its text.
+
+    `prompt_logprobs` is the number of alternatives to each prompt token. `usage` is whether a stream has the usage at
+    its end, `usage_so_far` whether its other chunks have it too.
+    """
 
     echo: bool = False
     token_ids: bool = False
     prompt_logprobs: int | None = None
+    usage: bool = False
+    usage_so_far: bool = False
 
 
 class OpenAIEncoder(ABC):
     """Encodes the answers to `requests`. `created` is the wall clock in whole seconds."""
 
-    def __init__(
-        self, id: str, requests: Sequence[GenerationRequest], created: int, include_usage: bool, show: Show
-    ) -> None:
+    def __init__(self, id: str, requests: Sequence[GenerationRequest], created: int, show: Show) -> None:
         self._id = id
         self._request = requests[0]
         self._model = requests[0].model
         self._created = created
-        self._include_usage = include_usage
         self._show = show
         self._logprobs = requests[0].params.logprobs is not None
         self._states = [CompletionState() for _ in requests]
@@ -64,7 +67,7 @@ class OpenAIEncoder(ABC):
         return opening + b"".join(self.event(event, index) for event in chunk.events)
 
     def end(self) -> bytes:
-        return (self.usage_event() if self._include_usage else b"") + DONE
+        return (self.usage_event() if self._show.usage else b"") + DONE
 
     def failure(self, error: ServeAppError) -> bytes:
         return data(openai_error(error)) + DONE
@@ -77,6 +80,10 @@ class OpenAIEncoder(ABC):
             sum(states[first].cached_tokens for first in firsts),
             sum(state.tokens for state in states),
         )
+
+    def chunk_usage(self) -> Usage | None:
+        """The usage in a chunk of a stream that is not the last one."""
+        return self.total_usage(self._states) if self._show.usage_so_far else None
 
     def add_prompt(self, target: PromptFields, prompt: PromptDetails | None) -> None:
         """Set vLLM's fields about the prompt, as far as the request wants them."""

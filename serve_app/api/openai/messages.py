@@ -9,9 +9,10 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import ConfigDict, Discriminator, Field, Tag, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
-from serve_app.api.body import parse_document
-from serve_app.api.openai.tools import CallId, EarlierCall, Name
+from serve_app.api.openai.tools import CallId, EarlierCall
+from serve_app.api.openai.unused_fields import UnusedByMessages
 from serve_app.api.schema import LIST, TEXT, Body, Nested
+from serve_app.api.unused import Hint, Replayed
 from serve_app.core.requests import ChatMessage, ChatPrompt
 from serve_app.errors import InvalidRequest
 
@@ -20,6 +21,12 @@ class TextPart(Body):
     type: Literal["text"]
     text: str
     """The text of the part."""
+    annotations: Annotated[object, Replayed()] = None
+    """Accepted; a field of answers."""
+    cache_control: Annotated[object, Hint()] = None
+    """Accepted; the prefix cache finds equal prompts without it."""
+    prompt_cache_breakpoint: Annotated[object, Hint()] = None
+    """Accepted; the prefix cache finds equal prompts without it."""
 
 
 def _tag(value: object) -> str | None:
@@ -28,7 +35,7 @@ def _tag(value: object) -> str | None:
 
 
 Content = Annotated[
-    Annotated[str, Tag(TEXT)] | Annotated[list[TextPart], Field(min_length=1, fail_fast=True), Tag(LIST)],
+    Annotated[str, Tag(TEXT)] | Annotated[list[TextPart], Field(fail_fast=True), Tag(LIST)],
     Discriminator(
         _tag,
         custom_error_type="content_type",
@@ -38,30 +45,26 @@ Content = Annotated[
 
 
 _NULL, _NOT_NULL = {"type": "null"}, {"not": {"type": "null"}}
+_NOTHING: Any = {"enum": [None, []]}
 # The rules of Message's validators as a JSON schema.
 _ROLES: Any = {
     "oneOf": [
         {
             "properties": {
-                "role": {"enum": ["system", "user"]},
+                "role": {"enum": ["system", "developer", "user"]},
                 "content": _NOT_NULL,
-                **dict.fromkeys(("name", "tool_call_id", "tool_calls"), _NULL),
+                "tool_call_id": _NULL,
+                "tool_calls": _NOTHING,
             },
             "required": ["content"],
         },
-        {
-            "properties": {"role": {"const": "assistant"}, "name": _NULL, "tool_call_id": _NULL},
-            "anyOf": [
-                {"required": ["content"], "properties": {"content": _NOT_NULL}},
-                {"required": ["tool_calls"], "properties": {"tool_calls": _NOT_NULL}},
-            ],
-        },
+        {"properties": {"role": {"const": "assistant"}, "tool_call_id": _NULL}},
         {
             "properties": {
                 "role": {"const": "tool"},
                 "content": _NOT_NULL,
                 "tool_call_id": _NOT_NULL,
-                "tool_calls": _NULL,
+                "tool_calls": _NOTHING,
             },
             "required": ["content", "tool_call_id"],
         },
@@ -69,29 +72,29 @@ _ROLES: Any = {
 }
 
 
-class Message(Body):
+class Message(UnusedByMessages):
     """A message of the conversation. Its fields depend on the role."""
 
     model_config = ConfigDict(json_schema_extra=_ROLES)
 
-    role: Literal["system", "user", "assistant", "tool"]
-    """Who the message is from."""
-    name: Name | None = None
-    """Role `tool` only: the name of the tool; the default is that of the call."""
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    """Who the message is from. `developer` is `system`, if the chat template has no role `developer`."""
+    name: Annotated[str, Field(max_length=256)] | None = None
+    """The name of the speaker, for a chat template that shows it. Role `tool`: the tool; the default is the call's."""
     tool_call_id: Annotated[CallId | None, Field(validate_default=True)] = None
     """Role `tool` only, and required there: the id of the call that the message is the result of."""
-    tool_calls: Annotated[list[EarlierCall], Field(min_length=1, max_length=128, fail_fast=True)] | None = None
+    tool_calls: Annotated[list[EarlierCall], Field(max_length=128, fail_fast=True)] | None = None
     """Role `assistant` only: the calls of the message."""
     content: Annotated[Content | None, Field(validate_default=True)] = None
-    """The text. A message with `tool_calls` can leave it out."""
+    """The text. A message of role `assistant` can leave it out."""
 
     nested: ClassVar[Nested] = {"tool_calls": EarlierCall, "content": TextPart}
 
-    @field_validator("name", "tool_call_id")
+    @field_validator("tool_call_id")
     @classmethod
     def _check_tool_field(cls, value: str | None, info: ValidationInfo) -> str | None:
         role = info.data.get("role")
-        if value is None and role == "tool" and info.field_name == "tool_call_id":
+        if value is None and role == "tool":
             raise PydanticCustomError("no_call", "Input is required in a message of role 'tool'")
         if value is not None and role not in ("tool", None):
             raise PydanticCustomError("no_tool", "Input is allowed in a message of role 'tool' only")
@@ -100,14 +103,14 @@ class Message(Body):
     @field_validator("tool_calls")
     @classmethod
     def _check_calls(cls, value: list[EarlierCall] | None, info: ValidationInfo) -> list[EarlierCall] | None:
-        if info.data.get("role") not in ("assistant", None):
+        if value and info.data.get("role") not in ("assistant", None):
             raise PydanticCustomError("no_assistant", "Input is allowed in a message of role 'assistant' only")
         return value
 
     @field_validator("content")
     @classmethod
     def _check_content(cls, value: Content | None, info: ValidationInfo) -> Content | None:
-        if value is None and info.data.get("tool_calls", "") is None:
+        if value is None and info.data.get("role") not in ("assistant", None):
             raise PydanticCustomError("missing", "Input is required")
         return value
 
@@ -121,14 +124,12 @@ class Message(Body):
 def to_prompt(messages: Sequence[Message], tools: tuple[str, ...] = ()) -> ChatPrompt:
     """The conversation, in which each message of role `tool` has the name of its tool.
 
-    Raises InvalidRequest for a tool message without an earlier call, and for a call whose arguments are no JSON object.
+    Raises InvalidRequest for a tool message without an earlier call.
     """
     names: dict[str, str] = {}
     found = []
     for number, message in enumerate(one.to_message() for one in messages):
-        for place, call in enumerate(message.tool_calls):
-            _check_arguments(call.arguments, f"messages[{number}].tool_calls[{place}].function.arguments")
-            names[call.id] = call.name
+        names |= {call.id: call.name for call in message.tool_calls}
         if message.role == "tool" and message.tool_call_id not in names:
             param = f"messages[{number}].tool_call_id"
             raise InvalidRequest(
@@ -137,12 +138,3 @@ def to_prompt(messages: Sequence[Message], tools: tuple[str, ...] = ()) -> ChatP
             )
         found.append(replace(message, name=message.name or names.get(message.tool_call_id, "")))
     return ChatPrompt(tuple(found), tools)
-
-
-def _check_arguments(text: str, param: str) -> None:
-    try:
-        parsed = parse_document(text.encode())
-    except InvalidRequest:
-        parsed = None
-    if not isinstance(parsed, dict):
-        raise InvalidRequest(f"Field '{param}' should be the text of a JSON object.", param=param)

@@ -110,7 +110,10 @@ class CompletionChunkChoice(PromptFields):
 
 @exact
 class CompletionChunk(TypedDict):
-    """With `include_usage` the last chunk has the usage and no choice, and the other chunks have `usage: null`."""
+    """With `include_usage` the last chunk has the usage and no choice.
+
+    The other chunks have `usage: null`, or the usage so far with `continuous_usage_stats`.
+    """
 
     id: str
     object: Literal["text_completion"]
@@ -219,7 +222,10 @@ class ChatChunkChoice(TypedDict):
 
 
 class ChatChunk(PromptFields):
-    """With `include_usage` the last chunk has the usage and no choice, and the other chunks have `usage: null`."""
+    """With `include_usage` the last chunk has the usage and no choice.
+
+    The other chunks have `usage: null`, or the usage so far with `continuous_usage_stats`.
+    """
 
     id: str
     object: Literal["chat.completion.chunk"]

@@ -52,7 +52,7 @@ class OpenAIRoutes:
         model = context.model_of(http, body.model)
         requests = self._requests(http, call_id, model, body)
         log_user(call_id, model, body.user)
-        encoder = encoding(call_id, requests, _now(), body.include_usage, body.show)
+        encoder = encoding(call_id, requests, _now(), body.show)
         if body.stream:
             return EventStream(context, requests, encoder)
         choose = body.sampled > body.n

@@ -12,8 +12,10 @@ from pydantic_core import PydanticCustomError
 from serve_app.api.openai.encoder import Show
 from serve_app.api.openai.messages import Message, to_prompt
 from serve_app.api.openai.tools import ChosenTool, OfferedTool, ToolFields
+from serve_app.api.openai.unused_fields import UnusedByChats, UnusedByCompletions, UnusedFields
 from serve_app.api.sampling import MAX_ANSWERS, SamplingFields, Text, TokenCount, TokenId
 from serve_app.api.schema import LIST, LISTS, TEXT, TEXTS, Body, Nested
+from serve_app.api.unused import Hint
 from serve_app.config import SamplingDefaults
 from serve_app.core.requests import Grammar, Prompt, SamplingParams, TextPrompt, TokenPrompt, ToolChoice
 from serve_app.errors import InvalidRequest
@@ -22,6 +24,10 @@ from serve_app.errors import InvalidRequest
 class StreamOptions(Body):
     include_usage: bool = False
     """Whether a last chunk has the usage."""
+    continuous_usage_stats: bool = False
+    """With `include_usage`: whether every chunk has the usage so far."""
+    include_obfuscation: Annotated[object, Hint()] = None
+    """Accepted; chunks have no padding."""
 
 
 class JsonSchema(Body):
@@ -68,7 +74,7 @@ class ResponseFormat(Body):
 User = Annotated[str, Field(max_length=128)]
 
 
-class OpenAIFields(SamplingFields):
+class OpenAIFields(UnusedFields, SamplingFields):
     model: str | None = None
     """The name of the model. The default is the first model of the configuration."""
     n: Annotated[int, Field(ge=1, le=MAX_ANSWERS)] = 1
@@ -85,6 +91,8 @@ class OpenAIFields(SamplingFields):
     """Report the log probability of each token of the prompt, and of this number of the most likely tokens."""
     return_token_ids: bool = False
     """Whether the token ids of the prompt and of the answer are reported."""
+    max_completion_tokens: TokenCount | None = None
+    """The newer name of `max_tokens`, which it overrides."""
 
     nested: ClassVar[Nested] = {
         "stream_options": StreamOptions,
@@ -102,12 +110,14 @@ class OpenAIFields(SamplingFields):
         return self.n
 
     @property
-    def include_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
-
-    @property
     def show(self) -> Show:
-        return Show(False, self.return_token_ids, self.prompt_logprobs)
+        options = self.stream_options or StreamOptions()
+        return Show(
+            token_ids=self.return_token_ids,
+            prompt_logprobs=self.prompt_logprobs,
+            usage=options.include_usage,
+            usage_so_far=options.include_usage and options.continuous_usage_stats,
+        )
 
     def _params(self, defaults: SamplingDefaults, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
         """Raises InvalidRequest."""
@@ -150,7 +160,7 @@ def to_prompts(given: CompletionPrompt) -> list[Prompt]:
     ]
 
 
-class CompletionBody(OpenAIFields):
+class CompletionBody(UnusedByCompletions, OpenAIFields):
     prompt: CompletionPrompt
     """A text or a list of token ids, or a list of either."""
     max_tokens: TokenCount = 16
@@ -188,19 +198,18 @@ class CompletionBody(OpenAIFields):
                 "ended. Do not stream, or leave it out.",
                 param="best_of",
             )
-        params = self._params(defaults, self.max_tokens, self.logprobs)
+        most = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        params = self._params(defaults, most, self.logprobs)
         if not self.echo or self.logprobs is None:
             return params
         return replace(params, prompt_logprobs=max(self.logprobs, params.prompt_logprobs or 0))
 
 
-class ChatBody(ToolFields, OpenAIFields):
+class ChatBody(UnusedByChats, ToolFields, OpenAIFields):
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     """The conversation so far, for the model's chat template."""
     max_tokens: TokenCount | None = None
     """The maximum number of tokens of the answer. The default is the rest of the model's context."""
-    max_completion_tokens: TokenCount | None = None
-    """The newer name of `max_tokens`."""
     logprobs: bool = False
     """Whether the log probability of each token is reported."""
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -218,7 +227,7 @@ class ChatBody(ToolFields, OpenAIFields):
 
     def params(self, defaults: SamplingDefaults) -> SamplingParams:
         """Raises InvalidRequest if fields contradict each other."""
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise InvalidRequest(
                 "Field 'top_logprobs' requires logprobs: true. Set it or leave both out.", param="top_logprobs"
             )
@@ -229,13 +238,5 @@ class ChatBody(ToolFields, OpenAIFields):
                 "tool_choice: none.",
                 param=grammars[0].field,
             )
-        return self._params(defaults, self._max_tokens(), (self.top_logprobs or 0) if self.logprobs else None)
-
-    def _max_tokens(self) -> int | None:
-        old, new = self.max_tokens, self.max_completion_tokens
-        if old is not None and new is not None and old != new:
-            raise InvalidRequest(
-                f"Fields 'max_completion_tokens' ({new}) and 'max_tokens' ({old}) differ. Send one of them.",
-                param="max_completion_tokens",
-            )
-        return new if old is None else old
+        most = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        return self._params(defaults, most, (self.top_logprobs or 0) if self.logprobs else None)

@@ -8,7 +8,9 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Discriminator, Field, Tag, field_validator
 from pydantic_core import PydanticCustomError
 
+from serve_app.api.body import parse_document
 from serve_app.api.schema import OBJECT, TEXT, Body, Nested
+from serve_app.api.unused import Hint, Replayed
 from serve_app.core.requests import Tool, ToolCall, ToolChoice
 from serve_app.errors import InvalidRequest
 
@@ -22,8 +24,20 @@ _NO_PARAMETERS: dict[str, object] = {"type": "object", "properties": {}, "additi
 class CalledFunction(Body):
     name: Name
     """The name of the function."""
-    arguments: str
-    """The text of a JSON object."""
+    arguments: str | dict[str, object] = ""
+    """The text of a JSON object, or the object. Any other text, for example a call that was cut off, counts as `{}`."""
+    parsed_arguments: Annotated[object, Replayed()] = None
+    """Accepted; OpenAI's client adds it to answers."""
+
+    def as_text(self) -> str:
+        """The text of a JSON object."""
+        if isinstance(self.arguments, dict):
+            return json.dumps(self.arguments, ensure_ascii=False)
+        try:
+            parsed = parse_document(self.arguments.encode())
+        except InvalidRequest:
+            parsed = None
+        return self.arguments if isinstance(parsed, dict) else "{}"
 
 
 class EarlierCall(Body):
@@ -32,11 +46,17 @@ class EarlierCall(Body):
     type: Literal["function"]
     function: CalledFunction
     """The function and its arguments."""
+    index: Annotated[object, Replayed()] = None
+    """Accepted; a field of streams."""
+    extra_content: Annotated[object, Replayed()] = None
+    """Accepted; a field of other services."""
+    provider_specific_fields: Annotated[object, Replayed()] = None
+    """Accepted; LiteLLM adds it to answers."""
 
     nested: ClassVar[Nested] = {"function": CalledFunction}
 
     def to_call(self) -> ToolCall:
-        return ToolCall(self.id, self.function.name, self.function.arguments)
+        return ToolCall(self.id, self.function.name, self.function.as_text())
 
 
 Parameters = Annotated[dict[str, object], Field(json_schema_extra={"properties": {"type": {"const": "object"}}})]
@@ -64,6 +84,8 @@ class OfferedTool(Body):
     type: Literal["function"]
     function: Function
     """The function that the model may call."""
+    cache_control: Annotated[object, Hint()] = None
+    """Accepted; the prefix cache finds equal prompts without it."""
 
     nested: ClassVar[Nested] = {"function": Function}
 
@@ -110,7 +132,7 @@ Choice = Annotated[
 class ToolFields(Body):
     """The fields of a chat about tools."""
 
-    tools: Annotated[list[OfferedTool], Field(min_length=1, max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    tools: Annotated[list[OfferedTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     """Functions that the model may call, if its chat template takes tools."""
     tool_choice: Choice | None = None
     """`auto` (the default with tools), `none`, `required`, or the function that the model must call."""
@@ -122,7 +144,7 @@ class ToolFields(Body):
 
     @property
     def may_call(self) -> bool:
-        return self.tools is not None and self.tool_choice != "none"
+        return bool(self.tools) and self.tool_choice != "none"
 
     def choice(self) -> ToolChoice | None:
         """The tools that the answer may call; None if it may call none. Raises InvalidRequest."""
@@ -147,10 +169,11 @@ class ToolFields(Body):
                 f"Two tools have the name '{names[twice]}'. Give each tool a name of its own.",
                 param=f"tools[{twice}].function.name",
             )
-        for field in ("tool_choice", "parallel_tool_calls"):
-            if self.tools is None and getattr(self, field) is not None:
-                raise InvalidRequest(f"Field '{field}' requires 'tools'. Send tools or leave it out.", param=field)
         chosen = self.tool_choice
+        if not self.tools and chosen not in (None, "none", "auto"):
+            raise InvalidRequest(
+                "Field 'tool_choice' requires a call, which requires 'tools'. Send tools.", param="tool_choice"
+            )
         if isinstance(chosen, ChosenTool) and chosen.function.name not in names:
             raise InvalidRequest(
                 f"Field 'tool_choice' names the function '{chosen.function.name}', which is not among the tools.",

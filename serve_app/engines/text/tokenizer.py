@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -14,6 +15,7 @@ from tokenizers.decoders import DecodeStream
 
 from serve_app.core.events import TextToken
 from serve_app.core.requests import (
+    ChatMessage,
     ChatPrompt,
     Grammar,
     Prompt,
@@ -209,7 +211,7 @@ class HFText:
             return error
         style = MessageStyle() if self._tool_template is None else self._tool_template.message_style
         try:
-            messages = [style.message(message) for message in prompt.messages]
+            messages = [style.message(self._with_known_role(message)) for message in prompt.messages]
             tools = [json.loads(tool) for tool in prompt.tools] or None
             return self._rendered(messages, tools, add_generation_prompt=True)
         except jinja2.TemplateError as error:
@@ -218,6 +220,12 @@ class HFText:
             # A template is foreign code. Its error must not fail the other prompts of the batch.
             logger.exception("the chat template failed")
             return InternalError("the model's chat template failed on these messages", param="messages")
+
+    def _with_known_role(self, message: ChatMessage) -> ChatMessage:
+        """A message of role `developer` becomes one of role `system`, unless the template has this role."""
+        if message.role != "developer" or "developer" in str(self._tokenizer.chat_template):
+            return message
+        return replace(message, role="system")
 
     def _unsupported_tools(self, prompt: ChatPrompt) -> InvalidRequest | None:
         if self._tool_template is not None:

@@ -99,7 +99,8 @@ class MessageStyle:
         if message.role == "tool":
             result = {"tool_call_id": self.call_id(message.tool_call_id), "name": message.name}
             return {"role": message.role, "content": message.content, **result}
-        return {"role": message.role, "content": message.content}
+        named = {"name": message.name} if message.name else {}
+        return {"role": message.role, "content": message.content, **named}
 
     def call_id(self, id: str) -> str:
         if not self.short_ids or _SHORT_ID.fullmatch(id):

@@ -133,6 +133,15 @@ def test_shipped_template_is_plain_chatml_without_tools() -> None:
     assert rendered(text, USER, tools=()) == "<|im_start|>user\nHow is it?<|im_end|>\n<|im_start|>assistant\n"
 
 
+def test_the_role_developer_is_system_unless_the_template_has_it() -> None:
+    told = ChatMessage("developer", "Be brief.")
+    text = family_text("shipped")
+    assert rendered(text, told, USER, tools=()) == rendered(text, replace(told, role="system"), USER, tools=())
+    template = "{% for m in messages %}{{ m.role == 'developer' }} {{ m.name }}: {{ m.content }}\n{% endfor %}"
+    named = replace(USER, name="Ada")
+    assert rendered(text_with_tokens(template), told, named, tools=()) == "True : Be brief.\nFalse Ada: How is it?\n"
+
+
 def test_shipped_template_lists_tools_in_the_system_turn_and_results_in_one_turn() -> None:
     results = [
         ChatMessage("tool", word, tool_call_id=call.id) for word, call in zip(("one", "two"), CALLS, strict=True)
