@@ -10,7 +10,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Scope
 
 from serve_app.api.native.responses import native_error
-from serve_app.api.openai.responses import openai_error
+from serve_app.api.openai.responses import openai_error, openai_status
 from serve_app.api.telemetry import ServiceTelemetry
 from serve_app.api.tgi.responses import tgi_error
 from serve_app.errors import MethodNotAllowed, NotFound, RequestTimeout, ServeAppError, internal_error
@@ -46,7 +46,8 @@ class ErrorHandlers:
 
     def _answer(self, http: Request, error: ServeAppError) -> Response:
         self._count(http, error)
-        return JSONResponse(_body(http, error), status_code=error.status, headers=_headers(error))
+        status = openai_status(error) if _is_openai(http.scope) else error.status
+        return JSONResponse(_body(http, error), status_code=status, headers=_headers(error))
 
     def _count(self, http: Request, error: ServeAppError) -> None:
         self._telemetry.refused(error, getattr(http.state, "model", None))
@@ -67,6 +68,7 @@ def _headers(error: ServeAppError) -> dict[str, str]:
     headers: dict[str, str] = {}
     if error.retry_after_s is not None:
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
+        headers["retry-after-ms"] = str(max(1, math.ceil(error.retry_after_s * 1000)))
     if isinstance(error, RequestTimeout):  # the rest of the body can still come, and is no request
         headers["connection"] = "close"
     return headers

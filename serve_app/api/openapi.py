@@ -11,6 +11,7 @@ from pydantic import TypeAdapter
 from pydantic.json_schema import JsonSchemaMode, JsonSchemaValue
 
 from serve_app import __version__
+from serve_app.api.openai.responses import OpenAIError
 from serve_app.api.operations import OPERATIONS, Operation
 
 Json: TypeAlias = dict[str, Any]
@@ -59,6 +60,10 @@ _HEADERS = {
     },
     "Retry-After": {
         "description": "The number of seconds after which the request can succeed.",
+        "schema": {"type": "integer", "minimum": 1},
+    },
+    "Retry-After-Ms": {
+        "description": "The same time in milliseconds, for OpenAI's clients.",
         "schema": {"type": "integer", "minimum": 1},
     },
 }
@@ -148,12 +153,14 @@ def _events(operation: Operation, components: _Components) -> Json:
 
 def _errors(operation: Operation) -> dict[int, str]:
     errors = dict(_ERRORS) if operation.body is not None else {500: _ERRORS[500]}
+    if operation.error is OpenAIError and 422 in errors:
+        errors[400] = errors.pop(422)
     if operation.body is not None or operation.model_in:
         errors[404] = _NO_SUCH_MODEL
     return dict(sorted(errors.items()))
 
 
 def _response(description: str, content: Json, retry_after: bool = False) -> Json:
-    names = ["X-Request-Id", *(["Retry-After"] if retry_after else [])]
+    names = ["X-Request-Id", *(["Retry-After", "Retry-After-Ms"] if retry_after else [])]
     headers = {name: {"$ref": f"#/components/headers/{name}"} for name in names}
     return {"description": description, "headers": headers, "content": content}

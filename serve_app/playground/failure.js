@@ -3,7 +3,7 @@ const RESTART = "The service may be restarting. This browser keeps the conversat
 /** A title and advice for each error code of the service, and for three codes of this page. */
 const WORDS = {
   invalid_request: ["The service refused a setting.", "Change the setting and try again."],
-  prompt_too_long: ["The conversation is longer than the model's context.", "Start a new conversation, or send a shorter message."],
+  context_length_exceeded: ["The conversation is longer than the model's context.", "Start a new conversation, or send a shorter message."],
   body_too_large: ["The request is larger than the service accepts.", "Start a new conversation, or send a shorter message."],
   model_not_found: ["The service does not have this model any more.", "Choose another model and try again."],
   queue_full: ["The model is busy.", "The queue of the model is full. Try again."],

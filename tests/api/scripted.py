@@ -268,6 +268,11 @@ def events_of(text: str) -> list[Any]:
     return found
 
 
+def assert_invalid(answer: httpx.Response) -> None:
+    """OpenAI's clients know 400 as the status of a wrong request."""
+    assert answer.status_code == (400 if answer.request.url.path.startswith("/v1") else 422), answer.text
+
+
 def error_of(answer: httpx.Response) -> dict[str, Any]:
     """The error of an answer, checked to be complete in the dialect of its path."""
     return check_error(answer.request.url.path, answer.json(), answer.headers["x-request-id"])

@@ -14,7 +14,7 @@ from serve_app.api.completion import CompletionState
 from serve_app.core.events import Chunk, FinishReason, Logprobs, TokenEvent, TokenLogprob
 from serve_app.core.requests import GenerationRequest, TextPrompt
 
-from .scripted import ScriptedEngine, error_of, events_of
+from .scripted import ScriptedEngine, assert_invalid, error_of, events_of
 
 # For each answer to a prompt: the log probability of every token, and the number of tokens.
 ANSWERS = [(-0.6, 1), (-0.5, 4), (-0.9, 2), (-0.5, 2)]
@@ -102,7 +102,7 @@ async def test_an_error_names_the_invalid_field(
     client: httpx.AsyncClient, engine: ScriptedEngine, fields: dict[str, Any], param: str, expected: str
 ) -> None:
     answer = await client.post("/v1/completions", json={"prompt": "hi", **fields})
-    assert answer.status_code == 422
+    assert_invalid(answer)
     assert (error_of(answer)["param"], expected in error_of(answer)["message"]) == (param, True), error_of(answer)
     assert engine.requests == []
 

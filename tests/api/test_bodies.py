@@ -14,7 +14,7 @@ from serve_app.api.openai.schema import ChatBody, CompletionBody, JsonSchema, Re
 from serve_app.api.schema import TAGS, Body
 from serve_app.core.requests import TextPrompt
 
-from .scripted import POSTS, ScriptedEngine, ScriptedTelemetry, error_of
+from .scripted import POSTS, ScriptedEngine, ScriptedTelemetry, assert_invalid, error_of
 
 every_post = pytest.mark.parametrize("path", POSTS)
 HI = {"role": "user", "content": "hi"}
@@ -22,7 +22,7 @@ HI = {"role": "user", "content": "hi"}
 
 async def refused(client: httpx.AsyncClient, path: str, document: object) -> dict[str, Any]:
     answer = await client.post(path, json=document)
-    assert answer.status_code == 422
+    assert_invalid(answer)
     error = error_of(answer)
     assert error["code"] == "invalid_request"
     assert error.get("type", "invalid_request_error") == "invalid_request_error"
@@ -60,7 +60,7 @@ async def test_an_unreadable_body_is_refused_with_the_reason(
     expected: str,
 ) -> None:
     answer = await client.post(path, content=body)
-    assert answer.status_code == 422
+    assert_invalid(answer)
     assert error_of(answer)["param"] is None
     assert expected in error_of(answer)["message"]
     assert "sys." not in error_of(answer)["message"]
@@ -74,7 +74,7 @@ async def test_a_body_that_is_no_object_is_refused_with_the_known_fields(
     client: httpx.AsyncClient, path: str, document: object
 ) -> None:
     answer = await client.post(path, content=json.dumps(document))
-    assert answer.status_code == 422
+    assert_invalid(answer)
     message = error_of(answer)["message"]
     assert message.startswith("The body should be a JSON object. Known fields: temperature, top_p, ")
     assert all(name in message for name in POSTS[path])
@@ -150,7 +150,7 @@ async def test_an_error_names_the_wrong_field(
 async def test_a_number_too_large_for_a_float_is_refused(client: httpx.AsyncClient, path: str) -> None:
     body = json.dumps(POSTS[path])[:-1].encode()
     answer = await client.post(path, content=body + b', "temperature": 1e999}')
-    assert answer.status_code == 422
+    assert_invalid(answer)
     assert error_of(answer)["message"] == "Field 'temperature' should be a finite number."
 
 

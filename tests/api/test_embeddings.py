@@ -15,7 +15,7 @@ from serve_app.core.events import Chunk
 from serve_app.core.requests import GenerationRequest, Prompt, TextPrompt, TokenPrompt
 from serve_app.errors import PromptTooLong, QueueFull
 
-from .scripted import ScriptedEngine, ScriptedTelemetry, Step, app_config, error_of
+from .scripted import ScriptedEngine, ScriptedTelemetry, Step, app_config, assert_invalid, error_of
 from .toy import toy
 
 PATH = "/v1/embeddings"
@@ -101,7 +101,7 @@ async def test_an_error_names_the_invalid_field(
     client: httpx.AsyncClient, fields: dict[str, Any], param: str, expected: str
 ) -> None:
     answer = await client.post(PATH, json=fields)
-    assert answer.status_code == 422
+    assert_invalid(answer)
     assert error_of(answer)["param"] == param
     assert expected in error_of(answer)["message"]
 
@@ -144,4 +144,4 @@ async def test_the_native_engine_embeds() -> None:
         assert found[:2] + found[3:] == [[0, 1, 0, 0], [0, 0, 1, 0], [1, 0, 0, 0], [0, 1, 0, 0]]
         assert body["usage"] == {"prompt_tokens": 81, "total_tokens": 81}
         answer = await client.post(PATH, json={"input": "a" * 64})
-        assert (answer.status_code, error_of(answer)["param"]) == (422, "input")
+        assert (answer.status_code, error_of(answer)["param"]) == (400, "input")

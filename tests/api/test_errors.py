@@ -52,10 +52,11 @@ async def test_every_error_has_its_status(
 ) -> None:
     engine.plays(error)
     answer = await client.post(path, json=POSTS[path])
-    assert answer.status_code == status
+    assert answer.status_code == (400 if status == 422 and path.startswith("/v1") else status)
     assert answer.headers["content-type"] == "application/json"
     found = error_of(answer)
-    assert (found["code"], found["message"], found["param"]) == (error.code, error.message, error.param)
+    code = "context_length_exceeded" if status == 422 and path.startswith("/v1") else error.code
+    assert (found["code"], found["message"], found["param"]) == (code, error.message, error.param)
     assert found.get("type", kind) == kind
     assert telemetry.errors == [(error, "small")]
 

@@ -13,7 +13,7 @@ from serve_app.core.events import Chunk, FinishReason
 from serve_app.core.requests import GenerationRequest, Grammar, Prompt, TextPrompt, TokenPrompt
 from serve_app.errors import InvalidRequest, QueueFull
 
-from .scripted import POSTS, ScriptedEngine, ScriptedTelemetry, chunk, error_of, events_of
+from .scripted import POSTS, ScriptedEngine, ScriptedTelemetry, assert_invalid, chunk, error_of, events_of
 from .test_openai import both
 
 every_post = pytest.mark.parametrize("path", POSTS)
@@ -29,7 +29,7 @@ async def request_of(client: httpx.AsyncClient, engine: ScriptedEngine, path: st
 
 async def invalid(client: httpx.AsyncClient, path: str, fields: dict[str, Any]) -> tuple[str, str]:
     answer = await client.post(path, json=POSTS[path] | fields)
-    assert answer.status_code == 422
+    assert_invalid(answer)
     return error_of(answer)["param"], error_of(answer)["message"]
 
 

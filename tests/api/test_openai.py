@@ -347,13 +347,14 @@ async def test_the_openai_client_raises_its_own_errors(official: openai.AsyncOpe
     assert (lost.value.code, lost.value.param) == ("model_not_found", "model")
     with pytest.raises(openai.NotFoundError):
         await official.models.retrieve("org/huge")
-    with pytest.raises(openai.UnprocessableEntityError, match="Field 'temperature' should be") as wrong:
+    with pytest.raises(openai.BadRequestError, match="Field 'temperature' should be") as wrong:
         await official.chat.completions.create(model="small", messages=[HI], temperature=3, stream=True)
     assert (wrong.value.param, wrong.value.type) == ("temperature", "invalid_request_error")
     engine.plays(QueueFull("8 requests wait.", retry_after_s=1.5))
     with pytest.raises(openai.RateLimitError, match="8 requests wait") as full:
         await official.completions.create(model="small", prompt="hi", stream=True)
     assert full.value.response.headers["retry-after"] == "2"
+    assert full.value.response.headers["retry-after-ms"] == "1500"
     assert full.value.request_id == full.value.response.headers["x-request-id"]
     engine.plays(NotReady("Model small is being loaded."))
     with pytest.raises(openai.InternalServerError, match="Model small is being loaded"):

@@ -13,7 +13,7 @@ import pytest
 from serve_app.core.events import Chunk, FinishReason, Logprobs, PromptDetails, TextToken, TokenEvent, TokenLogprob
 from serve_app.core.requests import GenerationRequest
 
-from .scripted import ScriptedEngine, chunk, error_of, events_of
+from .scripted import ScriptedEngine, assert_invalid, chunk, error_of, events_of
 from .test_openai import both
 from .toy import ToyEngine, toy
 
@@ -206,7 +206,7 @@ async def test_an_error_names_the_invalid_field(
     client: httpx.AsyncClient, path: str, body: dict[str, object], fields: dict[str, Any], param: str, expected: str
 ) -> None:
     answer = await client.post(path, json=body | fields)
-    assert answer.status_code == 422
+    assert_invalid(answer)
     assert error_of(answer)["param"] == param
     assert expected in error_of(answer)["message"]
 

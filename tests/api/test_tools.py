@@ -18,7 +18,7 @@ from serve_app.core.events import Chunk, Delta, FinishReason, ReasoningDelta, Te
 from serve_app.core.requests import ChatMessage, ChatPrompt, GenerationRequest, Tool, ToolCall, ToolChoice
 from serve_app.errors import InvalidRequest
 
-from .scripted import ScriptedEngine, ScriptedTelemetry, app_config, error_of, events_of, tokens
+from .scripted import ScriptedEngine, ScriptedTelemetry, app_config, assert_invalid, error_of, events_of, tokens
 from .test_bodies import anything
 
 PATH = "/v1/chat/completions"
@@ -373,7 +373,7 @@ async def test_an_error_names_the_invalid_field(
     app = create_app(engine, telemetry, app_config())
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
         answer = await client.post(PATH, json=CHAT | fields)
-    assert answer.status_code == 422, answer.text
+    assert_invalid(answer)
     error = error_of(answer)
     assert error["param"] == param
     assert expected in error["message"]
@@ -381,12 +381,12 @@ async def test_an_error_names_the_invalid_field(
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_an_error_of_the_engine_about_tools_is_a_422(
+async def test_an_error_of_the_engine_about_tools_is_a_400(
     client: httpx.AsyncClient, engine: ScriptedEngine, telemetry: ScriptedTelemetry, stream: bool
 ) -> None:
     engine.plays(InvalidRequest("The chat template of small takes no tools.", param="tools"))
     answer = await client.post(PATH, json=CHAT | {"stream": stream})
-    assert (answer.status_code, error_of(answer)["param"]) == (422, "tools")
+    assert (answer.status_code, error_of(answer)["param"]) == (400, "tools")
     assert [model for _, model in telemetry.errors] == ["small"]
 
 

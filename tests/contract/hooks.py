@@ -23,11 +23,11 @@ BODIES: dict[tuple[str, str], tuple[type[Body], ...]] = {
 def a_documented_body_is_valid_for_its_type(ctx: Any, response: Any, case: Any) -> None:
     """A schema cannot state the tokens of a model, or that two fields contradict each other.
 
-    A 422 for such a reason answers a body that its type accepts. A 422 for a body that its type refuses shows that the
-    document is wrong.
+    A 400 or 422 for such a reason answers a body that its type accepts. Such a status for a body that its type refuses
+    shows that the document is wrong.
     """
     generation = case.meta.generation if case.meta is not None else None
-    if response.status_code != 422 or generation is None or not generation.mode.is_positive:
+    if response.status_code not in (400, 422) or generation is None or not generation.mode.is_positive:
         return
     bodies = BODIES[case.method.lower(), case.operation.path]
     errors = [error for error in (_error(body, case.body) for body in bodies) if error is not None]

@@ -8,7 +8,7 @@ from typing_extensions import TypedDict
 
 from serve_app.api.responses import Usage, exact
 from serve_app.core.events import FinishReason
-from serve_app.errors import ServeAppError
+from serve_app.errors import PromptTooLong, ServeAppError
 
 ErrorType = Literal["invalid_request_error", "rate_limit_error", "server_error"]
 ChatFinishReason = Literal["stop", "length", "tool_calls"]
@@ -258,8 +258,15 @@ class Embeddings(TypedDict):
     usage: EmbeddingUsage
 
 
+def openai_status(error: ServeAppError) -> int:
+    """OpenAI's clients know 400 as the status of a wrong request."""
+    return 400 if error.status == 422 else error.status
+
+
 def openai_error(error: ServeAppError) -> OpenAIError:
+    """A prompt that is too long has OpenAI's code, by which agents know that they must shorten a conversation."""
+    code = "context_length_exceeded" if isinstance(error, PromptTooLong) else error.code
     kind: ErrorType = "server_error" if error.status >= 500 else "invalid_request_error"
     if error.status == 429:
         kind = "rate_limit_error"
-    return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}
+    return {"error": {"message": error.message, "type": kind, "param": error.param, "code": code}}

@@ -151,7 +151,8 @@ def _too_long(tokens: int, context: int) -> ServeAppError | None:
     if tokens < context:
         return None
     return PromptTooLong(
-        f"the prompt has {tokens} tokens; the model's context of {context} tokens includes the answer, so a prompt has "
-        f"at most {context - 1} tokens",
+        # OpenAI's words, by which clients recognize this error.
+        f"This model's maximum context length is {context} tokens, which includes the answer. However, the prompt has "
+        f"{tokens} tokens. Reduce the length of the prompt to at most {context - 1} tokens.",
         param="prompt",
     )
