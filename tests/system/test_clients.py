@@ -239,6 +239,6 @@ def test_langchain_calls_a_tool_and_sends_its_result(tools_service: ShippedServi
     result = ToolMessage(forecast(**call["args"]), tool_call_id=call["id"])
     after = model.bind_tools([forecast], tool_choice="none").invoke([question, said, result])
     assert after.content
-    with pytest.raises(openai.UnprocessableEntityError) as refused:
+    with pytest.raises(openai.BadRequestError) as refused:
         model.invoke([question, result])
     assert refused.value.param == "messages[1].tool_call_id"

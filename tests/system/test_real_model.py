@@ -80,7 +80,7 @@ async def test_an_answer_matches_the_requested_schema(service: ShippedService) -
             model=MODEL, messages=FRANCE, temperature=1, seed=3, n=3, max_tokens=120, response_format=shape
         )
         shape["json_schema"]["schema"] = {"type": "nothing"}
-        with pytest.raises(openai.UnprocessableEntityError) as refused:
+        with pytest.raises(openai.BadRequestError) as refused:
             await client.chat.completions.create(model=MODEL, messages=FRANCE, response_format=shape)
     assert refused.value.param == "response_format"
     said = [choice.message.content or "" for choice in answer.choices]

@@ -78,14 +78,14 @@ async def test_each_of_several_answers_calls_a_required_tool(client: openai.Asyn
 
 async def test_an_unsupported_schema_is_refused_with_the_path_of_its_tool(client: openai.AsyncOpenAI) -> None:
     strange: Any = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {"type": "odd"}}}}}
-    with pytest.raises(openai.UnprocessableEntityError) as refused:
+    with pytest.raises(openai.BadRequestError) as refused:
         await client.chat.completions.create(model=MODEL, messages=[USER], tools=[*TOOLS, strange])
     assert refused.value.param == "tools[2].function.parameters"
 
 
 async def test_the_shipped_configuration_refuses_tools_and_names_the_setting(service: ShippedService) -> None:
     async with openai.AsyncOpenAI(base_url=service.url + "/v1", api_key="none", max_retries=0) as client:
-        with pytest.raises(openai.UnprocessableEntityError, match="chat_template: builtin:chatml_tools") as refused:
+        with pytest.raises(openai.BadRequestError, match="chat_template: builtin:chatml_tools") as refused:
             await client.chat.completions.create(model=MODEL, messages=[USER], tools=TOOLS)
     assert refused.value.param == "tools"
 
