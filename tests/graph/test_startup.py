@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import shlex
 import shutil
 import signal
@@ -126,6 +127,8 @@ def test_the_printed_commands_work_and_ctrl_c_ends_all_processes() -> None:
         assert stream.count('"finished":true') == 1
         assert json.loads(chat)["choices"][0]["message"]["role"] == "assistant"
         assert "Models: toy, later" in output
+        (dashboard,) = re.findall(r"Ray dashboard: (http://\S+)", output)
+        assert "Ray Dashboard" in httpx.get(dashboard, trust_env=False).text
         for stage in ("starting Ray", "starting Ray Serve"):
             assert stage in output
 
