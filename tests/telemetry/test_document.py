@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
+import pytest
 from prometheus_client.metrics_core import Metric
 
+from serve_app.config import Limits
 from serve_app.telemetry.metrics import GenAiSeries
 from tests.alerts.test_rules import families
 
@@ -30,6 +33,13 @@ def test_every_metric_is_documented_with_its_type_labels_and_help_text() -> None
         for family in families()
     }
     assert documented == defined
+
+
+@pytest.mark.parametrize("name", ["request_seconds", "decode_seconds", "model_wake_seconds"])
+def test_the_largest_bound_is_the_default_time_limit_of_a_request(name: str) -> None:
+    (family,) = (one for one in families() if one.name == f"serve_app_{name}")
+    bounds = {float(sample.labels["le"]) for sample in family.samples if "le" in sample.labels} - {math.inf}
+    assert max(bounds) == Limits().request_timeout_s
 
 
 def test_opentelemetry_metrics_are_documented() -> None:
