@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -11,6 +9,7 @@ from starlette.types import Scope
 
 from serve_app.api.native.responses import native_error
 from serve_app.api.openai.responses import openai_error, openai_status
+from serve_app.api.responses import retry_headers
 from serve_app.api.telemetry import ServiceTelemetry
 from serve_app.api.tgi.responses import tgi_error
 from serve_app.errors import MethodNotAllowed, NotFound, RequestTimeout, ServeAppError, internal_error
@@ -67,8 +66,7 @@ def _is_openai(scope: Scope) -> bool:
 def _headers(error: ServeAppError) -> dict[str, str]:
     headers: dict[str, str] = {}
     if error.retry_after_s is not None:
-        headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
-        headers["retry-after-ms"] = str(max(1, math.ceil(error.retry_after_s * 1000)))
+        headers |= retry_headers(error.retry_after_s)
     if isinstance(error, RequestTimeout):  # the rest of the body can still come, and is no request
         headers["connection"] = "close"
     return headers

@@ -9,7 +9,7 @@ from starlette.responses import JSONResponse, Response
 from typing_extensions import TypedDict
 
 from serve_app.api.context import RequestContext
-from serve_app.api.responses import exact
+from serve_app.api.responses import exact, retry_headers
 from serve_app.core.queries import ModelState, ModelStatus
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -59,7 +59,7 @@ class OperatorRoutes:
         body: Readiness = {"status": "ready" if ready else "not ready", "models": [_readiness(one) for one in statuses]}
         if ready:
             return JSONResponse(body)
-        return JSONResponse(body, status_code=503, headers={"retry-after": str(READY_RETRY_S)})
+        return JSONResponse(body, status_code=503, headers=retry_headers(READY_RETRY_S))
 
     async def metrics(self, http: Request) -> Response:
         return Response(await self._context.telemetry.exposition(), headers={"content-type": METRICS_TYPE})

@@ -6,6 +6,8 @@ sends what it documents.
 
 from __future__ import annotations
 
+import math
+
 from pydantic import ConfigDict, with_config
 from typing_extensions import TypedDict
 
@@ -57,6 +59,14 @@ def usage(prompt_tokens: int, cached_tokens: int, completion_tokens: int) -> Usa
         "prompt_tokens_details": {"cached_tokens": cached_tokens},
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
+    }
+
+
+def retry_headers(seconds: float) -> dict[str, str]:
+    """The standard's header in whole seconds, and the one in milliseconds that OpenAI's clients prefer."""
+    return {
+        "retry-after": str(max(1, math.ceil(seconds))),
+        "retry-after-ms": str(max(1, math.ceil(seconds * 1000))),
     }
 
 

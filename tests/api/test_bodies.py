@@ -190,7 +190,7 @@ async def test_an_unknown_field_can_have_an_empty_name(client: httpx.AsyncClient
         ({"min_tokens": 17}, "min_tokens", "above max_tokens 16"),
         ({"logprobs": 6}, "logprobs", "less than or equal to 5"),
         ({"logprobs": True}, "logprobs", "valid integer"),
-        ({"suffix": "x"}, "suffix", 'can only be null or "": the model does not insert text'),
+        ({"suffix": "x"}, "suffix", 'can only be null or "": the service does not insert text'),
         ({"use_beam_search": True}, "use_beam_search", "can only be null or false"),
         ({"max_token": 2}, "max_token", "Did you mean 'max_tokens'?"),
         ({"do_sample": True}, "do_sample", "Unknown field"),

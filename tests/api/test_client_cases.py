@@ -53,7 +53,7 @@ CHAT_FIELDS: list[dict[str, Any]] = [
     {"modalities": ["text"]},
     {"reasoning_effort": None},
     {"reasoning_effort": "low"},
-    {"verbosity": "medium"},
+    {"verbosity": "low"},
     {"functions": None},
     {"functions": []},
     {"function_call": None},
@@ -205,12 +205,12 @@ async def test_the_body_of_guidellm_has_the_usage_in_each_chunk(client: httpx.As
 async def test_the_first_use_of_a_hint_is_logged(
     client: httpx.AsyncClient, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(unused, "_noted", set())
+    monkeypatch.setattr(unused, "_logged", set())
     with caplog.at_level(logging.INFO, unused.__name__):
         for _ in range(3):
             await client.post(CHATS, json={"messages": [HI], "metadata": {"a": "b"}})
     assert [record.getMessage() for record in caplog.records if record.name == unused.__name__] == [
-        "a request has the field 'metadata', which the service accepts and does not use"
+        "a request has the field 'metadata', which the service does not use"
     ]
 
 
@@ -259,9 +259,9 @@ def table() -> list[str]:
     """The table of docs/api.md."""
     rows: dict[str, list[str]] = {}
     for (title, name), (marker, description) in unused_fields().items():
-        values = "any value"
+        values = "any (hint)" if isinstance(marker, unused.Hint) else "any (answer)"
         if isinstance(marker, unused.Only):
-            values = ", ".join(dict.fromkeys(f"`{json.dumps(one)}`" for one in marker.values)) or "only `null`"
+            values = ", ".join(f"`{json.dumps(one)}`" for one in marker.values) or "none"
         rows.setdefault(f"| `{name}` | {{}} | {values} | {description} |", []).append(title)
     return [row.format(", ".join(titles)) for row, titles in rows.items()]
 

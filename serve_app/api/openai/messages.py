@@ -22,11 +22,11 @@ class TextPart(Body):
     text: str
     """The text of the part."""
     annotations: Annotated[object, Replayed()] = None
-    """Accepted; a field of answers."""
+    """OpenAI's answers have it."""
     cache_control: Annotated[object, Hint()] = None
-    """Accepted; the prefix cache finds equal prompts without it."""
+    """The prefix cache finds equal prompts without it."""
     prompt_cache_breakpoint: Annotated[object, Hint()] = None
-    """Accepted; the prefix cache finds equal prompts without it."""
+    """The prefix cache finds equal prompts without it."""
 
 
 def _tag(value: object) -> str | None:

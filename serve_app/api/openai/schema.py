@@ -27,7 +27,7 @@ class StreamOptions(Body):
     continuous_usage_stats: bool = False
     """With `include_usage`: whether every chunk has the usage so far."""
     include_obfuscation: Annotated[object, Hint()] = None
-    """Accepted; chunks have no padding."""
+    """Events have no padding."""
 
 
 class JsonSchema(Body):
@@ -78,7 +78,7 @@ class OpenAIFields(UnusedFields, SamplingFields):
     model: str | None = None
     """The name of the model. The default is the first model of the configuration."""
     n: Annotated[int, Field(ge=1, le=MAX_ANSWERS)] = 1
-    """The number of answers to each prompt, which is computed once."""
+    """The number of answers to each prompt."""
     response_format: ResponseFormat | None = None
     """The form of the answer."""
     stream: bool = False

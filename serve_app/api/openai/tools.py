@@ -25,9 +25,9 @@ class CalledFunction(Body):
     name: Name
     """The name of the function."""
     arguments: str | dict[str, object] = ""
-    """The text of a JSON object, or the object. Any other text, for example a call that was cut off, counts as `{}`."""
+    """A JSON object, or its text. Any other text, for example a call that was cut off, counts as `{}`."""
     parsed_arguments: Annotated[object, Replayed()] = None
-    """Accepted; OpenAI's client adds it to answers."""
+    """OpenAI's client adds it to answers."""
 
     def as_text(self) -> str:
         """The text of a JSON object."""
@@ -47,11 +47,11 @@ class EarlierCall(Body):
     function: CalledFunction
     """The function and its arguments."""
     index: Annotated[object, Replayed()] = None
-    """Accepted; a field of streams."""
+    """The calls of a stream have it."""
     extra_content: Annotated[object, Replayed()] = None
-    """Accepted; a field of other services."""
+    """The answers of other services have it."""
     provider_specific_fields: Annotated[object, Replayed()] = None
-    """Accepted; LiteLLM adds it to answers."""
+    """LiteLLM adds it to answers."""
 
     nested: ClassVar[Nested] = {"function": CalledFunction}
 
@@ -85,7 +85,7 @@ class OfferedTool(Body):
     function: Function
     """The function that the model may call."""
     cache_control: Annotated[object, Hint()] = None
-    """Accepted; the prefix cache finds equal prompts without it."""
+    """The prefix cache finds equal prompts without it."""
 
     nested: ClassVar[Nested] = {"function": Function}
 

@@ -92,14 +92,14 @@ class MessageStyle:
 
     def message(self, message: ChatMessage) -> Json:
         """The message as the template accepts it. Raises ValueError for arguments that are not JSON."""
+        named = {"name": message.name} if message.name else {}
         if message.tool_calls:
             content = message.content or (None if self.null_content else "")
             calls = [self._call(call) for call in message.tool_calls]
-            return {"role": message.role, "content": content, "tool_calls": calls}
+            return {"role": message.role, "content": content, "tool_calls": calls, **named}
         if message.role == "tool":
             result = {"tool_call_id": self.call_id(message.tool_call_id), "name": message.name}
             return {"role": message.role, "content": message.content, **result}
-        named = {"name": message.name} if message.name else {}
         return {"role": message.role, "content": message.content, **named}
 
     def call_id(self, id: str) -> str:
