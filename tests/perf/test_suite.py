@@ -56,6 +56,21 @@ def command(url: str, *options: str) -> list[str]:
     return [sys.executable, "-m", "perf.suite", "--url", url, *options]
 
 
+def other_clients_ttft_ms(url: str) -> float:
+    """The shortest of 20 measurements by urllib: the mock server's own time, with what this machine adds now."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    body = json.dumps({"prompt": "a", "max_tokens": 2}).encode()
+    request = urllib.request.Request(f"{url}/generate_stream", body, {"content-type": "application/json"})
+
+    def measure() -> float:
+        began = time.perf_counter()
+        with opener.open(request) as answer:
+            answer.readline()
+            return 1000 * (time.perf_counter() - began)
+
+    return min(measure() for _ in range(20))
+
+
 def wait_until(met: Callable[[], bool], seconds: float = 30) -> None:
     deadline = time.monotonic() + seconds
     while not met():
@@ -82,7 +97,7 @@ def test_quick_run_measures_the_known_times(mock: MockHost, tmp_path: Path) -> N
     assert 65 <= single.e2e_ms.min <= 69
     assert streaming.ttft_ms is not None
     assert streaming.tpot_ms is not None
-    assert 30 <= streaming.ttft_ms.min <= 32
+    assert 30 <= streaming.ttft_ms.min <= other_clients_ttft_ms(url) + 1.5
     assert min(abs(value - 5) for value in streaming.samples.tpot_ms if value is not None) < 0.5
     one, many = run.stage("concurrency", "1 stream"), run.stage("concurrency", "16 streams")
     assert one is not None
