@@ -6,9 +6,10 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 COMPILE := $(VENV)/bin/python -m compileall -q -j 0 -x torch/testing $(VENV)/lib
 ARGS ?=
 QUIET := not ray and not system and not browser and not perf
-# Modules that import torch, Pulumi or Playwright.
-HEAVY := browser contract graph models system alerts/test_dashboards_live.py alerts/test_live.py infra/test_addons.py infra/test_deploy.py infra/test_plan.py infra/test_policy.py \
-  engines/native/test_attention.py engines/native/test_sampler.py
+# Modules that import torch, Pulumi or Playwright, or have no test that is fast.
+HEAVY := browser contract graph models system alerts/test_dashboards_live.py alerts/test_live.py infra/test_addons.py \
+  infra/test_deploy.py infra/test_plan.py infra/test_policy.py engines/native/test_attention.py \
+  engines/native/test_sampler.py
 .PHONY: help serve monitor test test-long fast check format clean
 
 help:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import httpx
 import pytest
@@ -32,7 +32,7 @@ from serve_app.api.openai.tools import CalledFunction, EarlierCall, OfferedTool
 from serve_app.api.schema import Body
 from serve_app.core.requests import ChatMessage, ChatPrompt, ToolCall
 
-from .scripted import ScriptedEngine
+from .scripted import ScriptedEngine, events_of
 
 CHATS, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 HI = {"role": "user", "content": "hi"}
@@ -192,25 +192,22 @@ async def test_the_body_of_guidellm_has_the_usage_in_each_chunk(client: httpx.As
     options = {"include_usage": True, "continuous_usage_stats": True, "include_obfuscation": False}
     body = {"prompt": "Test", "stream": True, "stream_options": options, "max_tokens": 3, "max_completion_tokens": 3}
     answer = await client.post(COMPLETIONS, json=body | {"stop": None, "ignore_eos": True})
-    chunks: list[Any] = [
-        httpx.Response(200, text=line.removeprefix("data: ")).json()
-        for line in answer.text.splitlines()
-        if line.startswith("data: {")
-    ]
-    *tokens, last = chunks
+    *tokens, last, done = events_of(answer.text)
+    assert done == "[DONE]"
     assert [chunk["usage"]["completion_tokens"] for chunk in tokens] == list(range(1, len(tokens) + 1))
     assert (last["choices"], last["usage"]) == ([], tokens[-1]["usage"])
 
 
-async def test_the_first_use_of_a_hint_is_logged(
-    client: httpx.AsyncClient, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(unused, "_logged", set())
+class BodyWithHint(Body):
+    hint_of_this_test: Annotated[object, unused.Hint()] = None
+
+
+def test_the_first_use_of_a_hint_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, unused.__name__):
-        for _ in range(3):
-            await client.post(CHATS, json={"messages": [HI], "metadata": {"a": "b"}})
+        for value in (None, {}, {"a": "b"}, {"a": "b"}, "c"):
+            BodyWithHint.parse({"hint_of_this_test": value})
     assert [record.getMessage() for record in caplog.records if record.name == unused.__name__] == [
-        "a request has the field 'metadata', which the service does not use"
+        "a request has the field 'hint_of_this_test', which the service does not use"
     ]
 
 

@@ -125,7 +125,8 @@ class OpenAIFields(UnusedFields, SamplingFields):
             raise InvalidRequest(
                 "Field 'stream_options' requires stream: true. Leave it out or stream.", param="stream_options"
             )
-        params = self.sampling(defaults, max_tokens, logprobs)
+        newer = self.max_completion_tokens
+        params = self.sampling(defaults, max_tokens if newer is None else newer, logprobs)
         return params if self.prompt_logprobs is None else replace(params, prompt_logprobs=self.prompt_logprobs)
 
 
@@ -198,8 +199,7 @@ class CompletionBody(UnusedByCompletions, OpenAIFields):
                 "ended. Do not stream, or leave it out.",
                 param="best_of",
             )
-        most = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-        params = self._params(defaults, most, self.logprobs)
+        params = self._params(defaults, self.max_tokens, self.logprobs)
         if not self.echo or self.logprobs is None:
             return params
         return replace(params, prompt_logprobs=max(self.logprobs, params.prompt_logprobs or 0))
@@ -238,5 +238,4 @@ class ChatBody(UnusedByChats, ToolFields, OpenAIFields):
                 "tool_choice: none.",
                 param=grammars[0].field,
             )
-        most = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-        return self._params(defaults, most, (self.top_logprobs or 0) if self.logprobs else None)
+        return self._params(defaults, self.max_tokens, (self.top_logprobs or 0) if self.logprobs else None)

@@ -134,12 +134,12 @@ def test_shipped_template_is_plain_chatml_without_tools() -> None:
 
 
 def test_the_role_developer_is_system_unless_the_template_has_it() -> None:
-    told = ChatMessage("developer", "Be brief.")
+    brief = ChatMessage("developer", "Be brief.")
     text = family_text("shipped")
-    assert rendered(text, told, USER, tools=()) == rendered(text, replace(told, role="system"), USER, tools=())
+    assert rendered(text, brief, USER, tools=()) == rendered(text, replace(brief, role="system"), USER, tools=())
     template = "{% for m in messages %}{{ m.role == 'developer' }} {{ m.name }}: {{ m.content }}\n{% endfor %}"
     named = replace(USER, name="Ada")
-    assert rendered(text_with_tokens(template), told, named, tools=()) == "True : Be brief.\nFalse Ada: How is it?\n"
+    assert rendered(text_with_tokens(template), brief, named, tools=()) == "True : Be brief.\nFalse Ada: How is it?\n"
 
 
 def test_shipped_template_lists_tools_in_the_system_turn_and_results_in_one_turn() -> None:
