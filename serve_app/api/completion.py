@@ -6,14 +6,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from serve_app.api.responses import Metrics, Usage, milliseconds, rate, usage
-from serve_app.core.events import Chunk, Delta, FinishReason, PromptDetails, TokenEvent
+from serve_app.core.events import (
+    Chunk,
+    Delta,
+    FinishReason,
+    PromptDetails,
+    ReasoningDelta,
+    TextDelta,
+    TokenEvent,
+    ToolCallDelta,
+)
 
 
 @dataclass(slots=True)
 class CompletionState:
     """The sum of the chunks of one answer so far. Times are in seconds since the request's arrival.
 
-    `logprob_events` are the events with log probabilities. `deltas` is set for requests with a `tool_choice`.
+    `logprob_events` are the events with log probabilities. `deltas` is None unless the answer is divided.
     """
 
     text: str = ""
@@ -29,7 +38,9 @@ class CompletionState:
     prompt: PromptDetails | None = None
     embedding: tuple[float, ...] | None = None
     logprob_events: list[TokenEvent] = field(default_factory=list)
-    deltas: list[Delta] = field(default_factory=list)
+    deltas: list[Delta] | None = None
+    _tokens_before_content: int = 0
+    _content_began: bool = False
 
     def add(self, chunk: Chunk) -> None:
         """Take in a chunk with all of its events."""
@@ -51,9 +62,47 @@ class CompletionState:
         self.text += event.text
         self.finish_reason, self.stopped_by = event.finish_reason, event.stopped_by
         self.token_ids.append(event.token_id)
-        self.deltas += event.deltas
+        if event.deltas is not None:
+            self._add_deltas(event.deltas)
         if event.logprobs is not None:
             self.logprob_events.append(event)
+
+    def _add_deltas(self, deltas: Sequence[Delta]) -> None:
+        if self.deltas is None:
+            self.deltas = []
+        self.deltas += deltas
+        self._content_began = self._content_began or any(not isinstance(delta, ReasoningDelta) for delta in deltas)
+        self._tokens_before_content += not self._content_began
+
+    @property
+    def reasoning_tokens(self) -> int:
+        """The number of tokens before the content of an answer that begins with reasoning."""
+        deltas = self.deltas or ()
+        return self._tokens_before_content if isinstance(next(iter(deltas), None), ReasoningDelta) else 0
+
+    @property
+    def content(self) -> str:
+        """The text without reasoning and tool calls."""
+        if self.deltas is None:
+            return self.text
+        return "".join(delta.text for delta in self.deltas if isinstance(delta, TextDelta))
+
+    @property
+    def reasoning(self) -> str:
+        return "".join(delta.text for delta in self.deltas or () if isinstance(delta, ReasoningDelta))
+
+    @property
+    def calls(self) -> list[tuple[str, str]]:
+        """The name and the arguments, the text of a JSON object, of each tool call."""
+        calls: list[tuple[str, str]] = []
+        for delta in self.deltas or ():
+            if isinstance(delta, ToolCallDelta):
+                if delta.name:
+                    calls.append((delta.name, delta.arguments))
+                else:
+                    name, arguments = calls[delta.index]
+                    calls[delta.index] = (name, arguments + delta.arguments)
+        return calls
 
     @property
     def reason(self) -> FinishReason:
@@ -62,7 +111,7 @@ class CompletionState:
         return self.finish_reason
 
     def usage(self) -> Usage:
-        return usage(self.prompt_tokens, self.cached_tokens, self.tokens)
+        return usage(self.prompt_tokens, self.cached_tokens, self.tokens, self.reasoning_tokens)
 
     def metrics(self) -> Metrics:
         return {
@@ -86,4 +135,5 @@ def total_usage(states: Sequence[CompletionState]) -> Usage:
         sum(state.prompt_tokens for state in states),
         sum(state.cached_tokens for state in states),
         sum(state.tokens for state in states),
+        sum(state.reasoning_tokens for state in states),
     )

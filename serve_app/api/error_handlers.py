@@ -5,14 +5,16 @@ from __future__ import annotations
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.types import Scope
 
-from serve_app.api.native.responses import native_error
-from serve_app.api.openai.responses import openai_error, openai_status
-from serve_app.api.responses import retry_headers
+from serve_app.api.native.responses import NATIVE_ERRORS
+from serve_app.api.openai.responses import OPENAI_ERRORS
+from serve_app.api.responses import ErrorFormat, retry_headers
 from serve_app.api.telemetry import ServiceTelemetry
-from serve_app.api.tgi.responses import tgi_error
+from serve_app.api.tgi.responses import TGI_ERRORS
 from serve_app.errors import MethodNotAllowed, NotFound, RequestTimeout, ServeAppError, internal_error
+
+# The formats by the beginning of the path. The first beginning that matches decides.
+_FORMATS = {"/v1": OPENAI_ERRORS}
 
 
 class ErrorHandlers:
@@ -45,22 +47,20 @@ class ErrorHandlers:
 
     def _answer(self, http: Request, error: ServeAppError) -> Response:
         self._count(http, error)
-        status = openai_status(error) if _is_openai(http.scope) else error.status
-        return JSONResponse(_body(http, error), status_code=status, headers=_headers(error))
+        form = _format(http)
+        body = form.body(error, http.state.request_id)
+        return JSONResponse(body, status_code=form.status(error), headers=_headers(error))
 
     def _count(self, http: Request, error: ServeAppError) -> None:
         self._telemetry.refused(error, getattr(http.state, "model", None))
 
 
-def _body(http: Request, error: ServeAppError) -> object:
+def _format(http: Request) -> ErrorFormat:
     if getattr(http.state, "tgi", False):
-        return tgi_error(error)
-    return openai_error(error) if _is_openai(http.scope) else native_error(error, http.state.request_id)
-
-
-def _is_openai(scope: Scope) -> bool:
-    path: str = scope["path"].removeprefix(scope.get("root_path", ""))
-    return path == "/v1" or path.startswith("/v1/")
+        return TGI_ERRORS
+    path: str = http.scope["path"].removeprefix(http.scope.get("root_path", ""))
+    formats = (form for begin, form in _FORMATS.items() if path == begin or path.startswith(begin + "/"))
+    return next(formats, NATIVE_ERRORS)
 
 
 def _headers(error: ServeAppError) -> dict[str, str]:

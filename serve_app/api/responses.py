@@ -7,15 +7,28 @@ sends what it documents.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NotRequired
 
 from pydantic import ConfigDict, with_config
 from typing_extensions import TypedDict
+
+from serve_app.errors import ServeAppError
 
 # A class decorator: the type has no other fields.
 exact = with_config(ConfigDict(extra="forbid"))
 
 # JSON has neither infinity nor NaN. OpenAI writes this value for a token that cannot occur.
 LOWEST_LOGPROB = -9999.0
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorFormat:
+    """How a dialect answers with an error: the body for the error of a request with this id, and the status."""
+
+    body: Callable[[ServeAppError, str], object]
+    status: Callable[[ServeAppError], int] = lambda error: error.status
 
 
 def finite(logprob: float) -> float:
@@ -29,12 +42,21 @@ class CachedTokens(TypedDict):
 
 
 @exact
+class ReasoningTokens(TypedDict):
+    reasoning_tokens: int
+
+
+@exact
 class Usage(TypedDict):
-    """Counts of tokens. `cached_tokens` of the prompt were in the prefix cache."""
+    """Counts of tokens. `cached_tokens` of the prompt were in the prefix cache.
+
+    `completion_tokens_details` is there if answers have reasoning, whose tokens are among the `completion_tokens`.
+    """
 
     prompt_tokens: int
     prompt_tokens_details: CachedTokens
     completion_tokens: int
+    completion_tokens_details: NotRequired[ReasoningTokens]
     total_tokens: int
 
 
@@ -53,13 +75,16 @@ class Metrics(TypedDict):
     elapsed_ms: float
 
 
-def usage(prompt_tokens: int, cached_tokens: int, completion_tokens: int) -> Usage:
-    return {
+def usage(prompt_tokens: int, cached_tokens: int, completion_tokens: int, reasoning_tokens: int = 0) -> Usage:
+    counts: Usage = {
         "prompt_tokens": prompt_tokens,
         "prompt_tokens_details": {"cached_tokens": cached_tokens},
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
     }
+    if reasoning_tokens:
+        counts["completion_tokens_details"] = {"reasoning_tokens": reasoning_tokens}
+    return counts
 
 
 def retry_headers(seconds: float) -> dict[str, str]:

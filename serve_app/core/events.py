@@ -76,9 +76,9 @@ class TokenEvent:
     `elapsed_s` counts from the request's arrival. `finish_reason` is set on the last event only. `stopped_by` is the
     stop string or stop token id of the request that ended the answer; None if the model ended by itself.
 
-    `deltas` is set for requests with a `tool_choice`: the same text, divided into content and tool calls. Text that may
-    still become a tool call is held back in the deltas, so that they can be behind `text`; the last event completes
-    them.
+    `deltas` is the same text, divided into reasoning, content and tool calls; None if the answer is not divided: the
+    text is the content then. All events of an answer are divided, or none. Text whose kind is not certain yet is held
+    back in the deltas, so that they can be behind `text`; the last event completes them.
     """
 
     token_id: int
@@ -87,7 +87,7 @@ class TokenEvent:
     finish_reason: FinishReason | None = None
     logprobs: Logprobs | None = None
     stopped_by: str | int | None = None
-    deltas: tuple[Delta, ...] = ()
+    deltas: tuple[Delta, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,18 +80,25 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True)
 class ChatMessage:
-    """A message of role `tool` is the result of the tool `name` for the call `tool_call_id`."""
+    """A message of role `tool` is the result of the tool `name` for the call `tool_call_id`.
+
+    `reasoning` is the model's reasoning before an earlier answer; a chat template shows it or leaves it out.
+    """
 
     role: str
     content: str
     tool_calls: tuple[ToolCall, ...] = ()
     tool_call_id: str = ""
     name: str = ""
+    reasoning: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class TextPrompt:
+    """A text. With `special_tokens` the tokenizer adds its own, for example one for the beginning of a text."""
+
     text: str
+    special_tokens: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,11 +110,14 @@ class TokenPrompt:
 class ChatPrompt:
     """Messages for the model's chat template, which adds the beginning of the assistant's turn.
 
-    `tools` are the tools that the template shows to the model, each as JSON in OpenAI's form.
+    `tools` are the tools that the template shows to the model, each as JSON in OpenAI's form. `variables` is the text
+    of a JSON object with further variables for the template. With `continues` the answer continues the last message.
     """
 
     messages: tuple[ChatMessage, ...]
     tools: tuple[str, ...] = ()
+    variables: str = "{}"
+    continues: bool = False
 
 
 Prompt = TextPrompt | TokenPrompt | ChatPrompt
@@ -117,12 +127,14 @@ Prompt = TextPrompt | TokenPrompt | ChatPrompt
 class Tool:
     """A tool that an answer may call. `schema` is the JSON schema of its arguments, as text.
 
-    `field` is the path of that schema in the caller's body, for error messages.
+    The arguments follow the schema. What the grammar compiler does not support in it refuses the request if `strict`,
+    else it is left out. `field` is the path of the schema in the caller's body, for error messages.
     """
 
     name: str
     schema: str
     field: str
+    strict: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +170,8 @@ class GenerationRequest:
     Among waiting requests, the one with the lowest `priority` goes first, and among equals the one that arrived first.
     Running sequences continue, but when memory runs out, the sequence with the highest `priority` is preempted first.
 
+    With `separate_reasoning` the events of a model that reasons divide the answer into reasoning and the rest.
+
     With `prompt_details` the first chunk carries the prompt's tokens and text. `embed` requests the prompt's embedding
     instead of an answer: the mean of the model's last hidden states over all tokens, scaled to length 1.
 
@@ -179,6 +193,7 @@ class GenerationRequest:
     prompt_details: bool = False
     embed: bool = False
     tool_choice: ToolChoice | None = None
+    separate_reasoning: bool = False
     traceparent: str = ""
 
     @property

@@ -109,11 +109,13 @@ def _packed(item: Item) -> tuple[bool, list[Any]]:
 def _packed_event(event: TokenEvent) -> list[Any]:
     """Three fields if the others are empty, because most events have neither log probabilities nor deltas."""
     fields: list[Any] = [event.token_id, event.text, event.elapsed_s]
-    rest = (event.finish_reason, event.logprobs, event.stopped_by)
-    if rest == (None, None, None) and not event.deltas:
+    rest = (event.finish_reason, event.logprobs, event.stopped_by, event.deltas)
+    if rest == (None, None, None, None):
         return fields
     logprobs = None if event.logprobs is None else _packed_logprobs(event.logprobs)
-    deltas = [[_DELTAS.index(type(delta)), *_values(delta)] for delta in event.deltas]
+    deltas = None
+    if event.deltas is not None:
+        deltas = [[_DELTAS.index(type(delta)), *_values(delta)] for delta in event.deltas]
     return [*fields, event.finish_reason, logprobs, event.stopped_by, deltas]
 
 
@@ -145,7 +147,7 @@ def _event(fields: list[Any], offset_s: float) -> TokenEvent:
         None if reason is None else FinishReason(reason),
         None if logprobs is None else _logprobs(logprobs),
         stopped_by,
-        tuple([_DELTAS[kind](*values) for kind, *values in deltas]),
+        None if deltas is None else tuple([_DELTAS[kind](*values) for kind, *values in deltas]),
     )
 
 

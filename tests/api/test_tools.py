@@ -174,11 +174,17 @@ async def test_an_answer_without_calls_is_text(client: httpx.AsyncClient, engine
     assert found[-1]["finish_reason"] == "stop"
 
 
-async def test_reasoning_is_left_out(client: httpx.AsyncClient, engine: ScriptedEngine) -> None:
-    engine.plays(*chunks([[ReasoningDelta("Hm.")], [TextDelta("Yes.")]]))
-    (choice,) = await choices(client)
-    assert choice["message"] == {"role": "assistant", "content": "Yes."}
-    assert message(choice["delta"] for choice in await streamed(client))["content"] == "Yes."
+async def test_reasoning_is_apart_from_the_content(client: httpx.AsyncClient, engine: ScriptedEngine) -> None:
+    """Under both names that clients know. Tokens without a delta belong to the reasoning until the content begins."""
+    engine.plays(*chunks([[], [ReasoningDelta("H")], [ReasoningDelta("m.")], [], [TextDelta("Yes.")], []]))
+    answer = (await client.post(PATH, json=CHAT)).json()
+    expected = {"role": "assistant", "content": "Yes.", "reasoning_content": "Hm.", "reasoning": "Hm."}
+    assert answer["choices"][0]["message"] == expected
+    assert answer["usage"]["completion_tokens_details"] == {"reasoning_tokens": 4}
+    deltas = [choice["delta"] for choice in await streamed(client)]
+    assert "".join(delta.get("reasoning_content", "") for delta in deltas) == "Hm."
+    assert "".join(delta.get("reasoning", "") for delta in deltas) == "Hm."
+    assert message(deltas)["content"] == "Yes."
 
 
 async def test_an_answer_at_its_maximum_length_has_the_finish_reason_length(

@@ -38,7 +38,7 @@ event = st.builds(
     st.none() | st.sampled_from(FinishReason),
     st.none() | logprobs,
     st.none() | text | ids,
-    st.lists(delta, max_size=2).map(tuple),
+    st.none() | st.lists(delta, max_size=2).map(tuple),
 )
 details = st.builds(
     PromptDetails,

@@ -6,7 +6,7 @@ from typing import Literal, NotRequired
 
 from typing_extensions import TypedDict
 
-from serve_app.api.responses import Metrics, Usage, exact
+from serve_app.api.responses import ErrorFormat, Metrics, Usage, exact
 from serve_app.core.events import FinishReason
 from serve_app.errors import ServeAppError
 
@@ -104,3 +104,6 @@ def native_error(error: ServeAppError, request_id: str) -> NativeError:
     return {
         "error": {"code": error.code, "message": error.message, "param": error.param, "request_id": request_id},
     }
+
+
+NATIVE_ERRORS = ErrorFormat(native_error)

@@ -18,21 +18,27 @@ from serve_app.api.openai.responses import (
     ChatFinishReason,
     ChatLogprobs,
     ChatToken,
-    FunctionCall,
     FunctionDelta,
     ToolCall,
     ToolCallPart,
 )
 from serve_app.api.responses import finite
 from serve_app.api.sse import data
-from serve_app.core.events import Delta, FinishReason, Logprobs, TextDelta, TokenEvent, TokenLogprob, ToolCallDelta
+from serve_app.core.events import (
+    Delta,
+    FinishReason,
+    Logprobs,
+    ReasoningDelta,
+    TextDelta,
+    TokenEvent,
+    TokenLogprob,
+    ToolCallDelta,
+)
 
 _FINISH_REASONS: dict[FinishReason, ChatFinishReason] = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}
 
 
 class ChatEncoder(OpenAIEncoder):
-    """A request with a `tool_choice` has its answer in the deltas of its events, any other in their text."""
-
     def to_response(self, states: Sequence[CompletionState], shown: Sequence[int]) -> ChatCompletion:
         body: ChatCompletion = {
             "id": f"chatcmpl-{self._id}",
@@ -59,9 +65,9 @@ class ChatEncoder(OpenAIEncoder):
     def event(self, event: TokenEvent, index: int) -> bytes:
         state = self._states[index]
         state.add_event(event)
-        if self._request.tool_choice is None:
+        if event.deltas is None:
             return self._data(index, {"content": event.text}, [event], event.finish_reason)
-        deltas = [_encoded(delta) for delta in event.deltas if isinstance(delta, TextDelta | ToolCallDelta)]
+        deltas = [_encoded(delta) for delta in event.deltas]
         if not deltas:
             if not (self._logprobs or self._show.token_ids or event.finish_reason is not None):
                 return b""
@@ -94,7 +100,7 @@ class ChatEncoder(OpenAIEncoder):
     def _choice(self, index: int, state: CompletionState) -> ChatChoice:
         choice: ChatChoice = {
             "index": index,
-            "message": self._message(state),
+            "message": _message(state),
             "logprobs": _logprobs(state.logprob_events) if self._logprobs else None,
             "finish_reason": _finish_reason(state.reason, state),
             "stop_reason": state.stopped_by,
@@ -102,15 +108,6 @@ class ChatEncoder(OpenAIEncoder):
         if self._show.token_ids:
             choice["token_ids"] = state.token_ids
         return choice
-
-    def _message(self, state: CompletionState) -> AssistantMessage:
-        if self._request.tool_choice is None:
-            return {"role": "assistant", "content": state.text}
-        content = "".join(delta.text for delta in state.deltas if isinstance(delta, TextDelta))
-        calls = _calls(state.deltas)
-        if not calls:
-            return {"role": "assistant", "content": content}
-        return {"role": "assistant", "content": content or None, "tool_calls": calls}
 
     def _chunk(self, choices: list[ChatChunkChoice]) -> ChatChunk:
         body: ChatChunk = {
@@ -125,27 +122,37 @@ class ChatEncoder(OpenAIEncoder):
         return body
 
 
-def _encoded(delta: TextDelta | ToolCallDelta) -> ChatDelta:
-    if isinstance(delta, TextDelta):
-        return {"content": delta.text}
-    part: ToolCallPart = {"index": delta.index, "function": {"arguments": delta.arguments}}
-    if delta.name:
-        function: FunctionDelta = {"name": delta.name, "arguments": delta.arguments}
-        part = {"index": delta.index, "id": _new_id(), "type": "function", "function": function}
-    return {"tool_calls": [part]}
+def _message(state: CompletionState) -> AssistantMessage:
+    message: AssistantMessage = {"role": "assistant", "content": state.content}
+    if state.reasoning:
+        message["reasoning_content"] = message["reasoning"] = state.reasoning
+    calls = [_call(name, arguments) for name, arguments in state.calls]
+    if calls:
+        message["content"] = state.content or None
+        message["tool_calls"] = calls
+    return message
 
 
-def _calls(deltas: Sequence[Delta]) -> list[ToolCall]:
-    """The tool calls that the deltas of a whole answer make up."""
-    calls: list[ToolCall] = []
-    for delta in deltas:
-        if isinstance(delta, ToolCallDelta):
-            if delta.name:
-                function: FunctionCall = {"name": delta.name, "arguments": delta.arguments}
-                calls.append({"id": _new_id(), "type": "function", "function": function})
-            else:
-                calls[delta.index]["function"]["arguments"] += delta.arguments
-    return calls
+def _call(name: str, arguments: str) -> ToolCall:
+    return {"id": _new_id(), "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def _encoded(delta: Delta) -> ChatDelta:
+    match delta:
+        case TextDelta():
+            return {"content": delta.text}
+        case ReasoningDelta():
+            return {"reasoning_content": delta.text, "reasoning": delta.text}
+        case ToolCallDelta():
+            return {"tool_calls": [_call_part(delta)]}
+
+
+def _call_part(delta: ToolCallDelta) -> ToolCallPart:
+    function: FunctionDelta = {"arguments": delta.arguments}
+    if not delta.name:
+        return {"index": delta.index, "function": function}
+    function["name"] = delta.name
+    return {"index": delta.index, "id": _new_id(), "type": "function", "function": function}
 
 
 def _new_id() -> str:
@@ -153,7 +160,7 @@ def _new_id() -> str:
 
 
 def _finish_reason(reason: FinishReason, state: CompletionState) -> ChatFinishReason:
-    if reason is FinishReason.STOP and any(isinstance(delta, ToolCallDelta) for delta in state.deltas):
+    if reason is FinishReason.STOP and any(isinstance(delta, ToolCallDelta) for delta in state.deltas or ()):
         return "tool_calls"
     return _FINISH_REASONS[reason]
 

@@ -79,6 +79,7 @@ class OpenAIEncoder(ABC):
             sum(states[first].prompt_tokens for first in firsts),
             sum(states[first].cached_tokens for first in firsts),
             sum(state.tokens for state in states),
+            sum(state.reasoning_tokens for state in states),
         )
 
     def chunk_usage(self) -> Usage | None:

@@ -6,7 +6,7 @@ from typing import Literal, NotRequired
 
 from typing_extensions import TypedDict
 
-from serve_app.api.responses import Usage, exact
+from serve_app.api.responses import ErrorFormat, Usage, exact
 from serve_app.core.events import FinishReason
 from serve_app.errors import PromptTooLong, ServeAppError
 
@@ -158,10 +158,15 @@ class ToolCall(TypedDict):
 
 @exact
 class AssistantMessage(TypedDict):
-    """`content` is null if the answer consists of tool calls only."""
+    """`content` is null if the answer consists of tool calls only.
+
+    `reasoning_content` and `reasoning` are two names of the model's reasoning; clients know one or the other.
+    """
 
     role: Literal["assistant"]
     content: str | None
+    reasoning_content: NotRequired[str]
+    reasoning: NotRequired[str]
     tool_calls: NotRequired[list[ToolCall]]
 
 
@@ -206,6 +211,8 @@ class ToolCallPart(TypedDict):
 class ChatDelta(TypedDict):
     role: NotRequired[Literal["assistant"]]
     content: NotRequired[str]
+    reasoning_content: NotRequired[str]
+    reasoning: NotRequired[str]
     tool_calls: NotRequired[list[ToolCallPart]]
 
 
@@ -270,3 +277,6 @@ def openai_error(error: ServeAppError) -> OpenAIError:
     if error.status == 429:
         kind = "rate_limit_error"
     return {"error": {"message": error.message, "type": kind, "param": error.param, "code": code}}
+
+
+OPENAI_ERRORS = ErrorFormat(lambda error, request_id: openai_error(error), openai_status)

@@ -82,6 +82,7 @@ class OpenAIRoutes:
                 body.scheduled(self._context.request(http, each, model, prompt, params, body.stream)),
                 prompt_details=body.show.echo or body.show.token_ids,
                 tool_choice=choice,
+                separate_reasoning=isinstance(body, ChatBody),
             )
             for each, prompt in zip(ids, prompts, strict=True)
         ]

@@ -6,7 +6,7 @@ from typing import Literal, NotRequired
 
 from typing_extensions import TypedDict
 
-from serve_app.api.responses import exact
+from serve_app.api.responses import ErrorFormat, exact
 from serve_app.errors import ServeAppError
 
 TgiFinishReason = Literal["length", "eos_token", "stop_sequence"]
@@ -117,3 +117,6 @@ class TgiInfo(TypedDict):
 
 def tgi_error(error: ServeAppError) -> TgiError:
     return {"error": error.message, "error_type": _ERROR_TYPES.get(error.status, "validation")}
+
+
+TGI_ERRORS = ErrorFormat(lambda error, request_id: tgi_error(error))

@@ -190,7 +190,7 @@ class TokenStream:
                 self.closed = True
         if reason is not None:
             text += self._detokenizer.flush()
-        deltas = () if self._parser is None else self._parse(self._parser, text, reason is not None)
+        deltas = None if self._parser is None else self._parse(self._parser, text, reason is not None)
         return TokenEvent(token.token_id, text, token.elapsed_s, reason, token.logprobs, stopped_by, deltas)
 
     def _parse(self, parser: ToolCallParser, text: str, last: bool) -> tuple[Delta, ...]:

@@ -343,7 +343,7 @@ async def test_a_parser_error_ends_its_own_answer() -> None:
 
 async def test_events_without_tool_choice_have_no_deltas() -> None:
     answer, _ = await consume(b"ab", FinishReason.LENGTH)
-    assert [event.deltas for event in answer.events] == [(), ()]
+    assert [event.deltas for event in answer.events] == [None, None]
 
 
 # Waking
