@@ -48,7 +48,7 @@ async def generate(
 
 def content_and_calls(events: list[TokenEvent]) -> tuple[str, list[Call]]:
     """What the deltas add up to; asserts that the whole text parses to the same."""
-    found = join_deltas(delta for event in events for delta in event.deltas)
+    found = join_deltas(delta for event in events for delta in event.deltas or ())
     assert found == parse(HERMES, "".join(event.text for event in events))
     return found
 
