@@ -131,7 +131,8 @@ class Model(Section):
 
     `source` is `builtin:smollm2-135m`, a folder, a GGUF file, or a hub id with its `revision`. `chat_template` replaces
     the model's own template: the path of a Jinja file, or `builtin:` and the name of a template of this package.
-    `embeddings` serves the model at /v1/embeddings.
+    `embeddings` serves the model at /v1/embeddings. With `sanitize_control_tokens` the texts of a conversation never
+    become control tokens of the chat template.
     """
 
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]*$")
@@ -139,6 +140,7 @@ class Model(Section):
     revision: str | None = None
     trust_remote_code: bool = False
     chat_template: str | None = Field(None, min_length=1)
+    sanitize_control_tokens: bool = True
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     quantization: Literal["auto", "none", "int8", "int4"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"

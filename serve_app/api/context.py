@@ -16,6 +16,9 @@ from serve_app.core.queries import A, GetModelInfo, ModelInfo, Query
 from serve_app.core.requests import GenerationRequest, Prompt, SamplingParams
 from serve_app.errors import ModelNotFound
 
+# Clients of Text Generation Inference send these names, which it ignores; an empty name is no name in vLLM.
+_PLACEHOLDERS = ("", "tgi", "dummy")
+
 
 @dataclass(frozen=True, slots=True)
 class RequestContext:
@@ -32,13 +35,13 @@ class RequestContext:
         return self.config.limits
 
     def model(self, name: str | None) -> Model:
-        """The named model, or the first of the configuration. Raises ModelNotFound."""
+        """The named model; for a name that stands for any model, the first one. Raises ModelNotFound."""
         models = self.config.models
-        if name is None:
-            return models[0]
         for model in models:
             if model.name == name:
                 return model
+        if name is None or name in _PLACEHOLDERS:
+            return models[0]
         known = ", ".join(model.name for model in models)
         raise ModelNotFound(f"Model {name[:128]!r} does not exist. Known models: {known}.", param="model")
 

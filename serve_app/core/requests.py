@@ -16,13 +16,14 @@ class Grammar:
     answer (Rust's syntax, without look-around), a JSON list of strings to choose from, or a grammar in llguidance's
     dialect of Lark. `field` is the caller's name for the grammar, for error messages. `parts` are grammars that the
     caller gave and this grammar was made from: if the whole is refused, the error names the first part that is refused
-    alone.
+    alone. If not `strict`, the answer may break rules of a JSON schema that the grammar compiler does not support.
     """
 
     kind: GrammarKind
     text: str = ""
     field: str = "grammar"
     parts: tuple[Grammar, ...] = ()
+    strict: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +109,7 @@ class TokenPrompt:
 
 @dataclass(frozen=True, slots=True)
 class ChatPrompt:
-    """Messages for the model's chat template, which adds the beginning of the assistant's turn.
+    """Messages for the model's chat template, which adds the beginning of the assistant's turn if `begins_answer`.
 
     `tools` are the tools that the template shows to the model, each as JSON in OpenAI's form. `variables` is the text
     of a JSON object with further variables for the template. With `continues` the answer continues the last message.
@@ -118,6 +119,7 @@ class ChatPrompt:
     tools: tuple[str, ...] = ()
     variables: str = "{}"
     continues: bool = False
+    begins_answer: bool = True
 
 
 Prompt = TextPrompt | TokenPrompt | ChatPrompt

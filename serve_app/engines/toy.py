@@ -9,8 +9,9 @@ from urllib.parse import parse_qsl, urlsplit
 
 from serve_app.config import Engine
 from serve_app.core.events import Logprobs, TextToken, TokenLogprob
-from serve_app.core.requests import ChatPrompt, Grammar, Prompt, SamplingParams, TextPrompt, TokenPrompt, ToolChoice
+from serve_app.core.requests import ChatPrompt, GenerationRequest, Prompt, TextPrompt, TokenPrompt
 from serve_app.engines.native.sequence import Advance, Outcome, Sampled, Sequence, Step
+from serve_app.engines.text.protocol import AnswerPlan
 from serve_app.errors import InvalidRequest, ServeAppError
 
 END = 256
@@ -49,11 +50,13 @@ class ToyText:
     def decoder(self, prompt: Seq[int], skip_special_tokens: bool = True) -> ToyDecoder:
         return ToyDecoder(skip_special_tokens)
 
-    def constraint(self, grammar: Grammar, ignore_eos: bool) -> InvalidRequest:
-        return InvalidRequest("the toy model follows no grammar; use another model", param=grammar.field)
-
-    def tool_use(self, choice: ToolChoice, params: SamplingParams) -> InvalidRequest:
-        return InvalidRequest("the toy model calls no tools", param="tools")
+    def plan(self, request: GenerationRequest, prompt: Seq[int]) -> AnswerPlan | InvalidRequest:
+        grammar = request.params.grammar
+        if request.tool_choice is not None:
+            return InvalidRequest("the toy model calls no tools", param="tools")
+        if grammar is not None:
+            return InvalidRequest("the toy model follows no grammar; use another model", param=grammar.field)
+        return AnswerPlan(request.params)
 
     def _decode(self, ids: Seq[int], skip_special_tokens: bool = False) -> str:
         decoder = ToyDecoder(skip_special_tokens)

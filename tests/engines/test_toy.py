@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from serve_app.engines.native.sequence import Advance, Step
 from serve_app.engines.toy import END, ToyDecoder, ToyRunner, ToyText
 from serve_app.errors import InvalidRequest
 
-from .native.helpers import sequence, tokens_of
+from .native.helpers import request, sequence, tokens_of
 
 
 @given(st.binary(max_size=12))
@@ -69,7 +70,9 @@ def test_an_invalid_prompt_is_refused_in_its_place(prompt: Prompt, message: str)
 
 
 def test_tools_are_refused() -> None:
-    refusal = ToyText().tool_use(ToolChoice((Tool("f", "{}", "tools.0"),)), SamplingParams())
+    asking = replace(request("abc"), tool_choice=ToolChoice((Tool("f", "{}", "tools.0"),)))
+    refusal = ToyText().plan(asking, b"abc")
+    assert isinstance(refusal, InvalidRequest)
     assert (refusal.message, refusal.param) == ("the toy model calls no tools", "tools")
 
 

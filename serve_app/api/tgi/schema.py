@@ -6,11 +6,12 @@ import json
 from random import getrandbits
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from serve_app.api.sampling import MAX_ANSWERS, MAX_TOKENS, Penalty, StopString, Text, TokenCount
 from serve_app.api.schema import Body, Nested
+from serve_app.api.unused import Only
 from serve_app.config import SamplingDefaults
 from serve_app.core.requests import Grammar, GrammarKind, SamplingParams
 from serve_app.errors import InvalidRequest
@@ -25,16 +26,6 @@ GRAMMAR_KINDS: dict[str, GrammarKind] = {
     "json_schema": "json_schema",
     "regex": "regex",
 }
-
-
-def _unsupported(remedy: str) -> BeforeValidator:
-    """For a parameter of TGI that this service does not support; false is the same as leaving it out."""
-
-    def refuse(value: object) -> None:
-        if value is not False:
-            raise PydanticCustomError("unsupported", "Input is not supported. {remedy}", {"remedy": remedy})
-
-    return BeforeValidator(refuse, json_schema_input_type=Literal[False] | None)
 
 
 _NAMED_SCHEMA = {
@@ -139,12 +130,12 @@ class Parameters(Body):
     """Report this number of the most likely tokens at the place of each token."""
     grammar: GrammarField | None = None
     """The form of the answer."""
-    typical_p: Annotated[None, _unsupported("Leave it out, or use top_p.")] = None
-    """Not supported."""
-    watermark: Annotated[None, _unsupported("Leave it out, or send false.")] = None
-    """Not supported."""
-    adapter_id: Annotated[None, _unsupported("The model has no adapters. Leave it out.")] = None
-    """Not supported."""
+    typical_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Accepted if it has no effect: with the value 1, or with `do_sample: false`."""
+    watermark: Annotated[object, Only(False, reason="the service adds no watermarks")] = None
+    """The service adds no watermarks."""
+    adapter_id: Annotated[object, Only(reason="the models have no adapters")] = None
+    """The models have no adapters."""
 
     @property
     def wants_details(self) -> bool:
@@ -201,6 +192,12 @@ class TgiBody(Body):
                 "Field 'parameters.decoder_input_details' is not available in a stream. Do not stream, or leave it "
                 "out.",
                 param="parameters.decoder_input_details",
+            )
+        if parameters.typical_p not in (None, 1) and parameters.do_sample is not False:
+            raise InvalidRequest(
+                "Field 'parameters.typical_p' asks for typical sampling, which the service does not have. Use "
+                "'parameters.top_p', or send 1.",
+                param="parameters.typical_p",
             )
         best_of = parameters.best_of
         if best_of > 1 and stream:

@@ -92,16 +92,11 @@ def _make_sequence(stream: TokenStream, ids: list[int], runner: Runner) -> Seque
     prompt = prompt_details(text, request, kept) if request.prompt_details else None
     if isinstance(prompt, ServeAppError):
         return prompt
-    tool_use = None if request.tool_choice is None else text.tool_use(request.tool_choice, request.params)
-    if isinstance(tool_use, ServeAppError):
-        return tool_use
-    params = request.params if tool_use is None else tool_use.params
-    grammar = params.grammar if tool_use is None else tool_use.grammar
-    constraint = None if grammar is None else text.constraint(grammar, params.ignore_eos)
-    if isinstance(constraint, ServeAppError):
-        return constraint
-    stream.open(len(kept), text.decoder(kept, params.skip_special_tokens), prompt, tool_use)
-    return Sequence(stream, kept, text.end_ids, runner.context, constraint)
+    plan = text.plan(request, kept)
+    if isinstance(plan, ServeAppError):
+        return plan
+    stream.open(len(kept), text.decoder(kept, plan.params.skip_special_tokens), plan, prompt)
+    return Sequence(stream, kept, text.end_ids, runner.context, plan.constraint)
 
 
 def _truncate(ids: list[int], keep: int | None, context: int) -> list[int] | ServeAppError:

@@ -74,10 +74,15 @@ def load(config: Model, report: Report) -> Loaded:
         ends = _end_ids(model, tokenizer)
     except (TypeError, ValueError) as error:
         raise SourceError(f"{config.source}: eos_token_id in generation_config.json is not a token id") from error
-    text = HFText(tokenizer, ends, model.get_input_embeddings().weight.shape[0])
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    text = HFText(tokenizer, ends, vocabulary, config.sanitize_control_tokens)
     # Builds the tokenizer's tables for grammars now. Built by the first request, they would delay all running requests.
     text.constraint(Grammar("json_object"), ignore_eos=False)
-    logger.info("tool call format: %s", "none" if text.tools is None else repr(text.tools.before))
+    chat = text.chat
+    logger.info("tool call format: %s", "none" if chat.tools is None else repr(chat.tools.before))
+    logger.info(
+        "reasoning: %s", "none" if chat.reasoning is None else f"{chat.reasoning.start!r} to {chat.reasoning.end!r}"
+    )
     return Loaded(model, text, _longest_context(model))
 
 

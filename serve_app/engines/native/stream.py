@@ -5,15 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
 from serve_app.core.events import Chunk, Delta, FinishReason, Logprobs, PromptDetails, TokenEvent
 from serve_app.core.requests import GenerationRequest
 from serve_app.engines.text.detokenizer import Detokenizer
-from serve_app.engines.text.protocol import Decoder
-from serve_app.engines.text.tool_use import ToolCallParser, ToolUse
+from serve_app.engines.text.protocol import AnswerParser, AnswerPlan, Decoder
 from serve_app.errors import InternalError, ServeAppError
 
 logger = logging.getLogger(__name__)
@@ -45,7 +44,7 @@ class TokenStream:
 
     The engine's thread calls `put` and `fail`, then wakes all streams of a step together. The event loop that created
     the stream does everything else, so that the model does not wait for it: `wake` detokenizes, looks for stop strings
-    and parses tool calls; the consumer reads `chunks`, or calls `take` when `on_wake` was called, and calls `close`.
+    and divides the answer; the consumer reads `chunks`, or calls `take` when `on_wake` was called, and calls `close`.
     The engine reads `closed` before every step and frees the slot of a stream whose consumer left or that met a stop
     string. The request's max_tokens bounds the number of tokens that wait here.
     """
@@ -61,7 +60,8 @@ class TokenStream:
         self.closed = False
         self.loop = asyncio.get_running_loop()
         self._detokenizer: Detokenizer | None = None
-        self._parser: ToolCallParser | None = None
+        self._parser: AnswerParser | None = None
+        self._stop_texts: Mapping[int, str] = {}
         self._received: deque[Token | Embedding | ServeAppError] = deque()
         self._prompt: PromptDetails | None = None
         self._embedding: tuple[float, ...] | None = None
@@ -76,17 +76,13 @@ class TokenStream:
         self,
         prompt_tokens: int,
         decoder: Decoder,
+        plan: AnswerPlan,
         prompt: PromptDetails | None = None,
-        tool_use: ToolUse | None = None,
     ) -> None:
-        """Set at admission, before any token, what turns the tokens into events.
-
-        The parameters of `tool_use` replace the request's; its parser divides the text into the events' deltas.
-        """
+        """Set at admission, before any token, what turns the tokens into events."""
         self.prompt_tokens = prompt_tokens
         self._prompt = prompt
-        if tool_use is not None:
-            self.params, self._parser = tool_use.params, tool_use.parser
+        self.params, self._parser, self._stop_texts = plan.params, plan.parser, plan.stop_texts
         self._detokenizer = Detokenizer(decoder, self.params.stop, self.params.include_stop_str_in_output)
 
     def put(self, result: Token | Embedding) -> None:
@@ -181,7 +177,7 @@ class TokenStream:
         ends_answer = reason is FinishReason.STOP and not token.complete
         stopped_by: str | int | None = None
         if ends_answer and token.token_id in params.stop_token_ids:
-            stopped_by = token.token_id
+            stopped_by = self._stop_texts.get(token.token_id, token.token_id)
         # A token that ends the answer has no text, unless the request includes it.
         if not ends_answer or params.include_stop_str_in_output:
             text, stop = self._detokenizer.push(token.token_id, self._tokens >= params.min_tokens)
@@ -193,7 +189,7 @@ class TokenStream:
         deltas = None if self._parser is None else self._parse(self._parser, text, reason is not None)
         return TokenEvent(token.token_id, text, token.elapsed_s, reason, token.logprobs, stopped_by, deltas)
 
-    def _parse(self, parser: ToolCallParser, text: str, last: bool) -> tuple[Delta, ...]:
+    def _parse(self, parser: AnswerParser, text: str, last: bool) -> tuple[Delta, ...]:
         deltas = parser.feed(text)
         return (*deltas, *parser.end()) if last else tuple(deltas)
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Seq
+from collections.abc import Mapping, Sequence as Seq
+from dataclasses import dataclass, field
 from typing import Protocol
 
-from serve_app.core.events import TextToken
-from serve_app.core.requests import Grammar, Prompt, SamplingParams, ToolChoice
-from serve_app.engines.text.tool_use import ToolUse
+from serve_app.core.events import Delta, TextToken
+from serve_app.core.requests import GenerationRequest, Prompt, SamplingParams
 from serve_app.errors import ServeAppError
 
 
@@ -32,6 +32,32 @@ class Constraint(Protocol):
     def accept(self, token_id: int) -> bool:
         """Append a token to the answer; True if the answer is complete and no token may follow."""
         ...
+
+
+class AnswerParser(Protocol):
+    """Divides the text of one answer into reasoning, content and tool calls."""
+
+    def feed(self, text: str) -> list[Delta]:
+        """The deltas that this text completes."""
+        ...
+
+    def end(self) -> list[Delta]:
+        """The deltas still held back; called after the last text."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerPlan:
+    """How an engine generates one answer: `params` take the place of the request's.
+
+    The answer follows the constraint, and the parser reads its text; None if the answer is free, or not divided.
+    `stop_texts` has the stop string of the request for each stop token that stands for one.
+    """
+
+    params: SamplingParams
+    constraint: Constraint | None = None
+    parser: AnswerParser | None = None
+    stop_texts: Mapping[int, str] = field(default_factory=dict)
 
 
 class Text(Protocol):
@@ -68,10 +94,6 @@ class Text(Protocol):
         """A decoder for the answer to this prompt."""
         ...
 
-    def constraint(self, grammar: Grammar, ignore_eos: bool) -> Constraint | ServeAppError:
-        """The start of an answer in this grammar; an error if the grammar is refused."""
-        ...
-
-    def tool_use(self, choice: ToolChoice, params: SamplingParams) -> ToolUse | ServeAppError:
-        """The grammar, parameters and parser of an answer that may call tools; an error if the tools are refused."""
+    def plan(self, request: GenerationRequest, prompt: Seq[int]) -> AnswerPlan | ServeAppError:
+        """How to generate the answer to this prompt; an error if the request's grammar or tools are refused."""
         ...

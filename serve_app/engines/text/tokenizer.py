@@ -1,22 +1,20 @@
-"""A model's tokenizer and chat template: prompts to token ids, token ids to text, grammars and tool use."""
+"""A model's tokenizer: prompts to token ids, token ids to text, and the plan for an answer to a prompt."""
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
-import jinja2
 from tokenizers import Encoding, Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from serve_app.core.events import TextToken
 from serve_app.core.requests import (
-    ChatMessage,
     ChatPrompt,
+    GenerationRequest,
     Grammar,
     Prompt,
     SamplingParams,
@@ -24,15 +22,12 @@ from serve_app.core.requests import (
     TokenPrompt,
     ToolChoice,
 )
+from serve_app.engines.text.chat_template import ChatTemplate
 from serve_app.engines.text.grammar import Constraint, GrammarCompiler
-from serve_app.engines.text.tool_format import (
-    MarkerTokens,
-    MessageStyle,
-    ToolCallFormat,
-    ToolTemplate,
-    detect_tool_template,
-)
-from serve_app.engines.text.tool_use import NO_TOOL_SUPPORT, ToolUse, prepare_tool_use
+from serve_app.engines.text.protocol import AnswerPlan
+from serve_app.engines.text.reasoning import plan_with_reasoning
+from serve_app.engines.text.tool_format import MarkerTokens
+from serve_app.engines.text.tool_use import plan_tool_use
 from serve_app.errors import InternalError, InvalidRequest, ServeAppError
 
 logger = logging.getLogger(__name__)
@@ -100,15 +95,20 @@ class HFText:
     loop's worker thread encodes.
     """
 
-    def __init__(self, tokenizer: Any, end_ids: frozenset[int], vocabulary: int) -> None:
+    def __init__(
+        self, tokenizer: Any, end_ids: frozenset[int], vocabulary: int, sanitize_control_tokens: bool = True
+    ) -> None:
+        """With `sanitize_control_tokens` the texts of a conversation never become control tokens."""
         self._tokenizer = tokenizer
+        self._sanitize = sanitize_control_tokens
         self._backend: Tokenizer = tokenizer.backend_tokenizer
         self._backend.no_padding()
         self._backend.no_truncation()
         self.vocabulary = vocabulary
         self.end_ids = end_ids
         self._added = self._backend.get_added_tokens_decoder()
-        self.special_ids = frozenset(token_id for token_id, token in self._added.items() if token.special)
+        self.special_texts = {token.content: token_id for token_id, token in self._added.items() if token.special}
+        self.special_ids = frozenset(self.special_texts.values())
         self._grammars = GrammarCompiler(self._backend, end_ids, vocabulary)
 
     def encode(self, prompts: Seq[Prompt]) -> list[list[int] | ServeAppError]:
@@ -118,7 +118,7 @@ class HFText:
         for i, prompt in enumerate(prompts):
             prepared = self._prepared(prompt)
             if isinstance(prepared, str):
-                texts[_adds_special_tokens(prompt)][i] = prepared
+                texts[self._adds_special_tokens(prompt)][i] = prepared
             else:
                 results[i] = prepared
         for special_tokens, batch in texts.items():
@@ -132,7 +132,7 @@ class HFText:
             return prepared
         if not isinstance(prepared, str):
             return tuple(TextToken(token, self.token_text(token), 0, 0) for token in prepared)
-        encoding = self._encoding(prepared, special_tokens and _adds_special_tokens(prompt))
+        encoding = self._encoding(prepared, special_tokens and self._adds_special_tokens(prompt))
         if isinstance(encoding, ServeAppError):
             return encoding
         return tuple(
@@ -152,18 +152,48 @@ class HFText:
         """The constraint of a new answer; InvalidRequest if the grammar cannot be compiled."""
         return self._grammars.constraint(grammar, ignore_eos)
 
-    @property
-    def tools(self) -> ToolCallFormat | None:
-        """The format of the model's tool calls; None if the model does not call tools."""
-        return None if self._tool_template is None else self._tool_template.call_format
+    @cached_property
+    def chat(self) -> ChatTemplate:
+        """Detected by rendering samples, so the loader reads this property before the model serves requests."""
+        ids = self._grammars.marker_tokens(self._added)
+        texts = {token.content: token_id for token_id, token in self._added.items() if token_id in (ids or ())}
+        markers = None if ids is None else MarkerTokens(texts, self.special_ids, self.end_ids)
+        return ChatTemplate(self._tokenizer, markers, self._sanitize)
 
-    def tool_use(self, choice: ToolChoice, params: SamplingParams) -> ToolUse | ServeAppError:
-        """Tool use of one new answer; InvalidRequest if the model does not call tools or the parameters forbid it."""
-        return prepare_tool_use(self.tools, choice, params)
+    def plan(self, request: GenerationRequest, prompt: Seq[int]) -> AnswerPlan | ServeAppError:
+        """How to generate the answer to this prompt; InvalidRequest if its grammar or its tools are refused."""
+        reasoning = self.chat.reasoning if request.separate_reasoning else None
+        plan = self._plan_rest(request.params, request.tool_choice)
+        if isinstance(plan, ServeAppError):
+            return plan
+        if reasoning is not None:
+            plan = plan_with_reasoning(plan, reasoning, prompt, self)
+        return plan if isinstance(plan, ServeAppError) else self._with_stop_tokens(plan)
+
+    def _with_stop_tokens(self, plan: AnswerPlan) -> AnswerPlan:
+        """A stop string that is a special token ends the answer too, although the text does not show the token."""
+        stops = {self.special_texts[text]: text for text in plan.params.stop if text in self.special_texts}
+        if not stops:
+            return plan
+        ids = (*plan.params.stop_token_ids, *stops)
+        return replace(plan, params=replace(plan.params, stop_token_ids=ids), stop_texts=stops)
+
+    def _plan_rest(self, params: SamplingParams, choice: ToolChoice | None) -> AnswerPlan | ServeAppError:
+        """The plan for an answer without reasoning."""
+        if choice is not None:
+            return plan_tool_use(self.chat.tools, choice, params, self.constraint)
+        if params.grammar is None:
+            return AnswerPlan(params)
+        constraint = self.constraint(params.grammar, params.ignore_eos)
+        return constraint if isinstance(constraint, ServeAppError) else AnswerPlan(params, constraint)
 
     def token_text(self, token_id: int) -> str:
         """The text of one token decoded alone; special tokens by name."""
         return self._decoded([token_id], skip_special_tokens=False)
+
+    def token_id(self, text: str) -> int | None:
+        """The id of the added token with this text; None if there is none."""
+        return next((token_id for token_id, token in self._added.items() if token.content == text), None)
 
     def _prepared(self, prompt: Prompt) -> str | list[int] | ServeAppError:
         """The text to encode; of a token prompt, its ids."""
@@ -173,7 +203,22 @@ class HFText:
             case TokenPrompt():
                 return self._known(prompt.token_ids)
             case ChatPrompt():
-                return self._rendered_chat(prompt)
+                return self.chat.encode_or_render(prompt)
+
+    def _adds_special_tokens(self, prompt: Prompt) -> bool:
+        """Whether the tokenizer adds its special tokens. A chat template writes them itself; a text may have the first.
+
+        Without the second condition, a text that begins with the token for the beginning of a text would have it twice.
+        """
+        if not isinstance(prompt, TextPrompt) or not prompt.special_tokens:
+            return False
+        return not (self._first_token and prompt.text.startswith(self._first_token))
+
+    @cached_property
+    def _first_token(self) -> str:
+        """The token for the beginning of a text, if the tokenizer adds it; else ""."""
+        first = self._backend.encode("", add_special_tokens=True).tokens[:1]
+        return self._tokenizer.bos_token if first and first[0] == self._tokenizer.bos_token else ""
 
     def _encoded(self, texts: list[str], special_tokens: bool) -> list[list[int] | ServeAppError]:
         try:
@@ -202,56 +247,6 @@ class HFText:
         if wrong is not None:
             return InvalidRequest(f"token id {wrong} is outside 0 to {self.vocabulary - 1}", param="prompt")
         return list(token_ids) or _empty_prompt()
-
-    def _rendered_chat(self, prompt: ChatPrompt) -> str | ServeAppError:
-        if not self._tokenizer.chat_template:
-            return InvalidRequest("this model has no chat template; use /v1/completions or /generate", param="messages")
-        error = self._unsupported_tools(prompt)
-        if error is not None:
-            return error
-        style = MessageStyle() if self._tool_template is None else self._tool_template.message_style
-        try:
-            messages = [style.message(self._with_known_role(message)) for message in prompt.messages]
-            tools = [json.loads(tool) for tool in prompt.tools] or None
-            return self._rendered(messages, tools, add_generation_prompt=True)
-        except jinja2.TemplateError as error:
-            return InvalidRequest(f"the model's chat template refuses these messages: {error}", param="messages")
-        except Exception:
-            # A template is foreign code. Its error must not fail the other prompts of the batch.
-            logger.exception("the chat template failed")
-            return InternalError("the model's chat template failed on these messages", param="messages")
-
-    def _with_known_role(self, message: ChatMessage) -> ChatMessage:
-        """A message of role `developer` becomes one of role `system`, unless the template has this role."""
-        if message.role != "developer" or "developer" in str(self._tokenizer.chat_template):
-            return message
-        return replace(message, role="system")
-
-    def _unsupported_tools(self, prompt: ChatPrompt) -> InvalidRequest | None:
-        if self._tool_template is not None:
-            return None
-        if prompt.tools:
-            return InvalidRequest(NO_TOOL_SUPPORT, param="tools")
-        if any(message.tool_calls or message.role == "tool" for message in prompt.messages):
-            return InvalidRequest("this model's chat template takes no tool calls", param="messages")
-        return None
-
-    def _rendered(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, **options: bool) -> str:
-        return str(self._tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **options))
-
-    @cached_property
-    def _tool_template(self) -> ToolTemplate | None:
-        """Detected by rendering samples, so the loader reads `tools` before the model serves requests."""
-        markers = self._grammars.marker_tokens(self._added)
-        if markers is None or not self._tokenizer.chat_template:
-            return None
-        ids = {token.content: token_id for token_id, token in self._added.items() if token_id in markers}
-        return detect_tool_template(self._rendered, MarkerTokens(ids, self.special_ids, self.end_ids))
-
-
-def _adds_special_tokens(prompt: Prompt) -> bool:
-    """A chat template writes its special tokens itself."""
-    return isinstance(prompt, TextPrompt)
 
 
 def _ids(encoding: Encoding) -> list[int] | ServeAppError:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -24,7 +24,7 @@ _SAMPLE_TOOL: Json = {
         "parameters": {"type": "object", "properties": {"word": {"type": "string", "description": "A word."}}},
     },
 }
-_SAMPLE_USER: Json = {"role": "user", "content": "Please."}
+_SAMPLE_USER = ChatMessage("user", "Please.")
 _SAMPLE_CONTENT = "contentq7"
 # Each text of the second call is the same text of the first call with another ending.
 _FIRST_CALL = ToolCall("call_idx7x1a", "nameq7x1a", '{"keyq7x1a": "valueq7x1a"}')
@@ -80,27 +80,33 @@ class MarkerTokens:
 
 @dataclass(frozen=True, slots=True)
 class MessageStyle:
-    """The form of tool calls in the messages that a chat template accepts.
+    """The form of the messages that a chat template accepts.
 
-    `arguments_as_text`: JSON text instead of an object. `null_content`: None instead of empty content beside calls.
-    `short_ids`: call ids of nine letters and digits.
+    `arguments_as_text`: JSON text of a call's arguments instead of an object. `null_content`: None instead of empty
+    content beside calls. `short_ids`: call ids of nine letters and digits. `content_parts`: content is a list with one
+    part of type `text` instead of a string.
     """
 
     arguments_as_text: bool = False
     null_content: bool = False
     short_ids: bool = False
+    content_parts: bool = False
 
     def message(self, message: ChatMessage) -> Json:
         """The message as the template accepts it. Raises ValueError for arguments that are not JSON."""
-        named = {"name": message.name} if message.name else {}
+        fields: Json = {"role": message.role, "content": self._content(message)}
+        if message.reasoning:
+            fields["reasoning_content"] = message.reasoning
         if message.tool_calls:
-            content = message.content or (None if self.null_content else "")
-            calls = [self._call(call) for call in message.tool_calls]
-            return {"role": message.role, "content": content, "tool_calls": calls, **named}
+            fields["tool_calls"] = [self._call(call) for call in message.tool_calls]
         if message.role == "tool":
-            result = {"tool_call_id": self.call_id(message.tool_call_id), "name": message.name}
-            return {"role": message.role, "content": message.content, **result}
-        return {"role": message.role, "content": message.content, **named}
+            return fields | {"tool_call_id": self.call_id(message.tool_call_id), "name": message.name}
+        return fields | ({"name": message.name} if message.name else {})
+
+    def _content(self, message: ChatMessage) -> str | list[Json] | None:
+        if message.tool_calls and not message.content and self.null_content:
+            return None
+        return [{"type": "text", "text": message.content}] if self.content_parts else message.content
 
     def call_id(self, id: str) -> str:
         if not self.short_ids or _SHORT_ID.fullmatch(id):
@@ -124,12 +130,26 @@ class ToolTemplate:
     message_style: MessageStyle
 
 
-def detect_tool_template(render: Render, markers: MarkerTokens) -> ToolTemplate | None:
+def wants_content_parts(render: Render) -> bool:
+    """Whether a template shows the text of a user's message only if its content is a list of parts.
+
+    Such a template iterates over the content. Of a string it would show nothing, without an error.
+    """
+    user = ChatMessage("user", _SAMPLE_CONTENT)
+    as_text, as_parts = (
+        _rendered(render, [MessageStyle(content_parts=parts).message(user)], None) for parts in (False, True)
+    )
+    return _SAMPLE_CONTENT not in (as_text or "") and _SAMPLE_CONTENT in (as_parts or "")
+
+
+def detect_tool_template(render: Render, markers: MarkerTokens, content_parts: bool = False) -> ToolTemplate | None:
     """None if the template ignores tools, or writes calls in a format that is not supported."""
-    with_tools = _rendered(render, [_SAMPLE_USER], [_SAMPLE_TOOL])
-    if with_tools is None or with_tools == _rendered(render, [_SAMPLE_USER], None):
+    user = MessageStyle(content_parts=content_parts).message(_SAMPLE_USER)
+    with_tools = _rendered(render, [user], [_SAMPLE_TOOL])
+    if with_tools is None or with_tools == _rendered(render, [user], None):
         return None
-    for style in _MESSAGE_STYLES:
+    for call_style in _MESSAGE_STYLES:
+        style = replace(call_style, content_parts=content_parts)
         call_format = _FormatDetector(render, markers, style).detect()
         if call_format is not None:
             return ToolTemplate(call_format, style)
@@ -201,11 +221,8 @@ class _FormatDetector:
 
     def _rendered_calls(self, *calls: ToolCall) -> str | None:
         """The assistant's turn with these calls, without the text around every turn and without the ids of calls."""
-        called = ChatMessage("assistant", "", tool_calls=calls)
-        plain = _rendered(
-            self.render, [_SAMPLE_USER, {"role": "assistant", "content": _SAMPLE_CONTENT}], [_SAMPLE_TOOL]
-        )
-        turn = _rendered(self.render, [_SAMPLE_USER, self.style.message(called)], [_SAMPLE_TOOL])
+        plain = self._rendered_answer(ChatMessage("assistant", _SAMPLE_CONTENT))
+        turn = self._rendered_answer(ChatMessage("assistant", "", tool_calls=calls))
         if plain is None or turn is None or plain.count(_SAMPLE_CONTENT) != 1:
             return None
         start, end = plain.split(_SAMPLE_CONTENT)
@@ -213,6 +230,9 @@ class _FormatDetector:
             return None
         text = self._without_end(turn[len(start.rstrip()) :].strip(), end.strip())
         return _without_ids(text, [self.style.call_id(call.id) for call in calls])
+
+    def _rendered_answer(self, answer: ChatMessage) -> str | None:
+        return _rendered(self.render, [self.style.message(one) for one in (_SAMPLE_USER, answer)], [_SAMPLE_TOOL])
 
     def _without_end(self, text: str, end: str) -> str:
         if end and text.endswith(end):

@@ -6,32 +6,47 @@ import json
 import re
 
 from serve_app.core.requests import Grammar, Tool, ToolChoice
+from serve_app.engines.text.json_schema import prepared_schema
 from serve_app.engines.text.tool_format import ToolCallFormat
 from serve_app.errors import InvalidRequest
 
-# Whitespace between the parts of a JSON document. It is bounded because a model may otherwise generate spaces until
-# its answer reaches max_tokens.
-JSON_WHITESPACE = r" |\r?\n[ \t]{0,24}"
 _ANY_TEXT = "/(?s:.*)/"
 
 
-def tool_grammar(call_format: ToolCallFormat, choice: ToolChoice) -> Grammar:
+def tool_grammar(call_format: ToolCallFormat, choice: ToolChoice, content: Grammar | None = None) -> Grammar:
     """Calls of the tools of `choice`, instead of free text or after it unless the choice is `required`.
 
-    Raises InvalidRequest if the schema of a tool is not the text of a JSON object.
+    With `content`, a grammar for JSON, the answer follows it instead of free text, or calls tools. Raises
+    InvalidRequest if a schema is not the text of a JSON object.
     """
     parallel = choice.parallel and call_format.between is not None
     tools = list(enumerate(choice.tools))
     rules = [
-        *([f"start: {_literal(call_format, call_format.before)} calls"] if choice.required else _optional(call_format)),
+        *_start(call_format, choice.required, content),
         f"calls: call{' more*' if parallel else ''} {_literal(call_format, call_format.after)}",
         *([f"more: {_literal(call_format, call_format.between or '')} call"] if parallel else []),
         f"call: {' | '.join(f'call_{number}' for number, _ in tools)}",
         *(f"call_{number}: {_call(call_format, tool.name, f'arguments_{number}')}" for number, tool in tools),
         *(f"arguments_{number}: %json {_arguments_schema(tool)}" for number, tool in tools),
     ]
-    parts = tuple(Grammar("json_schema", tool.schema, tool.field) for tool in choice.tools)
-    return Grammar("lark", "\n".join(rules), "tools", parts)
+    parts = tuple(arguments_grammar(tool) for tool in choice.tools)
+    return Grammar("lark", "\n".join(rules), "tools", parts if content is None else (*parts, content))
+
+
+def arguments_grammar(tool: Tool) -> Grammar:
+    """The grammar of the arguments of one tool."""
+    return Grammar("json_schema", tool.schema, tool.field, strict=tool.strict)
+
+
+def _start(call_format: ToolCallFormat, required: bool, content: Grammar | None) -> list[str]:
+    calls = f"{_literal(call_format, call_format.before)} calls"
+    if required:
+        return [f"start: {calls}"]
+    if content is None:
+        return _optional(call_format)
+    text = content.text if content.kind == "json_schema" else '{"type": "object"}'
+    schema = _schema(text, content.strict, "the schema of the answer", content.field)
+    return [f"start: {calls} | content", f"content: %json {schema}"]
 
 
 def _literal(call_format: ToolCallFormat, text: str) -> str:
@@ -69,10 +84,13 @@ def _optional(call_format: ToolCallFormat) -> list[str]:
 
 
 def _arguments_schema(tool: Tool) -> str:
+    return _schema(tool.schema, tool.strict, f"the schema of the tool {tool.name}", tool.field)
+
+
+def _schema(text: str, strict: bool, name: str, field: str) -> str:
     try:
-        schema = json.loads(tool.schema)
+        return prepared_schema(text, strict)
+    except TypeError as error:
+        raise InvalidRequest(f"{name} is not a JSON object", param=field) from error
     except (ValueError, RecursionError) as error:
-        raise InvalidRequest(f"the schema of the tool {tool.name} is not JSON: {error}", param=tool.field) from error
-    if not isinstance(schema, dict):
-        raise InvalidRequest(f"the schema of the tool {tool.name} is not a JSON object", param=tool.field)
-    return json.dumps(schema | {"x-guidance": {"whitespace_pattern": JSON_WHITESPACE}})
+        raise InvalidRequest(f"{name} is not JSON: {error}", param=field) from error

@@ -34,7 +34,7 @@ class ToolCallFormatParser:
         self._name = ""
         self._arguments = ""
         self._object = _JsonObjectScanner()
-        self._content = _WordFilter(call_format.special_markers)
+        self._content = WordFilter(call_format.special_markers)
 
     def feed(self, text: str) -> list[Delta]:
         """The deltas that this text completes."""
@@ -201,7 +201,7 @@ class _JsonObjectScanner:
         return found.end()
 
 
-class _WordFilter:
+class WordFilter:
     """Removes words from a text that comes in pieces of any size."""
 
     def __init__(self, words: tuple[str, ...]) -> None:

@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol
 
-from serve_app.core.events import Delta
-from serve_app.core.requests import Grammar, SamplingParams, ToolChoice
+from serve_app.core.requests import Grammar, SamplingParams, Tool, ToolChoice
+from serve_app.engines.text.protocol import AnswerPlan, Constraint
 from serve_app.engines.text.tool_format import ToolCallFormat
-from serve_app.engines.text.tool_grammar import tool_grammar
+from serve_app.engines.text.tool_grammar import arguments_grammar, tool_grammar
 from serve_app.engines.text.tool_parser import ToolCallFormatParser
 from serve_app.errors import InvalidRequest, ServeAppError
 
+# The constraint of a new answer that follows a grammar, with `ignore_eos`.
+Compile = Callable[[Grammar, bool], Constraint | ServeAppError]
+
+_ANY_OBJECT = '{"type": "object"}'
 NO_TOOL_SUPPORT = (
     "this model does not call tools: its chat template takes no tools, or writes tool calls in a format that is not "
     "supported. Remove tools from the request, or configure a chat template that takes tools, for example "
     "chat_template: builtin:chatml_tools"
 )
-
-
-class ToolCallParser(Protocol):
-    """Divides the text of one answer into content and tool calls."""
-
-    def feed(self, text: str) -> list[Delta]:
-        """The deltas that this text completes."""
-        ...
-
-    def end(self) -> list[Delta]:
-        """The deltas still held back; called after the last text."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +33,28 @@ class ToolUse:
 
     grammar: Grammar
     params: SamplingParams
-    parser: ToolCallParser
+    parser: ToolCallFormatParser
+
+
+def plan_tool_use(
+    call_format: ToolCallFormat | None, choice: ToolChoice, params: SamplingParams, compile: Compile
+) -> AnswerPlan | ServeAppError:
+    """The plan for an answer that may call tools, or the reason why the model or a grammar refuses them."""
+    use = prepare_tool_use(call_format, choice, params)
+    if isinstance(use, ServeAppError):
+        return use
+    constraint = compile(use.grammar, params.ignore_eos)
+    if not isinstance(constraint, ServeAppError):
+        return AnswerPlan(use.params, constraint, use.parser)
+    loosened = replace(choice, tools=tuple(_loosened(tool, compile) for tool in choice.tools))
+    return constraint if loosened == choice else plan_tool_use(call_format, loosened, params, compile)
+
+
+def _loosened(tool: Tool, compile: Compile) -> Tool:
+    """The tool with any object as arguments, if its schema cannot be compiled and need not be followed."""
+    if tool.strict or not isinstance(compile(arguments_grammar(tool), False), ServeAppError):
+        return tool
+    return replace(tool, schema=_ANY_OBJECT)
 
 
 def prepare_tool_use(
@@ -58,7 +71,7 @@ def prepare_tool_use(
             param="include_stop_str_in_output",
         )
     try:
-        grammar = tool_grammar(call_format, choice)
+        grammar = tool_grammar(call_format, choice, params.grammar)
     except InvalidRequest as error:
         return error
     skip_special_tokens = params.skip_special_tokens and not hides_markers

@@ -13,7 +13,7 @@ from serve_app.core.queries import Detokenize, Tokenize
 from serve_app.core.requests import (
     ChatMessage,
     ChatPrompt,
-    Grammar,
+    GenerationRequest,
     Prompt,
     SamplingParams,
     TextPrompt,
@@ -21,7 +21,7 @@ from serve_app.core.requests import (
     ToolChoice,
 )
 from serve_app.engines.native.admission import MAX_PROMPT_LOGPROBS
-from serve_app.engines.text.tool_use import ToolUse
+from serve_app.engines.text.protocol import AnswerPlan
 from serve_app.engines.toy import END, ToyDecoder, ToyRunner, ToyText
 from serve_app.errors import (
     DeadlineExceeded,
@@ -213,18 +213,14 @@ class ThreeTokens:
 
 
 class ToolText(ToyText):
-    """Keeps special tokens in the text of answers with tools; its grammar is complete after three tokens."""
+    """Keeps special tokens in the text of answers with tools; its constraint is complete after three tokens."""
 
-    def tool_use(self, choice: ToolChoice, params: SamplingParams) -> ToolUse | ServeAppError:  # type: ignore[override]
-        if not choice.tools:
+    def plan(self, request: GenerationRequest, prompt: Seq[int]) -> AnswerPlan | InvalidRequest:
+        assert list(prompt) == [97, END, 98]
+        if request.tool_choice is None or not request.tool_choice.tools:
             return InvalidRequest("no tools", param="tools")
-        return ToolUse(
-            Grammar("lark", "tools"), replace(params, skip_special_tokens=False), ScriptedParser(TextDelta("end"))
-        )
-
-    def constraint(self, grammar: Grammar, ignore_eos: bool) -> ThreeTokens:  # type: ignore[override]
-        assert (grammar.text, ignore_eos) == ("tools", True)
-        return ThreeTokens()
+        params = replace(request.params, skip_special_tokens=False)
+        return AnswerPlan(params, ThreeTokens(), ScriptedParser(TextDelta("end")))
 
 
 class ToolRunner(ToyRunner):

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, strategies as st
 
 from serve_app.core.events import Chunk, FinishReason, Logprobs, TextDelta, TokenLogprob, ToolCallDelta
-from serve_app.core.requests import Grammar, SamplingParams
+from serve_app.core.requests import SamplingParams
 from serve_app.engines.native.stream import Token, TokenStream, wake_all
-from serve_app.engines.text.tool_use import ToolUse
+from serve_app.engines.text.protocol import AnswerPlan
 from serve_app.engines.toy import END, ToyDecoder
 from serve_app.errors import InternalError
 
@@ -37,7 +37,7 @@ def text_of(chunk: Chunk) -> str:
 
 def open_stream(params: SamplingParams | None = None) -> TokenStream:
     stream = TokenStream(replace(request(params=params), arrived=10.0))
-    stream.open(3, ToyDecoder())
+    stream.open(3, ToyDecoder(), AnswerPlan(stream.request.params))
     return stream
 
 
@@ -195,7 +195,7 @@ async def test_the_end_of_an_answer_is_included_on_request(skip: bool, text: str
     params = SamplingParams(include_stop_str_in_output=True, skip_special_tokens=skip, stop=("END",))
     for token_ids, expected in (([ord("a"), END], text), ([*b"a!"], "a!")):
         stream = TokenStream(replace(request(params=params), arrived=10.0))
-        stream.open(3, ToyDecoder(skip))
+        stream.open(3, ToyDecoder(skip), AnswerPlan(params))
         for token_id, reason in zip(token_ids, (None, FinishReason.STOP), strict=True):
             stream.put(Token(token_id, 1.0, reason))
         stream.wake()
@@ -287,7 +287,7 @@ class PanickingDecoder(ToyDecoder):
 
 async def test_a_panic_in_one_stream_does_not_keep_others_from_waking() -> None:
     broken, healthy = TokenStream(request()), open_stream()
-    broken.open(3, PanickingDecoder())
+    broken.open(3, PanickingDecoder(), AnswerPlan(SamplingParams()))
     for stream in (broken, healthy):
         stream.put(token("a", FinishReason.LENGTH))
     wake_all([broken, healthy])
@@ -303,7 +303,7 @@ async def test_a_panic_in_one_stream_does_not_keep_others_from_waking() -> None:
 def open_with_parser(parser: ScriptedParser, params: SamplingParams | None = None) -> TokenStream:
     stream = TokenStream(request())
     params = params or SamplingParams(skip_special_tokens=False, include_stop_str_in_output=True)
-    stream.open(3, ToyDecoder(params.skip_special_tokens), tool_use=ToolUse(Grammar("lark"), params, parser))
+    stream.open(3, ToyDecoder(params.skip_special_tokens), AnswerPlan(params, parser=parser))
     return stream
 
 
@@ -315,7 +315,7 @@ async def test_each_event_carries_the_deltas_of_its_text_and_the_last_one_those_
     stream.put(Token(END, 1.0, FinishReason.STOP))
     stream.wake()
     events = (await read(stream)).events
-    assert parser.fed == ["a", "", "é", "<end>"], "the parameters of the tool use replace those of the request"
+    assert parser.fed == ["a", "", "é", "<end>"], "the parameters of the plan replace those of the request"
     assert [event.deltas for event in events] == [
         (ToolCallDelta(0, arguments="a"),),
         (),

@@ -128,3 +128,49 @@ PARAMETERS = turns(
 NO_TOOLS = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + (m.content or '') + '<|im_end|>\n' }}{% endfor %}"
 )
+
+# Qwen 3 with the reasoning of the last answer.
+THINKING = """
+{%- for m in messages -%}
+{{- '<|im_start|>' + m.role + '\\n' -}}
+{%- if m.role == 'assistant' and (loop.last or m.reasoning_content) -%}
+{{- '<think>\\n' + (m.reasoning_content or '') + '\\n</think>\\n\\n' -}}
+{%- endif -%}
+{{- m.content + '<|im_end|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{- '<|im_start|>assistant\\n' -}}
+{%- if enable_thinking is defined and not enable_thinking %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif -%}
+{%- endif -%}
+"""
+
+# DeepSeek R1: the prompt ends with the start mark, and the reasoning of earlier answers is left out.
+OPENED = """
+{%- for m in messages -%}
+{{- '<|im_start|>' + m.role + '\\n' + m.content.split('</think>')[-1] + '<|im_end|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n<think>\\n' }}{% endif -%}
+"""
+
+# gpt-oss: channels between special tokens.
+CHANNELS = """
+{%- for m in messages -%}
+{%- if m.role == 'assistant' -%}
+{%- if m.thinking %}{{ '<|start|>assistant<|channel|>analysis<|message|>' + m.thinking + '<|end|>' }}{% endif -%}
+{{- '<|start|>assistant<|channel|>final<|message|>' + m.content + '<|return|>' -}}
+{%- else -%}
+{{- '<|start|>' + m.role + '<|message|>' + m.content + '<|end|>' -}}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif -%}
+"""
+CHANNEL_TOKENS = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>")
+
+# Llama Guard 3 1B: the content is a list of parts.
+PARTS = """
+{%- for m in messages -%}
+{{- '<|im_start|>' + m.role + '\\n' -}}
+{%- for c in m.content %}{% if c.type == 'text' %}{{ c.text | trim }}{% endif %}{% endfor -%}
+{{- '<|im_end|>\\n' -}}
+{%- endfor -%}
+"""

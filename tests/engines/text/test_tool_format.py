@@ -77,7 +77,7 @@ def test_format_is_detected_if_the_template_shortens_call_ids() -> None:
 def test_format_with_call_ids_outside_the_json_object_is_not_supported() -> None:
     template = chat_templates.FUNCTION_TAG.replace("'<function=' +", "'<function id=' + c.id + ' name=' +")
     assert "c.id" in template
-    assert text_with_tokens(template).tools is None
+    assert text_with_tokens(template).chat.tools is None
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_format_with_call_ids_outside_the_json_object_is_not_supported() -> None
 )
 def test_tools_and_calls_are_refused_if_the_format_is_not_supported(template: str) -> None:
     text = text_with_tokens(template)
-    assert text.tools is None
+    assert text.chat.tools is None
     for prompt in (ChatPrompt((USER,), SHOWN_TOOLS), ChatPrompt((USER, ChatMessage("assistant", "", CALLS[:1])))):
         (refusal,) = text.encode([prompt])
         assert isinstance(refusal, InvalidRequest)
@@ -95,7 +95,7 @@ def test_tools_and_calls_are_refused_if_the_format_is_not_supported(template: st
 
 
 def test_template_of_the_embedded_model_takes_no_tools() -> None:
-    assert HFText(embedded_tokenizer(), frozenset({2}), EMBEDDED_VOCABULARY).tools is None
+    assert HFText(embedded_tokenizer(), frozenset({2}), EMBEDDED_VOCABULARY).chat.tools is None
 
 
 # Prompts

@@ -126,15 +126,15 @@ def test_trigger_in_ordinary_tokens_starts_calls_too() -> None:
     [
         ([PLACE, {"properties": {"a": {"type": "strange"}}}], "tools[1].function.parameters", "strange"),
         ([{"not": {"type": "string"}}, PLACE], "tools[0].function.parameters", "does not compile"),
-        ([{"description": "x" * 70_000}], "tools[0].function.parameters", "at most 65536"),
-        ([{"description": "x" * 30_000}, {"description": "x" * 40_000}], "tools", "at most 65536"),
+        ([{"const": "x" * 70_000}], "tools[0].function.parameters", "at most 65536"),
+        ([{"const": "x" * 30_000}, {"const": "x" * 40_000}], "tools", "at most 65536"),
     ],
 )
 def test_refusal_names_the_tool_whose_schema_cannot_be_followed(
     schemas: list[dict[str, object]], field: str, message: str
 ) -> None:
     text = family_text("shipped")
-    tools = tuple(tool(f"f{number}", schema, number) for number, schema in enumerate(schemas))
+    tools = tuple(replace(tool(f"f{number}", schema, number), strict=True) for number, schema in enumerate(schemas))
     refusal = text.constraint(tool_grammar(HERMES, ToolChoice(tools, required=True)), False)
     assert isinstance(refusal, InvalidRequest)
     assert refusal.param == field

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from serve_app.core.requests import Grammar, SamplingParams, Tool, ToolChoice
+from serve_app.core.requests import GenerationRequest, Grammar, SamplingParams, TextPrompt, Tool, ToolChoice
+from serve_app.engines.text.protocol import AnswerPlan
+from serve_app.engines.text.tokenizer import HFText
 from serve_app.engines.text.tool_format import ToolCallFormat
 from serve_app.engines.text.tool_use import ToolUse, prepare_tool_use
-from serve_app.errors import InvalidRequest
+from serve_app.errors import InvalidRequest, ServeAppError
 
 from .call_formats import HERMES, LLAMA, MISTRAL, Call, join_deltas, write_calls
 from .constraints import acceptance
@@ -15,6 +17,11 @@ from .sample_tokenizers import byte_text
 from .tool_families import choice, family_text
 
 PARAMS = SamplingParams(temperature=0.5, max_tokens=7)
+
+
+def planned(text: HFText, choice: ToolChoice, params: SamplingParams) -> AnswerPlan | ServeAppError:
+    request = GenerationRequest("id", "m", TextPrompt("a"), params, 0.0, 9.0, tool_choice=choice)
+    return text.plan(request, [65])
 
 
 def prepared(call_format: ToolCallFormat, params: SamplingParams = PARAMS) -> ToolUse:
@@ -83,10 +90,12 @@ def test_schema_that_is_not_json_is_refused_by_its_field() -> None:
 @pytest.mark.model
 def test_tokenizer_prepares_tool_use_in_its_detected_format() -> None:
     text = family_text("mistral")
-    found = text.tool_use(choice(required=True), PARAMS)
-    assert isinstance(found, ToolUse)
+    found = planned(text, choice(required=True), PARAMS)
+    assert isinstance(found, AnswerPlan)
+    assert found.parser is not None
+    assert found.params.grammar is not None
     answer = write_calls(MISTRAL, ("weather", '{"city": "Rome"}'))
-    assert acceptance(text, found.grammar, answer)
+    assert acceptance(text, found.params.grammar, answer)
     assert not found.params.skip_special_tokens
     assert join_deltas(found.parser.feed(answer)) == ("", [Call("weather", '{"city": "Rome"}')])
 
@@ -94,7 +103,7 @@ def test_tokenizer_prepares_tool_use_in_its_detected_format() -> None:
 @pytest.mark.model
 def test_tokenizer_without_tool_support_refuses_tool_use() -> None:
     text = byte_text()
-    assert text.tools is None
-    refusal = text.tool_use(choice(), SamplingParams(grammar=Grammar("json_object")))
+    assert text.chat.tools is None
+    refusal = planned(text, choice(), SamplingParams(grammar=Grammar("json_object")))
     assert isinstance(refusal, InvalidRequest)
     assert refusal.param == "tools"

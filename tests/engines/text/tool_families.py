@@ -105,5 +105,5 @@ def text_with_tokens(template: str, tokens: tuple[str, ...] = (), special_tokens
 
 
 def call_format_of(text: HFText) -> ToolCallFormat:
-    assert text.tools is not None
-    return text.tools
+    assert text.chat.tools is not None
+    return text.chat.tools
