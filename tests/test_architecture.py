@@ -47,7 +47,8 @@ RULES: dict[str, set[str]] = {
     "gateway/": {"serve_app.gateway", "serve_app.config", *BASE},
     "engines/": {"serve_app.engines", "serve_app.config", *BASE},
     "engines/text/": {"serve_app.engines.text", *BASE},
-    "engines/text/tokenizer.py": {"tokenizers", "jinja2", "serve_app.engines.text", *BASE},
+    "engines/text/tokenizer.py": {"tokenizers", "serve_app.engines.text", *BASE},
+    "engines/text/chat_template.py": {"jinja2", "transformers", "serve_app.engines.text", *BASE},
     "engines/text/grammar.py": {"tokenizers", "llguidance", "serve_app.engines.text", *BASE},
     "engines/native/": {*TENSORS, "serve_app.engines", "serve_app.config", "serve_app.serve_file", *BASE},
     **{

@@ -1,4 +1,4 @@
-"""A model's chat template: renders conversations in the form of messages, tool calls and reasoning that it takes."""
+"""A model's chat template: renders conversations in the forms that the template takes, which it detects."""
 
 from __future__ import annotations
 
