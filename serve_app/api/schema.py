@@ -16,7 +16,8 @@ from serve_app.errors import InvalidRequest
 MAX_NAME_LENGTH = 64
 
 # Tags of the members of a union: a field that takes a string or a list, or several of either, or an object.
-TEXT, LIST, TEXTS, LISTS, OBJECT = TAGS = ("<text>", "<list>", "<texts>", "<lists>", "<object>")
+TAGS = ("<text>", "<list>", "<texts>", "<lists>", "<object>", "<allowed>")
+TEXT, LIST, TEXTS, LISTS, OBJECT, ALLOWED = TAGS
 
 
 Nested: TypeAlias = "Mapping[str, type[Body]]"

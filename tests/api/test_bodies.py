@@ -10,7 +10,8 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from serve_app.api.native.schema import BatchBody, StreamBody
 from serve_app.api.openai.embeddings import EmbeddingsBody
 from serve_app.api.openai.messages import Message, TextPart
-from serve_app.api.openai.schema import ChatBody, CompletionBody, JsonSchema, ResponseFormat, StreamOptions
+from serve_app.api.openai.response_format import JsonSchema, ResponseFormat
+from serve_app.api.openai.schema import ChatBody, CompletionBody, StreamOptions
 from serve_app.api.schema import TAGS, Body
 from serve_app.core.requests import TextPrompt
 
@@ -186,9 +187,9 @@ async def test_an_unknown_field_can_have_an_empty_name(client: httpx.AsyncClient
         ({"prompt": [1, "a"]}, "prompt[1]", "valid integer"),
         ({"prompt": [1, -1]}, "prompt[1]", "greater than or equal to 0"),
         ({"prompt": [2**31]}, "prompt[0]", "less than or equal to 2147483647"),
-        ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
+        ({"max_tokens": 0}, "max_tokens", "which requires echo: true"),
         ({"min_tokens": 17}, "min_tokens", "above max_tokens 16"),
-        ({"logprobs": 6}, "logprobs", "less than or equal to 5"),
+        ({"logprobs": 21}, "logprobs", "less than or equal to 20"),
         ({"logprobs": True}, "logprobs", "valid integer"),
         ({"suffix": "x"}, "suffix", 'can only be null or "": the service does not insert text'),
         ({"use_beam_search": True}, "use_beam_search", "can only be null or false"),
@@ -213,7 +214,7 @@ async def test_an_error_names_the_wrong_field_of_a_completion(
         ({"messages": ["hi"]}, "messages[0]", "should be an object"),
         ({"messages": [HI, {}]}, "messages[1].role", "is required."),
         ({"messages": [{"role": "user"}]}, "messages[0].content", "is required"),
-        ({"messages": [{**HI, "role": "god"}]}, "messages[0].role", "'user', 'assistant' or 'tool'"),
+        ({"messages": [{**HI, "role": "god"}]}, "messages[0].role", "'assistant', 'tool' or 'function'"),
         ({"messages": [{**HI, "content": None}]}, "messages[0].content", "is required"),
         ({"messages": [{**HI, "content": 5}]}, "messages[0].content", "a string or a list of text parts"),
         ({"messages": [{**HI, "contents": "x"}]}, "messages[0].contents", "Did you mean 'content'?"),
@@ -233,7 +234,7 @@ async def test_an_error_names_the_wrong_field_of_a_completion(
         ({"top_logprobs": 2}, "top_logprobs", "requires logprobs: true"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "less than or equal to 20"),
         ({"max_completion_tokens": 2, "min_tokens": 3}, "min_tokens", "above max_tokens 2"),
-        ({"functions": [{"name": "f"}]}, "functions", "can only be null: use 'tools'"),
+        ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs", "cannot set the variable 'messages'"),
         ({"store": True}, "store", "can only be null or false: the service stores no answers"),
         ({"store": 0}, "store", "can only be null or false"),
         ({"service_tier": "flex"}, "service_tier", 'can only be null or "auto" or "default"'),

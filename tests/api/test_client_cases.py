@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,12 +28,14 @@ from openai.types.chat import (
 
 from serve_app.api import unused
 from serve_app.api.openai.messages import Message, TextPart
+from serve_app.api.openai.response_format import JsonSchema, StructuredOutputs
 from serve_app.api.openai.schema import ChatBody, CompletionBody, StreamOptions
-from serve_app.api.openai.tools import CalledFunction, EarlierCall, OfferedTool
+from serve_app.api.openai.tools import CalledFunction, EarlierCall, Function, OfferedTool
 from serve_app.api.schema import Body
-from serve_app.core.requests import ChatMessage, ChatPrompt, ToolCall
+from serve_app.core.requests import ChatMessage, ChatPrompt, Grammar, ToolCall
 
-from .scripted import ScriptedEngine, events_of
+from .scripted import ScriptedEngine, chunk, events_of
+from .test_prompt_details import PROMPT
 
 CHATS, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 HI = {"role": "user", "content": "hi"}
@@ -52,7 +55,6 @@ CHAT_FIELDS: list[dict[str, Any]] = [
     {"safety_identifier": "u"},
     {"modalities": ["text"]},
     {"reasoning_effort": None},
-    {"reasoning_effort": "low"},
     {"verbosity": "low"},
     {"functions": None},
     {"functions": []},
@@ -116,9 +118,10 @@ async def test_a_field_that_asks_for_nothing_changes_nothing(
         {"refusal": "no"},
         {"annotations": []},
         {"audio": None, "function_call": None},
-        {"reasoning_content": "x"},
         {"reasoning_content": None},
-        {"reasoning": "x"},
+        {"reasoning": None},
+        {"reasoning": [{"type": "text"}]},
+        {"reasoning_details": [{"type": "text"}]},
         {"provider_specific_fields": None},
         {"parsed": {"a": 1}},
         {"tool_calls": []},
@@ -147,6 +150,11 @@ async def test_an_answer_can_be_sent_back(
         ({"role": "user", "content": "hi", "name": "alice"}, ChatMessage("user", "hi", name="alice")),
         ({"role": "system", "content": "a", "name": "the boss"}, ChatMessage("system", "a", name="the boss")),
         ({"role": "developer", "content": "a"}, ChatMessage("developer", "a")),
+        (
+            {"role": "assistant", "content": "a", "reasoning_content": "x"},
+            ChatMessage("assistant", "a", reasoning="x"),
+        ),
+        ({"role": "assistant", "content": "a", "reasoning": "x"}, ChatMessage("assistant", "a", reasoning="x")),
     ],
 )
 async def test_a_message_reaches_the_engine(
@@ -198,6 +206,145 @@ async def test_the_body_of_guidellm_has_the_usage_in_each_chunk(client: httpx.As
     assert (last["choices"], last["usage"]) == ([], tokens[-1]["usage"])
 
 
+@pytest.mark.parametrize("name", ["dummy", "tgi", "", None])
+@pytest.mark.parametrize(
+    ("path", "body"), [(CHATS, {"messages": [HI]}), (COMPLETIONS, {"prompt": "hi"}), ("/generate", {"inputs": "hi"})]
+)
+async def test_a_name_that_clients_of_tgi_send_stands_for_the_first_model(
+    client: httpx.AsyncClient, engine: ScriptedEngine, path: str, body: dict[str, Any], name: str | None
+) -> None:
+    answer = await client.post(path, json=body | {"model": name})
+    assert answer.status_code == 200, answer.text
+    assert engine.requests[0].model == "small"
+
+
+async def test_langchains_default_parameters_of_tgi_are_accepted(
+    client: httpx.AsyncClient, engine: ScriptedEngine
+) -> None:
+    parameters: dict[str, Any] = {
+        "max_new_tokens": 8,
+        "top_p": 0.95,
+        "typical_p": 0.95,
+        "temperature": 0.8,
+        "return_full_text": False,
+    }
+    parameters |= {"stop": [], "do_sample": False, "watermark": False}
+    answer = await client.post("/generate", json={"inputs": "hi", "parameters": parameters})
+    assert answer.status_code == 200, answer.text
+    assert engine.requests[0].params.temperature == 0
+    answer = await client.post("/generate", json={"inputs": "hi", "parameters": {"typical_p": 0.95}})
+    assert (answer.status_code, answer.json()["error_type"]) == (422, "validation")
+
+
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
+
+
+@pytest.mark.parametrize(
+    ("form", "kind", "text"),
+    [
+        ({"type": "json_object", "value": SCHEMA}, "json_schema", json.dumps(SCHEMA)),
+        ({"type": "json_object", "schema": SCHEMA}, "json_schema", json.dumps(SCHEMA)),
+        ({"type": "json", "value": SCHEMA}, "json_schema", json.dumps(SCHEMA)),
+        ({"type": "regex", "value": "a+"}, "regex", "a+"),
+    ],
+)
+async def test_the_forms_of_other_servers_are_accepted(
+    client: httpx.AsyncClient, engine: ScriptedEngine, form: dict[str, Any], kind: str, text: str
+) -> None:
+    _, params, _ = await prompt_and_params(client, engine, CHATS, {"messages": [HI], "response_format": form})
+    assert params.grammar == Grammar(kind, text, "response_format", strict=kind == "regex")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"type": "json"},
+        {"type": "regex", "value": SCHEMA},
+        {"type": "regex", "value": ""},
+        {"type": "json", "value": "a"},
+        {"type": "text", "value": SCHEMA},
+        {"type": "json_object", "value": SCHEMA, "schema": SCHEMA},
+        {"type": "json_schema", "value": SCHEMA},
+    ],
+)
+async def test_an_incomplete_form_is_refused(client: httpx.AsyncClient, form: dict[str, Any]) -> None:
+    answer = await client.post(CHATS, json={"messages": [HI], "response_format": form})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "response_format")
+
+
+async def test_a_strict_schema_stays_strict(client: httpx.AsyncClient, engine: ScriptedEngine) -> None:
+    for strict in (True, False, None):
+        form = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA, "strict": strict}}
+        _, params, _ = await prompt_and_params(client, engine, CHATS, {"messages": [HI], "response_format": form})
+        assert params.grammar.strict is (strict is True)
+
+
+async def test_tools_and_a_schema_are_accepted_together(client: httpx.AsyncClient, engine: ScriptedEngine) -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "o", "schema": SCHEMA}}
+    body = {"messages": [HI], "tools": [CLOCK], "response_format": form}
+    _, params, choice = await prompt_and_params(client, engine, CHATS, body)
+    assert params.grammar.kind == "json_schema"
+    assert [tool.name for tool in choice.tools] == ["clock"]
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
+        ({"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs"),
+        ({"chat_template": "{{ messages }}"}, "chat_template"),
+    ],
+)
+async def test_a_contradiction_about_the_template_is_refused(
+    client: httpx.AsyncClient, body: dict[str, Any], param: str
+) -> None:
+    answer = await client.post(CHATS, json={"messages": [HI]} | body)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+
+
+async def test_variables_of_the_caller_override_those_of_the_reasoning_effort(
+    client: httpx.AsyncClient, engine: ScriptedEngine
+) -> None:
+    body = {"messages": [HI], "reasoning_effort": "none", "chat_template_kwargs": {"enable_thinking": True, "a": 1}}
+    prompt, *_ = await prompt_and_params(client, engine, CHATS, body)
+    assert json.loads(prompt.variables) == {"reasoning_effort": "none", "enable_thinking": True, "a": 1}
+
+
+async def test_legacy_functions_have_a_conversation(client: httpx.AsyncClient, engine: ScriptedEngine) -> None:
+    messages = [
+        HI,
+        {"role": "assistant", "content": None, "function_call": {"name": "clock", "arguments": "{}"}},
+        {"role": "function", "name": "clock", "content": "noon"},
+    ]
+    body = {"messages": messages, "functions": [{"name": "clock"}], "function_call": "auto"}
+    prompt, _, choice = await prompt_and_params(client, engine, CHATS, body)
+    assert prompt.messages[1:] == (
+        ChatMessage("assistant", "", (ToolCall("call_clock", "clock", "{}"),)),
+        ChatMessage("tool", "noon", tool_call_id="call_clock", name="clock"),
+    )
+    assert [tool.name for tool in choice.tools] == ["clock"]
+    for wrong in ({"role": "function", "content": "noon"}, {"role": "function", "name": "watch", "content": "noon"}):
+        answer = await client.post(CHATS, json=body | {"messages": [*messages[:2], wrong]})
+        assert answer.status_code == 400, answer.text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_echo_without_an_answer_returns_the_prompt(
+    client: httpx.AsyncClient, engine: ScriptedEngine, stream: bool
+) -> None:
+    """Evaluation programs score a text with it. The one token that the model computes is left out."""
+    engine.script = lambda request: [replace(chunk(["x"]), prompt=PROMPT)]
+    body = {"prompt": "hi", "max_tokens": 0, "echo": True, "logprobs": 1, "return_token_ids": True, "stream": stream}
+    answer = await client.post(COMPLETIONS, json=body | ({"stream_options": {"include_usage": True}} if stream else {}))
+    assert answer.status_code == 200, answer.text
+    assert engine.requests[0].params.max_tokens == 1
+    documents = events_of(answer.text)[:-1] if stream else [answer.json()]
+    (choice,) = documents[0]["choices"]
+    assert (choice["text"], choice["finish_reason"], choice["token_ids"]) == (PROMPT.text, "length", [])
+    assert choice["logprobs"]["tokens"] == [token.text for token in PROMPT.tokens]
+    assert documents[-1]["usage"]["completion_tokens"] == 0
+
+
 class BodyWithHint(Body):
     hint_of_this_test: Annotated[object, unused.Hint()] = None
 
@@ -231,17 +378,41 @@ def test_every_field_that_openai_publishes_is_declared(published: Any, body: typ
     assert published.__annotations__.keys() <= set(body.names())
 
 
+# The fields of vLLM's requests (vllm/entrypoints/openai/*/protocol.py, July 2026) that OpenAI's do not have.
+VLLM_BOTH = """
+use_beam_search top_k min_p repetition_penalty watermarking length_penalty stop_token_ids include_stop_str_in_output
+ignore_eos min_tokens skip_special_tokens spaces_between_special_tokens truncate_prompt_tokens truncation_side
+prompt_logprobs logprob_token_ids allowed_token_ids bad_words structured_outputs priority request_id session_id
+return_tokens_as_token_ids return_token_ids routed_experts_prompt_start return_token_offsets return_mm_kwargs cache_salt
+kv_transfer_params ec_transfer_params vllm_xargs repetition_detection stream_interval thinking_token_budget
+add_special_tokens echo
+"""
+VLLM_CHATS = """
+include_reasoning add_generation_prompt continue_final_message documents chat_template chat_template_kwargs
+media_io_kwargs mm_processor_kwargs return_prompt_text reasoning_effort
+"""
+VLLM_COMPLETIONS = "prompt_embeds response_format"
+
+
+@pytest.mark.parametrize(("body", "own"), [(ChatBody, VLLM_CHATS), (CompletionBody, VLLM_COMPLETIONS)])
+def test_every_field_that_vllm_publishes_is_declared(body: type[Body], own: str) -> None:
+    assert {*VLLM_BOTH.split(), *own.split()} <= set(body.names())
+
+
 def unused_fields() -> dict[tuple[str, str], tuple[unused.Unused, str]]:
     """Marker and description of each field that is not used, by object and name."""
     objects: dict[str, type[Body]] = {
         "completion": CompletionBody,
         "chat": ChatBody,
         "`stream_options`": StreamOptions,
+        "`structured_outputs`": StructuredOutputs,
         "message": Message,
         "text part": TextPart,
         "call": EarlierCall,
         "function of a call": CalledFunction,
         "tool": OfferedTool,
+        "function": Function,
+        "schema of an answer": JsonSchema,
     }
     return {
         (title, name): (marker, field.description or "")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, get_args
 
 import httpx
@@ -26,6 +26,7 @@ from serve_app.core.requests import (
     ChatMessage,
     ChatPrompt,
     Grammar,
+    GrammarKind,
     TextPrompt,
     TokenPrompt,
     Tool,
@@ -89,7 +90,7 @@ SAMPLING = {
 
 MODEL = Effect({"model": "org/large"}, {"model": "org/large", "temperature": 0, "top_p": 1.0})
 QUERIED_MODEL = Effect({"model": "org/large"}, {"model": "org/large"})
-GRAMMAR = Grammar("json_schema", json.dumps(SCHEMA), "response_format")
+GRAMMAR = Grammar("json_schema", json.dumps(SCHEMA), "response_format", strict=False)
 WITH_SCHEMA: dict[str, Any] = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}
 WITH_ANY_SCHEMA: dict[str, Any] = {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}
 USER: dict[str, Any] = {"role": "user", "content": "hi"}
@@ -98,6 +99,7 @@ TOOL: dict[str, Any] = {"type": "function", "function": {"name": "f"}}
 OTHER_TOOL: dict[str, Any] = {"type": "function", "function": {"name": "g"}}
 NO_PARAMETERS = json.dumps({"type": "object", "properties": {}, "additionalProperties": False})
 WITH_TOOL = CHAT | {"tools": [TOOL]}
+WITH_TOOLS = CHAT | {"tools": [TOOL, OTHER_TOOL]}
 
 
 def parts(**more: Any) -> dict[str, Any]:
@@ -137,6 +139,19 @@ def offered(**function: Any) -> dict[str, Any]:
 
 def offers(offer: Tool, template: tuple[str, ...]) -> dict[str, Any]:
     return {"tool_choice": ToolChoice((offer,)), "prompt": prompt(tools=template)}
+
+
+def with_variables(**variables: Any) -> dict[str, Any]:
+    return {"prompt": replace(prompt(), variables=json.dumps(variables))}
+
+
+def structured(field: str, kind: GrammarKind, text: str = "") -> dict[str, Any]:
+    return {"grammar": Grammar(kind, text, f"structured_outputs.{field}")}
+
+
+def allowed(mode: str, name: str) -> dict[str, Any]:
+    tools = [{"type": "function", "function": {"name": name}}]
+    return {"tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}}
 
 
 RESULT = {
@@ -211,10 +226,7 @@ EFFECTS: dict[str, dict[str, dict[str, Effect]]] = {
                 {"grammar": Grammar("regex", "a", "parameters.grammar")},
                 base=INPUTS,
             ),
-            **{
-                name: Effect({"parameters": {name: None}}, base=INPUTS)
-                for name in ("typical_p", "watermark", "adapter_id")
-            },
+            **{name: Effect({"parameters": {name: None}}, base=INPUTS) for name in ("typical_p",)},
         },
         "GrammarField": {
             "type": Effect(
@@ -252,6 +264,18 @@ EFFECTS: dict[str, dict[str, dict[str, Effect]]] = {
             "prompt_logprobs": Effect({"prompt_logprobs": 2}, {"prompt_logprobs": 2}),
             "return_token_ids": Effect({"return_token_ids": True}, {"prompt_details": True}),
             "max_completion_tokens": Effect({"max_completion_tokens": 5}, {"max_tokens": 5}),
+            "structured_outputs": Effect(
+                {"structured_outputs": {"json_object": True}}, structured("json_object", "json_object")
+            ),
+        },
+        "StructuredOutputs": {
+            "json": Effect({"structured_outputs": {"json": "{}"}}, structured("json", "json_schema", "{}")),
+            "regex": Effect({"structured_outputs": {"regex": "a"}}, structured("regex", "regex", "a")),
+            "choice": Effect({"structured_outputs": {"choice": ["a"]}}, structured("choice", "choice", '["a"]')),
+            "grammar": Effect({"structured_outputs": {"grammar": "a"}}, structured("grammar", "lark", "a")),
+            "json_object": Effect(
+                {"structured_outputs": {"json_object": True}}, structured("json_object", "json_object")
+            ),
         },
         "StreamOptions": {
             "include_usage": Effect(
@@ -275,6 +299,10 @@ EFFECTS: dict[str, dict[str, dict[str, Effect]]] = {
                 {"grammar": GRAMMAR},
                 base={"prompt": "hi", "response_format": WITH_ANY_SCHEMA},
             ),
+            **{
+                name: Effect({"response_format": {"type": "json_object", name: SCHEMA}}, {"grammar": GRAMMAR})
+                for name in ("schema", "value")
+            },
         },
         "JsonSchema": {
             "schema": Effect(
@@ -286,8 +314,13 @@ EFFECTS: dict[str, dict[str, dict[str, Effect]]] = {
                 name: Effect(
                     {"response_format": parts(**{name: value})}, base={"prompt": "hi", "response_format": WITH_SCHEMA}
                 )
-                for name, value in [("name", "y"), ("description", "Any."), ("strict", False)]
+                for name, value in [("name", "y")]
             },
+            "strict": Effect(
+                {"response_format": parts(strict=True)},
+                {"grammar": Grammar("json_schema", json.dumps(SCHEMA), "response_format")},
+                base={"prompt": "hi", "response_format": WITH_SCHEMA},
+            ),
         },
         "CompletionBody": {
             "prompt": Effect({"prompt": [7]}, {"prompt": TokenPrompt((7,))}),
@@ -295,6 +328,7 @@ EFFECTS: dict[str, dict[str, dict[str, Effect]]] = {
             "logprobs": Effect({"logprobs": 2}, {"logprobs": 2}),
             "best_of": Effect({"best_of": 2}, {"count": 2, "group": True, "logprobs": 0}),
             "echo": Effect({"echo": True}, {"prompt_details": True}),
+            "add_special_tokens": Effect({"add_special_tokens": False}, {"prompt": TextPrompt("hi", False)}),
         },
     },
     CHATS: {
@@ -303,11 +337,37 @@ EFFECTS: dict[str, dict[str, dict[str, Effect]]] = {
             "max_tokens": Effect({"max_tokens": 5}, {"max_tokens": 5}),
             "logprobs": Effect({"logprobs": True}, {"logprobs": 0}),
             "top_logprobs": Effect({"top_logprobs": 3}, {"logprobs": 3}, base=CHAT | {"logprobs": True}),
+            "reasoning_effort": Effect(
+                {"reasoning_effort": "low"}, with_variables(reasoning_effort="low", enable_thinking=True)
+            ),
+            "include_reasoning": Effect({"include_reasoning": False}),
+        },
+        "TemplateFields": {
+            "chat_template_kwargs": Effect({"chat_template_kwargs": {"a": 1}}, with_variables(a=1)),
+            "documents": Effect({"documents": [{"text": "x"}]}, with_variables(documents=[{"text": "x"}])),
+            "add_generation_prompt": Effect(
+                {"add_generation_prompt": False}, {"prompt": replace(prompt(), begins_answer=False)}
+            ),
+            "continue_final_message": Effect(
+                {"continue_final_message": True}, {"prompt": replace(prompt(), continues=True)}
+            ),
         },
         "Message": {
             "role": Effect(turns({"role": "system", "content": "x"}), {"prompt": prompt(ChatMessage("system", "x"))}),
             "content": Effect(turns({"role": "user", "content": "x"}), {"prompt": prompt(ChatMessage("user", "x"))}),
             "tool_calls": Effect(called(), call_of(ToolCall("c", "f", "{}"))),
+            "function_call": Effect(
+                turns({"role": "assistant", "function_call": {"name": "f", "arguments": "{}"}}),
+                call_of(ToolCall("call_f", "f", "{}")),
+            ),
+            **{
+                name: Effect(
+                    turns({"role": "assistant", "content": "x", name: "y"}),
+                    {"prompt": prompt(ChatMessage("assistant", "x", reasoning="y"))},
+                    base=CHAT | turns({"role": "assistant", "content": "x"}),
+                )
+                for name in ("reasoning_content", "reasoning")
+            },
             "tool_call_id": Effect(
                 turns(called()["messages"][1], {"role": "tool", "content": "r", "tool_call_id": "c"}), RESULT
             ),
@@ -353,6 +413,31 @@ EFFECTS: dict[str, dict[str, dict[str, Effect]]] = {
             "parallel_tool_calls": Effect(
                 {"parallel_tool_calls": False}, {"tool_choice": ToolChoice((tool(),), parallel=False)}, base=WITH_TOOL
             ),
+            "functions": Effect(
+                {"functions": [{"name": "f"}]},
+                {"tool_choice": ToolChoice((tool(),), parallel=False), "prompt": prompt(tools=shown())},
+            ),
+            "function_call": Effect(
+                {"function_call": {"name": "f"}},
+                {"tool_choice": ToolChoice((tool(),), True, False)},
+                base=CHAT | {"functions": [{"name": "f"}]},
+            ),
+        },
+        "AllowedToolsChoice": {
+            name: Effect(allowed("auto", "f"), {"tool_choice": ToolChoice((tool(),))}, base=WITH_TOOLS)
+            for name in ("type", "allowed_tools")
+        },
+        "AllowedTools": {
+            "mode": Effect(
+                allowed("required", "f"),
+                {"tool_choice": ToolChoice((tool(),), True, False)},
+                base=WITH_TOOLS | allowed("auto", "f"),
+            ),
+            "tools": Effect(
+                allowed("auto", "g"),
+                {"tool_choice": ToolChoice((Tool("g", NO_PARAMETERS, "tools[1].function.parameters"),))},
+                base=WITH_TOOLS | allowed("auto", "f"),
+            ),
         },
         "OfferedTool": {
             "type": Effect({"tools": [TOOL]}, offers(tool(), shown())),
@@ -366,7 +451,9 @@ EFFECTS: dict[str, dict[str, dict[str, Effect]]] = {
                 offers(tool(schema=json.dumps(SCHEMA)), shown(parameters=SCHEMA)),
                 base=WITH_TOOL,
             ),
-            "strict": Effect(offered(strict=True), base=WITH_TOOL),
+            "strict": Effect(
+                offered(strict=True), {"tool_choice": ToolChoice((replace(tool(), strict=True),))}, base=WITH_TOOL
+            ),
         },
         "ChosenTool": {
             name: Effect(
@@ -401,6 +488,7 @@ EFFECTS: dict[str, dict[str, dict[str, Effect]]] = {
             "model": QUERIED_MODEL,
             "prompt": Effect({"prompt": "b"}, {"prompt": TextPrompt("b")}),
             "messages": Effect({"prompt": None, "messages": [USER]}, {"prompt": prompt()}),
+            "tools": Effect({"tools": [TOOL]}, {"prompt": prompt(tools=shown())}, base={"messages": [USER]}),
             "add_special_tokens": Effect({"add_special_tokens": False}, {"special_tokens": False}),
             "return_token_strs": Effect({"return_token_strs": True}, answer=True),
         },

@@ -121,8 +121,8 @@ async def test_an_error_names_the_invalid_field(
     [
         ({"n": 0}, "n", "greater than or equal to 1"),
         ({"n": 17}, "n", "less than or equal to 16"),
-        ({"response_format": {"type": "xml"}}, "response_format.type", "'text', 'json_object' or 'json_schema'"),
-        ({"response_format": {"type": "json_schema"}}, "response_format", "if, and only if, its type"),
+        ({"response_format": {"type": "xml"}}, "response_format.type", "'json_schema', 'json' or 'regex'"),
+        ({"response_format": {"type": "json_schema"}}, "response_format", "should have 'json_schema' when its type"),
         (
             {"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}},
             "response_format.json_schema.schema",

@@ -352,7 +352,7 @@ async def test_the_openai_client_raises_its_own_errors(official: openai.AsyncOpe
     assert (wrong.value.param, wrong.value.type) == ("temperature", "invalid_request_error")
     engine.plays(QueueFull("8 requests wait.", retry_after_s=1.5))
     with pytest.raises(openai.RateLimitError, match="8 requests wait") as full:
-        await official.completions.create(model="small", prompt="hi", stream=True)
+        await official.completions.create(model="small", prompt="hi")
     assert full.value.response.headers["retry-after"] == "2"
     assert full.value.response.headers["retry-after-ms"] == "1500"
     assert full.value.request_id == full.value.response.headers["x-request-id"]

@@ -224,6 +224,29 @@ async def test_every_token_has_logprobs_and_an_id(client: httpx.AsyncClient, eng
     assert [token for one in found for token in one["token_ids"]] == ids
 
 
+@pytest.mark.parametrize("size", [1, 1000])
+async def test_a_call_of_the_older_form(client: httpx.AsyncClient, engine: ScriptedEngine, size: int) -> None:
+    engine.plays(*chunks(calls(CALLS[0], size=size)))
+    fields = {"tools": None, "functions": [WEATHER["function"]]}
+    (choice,) = await choices(client, **fields)
+    call = {"name": CALLS[0][0], "arguments": CALLS[0][1]}
+    assert choice["message"] == {"role": "assistant", "content": None, "function_call": call}
+    assert choice["finish_reason"] == "function_call"
+    found = await streamed(client, **fields)
+    parts = [one["delta"]["function_call"] for one in found if "function_call" in one["delta"]]
+    assert [part["name"] for part in parts if "name" in part] == ["weather"]
+    assert "".join(part["arguments"] for part in parts) == CALLS[0][1]
+    assert found[-1]["finish_reason"] == "function_call"
+
+
+async def test_reasoning_can_be_left_out(client: httpx.AsyncClient, engine: ScriptedEngine) -> None:
+    engine.plays(*chunks([[ReasoningDelta("Hm.")], [TextDelta("Yes.")]]))
+    (choice,) = await choices(client, include_reasoning=False)
+    assert choice["message"] == {"role": "assistant", "content": "Yes."}
+    found = await streamed(client, include_reasoning=False)
+    assert not any("reasoning" in name for one in found for name in one["delta"])
+
+
 async def test_a_token_with_two_deltas_is_two_events(client: httpx.AsyncClient, engine: ScriptedEngine) -> None:
     engine.plays(*chunks([[TextDelta("So"), ToolCallDelta(0, "f"), ToolCallDelta(0, arguments="{}")]]))
     _, *found = await streamed(client, logprobs=True, return_token_ids=True)
@@ -345,7 +368,7 @@ def with_call(**call: object) -> list[Any]:
         ({"tools": [tool(parameters={"type": "array"})]}, "tools[0].function.parameters", "schema of an object"),
         ({"tools": [tool(paramters={})]}, "tools[0].function.paramters", "Did you mean 'parameters'?"),
         ({"tool_choice": "any"}, "tool_choice", "'none', 'auto' or 'required'"),
-        ({"tool_choice": 5}, "tool_choice", "'none', 'auto', 'required' or the function to call"),
+        ({"tool_choice": 5}, "tool_choice", "the function to call or the allowed tools"),
         ({"tool_choice": {"type": "function"}}, "tool_choice.function", "is required"),
         (
             {"tool_choice": {"type": "function", "function": {"name": "clock", "args": 1}}},
@@ -354,14 +377,14 @@ def with_call(**call: object) -> list[Any]:
         ),
         (
             {"tool_choice": {"type": "function", "function": {"name": "watch"}}},
-            "tool_choice.function.name",
+            "tool_choice",
             "not among the tools",
         ),
         ({"tools": None, "tool_choice": "required"}, "tool_choice", "requires 'tools'"),
         ({"tools": [], "tool_choice": "required"}, "tool_choice", "requires 'tools'"),
+        ({"functions": [{"name": "f"}]}, "functions", "the older form of 'tools'"),
         ({"parallel_tool_calls": 1}, "parallel_tool_calls", "valid boolean"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "tool_choice: none"),
-        ({"guided_regex": "a"}, "guided_regex", "and 'tools' each set"),
+        ({"guided_regex": "a"}, "guided_regex", "a form of the answer that is not JSON"),
         ({"messages": [HI | {"tool_call_id": "c"}]}, "messages[0].tool_call_id", "role 'tool' only"),
         ({"messages": [HI | {"tool_calls": [CALL]}]}, "messages[0].tool_calls", "role 'assistant' only"),
         ({"messages": [{"role": "tool", "content": ""}]}, "messages[0].tool_call_id", "is required in a message of"),

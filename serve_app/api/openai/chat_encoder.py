@@ -67,7 +67,7 @@ class ChatEncoder(OpenAIEncoder):
         state.add_event(event)
         if event.deltas is None:
             return self._data(index, {"content": event.text}, [event], event.finish_reason)
-        deltas = [_encoded(delta) for delta in event.deltas]
+        deltas = [self._encoded(delta) for delta in event.deltas if self._shows(delta)]
         if not deltas:
             if not (self._logprobs or self._show.token_ids or event.finish_reason is not None):
                 return b""
@@ -89,7 +89,7 @@ class ChatEncoder(OpenAIEncoder):
             "index": index,
             "delta": delta,
             "logprobs": _logprobs(tokens) if self._logprobs else None,
-            "finish_reason": None if reason is None else _finish_reason(reason, state),
+            "finish_reason": None if reason is None else self._finish_reason(reason, state),
         }
         if reason is not None:
             choice["stop_reason"] = state.stopped_by
@@ -100,14 +100,47 @@ class ChatEncoder(OpenAIEncoder):
     def _choice(self, index: int, state: CompletionState) -> ChatChoice:
         choice: ChatChoice = {
             "index": index,
-            "message": _message(state),
+            "message": self._message(state),
             "logprobs": _logprobs(state.logprob_events) if self._logprobs else None,
-            "finish_reason": _finish_reason(state.reason, state),
+            "finish_reason": self._finish_reason(state.reason, state),
             "stop_reason": state.stopped_by,
         }
         if self._show.token_ids:
             choice["token_ids"] = state.token_ids
         return choice
+
+    def _message(self, state: CompletionState) -> AssistantMessage:
+        message: AssistantMessage = {"role": "assistant", "content": state.content}
+        if state.reasoning and self._show.reasoning:
+            message["reasoning_content"] = message["reasoning"] = state.reasoning
+        calls = state.calls
+        if calls:
+            message["content"] = state.content or None
+        if calls and self._show.legacy_calls:
+            name, arguments = calls[0]
+            message["function_call"] = {"name": name, "arguments": arguments}
+        elif calls:
+            message["tool_calls"] = [_call(name, arguments) for name, arguments in calls]
+        return message
+
+    def _finish_reason(self, reason: FinishReason, state: CompletionState) -> ChatFinishReason:
+        if reason is FinishReason.STOP and any(isinstance(delta, ToolCallDelta) for delta in state.deltas or ()):
+            return "function_call" if self._show.legacy_calls else "tool_calls"
+        return _FINISH_REASONS[reason]
+
+    def _shows(self, delta: Delta) -> bool:
+        return self._show.reasoning or not isinstance(delta, ReasoningDelta)
+
+    def _encoded(self, delta: Delta) -> ChatDelta:
+        match delta:
+            case TextDelta():
+                return {"content": delta.text}
+            case ReasoningDelta():
+                return {"reasoning_content": delta.text, "reasoning": delta.text}
+            case ToolCallDelta() if self._show.legacy_calls:
+                return {"function_call": _function_part(delta)}
+            case ToolCallDelta():
+                return {"tool_calls": [_call_part(delta)]}
 
     def _chunk(self, choices: list[ChatChunkChoice]) -> ChatChunk:
         body: ChatChunk = {
@@ -122,47 +155,23 @@ class ChatEncoder(OpenAIEncoder):
         return body
 
 
-def _message(state: CompletionState) -> AssistantMessage:
-    message: AssistantMessage = {"role": "assistant", "content": state.content}
-    if state.reasoning:
-        message["reasoning_content"] = message["reasoning"] = state.reasoning
-    calls = [_call(name, arguments) for name, arguments in state.calls]
-    if calls:
-        message["content"] = state.content or None
-        message["tool_calls"] = calls
-    return message
-
-
 def _call(name: str, arguments: str) -> ToolCall:
     return {"id": _new_id(), "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
-def _encoded(delta: Delta) -> ChatDelta:
-    match delta:
-        case TextDelta():
-            return {"content": delta.text}
-        case ReasoningDelta():
-            return {"reasoning_content": delta.text, "reasoning": delta.text}
-        case ToolCallDelta():
-            return {"tool_calls": [_call_part(delta)]}
+def _function_part(delta: ToolCallDelta) -> FunctionDelta:
+    return {"name": delta.name, "arguments": delta.arguments} if delta.name else {"arguments": delta.arguments}
 
 
 def _call_part(delta: ToolCallDelta) -> ToolCallPart:
-    function: FunctionDelta = {"arguments": delta.arguments}
+    function = _function_part(delta)
     if not delta.name:
         return {"index": delta.index, "function": function}
-    function["name"] = delta.name
     return {"index": delta.index, "id": _new_id(), "type": "function", "function": function}
 
 
 def _new_id() -> str:
     return f"call_{uuid4().hex[:24]}"
-
-
-def _finish_reason(reason: FinishReason, state: CompletionState) -> ChatFinishReason:
-    if reason is FinishReason.STOP and any(isinstance(delta, ToolCallDelta) for delta in state.deltas or ()):
-        return "tool_calls"
-    return _FINISH_REASONS[reason]
 
 
 def _logprobs(events: Sequence[TokenEvent]) -> ChatLogprobs:

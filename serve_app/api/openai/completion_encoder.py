@@ -16,7 +16,7 @@ from serve_app.api.openai.responses import (
 )
 from serve_app.api.responses import finite
 from serve_app.api.sse import data
-from serve_app.core.events import Logprobs, PromptDetails, TokenEvent
+from serve_app.core.events import FinishReason, Logprobs, PromptDetails, TokenEvent
 
 
 class CompletionEncoder(OpenAIEncoder):
@@ -37,6 +37,7 @@ class CompletionEncoder(OpenAIEncoder):
         return b""
 
     def event(self, event: TokenEvent, index: int) -> bytes:
+        event = event if self._show.answer else _emptied(event)
         state = self._states[index]
         first, offset = state.tokens == 0, len(state.text)
         if self._show.echo and state.prompt is not None and not first:
@@ -53,7 +54,7 @@ class CompletionEncoder(OpenAIEncoder):
         if event.finish_reason is not None:
             choice["stop_reason"] = event.stopped_by
         if self._show.token_ids:
-            choice["token_ids"] = [event.token_id]
+            choice["token_ids"] = [event.token_id] * self._show.answer
         self.add_prompt(choice, prompt)
         return data(self._chunk([choice]))
 
@@ -63,6 +64,8 @@ class CompletionEncoder(OpenAIEncoder):
         return data(body)
 
     def _choice(self, index: int, state: CompletionState, prompt: PromptDetails | None) -> CompletionChoice:
+        if not self._show.answer:
+            state = replace(state, text="", token_ids=[], logprob_events=[], finish_reason=FinishReason.LENGTH)
         text, logprobs = self._text_and_logprobs(state.text, state.logprob_events, 0, prompt)
         choice: CompletionChoice = {
             "index": index,
@@ -109,6 +112,11 @@ class CompletionEncoder(OpenAIEncoder):
                 *(len(prompt.text) + offset for offset in logprobs["text_offset"]),
             ],
         }
+
+
+def _emptied(event: TokenEvent) -> TokenEvent:
+    """The end of an answer that is not shown."""
+    return replace(event, text="", logprobs=None, finish_reason=FinishReason.LENGTH, stopped_by=None)
 
 
 def _logprobs(events: Sequence[TokenEvent], offset: int) -> CompletionLogprobs:

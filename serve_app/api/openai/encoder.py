@@ -20,10 +20,14 @@ class Show:
     """What an answer shows beside its text.
 
     `prompt_logprobs` is the number of alternatives to each prompt token. `usage` is whether a stream has the usage at
-    its end, `usage_so_far` whether its other chunks have it too.
+    its end, `usage_so_far` whether its other chunks have it too. Without `answer` the prompt is all that is shown.
+    `legacy_calls` is the form of tool calls that `functions` asks for.
     """
 
     echo: bool = False
+    answer: bool = True
+    reasoning: bool = True
+    legacy_calls: bool = False
     token_ids: bool = False
     prompt_logprobs: int | None = None
     usage: bool = False
@@ -78,7 +82,7 @@ class OpenAIEncoder(ABC):
         return usage(
             sum(states[first].prompt_tokens for first in firsts),
             sum(states[first].cached_tokens for first in firsts),
-            sum(state.tokens for state in states),
+            sum(state.tokens for state in states) * self._show.answer,
             sum(state.reasoning_tokens for state in states),
         )
 

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import ConfigDict, Discriminator, Field, Tag, ValidationInfo, field_validator
+from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
-from serve_app.api.openai.tools import CallId, EarlierCall
+from serve_app.api.openai.tools import CalledFunction, CallId, EarlierCall
 from serve_app.api.openai.unused_fields import UnusedByMessages
 from serve_app.api.schema import LIST, TEXT, Body, Nested
 from serve_app.api.unused import Hint, Replayed
@@ -61,6 +61,16 @@ _ROLES: Any = {
         {"properties": {"role": {"const": "assistant"}, "tool_call_id": _NULL}},
         {
             "properties": {
+                "role": {"const": "function"},
+                "content": _NOT_NULL,
+                "name": _NOT_NULL,
+                "tool_call_id": _NULL,
+                "tool_calls": _NOTHING,
+            },
+            "required": ["content", "name"],
+        },
+        {
+            "properties": {
                 "role": {"const": "tool"},
                 "content": _NOT_NULL,
                 "tool_call_id": _NOT_NULL,
@@ -72,23 +82,37 @@ _ROLES: Any = {
 }
 
 
+def _text_only(reasoning: object) -> object:
+    """Some services answer with reasoning in another form, which no chat template takes."""
+    return reasoning if isinstance(reasoning, str) else None
+
+
 class Message(UnusedByMessages):
     """A message of the conversation. Its fields depend on the role."""
 
     model_config = ConfigDict(json_schema_extra=_ROLES)
 
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    """Who the message is from. `developer` is `system`, if the chat template has no role `developer`."""
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    """Who the message is from. `developer` is `system`, if the chat template has no role `developer`.
+
+    `function` is the older form of `tool`: the result of the latest `function_call` to the function `name`.
+    """
     name: Annotated[str, Field(max_length=256)] | None = None
     """The name of the speaker, for a chat template that shows it. Role `tool`: the tool; the default is the call's."""
     tool_call_id: Annotated[CallId | None, Field(validate_default=True)] = None
     """Role `tool` only, and required there: the id of the call that the message is the result of."""
     tool_calls: Annotated[list[EarlierCall], Field(max_length=128, fail_fast=True)] | None = None
     """Role `assistant` only: the calls of the message."""
+    function_call: CalledFunction | None = None
+    """Role `assistant` only: the call of the message, in the older form."""
+    reasoning_content: Annotated[str | None, BeforeValidator(_text_only)] = None
+    """Role `assistant`: the reasoning before the answer, for a chat template that shows it."""
+    reasoning: Annotated[str | None, BeforeValidator(_text_only)] = None
+    """Another name of `reasoning_content`."""
     content: Annotated[Content | None, Field(validate_default=True)] = None
     """The text. A message of role `assistant` can leave it out."""
 
-    nested: ClassVar[Nested] = {"tool_calls": EarlierCall, "content": TextPart}
+    nested: ClassVar[Nested] = {"tool_calls": EarlierCall, "content": TextPart, "function_call": CalledFunction}
 
     @field_validator("tool_call_id")
     @classmethod
@@ -100,9 +124,9 @@ class Message(UnusedByMessages):
             raise PydanticCustomError("no_tool", "Input is allowed in a message of role 'tool' only")
         return value
 
-    @field_validator("tool_calls")
+    @field_validator("tool_calls", "function_call")
     @classmethod
-    def _check_calls(cls, value: list[EarlierCall] | None, info: ValidationInfo) -> list[EarlierCall] | None:
+    def _check_calls(cls, value: object, info: ValidationInfo) -> object:
         if value and info.data.get("role") not in ("assistant", None):
             raise PydanticCustomError("no_assistant", "Input is allowed in a message of role 'assistant' only")
         return value
@@ -112,13 +136,25 @@ class Message(UnusedByMessages):
     def _check_content(cls, value: Content | None, info: ValidationInfo) -> Content | None:
         if value is None and info.data.get("role") not in ("assistant", None):
             raise PydanticCustomError("missing", "Input is required")
+        if info.data.get("role") == "function" and not info.data.get("name"):
+            raise PydanticCustomError("no_name", "Input of role 'function' requires 'name'")
         return value
 
     def to_message(self) -> ChatMessage:
         content = self.content or ""
         text = content if isinstance(content, str) else "".join(part.text for part in content)
         calls = tuple(call.to_call() for call in self.tool_calls or ())
-        return ChatMessage(self.role, text, calls, self.tool_call_id or "", self.name or "")
+        if self.function_call is not None:
+            calls = (*calls, self.function_call.to_call(_legacy_id(self.function_call.name)))
+        name, reasoning = self.name or "", self.reasoning_content or self.reasoning or ""
+        if self.role == "function":
+            return ChatMessage("tool", text, tool_call_id=_legacy_id(name), name=name)
+        return ChatMessage(self.role, text, calls, self.tool_call_id or "", name, reasoning)
+
+
+def _legacy_id(name: str) -> str:
+    """The id of a call in the older form, which has none."""
+    return f"call_{name}"
 
 
 def to_prompt(messages: Sequence[Message], tools: tuple[str, ...] = ()) -> ChatPrompt:

@@ -11,7 +11,7 @@ from serve_app.core.events import FinishReason
 from serve_app.errors import PromptTooLong, ServeAppError
 
 ErrorType = Literal["invalid_request_error", "rate_limit_error", "server_error"]
-ChatFinishReason = Literal["stop", "length", "tool_calls"]
+ChatFinishReason = Literal["stop", "length", "tool_calls", "function_call"]
 # The stop string or the stop token id of the request that ended the answer.
 StopReason = str | int | None
 
@@ -168,6 +168,7 @@ class AssistantMessage(TypedDict):
     reasoning_content: NotRequired[str]
     reasoning: NotRequired[str]
     tool_calls: NotRequired[list[ToolCall]]
+    function_call: NotRequired[FunctionCall]
 
 
 @exact
@@ -214,6 +215,7 @@ class ChatDelta(TypedDict):
     reasoning_content: NotRequired[str]
     reasoning: NotRequired[str]
     tool_calls: NotRequired[list[ToolCallPart]]
+    function_call: NotRequired[FunctionDelta]
 
 
 @exact

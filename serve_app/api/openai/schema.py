@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, ClassVar
 
-from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Discriminator, Field, Tag
 
 from serve_app.api.openai.encoder import Show
-from serve_app.api.openai.messages import Message, to_prompt
-from serve_app.api.openai.tools import ChosenTool, OfferedTool, ToolFields
+from serve_app.api.openai.messages import Message
+from serve_app.api.openai.response_format import JsonSchema, ResponseFormat, StructuredOutputs
+from serve_app.api.openai.template_fields import TemplateFields
+from serve_app.api.openai.tools import ChosenFunction, ChosenTool, Function, OfferedTool, ToolFields
 from serve_app.api.openai.unused_fields import UnusedByChats, UnusedByCompletions, UnusedFields
-from serve_app.api.sampling import MAX_ANSWERS, SamplingFields, Text, TokenCount, TokenId
+from serve_app.api.sampling import MAX_ANSWERS, MAX_TOKENS, SamplingFields, Text, TokenCount, TokenId
 from serve_app.api.schema import LIST, LISTS, TEXT, TEXTS, Body, Nested
 from serve_app.api.unused import Hint
 from serve_app.config import SamplingDefaults
@@ -30,47 +30,6 @@ class StreamOptions(Body):
     """Events have no padding."""
 
 
-class JsonSchema(Body):
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
-    """The name of the schema."""
-    definition: Annotated[dict[str, object], Field(alias="schema")]
-    """The JSON schema that the answer follows."""
-    description: str | None = None
-    """Accepted; it has no effect."""
-    strict: bool | None = None
-    """Accepted; an answer always follows the schema."""
-
-
-class ResponseFormat(Body):
-    model_config = ConfigDict(
-        json_schema_extra={
-            "if": {"properties": {"type": {"const": "json_schema"}}},
-            "then": {"required": ["json_schema"], "properties": {"json_schema": {"type": "object"}}},
-            "else": {"properties": {"json_schema": {"type": "null"}}},
-        }
-    )
-
-    type: Literal["text", "json_object", "json_schema"]
-    """Free text, any JSON object, or JSON that follows a schema."""
-    json_schema: JsonSchema | None = None
-    """The schema, for type `json_schema` only."""
-
-    nested: ClassVar[Nested] = {"json_schema": JsonSchema}
-
-    @model_validator(mode="after")
-    def _check_schema(self) -> Self:
-        if (self.json_schema is not None) != (self.type == "json_schema"):
-            raise PydanticCustomError(
-                "schema_type", "Input should have 'json_schema' if, and only if, its type is 'json_schema'"
-            )
-        return self
-
-    def grammar(self) -> Grammar | None:
-        if self.json_schema is not None:
-            return Grammar("json_schema", json.dumps(self.json_schema.definition), "response_format")
-        return Grammar("json_object", field="response_format") if self.type == "json_object" else None
-
-
 User = Annotated[str, Field(max_length=128)]
 
 
@@ -81,6 +40,8 @@ class OpenAIFields(UnusedFields, SamplingFields):
     """The number of answers to each prompt."""
     response_format: ResponseFormat | None = None
     """The form of the answer."""
+    structured_outputs: StructuredOutputs | None = None
+    """The form of the answer, as in vLLM."""
     stream: bool = False
     """Whether the answer comes as events."""
     stream_options: StreamOptions | None = None
@@ -98,11 +59,13 @@ class OpenAIFields(UnusedFields, SamplingFields):
         "stream_options": StreamOptions,
         "response_format": ResponseFormat,
         "json_schema": JsonSchema,
+        "structured_outputs": StructuredOutputs,
     }
 
     def grammars(self) -> list[Grammar]:
         formatted = self.response_format.grammar() if self.response_format is not None else None
-        return [*([formatted] if formatted is not None else []), *super().grammars()]
+        structured = self.structured_outputs.to_grammar() if self.structured_outputs is not None else None
+        return [*(one for one in (formatted, structured) if one is not None), *super().grammars()]
 
     @property
     def sampled(self) -> int:
@@ -153,10 +116,10 @@ CompletionPrompt = Annotated[
 ]
 
 
-def to_prompts(given: CompletionPrompt) -> list[Prompt]:
+def to_prompts(given: CompletionPrompt, special_tokens: bool = True) -> list[Prompt]:
     several = isinstance(given, list) and isinstance(given[0], str | list)
     return [
-        TextPrompt(one) if isinstance(one, str) else TokenPrompt(tuple(one))  # type: ignore[arg-type]
+        TextPrompt(one, special_tokens) if isinstance(one, str) else TokenPrompt(tuple(one))  # type: ignore[arg-type]
         for one in (given if several else [given])
     ]
 
@@ -164,14 +127,16 @@ def to_prompts(given: CompletionPrompt) -> list[Prompt]:
 class CompletionBody(UnusedByCompletions, OpenAIFields):
     prompt: CompletionPrompt
     """A text or a list of token ids, or a list of either."""
-    max_tokens: TokenCount = 16
-    """The maximum number of tokens of the answer."""
-    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    max_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] = 16
+    """The maximum number of tokens of the answer; 0 with `echo` returns the prompt only."""
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     """Report the log probability of each token, and of this number of the most likely tokens at its place."""
     best_of: Annotated[int, Field(ge=1, le=MAX_ANSWERS)] | None = None
     """Sample this number of answers, and return the n answers with the highest mean log probability of a token."""
     echo: bool = False
     """Whether the prompt precedes its answer, with `logprobs` also the prompt's tokens."""
+    add_special_tokens: bool = True
+    """Whether the tokenizer adds its special tokens to a text."""
 
     @property
     def sampled(self) -> int:
@@ -179,10 +144,10 @@ class CompletionBody(UnusedByCompletions, OpenAIFields):
 
     @property
     def show(self) -> Show:
-        return replace(super().show, echo=self.echo)
+        return replace(super().show, echo=self.echo, answer=self.max_tokens > 0)
 
     def to_prompts(self) -> list[Prompt]:
-        return to_prompts(self.prompt)
+        return to_prompts(self.prompt, self.add_special_tokens)
 
     def choice(self) -> ToolChoice | None:
         return None
@@ -199,13 +164,18 @@ class CompletionBody(UnusedByCompletions, OpenAIFields):
                 "ended. Do not stream, or leave it out.",
                 param="best_of",
             )
-        params = self._params(defaults, self.max_tokens, self.logprobs)
+        if self.max_tokens == 0 and not self.echo:
+            raise InvalidRequest(
+                "Field 'max_tokens' is 0, which requires echo: true. Raise it, or set 'echo'.", param="max_tokens"
+            )
+        # The model computes one token to know that it has read the prompt; the answer leaves it out.
+        params = self._params(defaults, self.max_tokens or 1, self.logprobs)
         if not self.echo or self.logprobs is None:
             return params
         return replace(params, prompt_logprobs=max(self.logprobs, params.prompt_logprobs or 0))
 
 
-class ChatBody(UnusedByChats, ToolFields, OpenAIFields):
+class ChatBody(UnusedByChats, TemplateFields, ToolFields, OpenAIFields):
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     """The conversation so far, for the model's chat template."""
     max_tokens: TokenCount | None = None
@@ -214,16 +184,29 @@ class ChatBody(UnusedByChats, ToolFields, OpenAIFields):
     """Whether the log probability of each token is reported."""
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     """With `logprobs`: report this number of the most likely tokens at the place of each token."""
+    reasoning_effort: Annotated[str, Field(max_length=32)] | None = None
+    """How much the model reasons, for a chat template that has the variable. It also sets `enable_thinking`."""
+    include_reasoning: bool = True
+    """Whether the answer shows the model's reasoning."""
 
     nested: ClassVar[Nested] = {
         **OpenAIFields.nested,
         "messages": Message,
         "tools": OfferedTool,
         "tool_choice": ChosenTool,
+        "functions": Function,
+        "function_call": ChosenFunction,
     }
 
+    @property
+    def show(self) -> Show:
+        return replace(super().show, reasoning=self.include_reasoning, legacy_calls=self.legacy_calls)
+
     def to_prompts(self) -> list[Prompt]:
-        return [to_prompt(self.messages, self.for_template())]
+        """Raises InvalidRequest if fields contradict each other."""
+        effort = self.reasoning_effort
+        variables = {} if effort is None else {"reasoning_effort": effort, "enable_thinking": effort != "none"}
+        return [self.rendered_with(self.messages, self.for_template(), variables)]
 
     def params(self, defaults: SamplingDefaults) -> SamplingParams:
         """Raises InvalidRequest if fields contradict each other."""
@@ -231,11 +214,11 @@ class ChatBody(UnusedByChats, ToolFields, OpenAIFields):
             raise InvalidRequest(
                 "Field 'top_logprobs' requires logprobs: true. Set it or leave both out.", param="top_logprobs"
             )
-        grammars = self.grammars()
-        if self.may_call and grammars:
+        wrong = next((one for one in self.grammars() if not one.kind.startswith("json")), None)
+        if self.may_call and wrong is not None:
             raise InvalidRequest(
-                f"Fields '{grammars[0].field}' and 'tools' each set the form of the answer. Send one of them, or "
-                "tool_choice: none.",
-                param=grammars[0].field,
+                f"Field '{wrong.field}' sets a form of the answer that is not JSON, and 'tools' sets another one. Send "
+                "one of them, a JSON schema, or tool_choice: none.",
+                param=wrong.field,
             )
         return self._params(defaults, self.max_tokens, (self.top_logprobs or 0) if self.logprobs else None)

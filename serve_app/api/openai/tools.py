@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag, field_validator
 from pydantic_core import PydanticCustomError
 
 from serve_app.api.body import parse_document
-from serve_app.api.schema import OBJECT, TEXT, Body, Nested
+from serve_app.api.schema import ALLOWED, OBJECT, TEXT, Body, Nested
 from serve_app.api.unused import Hint, Replayed
 from serve_app.core.requests import Tool, ToolCall, ToolChoice
 from serve_app.errors import InvalidRequest
@@ -29,7 +30,10 @@ class CalledFunction(Body):
     parsed_arguments: Annotated[object, Replayed()] = None
     """OpenAI's client adds it to answers."""
 
-    def as_text(self) -> str:
+    def to_call(self, id: str) -> ToolCall:
+        return ToolCall(id, self.name, self._as_text())
+
+    def _as_text(self) -> str:
         """The text of a JSON object."""
         if isinstance(self.arguments, dict):
             return json.dumps(self.arguments, ensure_ascii=False)
@@ -56,7 +60,7 @@ class EarlierCall(Body):
     nested: ClassVar[Nested] = {"function": CalledFunction}
 
     def to_call(self) -> ToolCall:
-        return ToolCall(self.id, self.function.name, self.function.as_text())
+        return self.function.to_call(self.id)
 
 
 Parameters = Annotated[dict[str, object], Field(json_schema_extra={"properties": {"type": {"const": "object"}}})]
@@ -70,7 +74,9 @@ class Function(Body):
     parameters: Parameters | None = None
     """The JSON schema of the arguments. Without it the function takes no arguments."""
     strict: bool | None = None
-    """Accepted; arguments always follow `parameters`."""
+    """Whether `parameters` with a rule that the service does not support are refused. Otherwise it is left out."""
+    defer_loading: Annotated[object, Hint()] = None
+    """Every tool is shown to the model."""
 
     @field_validator("parameters")
     @classmethod
@@ -86,6 +92,8 @@ class OfferedTool(Body):
     """The function that the model may call."""
     cache_control: Annotated[object, Hint()] = None
     """The prefix cache finds equal prompts without it."""
+    defer_loading: Annotated[object, Hint()] = None
+    """Every tool is shown to the model."""
 
     nested: ClassVar[Nested] = {"function": Function}
 
@@ -99,7 +107,8 @@ class OfferedTool(Body):
     def to_tool(self, number: int) -> Tool:
         parameters = self.function.parameters
         schema = _NO_PARAMETERS if parameters is None else {"type": "object"} | parameters
-        return Tool(self.function.name, json.dumps(schema), f"tools[{number}].function.parameters")
+        field, strict = f"tools[{number}].function.parameters", self.function.strict is True
+        return Tool(self.function.name, json.dumps(schema), field, strict)
 
 
 class ChosenFunction(Body):
@@ -115,67 +124,125 @@ class ChosenTool(Body):
     nested: ClassVar[Nested] = {"function": ChosenFunction}
 
 
+class AllowedTools(Body):
+    mode: Literal["auto", "required"]
+    """Whether the answer may or must be a call."""
+    tools: Annotated[list[ChosenTool], Field(min_length=1, max_length=MAX_TOOLS, fail_fast=True)]
+    """The functions that the model may call."""
+
+    nested: ClassVar[Nested] = {"tools": ChosenTool}
+
+
+class AllowedToolsChoice(Body):
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+    """Some of the tools: the model sees all of them, and may call these."""
+
+    nested: ClassVar[Nested] = {"allowed_tools": AllowedTools}
+
+
+FunctionChoice = Annotated[
+    Annotated[Literal["none", "auto"], Tag(TEXT)] | Annotated[ChosenFunction, Tag(OBJECT)],
+    Discriminator(
+        lambda value: TEXT if isinstance(value, str) else OBJECT if isinstance(value, dict) else None,
+        custom_error_type="choice_type",
+        custom_error_message="Input should be 'none', 'auto' or the function to call",
+    ),
+]
+
+
 def _tag(value: object) -> str | None:
-    return TEXT if isinstance(value, str) else OBJECT if isinstance(value, dict) else None
+    if isinstance(value, dict):
+        return ALLOWED if value.get("type") == "allowed_tools" else OBJECT
+    return TEXT if isinstance(value, str) else None
 
 
 Choice = Annotated[
-    Annotated[Literal["none", "auto", "required"], Tag(TEXT)] | Annotated[ChosenTool, Tag(OBJECT)],
+    Annotated[Literal["none", "auto", "required"], Tag(TEXT)]
+    | Annotated[ChosenTool, Tag(OBJECT)]
+    | Annotated[AllowedToolsChoice, Tag(ALLOWED)],
     Discriminator(
         _tag,
         custom_error_type="choice_type",
-        custom_error_message="Input should be 'none', 'auto', 'required' or the function to call",
+        custom_error_message="Input should be 'none', 'auto', 'required', the function to call or the allowed tools",
     ),
 ]
 
 
 class ToolFields(Body):
-    """The fields of a chat about tools."""
+    """The fields of a chat about tools. `functions` and `function_call` are the older names of the first two."""
 
     tools: Annotated[list[OfferedTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     """Functions that the model may call, if its chat template takes tools."""
     tool_choice: Choice | None = None
-    """`auto` (the default with tools), `none`, `required`, or the function that the model must call."""
+    """`auto` (the default with tools), `none`, `required`, the function that the model must call, or allowed tools."""
     parallel_tool_calls: bool | None = None
     """Whether an answer may hold several calls; the default is true."""
+    functions: Annotated[list[Function], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    """The older form of `tools`. A call is then in the answer's `function_call`."""
+    function_call: FunctionChoice | None = None
+    """The older form of `tool_choice`: `auto`, `none`, or the function that the model must call."""
 
     def for_template(self) -> tuple[str, ...]:
-        return tuple(tool.for_template() for tool in self.tools or ())
+        return tuple(tool.for_template() for tool in self._offered())
 
     @property
     def may_call(self) -> bool:
-        return bool(self.tools) and self.tool_choice != "none"
+        return bool(self._offered()) and "none" not in (self.tool_choice, self.function_call)
+
+    @property
+    def legacy_calls(self) -> bool:
+        """Whether the answer has a call in the older form."""
+        return bool(self.functions)
 
     def choice(self) -> ToolChoice | None:
         """The tools that the answer may call; None if it may call none. Raises InvalidRequest."""
         self._check()
         if not self.may_call:
             return None
-        chosen = self.tool_choice
-        named = chosen.function.name if isinstance(chosen, ChosenTool) else None
-        tools = [tool.to_tool(number) for number, tool in enumerate(self.tools or ())]
+        names, required = self._chosen()
+        tools = [tool.to_tool(number) for number, tool in enumerate(self._offered())]
+        one_named = required and names is not None and len(names) == 1
         return ToolChoice(
-            tools=tuple(tool for tool in tools if named in (None, tool.name)),
-            required=named is not None or chosen == "required",
-            parallel=named is None and self.parallel_tool_calls is not False,
+            tools=tuple(tool for tool in tools if names is None or tool.name in names),
+            required=required,
+            parallel=not (one_named or self.legacy_calls) and self.parallel_tool_calls is not False,
         )
+
+    def _offered(self) -> Sequence[OfferedTool]:
+        if self.functions:
+            return [OfferedTool(type="function", function=function) for function in self.functions]
+        return self.tools or ()
+
+    def _chosen(self) -> tuple[Sequence[str] | None, bool]:
+        """The names of the tools that the answer may call, None for all, and whether it must call one."""
+        match self.tool_choice or self.function_call:
+            case ChosenTool(function=function) | (ChosenFunction() as function):
+                return [function.name], True
+            case AllowedToolsChoice(allowed_tools=allowed):
+                return [tool.function.name for tool in allowed.tools], allowed.mode == "required"
+            case choice:
+                return None, choice == "required"
 
     def _check(self) -> None:
         """Raises InvalidRequest if fields contradict each other."""
-        names = [tool.function.name for tool in self.tools or ()]
+        if self.tools and self.functions:
+            raise InvalidRequest("Field 'functions' is the older form of 'tools'. Send one of them.", param="functions")
+        names = [tool.function.name for tool in self._offered()]
         twice = next((number for number, name in enumerate(names) if name in names[:number]), None)
         if twice is not None:
             raise InvalidRequest(
                 f"Two tools have the name '{names[twice]}'. Give each tool a name of its own.",
                 param=f"tools[{twice}].function.name",
             )
-        chosen = self.tool_choice
-        if not self.tools and chosen not in (None, "none", "auto"):
+        optional = all(one in (None, "none", "auto") for one in (self.tool_choice, self.function_call))
+        if not names and not optional:
             raise InvalidRequest(
                 "Field 'tool_choice' requires a call, which requires 'tools'. Send tools.", param="tool_choice"
             )
-        if isinstance(chosen, ChosenTool) and chosen.function.name not in names:
+        unknown = next((name for name in self._chosen()[0] or () if name not in names), None)
+        if unknown is not None:
             raise InvalidRequest(
-                f"Field 'tool_choice' names the function '{chosen.function.name}', which is not among the tools.",
-                param="tool_choice.function.name",
+                f"Field 'tool_choice' names the function '{unknown}', which is not among the tools.",
+                param="tool_choice",
             )

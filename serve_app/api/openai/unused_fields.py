@@ -25,6 +25,42 @@ class UnusedFields(Body):
     """It affects tokenizers only that the service does not use."""
     request_id: Annotated[object, Hint()] = None
     """The header `x-request-id` sets the id of a request."""
+    session_id: Annotated[object, Hint()] = None
+    """The prefix cache finds the requests of a session by their prompts."""
+    stream_interval: Annotated[object, Hint()] = None
+    """The key `engine.flush_interval_s` of the configuration gathers tokens."""
+    guided_decoding_backend: Annotated[object, Hint()] = None
+    """The service has one implementation of grammars."""
+    guided_whitespace_pattern: Annotated[object, Only(reason="the service bounds whitespace itself")] = None
+    """The service bounds the whitespace of JSON itself."""
+    watermarking: Annotated[object, Only(False, reason="the service adds no watermarks")] = None
+    """The service adds no watermarks."""
+    truncation_side: Annotated[object, Only("left", reason="the end of a prompt is kept")] = None
+    """`truncate_prompt_tokens` keeps the end of a prompt."""
+    logprob_token_ids: Annotated[object, Only(reason="use 'logprobs'")] = None
+    """The service reports the most likely tokens only."""
+    allowed_token_ids: Annotated[object, Only(reason="use a grammar or 'logit_bias'")] = None
+    """A grammar, or `logit_bias`, restricts the tokens of an answer."""
+    bad_words: Annotated[object, Only(reason="use 'logit_bias'")] = None
+    """`logit_bias` excludes tokens."""
+    thinking_token_budget: Annotated[object, Only(-1, reason="the service does not bound reasoning")] = None
+    """The service does not bound the reasoning of an answer."""
+    repetition_detection: Annotated[object, Only(reason="use 'frequency_penalty'")] = None
+    """The service does not end an answer that repeats itself."""
+    return_tokens_as_token_ids: Annotated[object, Only(False, reason="use 'return_token_ids'")] = None
+    """`return_token_ids` reports the ids of tokens."""
+    return_token_offsets: Annotated[object, Hint()] = None
+    """Only vLLM's endpoints for rendering have it."""
+    return_mm_kwargs: Annotated[object, Hint()] = None
+    """Only vLLM's endpoints for rendering have it."""
+    routed_experts_prompt_start: Annotated[object, Hint()] = None
+    """The service does not report the experts of a token."""
+    kv_transfer_params: Annotated[object, Only(reason="the service does not transfer caches")] = None
+    """The service does not transfer caches between replicas."""
+    ec_transfer_params: Annotated[object, Only(reason="the service does not transfer caches")] = None
+    """The service does not transfer caches between replicas."""
+    vllm_xargs: Annotated[object, Only(reason="the service has no extensions")] = None
+    """The service has no extensions of vLLM."""
 
 
 class UnusedByCompletions(Body):
@@ -32,13 +68,13 @@ class UnusedByCompletions(Body):
 
     suffix: Annotated[object, Only("", reason="the service does not insert text before a suffix")] = None
     """The service does not insert text before a suffix."""
+    prompt_embeds: Annotated[object, Only(reason="send 'prompt'")] = None
+    """A prompt is a text or token ids."""
 
 
 class UnusedByChats(Body):
     """The unused fields of chats."""
 
-    reasoning_effort: Annotated[object, Hint()] = None
-    """No model has a setting for its reasoning."""
     verbosity: Annotated[object, Hint()] = None
     """No model has a setting for the length of its answers."""
     store: Annotated[object, Only(False, reason="the service stores no answers")] = None
@@ -65,26 +101,22 @@ class UnusedByChats(Body):
     """The service takes no predicted output."""
     web_search_options: Annotated[object, Only(reason="the service has no tools of its own")] = None
     """The service has no tools of its own."""
-    functions: Annotated[object, Only(reason="use 'tools'")] = None
-    """The older name of `tools`."""
-    function_call: Annotated[object, Only("none", reason="use 'tool_choice'")] = None
-    """The older name of `tool_choice`."""
     best_of: Annotated[object, Only(1, reason="only completions have it")] = None
     """Only completions have it."""
     echo: Annotated[object, Only(False, reason="only completions have it")] = None
     """Only completions have it."""
-    add_generation_prompt: Annotated[object, Only(True, reason="the answer is always a new message")] = None
-    """The answer is always a new message."""
-    continue_final_message: Annotated[object, Only(False, reason="the answer is always a new message")] = None
-    """The answer is always a new message."""
     add_special_tokens: Annotated[object, Only(False, reason="the chat template has the special tokens")] = None
     """The chat template has the special tokens."""
-    chat_template_kwargs: Annotated[object, Only(reason="the service passes no variables to the chat template")] = None
-    """The service passes no variables to the chat template."""
+    media_io_kwargs: Annotated[object, Only(reason="the models read text")] = None
+    """The models read text only."""
+    mm_processor_kwargs: Annotated[object, Only(reason="the models read text")] = None
+    """The models read text only."""
+    return_prompt_text: Annotated[object, Only(False, reason="use 'return_token_ids'")] = None
+    """`return_token_ids` reports the tokens of the prompt."""
+    tool_prompt: Annotated[object, Only(reason="put it into a message")] = None
+    """TGI's text before the tools. The chat template writes it."""
     chat_template: Annotated[object, Only(reason="set it in the configuration of the model")] = None
     """The chat template is set in the configuration of the model."""
-    documents: Annotated[object, Only(reason="put documents into a message")] = None
-    """The service passes no documents to the chat template."""
 
 
 class UnusedByMessages(Body):
@@ -98,12 +130,10 @@ class UnusedByMessages(Body):
     """OpenAI's answers have it."""
     audio: Annotated[object, Only(reason="the models read text")] = None
     """The models read text only."""
-    function_call: Annotated[object, Only(reason="use 'tool_calls'")] = None
-    """The older form of `tool_calls`."""
-    reasoning_content: Annotated[object, Replayed()] = None
+    reasoning_details: Annotated[object, Replayed()] = None
     """The answers of other services have it."""
-    reasoning: Annotated[object, Replayed()] = None
-    """The answers of other services have it."""
+    thinking_blocks: Annotated[object, Replayed()] = None
+    """LiteLLM adds it to answers."""
     parsed: Annotated[object, Replayed()] = None
     """OpenAI's client adds it to answers."""
     provider_specific_fields: Annotated[object, Replayed()] = None

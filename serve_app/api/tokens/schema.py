@@ -6,7 +6,9 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import ConfigDict, Field
 
-from serve_app.api.openai.messages import Message, TextPart, to_prompt
+from serve_app.api.openai.messages import Message, TextPart
+from serve_app.api.openai.template_fields import TemplateFields
+from serve_app.api.openai.tools import MAX_TOOLS, OfferedTool
 from serve_app.api.sampling import TokenId
 from serve_app.api.schema import Body, Nested
 from serve_app.core.queries import Detokenize, Tokenize
@@ -22,7 +24,7 @@ _EITHER_PROMPT_OR_MESSAGES: Any = {
 }
 
 
-class TokenizeBody(Body):
+class TokenizeBody(TemplateFields):
     model_config = ConfigDict(json_schema_extra=_EITHER_PROMPT_OR_MESSAGES)
 
     model: str | None = None
@@ -31,12 +33,14 @@ class TokenizeBody(Body):
     """A text."""
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)] | None = None
     """A conversation, for the model's chat template."""
+    tools: Annotated[list[OfferedTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    """Functions that the chat template shows to the model."""
     add_special_tokens: bool | None = None
     """Whether the tokenizer adds its special tokens to a text; the default is true. A chat template writes its own."""
     return_token_strs: bool = False
     """Whether the text of each token is returned."""
 
-    nested: ClassVar[Nested] = {"messages": Message, "content": TextPart}
+    nested: ClassVar[Nested] = {"messages": Message, "content": TextPart, "tools": OfferedTool}
 
     def to_query(self) -> Tokenize:
         """Raises InvalidRequest if fields contradict each other."""
@@ -54,7 +58,8 @@ class TokenizeBody(Body):
             return TextPrompt(self.prompt)
         if self.messages is None or self.prompt is not None:
             raise InvalidRequest("Send either 'prompt' or 'messages'.", param="prompt")
-        return to_prompt(self.messages)
+        tools = tuple(tool.for_template() for tool in self.tools or ())
+        return self.rendered_with(self.messages, tools, {})
 
 
 class TokenizeInputsBody(Body):
