@@ -15,6 +15,7 @@ from serve_app.engines.text.protocol import AnswerPlan
 from serve_app.errors import InvalidRequest, ServeAppError
 
 END = 256
+_CONTEXT = 2048
 
 
 class ToyDecoder:
@@ -90,7 +91,7 @@ class ToyRunner:
         self.quantization = "none"
         self.dtype_name = ""
         self.slots = config.max_running
-        self.context = config.max_context
+        self.context = config.max_context or _CONTEXT
         self.kv_tokens = config.kv_memory_bytes or self.slots * self.context
         self.text = ToyText()
         self._step_s = step_ms / 1e3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from serve_app.config import Model
 from serve_app.engines.native.fused import FusedModel
+from serve_app.engines.native.kv_cache import BLOCK
 from serve_app.engines.native.linear import FbgemmInt8Linear, Int8DotProductLinear
 from serve_app.engines.native.loader import SourceError, load
 from serve_app.engines.native.machine import NotEnoughMemory, processor_flags
@@ -88,6 +90,14 @@ def test_a_budget_below_one_sequence_is_refused_with_the_numbers(tmp_path: Path)
         NotEnoughMemory, match=r"64 tokens needs 0\.0352 MiB of KV memory, the budget is 0\.0352 MiB.*max_context"
     ):
         make_runner(model_config(folder, max_context=64, kv_memory_bytes=64 * TOKEN_BYTES - 1))
+
+
+def test_without_a_configured_context_it_is_the_models_or_what_fits_into_memory(tmp_path: Path) -> None:
+    folder = tiny.save("llama", tmp_path)
+    own = make_runner(model_config(folder)).context
+    assert own == json.loads((folder / "config.json").read_text())["max_position_embeddings"]
+    runner = make_runner(model_config(folder, kv_memory_bytes=(own - 1) * TOKEN_BYTES))
+    assert (runner.context, runner.kv_tokens) == (own - BLOCK, own - 1)
 
 
 def test_the_context_is_the_smaller_of_model_and_configuration(tmp_path: Path) -> None:

@@ -45,6 +45,8 @@ from serve_app.errors import ServeAppError
 
 logger = logging.getLogger(__name__)
 
+# The context on a GPU if the configuration sets none.
+_GPU_CONTEXT = 2048
 _SELF_TEST_TOKENS = 12
 # The least cosine of the logits of two paths that rounding explains. Measured on 30 layers: 1.0000, 0.9983, 1.0000;
 # int8 0.94, int4 0.9987. On three layers with random weights int4 has 0.8 and less.
@@ -87,8 +89,10 @@ class TorchRunner:
         self.text = loaded.text
         self.sampling_s = 0.0
         self.dtype = loaded.model.dtype
-        self.context = min(engine.max_context, loaded.context)
         model = loaded.model
+        # On a GPU all slots are allocated at once, so a long context costs memory that no sequence may ever use.
+        own = loaded.context if model.device.type == "cpu" else min(loaded.context, _GPU_CONTEXT)
+        self.context = min(engine.max_context or own, loaded.context)
         choice = _choose_quantization(quantization, model, processor_flags() if flags is None else flags, report)
         logger.info("%s: quantization %s (%s)", type(model).__name__, choice.quantization, choice.reason)
         self.quantization: Quantization = choice.quantization
@@ -185,7 +189,10 @@ class TorchRunner:
         self.token_bytes = sum(s.heads * (s.key_dim + s.value_dim) for s in shapes) * dtype.itemsize
         device = shapes[0].device
         free_bytes = 0 if engine.kv_memory_bytes else _free_bytes(device)
-        tokens = kv_tokens_that_fit(engine, free_bytes, self.token_bytes, length)
+        tokens = kv_tokens_that_fit(engine, free_bytes, self.token_bytes, length if engine.max_context else BLOCK)
+        if tokens < length:
+            length = self.context = tokens // BLOCK * BLOCK
+            logger.warning("the context is %d tokens: the KV cache of a longer one does not fit into memory", length)
         self.slots = engine.max_running if device.type == "cpu" else min(engine.max_running, tokens // length)
         self.kv_tokens = min(tokens, self.slots * length)
         return [LayerCache(self.slots, s.heads, length, s.key_dim, s.value_dim, dtype, s.device) for s in shapes]
