@@ -102,9 +102,9 @@ class Engine(Section):
     """The continuous-batching loop of one replica.
 
     `max_running` is the number of slots, that is of sequences that decode together; the memory budget may allow fewer.
-    `max_context` is the limit of prompt plus answer in tokens; None is the model's own limit. `max_step_tokens` is the limit of rows in one forward
-    pass: a longer prompt is prefilled in chunks between decode steps. `draft_tokens` is the number of tokens that
-    speculative decoding proposes while few sequences run; 0 switches it off.
+    `max_context` is the limit of prompt plus answer in tokens; None is the model's own limit. `max_step_tokens` is the
+    limit of rows in one forward pass: a longer prompt is prefilled in chunks between decode steps. `draft_tokens` is
+    the number of tokens that speculative decoding proposes while few sequences run; 0 switches it off.
     """
 
     max_running: int = Field(32, ge=1, le=1024)

@@ -20,11 +20,15 @@ CANCELLED = "cancelled"
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """A token of the vocabulary with its log probability before temperature and filters."""
+    """A token of the vocabulary with its log probability before temperature and filters.
+
+    `raw` are the token's bytes if they are not a text of whole characters; None if they are `token` in UTF-8.
+    """
 
     token_id: int
     token: str
     logprob: float
+    raw: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)

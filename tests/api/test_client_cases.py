@@ -32,6 +32,7 @@ from serve_app.api.openai.response_format import JsonSchema, StructuredOutputs
 from serve_app.api.openai.schema import ChatBody, CompletionBody, StreamOptions
 from serve_app.api.openai.tools import CalledFunction, EarlierCall, Function, OfferedTool
 from serve_app.api.schema import Body
+from serve_app.core.events import Chunk, Logprobs, TokenLogprob
 from serve_app.core.requests import ChatMessage, ChatPrompt, Grammar, ToolCall
 
 from .scripted import ScriptedEngine, chunk, events_of
@@ -343,6 +344,18 @@ async def test_echo_without_an_answer_returns_the_prompt(
     assert (choice["text"], choice["finish_reason"], choice["token_ids"]) == (PROMPT.text, "length", [])
     assert choice["logprobs"]["tokens"] == [token.text for token in PROMPT.tokens]
     assert documents[-1]["usage"]["completion_tokens"] == 0
+
+
+async def test_the_bytes_of_a_token_that_is_a_part_of_a_character(
+    client: httpx.AsyncClient, engine: ScriptedEngine
+) -> None:
+    event = chunk(["x"]).events[0]
+    part = Logprobs(TokenLogprob(7, "\ufffd", -0.5, b"\xe4"), (TokenLogprob(8, "é", -1.0),))
+    engine.plays(Chunk((replace(event, logprobs=part),), 3, 0.0))
+    answer = await client.post(CHATS, json={"messages": [HI], "logprobs": True, "top_logprobs": 1})
+    (token,) = answer.json()["choices"][0]["logprobs"]["content"]
+    assert (token["token"], token["bytes"]) == ("\ufffd", [0xE4])
+    assert token["top_logprobs"][0]["bytes"] == list("é".encode())
 
 
 class BodyWithHint(Body):

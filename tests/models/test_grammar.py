@@ -25,7 +25,7 @@ from serve_app.engines.native.sequence import Sequence
 from serve_app.engines.native.stream import TokenStream
 from serve_app.engines.text.tokenizer import HFText
 from serve_app.errors import InvalidRequest
-from tests.engines.native.helpers import request, streams, tokens_of
+from tests.engines.native.helpers import describe, request, streams, tokens_of
 from tests.engines.text.constraints import acceptance, new_constraint, token_ids
 from tests.engines.text.json_schemas import random_schema
 from tests.engines.text.sample_tokenizers import BYTE_VOCABULARY, END, byte_text
@@ -58,7 +58,7 @@ def sample_answer(text: HFText, params: SamplingParams, logits: torch.Tensor) ->
     """The answer sampled from logits `[N, V]`, one row for each token, and its finish reason."""
     sequence = new_sequence(text, params)
     for row in logits:
-        (sampled,) = tokens_of(sample(row[None], [sequence], text.token_text))
+        (sampled,) = tokens_of(sample(row[None], [sequence], text.token_logprob))
         reason = sequence.accept(sampled, 0.0).finish_reason
         if reason is not None:
             break
@@ -92,9 +92,9 @@ def test_answer_follows_its_grammar_for_all_logits(
 def test_sequences_of_a_batch_sample_the_same_tokens_as_alone(text: HFText) -> None:
     rows = random_logits(8)
     params = [SamplingParams(seed=i, top_p=0.9, grammar=DIGITS if i % 2 else None) for i in range(8)]
-    alone = [tokens_of(sample(rows[i : i + 1], [new_sequence(text, params[i])], str))[0] for i in range(8)]
+    alone = [tokens_of(sample(rows[i : i + 1], [new_sequence(text, params[i])], describe))[0] for i in range(8)]
     order = random.Random(1).sample(range(8), 8)
-    together = tokens_of(sample(rows[order], [new_sequence(text, params[i]) for i in order], str))
+    together = tokens_of(sample(rows[order], [new_sequence(text, params[i]) for i in order], describe))
     assert together == [alone[i] for i in order]
 
 
@@ -124,14 +124,14 @@ def test_stop_token_before_min_tokens_is_allowed_only_if_the_grammar_requires_it
 
 def test_token_that_completes_the_grammar_is_marked_complete(text: HFText) -> None:
     sequence = new_sequence(text, replace(GREEDY, grammar=Grammar("choice", '["ab"]')))
-    tokens = [sequence.accept(tokens_of(sample(random_logits(1), [sequence], str))[0], 0.0) for _ in "ab"]
+    tokens = [sequence.accept(tokens_of(sample(random_logits(1), [sequence], describe))[0], 0.0) for _ in "ab"]
     assert [(token.finish_reason, token.complete) for token in tokens] == [(None, False), (FinishReason.STOP, True)]
 
 
 def test_logprobs_are_computed_without_the_grammar(text: HFText) -> None:
     logits = random_logits(1)
     sequence = new_sequence(text, replace(GREEDY, grammar=DIGITS, logprobs=1))
-    (sampled,) = tokens_of(sample(logits, [sequence], str))
+    (sampled,) = tokens_of(sample(logits, [sequence], describe))
     assert sampled.logprobs is not None
     expected = logits[0].log_softmax(-1)
     assert sampled.logprobs.top[0].token_id == int(logits.argmax())

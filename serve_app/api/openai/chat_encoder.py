@@ -183,4 +183,5 @@ def _chosen_token(logprobs: Logprobs) -> ChatChosenToken:
 
 
 def _token(token: TokenLogprob) -> ChatToken:
-    return {"token": token.token, "bytes": list(token.token.encode()), "logprob": finite(token.logprob)}
+    raw = token.token.encode() if token.raw is None else token.raw
+    return {"token": token.token, "bytes": list(raw), "logprob": finite(token.logprob)}

@@ -149,7 +149,7 @@ class TorchRunner:
             return []
         wanted = [advance.sequence for advance in sampling for _ in range(1 + len(advance.drafts))]
         ahead = [number for advance in sampling for number in range(1 + len(advance.drafts))]
-        sampled = iter(sample(logits[: len(rows.sample_rows)], wanted, self.text.token_text, ahead))
+        sampled = iter(sample(logits[: len(rows.sample_rows)], wanted, self.text.token_logprob, ahead))
         self.sampling_s += time.perf_counter() - computed
         return [_outcome(list(islice(sampled, 1 + len(advance.drafts)))) for advance in sampling]
 
@@ -177,7 +177,7 @@ class TorchRunner:
         first = sequence.computed + advance.readout_rows.start + 1
         tokens = sequence.tokens[first : first + len(logits)]
         readout.add_logprobs(
-            prompt_logprobs(logits, tokens, sequence.params.prompt_logprobs or 0, self.text.token_text)
+            prompt_logprobs(logits, tokens, sequence.params.prompt_logprobs or 0, self.text.token_logprob)
         )
 
     def _make_caches(self, shapes: list[LayerShape], engine: Engine, dtype: torch.dtype) -> list[LayerCache]:

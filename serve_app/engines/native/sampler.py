@@ -17,11 +17,14 @@ _ROWS = 64
 # A smaller divisor could make a logit infinite, and its probability NaN.
 _MIN_DIVISOR = 1e-6
 
+# A token with its log probability.
+Describe = Callable[[int, float], TokenLogprob]
+
 
 def sample(
     logits: torch.Tensor,
     sequences: list[Sequence],
-    token_text: Callable[[int], str],
+    describe: Describe,
     ahead: list[int] | None = None,
 ) -> list[Sampled | ServeAppError]:
     """One token for each row of `[R, V]` logits, or an error for a row that holds NaN or whose grammar fails.
@@ -44,35 +47,29 @@ def sample(
             )
     return [
         failed.get(row)
-        or Sampled(token, None if s.params.logprobs is None else _logprobs(logits[row], token, s, token_text))
+        or Sampled(token, None if s.params.logprobs is None else _logprobs(logits[row], token, s, describe))
         for row, (token, s) in enumerate(zip(tokens, sequences, strict=True))
     ]
 
 
-def prompt_logprobs(
-    logits: torch.Tensor, tokens: list[int], alternatives: int, token_text: Callable[[int], str]
-) -> list[Logprobs]:
+def prompt_logprobs(logits: torch.Tensor, tokens: list[int], alternatives: int, describe: Describe) -> list[Logprobs]:
     """Log probability and rank of each of the R prompt tokens by the logits `[R, V]` of the positions before them.
 
     Processes 64 rows at a time: for 2,000 rows and a vocabulary of 128,000 each float32 copy would take a gigabyte.
     """
     parts = [slice(first, first + _ROWS) for first in range(0, len(tokens), _ROWS)]
     return [
-        logprobs
-        for part in parts
-        for logprobs in _prompt_logprobs(logits[part], tokens[part], alternatives, token_text)
+        logprobs for part in parts for logprobs in _prompt_logprobs(logits[part], tokens[part], alternatives, describe)
     ]
 
 
-def _prompt_logprobs(
-    logits: torch.Tensor, tokens: list[int], alternatives: int, token_text: Callable[[int], str]
-) -> list[Logprobs]:
+def _prompt_logprobs(logits: torch.Tensor, tokens: list[int], alternatives: int, describe: Describe) -> list[Logprobs]:
     logprobs = logits.float().log_softmax(-1)
     chosen = logprobs.gather(1, torch.tensor(tokens, device=logits.device)[:, None])
     ranks = (logprobs > chosen).sum(-1) + 1
     values, ids = logprobs.topk(min(alternatives, logits.shape[1]))
     return [
-        Logprobs(TokenLogprob(token, token_text(token), logprob), _top_logprobs(top, best, token_text), rank)
+        Logprobs(describe(token, logprob), _top_logprobs(top, best, describe), rank)
         for token, logprob, rank, top, best in zip(
             tokens, chosen[:, 0].tolist(), ranks.tolist(), ids.tolist(), values.tolist(), strict=True
         )
@@ -238,13 +235,13 @@ def _first_above(weights: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
     return found.clamp(max=weights.shape[1] - 1)  # NaN weights of one row must not fail the step of all rows
 
 
-def _logprobs(row: torch.Tensor, token: int, sequence: Sequence, token_text: Callable[[int], str]) -> Logprobs:
+def _logprobs(row: torch.Tensor, token: int, sequence: Sequence, describe: Describe) -> Logprobs:
     """Log probabilities of the model's distribution, before biases, penalties, temperature and filters."""
     logprobs = row.float().log_softmax(-1)
     values, ids = logprobs.topk(min(sequence.params.logprobs or 0, row.shape[0]))
-    chosen = TokenLogprob(token, token_text(token), logprobs[token].item())
-    return Logprobs(chosen, _top_logprobs(ids.tolist(), values.tolist(), token_text))
+    chosen = describe(token, logprobs[token].item())
+    return Logprobs(chosen, _top_logprobs(ids.tolist(), values.tolist(), describe))
 
 
-def _top_logprobs(ids: list[int], logprobs: list[float], token_text: Callable[[int], str]) -> tuple[TokenLogprob, ...]:
-    return tuple(TokenLogprob(i, token_text(i), logprob) for i, logprob in zip(ids, logprobs, strict=True))
+def _top_logprobs(ids: list[int], logprobs: list[float], describe: Describe) -> tuple[TokenLogprob, ...]:
+    return tuple(describe(i, logprob) for i, logprob in zip(ids, logprobs, strict=True))

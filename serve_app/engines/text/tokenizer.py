@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 from functools import cached_property
@@ -11,7 +12,7 @@ from typing import Any
 from tokenizers import Encoding, Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from serve_app.core.events import TextToken
+from serve_app.core.events import TextToken, TokenLogprob
 from serve_app.core.requests import (
     ChatPrompt,
     GenerationRequest,
@@ -34,6 +35,15 @@ logger = logging.getLogger(__name__)
 
 # The last tokens of the prompt that a decoder reads, for example to know whether its first token begins with a space.
 _CONTEXT_TOKENS = 8
+
+# Stands in a text for bytes that are not a whole character.
+_INCOMPLETE = "\ufffd"
+_FALLBACK_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+# GPT-2's characters for bytes: printable ones stand for themselves, the n-th other byte is character 256 + n.
+_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {
+    chr(256 + number): byte for number, byte in enumerate(sorted(set(range(256)) - set(_PRINTABLE)))
+}
 
 
 class _PanicsAsErrors:
@@ -191,6 +201,11 @@ class HFText:
         """The text of one token decoded alone; special tokens by name."""
         return self._decoded([token_id], skip_special_tokens=False)
 
+    def token_logprob(self, token_id: int, logprob: float) -> TokenLogprob:
+        text = self.token_text(token_id)
+        raw = _bytes_of(self._backend.id_to_token(token_id)) if _INCOMPLETE in text else None
+        return TokenLogprob(token_id, text, logprob, raw)
+
     def token_id(self, text: str) -> int | None:
         """The id of the added token with this text; None if there is none."""
         return next((token_id for token_id, token in self._added.items() if token.content == text), None)
@@ -247,6 +262,19 @@ class HFText:
         if wrong is not None:
             return InvalidRequest(f"token id {wrong} is outside 0 to {self.vocabulary - 1}", param="prompt")
         return list(token_ids) or _empty_prompt()
+
+
+def _bytes_of(piece: str | None) -> bytes | None:
+    """The bytes of a token that is not a text, by its name in the vocabulary; None if the name does not say.
+
+    A tokenizer with byte fallback names a byte like `<0xE2>`; a byte-level one has a character for each byte.
+    """
+    fallback = _FALLBACK_BYTE.fullmatch(piece or "")
+    if fallback is not None:
+        return bytes([int(fallback[1], 16)])
+    if not piece or not all(character in _BYTE_OF for character in piece):
+        return None
+    return bytes(_BYTE_OF[character] for character in piece)
 
 
 def _ids(encoding: Encoding) -> list[int] | ServeAppError:

@@ -108,6 +108,11 @@ class Answer:
         return self.events[-1].finish_reason if self.events else None
 
 
+def describe(token: int, logprob: float) -> TokenLogprob:
+    """The log probability of a token of a vocabulary whose texts are the ids."""
+    return TokenLogprob(token, f"<{token}>", logprob)
+
+
 def request(
     prompt: str | Seq[int] = "abc", timeout_s: float = 60.0, params: SamplingParams | None = None
 ) -> GenerationRequest:

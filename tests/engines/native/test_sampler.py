@@ -15,7 +15,7 @@ from serve_app.core.requests import SamplingParams
 from serve_app.engines.native.sampler import prompt_logprobs, sample, uniform
 from serve_app.engines.native.sequence import Sequence
 from serve_app.errors import InternalError
-from tests.engines.native.helpers import request, sequence, sequences, tokens_of
+from tests.engines.native.helpers import describe, request, sequence, sequences, tokens_of
 
 pytestmark = pytest.mark.model
 
@@ -33,7 +33,7 @@ def seeded(count: int, params: SamplingParams) -> list[Sequence]:
 
 
 def chosen(logits: torch.Tensor, batch: list[Sequence]) -> list[int]:
-    return [sampled.token_id for sampled in tokens_of(sample(logits, batch, str))]
+    return [sampled.token_id for sampled in tokens_of(sample(logits, batch, describe))]
 
 
 def draws(row: torch.Tensor, params: SamplingParams, count: int) -> list[int]:
@@ -184,9 +184,9 @@ def test_a_draw_does_not_depend_on_other_rows_or_the_row_number(spread: float, d
 @pytest.mark.parametrize("filters", [{}, {"top_k": 5}])
 def test_a_row_with_nan_is_an_error_and_does_not_change_other_rows(filters: dict[str, Any]) -> None:
     logits, batch = noise(3, 400), seeded(3, replace(WARM, **filters))
-    expected = sample(logits, batch, str)
+    expected = sample(logits, batch, describe)
     logits[1, 7] = torch.nan
-    outcomes = sample(logits, batch, str)
+    outcomes = sample(logits, batch, describe)
     assert (outcomes[0], outcomes[2]) == (expected[0], expected[2])
     assert isinstance(outcomes[1], InternalError)
 
@@ -302,7 +302,7 @@ def test_draws_with_a_bias_follow_the_shifted_softmax() -> None:
 def test_logprobs_do_not_include_the_bias() -> None:
     row = noise(50)
     current = [sequence(params=replace(GREEDY, logprobs=1, logit_bias=((3, 100.0),)))]
-    (sampled,) = tokens_of(sample(row[None], current, str))
+    (sampled,) = tokens_of(sample(row[None], current, describe))
     assert sampled.logprobs is not None
     assert sampled.token_id == 3
     assert sampled.logprobs.chosen.logprob == pytest.approx(row.log_softmax(-1)[3].item())
@@ -336,7 +336,7 @@ def test_logprobs_are_those_before_penalties_temperature_and_filters() -> None:
     row = noise(50)
     params = SamplingParams(temperature=0.3, top_k=2, repetition_penalty=1.9, seed=1, logprobs=4)
     current = [sequence([1, 2, 3], params)]
-    (sampled,) = tokens_of(sample(row[None].bfloat16(), current, lambda token: f"<{token}>"))
+    (sampled,) = tokens_of(sample(row[None].bfloat16(), current, describe))
     own = row.bfloat16().float().log_softmax(-1)
     assert sampled.logprobs is not None
     token, top = sampled.logprobs.chosen, sampled.logprobs.top
@@ -348,22 +348,22 @@ def test_logprobs_are_those_before_penalties_temperature_and_filters() -> None:
 
 @pytest.mark.parametrize(("requested", "returned"), [(0, 0), (3, 3), (99, 10)])
 def test_the_number_of_alternatives_is_the_requested_one(requested: int, returned: int) -> None:
-    (sampled,) = tokens_of(sample(noise(1, 10), [sequence(params=replace(GREEDY, logprobs=requested))], str))
+    (sampled,) = tokens_of(sample(noise(1, 10), [sequence(params=replace(GREEDY, logprobs=requested))], describe))
     assert sampled.logprobs is not None
     assert len(sampled.logprobs.top) == returned
 
 
 def test_no_logprobs_without_a_request() -> None:
-    (sampled,) = tokens_of(sample(noise(1, 10), seeded(1, GREEDY), str))
+    (sampled,) = tokens_of(sample(noise(1, 10), seeded(1, GREEDY), describe))
     assert sampled.logprobs is None
 
 
 def test_prompt_logprobs_are_log_softmax_and_rank() -> None:
     rows, tokens = noise(200, 300, seed=3), list(range(40, 240))  # more rows than one part
     rows[1] = 0.0  # equal logits
-    for row, token, returned in zip(rows, tokens, prompt_logprobs(rows, tokens, 5, str), strict=True):
+    for row, token, returned in zip(rows, tokens, prompt_logprobs(rows, tokens, 5, describe), strict=True):
         logprobs = row.double().log_softmax(-1)
-        assert (returned.chosen.token_id, returned.chosen.token) == (token, str(token))
+        assert (returned.chosen.token_id, returned.chosen.token) == (token, f"<{token}>")
         assert returned.chosen.logprob == pytest.approx(logprobs[token].item(), abs=1e-5)
         assert returned.rank == 1 + int((row > row[token]).sum())
         assert [one.logprob for one in returned.top] == pytest.approx(logprobs.topk(5).values.tolist(), abs=1e-5)

@@ -319,3 +319,21 @@ def test_details_give_the_place_of_each_token(text: HFText) -> None:
     for variant in (TextPrompt(prompt), TokenPrompt(tuple(ids))):
         tokens = details(text, variant, ids).tokens
         assert [prompt[token.start : token.end] for token in tokens] == [token.text for token in tokens]
+
+
+# Bytes of tokens
+
+
+@pytest.mark.parametrize("words", ["Łódź 🙂 中文", "plain", " \n\t"])
+def test_the_bytes_of_the_tokens_are_the_bytes_of_the_text(text: HFText, words: str) -> None:
+    (ids,) = text.encode([TextPrompt(words)])
+    assert isinstance(ids, list)
+    tokens = [text.token_logprob(token, -1.0) for token in ids]
+    assert b"".join(token.token.encode() if token.raw is None else token.raw for token in tokens) == words.encode()
+    assert any(token.raw is not None for token in tokens) is not words.isascii()
+
+
+def test_a_byte_of_a_tokenizer_with_byte_fallback_is_its_own() -> None:
+    text = HFText(fast_tokenizer(byte_fallback()), frozenset({257}), 258)
+    assert text.token_logprob(0xE4, 0.0).raw == b"\xe4"
+    assert text.token_logprob(0x41, 0.0).raw is None
