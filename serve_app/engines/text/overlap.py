@@ -1,4 +1,4 @@
-"""Finds how many characters at the end of a text may be the beginning of a given word."""
+"""Finds what two texts have in common at their ends."""
 
 from __future__ import annotations
 
@@ -9,3 +9,9 @@ def overlap(text: str, word: str) -> int:
         if text.endswith(word[:length]):
             return length
     return 0
+
+
+def common_prefix(one: str, other: str) -> str:
+    """The longest text that both begin with."""
+    differing = (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    return one[: next(differing, min(len(one), len(other)))]

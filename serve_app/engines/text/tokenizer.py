@@ -25,6 +25,7 @@ from serve_app.core.requests import (
 )
 from serve_app.engines.text.chat_template import ChatTemplate
 from serve_app.engines.text.grammar import Constraint, GrammarCompiler
+from serve_app.engines.text.overlap import common_prefix
 from serve_app.engines.text.protocol import AnswerPlan
 from serve_app.engines.text.reasoning import plan_with_reasoning
 from serve_app.engines.text.tool_format import MarkerTokens
@@ -80,7 +81,7 @@ class StreamDecoder:
         with _panics_as_errors:
             text = self._step(token_id)
         if text and self._prompt_text:
-            text, self._prompt_text = text[_common_prefix_length(text, self._prompt_text) :], ""
+            text, self._prompt_text = text.removeprefix(common_prefix(text, self._prompt_text)), ""
         return text
 
     def _step(self, token_id: int) -> str:
@@ -92,10 +93,6 @@ class StreamDecoder:
             self._stream = DecodeStream(skip_special_tokens=self._skip)
             self._prompt_text = ""
             return self._stream.step(self._tokenizer, token_id) or ""
-
-
-def _common_prefix_length(one: str, other: str) -> int:
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 class HFText:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
 from serve_app.core.requests import ChatMessage, ToolCall
+from serve_app.engines.text.parameter_format import ParameterFormat, detect_parameters
 
 Json = dict[str, Any]
 # Renders messages and tools without the beginning of an answer. Raises any exception that the template raises.
@@ -30,6 +31,8 @@ _SAMPLE_CONTENT = "contentq7"
 _FIRST_CALL = ToolCall("call_idx7x1a", "nameq7x1a", '{"keyq7x1a": "valueq7x1a"}')
 _SECOND_CALL = ToolCall("call_idx7x2b", "nameq7x2b", '{"keyq7x2b": "valueq7x2b"}')
 _ENDINGS = ("q7x1a", "q7x2b")
+_KEYS, _VALUES = ("keyq7x1a", "keyq7x3c"), ("valueq7x1a", "valueq7x3c")
+_TWO_PARAMETERS = replace(_FIRST_CALL, arguments=json.dumps(dict(zip(_KEYS, _VALUES, strict=True))))
 _FIRST_ARGUMENTS = re.compile(r'\{\s*"keyq7x1a"\s*:\s*"valueq7x1a"\s*\}')
 _SHORT_ID = re.compile(r"[A-Za-z0-9]{9}")
 _JSON_BEGINS = re.compile(r"\[?\s*\{")
@@ -50,6 +53,8 @@ class ToolCallFormat:
     `markers` are the tokens in these texts that a grammar matches by id and not by text: pairs of text and id. A
     decoder leaves the special ones, `special_markers`, out of the text by default. `content_markers` are ranges, first
     and last id, of the other tokens of this kind that an answer may hold before its calls, for example `<think>`.
+
+    With `parameters` the arguments are a list of parameters in tags instead of a JSON object.
     """
 
     before: str
@@ -62,6 +67,7 @@ class ToolCallFormat:
     markers: tuple[tuple[str, int], ...] = ()
     special_markers: tuple[str, ...] = ()
     content_markers: tuple[tuple[int, int], ...] = ()
+    parameters: ParameterFormat | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,14 +180,39 @@ class _FormatDetector:
     def detect(self) -> ToolCallFormat | None:
         one = self._rendered_calls(_FIRST_CALL)
         arguments = None if one is None else _FIRST_ARGUMENTS.search(one)
-        if one is None or arguments is None or one.count(_FIRST_CALL.name) != 1:
+        if one is None or one.count(_FIRST_CALL.name) != 1:
             return None
+        if arguments is None:
+            return self._with_parameters(one)
         name_start = one.index(_FIRST_CALL.name)
         name = (name_start, name_start + len(_FIRST_CALL.name))
         (start, first_end), (second_start, end) = sorted((name, arguments.span()))
         before, middle, after = one[:start], one[first_end:second_start], one[end:]
         between = self._between(before, one[start:end], after)
         return self._format(before, middle, between, after, name_first=start == name_start)
+
+    def _with_parameters(self, one: str) -> ToolCallFormat | None:
+        """The format if the arguments are parameters in tags, after the name."""
+        two = self._rendered_calls(_TWO_PARAMETERS)
+        before, name, after_name = one.partition(_FIRST_CALL.name)
+        if two is None or not two.startswith(before + name):
+            return None
+        found = detect_parameters(after_name, two.removeprefix(before + name), _KEYS, _VALUES)
+        if found is None:
+            return None
+        parameters, length = found
+        after = after_name[length:]
+        if self._rendered_calls(replace(_FIRST_CALL, arguments="{}")) != before + name + after:
+            return None
+        between = self._between(before, name + after_name[:length], after)
+        # The name ends where the first parameter, or the end of a call without parameters, begins.
+        call_format = self._format(before, "", between, after, name_first=True, name_ends=[parameters.before, after])
+        if call_format is None:
+            return None
+        markers = self.markers.in_texts(
+            [*_texts_of(call_format), parameters.before, parameters.middle, parameters.after]
+        )
+        return replace(call_format, markers=markers, parameters=parameters)
 
     def _between(self, before: str, parts: str, after: str) -> str | None:
         """The text between two calls; None if the template refuses two calls or numbers them."""
@@ -192,13 +223,19 @@ class _FormatDetector:
         return two[len(start) : len(two) - len(end)]
 
     def _format(
-        self, before: str, middle: str, between: str | None, after: str, name_first: bool
+        self,
+        before: str,
+        middle: str,
+        between: str | None,
+        after: str,
+        name_first: bool,
+        name_ends: Sequence[str] = (),
     ) -> ToolCallFormat | None:
         """None if the end of a name or of a call could not be recognised, or a call contains an end token."""
         texts = [before, middle, between or "", after]
-        after_name = [middle] if name_first else [between or "", after]
+        after_name = name_ends or ([middle] if name_first else [between or "", after])
         markers = self.markers.in_texts(texts)
-        if not before or not middle or not (name_first or after):
+        if not before or not (middle or name_ends) or not (name_first or after):
             return None
         if any(_NAME_CHARACTER.match(text) for text in after_name):
             return None
@@ -239,6 +276,10 @@ class _FormatDetector:
             return text[: -len(end)]
         ends = [marker for marker, token in self.markers.ids.items() if token in self.markers.ends]
         return text[: min((text.index(marker) for marker in ends if marker in text), default=len(text))]
+
+
+def _texts_of(call_format: ToolCallFormat) -> list[str]:
+    return [call_format.before, call_format.middle, call_format.between or "", call_format.after]
 
 
 def _without_ids(text: str, ids: list[str]) -> str | None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 
 from serve_app.core.requests import Grammar, Tool, ToolChoice
 from serve_app.engines.text.json_schema import prepared_schema
+from serve_app.engines.text.parameter_format import parameter_rules
 from serve_app.engines.text.tool_format import ToolCallFormat
 from serve_app.errors import InvalidRequest
 
@@ -27,7 +29,7 @@ def tool_grammar(call_format: ToolCallFormat, choice: ToolChoice, content: Gramm
         *([f"more: {_literal(call_format, call_format.between or '')} call"] if parallel else []),
         f"call: {' | '.join(f'call_{number}' for number, _ in tools)}",
         *(f"call_{number}: {_call(call_format, tool.name, f'arguments_{number}')}" for number, tool in tools),
-        *(f"arguments_{number}: %json {_arguments_schema(tool)}" for number, tool in tools),
+        *(rule for number, tool in tools for rule in _arguments(call_format, tool, f"arguments_{number}")),
     ]
     parts = tuple(arguments_grammar(tool) for tool in choice.tools)
     return Grammar("lark", "\n".join(rules), "tools", parts if content is None else (*parts, content))
@@ -83,8 +85,18 @@ def _optional(call_format: ToolCallFormat) -> list[str]:
     ]
 
 
-def _arguments_schema(tool: Tool) -> str:
-    return _schema(tool.schema, tool.strict, f"the schema of the tool {tool.name}", tool.field)
+def _arguments(call_format: ToolCallFormat, tool: Tool, rule: str) -> list[str]:
+    """The rules for the arguments of a tool. Raises InvalidRequest."""
+    name = f"the schema of the tool {tool.name}"
+    schema = _schema(tool.schema, tool.strict, name, tool.field)
+    form = call_format.parameters
+    if form is None:
+        return [f"{rule}: %json {schema}"]
+    ends_in_token = any(form.after.startswith(marker) for marker, _ in call_format.markers)
+    try:
+        return parameter_rules(form, tool, rule, partial(_literal, call_format), ends_in_token)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidRequest(f"{name} cannot be read: {error}", param=tool.field) from error
 
 
 def _schema(text: str, strict: bool, name: str, field: str) -> str:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 
 from serve_app.core.events import Delta, TextDelta, ToolCallDelta
 from serve_app.engines.text.overlap import overlap
+from serve_app.engines.text.parameter_format import ParameterFormat
+from serve_app.engines.text.parameter_parser import ParameterReader
 from serve_app.engines.text.tool_format import ToolCallFormat
 
 MAX_NAME_LENGTH = 64
@@ -16,6 +19,8 @@ _IN_STRING = re.compile(r'["\\]')
 _OUTSIDE_STRINGS = re.compile(r'["{}\[\]]')
 
 _State = Callable[[], list[Delta]]
+# Whether a parameter of a tool, both by name, is a string.
+IsText = Callable[[str, str], bool]
 
 
 class ToolCallFormatParser:
@@ -25,8 +30,11 @@ class ToolCallFormatParser:
     Whitespace before a trigger belongs to the trigger. Special tokens of the format are never content.
     """
 
-    def __init__(self, call_format: ToolCallFormat) -> None:
+    def __init__(self, call_format: ToolCallFormat, is_text: IsText = lambda tool, parameter: True) -> None:
+        """`is_text` is whether a parameter of a tool is a string; only formats with parameters need it."""
         self._format = call_format
+        self._is_text = is_text
+        self._reader: ParameterReader | None = None
         self._state: _State = self._before_calls
         self._pending = ""  # text that no state has consumed
         self._candidate = ""  # consumed text of a call that may still turn out to be content
@@ -91,6 +99,8 @@ class ToolCallFormatParser:
         return self._consume_literal(self._format.middle, self._second_part)
 
     def _second_part(self) -> list[Delta]:
+        if self._format.parameters is not None:
+            return self._consume_parameters(self._format.parameters)
         consume = self._consume_arguments if self._format.name_first else self._consume_name
         return consume(self._after_call)
 
@@ -147,6 +157,20 @@ class ToolCallFormatParser:
         if not self._format.name_first or not piece:
             return []
         return [self._call_delta(), self._arguments_delta(piece)] if first else [self._arguments_delta(piece)]
+
+    def _consume_parameters(self, form: ParameterFormat) -> list[Delta]:
+        reader = self._reader = self._reader or ParameterReader(form, partial(self._is_text, self._name))
+        begins, text = not reader.emitted, self._pending
+        self._consume(len(text))
+        piece = reader.feed(text)
+        if reader.complete or reader.malformed:
+            self._pending, self._candidate = reader.pending, self._candidate.removesuffix(reader.pending)
+            self._state, self._reader = (self._after_call if reader.complete else self._only_content), None
+        if reader.emitted:  # the call is certain: a parameter that is cut off is not content
+            self._candidate = ""
+        if not piece:
+            return []
+        return [self._call_delta(), self._arguments_delta(piece)] if begins else [self._arguments_delta(piece)]
 
     def _consume(self, length: int) -> None:
         self._candidate += self._pending[:length]

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from serve_app.core.requests import Grammar, SamplingParams, Tool, ToolChoice
+from serve_app.engines.text.parameter_format import is_text, parameters_of
 from serve_app.engines.text.protocol import AnswerPlan, Constraint
 from serve_app.engines.text.tool_format import ToolCallFormat
 from serve_app.engines.text.tool_grammar import arguments_grammar, tool_grammar
@@ -76,4 +77,5 @@ def prepare_tool_use(
         return error
     skip_special_tokens = params.skip_special_tokens and not hides_markers
     params = replace(params, grammar=grammar, skip_special_tokens=skip_special_tokens)
-    return ToolUse(grammar, params, ToolCallFormatParser(call_format))
+    texts = {(tool.name, key) for tool in choice.tools for key, one in parameters_of(tool).items() if is_text(one)}
+    return ToolUse(grammar, params, ToolCallFormatParser(call_format, lambda *parameter: parameter in texts))

@@ -114,12 +114,38 @@ FUNCTION_TAG = turns(
 {%- endfor -%}"""
 )
 
-# Not supported: arguments that are not JSON.
+# Qwen3-Coder: each parameter in a tag, strings as they are.
+QWEN_CODER = turns(
+    """{%- for c in m.tool_calls -%}
+{{- '\n' if not loop.first -}}
+{{- '<tool_call>\n<function=' + c.function.name + '>\n' -}}
+{%- for key, value in c.function.arguments.items() -%}
+{{- '<parameter=' + key + '>\n' -}}
+{{- (value if value is string else value | tojson) + '\n</parameter>\n' -}}
+{%- endfor -%}
+{{- '</function>\n</tool_call>' -}}
+{%- endfor -%}"""
+)
+
+# GLM 4.5: names and values of parameters between tokens.
+GLM = turns(
+    """{%- for c in m.tool_calls -%}
+{{- '\n<tool_call>' + c.function.name + '\n' -}}
+{%- for key, value in c.function.arguments.items() -%}
+{{- '<arg_key>' + key + '</arg_key>\n' -}}
+{{- '<arg_value>' + (value if value is string else value | tojson) + '</arg_value>\n' -}}
+{%- endfor -%}
+{{- '</tool_call>' -}}
+{%- endfor -%}"""
+)
+GLM_TOKENS = ("<tool_call>", "</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>")
+
+# Not supported: parameters that are counted.
 PARAMETERS = turns(
     """{%- for c in m.tool_calls -%}
 {{- '<function=' + c.function.name + '>' -}}
 {%- for key, value in c.function.arguments.items() -%}
-{{- '<parameter=' + key + '>' + value + '</parameter>' -}}
+{{- '<parameter' ~ loop.index ~ '=' + key + '>' + value + '</parameter>' -}}
 {%- endfor -%}
 {{- '</function>' -}}
 {%- endfor -%}"""
