@@ -105,7 +105,7 @@ class MessagesEncoder:
                     block["thinking"] = "".join(delta.text for delta in deltas if isinstance(delta, ReasoningDelta))
             case "tool_use":
                 arguments = "".join(delta.arguments for delta in deltas if isinstance(delta, ToolCallDelta))
-                block["input"] = _complete_members(arguments)
+                block["input"] = _parsed(arguments)
         return block
 
     def _delta(self, delta: Delta) -> Iterator[MessageEvent]:
@@ -181,8 +181,8 @@ def _empty_block(delta: Delta) -> AnswerBlock:
             return {"type": "tool_use", "id": f"toolu_{uuid4().hex[:24]}", "name": delta.name, "input": {}}
 
 
-def _complete_members(arguments: str) -> dict[str, object]:
-    """The members of a JSON object whose text can be cut off; {} if the text is no JSON object."""
+def _parsed(arguments: str) -> dict[str, object]:
+    """The JSON object, without a string at the end that was cut off; {} if the text is no JSON object."""
     try:
         parsed = from_json(arguments, allow_inf_nan=False, allow_partial=True)
         json.dumps(parsed, allow_nan=False)  # raises ValueError for a number that is too large, for example 1e999

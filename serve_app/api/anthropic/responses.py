@@ -87,7 +87,7 @@ class ThinkingAnswer(TypedDict):
 
 @exact
 class ToolUseAnswer(TypedDict):
-    """If `max_tokens` cut the call off, `input` has the members that are complete."""
+    """If `max_tokens` cut the call off, `input` has what could be parsed."""
 
     type: Literal["tool_use"]
     id: str
