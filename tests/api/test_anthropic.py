@@ -96,7 +96,7 @@ def message_of(events: Sequence[dict[str, Any]]) -> dict[str, Any]:
     for event in remaining:
         assert (event["type"], event["index"]) == ("content_block_start", len(content))
         content.append(block_of(event, remaining))
-    return message | {"content": content} | delta["delta"] | {"usage": delta["usage"]}
+    return {**message, "content": content, **delta["delta"], "usage": delta["usage"]}
 
 
 def block_of(start: dict[str, Any], events: Iterator[dict[str, Any]]) -> dict[str, Any]:
@@ -167,7 +167,7 @@ async def test_a_streamed_message(client: httpx.AsyncClient, engine: ScriptedEng
     engine.plays(*(replace(one, cached_tokens=2) for one in (chunk(["some"], None), chunk(["", " words"], start=1))))
     found = await streamed(client)
     usage = {"input_tokens": 1, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 2, "output_tokens": 3}
-    message = {
+    message: dict[str, Any] = {
         "id": f"msg_{engine.requests[0].id}",
         "type": "message",
         "role": "assistant",
