@@ -46,7 +46,22 @@ class InvalidRequest(ServeAppError):
 
 
 class PromptTooLong(ServeAppError):
+    """`tokens` is the number of tokens of the prompt, and `maximum` the largest possible one; None if unknown."""
+
     status, code = 422, "prompt_too_long"
+
+    def __init__(
+        self,
+        message: str,
+        param: str | None = None,
+        retry_after_s: float | None = None,
+        tokens: int | None = None,
+        maximum: int | None = None,
+    ) -> None:
+        super().__init__(message, param, retry_after_s)
+        self.args = (*self.args, tokens, maximum)
+        self.tokens = tokens
+        self.maximum = maximum
 
 
 class ModelNotFound(ServeAppError):

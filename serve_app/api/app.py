@@ -13,6 +13,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from serve_app.api import pages
+from serve_app.api.anthropic.routes import AnthropicRoutes
 from serve_app.api.body import read_document
 from serve_app.api.context import RequestContext
 from serve_app.api.error_handlers import ErrorHandlers
@@ -58,6 +59,7 @@ def create_app(
 
 def _routes(context: RequestContext) -> list[Route]:
     native, openai, tgi = NativeRoutes(context), OpenAIRoutes(context), TgiRoutes(context)
+    anthropic = AnthropicRoutes(context)
     tokens, embeddings, operator = TokenRoutes(context), EmbeddingRoutes(context), OperatorRoutes(context)
     playground, reference = pages.playground(), pages.reference()
     document = pages.document(tuple(model.name for model in context.config.models))
@@ -73,6 +75,8 @@ def _routes(context: RequestContext) -> list[Route]:
         _post("/v1/completions", openai.completions),
         _post("/v1/chat/completions", openai.chat),
         _post("/v1/embeddings", embeddings.embeddings),
+        _post("/v1/messages", anthropic.messages),
+        _post("/v1/messages/count_tokens", anthropic.count_tokens),
         _get("/v1/models", openai.models),
         _get("/v1/models/{id:path}", openai.model),
         _post("/tokenize", tokens.tokenize, tokens.tokenize_inputs),

@@ -6,6 +6,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from serve_app.api.anthropic.responses import ANTHROPIC_ERRORS
 from serve_app.api.native.responses import NATIVE_ERRORS
 from serve_app.api.openai.responses import OPENAI_ERRORS
 from serve_app.api.responses import ErrorFormat, retry_headers
@@ -14,7 +15,7 @@ from serve_app.api.tgi.responses import TGI_ERRORS
 from serve_app.errors import MethodNotAllowed, NotFound, RequestTimeout, ServeAppError, internal_error
 
 # The formats by the beginning of the path. The first beginning that matches decides.
-_FORMATS = {"/v1": OPENAI_ERRORS}
+_FORMATS = {"/v1/messages": ANTHROPIC_ERRORS, "/v1": OPENAI_ERRORS}
 
 
 class ErrorHandlers:

@@ -27,7 +27,8 @@ _SAFE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 class RequestId:
     """Names the request by the client's own id if that is safe in a log line, else by a new id.
 
-    Sets `request_id` and `arrived`, an instant of `clock`, in the state of the request.
+    The header `request-id` repeats the id for Anthropic's clients. Sets `request_id` and `arrived`, an instant of
+    `clock`, in the state of the request.
     """
 
     def __init__(self, app: ASGIApp, clock: Callable[[], float] = time.monotonic) -> None:
@@ -43,7 +44,8 @@ class RequestId:
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = headers["request-id"] = request_id
             await send(message)
 
         # A new dictionary, because a server can hand the same lifespan state to every request.

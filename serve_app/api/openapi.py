@@ -11,8 +11,9 @@ from pydantic import TypeAdapter
 from pydantic.json_schema import JsonSchemaMode, JsonSchemaValue
 
 from serve_app import __version__
+from serve_app.api.anthropic.responses import OVERLOADED, AnthropicError
 from serve_app.api.openai.responses import OpenAIError
-from serve_app.api.operations import OPERATIONS, Operation
+from serve_app.api.operations import OPENAI, OPERATIONS, Operation
 
 Json: TypeAlias = dict[str, Any]
 
@@ -29,7 +30,7 @@ _ERRORS = {
     504: "The request used up its time.",
 }
 _NO_SUCH_MODEL = "The model does not exist."
-_WITH_RETRY_AFTER = (429, 503)
+_WITH_RETRY_AFTER = (429, 503, OVERLOADED)
 
 
 @cache
@@ -144,7 +145,7 @@ def _responses(operation: Operation, components: _Components) -> Json:
 def _events(operation: Operation, components: _Components) -> Json:
     """The schema of one event. OpenAPI 3.1 cannot describe a stream: for it, the whole body is a string."""
     json: Json = {"contentMediaType": _JSON, "contentSchema": components.any_of(operation.events, "serialization")}
-    data = {"anyOf": [{"const": "[DONE]"}, json]} if operation.path.startswith("/v1") else json
+    data = {"anyOf": [{"const": "[DONE]"}, json]} if operation.tag == OPENAI else json
     return {
         "description": "Server-sent events. Each has this form. An error ends the stream.",
         "properties": {"event": {"type": "string"}, "data": data},
@@ -153,8 +154,10 @@ def _events(operation: Operation, components: _Components) -> Json:
 
 def _errors(operation: Operation) -> dict[int, str]:
     errors = dict(_ERRORS) if operation.body is not None else {500: _ERRORS[500]}
-    if operation.error is OpenAIError and 422 in errors:
+    if operation.error in (OpenAIError, AnthropicError) and 422 in errors:
         errors[400] = errors.pop(422)
+    if operation.error is AnthropicError:
+        errors[OVERLOADED] = errors.pop(503)
     if operation.body is not None or operation.model_in:
         errors[404] = _NO_SUCH_MODEL
     return dict(sorted(errors.items()))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from serve_app.api.anthropic.responses import AnthropicError, AnthropicMessage, MessageEvent, TokenCounts
+from serve_app.api.anthropic.schema import CountTokensBody, MessagesBody
 from serve_app.api.native.responses import BatchAnswers, NativeAnswer, NativeError, NativeErrorEvent, NativeEvent
 from serve_app.api.native.schema import BatchBody, GenerateBody, StreamBody
 from serve_app.api.openai.embeddings import EmbeddingsBody
@@ -25,7 +27,8 @@ from serve_app.api.tgi.schema import TgiBody
 from serve_app.api.tokens.responses import DetokenizedText, TgiTextToken, Tokens
 from serve_app.api.tokens.schema import DetokenizeBody, TokenizeBody, TokenizeInputsBody
 
-NATIVE, OPENAI, TGI, OPERATION = "Native", "OpenAI", "Text Generation Inference", "Operation"
+NATIVE, OPENAI, ANTHROPIC = "Native", "OpenAI", "Anthropic"
+TGI, OPERATION = "Text Generation Inference", "Operation"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +63,7 @@ _PROMPT = {"prompt": "The future of artificial intelligence is", "max_tokens": 3
 _INPUTS = {"inputs": "The future of artificial intelligence is", "parameters": {"max_new_tokens": 32}}
 _CHAT = {"messages": [{"role": "user", "content": "What is the capital of France?"}], "max_tokens": 32}
 _BATCH = {"prompts": ["The sea is", "The sky is"], "max_tokens": 16}
+_COUNT = {"messages": [{"role": "user", "content": "What is the capital of France?"}]}
 _EMBED = {"input": ["The sea is", "The sky is"]}
 
 OPERATIONS = (
@@ -86,6 +90,14 @@ OPERATIONS = (
     Operation(
         "post", "/v1/embeddings", OPENAI, "Compute the embeddings of texts", EmbeddingsBody, _EMBED, Embeddings,
         error=OpenAIError,
+    ),
+    Operation(
+        "post", "/v1/messages", ANTHROPIC, "Answer a conversation", MessagesBody, _CHAT, AnthropicMessage,
+        MessageEvent, error=AnthropicError,
+    ),
+    Operation(
+        "post", "/v1/messages/count_tokens", ANTHROPIC, "Count the tokens of a conversation", CountTokensBody, _COUNT,
+        TokenCounts, error=AnthropicError,
     ),
     Operation("get", "/v1/models", OPENAI, "List the models", answer=ModelList, error=OpenAIError),
     Operation("get", "/v1/models/{id}", OPENAI, "Get one model", answer=ModelCard, model_in="path", error=OpenAIError),

@@ -15,7 +15,8 @@ from serve_app.errors import InvalidRequest
 # A field name that a caller made up is cut to this many characters in an error message.
 MAX_NAME_LENGTH = 64
 
-# Tags of the members of a union: a field that takes a string or a list, or several of either, or an object.
+# Tags of the members of a union, in angle brackets: of a field that takes a string or a list, or several of either, or
+# an object of one of two kinds.
 TAGS = ("<text>", "<list>", "<texts>", "<lists>", "<object>", "<allowed>")
 TEXT, LIST, TEXTS, LISTS, OBJECT, ALLOWED = TAGS
 
@@ -24,7 +25,10 @@ Nested: TypeAlias = "Mapping[str, type[Body]]"
 
 
 class Body(BaseModel):
-    """A body that converts no value and ignores no field. `nested` maps a field that holds objects to their type."""
+    """A body that converts no value and ignores no field.
+
+    `nested` maps a field that holds objects, or the tag of a union's member that is an object, to their type.
+    """
 
     model_config = ConfigDict(
         strict=True, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
@@ -72,17 +76,19 @@ class Body(BaseModel):
         unknown = first["type"] == "extra_forbidden"
         location = _location(first["loc"], unknown)
         param = _path(location)
-        message = cls._unknown(location) if unknown else _message(param, first)
+        message = cls._unknown(first["loc"]) if unknown else _message(param, first)
         if others:
             message += f" The body has {others} more {'error' if others == 1 else 'errors'}."
         return InvalidRequest(message, param=param)
 
     @classmethod
-    def _unknown(cls, location: Sequence[str | int]) -> str:
-        owners = [part for part in location[:-1] if isinstance(part, str)]
+    def _unknown(cls, parts: Sequence[str | int]) -> str:
+        """The message for the unknown field at a location with its tags."""
+        location = _location(parts, unknown=True)
         body: type[Body] = cls
-        for owner in owners:  # a body without an entry of its own for the field uses that of the whole body
-            body = body.nested.get(owner) or cls.nested[owner]
+        for owner in parts[:-1]:  # a body without an entry of its own for the field uses that of the whole body
+            if isinstance(owner, str):
+                body = body.nested.get(owner) or cls.nested.get(owner) or body
         fields = body.names()
         similar = difflib.get_close_matches(str(location[-1])[:MAX_NAME_LENGTH], fields, n=1)
         remedy = f"Did you mean '{similar[0]}'?" if similar else f"Known fields: {', '.join(fields)}."
@@ -111,12 +117,16 @@ def _message(param: str, error: Mapping[str, Any]) -> str:
 
 
 def _location(parts: Sequence[str | int], unknown: bool) -> list[str | int]:
-    """The location without the tags that pydantic inserts for the chosen member of a union.
+    """The location without the tags, in angle brackets, that pydantic inserts for the chosen member of a union.
 
     The name of an unknown field is the last part, and it can be any string, also a tag.
     """
     named = len(parts) - 1 if unknown else len(parts)
-    return [part for i, part in enumerate(parts) if i == named or part not in TAGS]
+    return [part for i, part in enumerate(parts) if i == named or not _is_tag(part)]
+
+
+def _is_tag(part: str | int) -> bool:
+    return isinstance(part, str) and part.startswith("<") and part.endswith(">")
 
 
 def _path(location: Iterable[str | int]) -> str:

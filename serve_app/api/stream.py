@@ -41,9 +41,10 @@ class EventStream(Response):
     """Streams the answers to one call as they come.
 
     An error before the response began is raised, so that it has a status of its own. After `limits.heartbeat_s` without
-    a byte the response begins, or continues, with a comment; from then on an error is an event of the stream. A client
-    that does not take a write within `limits.stalled_client_s` counts as one that left. `prepare` is awaited once, when
-    the first chunk has arrived.
+    a byte the response begins, or continues, with a heartbeat; from then on an error is an event of the stream. A
+    client that does not take a write within `limits.stalled_client_s` counts as one that left. `prepare` is awaited
+    once, when the first chunk has arrived. `heartbeat` encodes a heartbeat from the state of the request: `queued` or
+    `warming`.
     """
 
     media_type = "text/event-stream"
@@ -54,6 +55,7 @@ class EventStream(Response):
         requests: Sequence[GenerationRequest],
         encoder: StreamEncoder,
         prepare: Callable[[], Awaitable[None]] | None = None,
+        heartbeat: Callable[[str], bytes] = comment,
     ) -> None:
         self.status_code = 200
         self.background = None
@@ -64,6 +66,7 @@ class EventStream(Response):
         self._model = requests[0].model
         self._encoder = encoder
         self._prepare = prepare
+        self._encode_heartbeat = heartbeat
         self._unfinished = len(requests)
         self._started = False
         self._written_at = 0.0
@@ -100,7 +103,7 @@ class EventStream(Response):
                     await self._write(send, events)
 
     async def _send_heartbeats(self, send: Send) -> None:
-        """Write a comment whenever no write ended for `heartbeat_s`; none follows the last event.
+        """Write a heartbeat whenever no write ended for `heartbeat_s`; none follows the last event.
 
         A heartbeat waits for a write that is in progress. Raises ClientDisconnect after `stalled_client_s`, which shows
         that the client does not read. A time limit for every write would cost 5 us per token.
@@ -121,7 +124,7 @@ class EventStream(Response):
         if not self._unfinished:
             return b""
         ready = self._context.engine.health(self._model).state is ModelState.READY
-        return comment("queued" if ready else "warming")
+        return self._encode_heartbeat("queued" if ready else "warming")
 
     async def _fail(self, send: Send, error: Exception) -> None:
         """End the stream with an error event. Raises the error if the response has not begun."""

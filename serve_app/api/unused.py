@@ -1,7 +1,7 @@
 """Markers of fields that a body accepts although the service does not use them.
 
-Clients of OpenAI and vLLM send many such fields, often with the value that has no effect. A body declares each of them
-with one of three markers, so that the OpenAPI document describes it:
+Clients of OpenAI, Anthropic and vLLM send many such fields, often with the value that has no effect. A body declares
+each of them with one of three markers, so that the OpenAPI document describes it:
 
 - `Only`: a client that sends another value would rely on something that the service does not do;
 - `Hint`: to ignore it does no harm;
@@ -21,7 +21,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 log = logging.getLogger(__name__)
-# The names of hints that this process has logged. Bodies declare about 15 names.
+# The names of hints that this process has logged. Bodies declare about 30 names.
 _logged: set[str] = set()
 
 

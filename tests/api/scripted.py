@@ -268,6 +268,18 @@ def events_of(text: str) -> list[Any]:
     return found
 
 
+def anthropic_error_of(answer: httpx.Response) -> tuple[str, str]:
+    """The type and the message of an error, checked to be complete."""
+    body = answer.json()
+    return check_anthropic_error(body, answer.headers["x-request-id"])
+
+
+def check_anthropic_error(body: Any, request_id: str) -> tuple[str, str]:
+    assert body == {"type": "error", "error": body["error"], "request_id": request_id}
+    assert set(body["error"]) == {"type", "message"}
+    return body["error"]["type"], body["error"]["message"]
+
+
 def assert_invalid(answer: httpx.Response) -> None:
     """OpenAI's clients know 400 as the status of a wrong request."""
     assert answer.status_code == (400 if answer.request.url.path.startswith("/v1") else 422), answer.text

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -412,21 +413,23 @@ def test_every_field_that_vllm_publishes_is_declared(body: type[Body], own: str)
     assert {*VLLM_BOTH.split(), *own.split()} <= set(body.names())
 
 
-def unused_fields() -> dict[tuple[str, str], tuple[unused.Unused, str]]:
+OBJECTS: dict[str, type[Body]] = {
+    "completion": CompletionBody,
+    "chat": ChatBody,
+    "`stream_options`": StreamOptions,
+    "`structured_outputs`": StructuredOutputs,
+    "message": Message,
+    "text part": TextPart,
+    "call": EarlierCall,
+    "function of a call": CalledFunction,
+    "tool": OfferedTool,
+    "function": Function,
+    "schema of an answer": JsonSchema,
+}
+
+
+def unused_fields(objects: Mapping[str, type[Body]]) -> dict[tuple[str, str], tuple[unused.Unused, str]]:
     """Marker and description of each field that is not used, by object and name."""
-    objects: dict[str, type[Body]] = {
-        "completion": CompletionBody,
-        "chat": ChatBody,
-        "`stream_options`": StreamOptions,
-        "`structured_outputs`": StructuredOutputs,
-        "message": Message,
-        "text part": TextPart,
-        "call": EarlierCall,
-        "function of a call": CalledFunction,
-        "tool": OfferedTool,
-        "function": Function,
-        "schema of an answer": JsonSchema,
-    }
     return {
         (title, name): (marker, field.description or "")
         for title, body in objects.items()
@@ -436,10 +439,10 @@ def unused_fields() -> dict[tuple[str, str], tuple[unused.Unused, str]]:
     }
 
 
-def table() -> list[str]:
-    """The table of docs/api.md."""
+def table(objects: Mapping[str, type[Body]]) -> list[str]:
+    """The table of docs/api.md for these objects."""
     rows: dict[str, list[str]] = {}
-    for (title, name), (marker, description) in unused_fields().items():
+    for (title, name), (marker, description) in unused_fields(objects).items():
         values = "any (hint)" if isinstance(marker, unused.Hint) else "any (answer)"
         if isinstance(marker, unused.Only):
             values = ", ".join(f"`{json.dumps(one)}`" for one in marker.values) or "none"
@@ -447,12 +450,17 @@ def table() -> list[str]:
     return [row.format(", ".join(titles)) for row, titles in rows.items()]
 
 
+def documented(heading: str) -> list[str]:
+    """The table below a heading of docs/api.md."""
+    page = (Path(__file__).parents[2] / "docs/api.md").read_text()
+    section = page.partition(f"\n{heading}\n")[2].partition("\n#")[0]
+    return [line for line in section.splitlines() if line.startswith("| `")]
+
+
 def test_the_table_of_fields_without_effect_is_up_to_date() -> None:
     """`python -m tests.api.test_client_cases` prints the table."""
-    page = (Path(__file__).parents[2] / "docs/api.md").read_text()
-    section = page.partition("### Fields without effect")[2].partition("\n#")[0]
-    assert [line for line in section.splitlines() if line.startswith("| `")] == table()
+    assert documented("### Fields without effect") == table(OBJECTS)
 
 
 if __name__ == "__main__":
-    print(*table(), sep="\n")
+    print(*table(OBJECTS), sep="\n")

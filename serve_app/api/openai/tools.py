@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Discriminator, Field, Tag, field_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag
 from pydantic_core import PydanticCustomError
 
 from serve_app.api.body import parse_document
@@ -63,7 +63,17 @@ class EarlierCall(Body):
         return self.function.to_call(self.id)
 
 
-Parameters = Annotated[dict[str, object], Field(json_schema_extra={"properties": {"type": {"const": "object"}}})]
+def _check_type(schema: dict[str, object]) -> dict[str, object]:
+    if schema.get("type", "object") != "object":
+        raise PydanticCustomError("parameters", "Input should be a JSON schema of an object: type: object")
+    return schema
+
+
+Parameters = Annotated[
+    dict[str, object],
+    Field(json_schema_extra={"properties": {"type": {"const": "object"}}}),
+    AfterValidator(_check_type),
+]
 
 
 class Function(Body):
@@ -78,12 +88,12 @@ class Function(Body):
     defer_loading: Annotated[object, Hint()] = None
     """Every tool is shown to the model."""
 
-    @field_validator("parameters")
-    @classmethod
-    def _check_type(cls, schema: dict[str, object] | None) -> dict[str, object] | None:
-        if schema is not None and schema.get("type", "object") != "object":
-            raise PydanticCustomError("parameters", "Input should be a JSON schema of an object: type: object")
-        return schema
+
+def for_template(name: str, description: str, parameters: dict[str, object] | None) -> str:
+    """A tool as the chat template shows it to the model: OpenAI's form, in every dialect."""
+    parameters = {"type": "object", "properties": {}} if parameters is None else parameters
+    shown = {"name": name, "description": description, "parameters": parameters}
+    return json.dumps({"type": "function", "function": shown}, ensure_ascii=False)
 
 
 class OfferedTool(Body):
@@ -96,13 +106,6 @@ class OfferedTool(Body):
     """Every tool is shown to the model."""
 
     nested: ClassVar[Nested] = {"function": Function}
-
-    def for_template(self) -> str:
-        """The tool as the chat template shows it to the model."""
-        function = self.function
-        parameters = {"type": "object", "properties": {}} if function.parameters is None else function.parameters
-        shown = {"name": function.name, "description": function.description, "parameters": parameters}
-        return json.dumps({"type": "function", "function": shown}, ensure_ascii=False)
 
     def to_tool(self, number: int) -> Tool:
         parameters = self.function.parameters
@@ -184,7 +187,8 @@ class ToolFields(Body):
     """The older form of `tool_choice`: `auto`, `none`, or the function that the model must call."""
 
     def for_template(self) -> tuple[str, ...]:
-        return tuple(tool.for_template() for tool in self._offered())
+        functions = [tool.function for tool in self._offered()]
+        return tuple(for_template(one.name, one.description, one.parameters) for one in functions)
 
     @property
     def may_call(self) -> bool:

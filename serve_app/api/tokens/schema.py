@@ -8,7 +8,7 @@ from pydantic import ConfigDict, Field
 
 from serve_app.api.openai.messages import Message, TextPart
 from serve_app.api.openai.template_fields import TemplateFields
-from serve_app.api.openai.tools import MAX_TOOLS, OfferedTool
+from serve_app.api.openai.tools import MAX_TOOLS, OfferedTool, for_template
 from serve_app.api.sampling import TokenId
 from serve_app.api.schema import Body, Nested
 from serve_app.core.queries import Detokenize, Tokenize
@@ -58,7 +58,8 @@ class TokenizeBody(TemplateFields):
             return TextPrompt(self.prompt)
         if self.messages is None or self.prompt is not None:
             raise InvalidRequest("Send either 'prompt' or 'messages'.", param="prompt")
-        tools = tuple(tool.for_template() for tool in self.tools or ())
+        functions = [tool.function for tool in self.tools or ()]
+        tools = tuple(for_template(one.name, one.description, one.parameters) for one in functions)
         return self.rendered_with(self.messages, tools, {})
 
 

@@ -150,4 +150,6 @@ def _too_long(tokens: int, context: int) -> ServeAppError | None:
         f"This model's maximum context length is {context} tokens, which includes the answer. However, the prompt has "
         f"{tokens} tokens. Reduce the length of the prompt to at most {context - 1} tokens.",
         param="prompt",
+        tokens=tokens,
+        maximum=context - 1,
     )
