@@ -349,11 +349,6 @@ IMAGE = {"type": "image", "source": {"type": "url", "url": "https://example.com/
             "Known fields: type, schema.",
         ),
         (
-            {"output_config": {"format": {"type": "json_schema", "schema": {}}}, "tools": [CLOCK]},
-            "output_config.format",
-            "and 'tools' each set the form",
-        ),
-        (
             {
                 "output_config": {"format": {"type": "json_schema", "schema": {}}},
                 "output_format": {"type": "json_schema", "schema": {}},

@@ -149,11 +149,4 @@ class MessagesBody(UnusedByAnswers, ConversationFields):
                 "Fields 'output_config.format' and 'output_format' each set the form of the answer. Send one of them.",
                 param="output_format",
             )
-        if grammars and self.may_call:
-            field = grammars[0].field
-            raise InvalidRequest(
-                f"Fields '{field}' and 'tools' each set the form of the answer. Send one of them, or a 'tool_choice' "
-                "of type 'none'.",
-                param=field,
-            )
         return grammars[0] if grammars else None
