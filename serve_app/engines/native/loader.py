@@ -7,7 +7,6 @@ import gc
 import importlib.util
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -17,8 +16,10 @@ from transformers.utils import logging as transformers_logging
 
 from serve_app.config import Model, template_path
 from serve_app.core.requests import Grammar
-from serve_app.engines.native.disk_cache import Report, safetensors_fault
-from serve_app.engines.native.sources import SourceError, builtin_gguf, check_missing_weights, convert_gguf, resolve
+from serve_app.engines.native.conversion import check_missing_weights, convert_gguf
+from serve_app.engines.native.disk_cache import Report
+from serve_app.engines.native.model_files import SourceError
+from serve_app.engines.native.sources import builtin_gguf, resolve
 from serve_app.engines.text.tokenizer import HFText
 
 __all__ = ["Loaded", "SourceError", "builtin_gguf", "convert_gguf", "load"]
@@ -62,7 +63,7 @@ def load(config: Model, report: Report) -> Loaded:
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     except Exception as error:  # a parser may raise any exception for a damaged file
-        raise SourceError(_explain(config, folder, error)) from error
+        raise SourceError(_explain(config, error)) from error
     check_missing_weights(loading, model, config.source)
     if not hasattr(tokenizer, "backend_tokenizer"):
         raise SourceError(f"{config.source}: the tokenizer has no fast form (tokenizer.json), which streaming needs")
@@ -153,10 +154,7 @@ def _read_template(source: str, tokenizer: Any) -> str:
     return template
 
 
-def _explain(config: Model, folder: str, error: BaseException) -> str:
-    for file in sorted(Path(folder).glob("*.safetensors")):
-        if fault := safetensors_fault(file):
-            return f"{config.source} cannot be loaded: {file} {fault}; copy or download the file again"
+def _explain(config: Model, error: BaseException) -> str:
     text = " ".join(str(error).split())
     if "trust_remote_code" in text:
         return (
