@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from _pytest.mark.structures import ParameterSet
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, set_seed
+from transformers.modeling_gguf_pytorch_utils import TensorProcessor, get_gguf_hf_weights_map
 
 VOCABULARY = 257
 WINDOW = 8
@@ -191,10 +192,24 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def save_gguf(path: Path, without: str = "", extra: str = "", feed_forward_length: int = 96) -> Path:
-    """Write a Llama model to a GGUF file: without one tensor, with an extra one, or with a wrong size, if given."""
+def save_gguf(
+    path: Path,
+    without: str = "",
+    extra: Mapping[str, torch.Tensor] | None = None,
+    metadata: Mapping[str, str | float] | None = None,
+    feed_forward_length: int = 96,
+    hidden: int = 48,
+    inner: int = 96,
+    layers: int = 2,
+    q4_0: bool = False,
+) -> Path:
+    """Write a Llama model to a GGUF file.
+
+    `without` is a tensor that is left out, `extra` are further tensors, and `metadata` are further values. With `q4_0`,
+    matrices have this quantization.
+    """
     noise = torch.Generator().manual_seed(7)
-    hidden, heads, inner, layers = 48, 4, 96, 2
+    heads = 4
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(256)
     writer.add_block_count(layers)
@@ -204,14 +219,9 @@ def save_gguf(path: Path, without: str = "", extra: str = "", feed_forward_lengt
     writer.add_head_count_kv(heads)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_dimension_count(hidden // heads)
-    symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = [*symbols, symbols[0] + symbols[1], "<end>"]  # a tokenizer in a GGUF file has at least one merge
+    tokens = _gguf_tokens()
     writer.add_vocab_size(len(tokens))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([1] * (len(tokens) - 1) + [3])
-    writer.add_token_merges([f"{symbols[0]} {symbols[1]}"])
-    writer.add_eos_token_id(len(tokens) - 1)
+    _add_tokenizer(writer, tokens)
     shapes = {"token_embd": (len(tokens), hidden), "output_norm": (hidden,), "output": (len(tokens), hidden)}
     for layer in range(layers):
         square = dict.fromkeys(("attn_q", "attn_k", "attn_v", "attn_output"), (hidden, hidden))
@@ -219,12 +229,79 @@ def save_gguf(path: Path, without: str = "", extra: str = "", feed_forward_lengt
         mlp = {"ffn_gate": (inner, hidden), "ffn_up": (inner, hidden), "ffn_down": (hidden, inner)}
         shapes |= {f"blk.{layer}.{name}": shape for name, shape in {**square, **norms, **mlp}.items()}
     for name, shape in shapes.items():
-        if name != without:
+        if q4_0 and len(shape) == 2:
+            blocks = torch.randint(256, (shape[0], shape[1] // 32, 18), generator=noise, dtype=torch.uint8)
+            blocks[..., :2] = torch.tensor([0.01], dtype=torch.float16).view(torch.uint8)  # the scale of a block
+            writer.add_tensor(f"{name}.weight", blocks.flatten(1).numpy(), raw_dtype=gguf.GGMLQuantizationType.Q4_0)
+        elif name != without:
             writer.add_tensor(f"{name}.weight", (torch.randn(*shape, generator=noise) * 0.2).numpy())
-    if extra:
-        writer.add_tensor(extra, torch.ones(hidden // heads // 2).numpy())
+    _finish(writer, extra or {}, metadata or {})
+    return path
+
+
+def save_gguf_of(
+    family: str,
+    architecture: str,
+    path: Path,
+    extra: Mapping[str, torch.Tensor],
+    metadata: Mapping[str, str | float],
+    layers: int = 3,
+) -> Path:
+    """Write a model of FAMILIES to a GGUF file, with the names of tensors that transformers expects."""
+    set_seed(7)
+    tokens = _gguf_tokens()
+    shape = FAMILIES[family] | {"vocab_size": len(tokens), "num_hidden_layers": layers, "layer_types": None}
+    config = AutoConfig.for_model(family, **shape)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_key_length(config.head_dim)
+    _add_tokenizer(writer, tokens)
+    weights = model.state_dict()
+    for name, weight in get_gguf_hf_weights_map(model, TensorProcessor(config={})).items():
+        if name != "output.weight" or not config.tie_word_embeddings:
+            writer.add_tensor(name, weights[weight].numpy())
+    _finish(writer, extra, metadata)
+    return path
+
+
+def save_gguf_part(path: Path, number: int, count: int) -> None:
+    """Write a part of a split GGUF file, as llama-gguf-split writes all but the first: without an architecture."""
+    writer = gguf.GGUFWriter(path, "")
+    writer.kv_data[0].clear()
+    writer.add_uint16("split.no", number)
+    writer.add_uint16("split.count", count)
+    writer.add_tensor("output_norm.weight", torch.ones(8).numpy())
+    _finish(writer, {}, {})
+
+
+def _gguf_tokens() -> list[str]:
+    symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
+    return [*symbols, symbols[0] + symbols[1], "<end>"]  # a tokenizer in a GGUF file has at least one merge
+
+
+def _add_tokenizer(writer: gguf.GGUFWriter, tokens: list[str]) -> None:
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([1] * (len(tokens) - 1) + [3])
+    writer.add_token_merges([f"{tokens[0]} {tokens[1]}"])
+    writer.add_eos_token_id(len(tokens) - 1)
+    writer.add_pad_token_id(0)
+
+
+def _finish(writer: gguf.GGUFWriter, extra: Mapping[str, torch.Tensor], metadata: Mapping[str, str | float]) -> None:
+    for name, values in extra.items():
+        writer.add_tensor(name, values.numpy())
+    add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}
+    for key, value in metadata.items():
+        add[type(value)](key, value)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path

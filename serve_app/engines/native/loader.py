@@ -7,7 +7,6 @@ import gc
 import importlib.util
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -17,8 +16,10 @@ from transformers.utils import logging as transformers_logging
 
 from serve_app.config import Model, template_path
 from serve_app.core.requests import Grammar
-from serve_app.engines.native.disk_cache import Report, safetensors_fault
-from serve_app.engines.native.sources import SourceError, builtin_gguf, check_missing_weights, convert_gguf, resolve
+from serve_app.engines.native.conversion import check_missing_weights, convert_gguf
+from serve_app.engines.native.disk_cache import Report
+from serve_app.engines.native.model_files import SourceError
+from serve_app.engines.native.sources import builtin_gguf, resolve
 from serve_app.engines.text.tokenizer import HFText
 
 __all__ = ["Loaded", "SourceError", "builtin_gguf", "convert_gguf", "load"]
@@ -62,7 +63,7 @@ def load(config: Model, report: Report) -> Loaded:
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     except Exception as error:  # a parser may raise any exception for a damaged file
-        raise SourceError(_explain(config, folder, error)) from error
+        raise SourceError(_explain(config, error)) from error
     check_missing_weights(loading, model, config.source)
     if not hasattr(tokenizer, "backend_tokenizer"):
         raise SourceError(f"{config.source}: the tokenizer has no fast form (tokenizer.json), which streaming needs")
@@ -158,10 +159,7 @@ def _read_template(source: str, tokenizer: Any) -> str:
     return template
 
 
-def _explain(config: Model, folder: str, error: BaseException) -> str:
-    for file in sorted(Path(folder).glob("*.safetensors")):
-        if fault := safetensors_fault(file):
-            return f"{config.source} cannot be loaded: {file} {fault}; copy or download the file again"
+def _explain(config: Model, error: BaseException) -> str:
     text = " ".join(str(error).split())
     if "trust_remote_code" in text:
         return (
@@ -179,22 +177,37 @@ def _explain(config: Model, folder: str, error: BaseException) -> str:
 
 
 def _end_ids(model: PreTrainedModel, tokenizer: Any) -> frozenset[int]:
+    """The end tokens of generation_config.json, and those of the tokenizer: of an answer, a turn and a message."""
     configured = model.generation_config.eos_token_id if model.generation_config is not None else None
     ends = configured if isinstance(configured, list) else [configured]
-    return frozenset(int(token) for token in (*ends, tokenizer.eos_token_id) if token is not None)
+    ends = [*ends, *(getattr(tokenizer, f"{name}_token_id", None) for name in ("eos", "eot", "eom"))]
+    return frozenset(int(token) for token in ends if token is not None)
 
 
 def _longest_context(model: PreTrainedModel) -> int:
-    """The largest number of positions that the model supports.
+    """The largest number of positions that the model supports, derived as vLLM does.
 
-    Rope that changes with the longest sequence of a batch (`dynamic`, `longrope`) would make a request depend on other
-    requests, so that these models are limited to their original range.
+    YaRN and linear scaling extend the range by their factor. For YaRN this is the original range, whether or not
+    `max_position_embeddings` has been multiplied. For linear scaling it is `max_position_embeddings`, except that Gemma
+    3 has multiplied it. Rope that changes with the longest sequence of a batch (`dynamic`, `longrope`) would make a
+    request depend on other requests, so that these models are limited to their original range.
     """
     text = model.config.get_text_config()
     longest = int(getattr(text, "max_position_embeddings", None) or 2**31)
     rope = getattr(text, "rope_parameters", None) or {}
     by_kind = [value for value in rope.values() if isinstance(value, dict)]  # one for each type of layer
-    for parameters in (rope, *by_kind):
-        if parameters.get("rope_type") in ("dynamic", "longrope"):
-            longest = min(longest, int(parameters.get("original_max_position_embeddings") or longest))
-    return longest
+    scaled = [_scaled_context(longest, kind, text.model_type) for kind in by_kind or [rope]]
+    return min((context for context in scaled if context is not None), default=longest)
+
+
+def _scaled_context(longest: int, rope: dict[str, Any], model_type: str) -> int | None:
+    """None if the scaling does not change the range."""
+    original, factor = int(rope.get("original_max_position_embeddings") or longest), rope.get("factor") or 1.0
+    match rope.get("rope_type"):
+        case "dynamic" | "longrope":
+            return min(longest, original)
+        case "yarn":
+            return int(original * factor)
+        case "linear" if "gemma3" not in model_type:
+            return int(longest * factor)
+    return None

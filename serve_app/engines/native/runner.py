@@ -28,12 +28,12 @@ from serve_app.engines.native.machine import (
     processor_flags,
     usable_cores,
 )
+from serve_app.engines.native.model_files import SourceError
 from serve_app.engines.native.quantization import Choice, Quantization, RequestedQuantization, choose_quantization
 from serve_app.engines.native.rows import Rows, rows_of, span
 from serve_app.engines.native.sampler import prompt_logprobs, sample
 from serve_app.engines.native.sequence import Advance, Outcome, PromptReadout, Sampled, Step
 from serve_app.engines.native.smooth import smooth, smooth_head
-from serve_app.engines.native.sources import SourceError
 from serve_app.engines.native.transformers_path import (
     ForwardOutput,
     LayerShape,

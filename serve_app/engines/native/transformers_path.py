@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 from serve_app.engines.native import attention
 from serve_app.engines.native.attention import LayerCache, Layout, ShapeProbe
 from serve_app.engines.native.linear import replace_linears
+from serve_app.engines.native.model_files import SourceError
 from serve_app.engines.native.quantization import Quantization
 from serve_app.engines.native.rows import Rows, span
-from serve_app.engines.native.sources import SourceError
 
 
 class ForwardOutput(NamedTuple):

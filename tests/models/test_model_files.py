@@ -1,0 +1,99 @@
+"""Folders of safetensors whose files are missing, cut or Git LFS pointers."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from serve_app.engines.native.loader import SourceError, load
+from tests.models import tiny
+from tests.models.concurrent_load import model_config
+
+pytestmark = [pytest.mark.model, pytest.mark.timeout(120)]
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 123\n"
+INDEX = "model.safetensors.index.json"
+
+
+def refusal(folder: Path) -> str:
+    """The message of the SourceError, which is raised before the weights are loaded."""
+    stages: list[str] = []
+    with pytest.raises(SourceError) as error:
+        load(model_config(folder), stages.append)
+    assert "loading weights" not in stages
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    """A model in several files with an index."""
+    single = tiny.save("llama", tmp_path / "single")
+    folder = tmp_path / "sharded"
+    AutoModelForCausalLM.from_pretrained(single).save_pretrained(folder, max_shard_size="100KB")
+    tiny.tokenizer().save_pretrained(folder)
+    assert len(list(folder.glob("model-*.safetensors"))) > 2
+    return folder
+
+
+def second(folder: Path) -> Path:
+    return sorted(folder.glob("model-*.safetensors"))[1]
+
+
+def test_shards_are_loaded(sharded: Path) -> None:
+    assert load(model_config(sharded), lambda stage: None).context == 256
+
+
+def test_a_missing_shard_is_named(sharded: Path) -> None:
+    count = len(list(sharded.glob("model-*.safetensors")))
+    missing = second(sharded)
+    missing.unlink()
+    assert refusal(sharded) == (
+        f"{sharded} lacks 1 of the {count} files that {INDEX} lists: {missing.name}; copy or download them"
+    )
+
+
+def test_a_few_of_many_missing_shards_are_named(sharded: Path) -> None:
+    shards = sorted(sharded.glob("model-*.safetensors"))
+    for shard in shards:
+        shard.unlink()
+    assert f"{', '.join(shard.name for shard in shards[:3])}, ...; copy or download them" in refusal(sharded)
+
+
+@pytest.mark.parametrize("file", ["shard", "tokenizer.json", "config.json", INDEX])
+def test_a_git_lfs_pointer_is_recognised(sharded: Path, file: str) -> None:
+    pointer = second(sharded) if file == "shard" else sharded / file
+    pointer.write_text(POINTER)
+    assert (
+        refusal(sharded) == f"{pointer} is a Git LFS pointer and not the file itself; run `git lfs pull` in its folder"
+    )
+
+
+def test_a_git_lfs_pointer_to_a_single_file_is_recognised(tmp_path: Path) -> None:
+    folder = tiny.save("llama", tmp_path / "model")
+    (folder / "model.safetensors").write_text(POINTER)
+    assert "model.safetensors is a Git LFS pointer" in refusal(folder)
+
+
+def test_a_cut_shard_is_named_with_its_sizes(sharded: Path) -> None:
+    cut = second(sharded)
+    size = cut.stat().st_size
+    os.truncate(cut, size // 2)
+    assert refusal(sharded) == f"{cut} has {size // 2:,} bytes instead of {size:,}; copy or download the file again"
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"weight_map": {', '{"weight_map": ["a"]}'])
+def test_a_damaged_index_is_refused_by_name(sharded: Path, content: str) -> None:
+    (sharded / INDEX).write_text(content)
+    assert refusal(sharded) == f"{sharded / INDEX} is damaged: it has no weight_map; copy or download the file again"
+
+
+def test_an_index_beside_a_single_file_is_not_used(tmp_path: Path) -> None:
+    """transformers prefers the single file."""
+    folder = tiny.save("llama", tmp_path / "model")
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"a": "nowhere.safetensors"}}))
+    assert load(model_config(folder), lambda stage: None).context == 256
