@@ -14,6 +14,7 @@ from starlette.routing import Route
 
 from serve_app.api import pages
 from serve_app.api.body import read_document
+from serve_app.api.content_coding import DecodeBody
 from serve_app.api.context import RequestContext
 from serve_app.api.error_handlers import ErrorHandlers
 from serve_app.api.middleware import BodyLimits, CallMetrics, CatchAll, RequestId
@@ -49,6 +50,7 @@ def create_app(
             Middleware(CallMetrics, telemetry=telemetry),
             Middleware(CatchAll, handlers=handlers),
             Middleware(BodyLimits, limits=config.limits),
+            Middleware(DecodeBody, limits=config.limits),
         ],
         exception_handlers={ServeAppError: handlers.known, HTTPException: handlers.routing},
     )
