@@ -16,6 +16,7 @@ from serve_app.api import pages
 from serve_app.api.body import read_document
 from serve_app.api.content_coding import DecodeBody
 from serve_app.api.context import RequestContext
+from serve_app.api.cors import AllowOrigins
 from serve_app.api.error_handlers import ErrorHandlers
 from serve_app.api.middleware import BodyLimits, CallMetrics, CatchAll, RequestId
 from serve_app.api.native.routes import NativeRoutes
@@ -48,6 +49,7 @@ def create_app(
             *around,
             Middleware(RequestId, clock=clock),
             Middleware(CallMetrics, telemetry=telemetry),
+            *([Middleware(AllowOrigins, cors=config.cors)] if config.cors.allow_origins else []),
             Middleware(CatchAll, handlers=handlers),
             Middleware(BodyLimits, limits=config.limits),
             Middleware(DecodeBody, limits=config.limits),
