@@ -179,6 +179,7 @@ def environment(longest_s: int) -> list[Object]:
         "RAY_SERVE_HAPROXY_BINARY_PATH": HAPROXY,
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(longest_s + 30),
         "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve_app.deployments.http_server.middlewares",
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "0.2",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         "RAY_USAGE_STATS_ENABLED": "0",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,6 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _BUILTIN = "builtin:"
+# Browsers send schemes and hosts in lower case.
+_ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/\sA-Z]+")
 
 
 class ConfigError(Exception):
@@ -201,6 +204,28 @@ class Limits(Section):
     stalled_client_s: float = Field(60, gt=0)
 
 
+class Cors(Section):
+    """Cross-origin resource sharing: the web pages that may call the service from a browser. By default none may.
+
+    An origin is `scheme://host` or `scheme://host:port`, or `*` for all of them. A browser remembers the permission for
+    `max_age_s` seconds.
+    """
+
+    allow_origins: tuple[str, ...] = ()
+    max_age_s: int = Field(600, ge=0)
+
+    @field_validator("allow_origins")
+    @classmethod
+    def _check_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in origins:
+            if not _ORIGIN.fullmatch(origin):
+                raise ValueError(
+                    f"{origin!r} is not an origin; write scheme://host or scheme://host:port in lower case, without a "
+                    'path and without a slash at the end, or "*"'
+                )
+        return origins
+
+
 class Tracing(Section):
     """Spans of requests, sent to an OpenTelemetry collector by OTLP over HTTP.
 
@@ -230,6 +255,7 @@ class AppConfig(Section):
     models: Annotated[tuple[Model, ...], Field(min_length=1)]
     ingress: Ingress = Ingress()
     limits: Limits = Limits()
+    cors: Cors = Cors()
     telemetry: Telemetry = Telemetry()
 
     @model_validator(mode="after")

@@ -8,6 +8,7 @@ ServeAppError
 ├── MethodNotAllowed    405  the path exists, but not with this method
 ├── RequestTimeout      408  the body of the request did not arrive in time
 ├── BodyTooLarge        413  the body is larger than the limit
+├── UnsupportedEncoding 415  the body is compressed in a way that the service cannot decode
 ├── QueueFull           429  as many requests wait as the model takes
 ├── NotReady            503  no replica of the model can answer yet
 ├── DeadlineExceeded    504  the request used up its time
@@ -82,6 +83,10 @@ class RequestTimeout(ServeAppError):
 
 class BodyTooLarge(ServeAppError):
     status, code = 413, "body_too_large"
+
+
+class UnsupportedEncoding(ServeAppError):
+    status, code = 415, "unsupported_encoding"
 
 
 class QueueFull(ServeAppError):

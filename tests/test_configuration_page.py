@@ -50,7 +50,7 @@ def type_of(annotation: Any) -> str:
         *others, last = [type_of(kind) for kind in get_args(annotation)]
         return f"{', '.join(others)} or {last}"
     if get_origin(annotation) is tuple:
-        return "list of sections"
+        return "list of strings" if get_args(annotation)[0] is str else "list of sections"
     kind = get_origin(annotation) or annotation
     return TYPES.get(kind) or "section"
 
@@ -144,9 +144,9 @@ def test_links_to_other_pages_have_a_target(page: str) -> None:
 
 def test_the_examples_are_valid() -> None:
     blocks = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)]
-    assert [list(block) for block in blocks] == [["chat_template"], ["models"], ["deployment"]]
+    assert [list(block) for block in blocks] == [["cors"], ["chat_template"], ["models"], ["deployment"]]
     for block in blocks:
-        AppConfig.model_validate(block if "models" in block else app_args(**block))
+        AppConfig.model_validate(app_args() | block if block.keys() & AppConfig.model_fields else app_args(**block))
 
 
 def test_every_variable_that_make_serve_sets_is_listed_with_its_value(tmp_path: Path) -> None:

@@ -66,7 +66,8 @@ def test_defaults(tmp_path: Path) -> None:
     document = {"applications": [{"import_path": "serve_app.app:build", "args": {"models": [MODEL]}}]}
     file = loaded(tmp_path, document)
     assert (file.application.name, file.application.route_prefix) == ("default", "/"), "Ray Serve's defaults"
-    assert file.http_options.model_dump(exclude_none=True) == {"host": "127.0.0.1", "port": 8000, "root_path": ""}
+    options = {"host": "127.0.0.1", "port": 8000, "root_path": "", "keep_alive_timeout_s": 620}
+    assert file.http_options.model_dump(exclude_none=True) == options
 
 
 def test_all_http_options_are_kept(tmp_path: Path) -> None:

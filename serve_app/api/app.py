@@ -9,15 +9,17 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
 from serve_app.api import pages
 from serve_app.api.anthropic.routes import AnthropicRoutes
 from serve_app.api.body import read_document
+from serve_app.api.content_coding import DecodeBody
 from serve_app.api.context import RequestContext
+from serve_app.api.cors import AllowOrigins
 from serve_app.api.error_handlers import ErrorHandlers
-from serve_app.api.middleware import BodyLimits, CallMetrics, CatchAll, RequestId
+from serve_app.api.middleware import BodyLimits, CallMetrics, CatchAll, OnePath, RequestId
 from serve_app.api.native.routes import NativeRoutes
 from serve_app.api.openai.embeddings import EmbeddingRoutes
 from serve_app.api.openai.routes import OpenAIRoutes
@@ -47,13 +49,16 @@ def create_app(
         middleware=[
             *around,
             Middleware(RequestId, clock=clock),
+            Middleware(OnePath),
             Middleware(CallMetrics, telemetry=telemetry),
+            *([Middleware(AllowOrigins, cors=config.cors)] if config.cors.allow_origins else []),
             Middleware(CatchAll, handlers=handlers),
             Middleware(BodyLimits, limits=config.limits),
+            Middleware(DecodeBody, limits=config.limits),
         ],
         exception_handlers={ServeAppError: handlers.known, HTTPException: handlers.routing},
     )
-    app.router.redirect_slashes = False  # many clients drop the body of a redirected POST
+    app.router.redirect_slashes = False  # OnePath has removed a slash at the end
     return app
 
 
@@ -63,6 +68,11 @@ def _routes(context: RequestContext) -> list[Route]:
     tokens, embeddings, operator = TokenRoutes(context), EmbeddingRoutes(context), OperatorRoutes(context)
     playground, reference = pages.playground(), pages.reference()
     document = pages.document(tuple(model.name for model in context.config.models))
+
+    async def docs(http: Request) -> Response:
+        if http.scope.get("raw_path", b"").endswith(b"/"):  # the page loads its files from beside its path
+            return RedirectResponse("../docs", status_code=308)
+        return await reference.index(http)
 
     async def root(http: Request) -> Response:
         # One route for both methods, so that the answer to a wrong method lists both.
@@ -85,8 +95,11 @@ def _routes(context: RequestContext) -> list[Route]:
         _get("/health", operator.health),
         _get("/ready", operator.ready),
         _get("/metrics", operator.metrics),
+        _get("/ping", operator.ready),
+        _get("/version", operator.version),
+        _get("/load", operator.load),
         _get("/openapi.json", document.answer),
-        _get("/docs", reference.index),
+        _get("/docs", docs),
         _get("/docs/{file}", reference.file),
         Route("/", root, methods=["GET", "POST"]),
         _get("/playground/{file}", playground.file),

@@ -1,4 +1,4 @@
-"""Pure ASGI middleware around every route, outermost first: RequestId, CallMetrics, CatchAll, BodyLimits."""
+"""Pure ASGI middleware around every route, outermost first: RequestId, OnePath, CallMetrics, CatchAll, BodyLimits."""
 
 from __future__ import annotations
 
@@ -51,6 +51,23 @@ class RequestId:
         # A new dictionary, because a server can hand the same lifespan state to every request.
         scope["state"] = {**scope.get("state", {}), "request_id": request_id, "arrived": self.clock()}
         await self.app(scope, receive, send_with_id)
+
+
+class OnePath:
+    """Serves a path with repeated slashes, or with a slash at its end, as the path without them.
+
+    A redirect would not serve clients that drop the body of a redirected POST.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            root: str = scope.get("root_path", "")
+            parts = scope["path"].removeprefix(root).split("/")
+            scope["path"] = f"{root}/{'/'.join(part for part in parts if part)}"
+        await self.app(scope, receive, send)
 
 
 class OneRequestId:

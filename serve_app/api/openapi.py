@@ -23,6 +23,7 @@ _COMPONENTS = "#/components/schemas/"
 _ERRORS = {
     408: "The body did not arrive in time.",
     413: "The body is larger than the limit.",
+    415: "The body is compressed, but not with gzip or zstd.",
     422: "The body is not JSON, or a field is unknown, wrong, out of range, or contradicts the model or another field.",
     429: "As many requests wait as the model takes.",
     500: "The service failed. Its log has the cause under the request id.",

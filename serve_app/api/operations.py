@@ -21,7 +21,7 @@ from serve_app.api.openai.responses import (
     OpenAIError,
 )
 from serve_app.api.openai.schema import ChatBody, CompletionBody
-from serve_app.api.operator import Health, Readiness
+from serve_app.api.operator import Health, Load, Readiness, Version
 from serve_app.api.tgi.responses import TgiAnswer, TgiError, TgiEvent, TgiInfo
 from serve_app.api.tgi.schema import TgiBody
 from serve_app.api.tokens.responses import DetokenizedText, TgiTextToken, Tokens
@@ -119,6 +119,12 @@ OPERATIONS = (
         "get", "/ready", OPERATION, "Whether any model, or the named one, can answer", answer=Readiness,
         model_in="query", not_ready=Readiness,
     ),
+    Operation(
+        "get", "/ping", OPERATION, "As `/ready`, at the path that SageMaker and vLLM have", answer=Readiness,
+        model_in="query", not_ready=Readiness,
+    ),
+    Operation("get", "/version", OPERATION, "The version of the service", answer=Version),
+    Operation("get", "/load", OPERATION, "The number of requests that run or wait", answer=Load),
     Operation("get", "/metrics", OPERATION, "The metrics of the service for Prometheus", text="text/plain"),
     Operation("get", "/", OPERATION, "The playground: a web page to chat with the models", text="text/html"),
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The operator's endpoints: /health, /ready and /metrics."""
+"""The endpoints about the service: /health, /ready, /ping, /metrics, /version and /load."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from typing_extensions import TypedDict
 
+from serve_app import __version__
 from serve_app.api.context import RequestContext
 from serve_app.api.responses import exact, retry_headers
 from serve_app.core.queries import ModelState, ModelStatus
@@ -38,6 +39,18 @@ class Readiness(TypedDict):
     models: list[ModelReadiness]
 
 
+@exact
+class Version(TypedDict):
+    version: str
+
+
+@exact
+class Load(TypedDict):
+    """The number of requests that run or wait, over all models."""
+
+    server_load: int
+
+
 class OperatorRoutes:
     def __init__(self, context: RequestContext) -> None:
         self._context = context
@@ -60,6 +73,16 @@ class OperatorRoutes:
         if ready:
             return JSONResponse(body)
         return JSONResponse(body, status_code=503, headers=retry_headers(READY_RETRY_S))
+
+    async def version(self, http: Request) -> Response:
+        body: Version = {"version": __version__}
+        return JSONResponse(body)
+
+    async def load(self, http: Request) -> Response:
+        """The requests of this ingress replica, as vLLM counts those of one server."""
+        loads = [self._context.engine.load(model.name) for model in self._context.config.models]
+        body: Load = {"server_load": sum(load.running + load.waiting for load in loads)}
+        return JSONResponse(body)
 
     async def metrics(self, http: Request) -> Response:
         return Response(await self._context.telemetry.exposition(), headers={"content-type": METRICS_TYPE})

@@ -42,6 +42,8 @@ _ENVIRONMENT = {
     "RAY_worker_niceness": "0",
     # Ray Serve's request log has a line for every health check.
     "RAY_SERVE_LOG_TO_STDERR": "0",
+    # The HTTP server of Ray Serve's proxies and replicas would send chunks to HTTP/1.0.
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve_app.deployments.http_server.middlewares",
 }
 # Despite its name, this variable makes Ray listen on loopback only on every system.
 _LOOPBACK_ONLY = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}

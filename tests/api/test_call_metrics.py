@@ -21,7 +21,8 @@ from .scripted import POSTS, Connection, ScriptedEngine, ScriptedTelemetry, chun
         ("DELETE", "/generate", "/generate", 405),
         ("GET", "/made/up", "other", 404),
         ("BREW", "/made-up", "other", 404),
-        ("POST", "/health/", "other", 404),
+        ("POST", "/health/", "/health", 405),
+        ("GET", "/v1/models//small///", "/v1/models/{id:path}", 200),
     ],
 )
 async def test_a_call_is_reported_with_the_pattern_of_its_route(

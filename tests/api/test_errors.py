@@ -80,7 +80,7 @@ async def test_a_late_error_of_a_whole_answer_is_a_status(
     assert len(telemetry.errors) == 1
 
 
-@pytest.mark.parametrize("path", ["/nope", "/generate/", "/generate/x", "/v1", "/v1/nope"])
+@pytest.mark.parametrize("path", ["/nope", "/generate/x", "/v1", "/v1/nope", "/v1/v1/completions"])
 async def test_an_unknown_path_is_a_404_with_the_path(
     client: httpx.AsyncClient, engine: ScriptedEngine, telemetry: ScriptedTelemetry, path: str
 ) -> None:

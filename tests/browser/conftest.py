@@ -13,6 +13,7 @@ import uvicorn
 from playwright.async_api import Browser, async_playwright
 
 from serve_app.api.app import create_app
+from serve_app.config import Cors
 from tests.api.scripted import ScriptedEngine, ScriptedTelemetry, app_config
 from tests.browser.playground import Playground
 from tests.graph.service import Service, free_port, wait_until
@@ -44,9 +45,10 @@ def engine() -> ScriptedEngine:
 
 
 @asynccontextmanager
-async def served(engine: ScriptedEngine, port: int) -> AsyncIterator[None]:
+async def served(engine: ScriptedEngine, port: int, cors: Cors | None = None) -> AsyncIterator[None]:
     """The HTTP application over the engine at a port. It sends a heartbeat after 50 ms without a token."""
-    app = create_app(engine, ScriptedTelemetry(), app_config(heartbeat_s=0.05))
+    settings = app_config(heartbeat_s=0.05).model_copy(update={"cors": cors or Cors()})
+    app = create_app(engine, ScriptedTelemetry(), settings)
     config = uvicorn.Config(
         app, port=port, log_level="critical", ws="none", lifespan="off", timeout_graceful_shutdown=0
     )

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import pytest
 
 from tests.collector import Collector
-from tests.graph.service import PROXIES, Config, Service, model_config, zero_scaled_model_config
+from tests.graph.service import PROXIES, Config, Service, http_client, model_config, zero_scaled_model_config
 
 DEADLINE_S = 3
 EXPORTS_SOON = {"OTEL_BSP_SCHEDULE_DELAY": "200", "OTEL_EXPORTER_OTLP_HEADERS": "x-key=secret"}
@@ -47,7 +48,7 @@ def traced(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TracedService]:
         traced_model_config(),
         model_config("slow", f"builtin:toy?step_ms=50&log={log}"),
         model_config("narrow", "builtin:toy?step_ms=20", deployment=narrow),
-        model_config("faulty", "builtin:toy?fails_on=bad", deployment={"max_ongoing_requests": 1}),
+        model_config("faulty", "builtin:toy?fails_on=bad&step_ms=20", deployment={"max_ongoing_requests": 1}),
         zero_scaled_model_config("sleepy", "builtin:toy?load_s=1", downscale_to_zero_delay_s=1),
     ]
     with Collector() as collector:
@@ -62,3 +63,33 @@ def traced(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TracedService]:
         ) as service:
             service.wait_until_ready()
             yield TracedService(service, collector, log)
+
+
+@dataclass
+class Front:
+    """A service behind one of the proxies.
+
+    `model` answers quickly, `slow` writes `token_log`, `narrow` runs one request and queues few, `single` runs one and
+    queues many.
+    """
+
+    proxy: str
+    service: Service
+    model: str
+    single: str
+    token_log: Path
+
+
+@pytest.fixture(params=["haproxy", "python"])
+def front(request: pytest.FixtureRequest) -> Front:
+    if request.param == "haproxy":
+        service, log = request.getfixturevalue("toy_service"), request.getfixturevalue("token_log")
+        return Front("haproxy", service, "toy", "single", log)
+    traced = request.getfixturevalue("traced")
+    return Front("python", traced.service, "only", "faulty", traced.token_log)
+
+
+@pytest.fixture
+async def front_client(front: Front) -> AsyncIterator[httpx.AsyncClient]:
+    async with http_client(front.service) as client:
+        yield client

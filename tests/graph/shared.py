@@ -55,6 +55,7 @@ def toy_service(token_log: Path) -> Iterator[Service]:
         model_config(
             "narrow", "builtin:toy?step_ms=20", deployment={"max_ongoing_requests": 1, "max_queued_requests": 3}
         ),
+        model_config("single", "builtin:toy?step_ms=20", engine={"max_running": 1}),
         model_config(
             "victim",
             "builtin:toy?step_ms=50",

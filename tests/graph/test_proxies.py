@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
 from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from tests.graph.conftest import Front
 from tests.graph.service import (
-    Service,
-    http_client,
     logged_requests,
     stream_events,
     stream_lines,
@@ -27,27 +23,9 @@ from tests.graph.service import (
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("toy_service")]
 
 
-@dataclass
-class Front:
-    """A service behind one of the proxies; `model` answers quickly, `slow` writes `token_log`, `narrow` runs one."""
-
-    service: Service
-    model: str
-    token_log: Path
-
-
-@pytest.fixture(params=["haproxy", "python"])
-def front(request: pytest.FixtureRequest) -> Front:
-    if request.param == "haproxy":
-        return Front(request.getfixturevalue("toy_service"), "toy", request.getfixturevalue("token_log"))
-    traced = request.getfixturevalue("traced")
-    return Front(traced.service, "only", traced.token_log)
-
-
 @pytest.fixture
-async def client(front: Front) -> AsyncIterator[httpx.AsyncClient]:
-    async with http_client(front.service) as client:
-        yield client
+def client(front_client: httpx.AsyncClient) -> httpx.AsyncClient:
+    return front_client
 
 
 @pytest.mark.parametrize("front", ["haproxy", "python"], indirect=True)
