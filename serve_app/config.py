@@ -201,6 +201,17 @@ class Limits(Section):
     stalled_client_s: float = Field(60, gt=0)
 
 
+class StoredResponses(Section):
+    """The responses of OpenAI's Responses API that each ingress process keeps in its memory.
+
+    `max_stored: 0` stores none. A response expires `ttl_s` seconds after its last use.
+    """
+
+    max_stored: int = Field(1000, ge=0)
+    max_stored_bytes: int = Field(67_108_864, ge=1024)
+    ttl_s: float = Field(86_400, gt=0)
+
+
 class Tracing(Section):
     """Spans of requests, sent to an OpenTelemetry collector by OTLP over HTTP.
 
@@ -230,6 +241,7 @@ class AppConfig(Section):
     models: Annotated[tuple[Model, ...], Field(min_length=1)]
     ingress: Ingress = Ingress()
     limits: Limits = Limits()
+    responses: StoredResponses = StoredResponses()
     telemetry: Telemetry = Telemetry()
 
     @model_validator(mode="after")
