@@ -226,6 +226,17 @@ class Cors(Section):
         return origins
 
 
+class StoredResponses(Section):
+    """The responses of OpenAI's Responses API that each ingress process keeps in its memory.
+
+    `max_stored: 0` stores none. A response expires `ttl_s` seconds after its last use.
+    """
+
+    max_stored: int = Field(1000, ge=0)
+    max_stored_bytes: int = Field(67_108_864, ge=1024)
+    ttl_s: float = Field(86_400, gt=0)
+
+
 class Tracing(Section):
     """Spans of requests, sent to an OpenTelemetry collector by OTLP over HTTP.
 
@@ -256,6 +267,7 @@ class AppConfig(Section):
     ingress: Ingress = Ingress()
     limits: Limits = Limits()
     cors: Cors = Cors()
+    responses: StoredResponses = StoredResponses()
     telemetry: Telemetry = Telemetry()
 
     @model_validator(mode="after")

@@ -1,18 +1,19 @@
 """The closed list of errors that a caller can get. Each has one HTTP status; dialects encode it in their own form.
 
 ServeAppError
-├── InvalidRequest      422  a field of the request is wrong; `param` names it
-├── PromptTooLong       422  the prompt does not fit into the model's context
-├── ModelNotFound       404  the service has no model of this name
-├── NotFound            404  the path does not exist, or the model does not offer it
-├── MethodNotAllowed    405  the path exists, but not with this method
-├── RequestTimeout      408  the body of the request did not arrive in time
-├── BodyTooLarge        413  the body is larger than the limit
-├── UnsupportedEncoding 415  the body is compressed in a way that the service cannot decode
-├── QueueFull           429  as many requests wait as the model takes
-├── NotReady            503  no replica of the model can answer yet
-├── DeadlineExceeded    504  the request used up its time
-└── InternalError       500  a fault of the service; the caller gets the request id only
+├── InvalidRequest            422  a field of the request is wrong; `param` names it
+├── PromptTooLong             422  the prompt does not fit into the model's context
+├── PreviousResponseNotFound  422  the response that the request continues is not stored
+├── ModelNotFound             404  the service has no model of this name
+├── NotFound                  404  the path or the object does not exist, or the model does not offer the path
+├── MethodNotAllowed          405  the path exists, but not with this method
+├── RequestTimeout            408  the body of the request did not arrive in time
+├── BodyTooLarge              413  the body is larger than the limit
+├── UnsupportedEncoding       415  the body is compressed in a way that the service cannot decode
+├── QueueFull                 429  as many requests wait as the model takes
+├── NotReady                  503  no replica of the model can answer yet
+├── DeadlineExceeded          504  the request used up its time
+└── InternalError             500  a fault of the service; the caller gets the request id only
 """
 
 from __future__ import annotations
@@ -63,6 +64,10 @@ class PromptTooLong(ServeAppError):
         self.args = (*self.args, tokens, maximum)
         self.tokens = tokens
         self.maximum = maximum
+
+
+class PreviousResponseNotFound(ServeAppError):
+    status, code = 422, "previous_response_not_found"
 
 
 class ModelNotFound(ServeAppError):

@@ -23,6 +23,7 @@ from serve_app.api.middleware import BodyLimits, CallMetrics, CatchAll, OnePath,
 from serve_app.api.native.routes import NativeRoutes
 from serve_app.api.openai.embeddings import EmbeddingRoutes
 from serve_app.api.openai.routes import OpenAIRoutes
+from serve_app.api.openai_responses.routes import ResponsesRoutes
 from serve_app.api.operator import OperatorRoutes
 from serve_app.api.telemetry import ServiceTelemetry
 from serve_app.api.tgi.routes import TgiRoutes, is_tgi
@@ -66,6 +67,7 @@ def _routes(context: RequestContext) -> list[Route]:
     native, openai, tgi = NativeRoutes(context), OpenAIRoutes(context), TgiRoutes(context)
     anthropic = AnthropicRoutes(context)
     tokens, embeddings, operator = TokenRoutes(context), EmbeddingRoutes(context), OperatorRoutes(context)
+    responses = ResponsesRoutes(context)
     playground, reference = pages.playground(), pages.reference()
     document = pages.document(tuple(model.name for model in context.config.models))
 
@@ -84,6 +86,10 @@ def _routes(context: RequestContext) -> list[Route]:
         _post("/generate_batch", native.generate_batch),
         _post("/v1/completions", openai.completions),
         _post("/v1/chat/completions", openai.chat),
+        _post("/v1/responses", responses.create),
+        Route("/v1/responses/{id}", responses.stored, methods=["GET", "DELETE"]),
+        Route("/v1/responses/{id}/cancel", responses.cancel, methods=["POST"]),
+        _get("/v1/responses/{id}/input_items", responses.input_items),
         _post("/v1/embeddings", embeddings.embeddings),
         _post("/v1/messages", anthropic.messages),
         _post("/v1/messages/count_tokens", anthropic.count_tokens),

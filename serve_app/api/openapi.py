@@ -13,7 +13,7 @@ from pydantic.json_schema import JsonSchemaMode, JsonSchemaValue
 from serve_app import __version__
 from serve_app.api.anthropic.responses import OVERLOADED, AnthropicError
 from serve_app.api.openai.responses import OpenAIError
-from serve_app.api.operations import OPENAI, OPERATIONS, Operation
+from serve_app.api.operations import OPERATIONS, Operation
 
 Json: TypeAlias = dict[str, Any]
 
@@ -31,6 +31,8 @@ _ERRORS = {
     504: "The request used up its time.",
 }
 _NO_SUCH_MODEL = "The model does not exist."
+_NO_SUCH_OBJECT = "The object does not exist."
+_WRONG_PARAMETER = "A parameter is wrong, or the object does not allow the operation."
 _WITH_RETRY_AFTER = (429, 503, OVERLOADED)
 
 
@@ -122,7 +124,7 @@ def _parameters(operation: Operation, components: _Components) -> list[Json]:
         case "query":
             return [{"name": "model", "in": "query", "schema": components.model_names}]
         case _:
-            return []
+            return list(operation.parameters)
 
 
 def _responses(operation: Operation, components: _Components) -> Json:
@@ -146,7 +148,7 @@ def _responses(operation: Operation, components: _Components) -> Json:
 def _events(operation: Operation, components: _Components) -> Json:
     """The schema of one event. OpenAPI 3.1 cannot describe a stream: for it, the whole body is a string."""
     json: Json = {"contentMediaType": _JSON, "contentSchema": components.any_of(operation.events, "serialization")}
-    data = {"anyOf": [{"const": "[DONE]"}, json]} if operation.tag == OPENAI else json
+    data = {"anyOf": [{"const": "[DONE]"}, json]} if operation.done else json
     return {
         "description": "Server-sent events. Each has this form. An error ends the stream.",
         "properties": {"event": {"type": "string"}, "data": data},
@@ -161,6 +163,8 @@ def _errors(operation: Operation) -> dict[int, str]:
         errors[OVERLOADED] = errors.pop(503)
     if operation.body is not None or operation.model_in:
         errors[404] = _NO_SUCH_MODEL
+    if operation.parameters:
+        errors |= {400: _WRONG_PARAMETER, 404: _NO_SUCH_OBJECT}
     return dict(sorted(errors.items()))
 
 

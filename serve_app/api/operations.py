@@ -21,6 +21,10 @@ from serve_app.api.openai.responses import (
     OpenAIError,
 )
 from serve_app.api.openai.schema import ChatBody, CompletionBody
+from serve_app.api.openai_responses.events import StreamEvent
+from serve_app.api.openai_responses.objects import DeletedResponse, InputItemList, ResponseObject
+from serve_app.api.openai_responses.page import DEFAULT_LIMIT, MAX_LIMIT
+from serve_app.api.openai_responses.schema import ResponsesBody
 from serve_app.api.operator import Health, Load, Readiness, Version
 from serve_app.api.tgi.responses import TgiAnswer, TgiError, TgiEvent, TgiInfo
 from serve_app.api.tgi.schema import TgiBody
@@ -36,8 +40,10 @@ class Operation:
     """One endpoint. Types are classes or unions of them.
 
     `body` is the type of the request body, with an `example`. `answer` is the type of a JSON answer, `events` that of
-    the data of its events, `text` the content type of an answer that is no JSON. `model_in` is the place beside the
-    body where a model can be named: "query" or "path". `error` is the type of an error, `not_ready` that of a 503.
+    the data of its events, `done` whether the event [DONE] ends them, `text` the content type of an answer that is no
+    JSON. `model_in` is the place beside the body where a model can be named: "query" or "path". `parameters` are the
+    other parameters of the path and of the query, as in the document. `error` is the type of an error, `not_ready` that
+    of a 503.
     """
 
     method: str
@@ -48,8 +54,10 @@ class Operation:
     example: dict[str, Any] | None = None
     answer: Any = None
     events: Any = None
+    done: bool = False
     text: str | None = None
     model_in: str | None = None
+    parameters: tuple[dict[str, Any], ...] = ()
     error: Any = NativeError
     not_ready: Any = None
 
@@ -64,7 +72,42 @@ _INPUTS = {"inputs": "The future of artificial intelligence is", "parameters": {
 _CHAT = {"messages": [{"role": "user", "content": "What is the capital of France?"}], "max_tokens": 32}
 _BATCH = {"prompts": ["The sea is", "The sky is"], "max_tokens": 16}
 _COUNT = {"messages": [{"role": "user", "content": "What is the capital of France?"}]}
+_RESPONSE = {"input": "What is the capital of France?", "max_output_tokens": 32}
 _EMBED = {"input": ["The sea is", "The sky is"]}
+
+_RESPONSE_ID = {
+    "name": "id",
+    "in": "path",
+    "required": True,
+    "description": "The id of a stored response.",
+    "schema": {"type": "string"},
+}
+_PAGE = (
+    {
+        "name": "limit",
+        "in": "query",
+        "description": "The maximum number of items.",
+        "schema": {"type": "integer", "minimum": 1, "maximum": MAX_LIMIT, "default": DEFAULT_LIMIT},
+    },
+    {
+        "name": "order",
+        "in": "query",
+        "description": "The oldest or the newest item first.",
+        "schema": {"type": "string", "enum": ["asc", "desc"], "default": "desc"},
+    },
+    {
+        "name": "after",
+        "in": "query",
+        "description": "The id of the item before the first one of the page.",
+        "schema": {"type": "string"},
+    },
+)
+_NOT_STREAMED = {
+    "name": "stream",
+    "in": "query",
+    "description": "A stored response cannot be streamed.",
+    "schema": {"type": "boolean", "const": False},
+}
 
 OPERATIONS = (
     Operation(
@@ -81,11 +124,31 @@ OPERATIONS = (
     ),
     Operation(
         "post", "/v1/completions", OPENAI, "Continue a text", CompletionBody, _PROMPT, Completion,
-        CompletionChunk | OpenAIError, error=OpenAIError,
+        CompletionChunk | OpenAIError, done=True, error=OpenAIError,
     ),
     Operation(
         "post", "/v1/chat/completions", OPENAI, "Answer a conversation", ChatBody, _CHAT, ChatCompletion,
-        ChatChunk | OpenAIError, error=OpenAIError,
+        ChatChunk | OpenAIError, done=True, error=OpenAIError,
+    ),
+    Operation(
+        "post", "/v1/responses", OPENAI, "Answer a conversation of items", ResponsesBody, _RESPONSE, ResponseObject,
+        StreamEvent, error=OpenAIError,
+    ),
+    Operation(
+        "get", "/v1/responses/{id}", OPENAI, "Get a stored response", answer=ResponseObject,
+        parameters=(_RESPONSE_ID, _NOT_STREAMED), error=OpenAIError,
+    ),
+    Operation(
+        "delete", "/v1/responses/{id}", OPENAI, "Delete a stored response", answer=DeletedResponse,
+        parameters=(_RESPONSE_ID,), error=OpenAIError,
+    ),
+    Operation(
+        "post", "/v1/responses/{id}/cancel", OPENAI, "Refuse to cancel a response: none runs in the background",
+        parameters=(_RESPONSE_ID,), error=OpenAIError,
+    ),
+    Operation(
+        "get", "/v1/responses/{id}/input_items", OPENAI, "List the items that the model read for a stored response",
+        answer=InputItemList, parameters=(_RESPONSE_ID, *_PAGE), error=OpenAIError,
     ),
     Operation(
         "post", "/v1/embeddings", OPENAI, "Compute the embeddings of texts", EmbeddingsBody, _EMBED, Embeddings,

@@ -57,7 +57,7 @@ class Body(BaseModel):
         """Clients send null for a field that they leave out, as OpenAI's schema allows."""
         if not isinstance(document, dict):
             return document
-        optional = {name for name, field in cls.model_fields.items() if not field.is_required()}
+        optional = {field.alias or name for name, field in cls.model_fields.items() if not field.is_required()}
         return {name: value for name, value in document.items() if value is not None or name not in optional}
 
     @classmethod

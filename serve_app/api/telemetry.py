@@ -9,7 +9,7 @@ from serve_app.errors import ServeAppError
 
 
 class ServiceTelemetry(Protocol):
-    """Counts HTTP calls and errors of this process."""
+    """Counts HTTP calls, errors and stored responses of this process."""
 
     def refused(self, error: ServeAppError, model: str | None) -> None:
         """Count an error that a caller got. `model` is None if the request named no existing model."""
@@ -21,6 +21,10 @@ class ServiceTelemetry(Protocol):
 
     def call_ended(self, call: HttpCall) -> None:
         """Count an HTTP call that has ended."""
+        ...
+
+    def responses_stored(self, count: int, size: int, removed: int) -> None:
+        """Record the number of stored responses and their size in bytes, and count the ones removed by a limit."""
         ...
 
     async def exposition(self) -> bytes:

@@ -55,6 +55,9 @@ class IngressTelemetry:
         self._metrics.http.open.dec()
         self._metrics.http.ended(call)
 
+    def responses_stored(self, count: int, size: int, removed: int) -> None:
+        self._metrics.http.responses_stored(count, size, removed)
+
     async def exposition(self) -> bytes:
         """The metrics of all processes: the current ones of this process, the last reported ones of the others."""
         self._registry.take(*self.reporter.report())

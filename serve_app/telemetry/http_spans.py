@@ -255,5 +255,8 @@ class TracedTelemetry:
     def call_ended(self, call: HttpCall) -> None:
         self._telemetry.call_ended(call)
 
+    def responses_stored(self, count: int, size: int, removed: int) -> None:
+        self._telemetry.responses_stored(count, size, removed)
+
     async def exposition(self) -> bytes:
         return await self._telemetry.exposition()

@@ -159,7 +159,7 @@ class RequestSeries(_Series):
 
 
 class HttpSeries:
-    """All HTTP calls of one ingress, and the errors in its responses."""
+    """All HTTP calls of one ingress, the errors in its responses, and the responses that it stores."""
 
     def __init__(self, replica: str, models: Iterable[str]) -> None:
         self._registry = registry = CollectorRegistry()
@@ -199,6 +199,24 @@ class HttpSeries:
         self._sent = Counter(
             "serve_app_http_sent_bytes", "Bytes of response bodies sent.", ("route", "replica"), registry=registry
         )
+        self._stored = Gauge(
+            "serve_app_stored_responses",
+            "Responses of the Responses API that the process keeps.",
+            ("replica",),
+            registry=registry,
+        ).labels(replica)
+        self._stored_bytes = Gauge(
+            "serve_app_stored_responses_bytes",
+            "Approximate memory of the responses that the process keeps.",
+            ("replica",),
+            registry=registry,
+        ).labels(replica)
+        self._removed = Counter(
+            "serve_app_removed_responses",
+            "Stored responses that were removed because of their age or a limit of the store.",
+            ("replica",),
+            registry=registry,
+        ).labels(replica)
 
     def families(self) -> list[Metric]:
         return list(self._registry.collect())
@@ -215,6 +233,12 @@ class HttpSeries:
         self._seconds.labels(*labels).observe(call.seconds)
         self._received.labels(*labels).inc(call.received)
         self._sent.labels(*labels).inc(call.sent)
+
+    def responses_stored(self, count: int, size: int, removed: int) -> None:
+        """Record the number of stored responses and their size in bytes, and count the ones removed by a limit."""
+        self._stored.set(count)
+        self._stored_bytes.set(size)
+        self._removed.inc(removed)
 
 
 class GenAiSeries:

@@ -330,9 +330,10 @@ def test_every_outcome_is_classified() -> None:
     kinds = errors.ServeAppError.__subclasses__()
     failures = {kind.code for kind in kinds if kind.status >= 500 or kind.status == 429}
     assert set(slo.BAD.split("|")) == failures
-    # These errors occur before the model of a request is known.
-    without_model = {"body_too_large", "method_not_allowed", "model_not_found", "not_found", "request_timeout"}
-    assert set(slo.NOT_COUNTED.split("|")) == {kind.code for kind in kinds} - failures - without_model | {"cancelled"}
+    # These errors occur before there is a request to a model.
+    before = {"body_too_large", "method_not_allowed", "model_not_found", "not_found", "previous_response_not_found"}
+    before |= {"request_timeout", "unsupported_encoding"}
+    assert set(slo.NOT_COUNTED.split("|")) == {kind.code for kind in kinds} - failures - before | {"cancelled"}
     assert not FINISHED & {*slo.BAD.split("|"), *slo.NOT_COUNTED.split("|")}
     symptoms = (ALERTS / "rules/symptoms.yml").read_text()
     assert f'outcome=~"{slo.BAD}"' in symptoms

@@ -27,6 +27,7 @@ POSTS: dict[str, dict[str, object]] = {
     "/generate_batch": {"prompts": ["hi"]},
     "/v1/completions": {"prompt": "hi"},
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "hi"}]},
+    "/v1/responses": {"input": "hi"},
 }
 
 # The results of queries.
@@ -143,11 +144,16 @@ class ScriptedEngine:
 
 @dataclass
 class ScriptedTelemetry:
-    """Keeps the errors with the model of each, and the calls that have ended."""
+    """Keeps the errors with the model of each, the calls that have ended, and what is stored.
+
+    `stored` is the number of stored responses, and their size in bytes.
+    """
 
     errors: list[tuple[ServeAppError, str | None]] = field(default_factory=list)
     calls: list[HttpCall] = field(default_factory=list)
     open_calls: int = 0
+    stored: tuple[int, int] = (0, 0)
+    removed: int = 0
 
     def refused(self, error: ServeAppError, model: str | None) -> None:
         self.errors.append((error, model))
@@ -158,6 +164,10 @@ class ScriptedTelemetry:
     def call_ended(self, call: HttpCall) -> None:
         self.open_calls -= 1
         self.calls.append(call)
+
+    def responses_stored(self, count: int, size: int, removed: int) -> None:
+        self.stored = (count, size)
+        self.removed += removed
 
     async def exposition(self) -> bytes:
         return b"up 1\n"

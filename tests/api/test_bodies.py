@@ -12,6 +12,8 @@ from serve_app.api.openai.embeddings import EmbeddingsBody
 from serve_app.api.openai.messages import Message, TextPart
 from serve_app.api.openai.response_format import JsonSchema, ResponseFormat
 from serve_app.api.openai.schema import ChatBody, CompletionBody, StreamOptions
+from serve_app.api.openai_responses.items import FunctionCallItem, FunctionCallOutputItem, ReasoningItem
+from serve_app.api.openai_responses.schema import ResponsesBody
 from serve_app.api.schema import TAGS, Body
 from serve_app.core.requests import TextPrompt
 
@@ -295,6 +297,10 @@ BODIES: tuple[type[Body], ...] = (
     StreamOptions,
     ResponseFormat,
     JsonSchema,
+    ResponsesBody,
+    FunctionCallItem,
+    FunctionCallOutputItem,
+    ReasoningItem,
 )
 NAMES = st.sampled_from(sorted({name for body in BODIES for name in body.names()} | set(TAGS)))
 SCALARS = (

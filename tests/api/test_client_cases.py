@@ -10,7 +10,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import httpx
 import pytest
@@ -26,12 +26,51 @@ from openai.types.chat import (
     ChatCompletionUserMessageParam,
     completion_create_params as chat_create_params,
 )
+from openai.types.responses import (
+    EasyInputMessageParam,
+    FunctionToolParam,
+    ResponseFormatTextJSONSchemaConfigParam,
+    ResponseFunctionToolCallParam,
+    ResponseInputTextParam,
+    ResponseOutputMessageParam,
+    ResponseOutputRefusalParam,
+    ResponseOutputTextParam,
+    ResponseReasoningItemParam,
+    ResponseTextConfigParam,
+    ToolChoiceAllowedParam,
+    ToolChoiceFunctionParam,
+    response_create_params,
+    response_includable,
+    response_input_item_param,
+    response_reasoning_item_param,
+)
+from openai.types.shared_params import Reasoning, ResponseFormatJSONObject, ResponseFormatText
 
 from serve_app.api import unused
 from serve_app.api.openai.messages import Message, TextPart
 from serve_app.api.openai.response_format import JsonSchema, StructuredOutputs
 from serve_app.api.openai.schema import ChatBody, CompletionBody, StreamOptions
 from serve_app.api.openai.tools import CalledFunction, EarlierCall, Function, OfferedTool
+from serve_app.api.openai_responses.items import (
+    FunctionCallItem,
+    FunctionCallOutputItem,
+    InputPart,
+    ItemReference,
+    MessageItem,
+    ReasoningItem,
+    ReasoningPart,
+    RefusalPart,
+    SummaryPart,
+)
+from serve_app.api.openai_responses.schema import Includable, ResponsesBody
+from serve_app.api.openai_responses.settings import (
+    PlainFormat,
+    ReasoningFields,
+    ResponseStreamOptions,
+    SchemaFormat,
+    TextSettings,
+)
+from serve_app.api.openai_responses.tools import AllowedFunctions, FunctionTool, NamedFunction
 from serve_app.api.schema import Body
 from serve_app.core.events import Chunk, Logprobs, TokenLogprob
 from serve_app.core.requests import ChatMessage, ChatPrompt, Grammar, ToolCall
@@ -385,11 +424,37 @@ def test_the_first_use_of_a_hint_is_logged(caplog: pytest.LogCaptureFixture) -> 
         (ChatCompletionContentPartTextParam, TextPart),
         (ChatCompletionStreamOptionsParam, StreamOptions),
         (ChatCompletionMessageFunctionToolCallParam, EarlierCall),
+        (response_create_params.ResponseCreateParamsStreaming, ResponsesBody),
+        (response_create_params.StreamOptions, ResponseStreamOptions),
+        (Reasoning, ReasoningFields),
+        (ResponseTextConfigParam, TextSettings),
+        (ResponseFormatText, PlainFormat),
+        (ResponseFormatJSONObject, PlainFormat),
+        (ResponseFormatTextJSONSchemaConfigParam, SchemaFormat),
+        (FunctionToolParam, FunctionTool),
+        (ToolChoiceFunctionParam, NamedFunction),
+        (ToolChoiceAllowedParam, AllowedFunctions),
+        (EasyInputMessageParam, MessageItem),
+        (response_input_item_param.Message, MessageItem),
+        (ResponseOutputMessageParam, MessageItem),
+        (ResponseInputTextParam, InputPart),
+        (ResponseOutputTextParam, InputPart),
+        (ResponseOutputRefusalParam, RefusalPart),
+        (ResponseFunctionToolCallParam, FunctionCallItem),
+        (response_input_item_param.FunctionCallOutput, FunctionCallOutputItem),
+        (ResponseReasoningItemParam, ReasoningItem),
+        (response_reasoning_item_param.Summary, SummaryPart),
+        (response_reasoning_item_param.Content, ReasoningPart),
+        (response_input_item_param.ItemReference, ItemReference),
     ],
 )
 def test_every_field_that_openai_publishes_is_declared(published: Any, body: type[Body]) -> None:
     """A new version of OpenAI's library fails here until the body declares its new fields."""
     assert published.__annotations__.keys() <= set(body.names())
+
+
+def test_every_value_of_include_is_accepted() -> None:
+    assert set(get_args(response_includable.ResponseIncludable)) <= set(get_args(Includable))
 
 
 # The fields of vLLM's requests (vllm/entrypoints/openai/*/protocol.py, July 2026) that OpenAI's do not have.
@@ -425,13 +490,22 @@ OBJECTS: dict[str, type[Body]] = {
     "tool": OfferedTool,
     "function": Function,
     "schema of an answer": JsonSchema,
+    "response": ResponsesBody,
+    "`stream_options` of a response": ResponseStreamOptions,
+    "`reasoning`": ReasoningFields,
+    "tool of a response": FunctionTool,
+    "message item": MessageItem,
+    "part of an item": InputPart,
+    "call item": FunctionCallItem,
+    "call output item": FunctionCallOutputItem,
+    "reasoning item": ReasoningItem,
 }
 
 
 def unused_fields(objects: Mapping[str, type[Body]]) -> dict[tuple[str, str], tuple[unused.Unused, str]]:
     """Marker and description of each field that is not used, by object and name."""
     return {
-        (title, name): (marker, field.description or "")
+        (title, field.alias or name): (marker, field.description or "")
         for title, body in objects.items()
         for name, field in body.model_fields.items()
         for marker in field.metadata
@@ -441,13 +515,13 @@ def unused_fields(objects: Mapping[str, type[Body]]) -> dict[tuple[str, str], tu
 
 def table(objects: Mapping[str, type[Body]]) -> list[str]:
     """The table of docs/api.md for these objects."""
-    rows: dict[str, list[str]] = {}
+    rows: dict[tuple[str, str], list[str]] = {}
     for (title, name), (marker, description) in unused_fields(objects).items():
         values = "any (hint)" if isinstance(marker, unused.Hint) else "any (answer)"
         if isinstance(marker, unused.Only):
             values = ", ".join(f"`{json.dumps(one)}`" for one in marker.values) or "none"
-        rows.setdefault(f"| `{name}` | {{}} | {values} | {description} |", []).append(title)
-    return [row.format(", ".join(titles)) for row, titles in rows.items()]
+        rows.setdefault((name, f"{values} | {description}"), []).append(title)
+    return [f"| `{name}` | {', '.join(titles)} | {rest} |" for (name, rest), titles in rows.items()]
 
 
 def documented(heading: str) -> list[str]:

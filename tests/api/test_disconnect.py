@@ -35,6 +35,7 @@ STREAMS = {
     "/generate_stream": POSTS["/generate_stream"],
     "/v1/completions": POSTS["/v1/completions"] | {"stream": True},
     "/v1/chat/completions": POSTS["/v1/chat/completions"] | {"stream": True},
+    "/v1/responses": POSTS["/v1/responses"] | {"stream": True},
 }
 every_post = pytest.mark.parametrize("path", POSTS)
 every_stream = pytest.mark.parametrize("path", STREAMS)

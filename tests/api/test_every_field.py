@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from typing import Any, get_args
 
 import httpx
@@ -34,6 +34,8 @@ from serve_app.core.requests import (
     ToolChoice,
 )
 
+from .effects import Effect
+from .response_effects import RESPONSES
 from .scripted import POSTS, ScriptedEngine
 from .test_fields import SCHEMA
 from .test_prompt_details import with_details
@@ -42,21 +44,6 @@ from .toy import toy
 COMPLETIONS, CHATS, EMBEDDINGS = "/v1/completions", "/v1/chat/completions", "/v1/embeddings"
 MESSAGES = "/v1/messages"
 CHAT = POSTS[CHATS]
-
-
-@dataclass(frozen=True, slots=True)
-class Effect:
-    """Fields of a body, and what they change.
-
-    `engine` are the attributes of the request or query that reaches the engine, with their values. `answer` is whether
-    the answer changes although the same reaches the engine. With neither, the fields have no effect.
-    `base` replaces the shortest body of the path.
-    """
-
-    fields: dict[str, Any]
-    engine: dict[str, Any] | None = None
-    answer: bool = False
-    base: dict[str, Any] | None = None
 
 
 # The sampling fields, which the native and OpenAI's bodies share.
@@ -642,6 +629,7 @@ EFFECTS: dict[str, dict[str, dict[str, Effect]]] = {
             "priority": Effect({"priority": 1}, {"priority": 1}),
         }
     },
+    "/v1/responses": RESPONSES,
     "/tokenize": {
         "TokenizeBody": {
             "model": QUERIED_MODEL,
@@ -750,6 +738,9 @@ def reached(engine: ScriptedEngine) -> dict[str, Any]:
     return {name: value for name, value in found.items() if name not in ("id", "params", "arrived", "deadline")}
 
 
+TIMES_AND_IDS = re.compile(r'"(id|item_id|created|created_at|completed_at|elapsed_ms)":("[^"]*"|[0-9.]+)')
+
+
 async def sent(
     client: httpx.AsyncClient, engine: ScriptedEngine, path: str, body: dict[str, Any]
 ) -> tuple[dict[str, Any], str]:
@@ -758,7 +749,7 @@ async def sent(
     engine.queries.clear()
     answer = await client.post(path, json=body)
     assert answer.status_code == 200, answer.text
-    return reached(engine), re.sub(r'"(id|created|elapsed_ms)":("[^"]*"|[0-9.]+)', "", answer.text)
+    return reached(engine), TIMES_AND_IDS.sub("", answer.text)
 
 
 @pytest.mark.parametrize(("path", "effect"), CASES)

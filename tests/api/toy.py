@@ -11,9 +11,11 @@ import httpx
 
 from serve_app.api.app import create_app
 from serve_app.core.events import Chunk
+from serve_app.core.queries import A, Query
 from serve_app.core.requests import GenerationRequest
 from serve_app.engines.native.engine import NativeEngine
 from serve_app.engines.native.stream import TokenStream
+from serve_app.errors import ServeAppError
 from tests.engines.native.helpers import running
 
 from .scripted import ScriptedEngine, ScriptedTelemetry, app_config
@@ -21,7 +23,7 @@ from .scripted import ScriptedEngine, ScriptedTelemetry, app_config
 
 @dataclass
 class ToyEngine(ScriptedEngine):
-    """Generates with a native engine instead of a script."""
+    """Generates and answers queries with a native engine instead of a script."""
 
     native: NativeEngine | None = None
 
@@ -37,6 +39,13 @@ class ToyEngine(ScriptedEngine):
                 yield chunk
         finally:
             stream.close()
+
+    async def query(self, model: str, query: Query[A], deadline: float) -> A:
+        assert self.native is not None
+        result = await asyncio.to_thread(self.native.answer, query)
+        if isinstance(result, ServeAppError):
+            raise result
+        return result
 
 
 @asynccontextmanager

@@ -29,7 +29,9 @@ def a_documented_body_is_valid_for_its_type(ctx: Any, response: Any, case: Any) 
     generation = case.meta.generation if case.meta is not None else None
     if response.status_code not in (400, 422) or generation is None or not generation.mode.is_positive:
         return
-    bodies = BODIES[case.method.lower(), case.operation.path]
+    bodies = BODIES.get((case.method.lower(), case.operation.path))
+    if bodies is None:  # a parameter was refused
+        return
     errors = [error for error in (_error(body, case.body) for body in bodies) if error is not None]
     assert len(errors) < len(bodies), f"the document describes a body that is refused: {errors}"
 

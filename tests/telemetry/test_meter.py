@@ -175,3 +175,12 @@ def test_a_call_is_counted_by_its_status_class(status: int | None, label: str) -
     found = samples(metrics)
     assert found[f"http_requests_total//generate/POST/{label}"] == 1
     assert (found["http_received_bytes_total//generate"], found["http_sent_bytes_total//generate"]) == (10, 20)
+
+
+def test_stored_responses_are_measured() -> None:
+    metrics = IngressMetrics("r", ["m"], opentelemetry=False)
+    metrics.http.responses_stored(3, 5000, 0)
+    metrics.http.responses_stored(2, 4000, 2)
+    found = samples(metrics)
+    assert (found["stored_responses"], found["stored_responses_bytes"]) == (2, 4000)
+    assert found["removed_responses_total"] == 2

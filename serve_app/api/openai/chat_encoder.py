@@ -175,10 +175,10 @@ def _new_id() -> str:
 
 
 def _logprobs(events: Sequence[TokenEvent]) -> ChatLogprobs:
-    return {"content": [_chosen_token(event.logprobs) for event in events if event.logprobs is not None]}
+    return {"content": [chosen_token(event.logprobs) for event in events if event.logprobs is not None]}
 
 
-def _chosen_token(logprobs: Logprobs) -> ChatChosenToken:
+def chosen_token(logprobs: Logprobs) -> ChatChosenToken:
     return {**_token(logprobs.chosen), "top_logprobs": [_token(token) for token in logprobs.top]}
 
 

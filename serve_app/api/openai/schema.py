@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, ClassVar
 
@@ -10,7 +11,7 @@ from pydantic import Discriminator, Field, Tag
 from serve_app.api.openai.encoder import Show
 from serve_app.api.openai.messages import Message
 from serve_app.api.openai.response_format import JsonSchema, ResponseFormat, StructuredOutputs
-from serve_app.api.openai.template_fields import TemplateFields
+from serve_app.api.openai.template_fields import TemplateFields, effort_variables
 from serve_app.api.openai.tools import ChosenFunction, ChosenTool, Function, OfferedTool, ToolFields
 from serve_app.api.openai.unused_fields import UnusedByChats, UnusedByCompletions, UnusedFields
 from serve_app.api.sampling import MAX_ANSWERS, MAX_TOKENS, SamplingFields, Text, TokenCount, TokenId
@@ -175,6 +176,17 @@ class CompletionBody(UnusedByCompletions, OpenAIFields):
         return replace(params, prompt_logprobs=max(self.logprobs, params.prompt_logprobs or 0))
 
 
+def refuse_other_forms(grammars: Sequence[Grammar]) -> None:
+    """Raises InvalidRequest if an answer that may call tools has a grammar that is not JSON."""
+    wrong = next((one for one in grammars if not one.kind.startswith("json")), None)
+    if wrong is not None:
+        raise InvalidRequest(
+            f"Field '{wrong.field}' sets a form of the answer that is not JSON, and 'tools' sets another one. Send "
+            "one of them, a JSON schema, or tool_choice: none.",
+            param=wrong.field,
+        )
+
+
 class ChatBody(UnusedByChats, TemplateFields, ToolFields, OpenAIFields):
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     """The conversation so far, for the model's chat template."""
@@ -204,9 +216,7 @@ class ChatBody(UnusedByChats, TemplateFields, ToolFields, OpenAIFields):
 
     def to_prompts(self) -> list[Prompt]:
         """Raises InvalidRequest if fields contradict each other."""
-        effort = self.reasoning_effort
-        variables = {} if effort is None else {"reasoning_effort": effort, "enable_thinking": effort != "none"}
-        return [self.rendered_with(self.messages, self.for_template(), variables)]
+        return [self.rendered_with(self.messages, self.for_template(), effort_variables(self.reasoning_effort))]
 
     def params(self, defaults: SamplingDefaults) -> SamplingParams:
         """Raises InvalidRequest if fields contradict each other."""
@@ -214,11 +224,6 @@ class ChatBody(UnusedByChats, TemplateFields, ToolFields, OpenAIFields):
             raise InvalidRequest(
                 "Field 'top_logprobs' requires logprobs: true. Set it or leave both out.", param="top_logprobs"
             )
-        wrong = next((one for one in self.grammars() if not one.kind.startswith("json")), None)
-        if self.may_call and wrong is not None:
-            raise InvalidRequest(
-                f"Field '{wrong.field}' sets a form of the answer that is not JSON, and 'tools' sets another one. Send "
-                "one of them, a JSON schema, or tool_choice: none.",
-                param=wrong.field,
-            )
+        if self.may_call:
+            refuse_other_forms(self.grammars())
         return self._params(defaults, self.max_tokens, (self.top_logprobs or 0) if self.logprobs else None)

@@ -37,6 +37,11 @@ Variables = Annotated[
 ]
 
 
+def effort_variables(effort: str | None) -> dict[str, object]:
+    """The variables of a chat template that set how much the model reasons."""
+    return {} if effort is None else {"reasoning_effort": effort, "enable_thinking": effort != "none"}
+
+
 class TemplateFields(Body):
     """How the chat template renders the messages."""
 
