@@ -1,7 +1,10 @@
 import { complete } from "./api.js";
+import { Calls } from "./calls.js";
+import { copyButton } from "./copy.js";
 import { announce, el } from "./dom.js";
 import { Failure } from "./failure.js";
-import { token } from "./odds.js";
+import { Reasoning } from "./reasoning.js";
+import { AnswerText } from "./text.js";
 
 const WAITING = { queued: "Waiting until the model has a free slot", warming: "The model is being loaded" };
 const ENDS = { length: "cut at max tokens", stopped: "stopped by you" };
@@ -26,24 +29,27 @@ export async function stream(body, signal, view) {
   return failure;
 }
 
-/** The elements of one answer. `again` requests a new answer. */
+/** The elements of one answer. `again` requests a new answer, `proceed` sends the results of tool calls, if given. */
 export class AnswerView {
-  constructor(answer, again) {
+  constructor(answer, again, proceed = null) {
     this.answer = answer;
     this._waiting = el("p", { className: "waiting", hidden: true });
-    this._text = el("div", { className: "text", role: "group" });
+    this._reasoning = new Reasoning(answer.reasoning);
+    this._text = new AnswerText(answer.tokens);
+    this._calls = new Calls(answer.calls, proceed);
     this._failure = el("div", { className: "failure", hidden: true });
     this._figures = el("dl", { className: "figures" });
+    this._form = this._button("", "form", () => this._changeForm());
     this._again = again;
     this._held = []; // tokens whose text has not arrived yet
-    const actions = el("div", { className: "actions" }, this._copyButton(), this._button("Regenerate", "again", again));
+    const copy = copyButton("Copy answer", () => textOf(answer));
+    const actions = el("div", { className: "actions" }, this._form, copy, this._button("Regenerate", "again", again));
     this.element = el("article", { className: "answer" },
-      el("h3", {}, answer.model), this._waiting, this._text, this._failure,
-      el("footer", {}, this._figures, actions));
-    this._text.setAttribute("aria-label", "Answer");
-    answer.tokens.forEach((one) => this._write(one));
+      el("h3", {}, answer.model), this._waiting, this._reasoning.element, this._text.element, this._calls.element,
+      this._failure, el("footer", {}, this._figures, actions));
     this._showFigures();
-    this._showFailure();
+    this._showOutcome();
+    this._showForm();
   }
 
   began() {
@@ -53,7 +59,7 @@ export class AnswerView {
   }
 
   /** Show a part of the stream that arrived `ms` after the request. */
-  take({ waiting, text, odds, end, usage }, ms) {
+  take({ waiting, text, odds, reasoning, calls, end, usage }, ms) {
     const { answer } = this;
     if (waiting !== undefined && answer.firstMs === null) this._wait(WAITING[waiting] ?? waiting);
     if (text !== undefined) {
@@ -62,7 +68,10 @@ export class AnswerView {
       answer.firstMs ??= ms;
       answer.lastMs = ms;
       this._held.push(...odds);
-      if (text) this._append({ text, odds: this._held.splice(0) });
+      if (reasoning) this._addReasoning(reasoning);
+      if (text) this._addText({ text, odds: this._held.splice(0) });
+      if (calls.length) this._calls.add(calls);
+      if (reasoning || calls.length) this._held = [];
     }
     if (end) answer.end = end;
     if (usage) [answer.count, answer.promptTokens] = [usage.completion_tokens, usage.prompt_tokens];
@@ -73,24 +82,39 @@ export class AnswerView {
     this.element.removeAttribute("aria-busy");
     this._waiting.hidden = true;
     this.answer.failure = failure?.plain() ?? null;
+    this._text.finish();
+    this._calls.finish();
     this._showFigures();
-    this._showFailure();
+    this._showOutcome();
+    this._showForm();
     if (failure) document.dispatchEvent(new Event("failure"));
-    announce(failure ? `${failure.title} ${failure.advice}` : `${this.answer.model} answered: ${textOf(this.answer)}`);
+    announce(failure ? `${failure.title} ${failure.advice}` : this._summary());
   }
 
-  _append(one) {
+  /** The results of the tool calls are sent. */
+  lock() {
+    this._calls.lock();
+  }
+
+  _summary() {
+    const { model, calls } = this.answer;
+    const names = calls.map(({ name }) => ` It calls ${name}.`).join("");
+    return `${model} answered: ${textOf(this.answer)}${names}`;
+  }
+
+  _addReasoning(text) {
+    this.answer.reasoning += text;
+    this._reasoning.add(text);
+  }
+
+  _addText(one) {
     this.answer.tokens.push(one);
-    this._write(one);
+    this._text.add(one);
   }
 
-  _write(one) {
-    const span = token(one);
-    if (one.odds.length && !this._text.querySelector("[tabindex]")) {
-      span.tabIndex = 0;
-      this._text.setAttribute("aria-label", "Answer. The arrow keys move from token to token.");
-    }
-    this._text.append(span);
+  _changeForm() {
+    this._text.asTokens = !this._text.asTokens;
+    this._showForm();
   }
 
   _wait(words) {
@@ -111,10 +135,13 @@ export class AnswerView {
     this._figures.replaceChildren(...figures);
   }
 
-  _showFailure() {
+  _showOutcome() {
     const { failure } = this.answer;
     this._failure.hidden = !failure;
-    if (!failure) return;
+    if (!failure) {
+      this._calls.ask();
+      return;
+    }
     const { title, message, advice } = failure;
     this._failure.replaceChildren(
       el("strong", {}, title),
@@ -130,33 +157,12 @@ export class AnswerView {
     return button;
   }
 
-  _copyButton() {
-    const button = this._button("Copy", "copy", async () => {
-      button.textContent = (await copy(textOf(this.answer))) ? "Copied" : "Not allowed";
-      announce(button.textContent);
-      setTimeout(() => (button.textContent = "Copy"), 2000);
-    });
-    return button;
+  _showForm() {
+    this._form.hidden = !this._text.hasOdds;
+    this._form.textContent = this._text.asTokens ? "Show formatted" : "Show tokens";
   }
 }
 
 function figure(className, label, value) {
   return el("div", { className }, el("dt", {}, label), el("dd", {}, value));
-}
-
-/** Browsers offer the clipboard on https and localhost only. Elsewhere `execCommand` works. */
-async function copy(text) {
-  try {
-    await navigator.clipboard.writeText(text);
-    return true;
-  } catch {
-    const from = document.activeElement;
-    const field = el("textarea", { value: text, className: "unseen" });
-    document.body.append(field);
-    field.select();
-    const done = document.execCommand("copy");
-    field.remove();
-    from.focus();
-    return done;
-  }
 }

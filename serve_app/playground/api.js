@@ -20,7 +20,10 @@ export async function models() {
   return (await list.json()).data.map(({ id }) => ({ id, state: "loading", detail: "", ...known.get(id) }));
 }
 
-/** Parts of one answer: {waiting}, {text, odds}, {end}, {usage}. Throws Failure. An abort also stops the model. */
+/**
+ * Parts of one answer: {waiting}, {text, odds, reasoning, calls}, {end}, {usage}. Throws Failure. An abort also stops
+ * the model.
+ */
 export async function* complete(body, signal) {
   const response = await call("v1/chat/completions", {
     method: "POST",
@@ -44,10 +47,21 @@ export async function* complete(body, signal) {
 function* parts({ error, choices, usage }) {
   if (error) throw Failure.envelope(error);
   for (const { delta, logprobs, finish_reason } of choices) {
-    if (delta.role === undefined) yield { text: delta.content, odds: (logprobs?.content ?? []).map(odds) };
+    const part = piece(delta, logprobs);
+    if (delta.role === undefined || part.text || part.reasoning || part.calls.length) yield part;
     if (finish_reason) yield { end: finish_reason };
   }
   if (usage) yield { usage };
+}
+
+/** What a token adds to an answer. Services use two names for reasoning. */
+function piece({ content, reasoning_content, reasoning, tool_calls }, logprobs) {
+  return {
+    text: content ?? "",
+    odds: (logprobs?.content ?? []).map(odds),
+    reasoning: reasoning_content ?? reasoning ?? "",
+    calls: tool_calls ?? [],
+  };
 }
 
 /** A token, its log probability, and the most likely tokens at its position. */

@@ -1,6 +1,7 @@
-import { AnswerView, stream, textOf } from "./answer.js";
+import { AnswerView, stream } from "./answer.js";
 import { Composer } from "./composer.js";
 import { el } from "./dom.js";
+import { messages } from "./messages.js";
 import { Settings } from "./settings.js";
 import { answer } from "./store.js";
 
@@ -13,14 +14,15 @@ export class Chat {
     this._empty = root.querySelector(".empty");
     this._clear = root.querySelector(".clear");
     this._abort = new AbortController();
-    this.settings = new Settings(root.querySelector(".side"), state.settings, (values) => {
+    const changed = (values) => {
       state.settings = values;
       save();
-    });
+    };
+    this.settings = new Settings(root.querySelector(".side"), state.settings, changed, () => this._next());
     this._composer = new Composer(root.querySelector(".composer"), (text) => this._send(text), () => this.stop());
     this._clear.addEventListener("click", () => this._begin());
     this._empty.addEventListener("click", ({ target }) => target.matches("button") && this._send(target.textContent));
-    state.turns.forEach((turn) => this._turns.append(this._item(turn)));
+    state.turns.forEach((turn) => this._append(turn));
     this._showEmpty();
     this._follow();
   }
@@ -47,8 +49,20 @@ export class Chat {
   _send(prompt) {
     if (this._composer.busy || !this.settings.check()) return;
     this._composer.field.value = "";
-    this._state.turns.push({ prompt, answer: null });
-    this._turns.append(el("li"));
+    this._turn(prompt);
+  }
+
+  /** Send the results of the tool calls of the last answer. */
+  _proceed() {
+    if (this._composer.busy || !this.settings.check()) return;
+    this._composer.field.focus(); // the button disappears
+    this._turn("");
+  }
+
+  _turn(prompt) {
+    const turn = { prompt, answer: answer() };
+    this._state.turns.push(turn);
+    this._append(turn);
     this._showEmpty();
     this._answer();
   }
@@ -63,29 +77,29 @@ export class Chat {
     this._composer.busy = true;
     this._save();
     scrollTo(0, document.documentElement.scrollHeight);
-    const failure = await stream(this.settings.request(this._messages()), this._abort.signal, this._last);
+    const failure = await stream(this.settings.request(messages(this._state.turns)), this._abort.signal, this._last);
     this._composer.busy = false;
     if (failure?.param) this.settings.markInvalid(failure.param);
     this._save();
   }
 
-  _item({ prompt, answer: given }) {
-    this._last = new AnswerView(given, () => this._answer());
-    const asked = el("div", { className: "asked" }, el("h3", { className: "unseen" }, "You"), el("p", {}, prompt));
-    return el("li", { className: "turn" }, asked, this._last.element);
+  /** Show a new turn. The results of earlier tool calls can no longer be changed. */
+  _append(turn) {
+    this._last?.lock();
+    this._turns.append(this._item(turn));
   }
 
-  /** Turns without an answer are left out: the model would see two prompts in a row. */
-  _messages() {
-    const turns = this._state.turns;
-    const before = turns.slice(0, -1).filter((turn) => textOf(turn.answer));
-    return [
-      ...before.flatMap((turn) => [
-        { role: "user", content: turn.prompt },
-        { role: "assistant", content: textOf(turn.answer) },
-      ]),
-      { role: "user", content: turns.at(-1).prompt },
-    ];
+  _item({ prompt, answer: given }) {
+    this._last = new AnswerView(given, () => this._answer(), () => this._proceed());
+    const asked = el("div", { className: "asked" }, el("h3", { className: "unseen" }, "You"), el("p", {}, prompt));
+    return el("li", { className: "turn" }, ...(prompt ? [asked] : []), this._last.element);
+  }
+
+  /** The messages of the next request: the text in the message box, if there is one, or the last turn again. */
+  _next() {
+    const prompt = this._composer.field.value.trim();
+    const { turns } = this._state;
+    return messages(prompt || !turns.length ? [...turns, { prompt: prompt || "Hello" }] : turns);
   }
 
   _begin() {

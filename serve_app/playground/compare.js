@@ -10,7 +10,7 @@ export class Compare {
     this._save = save;
     this._abort = new AbortController();
     this._sides = [...root.querySelectorAll(".side")].map((place, i) => {
-      return new Side(place, state.sides[i], save, () => this._run([this._sides[i]]));
+      return new Side(place, state.sides[i], save, () => this._run([this._sides[i]]), () => this._prompt());
     });
     this._composer = new Composer(root.querySelector(".composer"), (text) => this._send(text), () => this.stop());
     this._composer.field.value = state.prompt;
@@ -23,6 +23,11 @@ export class Compare {
 
   stop() {
     this._abort.abort();
+  }
+
+  /** The text in the message box, or an example. */
+  _prompt() {
+    return this._composer.field.value.trim() || "Hello";
   }
 
   _send(prompt) {
@@ -42,21 +47,22 @@ export class Compare {
 }
 
 class Side {
-  constructor(place, state, save, again) {
+  constructor(place, state, save, again, prompt) {
     this._place = place;
     this._state = state;
     this._again = again;
-    this.settings = new Settings(place, state.settings, (values) => {
+    const changed = (values) => {
       state.settings = values;
       save();
-    });
+    };
+    this.settings = new Settings(place, state.settings, changed, () => ask(prompt()));
     if (state.answer) this._show();
   }
 
   async answer(prompt, signal) {
     this._state.answer = answer({ model: this.settings.model });
     this._show();
-    const failure = await stream(this.settings.request([{ role: "user", content: prompt }]), signal, this._view);
+    const failure = await stream(this.settings.request(ask(prompt)), signal, this._view);
     if (failure?.param) this.settings.markInvalid(failure.param);
   }
 
@@ -65,4 +71,8 @@ class Side {
     this._view = new AnswerView(this._state.answer, this._again);
     this._place.append(this._view.element);
   }
+}
+
+function ask(prompt) {
+  return [{ role: "user", content: prompt }];
 }

@@ -1,5 +1,7 @@
+import { showCode } from "./code.js";
 import { el } from "./dom.js";
 import { DEFAULTS } from "./store.js";
+import { parseTools, ToolsField } from "./tools.js";
 
 const NUMBERS = [
   "temperature",
@@ -12,20 +14,25 @@ const NUMBERS = [
   "repetition_penalty",
 ];
 const ALTERNATIVES = 5;
-const WORDS = { system: "system prompt", stop: "stop strings", odds: "no probabilities" };
+const WORDS = { system: "system prompt", tools: "tools", stop: "stop strings", odds: "token probabilities" };
 
-/** One form of model and sampling controls. `changed` gets all values after each change. */
+/**
+ * One form of model, sampling and tools. `changed` gets all values after each change. `next` returns the messages of
+ * the request that the form shows as code.
+ */
 export class Settings {
-  constructor(place, values, changed) {
+  constructor(place, values, changed, next) {
     place.append(document.getElementById("settings").content.cloneNode(true));
     this.form = place.querySelector("form");
     this.details = place.querySelector("details");
     this._values = { ...values };
     this._changed = changed;
+    this._tools = new ToolsField(this.form.elements.tools, this.form.querySelector(".wrong"));
     this._fill();
     this.form.addEventListener("submit", (event) => event.preventDefault());
     this.form.addEventListener("input", () => this._read());
     this.form.querySelector(".reset").addEventListener("click", () => this._reset());
+    this.form.querySelector(".as-code").addEventListener("click", () => this.check() && showCode(this.request(next())));
   }
 
   get model() {
@@ -51,20 +58,21 @@ export class Settings {
 
   /** The body of a chat completion. The service has defaults for empty fields. */
   request(messages) {
-    const { model, system, stop, odds } = this._values;
+    const { model, system, tools, stop, odds } = this._values;
     const body = { model, messages: system ? [{ role: "system", content: system }, ...messages] : messages };
     for (const name of NUMBERS) {
       if (this._values[name] !== "") body[name] = Number(this._values[name]);
     }
     const stops = stop.split("\n").filter(Boolean);
     if (stops.length) body.stop = stops.map((line) => line.replaceAll("\\n", "\n"));
+    if (tools.trim()) body.tools = parseTools(tools);
     if (odds) Object.assign(body, { logprobs: true, top_logprobs: ALTERNATIVES });
     return body;
   }
 
-  /** Mark the field that the service refused until the user changes it. */
-  markInvalid(name) {
-    const field = this.form.elements[name];
+  /** Mark the field that the service refused until the user changes it. `param` may name a part of the field. */
+  markInvalid(param) {
+    const field = this.form.elements[param.split(/[.[]/)[0]];
     if (!field) return;
     this.details.open = true;
     field.setAttribute("aria-invalid", "true");
@@ -83,6 +91,7 @@ export class Settings {
       if (name === "odds") field.checked = value;
       else field.value = value;
     }
+    this._tools.check();
     this._sum();
   }
 
@@ -90,6 +99,7 @@ export class Settings {
     const { odds, ...others } = DEFAULTS;
     for (const name of Object.keys(others)) this._values[name] = this.form.elements[name].value;
     this._values.odds = this.form.elements.odds.checked;
+    this._tools.check();
     this._sum();
     this._changed(this._values);
   }

@@ -5,6 +5,7 @@ const KEY = "serve_app.playground";
 export const DEFAULTS = {
   model: "",
   system: "",
+  tools: "",
   temperature: "",
   top_p: "",
   top_k: "",
@@ -14,7 +15,7 @@ export const DEFAULTS = {
   presence_penalty: "",
   frequency_penalty: "",
   repetition_penalty: "",
-  odds: true,
+  odds: false,
 };
 
 /** The stored state, and whether it could not be read. */
@@ -66,16 +67,19 @@ function settings(found) {
   return Object.fromEntries(whole);
 }
 
+/** A turn without a prompt answers the results of the tool calls before it. */
 function turn({ prompt, answer: given }) {
   return { prompt: text(prompt), answer: answer(object(given)) };
 }
 
-/** One answer: its model, its tokens, its times in ms since the request, and its finish reason. */
+/** One answer: its model, its text as tokens, its times in ms since the request, and its finish reason. */
 export function answer(found = {}) {
   const { title, message, advice } = object(found.failure);
   return {
     model: text(found.model),
+    reasoning: text(found.reasoning),
     tokens: list(found.tokens, token),
+    calls: list(found.calls, call).filter(({ id, name }) => id && name),
     count: number(found.count) ?? 0,
     promptTokens: number(found.promptTokens),
     firstMs: number(found.firstMs),
@@ -87,6 +91,11 @@ export function answer(found = {}) {
 
 function token({ text: written, odds }) {
   return { text: text(written), odds: list(odds, chosen) };
+}
+
+function call(found) {
+  const parts = { id: text(found.id), name: text(found.name), arguments: text(found.arguments) };
+  return { index: number(found.index) ?? 0, ...parts, result: text(found.result) };
 }
 
 function chosen(found) {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from pathlib import Path
 
@@ -13,7 +14,9 @@ import serve_app
 from .scripted import error_of
 
 FOLDER = Path(serve_app.__file__).parent / "playground"
-FILES = sorted(path.name for path in FOLDER.iterdir() if path.name != "index.html")
+FILES = sorted(path.name for path in FOLDER.iterdir() if path.name != "index.html" and path.suffix != ".md")
+# Other projects' files; libraries.md lists them.
+LIBRARIES = ("marked.js",)
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -44,7 +47,9 @@ async def test_a_file_is_revalidated_by_its_etag(client: httpx.AsyncClient) -> N
     assert (await client.get("/")).headers["etag"] != etag
 
 
-@pytest.mark.parametrize("name", ["nope.js", "index.html", "", "..%2fapi%2fpages.py", "a/b.js", "../api/pages.py"])
+@pytest.mark.parametrize(
+    "name", ["nope.js", "index.html", "", "..%2fapi%2fpages.py", "a/b.js", "../api/pages.py", "libraries.md"]
+)
 async def test_no_other_file_is_served(client: httpx.AsyncClient, name: str) -> None:
     answer = await client.get(f"/playground/{name}")
     assert (answer.status_code, error_of(answer)["code"]) == (404, "not_found")
@@ -60,13 +65,23 @@ async def test_pages_take_get_and_head_only(client: httpx.AsyncClient) -> None:
 def test_the_page_loads_only_its_own_files_and_has_no_inline_code() -> None:
     page = (FOLDER / "index.html").read_text()
     named = set(re.findall(r'(?:src|href)="([^"#][^"]*)"', page))
-    assert named == {f"playground/{name}" for name in ("app.js", "icon.svg", "style.css", "theme.js")}
+    assert named == {f"playground/{name}" for name in ("app.js", "content.css", "icon.svg", "style.css", "theme.js")}
     assert re.findall(r"<style|\sstyle=|\son\w+=|<script(?![^>]*src=)", page) == []
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if name.endswith(".js")])
+@pytest.mark.parametrize("name", [name for name in FILES if name.endswith(".js") and name not in LIBRARIES])
 def test_no_module_writes_markup_and_each_is_imported(name: str) -> None:
     source = (FOLDER / name).read_text()
     assert re.findall(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|new Function", source) == []
     imported = set(re.findall(r'from "\./([\w.]+)"', "".join((FOLDER / other).read_text() for other in FILES)))
     assert name in imported | {"app.js", "theme.js"}
+
+
+def test_every_library_is_the_listed_release_with_its_licence() -> None:
+    rows = re.findall(r"^\| `([^`]+)` \| (\w+) \| ([\d.]+) \| `(\w+)` \|$", (FOLDER / "libraries.md").read_text(), re.M)
+    assert tuple(file for file, *_ in rows) == LIBRARIES
+    for file, package, version, sha256 in rows:
+        content = (FOLDER / file).read_bytes()
+        assert hashlib.sha256(content).hexdigest() == sha256
+        assert f"{package} v{version} " in content[:200].decode()
+        assert "Permission is hereby granted" in (FOLDER / f"{package}.LICENSE.md").read_text()

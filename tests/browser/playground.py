@@ -21,6 +21,7 @@ class Playground:
         self.url = url
         self.errors: list[str] = []
         self.statuses: dict[str, int] = {}
+        self.bodies: list[Any] = []  # of the requests for answers
         page.on("console", self._console)
         page.on("pageerror", lambda error: self.errors.append(str(error)))
         page.on("request", self._request)
@@ -43,9 +44,15 @@ class Playground:
 
     async def expand_settings(self, view: str = "chat") -> None:
         """Make every setting visible."""
-        for details in await self.page.locator(f"#{view}-view details").all():
+        for details in await self.page.locator(f"#{view}-view .settings details").all():
             if await details.get_attribute("open") is None:
                 await details.locator("summary").click()
+
+    async def show_tokens(self, view: str = "chat") -> None:
+        """Switch token probabilities on, with which answers are shown as tokens."""
+        await self.expand_settings(view)
+        for box in await self.page.locator(f"#{view}-view [name=odds]").all():
+            await box.check()
 
     async def select_model(self, model: str) -> None:
         await self.page.locator("#chat-view [name=model]").select_option(model)
@@ -103,6 +110,8 @@ class Playground:
     def _request(self, request: Request) -> None:
         if not request.url.startswith(f"{self.url}/"):
             self.errors.append(f"a request to {request.url}")
+        if request.method == "POST":
+            self.bodies.append(request.post_data_json)
 
     def _response(self, response: Response) -> None:
         self.statuses[response.url] = response.status

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 from axe_playwright_python.async_playwright import Axe
 from playwright.async_api import Browser, Page, expect
 
+from serve_app.core.events import TextDelta, ToolCallDelta
 from serve_app.errors import QueueFull
 from tests.api.scripted import ScriptedEngine, chunk
 from tests.browser.playground import Playground
+from tests.browser.test_markdown import SAMPLE
+from tests.browser.test_tools import CALLS, delta_chunk, offer_tools, sse
 from tests.graph.service import Service
 
 pytestmark = [pytest.mark.browser, pytest.mark.asyncio(loop_scope="session")]
 
 PHONE = {"width": 390, "height": 844}
 DESK = {"width": 1280, "height": 800}
+TOO_WIDE = "document.documentElement.scrollWidth > document.documentElement.clientWidth"
 
 
 async def violations(page: Page) -> list[Any]:
@@ -42,7 +47,7 @@ async def test_axe_finds_no_violation(
     async with Playground.at(chromium, toy_service.url, color_scheme=scheme, viewport=viewport) as playground:
         await playground.open(view)
         assert await violations(playground.page) == []
-        await playground.expand_settings(view)
+        await playground.show_tokens(view)
         for field in await playground.page.locator(f"#{view}-view [name=max_tokens]").all():
             await field.fill("20")
         box = playground.page.locator(f"#{view}-view .composer textarea")
@@ -54,8 +59,7 @@ async def test_axe_finds_no_violation(
         await playground.page.locator(".token").first.focus()
         await expect(playground.tooltip).to_be_visible()
         assert await violations(playground.page) == []
-        too_wide = "document.documentElement.scrollWidth > document.documentElement.clientWidth"
-        assert await playground.page.evaluate(too_wide) is False
+        assert await playground.page.evaluate(TOO_WIDE) is False
         assert playground.errors == []
 
 
@@ -69,6 +73,110 @@ async def test_axe_finds_no_violation_in_an_error(scripted: Playground, engine: 
         assert await violations(scripted.page) == []
 
 
+async def check(page: Page) -> None:
+    """No violation in either colour scheme, on a desk and on a phone, where nothing is wider than the page."""
+    states: Any = [("light", DESK), ("dark", PHONE), ("dark", DESK), ("light", PHONE)]
+    for scheme, viewport in states:
+        await page.emulate_media(color_scheme=scheme)
+        await page.set_viewport_size(viewport)
+        assert await violations(page) == []
+        assert await page.evaluate(TOO_WIDE) is False
+
+
+async def test_axe_finds_no_violation_in_formatted_text(scripted: Playground, engine: ScriptedEngine) -> None:
+    engine.plays(chunk([SAMPLE, f"\n\n`{'long ' * 40}`\n\n| {'wide ' * 40} | |\n|---|---|\n| {'w' * 200} | |"]))
+    await scripted.open()
+    await scripted.send("hello")
+    await scripted.wait_for_answers()
+    await check(scripted.page)
+
+
+async def test_axe_finds_no_violation_in_reasoning_and_calls(scripted: Playground, engine: ScriptedEngine) -> None:
+    engine.plays(delta_chunk([*CALLS, ToolCallDelta(2, name="long" * 16, arguments=json.dumps({"word": "w" * 200}))]))
+    await offer_tools(scripted)
+    await scripted.send("hello")
+    await scripted.wait_for_answers()
+    body = sse({"role": "assistant", "reasoning_content": "one " * 100}, {"content": "done"})
+    await scripted.page.route(
+        "**/v1/chat/completions", lambda route: route.fulfill(content_type="text/event-stream", body=body)
+    )
+    await check(scripted.page)
+    await scripted.page.locator(".result textarea").first.fill("a result")
+    await scripted.page.get_by_role("button", name="Send results").click()
+    await scripted.wait_for_answers(2)
+    for fold in await scripted.page.locator(".fold:not([hidden]) summary").all():
+        await fold.click()
+    await scripted.expand_settings()  # it is closed on a phone
+    await scripted.set_field("tools", "[")
+    await check(scripted.page)
+
+
+async def test_axe_finds_no_violation_in_the_code_of_a_request(scripted: Playground) -> None:
+    await scripted.open()
+    await scripted.message_box.fill("word " * 50)
+    await scripted.page.locator("#chat-view .as-code").click()
+    await check(scripted.page)
+
+
+async def test_the_keyboard_reaches_code_calls_and_results(scripted: Playground, engine: ScriptedEngine) -> None:
+    engine.plays(delta_chunk([TextDelta("```\ncode\n```"), *CALLS[1:4]]))
+    await offer_tools(scripted)
+    await scripted.send("hello")
+    await scripted.wait_for_answers()
+    page = scripted.page
+    stops = [
+        page.get_by_role("button", name="Regenerate"),
+        page.get_by_role("button", name="Copy answer"),
+        page.get_by_role("button", name="Send results"),
+        page.get_by_role("textbox", name="Result"),
+        page.locator(".call summary"),
+        page.get_by_role("group", name="Code: text"),
+        page.get_by_role("button", name="Copy code"),
+    ]
+    for stop in stops:
+        await page.keyboard.press("Shift+Tab")
+        await expect(stop).to_be_focused()
+    await page.locator(".call summary").focus()
+    await page.keyboard.press("Enter")
+    await page.keyboard.press("Tab")
+    await expect(page.get_by_role("group", name="Arguments")).to_be_focused()
+    await page.keyboard.press("Tab")
+    await page.keyboard.type("18")
+    await page.keyboard.press("Tab")
+    await page.keyboard.press("Enter")
+    await scripted.wait_for_answers(2)
+    await expect(scripted.message_box).to_be_focused()
+    await expect(page.get_by_role("textbox", name="Result").first).to_have_value("18")
+
+
+async def test_the_keyboard_opens_and_closes_the_code_of_a_request(scripted: Playground) -> None:
+    await scripted.open()
+    page = scripted.page
+    button = page.locator("#chat-view .as-code")
+    await button.focus()
+    await page.keyboard.press("Enter")
+    await expect(page.get_by_role("button", name="Close")).to_be_focused()
+    await page.keyboard.press("Tab")
+    await expect(page.locator(".program .copy").first).to_be_focused()
+    await page.keyboard.press("Tab")
+    await expect(page.get_by_role("group", name="Code: curl")).to_be_focused()
+    await page.keyboard.press("Escape")
+    await expect(button).to_be_focused()
+
+
+async def test_nothing_moves_with_reduced_motion(scripted: Playground, engine: ScriptedEngine) -> None:
+    engine.plays(delta_chunk(CALLS[:3], None), None)
+    await scripted.page.emulate_media(reduced_motion="reduce")
+    await offer_tools(scripted)
+    await scripted.send("hello")
+    await scripted.wait_for_text(3)
+    assert await scripted.page.evaluate("document.getAnimations().length") == 0
+    await scripted.page.emulate_media(reduced_motion="no-preference")
+    assert await scripted.page.evaluate("document.getAnimations().length") == 1
+    await scripted.stop.click()
+    await scripted.wait_for_answers()
+
+
 async def test_the_keyboard_reaches_every_control(playground: Playground) -> None:
     await playground.open()
     page = playground.page
@@ -76,6 +184,7 @@ async def test_the_keyboard_reaches_every_control(playground: Playground) -> Non
     await expect(page.get_by_role("link", name="Skip to the message box")).to_be_focused()
     await page.keyboard.press("Enter")
     await expect(playground.message_box).to_be_focused()
+    await playground.show_tokens()
     await playground.set_field("max_tokens", "8")
     await playground.message_box.focus()
     await page.keyboard.type("hello")
@@ -90,6 +199,8 @@ async def test_the_keyboard_reaches_every_control(playground: Playground) -> Non
     await expect(page.get_by_role("button", name="Regenerate")).to_be_focused()
     await page.keyboard.press("Shift+Tab")
     await expect(page.get_by_role("button", name="Copy")).to_be_focused()
+    await page.keyboard.press("Shift+Tab")
+    await expect(page.get_by_role("button", name="Show formatted")).to_be_focused()
     await page.keyboard.press("Shift+Tab")
     first = page.locator(".token").first
     await expect(first).to_be_focused()
@@ -109,6 +220,7 @@ async def test_the_keyboard_reaches_every_control(playground: Playground) -> Non
 
 async def test_the_pointer_opens_a_tooltip_with_the_probability(playground: Playground) -> None:
     await playground.open()
+    await playground.show_tokens()
     await playground.set_field("max_tokens", "8")
     await playground.send("hello")
     await playground.wait_for_answers()
@@ -158,9 +270,9 @@ async def test_the_colour_scheme_follows_the_system_until_the_user_selects_one(p
 async def test_the_page_scrolls_with_an_answer_until_the_user_scrolls_up(playground: Playground) -> None:
     await playground.page.set_viewport_size({"width": 390, "height": 500})
     await playground.open()
-    await playground.page.locator("#chat-view summary").click()
+    await playground.page.locator("#chat-view .settings summary").click()
     await playground.set_field("max_tokens", "1500")
-    await playground.page.locator("#chat-view summary").click()
+    await playground.page.locator("#chat-view .settings summary").click()
     away = "document.documentElement.scrollHeight - innerHeight - scrollY"
     await playground.send("a long line of words that fills the window soon")
     await playground.wait_for_text(600)

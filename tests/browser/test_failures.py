@@ -148,6 +148,7 @@ async def test_the_tooltip_lists_the_alternatives_with_their_probabilities(
 ) -> None:
     engine.plays(chunk(["well", " then"]))
     await scripted.open()
+    await scripted.show_tokens()
     await scripted.send("hello")
     await scripted.wait_for_answers()
     await scripted.page.locator(".token").nth(1).hover()
