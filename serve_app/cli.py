@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
         file = load_serve_file(arguments.config)
         address = Address(arguments.host or file.http_options.host, arguments.port or file.http_options.port)
         address.check()
-        return _serve(arguments.ray_address, address, file, progress)
+        return _serve(arguments.ray_address, arguments.dashboard, address, file, progress)
     except KeyboardInterrupt:
         progress.end()
         return 130
@@ -119,6 +119,12 @@ def _parser() -> argparse.ArgumentParser:
         help="auto: the reachable Ray cluster, otherwise a new local Ray; local: a new local Ray; "
         "or the address of a Ray cluster (default: %(default)s)",
     )
+    parser.add_argument(
+        "--no-dashboard",
+        action="store_false",
+        dest="dashboard",
+        help="start Ray without its dashboard, which takes seconds at the start and 200 MB of memory",
+    )
     return parser
 
 
@@ -128,9 +134,9 @@ def _port(text: str) -> int:
     return int(text)
 
 
-def _serve(ray_address: str, address: Address, file: ServeFile, progress: Progress) -> int:
+def _serve(ray_address: str, dashboard: bool, address: Address, file: ServeFile, progress: Progress) -> int:
     progress.show("starting Ray")
-    cluster = _connect(ray_address, file.application.args.limits.request_timeout_s)
+    cluster = _connect(ray_address, file.application.args.limits.request_timeout_s, dashboard)
     try:
         progress.show("starting Ray Serve")
         _deploy(address, file, progress)
@@ -148,12 +154,12 @@ def _serve(ray_address: str, address: Address, file: ServeFile, progress: Progre
         progress.end()
 
 
-def _connect(address: str, longest_s: float) -> Cluster:
+def _connect(address: str, longest_s: float, dashboard: bool) -> Cluster:
     """Join or start Ray. Signals are handled after that: a Ray that has started in part cannot be stopped."""
     signals: list[int] = []
     _on_signals(lambda number, _: signals.append(number))
     try:
-        cluster = connect(address, longest_s)
+        cluster = connect(address, longest_s, dashboard)
     finally:
         _on_signals(_interrupt)  # Ray has installed its own handler
     if signals:

@@ -92,16 +92,17 @@ def _remove(application: str) -> None:
         serve.shutdown()
 
 
-def connect(wanted: str, longest_s: float) -> Cluster:
+def connect(wanted: str, longest_s: float, dashboard: bool = True) -> Cluster:
     """Join a cluster, or start one. `wanted` is `auto` (join if one is reachable), `local` (start), or an address.
 
-    `longest_s` is the maximum duration of a request in seconds. Raises ClusterError.
+    `longest_s` is the maximum duration of a request in seconds. `dashboard` is whether a Ray that is started has its
+    dashboard. Raises ClusterError.
     """
     address = _running() if wanted == "auto" else None if wanted == "local" else wanted
     if address is not None and wanted != "auto":
         _reach(address)
     _set_unless_set(_ENVIRONMENT)
-    return _start(longest_s) if address is None else _join(address)
+    return _start(longest_s, dashboard) if address is None else _join(address)
 
 
 def _join(address: str) -> Cluster:
@@ -120,7 +121,7 @@ def _join(address: str) -> Cluster:
     return Cluster(context.dashboard_url or "", ours=False)
 
 
-def _start(longest_s: float) -> Cluster:
+def _start(longest_s: float, dashboard: bool) -> Cluster:
     _set_unless_set(_LOOPBACK_ONLY)
     _no_proxy_for_loopback()
     folder = _put_haproxy_in_front(longest_s)
@@ -128,7 +129,11 @@ def _start(longest_s: float) -> Cluster:
 
     try:
         context = ray.init(
-            address="local", _node_ip_address="127.0.0.1", object_store_memory=_OBJECT_STORE_BYTES, **_quiet()
+            address="local",
+            _node_ip_address="127.0.0.1",
+            object_store_memory=_OBJECT_STORE_BYTES,
+            include_dashboard=None if dashboard else False,  # None: if its packages are installed
+            **_quiet(),
         )
     except Exception as error:
         ray.shutdown()

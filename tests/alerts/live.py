@@ -120,7 +120,8 @@ class LiveService:
                 zero_scaled_model_config("sleepy", "builtin:toy?load_s=1", downscale_to_zero_delay_s=600),
                 # The log folder takes the place of weights: the toy engine cannot load without it.
                 model_config(VICTIM, f"builtin:toy?step_ms=5&log={self._weights / 'tokens'}"),
-            ]
+            ],
+            *("--ray-address", "local"),  # with the dashboard, which lists Ray's nodes for Prometheus
         )
 
     @cached_property

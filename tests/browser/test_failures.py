@@ -206,7 +206,7 @@ async def test_the_page_survives_a_restart_of_the_whole_service(chromium: Browse
 
     @asynccontextmanager
     async def run() -> AsyncIterator[None]:
-        with Service([toy], "--ray-address", "local", "--port", str(port)) as service:
+        with Service([toy], "--ray-address", "local", "--no-dashboard", "--port", str(port)) as service:
             service.wait_until_ready()
             yield
 

@@ -197,7 +197,10 @@ def _command_line(process: psutil.Process) -> str | None:
 
 
 class Service(Program):
-    """`python -m serve_app` with these models. `options` are command-line options, `limits` see `serve_config`."""
+    """`python -m serve_app` with these models. `options` are command-line options, `limits` see `serve_config`.
+
+    The default options are a local Ray without its dashboard, which starts 3 s sooner.
+    """
 
     def __init__(
         self, models: Sequence[Config], *options: str, environment: dict[str, str] | None = None, **limits: Any
@@ -208,7 +211,7 @@ class Service(Program):
             yaml.safe_dump(serve_config(models, **limits), file)
         self._config = Path(file.name)
         command = ["serve_app", "--config", file.name, "--port", str(self.port)]
-        super().__init__([*command, *(options or ("--ray-address", "local"))], **(environment or {}))
+        super().__init__([*command, *(options or ("--ray-address", "local", "--no-dashboard"))], **(environment or {}))
 
     def __exit__(self, *error: object) -> None:
         super().__exit__(*error)

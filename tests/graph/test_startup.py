@@ -116,7 +116,7 @@ def test_the_printed_commands_work_and_ctrl_c_ends_all_processes() -> None:
     """With an HTTP proxy in the environment that cannot be reached."""
     environment = {"http_proxy": CLOSED, "HTTP_PROXY": CLOSED, "no_proxy": "", "NO_PROXY": ""}
     models = [model_config("toy"), zero_scaled_model_config("later", "builtin:toy", 60)]
-    with Service(models, environment=environment) as service:
+    with Service(models, "--ray-address", "local", environment=environment) as service:
         output = service.wait_for_output("Chat:")
         commands = [line.strip() for line in output.splitlines() if line.strip().startswith("curl")]
         stream, chat = (

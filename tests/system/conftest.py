@@ -36,7 +36,7 @@ class ShippedService(Program):
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.first_token_s = 0.0
-        options = ["--config", str(config), "--port", str(self.port), "--ray-address", "local"]
+        options = ["--config", str(config), "--port", str(self.port), "--ray-address", "local", "--no-dashboard"]
         super().__init__(["serve_app", *options], **environment)
 
     def openai_client(self) -> openai.AsyncOpenAI:
