@@ -34,20 +34,25 @@ class RequestContext:
     def limits(self) -> Limits:
         return self.config.limits
 
+    def model_of_body(self, name: str | None) -> Model:
+        """The model that a body names; for a name that stands for any model, the first one. Raises ModelNotFound."""
+        known = any(model.name == name for model in self.config.models)
+        return self.model(None if name in _PLACEHOLDERS and not known else name)
+
     def model(self, name: str | None) -> Model:
-        """The named model; for a name that stands for any model, the first one. Raises ModelNotFound."""
+        """The named model, or the first of the configuration. Raises ModelNotFound."""
         models = self.config.models
+        if name is None:
+            return models[0]
         for model in models:
             if model.name == name:
                 return model
-        if name is None or name in _PLACEHOLDERS:
-            return models[0]
         known = ", ".join(model.name for model in models)
         raise ModelNotFound(f"Model {name[:128]!r} does not exist. Known models: {known}.", param="model")
 
     def model_of(self, http: Request, name: str | None) -> Model:
-        """The model of a call, under whose name an error of the call is counted. Raises ModelNotFound."""
-        model = self.model(name)
+        """The model of a call, by the name in its body. Errors of the call are counted under it. Raises ModelNotFound."""
+        model = self.model_of_body(name)
         http.state.model = model.name
         return model
 
