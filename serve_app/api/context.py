@@ -51,7 +51,7 @@ class RequestContext:
         raise ModelNotFound(f"Model {name[:128]!r} does not exist. Known models: {known}.", param="model")
 
     def model_of(self, http: Request, name: str | None) -> Model:
-        """The model of a call, by the name in its body. Errors of the call are counted under it. Raises ModelNotFound."""
+        """The model that the body of a call names. Errors of the call are counted under it. Raises ModelNotFound."""
         model = self.model_of_body(name)
         http.state.model = model.name
         return model
