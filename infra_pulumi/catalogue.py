@@ -20,6 +20,15 @@ STALE_DAYS = 180
 Positive: TypeAlias = Annotated[float, Field(gt=0)]
 
 
+# Families of machines with GPUs that are left out, by provider.
+_UNUSABLE = {
+    "aws": {
+        "g5g": "its processor is ARM, and the images of the service are for x86",
+        "g4ad": "its GPUs are from AMD, and the images of the service have CUDA",
+    }
+}
+
+
 class CatalogueError(Exception):
     """The catalogue file is invalid, or has no such machine. The message states a remedy."""
 
@@ -101,7 +110,10 @@ class Catalogue(BaseModel):
         return pool.zones or self.get(spec.provider, pool.instance_types[0]).available_zones(spec.zones)
 
     def unknown(self, provider: str, instance_type: str) -> str:
-        """A sentence about an unknown machine, with similar names."""
+        """A sentence about an unknown machine, with the reason if it cannot run the service, or with similar names."""
+        reason = _UNUSABLE.get(provider, {}).get(instance_type.partition(".")[0])
+        if reason:
+            return f"{instance_type} cannot run the service: {reason}; `python -m infra_pulumi catalogue` lists others"
         known = {each.type.lower(): each.type for each in self.instance_types if each.provider == provider}
         close = [known[name] for name in difflib.get_close_matches(instance_type.lower(), known, n=3, cutoff=0.5)]
         hint = f"did you mean {' or '.join(close)}?" if close else "`python -m infra_pulumi catalogue` lists them"

@@ -91,6 +91,8 @@ def test_every_price_has_a_date_and_a_source() -> None:
     ("pool", "message"),
     [
         (["p3.2xlarge"], "p3.2xlarge is refused: torch's CUDA 13 builds have no Volta; take g5.xlarge"),
+        (["g5g.xlarge"], "g5g.xlarge cannot run the service: its processor is ARM"),
+        (["g4ad.xlarge"], "g4ad.xlarge cannot run the service: its GPUs are from AMD"),
         (["g5.xlrge"], "unknown machine 'g5.xlrge' of aws; did you mean g5.xlarge"),
         (["c7i.xlarge"], "c7i.xlarge has no GPU"),
         (["g5.xlarge", "g6.xlarge"], "these types have different GPUs"),
