@@ -147,7 +147,7 @@ OPERATIONS = (
         parameters=(_RESPONSE_ID,), error=OpenAIError,
     ),
     Operation(
-        "get", "/v1/responses/{id}/input_items", OPENAI, "List the items that the model read for a stored response",
+        "get", "/v1/responses/{id}/input_items", OPENAI, "List the items that a stored response answers",
         answer=InputItemList, parameters=(_RESPONSE_ID, *_PAGE), error=OpenAIError,
     ),
     Operation(

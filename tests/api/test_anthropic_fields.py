@@ -44,6 +44,7 @@ USE = {"type": "tool_use", "id": "toolu_1", "name": "clock", "input": {}}
 RESULT = {"type": "tool_result", "tool_use_id": "toolu_1", "content": "noon"}
 OBJECTS: dict[str, type[Body]] = {
     "body": MessagesBody,
+    "`count_tokens`": CountTokensBody,
     "`thinking`": ThinkingConfig,
     "`output_config`": OutputConfig,
     "tool": CustomTool,

@@ -237,7 +237,7 @@ async def test_an_error_names_the_wrong_field_of_a_completion(
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "less than or equal to 20"),
         ({"max_completion_tokens": 2, "min_tokens": 3}, "min_tokens", "above max_tokens 2"),
         ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs", "cannot set the variable 'messages'"),
-        ({"store": True}, "store", "can only be null or false: the service stores no answers"),
+        ({"store": True}, "store", "can only be null or false: chats are not stored; use /v1/responses"),
         ({"store": 0}, "store", "can only be null or false"),
         ({"service_tier": "flex"}, "service_tier", 'can only be null or "auto" or "default"'),
         ({"modalities": ["audio"]}, "modalities", 'can only be null or ["text"]: the models write text'),

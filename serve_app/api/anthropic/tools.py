@@ -34,7 +34,7 @@ class CustomTool(Body):
     defer_loading: Annotated[object, Only(False, reason="the service has no search for tools")] = None
     """The service has no search for tools."""
     eager_input_streaming: Annotated[object, Hint()] = None
-    """A stream has the input as the model generates it."""
+    """A stream always has the input of a call while the model generates it."""
     input_examples: Annotated[object, Hint()] = None
     """Chat templates have no place for them."""
 

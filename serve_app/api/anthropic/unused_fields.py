@@ -39,6 +39,6 @@ class UnusedByAnswers(Body):
     diagnostics: Annotated[object, Hint()] = None
     """The usage has the number of cached tokens."""
     fallbacks: Annotated[object, Hint()] = None
-    """The service does not refuse answers, so that no other model has to answer."""
+    """It names models that answer after a refusal. The service does not detect refusals."""
     fallback_credit_token: Annotated[object, Hint()] = None
     """The service bills nobody."""

@@ -16,19 +16,19 @@ class UnusedFields(Body):
     use_beam_search: Annotated[object, Only(False, reason=_NO_BEAMS)] = None
     """The service has no beam search."""
     length_penalty: Annotated[object, Only(1, reason=_NO_BEAMS)] = None
-    """A parameter of beam search."""
+    """It is a parameter of beam search."""
     early_stopping: Annotated[object, Only(False, reason=_NO_BEAMS)] = None
-    """A parameter of beam search."""
+    """It is a parameter of beam search."""
     typical_p: Annotated[object, Only(1, reason="the service has no typical sampling; use 'top_p'")] = None
     """The service has no typical sampling."""
     spaces_between_special_tokens: Annotated[object, Hint()] = None
-    """It affects tokenizers only that the service does not use."""
+    """It only affects kinds of tokenizers that the service does not use."""
     request_id: Annotated[object, Hint()] = None
     """The header `x-request-id` sets the id of a request."""
     session_id: Annotated[object, Hint()] = None
     """The prefix cache finds the requests of a session by their prompts."""
     stream_interval: Annotated[object, Hint()] = None
-    """The key `engine.flush_interval_s` of the configuration gathers tokens."""
+    """The configuration sets how often tokens are sent: `engine.flush_interval_s`."""
     guided_decoding_backend: Annotated[object, Hint()] = None
     """The service has one implementation of grammars."""
     guided_whitespace_pattern: Annotated[object, Only(reason="the service bounds whitespace itself")] = None
@@ -59,8 +59,8 @@ class UnusedFields(Body):
     """The service does not transfer caches between replicas."""
     ec_transfer_params: Annotated[object, Only(reason="the service does not transfer caches")] = None
     """The service does not transfer caches between replicas."""
-    vllm_xargs: Annotated[object, Only(reason="the service has no extensions")] = None
-    """The service has no extensions of vLLM."""
+    vllm_xargs: Annotated[object, Only(reason="the service has no plug-ins")] = None
+    """Plug-ins of vLLM read these arguments. The service has no plug-ins."""
 
 
 class UnusedByCompletions(Body):
@@ -77,10 +77,10 @@ class UnusedByChats(Body):
 
     verbosity: Annotated[object, Hint()] = None
     """No model has a setting for the length of its answers."""
-    store: Annotated[object, Only(False, reason="the service stores no answers")] = None
-    """The service stores no answers."""
+    store: Annotated[object, Only(False, reason="chats are not stored; use /v1/responses")] = None
+    """The service stores responses, but no chats."""
     metadata: Annotated[object, Hint()] = None
-    """It belongs to stored answers."""
+    """It belongs to a stored chat, and the service stores no chats."""
     service_tier: Annotated[object, Only("auto", "default", reason="the service has one tier")] = None
     """The service has one tier."""
     prompt_cache_key: Annotated[object, Hint()] = None
@@ -114,7 +114,7 @@ class UnusedByChats(Body):
     return_prompt_text: Annotated[object, Only(False, reason="use 'return_token_ids'")] = None
     """`return_token_ids` reports the tokens of the prompt."""
     tool_prompt: Annotated[object, Only(reason="put it into a message")] = None
-    """TGI's text before the tools. The chat template writes it."""
+    """It is TGI's text before the tools. The chat template writes such a text."""
     chat_template: Annotated[object, Only(reason="set it in the configuration of the model")] = None
     """The chat template is set in the configuration of the model."""
 

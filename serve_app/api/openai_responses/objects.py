@@ -229,7 +229,7 @@ class DeletedResponse(TypedDict):
 
 @exact
 class InputItemList(TypedDict):
-    """A page of the items that the model read for a response. An empty page has no ids."""
+    """A page of the items of the conversation that a response answers. An empty page has no ids."""
 
     object: Literal["list"]
     data: list[InputItemObject]

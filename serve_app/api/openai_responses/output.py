@@ -16,7 +16,7 @@ class Output:
     """The output of one response. Each change returns its events, whose numbers come from `numbers`.
 
     `logprobs` is whether texts have the log probabilities of their tokens. An item ends where one of another kind, or
-    another call, begins. An answer without any text is an empty message.
+    another call, begins. An answer without reasoning, text and calls is one empty message.
     """
 
     def __init__(self, numbers: Iterator[int], logprobs: bool) -> None:

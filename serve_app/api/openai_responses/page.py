@@ -1,4 +1,4 @@
-"""Pages of the items that the model read for a response."""
+"""Pages of the items of the conversation that a response answers."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ class StoredResponse:
 
     @property
     def read(self) -> tuple[Item, ...]:
-        """The items that the model read for the response, the oldest first."""
+        """The items of the conversation that the response answers, the oldest first."""
         return self.earlier + self.input
 
     @property

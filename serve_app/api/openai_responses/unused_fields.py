@@ -45,7 +45,7 @@ class UnusedByReasoning(Body):
     """The unused fields of the settings of the reasoning."""
 
     generate_summary: Annotated[object, Hint()] = None
-    """The older name of `summary`."""
+    """It is the older name of `summary`."""
     context: Annotated[object, Hint()] = None
     """The chat template decides which reasoning of earlier answers the model reads."""
     mode: Annotated[object, Only("standard", reason="the service has one mode")] = None

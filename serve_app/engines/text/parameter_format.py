@@ -1,4 +1,4 @@
-"""Tool calls whose arguments are a list of parameters in tags, as of Qwen3-Coder and GLM: their form and grammar."""
+"""Tool calls whose arguments are a list of parameters in tags, as Qwen3-Coder and GLM write them: form and grammar."""
 
 from __future__ import annotations
 
