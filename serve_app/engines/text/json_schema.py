@@ -38,7 +38,7 @@ def prepared_schema(text: str, strict: bool) -> str:
 
     An object admits no further members if its schema lists `properties` and says nothing about others; otherwise models
     add members that were not asked for. `pattern` is left out if it has look-around or a back reference. If not
-    `strict`, what llguidance does not support is left out too. Raises ValueError, TypeError or RecursionError if the
+    `strict`, what llguidance does not support is left out too. llguidance's options in `x-guidance` are kept. Raises ValueError, TypeError or RecursionError if the
     text is not a JSON object.
     """
     schema = json.loads(text)
@@ -48,6 +48,8 @@ def prepared_schema(text: str, strict: bool) -> str:
     if not strict:
         guidance |= {"lenient": True, "coerce_one_of": True}
     schema.pop("$schema", None)  # a draft is not retrieved
+    options = schema.get("x-guidance")
+    guidance |= options if isinstance(options, dict) else {}
     open_definitions = {reference for part, _ in _schemas(schema) for reference in _combined_references(part)}
     return json.dumps(_prepared(schema, strict, open_definitions, "#", True) | {"x-guidance": guidance})
 
@@ -72,6 +74,12 @@ def _schemas(schema: object, path: str = "#") -> Iterator[tuple[Schema, str]]:
             yield from _schemas(child, f"{path}/{where}")
 
 
+def listed(schema: Schema, keyword: str) -> list[Any]:
+    """The value of a keyword that should be a list; empty if it is none."""
+    value = schema.get(keyword)
+    return value if isinstance(value, list) else []
+
+
 def _children(schema: Schema) -> Iterator[tuple[object, str]]:
     for keyword in _NAMED:
         if isinstance(schema.get(keyword), dict):
@@ -87,7 +95,7 @@ def _children(schema: Schema) -> Iterator[tuple[object, str]]:
 def _combined_references(schema: Schema) -> Iterator[str]:
     """The references in a place where several schemas describe the same object, so that none of them may be closed."""
     if _is_combined(schema):
-        members = [schema, *(one for keyword in ("allOf", "anyOf", "oneOf") for one in schema.get(keyword, ()))]
+        members = [schema, *(one for keyword in ("allOf", "anyOf", "oneOf") for one in listed(schema, keyword))]
         yield from (one["$ref"] for one in members if isinstance(one, dict) and isinstance(one.get("$ref"), str))
 
 

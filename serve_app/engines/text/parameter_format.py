@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from serve_app.core.requests import Tool
-from serve_app.engines.text.json_schema import prepared_schema
+from serve_app.engines.text.json_schema import listed, prepared_schema
 from serve_app.engines.text.overlap import common_prefix
 
 Schema = dict[str, Any]
@@ -59,11 +59,15 @@ def parameters_of(tool: Tool) -> Mapping[str, Schema]:
 def is_text(schema: Schema) -> bool:
     """Whether the value of a parameter is written as it is: a string, or one of several types with a string."""
     types = schema.get("type")
-    members = [one for key in ("anyOf", "oneOf") for one in schema.get(key, ()) if isinstance(one, dict)]
+    members = [one for key in ("anyOf", "oneOf") for one in listed(schema, key) if isinstance(one, dict)]
     if isinstance(types, str | list):
         return "string" in types
-    choices = schema.get("enum", [schema["const"]] if "const" in schema else [])
+    choices = _choices(schema)
     return any(map(is_text, members)) or any(isinstance(choice, str) for choice in choices)
+
+
+def _choices(schema: Schema) -> list[Any]:
+    return [schema["const"]] if "const" in schema else listed(schema, "enum")
 
 
 def parameter_rules(
@@ -75,7 +79,7 @@ def parameter_rules(
     no text to a grammar. Raises ValueError, TypeError or RecursionError for a schema that cannot be read.
     """
     text = f"{name}_text{'' if ends_in_token else '[lazy]'}: /(?s:.*)/ {literal(form.after)}"
-    required = json.loads(tool.schema).get("required", ())
+    required = listed(json.loads(tool.schema), "required")
     parameters = parameters_of(tool)
     if not parameters and "properties" not in json.loads(tool.schema):
         return [f"{name}: ({literal(form.before)} {_ANY_KEY} {literal(form.middle)} {name}_text)*", text]
@@ -88,7 +92,7 @@ def parameter_rules(
 
 
 def _value(form: ParameterFormat, schema: Schema, name: str, literal: Callable[[str], str], tool: Tool) -> str:
-    choices = schema.get("enum", [schema["const"]] if "const" in schema else [])
+    choices = _choices(schema)
     if choices and all(isinstance(choice, str) for choice in choices):
         return f"({' | '.join(literal(choice) for choice in choices)}) {literal(form.after)}"
     if is_text(schema):

@@ -77,5 +77,6 @@ def prepare_tool_use(
         return error
     skip_special_tokens = params.skip_special_tokens and not hides_markers
     params = replace(params, grammar=grammar, skip_special_tokens=skip_special_tokens)
-    texts = {(tool.name, key) for tool in choice.tools for key, one in parameters_of(tool).items() if is_text(one)}
+    tools = choice.tools if call_format.parameters is not None else ()
+    texts = {(tool.name, key) for tool in tools for key, one in parameters_of(tool).items() if is_text(one)}
     return ToolUse(grammar, params, ToolCallFormatParser(call_format, lambda *parameter: parameter in texts))

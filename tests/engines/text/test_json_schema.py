@@ -160,6 +160,27 @@ def test_a_tool_whose_schema_cannot_be_compiled_takes_any_object_unless_it_is_st
 
 
 @pytest.mark.model
+@pytest.mark.parametrize("family", ["qwen", "tag"])
+@pytest.mark.parametrize(
+    "keyword", ["anyOf", "allOf", "oneOf", "enum", "required", "properties", "$defs", "items", "type"]
+)
+@pytest.mark.parametrize("value", [5, None, "a", {"b": 1}, [None], [[]]])
+def test_a_malformed_schema_of_a_tool_is_no_fault_of_the_service(family: str, keyword: str, value: object) -> None:
+    text = family_text(family)
+    schema = {"type": "object", "properties": {"a": {"type": "string", keyword: value}}, keyword: value}
+    tool = Tool("f", json.dumps(schema), "tools[0].function.parameters")
+    assert isinstance(planned(text, ToolChoice((tool,)), PARAMS), AnswerPlan | InvalidRequest)
+    strict = planned(text, ToolChoice((replace(tool, strict=True),)), PARAMS)
+    assert isinstance(strict, AnswerPlan | InvalidRequest)
+
+
+@pytest.mark.model
+def test_options_of_llguidance_in_a_schema_are_kept(text: HFText) -> None:
+    schema = object_of(ids={"type": "array", "uniqueItems": True}) | {"x-guidance": {"lenient": True}}
+    assert accepts(text, schema, '{"ids": []}')
+
+
+@pytest.mark.model
 def test_with_tools_and_a_schema_an_answer_is_a_call_or_follows_the_schema() -> None:
     text = family_text("qwen")
     tool = Tool("good", json.dumps(object_of(a={"type": "integer"})), "tools[0].function.parameters")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -15,6 +16,7 @@ from serve_app.core.requests import ChatMessage, ChatPrompt, Tool, ToolCall, Too
 from serve_app.engines.text.parameter_format import ParameterFormat
 from serve_app.engines.text.protocol import AnswerPlan
 from serve_app.engines.text.tokenizer import HFText
+from serve_app.errors import InvalidRequest
 
 from .call_formats import Call, join_deltas
 from .chat_templates import GLM, GLM_TOKENS, QWEN_CODER
@@ -146,6 +148,16 @@ def test_every_answer_is_a_call_with_valid_arguments(family: str, seed: int) -> 
     assert set(arguments) <= {"n", "b"}
 
 
+@pytest.mark.parametrize("keyword", ["anyOf", "enum", "required", "properties", "type"])
+@pytest.mark.parametrize("value", [5, None, "a", {"b": 1}, [None]])
+def test_a_malformed_schema_is_no_fault_of_the_service(keyword: str, value: object) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "string", keyword: value}}, keyword: value}
+    tool = Tool("f", json.dumps(schema), "tools[0].function.parameters")
+    for strict in (False, True):
+        plan = planned(text_of("glm"), ToolChoice((replace(tool, strict=strict),)), PARAMS)
+        assert isinstance(plan, AnswerPlan | InvalidRequest)
+
+
 def test_a_text_is_emitted_while_it_is_generated() -> None:
     text = text_of("qwen coder")
     parser = plan_of(text, ToolChoice((WEATHER,))).parser
@@ -157,7 +169,7 @@ def test_a_text_is_emitted_while_it_is_generated() -> None:
     assert parser.end() == []
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.sampled_from(list(FAMILIES)), st.lists(st.integers(0, 10**6), max_size=8), st.integers(0, 10**6))
 def test_the_pieces_of_a_truncated_answer_do_not_matter(family: str, cuts: list[int], length: int) -> None:
     text = text_of(family)
