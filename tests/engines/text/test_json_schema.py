@@ -160,13 +160,10 @@ def test_a_tool_whose_schema_cannot_be_compiled_takes_any_object_unless_it_is_st
 
 
 @pytest.mark.model
-@pytest.mark.parametrize("family", ["qwen", "tag"])
-@pytest.mark.parametrize(
-    "keyword", ["anyOf", "allOf", "oneOf", "enum", "required", "properties", "$defs", "items", "type"]
-)
-@pytest.mark.parametrize("value", [5, None, "a", {"b": 1}, [None], [[]]])
-def test_a_malformed_schema_of_a_tool_is_no_fault_of_the_service(family: str, keyword: str, value: object) -> None:
-    text = family_text(family)
+@pytest.mark.parametrize("keyword", ["anyOf", "allOf", "enum", "required", "properties", "$defs", "items", "type"])
+@pytest.mark.parametrize("value", [5, None, {"b": 1}, [None]])
+def test_a_malformed_schema_of_a_tool_is_no_fault_of_the_service(keyword: str, value: object) -> None:
+    text = family_text("qwen")
     schema = {"type": "object", "properties": {"a": {"type": "string", keyword: value}}, keyword: value}
     tool = Tool("f", json.dumps(schema), "tools[0].function.parameters")
     assert isinstance(planned(text, ToolChoice((tool,)), PARAMS), AnswerPlan | InvalidRequest)

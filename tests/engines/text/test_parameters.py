@@ -149,7 +149,7 @@ def test_every_answer_is_a_call_with_valid_arguments(family: str, seed: int) -> 
 
 
 @pytest.mark.parametrize("keyword", ["anyOf", "enum", "required", "properties", "type"])
-@pytest.mark.parametrize("value", [5, None, "a", {"b": 1}, [None]])
+@pytest.mark.parametrize("value", [5, None, [None]])
 def test_a_malformed_schema_is_no_fault_of_the_service(keyword: str, value: object) -> None:
     schema = {"type": "object", "properties": {"a": {"type": "string", keyword: value}}, keyword: value}
     tool = Tool("f", json.dumps(schema), "tools[0].function.parameters")
