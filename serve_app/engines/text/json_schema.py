@@ -34,11 +34,11 @@ _MISSING_FORMAT = re.compile(r"Unknown format: (\S+)")
 
 @lru_cache(maxsize=512)
 def prepared_schema(text: str, strict: bool) -> str:
-    """The schema as llguidance takes it, as the text of a JSON object.
+    """The schema as llguidance takes it, as the text of a JSON object. Its options in `x-guidance` are kept.
 
     An object admits no further members if its schema lists `properties` and says nothing about others; otherwise models
     add members that were not asked for. `pattern` is left out if it has look-around or a back reference. If not
-    `strict`, what llguidance does not support is left out too. llguidance's options in `x-guidance` are kept. Raises ValueError, TypeError or RecursionError if the
+    `strict`, what llguidance does not support is left out too. Raises ValueError, TypeError or RecursionError if the
     text is not a JSON object.
     """
     schema = json.loads(text)
