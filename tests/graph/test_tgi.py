@@ -64,7 +64,7 @@ def test_the_finish_reason_of_a_stop_sequence(hub: InferenceClient) -> None:
 
 def test_errors_raise_the_clients_exceptions(hub: InferenceClient) -> None:
     with pytest.raises(ValidationError, match=r"parameters\.typical_p"):
-        hub.text_generation(TEXT, typical_p=0.5)
+        hub.text_generation(TEXT, do_sample=True, typical_p=0.5)
     with pytest.raises(ValidationError, match="4096"):
         hub.text_generation("x" * 5000)
     grammar: Any = {"type": "regex", "value": "a"}
