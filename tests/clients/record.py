@@ -2,7 +2,8 @@
 
 `python -m tests.clients.record http://127.0.0.1:8000` listens on port 8001. Then run
 `SERVE_APP_URL=http://127.0.0.1:8001 pytest tests/clients`, and stop the proxy with Ctrl-C: it writes one file for each
-client library to tests/clients/requests. Requests that differ only in the values of their fields are recorded once.
+client library to tests/clients/requests, with the requests that the file had before. Requests that differ only in the
+values of their fields are recorded once.
 """
 
 from __future__ import annotations
@@ -40,8 +41,10 @@ def shape_of(value: Any) -> Any:
 
 def client_of(user_agent: str) -> str:
     """The name of the library in a `user-agent` header, for example `openai-python`."""
+    if "hf_hub" in user_agent:
+        return "huggingface-hub"
     words = re.findall(r"[A-Za-z][A-Za-z_-]*", user_agent.split(" (")[0])
-    return "-".join(words[:2]).lower() or "unknown"
+    return "-".join(words[:2]).lower().removeprefix("async") or "unknown"
 
 
 @dataclass
@@ -58,6 +61,13 @@ class Recorder:
         shape = json.dumps([path, shape_of(body)])
         self.bodies.setdefault(client_of(user_agent), {}).setdefault(shape, {"path": path, "body": body})
 
+    def read(self) -> None:
+        """Begin with the requests of earlier recordings."""
+        for file in REQUESTS.glob("*.json"):
+            for request in json.loads(file.read_text()):
+                shape = json.dumps([request["path"], shape_of(request["body"])])
+                self.bodies.setdefault(file.stem, {}).setdefault(shape, request)
+
     def write(self) -> None:
         REQUESTS.mkdir(exist_ok=True)
         for client, shapes in self.bodies.items():
@@ -70,6 +80,7 @@ class Recorder:
 
     @asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
+        self.read()
         async with httpx.AsyncClient(base_url=self.service, timeout=None) as self._client:
             yield
         self.write()

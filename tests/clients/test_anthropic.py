@@ -33,7 +33,8 @@ def client(url: str) -> Iterator[anthropic.Anthropic]:
 
 def create(client: anthropic.Anthropic, **fields: Any) -> anthropic.types.Message:
     given: dict[str, Any] = {"model": MODEL, "max_tokens": 24, "messages": [QUESTION], "extra_body": {"temperature": 0}}
-    return client.messages.create(**given | fields)
+    message: anthropic.types.Message = client.messages.create(**given | fields)
+    return message
 
 
 def test_a_whole_answer(client: anthropic.Anthropic) -> None:
@@ -121,9 +122,10 @@ def test_errors(client: anthropic.Anthropic) -> None:
         create(client, extra_body={"temprature": 0})
     assert raised.value.type == "invalid_request_error"
     assert raised.value.request_id
+    source = {"type": "url", "url": "https://example.com/a.png"}
+    image = {"role": "user", "content": [{"type": "image", "source": source}]}
     with pytest.raises(anthropic.BadRequestError, match="a block of type 'image'"):
-        source = {"type": "url", "url": "https://example.com/a.png"}
-        create(client, messages=[{"role": "user", "content": [{"type": "image", "source": source}]}])
+        create(client, messages=[image])
 
 
 async def test_the_async_client(url: str) -> None:

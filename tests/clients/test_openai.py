@@ -145,6 +145,7 @@ OVERFLOW = "word " * 10_000
 async def test_a_chat_takes_the_objects_of_its_answers_back(client: openai.AsyncOpenAI, streamed: bool) -> None:
     """As objects, and as dictionaries with all fields that are null."""
     asked: Any = {"model": MODEL, "temperature": 0, "max_tokens": 60, "tools": [CHAT_TOOL]}
+    asked["parallel_tool_calls"] = False
     if streamed:
         async with client.chat.completions.stream(messages=[WEATHER], tool_choice="required", **asked) as stream:
             first = (await stream.get_final_completion()).choices[0].message

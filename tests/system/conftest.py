@@ -67,7 +67,10 @@ class ToolsService(ShippedService):
 
     def __init__(self, folder: Path) -> None:
         document = yaml.safe_load(SHIPPED_CONFIG.read_text())
-        document["applications"][0]["args"]["models"][0] |= {"chat_template": "builtin:chatml_tools", "embeddings": True}
+        document["applications"][0]["args"]["models"][0] |= {
+            "chat_template": "builtin:chatml_tools",
+            "embeddings": True,
+        }
         config = folder / "serve_config.yaml"
         config.write_text(yaml.safe_dump(document))
         super().__init__(config)

@@ -20,9 +20,8 @@ from autogen_core.models import (
 )
 from autogen_core.tools import FunctionTool
 from autogen_ext.models.openai import OpenAIChatCompletionClient
-from pydantic import BaseModel, Field
-
 from common import FRANCE, MODEL, OVERFLOW, TOWN, WEATHER, run, weather_of
+from pydantic import BaseModel, Field
 
 INFO = ModelInfo(
     vision=False, function_calling=True, json_output=True, family=ModelFamily.UNKNOWN, structured_output=True

@@ -1,4 +1,4 @@
-"""DSPy: its language model for chats and for responses, signatures, and an agent with a tool."""
+"""DSPy: its language model for chats and for responses, signatures and tools."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from typing import Any
 
 import dspy
 import litellm
-
 from common import FRANCE, MODEL, OVERFLOW, TOWN, WEATHER, run, weather_of
 
-# LiteLLM's table of models does not know this one, and DSPy sends no JSON schema to a model that is not in it.
-ABILITIES = {"litellm_provider": "openai", "mode": "chat", "supports_response_schema": True}
-litellm.register_model({MODEL: {**ABILITIES, "supports_function_calling": True}})
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 20}, "people": {"type": "integer", "maximum": 9999}},
+    "required": ["name", "people"],
+    "additionalProperties": False,
+}
 
 
 def language_model(url: str, model: str = MODEL, **fields: Any) -> dspy.LM:
@@ -37,29 +39,21 @@ def conversation(url: str) -> str:
     return str(language_model(url)(messages=messages)[0])
 
 
-async def stream(url: str) -> int:
-    with dspy.context(lm=language_model(url), adapter=dspy.JSONAdapter()):
-        predict = dspy.streamify(dspy.Predict("town -> country"))
-        parts = [part async for part in predict(town="Paris")]
-    assert isinstance(parts[-1], dspy.Prediction)
-    return len(parts)
-
-
 def tool_loop(url: str) -> str:
     def weather(city: str) -> str:
         """The weather now."""
         return weather_of(city)
 
     tool = dspy.Tool(weather)
-    with dspy.context(lm=language_model(url), adapter=dspy.JSONAdapter(use_native_function_calling=True)):
-        answer = language_model(url)(
-            WEATHER, tools=[tool.format_as_litellm_function_call()], tool_choice="required", parallel_tool_calls=False
-        )[0]
+    tools = [tool.format_as_litellm_function_call()]
+    answer = language_model(url)(WEATHER, tools=tools, tool_choice="required", parallel_tool_calls=False)[0]
     (call,) = answer["tool_calls"]
     return str(call["function"]["arguments"])
 
 
 def typed_output(url: str) -> list[Any]:
+    """With a JSON schema for the fields of the signature, which DSPy sends by itself to models that it knows."""
+
     class Town(dspy.Signature):
         """Name the town and the number of its people."""
 
@@ -67,7 +61,9 @@ def typed_output(url: str) -> list[Any]:
         name: str = dspy.OutputField()
         people: int = dspy.OutputField()
 
-    with dspy.context(lm=language_model(url), adapter=dspy.JSONAdapter()):
+    answer_format = {"type": "json_schema", "json_schema": {"name": "town", "schema": SCHEMA}}
+    lm = language_model(url, response_format=answer_format)
+    with dspy.context(lm=lm, adapter=dspy.JSONAdapter()):
         town = dspy.Predict(Town)(text=TOWN)
     assert isinstance(town.people, int)
     return [town.name, town.people]
@@ -87,4 +83,4 @@ def errors(url: str) -> list[str]:
     return names
 
 
-run(quickstart, conversation, stream, tool_loop, typed_output, errors)
+run(quickstart, conversation, tool_loop, typed_output, errors)

@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import openai
+from common import FRANCE, MODEL, OVERFLOW, TOWN, WEATHER, run, weather_of
 from haystack.components.agents import Agent
 from haystack.components.generators.chat import OpenAIChatGenerator, OpenAIResponsesChatGenerator
 from haystack.dataclasses import ChatMessage, StreamingChunk
 from haystack.tools import tool
 from haystack.utils import Secret
 from pydantic import BaseModel, Field
-
-from common import FRANCE, MODEL, OVERFLOW, TOWN, WEATHER, run, weather_of
 
 
 class Town(BaseModel):

@@ -6,10 +6,9 @@ from typing import Annotated, Any
 
 import instructor
 import openai
+from common import FRANCE, MODEL, OVERFLOW, TOWN, WEATHER, run
 from instructor.core import InstructorRetryException
 from pydantic import BaseModel, Field
-
-from common import FRANCE, MODEL, OVERFLOW, TOWN, WEATHER, run
 
 MODES = instructor.Mode.TOOLS, instructor.Mode.TOOLS_STRICT, instructor.Mode.JSON_SCHEMA
 
@@ -64,7 +63,8 @@ def stream(url: str) -> int:
 
 def tool_loop(url: str) -> str:
     weather, completion = client(url).chat.completions.create_with_completion(
-        model=MODEL, messages=[{"role": "user", "content": WEATHER}], response_model=Weather, temperature=0, max_tokens=60,
+        model=MODEL, messages=[{"role": "user", "content": WEATHER}], response_model=Weather, temperature=0,
+        max_tokens=60,
     )  # fmt: skip
     (call,) = completion.choices[0].message.tool_calls
     result = {"role": "tool", "tool_call_id": call.id, "content": f"sunny in {weather.city}"}

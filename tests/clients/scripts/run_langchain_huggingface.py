@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
+from common import FRANCE, MODEL, OVERFLOW, TOWN, WEATHER, run, weather_of
 from huggingface_hub.errors import HfHubHTTPError, ValidationError
 from langchain_core.messages import HumanMessage, ToolMessage
 from langchain_huggingface import ChatHuggingFace, HuggingFaceEndpoint
 from pydantic import BaseModel, Field
-
-from common import FRANCE, MODEL, OVERFLOW, TOWN, WEATHER, run, weather_of
 
 
 class Town(BaseModel):

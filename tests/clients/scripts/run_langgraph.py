@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import openai
+from common import FRANCE, MODEL, OVERFLOW, TOWN, WEATHER, run, weather_of
 from langchain_core.exceptions import ContextOverflowError
 from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
 from langchain_openai import ChatOpenAI
@@ -12,8 +13,6 @@ from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.graph import START, MessagesState, StateGraph
 from langgraph.prebuilt import ToolNode, tools_condition
 from pydantic import BaseModel, Field
-
-from common import FRANCE, MODEL, OVERFLOW, TOWN, WEATHER, run, weather_of
 
 
 class Town(BaseModel):
@@ -106,7 +105,6 @@ def errors(url: str) -> list[str]:
         try:
             chat.invoke(OVERFLOW)
         except ContextOverflowError as error:
-            assert isinstance(error, openai.BadRequestError)
             names.append(type(error).__name__)
     for chat in chats(url, "gpt-unknown"):
         try:

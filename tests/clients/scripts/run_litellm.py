@@ -9,9 +9,8 @@ os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # LiteLLM would load prices
 from typing import Annotated, Any
 
 import litellm
-from pydantic import BaseModel, Field
-
 from common import FRANCE, MODEL, OVERFLOW, TOWN, WEATHER, run, weather_of
+from pydantic import BaseModel, Field
 
 USER = {"role": "user", "content": FRANCE}
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 20}}, "required": ["city"]}
@@ -37,8 +36,8 @@ def quickstart(url: str) -> dict[str, str]:
     given = {"api_base": url + "/v1", "api_key": "none", "temperature": 0, "max_output_tokens": 60}
     answers["responses"] = litellm.responses(model=f"openai/{MODEL}", input=FRANCE, **given).output_text
     text = litellm.text_completion(
-        model=f"text-completion-openai/{MODEL}", prompt="The capital of France is", api_base=url + "/v1", api_key="none",
-        max_tokens=8, temperature=0,
+        model=f"text-completion-openai/{MODEL}", prompt="The capital of France is", api_base=url + "/v1",
+        api_key="none", max_tokens=8, temperature=0,
     )  # fmt: skip
     answers["text"] = text.choices[0].text
     assert all("Paris" in answer for answer in answers.values()), answers

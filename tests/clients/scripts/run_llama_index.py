@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import openai
+from common import FRANCE, MODEL, OVERFLOW, TOWN, WEATHER, run, weather_of
 from llama_index.core.base.llms.types import ChatMessage, MessageRole
 from llama_index.core.tools import FunctionTool
 from llama_index.llms.openai_like import OpenAILike
 from pydantic import BaseModel, Field
-
-from common import FRANCE, MODEL, OVERFLOW, TOWN, WEATHER, run, weather_of
 
 
 class Town(BaseModel):

@@ -15,9 +15,8 @@ from agents import (
     function_tool,
     set_tracing_disabled,
 )
-from pydantic import BaseModel, Field
-
 from common import FRANCE, MODEL, OVERFLOW, TOWN, WEATHER, run, weather_of
+from pydantic import BaseModel, Field
 
 set_tracing_disabled(True)
 SETTINGS = ModelSettings(temperature=0, max_tokens=60)
@@ -38,10 +37,8 @@ def weather(city: Annotated[str, Field(max_length=20)]) -> str:
 def agents(url: str, settings: ModelSettings = SETTINGS, model: str = MODEL, **fields: object) -> dict[str, Agent]:
     """An agent for each API."""
     client = openai.AsyncOpenAI(base_url=url + "/v1", api_key="none", max_retries=0)
-    return {
-        name: Agent(name="Helper", instructions="Be brief.", model=kind(model, client), model_settings=settings, **fields)
-        for name, kind in KINDS.items()
-    }
+    given = {"name": "Helper", "instructions": "Be brief.", "model_settings": settings, **fields}
+    return {name: Agent(model=kind(model, client), **given) for name, kind in KINDS.items()}
 
 
 async def quickstart(url: str) -> dict[str, str]:

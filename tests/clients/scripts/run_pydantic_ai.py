@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
+from common import FRANCE, MODEL, OVERFLOW, TOWN, WEATHER, run, weather_of
 from openai import AsyncOpenAI
 from pydantic import BaseModel, Field
 from pydantic_ai import Agent, ModelHTTPError, NativeOutput, ToolOutput
 from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel
 from pydantic_ai.providers.openai import OpenAIProvider
-
-from common import FRANCE, MODEL, OVERFLOW, TOWN, WEATHER, run, weather_of
 
 
 class Town(BaseModel):
@@ -72,8 +71,8 @@ async def tool_loop(url: str) -> list[str]:
 async def typed_output(url: str) -> list[str]:
     towns = []
     for kind in (ToolOutput, NativeOutput):
-        for agent in agents(url, max_tokens=100, output_type=kind(Town)):
-            towns.append((await agent.run(TOWN)).output.name)
+        given = agents(url, max_tokens=100, output_type=kind(Town))
+        towns += [(await agent.run(TOWN)).output.name for agent in given]
     return towns
 
 

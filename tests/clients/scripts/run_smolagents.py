@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import openai
+from common import FRANCE, MODEL, OVERFLOW, TOWN, WEATHER, run, weather_of
 from smolagents import ChatMessage, CodeAgent, OpenAIModel, Tool, ToolCallingAgent
 from smolagents.models import MessageRole
-
-from common import FRANCE, MODEL, OVERFLOW, TOWN, WEATHER, run, weather_of
 
 SCHEMA = {
     "type": "object",
@@ -21,7 +20,7 @@ SCHEMA = {
 class Weather(Tool):
     name = "weather"
     description = "The weather now."
-    inputs = {"city": {"type": "string", "description": "The name of the city"}}
+    inputs: ClassVar = {"city": {"type": "string", "description": "The name of the city"}}
     output_type = "string"
 
     def forward(self, city: str) -> str:
