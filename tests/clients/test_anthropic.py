@@ -73,6 +73,7 @@ def test_a_stop_sequence(client: anthropic.Anthropic) -> None:
     assert "Paris" not in message.content[0].text  # type: ignore[union-attr]
 
 
+@pytest.mark.long
 def test_the_end_of_the_context(client: anthropic.Anthropic) -> None:
     """The prompt leaves less than 20 tokens of the context of 8,192, and the schema wants a longer answer."""
     schema = {"type": "object", "properties": {"text": {"type": "string", "minLength": 300}}, "required": ["text"]}
