@@ -1,13 +1,16 @@
 # `make serve` and `make test` set everything up themselves; a second run starts at once.
 PYTHON ?= python3
 VENV := .venv
+# Client libraries that need other releases than the service does: the tests run them in environments of their own.
+CLIENTS := .venv-clients
+CLIENTS_OPENAI2 := .venv-clients-openai2
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 # Bytecode on all cores; pip uses one. The excluded folder has modules for newer interpreters.
 COMPILE := $(VENV)/bin/python -m compileall -q -j 0 -x torch/testing $(VENV)/lib
 ARGS ?=
 QUIET := not ray and not system and not browser and not perf
 # Modules that import torch, Pulumi or Playwright, or have no test that is fast.
-HEAVY := browser contract graph models system alerts/test_dashboards_live.py alerts/test_live.py infra/test_addons.py \
+HEAVY := browser clients contract graph models system alerts/test_dashboards_live.py alerts/test_live.py infra/test_addons.py \
   infra/test_deploy.py infra/test_plan.py infra/test_policy.py engines/native/test_attention.py \
   engines/native/test_sampler.py
 .PHONY: help serve monitor test test-long fast check format clean
@@ -16,11 +19,11 @@ help:
 	@echo "make serve [ARGS='--port 8123']  run the service on this machine; Ctrl-C stops it"
 	@echo "make monitor                     Prometheus, Alertmanager and the alert history next to the service; Ctrl-C stops them"
 	@echo "make test  [ARGS='-k stream']    format, lint, types and the tests: 20 minutes on 2 cores"
-	@echo "make test-long                   every test, also those that only a release needs"
+	@echo "make test-long                   every test, also those that only a release needs; needs Node.js with npm"
 	@echo "make fast                        the tests that need no Ray, Pulumi, model weights or browser: 20 seconds"
 	@echo "make check                       format, lint and types only"
 	@echo "make format                      format the code and apply ruff's fixes"
-	@echo "make clean                       remove $(VENV)"
+	@echo "make clean                       remove $(VENV), $(CLIENTS) and $(CLIENTS_OPENAI2)"
 	@echo "PYTHON=python3.12 make ...       choose the interpreter (3.11 or newer)"
 
 serve: $(VENV)/serve.done
@@ -30,11 +33,11 @@ monitor: $(VENV)/serve.done
 	@$(VENV)/bin/python -m alerts monitor $(ARGS)
 
 # Tests that compute run on all cores; tests that start services or measure time run alone, one after the other.
-test: check
+test: check $(CLIENTS)/clients.done
 	$(VENV)/bin/python -m pytest -n auto --dist loadscope -m "not long and $(QUIET)" $(ARGS)
 	$(VENV)/bin/python -m pytest -m "not long and not ($(QUIET))" $(ARGS)
 
-test-long: check
+test-long: check $(CLIENTS)/clients.done $(CLIENTS_OPENAI2)/clients.done
 	$(VENV)/bin/python -m pytest $(ARGS)
 
 fast: $(VENV)/test.done
@@ -50,7 +53,7 @@ format: $(VENV)/test.done
 	$(VENV)/bin/ruff format .
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(CLIENTS) $(CLIENTS_OPENAI2)
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
@@ -72,4 +75,12 @@ $(VENV)/test.done: requirements-dev.lock requirements-infra.lock $(VENV)/serve.d
 	# Without dependencies: Pulumi requires a protobuf older than the service's, but works with the service's. Without
 	# bytecode: most modules of the cloud SDKs are never imported, and to compile them takes 50 s.
 	$(PIP) install --no-deps --no-compile -r requirements-infra.lock
+	@touch $@
+
+$(CLIENTS)/clients.done: requirements-clients.lock
+$(CLIENTS_OPENAI2)/clients.done: requirements-clients-openai2.lock
+# Without dependencies, because the lock is complete. Without bytecode: the tests import a small part of the modules.
+%/clients.done:
+	$(PYTHON) -m venv $*
+	$*/bin/python -m pip --disable-pip-version-check install --no-deps --no-compile -r $<
 	@touch $@

@@ -62,14 +62,23 @@ class ShippedService(Program):
             time.sleep(0.1)
 
 
+class ToolsService(ShippedService):
+    """The shipped configuration with the chat template for tools, and with embeddings. `folder` gets its file."""
+
+    def __init__(self, folder: Path) -> None:
+        document = yaml.safe_load(SHIPPED_CONFIG.read_text())
+        document["applications"][0]["args"]["models"][0] |= {
+            "chat_template": "builtin:chatml_tools",
+            "embeddings": True,
+        }
+        config = folder / "serve_config.yaml"
+        config.write_text(yaml.safe_dump(document))
+        super().__init__(config)
+
+
 @pytest.fixture(scope="package")
 def tools_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ShippedService]:
-    """The shipped configuration with the chat template for tools, and with embeddings."""
-    document = yaml.safe_load(SHIPPED_CONFIG.read_text())
-    document["applications"][0]["args"]["models"][0] |= {"chat_template": "builtin:chatml_tools", "embeddings": True}
-    config = tmp_path_factory.mktemp("tools") / "serve_config.yaml"
-    config.write_text(yaml.safe_dump(document))
-    with ShippedService(config) as service:
+    with ToolsService(tmp_path_factory.mktemp("tools")) as service:
         service.wait_until_ready()
         yield service
 

@@ -29,6 +29,8 @@ class CalledFunction(Body):
     """A JSON object, or its text. Any other text, for example a call that was cut off, counts as `{}`."""
     parsed_arguments: Annotated[object, Replayed()] = None
     """OpenAI's client adds it to answers."""
+    description: Annotated[object, Replayed()] = None
+    """TGI's answers have it, and Hugging Face's client adds it to answers."""
 
     def to_call(self, id: str) -> ToolCall:
         return ToolCall(id, self.name, self._as_text())

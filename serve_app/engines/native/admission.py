@@ -146,9 +146,9 @@ def _too_long(tokens: int, context: int) -> ServeAppError | None:
     if tokens < context:
         return None
     return PromptTooLong(
-        # OpenAI's words, by which clients recognize this error.
-        f"This model's maximum context length is {context} tokens, which includes the answer. However, the prompt has "
-        f"{tokens} tokens. Reduce the length of the prompt to at most {context - 1} tokens.",
+        # "This model's maximum context length is" and "prompt is too long" are what clients recognize this error by.
+        f"This model's maximum context length is {context} tokens, which includes the answer. However, the prompt is "
+        f"too long: it has {tokens} tokens. Reduce the length of the prompt to at most {context - 1} tokens.",
         param="prompt",
         tokens=tokens,
         maximum=context - 1,
