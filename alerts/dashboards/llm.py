@@ -295,6 +295,27 @@ HTTP = (
         "s",
         quantiles("serve_app_http_request_seconds", ROUTE, "", ("0.5", "0.99")),
     ),
+    Panel(
+        "Stored responses",
+        "Responses of OpenAI's Responses API that each replica of the ingress keeps. The limit is "
+        "`responses.max_stored`.",
+        "short",
+        ((total("serve_app_stored_responses", ("replica",), ""), "{{replica}}"),),
+    ),
+    Panel(
+        "Memory of stored responses",
+        "Approximate memory of the stored responses of each replica of the ingress. The limit is "
+        "`responses.max_stored_bytes`.",
+        "bytes",
+        ((total("serve_app_stored_responses_bytes", ("replica",), ""), "{{replica}}"),),
+    ),
+    Panel(
+        "Responses removed from the store",
+        "Stored responses that were removed because of their age or a limit. Clients that continue such a response get"
+        " an error.",
+        "ops",
+        ((per_second("serve_app_removed_responses_total", ("replica",), ""), "{{replica}}"),),
+    ),
 )
 
 ENGINE = (
