@@ -18,7 +18,7 @@ HEAVY := browser clients contract graph models system alerts/test_dashboards_liv
 help:
 	@echo "make serve [ARGS='--port 8123']  run the service on this machine; Ctrl-C stops it"
 	@echo "make monitor                     Prometheus, Alertmanager and the alert history next to the service; Ctrl-C stops them"
-	@echo "make test  [ARGS='-k stream']    format, lint, types and the tests: 20 minutes on 2 cores"
+	@echo "make test  [ARGS='-k stream']    format, lint, types and the tests: 30 minutes on 2 cores"
 	@echo "make test-long                   every test, also those that only a release needs; needs Node.js with npm"
 	@echo "make fast                        the tests that need no Ray, Pulumi, model weights or browser: 20 seconds"
 	@echo "make check                       format, lint and types only"
