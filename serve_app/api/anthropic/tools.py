@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-from serve_app.api.openai.tools import MAX_TOOLS, Parameters, for_template
+from serve_app.api.openai.tools import MAX_TOOLS, Parameters, check_distinct, for_template
 from serve_app.api.schema import MAX_NAME_LENGTH, Body, Nested
 from serve_app.api.unused import Hint, Only
 from serve_app.core.requests import Tool, ToolChoice
@@ -101,12 +101,7 @@ class OfferedTools(Body):
     def _check(self) -> None:
         """Raises InvalidRequest if fields contradict each other."""
         names = [tool.name for tool in self.tools or ()]
-        twice = next((number for number, name in enumerate(names) if name in names[:number]), None)
-        if twice is not None:
-            raise InvalidRequest(
-                f"Two tools have the name '{names[twice]}'. Give each tool a name of its own.",
-                param=f"tools[{twice}].name",
-            )
+        check_distinct(names, "name")
         selection = self._selection
         if not names and selection.type in ("any", "tool"):
             raise InvalidRequest(

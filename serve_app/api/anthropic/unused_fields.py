@@ -22,7 +22,7 @@ class UnusedByConversations(Body):
     compaction: Annotated[object, Only(reason="the service does not summarize conversations")] = None
     """The service does not summarize conversations."""
     billing_policy: Annotated[object, Hint()] = None
-    """The service bills nobody."""
+    """The service has no billing."""
 
 
 class UnusedByAnswers(Body):
@@ -41,4 +41,4 @@ class UnusedByAnswers(Body):
     fallbacks: Annotated[object, Hint()] = None
     """It names models that answer after a refusal. The service does not detect refusals."""
     fallback_credit_token: Annotated[object, Hint()] = None
-    """The service bills nobody."""
+    """The service has no billing."""

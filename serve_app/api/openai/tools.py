@@ -98,6 +98,29 @@ def for_template(name: str, description: str, parameters: dict[str, object] | No
     return json.dumps({"type": "function", "function": shown}, ensure_ascii=False)
 
 
+def check_distinct(names: Sequence[str], field: str) -> None:
+    """Raises InvalidRequest if two tools have one name, which is in `field` of a tool."""
+    twice = next((number for number, name in enumerate(names) if name in names[:number]), None)
+    if twice is not None:
+        raise InvalidRequest(
+            f"Two tools have the name '{names[twice]}'. Give each tool a name of its own.",
+            param=f"tools[{twice}].{field}",
+        )
+
+
+def check_chosen(names: Sequence[str], chosen: Sequence[str], optional: bool) -> None:
+    """Raises InvalidRequest if a choice needs tools and there are none, or names another one than the tools `names`."""
+    if not names and not optional:
+        raise InvalidRequest(
+            "Field 'tool_choice' requires a call, which requires 'tools'. Send tools.", param="tool_choice"
+        )
+    unknown = next((name for name in chosen if name not in names), None)
+    if unknown is not None:
+        raise InvalidRequest(
+            f"Field 'tool_choice' names the function '{unknown}', which is not among the tools.", param="tool_choice"
+        )
+
+
 class OfferedTool(Body):
     type: Literal["function"]
     function: Function
@@ -235,20 +258,6 @@ class ToolFields(Body):
         if self.tools and self.functions:
             raise InvalidRequest("Field 'functions' is the older form of 'tools'. Send one of them.", param="functions")
         names = [tool.function.name for tool in self._offered()]
-        twice = next((number for number, name in enumerate(names) if name in names[:number]), None)
-        if twice is not None:
-            raise InvalidRequest(
-                f"Two tools have the name '{names[twice]}'. Give each tool a name of its own.",
-                param=f"tools[{twice}].function.name",
-            )
+        check_distinct(names, "function.name")
         optional = all(one in (None, "none", "auto") for one in (self.tool_choice, self.function_call))
-        if not names and not optional:
-            raise InvalidRequest(
-                "Field 'tool_choice' requires a call, which requires 'tools'. Send tools.", param="tool_choice"
-            )
-        unknown = next((name for name in self._chosen()[0] or () if name not in names), None)
-        if unknown is not None:
-            raise InvalidRequest(
-                f"Field 'tool_choice' names the function '{unknown}', which is not among the tools.",
-                param="tool_choice",
-            )
+        check_chosen(names, self._chosen()[0] or (), optional)

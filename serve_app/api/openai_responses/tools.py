@@ -7,7 +7,15 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from serve_app.api.openai.tools import MAX_TOOLS, Function, Name, OfferedTool, for_template
+from serve_app.api.openai.tools import (
+    MAX_TOOLS,
+    Function,
+    Name,
+    OfferedTool,
+    check_chosen,
+    check_distinct,
+    for_template,
+)
 from serve_app.api.openai_responses.objects import (
     AllowedToolsObject,
     FunctionName,
@@ -17,7 +25,6 @@ from serve_app.api.openai_responses.objects import (
 from serve_app.api.openai_responses.unused_fields import UnusedByTools
 from serve_app.api.schema import TEXT, Body, Nested
 from serve_app.core.requests import Tool, ToolChoice
-from serve_app.errors import InvalidRequest
 
 FUNCTION, ALLOWED_TOOLS = "<function>", "<allowed_tools>"
 
@@ -142,19 +149,5 @@ class ResponseToolFields(Body):
     def _check_tools(self) -> None:
         """Raises InvalidRequest if fields contradict each other."""
         names = [tool.name for tool in self.tools or ()]
-        twice = next((number for number, name in enumerate(names) if name in names[:number]), None)
-        if twice is not None:
-            raise InvalidRequest(
-                f"Two tools have the name '{names[twice]}'. Give each tool a name of its own.",
-                param=f"tools[{twice}].name",
-            )
-        if not names and self.tool_choice not in (None, "none", "auto"):
-            raise InvalidRequest(
-                "Field 'tool_choice' requires a call, which requires 'tools'. Send tools.", param="tool_choice"
-            )
-        unknown = next((name for name in self._chosen()[0] if name not in names), None)
-        if unknown is not None:
-            raise InvalidRequest(
-                f"Field 'tool_choice' names the function '{unknown}', which is not among the tools.",
-                param="tool_choice",
-            )
+        check_distinct(names, "name")
+        check_chosen(names, self._chosen()[0], optional=self.tool_choice in (None, "none", "auto"))
