@@ -10,7 +10,7 @@ from serve_app.core.events import Delta, ReasoningDelta, TextDelta
 from serve_app.engines.text.overlap import overlap
 from serve_app.engines.text.protocol import AnswerParser, AnswerPlan, Constraint
 from serve_app.engines.text.reasoning_format import ReasoningFormat
-from serve_app.engines.text.tool_parser import WordFilter
+from serve_app.engines.text.tool_parser import StateParser, WordFilter
 from serve_app.errors import InvalidRequest, ServeAppError
 
 # The last tokens of a prompt that are searched for the start mark.
@@ -84,7 +84,7 @@ class ContentParser:
         return [TextDelta(kept)] if kept else []
 
 
-class ReasoningParser:
+class ReasoningParser(StateParser):
     """Parses one answer, in pieces of any size. `rest` parses what follows the reasoning.
 
     With `inside` the answer begins with reasoning, because the prompt ends with the start mark. Whitespace around the
@@ -92,21 +92,14 @@ class ReasoningParser:
     """
 
     def __init__(self, reasoning_format: ReasoningFormat, rest: AnswerParser, inside: bool) -> None:
+        super().__init__(self._inside if inside else self._before)
         self._format = reasoning_format
         self._rest = rest
-        self._state = self._inside if inside else self._before
-        self._pending = ""
         self._began = False
 
     def feed(self, text: str) -> list[Delta]:
         """The deltas that this text completes."""
-        self._pending += text
-        deltas: list[Delta] = []
-        while True:
-            before = (self._state, self._pending)
-            deltas += self._state()
-            if (self._state, self._pending) == before:
-                return deltas
+        return self._advance(text)
 
     def end(self) -> list[Delta]:
         """The deltas still held back; called after the last text."""
@@ -114,8 +107,6 @@ class ReasoningParser:
         if self._state == self._inside:
             return self._reasoning(pending.rstrip())
         return [*self._rest.feed(pending), *self._rest.end()]
-
-    # Each state consumes pending text and sets the next state. A state that does neither needs more text.
 
     def _before(self) -> list[Delta]:
         start, text = self._format.start, self._pending.lstrip()

@@ -23,7 +23,28 @@ _State = Callable[[], list[Delta]]
 IsText = Callable[[str, str], bool]
 
 
-class ToolCallFormatParser:
+class StateParser:
+    """Base class of parsers that read one answer in pieces of any size.
+
+    Each state consumes pending text and sets the next state. A state that does neither needs more text.
+    """
+
+    def __init__(self, state: _State) -> None:
+        self._state = state
+        self._pending = ""  # text that no state has consumed
+
+    def _advance(self, text: str) -> list[Delta]:
+        """The deltas that this text completes."""
+        self._pending += text
+        deltas: list[Delta] = []
+        while True:
+            before = (self._state, self._pending)
+            deltas += self._state()
+            if (self._state, self._pending) == before:
+                return deltas
+
+
+class ToolCallFormatParser(StateParser):
     """Parses one answer, in pieces of any size. Emits each piece as soon as its meaning is certain.
 
     Text that does not follow the format is content, from the beginning of the malformed call to the end of the answer.
@@ -32,11 +53,10 @@ class ToolCallFormatParser:
 
     def __init__(self, call_format: ToolCallFormat, is_text: IsText = lambda tool, parameter: True) -> None:
         """`is_text` is whether a parameter of a tool is a string; only formats with parameters need it."""
+        super().__init__(self._before_calls)
         self._format = call_format
         self._is_text = is_text
         self._reader: ParameterReader | None = None
-        self._state: _State = self._before_calls
-        self._pending = ""  # text that no state has consumed
         self._candidate = ""  # consumed text of a call that may still turn out to be content
         self._calls = 0
         self._name = ""
@@ -46,13 +66,7 @@ class ToolCallFormatParser:
 
     def feed(self, text: str) -> list[Delta]:
         """The deltas that this text completes."""
-        self._pending += text
-        deltas: list[Delta] = []
-        while True:
-            before = (self._state, self._pending)
-            deltas += self._state()
-            if (self._state, self._pending) == before:
-                return self._without_markers(deltas)
+        return self._without_markers(self._advance(text))
 
     def end(self) -> list[Delta]:
         """The deltas still held back; called after the last text."""
@@ -67,8 +81,6 @@ class ToolCallFormatParser:
             TextDelta(self._content.feed(delta.text)) if isinstance(delta, TextDelta) else delta for delta in deltas
         )
         return [delta for delta in filtered if not isinstance(delta, TextDelta) or delta.text]
-
-    # Each state consumes pending text and sets the next state. A state that does neither needs more text.
 
     def _before_calls(self) -> list[Delta]:
         call_format, pending = self._format, self._pending
