@@ -61,12 +61,17 @@ def running(model: Model, kv_tokens: int | None = None) -> Iterator[NativeEngine
         engine.stop()
 
 
-async def generate(
-    engine: NativeEngine, prompt: Prompt, params: SamplingParams, cancel_after: int | None = None
-) -> list[TokenEvent]:
-    stream = TokenStream(GenerationRequest("id", "m", prompt, params, time.monotonic(), time.monotonic() + 900))
-    refusals = await asyncio.to_thread(engine.admit, [stream])
-    assert refusals == [None]
+async def admit(engine: NativeEngine, *streams: TokenStream) -> None:
+    """All in one call, so that they run beside one another however fast the engine is."""
+    assert await asyncio.to_thread(engine.admit, list(streams)) == [None] * len(streams)
+
+
+def stream_of(prompt: Prompt, params: SamplingParams, embed: bool = False) -> TokenStream:
+    now = time.monotonic()
+    return TokenStream(GenerationRequest("id", "m", prompt, params, now, now + 900, embed=embed))
+
+
+async def read(stream: TokenStream, cancel_after: int | None = None) -> list[TokenEvent]:
     events: list[TokenEvent] = []
     try:
         async for chunk in stream.chunks(0.0):
@@ -78,22 +83,44 @@ async def generate(
     return events
 
 
+async def generate(
+    engine: NativeEngine, prompt: Prompt, params: SamplingParams, cancel_after: int | None = None
+) -> list[TokenEvent]:
+    stream = stream_of(prompt, params)
+    await admit(engine, stream)
+    return await read(stream, cancel_after)
+
+
+async def generate_at_once(engine: NativeEngine, requests: list[GreedyRequest]) -> list[list[int]]:
+    """The answers to all requests, which arrive at the same moment."""
+    streams = [
+        stream_of(
+            TokenPrompt(request.prompt),
+            SamplingParams(max_tokens=request.max_tokens, temperature=0.0, ignore_eos=True),
+        )
+        for request in requests
+    ]
+    await admit(engine, *streams)
+    answers = await asyncio.gather(
+        *(read(stream, request.cancel_after) for stream, request in zip(streams, requests, strict=True))
+    )
+    return [[event.token_id for event in answer] for answer in answers]
+
+
 async def generate_greedy(engine: NativeEngine, request: GreedyRequest) -> list[int]:
-    params = SamplingParams(max_tokens=request.max_tokens, temperature=0.0, ignore_eos=True)
-    return [e.token_id for e in await generate(engine, TokenPrompt(request.prompt), params, request.cancel_after)]
+    (answer,) = await generate_at_once(engine, [request])
+    return answer
 
 
-async def generate_concurrently(
-    engine: NativeEngine, requests: list[GreedyRequest], seed: int, within_s: float = 0.05
-) -> list[list[int]]:
-    """The answers to all requests, which arrive at random moments within `within_s`, during the same few steps."""
+async def generate_concurrently(engine: NativeEngine, requests: list[GreedyRequest], seed: int) -> list[list[int]]:
+    """The answers to all requests, which arrive at random moments within 50 ms, during the same few steps."""
     rng = random.Random(seed)
 
     async def later(request: GreedyRequest, delay_s: float) -> list[int]:
         await asyncio.sleep(delay_s)
         return await generate_greedy(engine, request)
 
-    return await asyncio.gather(*(later(request, rng.random() * within_s) for request in requests))
+    return await asyncio.gather(*(later(request, rng.random() * 0.05) for request in requests))
 
 
 def random_requests(

@@ -13,6 +13,7 @@ from tests.models import tiny
 from tests.models.concurrent_load import (
     GreedyRequest,
     assert_answers,
+    generate_at_once,
     generate_concurrently,
     generate_greedy,
     model_config,
@@ -72,7 +73,7 @@ async def check(folder: Path, kind: str, longest_prompt: int = 40) -> None:
         for seed in (1, 2):
             assert_answers(await generate_concurrently(engine, requests, seed), references, requests)
             await wait_until_idle(engine)
-        together = await generate_concurrently(engine, long_answers, seed=3, within_s=0)
+        together = await generate_at_once(engine, long_answers)
         assert_answers(together, references[-3:], long_answers)
         stats = engine.stats()
         assert stats.preemptions > 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-import time
 from collections.abc import Iterator, Sequence as Seq
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +14,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from serve_app.config import Model
-from serve_app.core.events import Chunk, Logprobs
-from serve_app.core.requests import GenerationRequest, SamplingParams, TokenPrompt
+from serve_app.core.events import Logprobs
+from serve_app.core.requests import SamplingParams, TokenPrompt
 from serve_app.engines.native import kernels
 from serve_app.engines.native.engine import NativeEngine
 from serve_app.engines.native.fused import FusedModel
@@ -27,7 +26,7 @@ from serve_app.engines.native.rows import span
 from serve_app.engines.native.runner import TorchRunner
 from serve_app.engines.native.stream import TokenStream
 from tests.models import tiny
-from tests.models.concurrent_load import model_config, running, wait_until_idle
+from tests.models.concurrent_load import admit, model_config, running, stream_of, wait_until_idle
 
 pytestmark = pytest.mark.model
 
@@ -58,28 +57,35 @@ def prompts(count: int, longest: int = 60) -> list[Prompt]:
     return [*made, (5,)]
 
 
-async def chunks_of(engine: NativeEngine, prompt: Prompt, embed: bool, tokens: int = 4) -> list[Chunk]:
+def prompt_stream(prompt: Prompt, embed: bool = False, tokens: int = 4) -> TokenStream:
     params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True, prompt_logprobs=None if embed else TOP)
-    request = GenerationRequest(
-        "id", "m", TokenPrompt(prompt), params, time.monotonic(), time.monotonic() + 120, embed=embed
-    )
-    stream = TokenStream(request)
-    assert await asyncio.to_thread(engine.admit, [stream]) == [None]
-    return [chunk async for chunk in stream.chunks(0.0)]
+    return stream_of(TokenPrompt(prompt), params, embed)
 
 
-async def logprobs_of(engine: NativeEngine, prompt: Prompt, tokens: int = 4) -> tuple[Logprobs, ...]:
-    first, *others = await chunks_of(engine, prompt, embed=False, tokens=tokens)
+async def read_logprobs(stream: TokenStream) -> tuple[Logprobs, ...]:
+    first, *others = [chunk async for chunk in stream.chunks(0.0)]
     assert first.prompt is not None
     assert all(chunk.prompt is None for chunk in others)
     return first.prompt.logprobs
 
 
-async def embedding_of(engine: NativeEngine, prompt: Prompt) -> torch.Tensor:
-    (chunk,) = await chunks_of(engine, prompt, embed=True)
+async def read_embedding(stream: TokenStream, prompt: Prompt) -> torch.Tensor:
+    (chunk,) = [chunk async for chunk in stream.chunks(0.0)]
     assert chunk.embedding is not None
     assert (chunk.events, chunk.prompt_tokens, chunk.cached_tokens) == ((), len(prompt), 0)
     return torch.tensor(chunk.embedding)
+
+
+async def logprobs_of(engine: NativeEngine, prompt: Prompt) -> tuple[Logprobs, ...]:
+    stream = prompt_stream(prompt)
+    await admit(engine, stream)
+    return await read_logprobs(stream)
+
+
+async def embedding_of(engine: NativeEngine, prompt: Prompt) -> torch.Tensor:
+    stream = prompt_stream(prompt, embed=True)
+    await admit(engine, stream)
+    return await read_embedding(stream, prompt)
 
 
 @torch.inference_mode()
@@ -128,13 +134,17 @@ async def check(folder: Path, kind: str) -> None:
         for prompt, wanted, vector in zip(requested[:2], logprobs, embeddings, strict=False):
             assert_logprobs(await logprobs_of(engine, prompt), prompt, wanted)
             assert torch.cosine_similarity(await embedding_of(engine, prompt), vector, dim=0) > 0.999
-        pairs = [(logprobs_of(engine, prompt, tokens=30), embedding_of(engine, prompt)) for prompt in requested]
-        found = await asyncio.gather(*(one for pair in pairs for one in pair))
-        for prompt, wanted, vector, first, second in zip(
-            requested, logprobs, embeddings, found[::2], found[1::2], strict=True
-        ):
-            assert isinstance(first, tuple)
-            assert isinstance(second, torch.Tensor)
+        pairs = [
+            (prompt_stream(prompt, embed=False, tokens=30), prompt_stream(prompt, embed=True)) for prompt in requested
+        ]
+        await admit(engine, *(stream for pair in pairs for stream in pair))
+        found = await asyncio.gather(
+            *(
+                asyncio.gather(read_logprobs(first), read_embedding(second, prompt))
+                for prompt, (first, second) in zip(requested, pairs, strict=True)
+            )
+        )
+        for prompt, wanted, vector, (first, second) in zip(requested, logprobs, embeddings, found, strict=True):
             assert_logprobs(first, prompt, wanted)
             assert torch.cosine_similarity(second, vector, dim=0) > 0.999
             assert second.norm().item() == pytest.approx(1, abs=1e-5)
