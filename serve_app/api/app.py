@@ -97,6 +97,7 @@ def _routes(context: RequestContext) -> list[Route]:
         _get("/v1/models/{id:path}", openai.model),
         _post("/tokenize", tokens.tokenize, tokens.tokenize_inputs),
         _post("/detokenize", tokens.detokenize),
+        _get("/tokenizer_info", tokens.tokenizer_info),
         _get("/info", tgi.info),
         _get("/health", operator.health),
         _get("/ready", operator.ready),

@@ -28,7 +28,7 @@ from serve_app.api.openai_responses.schema import ResponsesBody
 from serve_app.api.operator import Health, Load, Readiness, Version
 from serve_app.api.tgi.responses import TgiAnswer, TgiError, TgiEvent, TgiInfo
 from serve_app.api.tgi.schema import TgiBody
-from serve_app.api.tokens.responses import DetokenizedText, TgiTextToken, Tokens
+from serve_app.api.tokens.responses import DetokenizedText, TgiTextToken, TokenizerFacts, Tokens
 from serve_app.api.tokens.schema import DetokenizeBody, TokenizeBody, TokenizeInputsBody
 
 NATIVE, OPENAI, ANTHROPIC = "Native", "OpenAI", "Anthropic"
@@ -171,6 +171,10 @@ OPERATIONS = (
     Operation(
         "post", "/detokenize", NATIVE, "Join tokens to a text", DetokenizeBody, {"tokens": [504, 4837, 314]},
         DetokenizedText,
+    ),
+    Operation(
+        "get", "/tokenizer_info", NATIVE, "Describe the tokenizer and the chat template of a model",
+        answer=TokenizerFacts, model_in="query",
     ),
     Operation(
         "post", "/", TGI, "Generate the answer to one prompt, whole or as events", TgiBody, _INPUTS, list[TgiAnswer],

@@ -57,6 +57,36 @@ class GetModelInfo(Query[ModelInfo]):
     """The facts of a loaded model."""
 
 
+@dataclass(frozen=True, slots=True)
+class AddedToken:
+    """A token that is no part of the tokenizer's vocabulary of subwords, with the fields of the tokenizers library."""
+
+    content: str
+    single_word: bool = False
+    lstrip: bool = False
+    rstrip: bool = False
+    normalized: bool = False
+    special: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerInfo:
+    """Facts of a model's tokenizer. `added_tokens` are by id; the chat template is the one that the model uses."""
+
+    kind: str
+    added_tokens: dict[int, AddedToken]
+    bos_token: str | None = None
+    eos_token: str | None = None
+    pad_token: str | None = None
+    unk_token: str | None = None
+    chat_template: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GetTokenizerInfo(Query[TokenizerInfo]):
+    """The facts of a model's tokenizer."""
+
+
 class ModelState(StrEnum):
     """`asleep` is scaled to zero as configured: the next request wakes the model."""
 

@@ -9,12 +9,13 @@ from urllib.parse import parse_qsl, urlsplit
 
 from serve_app.config import Engine
 from serve_app.core.events import Logprobs, TextToken, TokenLogprob
+from serve_app.core.queries import AddedToken, TokenizerInfo
 from serve_app.core.requests import ChatPrompt, GenerationRequest, Prompt, TextPrompt, TokenPrompt
 from serve_app.engines.native.sequence import Advance, Outcome, Sampled, Sequence, Step
 from serve_app.engines.text.protocol import AnswerPlan
 from serve_app.errors import InvalidRequest, ServeAppError
 
-END = 256
+END, END_TEXT = 256, "<end>"
 _CONTEXT = 2048
 
 
@@ -23,7 +24,7 @@ class ToyDecoder:
 
     def __init__(self, skip_special_tokens: bool = True) -> None:
         self._utf8 = getincrementaldecoder("utf-8")(errors="replace")
-        self._end = "" if skip_special_tokens else "<end>"
+        self._end = "" if skip_special_tokens else END_TEXT
 
     def step(self, token_id: int) -> str:
         return self._utf8.decode(bytes([token_id])) if token_id < END else self._end
@@ -47,6 +48,9 @@ class ToyText:
     def detokenize(self, token_ids: Seq[int], skip_special_tokens: bool) -> str | ServeAppError:
         ids = self._encode(TokenPrompt(tuple(token_ids)))
         return ids if isinstance(ids, ServeAppError) else self._decode(ids, skip_special_tokens)
+
+    def info(self) -> TokenizerInfo:
+        return TokenizerInfo("ToyText", {END: AddedToken(END_TEXT)}, eos_token=END_TEXT)
 
     def decoder(self, prompt: Seq[int], skip_special_tokens: bool = True) -> ToyDecoder:
         return ToyDecoder(skip_special_tokens)

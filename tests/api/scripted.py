@@ -16,7 +16,19 @@ from serve_app.config import AppConfig, Deployment, Ingress, Limits, Model, Samp
 from serve_app.core.engine import EngineLoad
 from serve_app.core.events import Chunk, FinishReason, Logprobs, TextToken, TokenEvent, TokenLogprob
 from serve_app.core.http import HttpCall
-from serve_app.core.queries import A, Detokenize, GetModelInfo, ModelInfo, ModelState, ModelStatus, Query, Tokenize
+from serve_app.core.queries import (
+    A,
+    AddedToken,
+    Detokenize,
+    GetModelInfo,
+    GetTokenizerInfo,
+    ModelInfo,
+    ModelState,
+    ModelStatus,
+    Query,
+    Tokenize,
+    TokenizerInfo,
+)
 from serve_app.core.requests import GenerationRequest, TextPrompt
 from serve_app.errors import ServeAppError
 
@@ -35,6 +47,7 @@ RESULTS: dict[type[Query[Any]], Any] = {
     GetModelInfo: ModelInfo(context=2048, vocabulary=300, special_ids=frozenset({2})),
     Tokenize: (TextToken(5, "so", 0, 2), TextToken(6, "me", 2, 4)),
     Detokenize: "some",
+    GetTokenizerInfo: TokenizerInfo("Scripted", {2: AddedToken("<end>")}, eos_token="<end>", chat_template="{{ 1 }}"),
 }
 
 

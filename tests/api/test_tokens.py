@@ -1,4 +1,4 @@
-"""The endpoints /tokenize and /detokenize."""
+"""The endpoints /tokenize, /detokenize and /tokenizer_info."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
-from serve_app.core.queries import Detokenize, GetModelInfo, Query, Tokenize
+from serve_app.core.queries import Detokenize, GetModelInfo, GetTokenizerInfo, Query, Tokenize
 from serve_app.core.requests import ChatMessage, ChatPrompt, TextPrompt
 from serve_app.errors import InvalidRequest, NotReady
 
@@ -64,6 +64,34 @@ async def test_detokenize_returns_text(client: httpx.AsyncClient, engine: Script
     assert engine.queries == [("small", Detokenize((5, 6)))]
     await client.post("/detokenize", json={"tokens": [5], "model": "org/large"})
     assert engine.queries[1:] == [("org/large", Detokenize((5,)))]
+
+
+async def test_facts_of_a_tokenizer(client: httpx.AsyncClient, engine: ScriptedEngine) -> None:
+    answer = await client.get("/tokenizer_info", params={"model": "org/large"})
+    assert answer.json() == {
+        "tokenizer_class": "Scripted",
+        "bos_token": None,
+        "eos_token": "<end>",
+        "pad_token": None,
+        "unk_token": None,
+        "model_max_length": 2048,
+        "chat_template": "{{ 1 }}",
+        "added_tokens_decoder": {
+            "2": {
+                "content": "<end>",
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": False,
+                "special": True,
+            }
+        },
+    }
+    assert engine.queries == [("org/large", GetTokenizerInfo()), ("org/large", GetModelInfo())]
+    assert (await client.get("/tokenizer_info")).status_code == 200
+    assert engine.queries[2:] == [("small", GetTokenizerInfo()), ("small", GetModelInfo())]
+    unknown = await client.get("/tokenizer_info", params={"model": "other"})
+    assert (unknown.status_code, error_of(unknown)["param"]) == (404, "model")
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.graph.service import ROOT
 
@@ -29,7 +30,11 @@ def run_script(environment: str, name: str, url: str) -> dict[str, object]:
 
 def run(command: list[str]) -> dict[str, object]:
     """The JSON object in the last line of the program's output. Fails with the whole output if the program fails."""
-    quiet = {"HAYSTACK_TELEMETRY_ENABLED": "False", "HF_HUB_OFFLINE": "1"}
+    quiet = {
+        "HAYSTACK_TELEMETRY_ENABLED": "False",
+        "HF_HUB_OFFLINE": "1",
+        "TORCH": str(Path(torch.__file__).parents[1]),
+    }
     ended = subprocess.run(command, capture_output=True, text=True, timeout=240, env={**os.environ, **quiet})
     print(ended.stderr)
     assert ended.returncode == 0, ended.stdout
@@ -52,11 +57,24 @@ def test_another_client_of_openai_3(url: str, name: str) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize(
     "name",
-    ["instructor", "autogen", "haystack", "smolagents", "dspy", "llama_index", "langchain_huggingface"],
+    [
+        *("instructor", "autogen", "haystack", "smolagents", "dspy", "llama_index", "langchain_huggingface"),
+        "litellm_proxy",
+    ],
 )
 def test_a_client_of_openai_2(url: str, name: str) -> None:
-    # DSPy's streams have the fields of a signature, which a small model does not write without a schema.
-    assert set(run_script(OPENAI_2, name, url)) == CHECKS - ({"stream"} if name == "dspy" else set())
+    assert set(run_script(OPENAI_2, name, url)) == CHECKS
+
+
+@pytest.mark.long
+def test_lm_eval(url: str) -> None:
+    checks = {"quickstart", "perplexity", "generation", "conversation", "errors"}
+    assert set(run_script(OPENAI_2, "lm_eval", url)) == checks
+
+
+@pytest.mark.long
+def test_guidellm(url: str) -> None:
+    assert set(run_script(OPENAI_2, "guidellm", url)) == {"quickstart", "completions", "responses", "errors"}
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The answers of /tokenize and /detokenize, as typed dictionaries."""
+"""The answers of /tokenize, /detokenize and /tokenizer_info, as typed dictionaries."""
 
 from __future__ import annotations
 
@@ -20,6 +20,30 @@ class Tokens(TypedDict):
 @exact
 class DetokenizedText(TypedDict):
     prompt: str
+
+
+@exact
+class AddedTokenFacts(TypedDict):
+    content: str
+    single_word: bool
+    lstrip: bool
+    rstrip: bool
+    normalized: bool
+    special: bool
+
+
+@exact
+class TokenizerFacts(TypedDict):
+    """As in vLLM, with the names of transformers' tokenizer_config.json. `added_tokens_decoder` is by token id."""
+
+    tokenizer_class: str
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
+    unk_token: str | None
+    model_max_length: int
+    chat_template: str | None
+    added_tokens_decoder: dict[str, AddedTokenFacts]
 
 
 @exact

@@ -1,4 +1,4 @@
-"""The endpoints /tokenize and /detokenize, which take no step of the model."""
+"""The endpoints /tokenize, /detokenize and /tokenizer_info, which take no step of the model."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from starlette.responses import JSONResponse, Response
 
 from serve_app.api.context import RequestContext
 from serve_app.api.generation import until_disconnect
-from serve_app.api.tokens.responses import DetokenizedText, TgiTextToken, Tokens
+from serve_app.api.tokens.responses import AddedTokenFacts, DetokenizedText, TgiTextToken, TokenizerFacts, Tokens
 from serve_app.api.tokens.schema import DetokenizeBody, TokenizeBody, TokenizeInputsBody
 from serve_app.core.events import TextToken
+from serve_app.core.queries import AddedToken, GetTokenizerInfo
 from serve_app.errors import InvalidRequest
 
 
@@ -46,6 +47,34 @@ class TokenRoutes:
         except InvalidRequest as error:  # the engine names the field `prompt`
             raise InvalidRequest(error.message, param="tokens") from None
         return JSONResponse(answer)
+
+    async def tokenizer_info(self, http: Request) -> Response:
+        context = self._context
+        model = context.model_of(http, http.query_params.get("model")).name
+        found = await context.query(http, model, GetTokenizerInfo())
+        info = await until_disconnect(http.receive, context.info(model, context.deadline(http)))
+        answer: TokenizerFacts = {
+            "tokenizer_class": found.kind,
+            "bos_token": found.bos_token,
+            "eos_token": found.eos_token,
+            "pad_token": found.pad_token,
+            "unk_token": found.unk_token,
+            "model_max_length": info.context,
+            "chat_template": found.chat_template,
+            "added_tokens_decoder": {str(number): _added_token(token) for number, token in found.added_tokens.items()},
+        }
+        return JSONResponse(answer)
+
+
+def _added_token(token: AddedToken) -> AddedTokenFacts:
+    return {
+        "content": token.content,
+        "single_word": token.single_word,
+        "lstrip": token.lstrip,
+        "rstrip": token.rstrip,
+        "normalized": token.normalized,
+        "special": token.special,
+    }
 
 
 def _text_token(token: TextToken) -> TgiTextToken:

@@ -11,7 +11,7 @@ from functools import partial
 from typing import cast
 
 from serve_app.config import Engine as EngineConfig
-from serve_app.core.queries import A, Detokenize, GetModelInfo, ModelInfo, Query, Tokenize
+from serve_app.core.queries import A, Detokenize, GetModelInfo, GetTokenizerInfo, ModelInfo, Query, Tokenize
 from serve_app.engines.native.admission import guarded, make_sequences
 from serve_app.engines.native.kv_cache import KVCache
 from serve_app.engines.native.scheduler import Scheduler
@@ -167,6 +167,8 @@ class NativeEngine:
                 return text.tokenize(prompt, special_tokens)
             case Detokenize(token_ids, skip_special_tokens):
                 return text.detokenize(token_ids, skip_special_tokens)
+            case GetTokenizerInfo():
+                return text.info()
             case GetModelInfo():
                 runner = self._runner
                 return ModelInfo(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from serve_app.core.events import Delta, TextToken
+from serve_app.core.queries import TokenizerInfo
 from serve_app.core.requests import GenerationRequest, Prompt, SamplingParams
 from serve_app.errors import ServeAppError
 
@@ -88,6 +89,10 @@ class Text(Protocol):
 
     def detokenize(self, token_ids: Seq[int], skip_special_tokens: bool) -> str | ServeAppError:
         """The result of a Detokenize query."""
+        ...
+
+    def info(self) -> TokenizerInfo:
+        """The result of a GetTokenizerInfo query."""
         ...
 
     def decoder(self, prompt: Seq[int], skip_special_tokens: bool) -> Decoder:

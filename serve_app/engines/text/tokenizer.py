@@ -13,6 +13,7 @@ from tokenizers import Encoding, Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from serve_app.core.events import TextToken, TokenLogprob
+from serve_app.core.queries import AddedToken, TokenizerInfo
 from serve_app.core.requests import (
     ChatPrompt,
     GenerationRequest,
@@ -150,6 +151,14 @@ class HFText:
     def detokenize(self, token_ids: Seq[int], skip_special_tokens: bool) -> str | ServeAppError:
         known = self._known(token_ids)
         return known if isinstance(known, ServeAppError) else self._decoded(known, skip_special_tokens)
+
+    def info(self) -> TokenizerInfo:
+        names = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
+        added = {number: AddedToken(*(getattr(token, name) for name in names)) for number, token in self._added.items()}
+        roles = {role: getattr(self._tokenizer, role) for role in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        return TokenizerInfo(
+            type(self._tokenizer).__name__, added, **roles, chat_template=self._tokenizer.chat_template or None
+        )
 
     def decoder(self, prompt: Seq[int], skip_special_tokens: bool = True) -> StreamDecoder:
         """A decoder for the tokens that follow `prompt`."""

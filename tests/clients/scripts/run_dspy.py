@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # LiteLLM would load prices from the network
@@ -51,22 +52,37 @@ def tool_loop(url: str) -> str:
     return str(call["function"]["arguments"])
 
 
-def typed_output(url: str) -> list[Any]:
+class Town(dspy.Signature):
+    """Name the town and the number of its people."""
+
+    text: str = dspy.InputField()
+    name: str = dspy.OutputField()
+    people: int = dspy.OutputField()
+
+
+def town_context(url: str) -> Any:
     """With a JSON schema for the fields of the signature, which DSPy sends by itself to models that it knows."""
-
-    class Town(dspy.Signature):
-        """Name the town and the number of its people."""
-
-        text: str = dspy.InputField()
-        name: str = dspy.OutputField()
-        people: int = dspy.OutputField()
-
     answer_format = {"type": "json_schema", "json_schema": {"name": "town", "schema": SCHEMA}}
     lm = language_model(url, response_format=answer_format)
-    with dspy.context(lm=lm, adapter=dspy.JSONAdapter()):
+    return dspy.context(lm=lm, adapter=dspy.JSONAdapter())
+
+
+def typed_output(url: str) -> list[Any]:
+    with town_context(url):
         town = dspy.Predict(Town)(text=TOWN)
     assert isinstance(town.people, int)
     return [town.name, town.people]
+
+
+async def stream(url: str) -> int:
+    """The chunks of the answer as they arrive, and at the end the fields of the signature."""
+    with town_context(url):
+        items = [item async for item in dspy.streamify(dspy.Predict(Town))(text=TOWN)]
+    *chunks, town = items
+    text = "".join(chunk["choices"][0]["delta"]["content"] or "" for chunk in chunks)
+    assert json.loads(text) == {"name": town.name, "people": town.people}
+    assert len(chunks) > 8
+    return len(chunks)
 
 
 def errors(url: str) -> list[str]:
@@ -83,4 +99,4 @@ def errors(url: str) -> list[str]:
     return names
 
 
-run(quickstart, conversation, tool_loop, typed_output, errors)
+run(quickstart, conversation, stream, tool_loop, typed_output, errors)

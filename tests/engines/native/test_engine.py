@@ -12,7 +12,16 @@ from hypothesis import given, settings, strategies as st
 
 from serve_app.config import Engine as EngineConfig
 from serve_app.core.events import FinishReason, TextToken
-from serve_app.core.queries import Detokenize, GetModelInfo, ModelInfo, Query, Tokenize
+from serve_app.core.queries import (
+    AddedToken,
+    Detokenize,
+    GetModelInfo,
+    GetTokenizerInfo,
+    ModelInfo,
+    Query,
+    Tokenize,
+    TokenizerInfo,
+)
 from serve_app.core.requests import (
     GenerationRequest,
     SamplingParams,
@@ -70,6 +79,9 @@ def test_queries_are_answered_without_a_step() -> None:
         assert engine.answer(Detokenize((*b"hi", END), skip_special_tokens=True)) == "hi"
         info = ModelInfo(context=64, vocabulary=END + 1, special_ids=frozenset({END}), quantization="none")
         assert engine.answer(GetModelInfo()) == info
+        assert engine.answer(GetTokenizerInfo()) == TokenizerInfo(
+            "ToyText", {END: AddedToken("<end>")}, eos_token="<end>"
+        )
         assert isinstance(engine.answer(Detokenize((END + 1,))), InvalidRequest)
         assert engine.stats().steps == 0
 

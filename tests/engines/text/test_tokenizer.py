@@ -221,6 +221,20 @@ def test_detokenize_gives_the_text_of_the_tokens(text: HFText) -> None:
     assert refusal.param == "prompt"
 
 
+def test_info_describes_the_tokenizer_as_transformers_does(text: HFText, tokenizer: Any) -> None:
+    info = text.info()
+    assert info.kind == type(tokenizer).__name__
+    assert (info.bos_token, info.eos_token) == (tokenizer.bos_token, tokenizer.eos_token)
+    assert info.chat_template == tokenizer.chat_template
+    added = {number: token.content for number, token in tokenizer.added_tokens_decoder.items()}
+    assert {number: token.content for number, token in info.added_tokens.items()} == added
+    assert all(token.special for token in info.added_tokens.values())
+
+
+def test_info_has_no_chat_template_for_a_model_without_one() -> None:
+    assert text_with_template("").info().chat_template is None
+
+
 @pytest.mark.parametrize("answer", [UNICODE, "plain", " leading", "🌍", "a🌍b世c"])
 def test_decoder_emits_whole_characters_that_join_to_the_text(text: HFText, tokenizer: Any, answer: str) -> None:
     ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
