@@ -76,8 +76,9 @@ async def test_each_of_several_answers_calls_a_required_tool(client: openai.Asyn
         jsonschema.validate(json.loads(call.function.arguments), schemas[call.function.name])
 
 
-async def test_an_unsupported_schema_is_refused_with_the_path_of_its_tool(client: openai.AsyncOpenAI) -> None:
-    strange: Any = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {"type": "odd"}}}}}
+async def test_an_unsupported_strict_schema_is_refused_with_the_path_of_its_tool(client: openai.AsyncOpenAI) -> None:
+    parameters = {"properties": {"a": {"type": "odd"}}}
+    strange: Any = {"type": "function", "function": {"name": "f", "strict": True, "parameters": parameters}}
     with pytest.raises(openai.BadRequestError) as refused:
         await client.chat.completions.create(model=MODEL, messages=[USER], tools=[*TOOLS, strange])
     assert refused.value.param == "tools[2].function.parameters"

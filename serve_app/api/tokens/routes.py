@@ -50,7 +50,7 @@ class TokenRoutes:
 
     async def tokenizer_info(self, http: Request) -> Response:
         context = self._context
-        model = context.model_of(http, http.query_params.get("model")).name
+        model = context.model_of_body_or_query(http, None).name
         found = await context.query(http, model, GetTokenizerInfo())
         info = await until_disconnect(http.receive, context.info(model, context.deadline(http)))
         answer: TokenizerFacts = {
