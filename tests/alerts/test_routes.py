@@ -12,7 +12,7 @@ from alerts import render
 from alerts.settings import EXAMPLE, load
 from tests.alerts.receivers import executable, production_settings, write_settings
 
-pytestmark = pytest.mark.system  # needs the system's amtool
+pytestmark = pytest.mark.slow
 
 TABLE = [
     # The dead man's switch only, whatever the other labels are.

@@ -177,19 +177,19 @@ def expectations(group: Document, alert: str) -> dict[int, bool]:
     return {seconds(test["eval_time"]): bool(test["exp_alerts"]) for test in tests}
 
 
-@pytest.mark.system
+@pytest.mark.slow
 @pytest.mark.parametrize("path", RULE_FILES, ids=lambda path: path.name)
 def test_prometheus_accepts_the_rules(path: Path) -> None:
     promtool("check", "rules", "--lint=all", "--lint-fatal", path)
 
 
-@pytest.mark.system
+@pytest.mark.slow
 @pytest.mark.parametrize("path", sorted({*TEST_FILES} - {*SLO_TEST_FILES}), ids=lambda path: path.name)
 def test_alerts_fire_at_the_expected_times_only(path: Path) -> None:
     promtool("test", "rules", path)
 
 
-@pytest.mark.system
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", slo.SLOS, ids=lambda one: one.slug)
 @pytest.mark.parametrize("path", SLO_TEST_FILES, ids=lambda path: path.name)
 def test_alerts_of_an_objective_fire_at_the_expected_times_only(tmp_path: Path, path: Path, objective: slo.Slo) -> None:
@@ -349,7 +349,7 @@ def test_the_command_writes_the_rules(tmp_path: Path) -> None:
     assert (tmp_path / "slo.yml").read_text() == slo.text()
 
 
-@pytest.mark.system
+@pytest.mark.slow
 def test_prometheus_accepts_the_queries_of_the_runbooks(tmp_path: Path) -> None:
     blocks = [block for path in RUNBOOKS for block in re.findall(r"```promql\n(.*?)```", path.read_text(), re.DOTALL)]
     queries = {line for block in blocks for line in block.splitlines() if not line.startswith("#")}

@@ -20,7 +20,7 @@ from tests.graph.service import Service, free_port, wait_until
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.pluginmanager.import_plugin("tests.graph.shared")
+    config.pluginmanager.import_plugin("tests.shared_services")
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")

@@ -62,12 +62,12 @@ async def opened(chromium: Browser, folder: Path, kind: str, **options: Any) -> 
     ("kind", "scheme", "viewport"),
     [
         ("full", "light", DESKTOP),
-        ("full", "dark", PHONE),
+        pytest.param("full", "dark", PHONE, marks=pytest.mark.long),
         ("limited", "dark", DESKTOP),
-        ("limited", "light", PHONE),
+        pytest.param("limited", "light", PHONE, marks=pytest.mark.long),
         ("bare", "light", DESKTOP),
-        ("bare", "dark", PHONE),
-        ("hostile", "dark", DESKTOP),
+        pytest.param("bare", "dark", PHONE, marks=pytest.mark.long),
+        pytest.param("hostile", "dark", DESKTOP, marks=pytest.mark.long),
         ("hostile", "light", PHONE),
     ],
 )

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 
 import pytest
 
-from tests.system.conftest import ToolsService
+from tests.system.service import ShippedService
 
 
-@pytest.fixture(scope="package")
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of the service. The environment variable SERVE_APP_URL can name a service that runs already."""
-    if given := os.environ.get("SERVE_APP_URL"):
-        yield given
-        return
-    with ToolsService(tmp_path_factory.mktemp("clients")) as service:
-        service.wait_until_ready()
-        yield service.url
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.import_plugin("tests.shared_services")
+
+
+if RUNNING := os.environ.get("SERVE_APP_URL", ""):
+
+    @pytest.fixture(scope="session")
+    def url() -> str:
+        """The address of a service that runs already."""
+        return RUNNING
+
+else:
+
+    @pytest.fixture(scope="session")
+    def url(tools_service: ShippedService) -> str:
+        """The address of the service."""
+        return tools_service.url

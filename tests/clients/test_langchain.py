@@ -14,7 +14,7 @@ from langchain_openai import ChatOpenAI
 
 from .test_openai import MODEL, Town
 
-pytestmark = [pytest.mark.system, pytest.mark.timeout(300), pytest.mark.usefixtures("loopback_only")]
+pytestmark = [pytest.mark.system, pytest.mark.long, pytest.mark.timeout(300), pytest.mark.usefixtures("loopback_only")]
 
 
 @cache

@@ -15,7 +15,7 @@ EXPORTS_SOON = {"OTEL_BSP_SCHEDULE_DELAY": "200", "OTEL_EXPORTER_OTLP_HEADERS": 
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.pluginmanager.import_plugin("tests.graph.shared")
+    config.pluginmanager.import_plugin("tests.shared_services")
 
 
 @dataclass

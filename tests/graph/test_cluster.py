@@ -124,6 +124,7 @@ serve.run(Other.bind(), name="other", route_prefix="/other")
 """
 
 
+@pytest.mark.long
 def test_ctrl_c_on_a_joined_cluster_deletes_this_application_only(head: Head) -> None:
     """The cluster and an application that others have deployed go on."""
     environment = {name: head.environment[name] for name in ("RAY_TMPDIR", "RAY_AUTH_TOKEN")}
@@ -158,6 +159,7 @@ def test_ctrl_c_on_a_joined_cluster_shuts_serve_down_if_no_application_is_left(h
     assert not head.find("ServeController")
 
 
+@pytest.mark.long
 async def test_serve_deploy_places_the_models_on_gpus(head: Head, client: httpx.AsyncClient) -> None:
     head.deploy(
         model_config("whole", resources={"num_gpus": 1, "accelerator_type": "A10G"}),

@@ -284,7 +284,7 @@ def interrupt_start(after_s: float) -> None:
 
 
 MOMENTS = [0.3, 1.0, 2.0, 3.5, 5.5, 7.5]
-FOR_A_RELEASE = [0.3, 2.0, 5.5]
+FOR_A_RELEASE = [0.3, 1.0, 2.0, 5.5]
 INTERRUPTED = "test_ctrl_c_during_the_start_ends_all_processes"
 SCENARIOS |= {f"{INTERRUPTED}[{moment}]": partial(interrupt_start, moment) for moment in MOMENTS}
 

@@ -68,7 +68,9 @@ async def test_search_ends_after_a_second_client_limited_probe() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("arrival", "capacity"), [("constant", 97.56), ("closed", 41)])
+@pytest.mark.parametrize(
+    ("arrival", "capacity"), [pytest.param("constant", 97.56, marks=pytest.mark.long), ("closed", 41)]
+)
 def test_search_finds_the_capacity_of_a_simulated_server(arrival: str, capacity: float) -> None:
     """40 slots of 410 ms: 97.6 requests per second; or 40 to 42 streams, since a p95 lets a twentieth wait."""
     options = parser()

@@ -259,6 +259,7 @@ def test_trace_is_replayed_at_its_times(mock: MockHost, tmp_path: Path) -> None:
     assert stage.prompt_tokens == sum(line["input_length"] for line in lines)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("api", ["openai", "tgi"])
 def test_other_apis_run_the_same_scenarios(mock: MockHost, api: str, tmp_path: Path) -> None:
     line = "--concurrency 1 4 --batch-sizes 1 4 --num-requests 4 --warmup 2 --max-tokens 8"

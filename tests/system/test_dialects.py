@@ -10,7 +10,7 @@ import openai
 import pytest
 from huggingface_hub import InferenceClient
 
-from tests.system.conftest import ShippedService
+from tests.system.service import ShippedService
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
 

@@ -11,12 +11,12 @@ import pytest
 
 from perf.exits import Exit
 from perf.results import Run
-
-from .conftest import ShippedService
+from tests.system.service import ShippedService
 
 
 @pytest.mark.long
 @pytest.mark.system
+@pytest.mark.perf
 def test_a_quick_run_takes_at_most_60_s_and_counts_as_the_server(service: ShippedService, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "perf.suite", "--quick", "--url", service.url, "--output", str(tmp_path)]
     began = time.monotonic()
@@ -36,6 +36,7 @@ def test_a_quick_run_takes_at_most_60_s_and_counts_as_the_server(service: Shippe
 
 
 @pytest.mark.system
+@pytest.mark.perf
 @pytest.mark.parametrize("api", ["openai", pytest.param("tgi", marks=pytest.mark.long)])
 def test_the_other_apis_can_be_measured(service: ShippedService, api: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "perf.suite", "--url", service.url, "--api", api, "--output", str(tmp_path)]

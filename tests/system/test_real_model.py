@@ -19,7 +19,7 @@ import pytest
 from huggingface_hub.errors import ValidationError
 
 from tests.graph.service import ROOT, stream_events, wait_until
-from tests.system.conftest import STORY, ShippedService, documented_examples
+from tests.system.service import STORY, ShippedService, documented_examples
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
 

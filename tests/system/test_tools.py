@@ -12,7 +12,7 @@ import jsonschema
 import openai
 import pytest
 
-from tests.system.conftest import ShippedService, documented_examples
+from tests.system.service import ShippedService, documented_examples
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
 

@@ -1,4 +1,4 @@
-"""A pytest plugin: one toy service for all tests of a session that can share one, in whatever folder they are."""
+"""A pytest plugin: services that all tests of a session share, in whatever folder they are."""
 
 from __future__ import annotations
 
@@ -10,23 +10,30 @@ import httpx
 import pytest
 
 from tests.graph.service import Service, http_client, model_config, zero_scaled_model_config
+from tests.system.service import ShippedService, ToolsService
 
-_FIXTURE = "toy_service"
-_running = ExitStack()
-_last_user = pytest.StashKey[str]()
+SHARED = ("toy_service", "tools_service")
+_running = {fixture: ExitStack() for fixture in SHARED}
+_last_users = pytest.StashKey[dict[str, str]]()
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_finish(session: pytest.Session) -> None:
-    users = [item.nodeid for item in session.items if _FIXTURE in getattr(item, "fixturenames", ())]
-    session.config.stash[_last_user] = users[-1] if users else ""
+    users = [(fixture, item.nodeid) for item in session.items for fixture in shared_by(item)]
+    session.config.stash[_last_users] = dict(users)
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item: pytest.Item) -> None:
-    """Stop the service after its last test, not at the end of the session: later tests measure times."""
-    if item.nodeid == item.config.stash[_last_user]:
-        _running.close()
+    """Stop a service after its last test, not at the end of the session: later tests measure times."""
+    for fixture, last_user in item.config.stash[_last_users].items():
+        if item.nodeid == last_user:
+            _running[fixture].close()
+
+
+def shared_by(item: pytest.Item) -> list[str]:
+    """The shared services that this test uses."""
+    return [fixture for fixture in SHARED if fixture in getattr(item, "fixturenames", ())]
 
 
 @pytest.fixture(scope="session")
@@ -65,8 +72,17 @@ def toy_service(token_log: Path) -> Iterator[Service]:
         zero_scaled_model_config("sleepy", "builtin:toy?load_s=1", downscale_to_zero_delay_s=1),
         zero_scaled_model_config("undisturbed", "builtin:toy", downscale_to_zero_delay_s=1),
     ]
-    with _running:
-        service = _running.enter_context(Service(models, heartbeat_s=0.3, max_body_bytes=65_536, warm_wait_s=30))
+    with _running["toy_service"] as running:
+        service = running.enter_context(Service(models, heartbeat_s=0.3, max_body_bytes=65_536, warm_wait_s=30))
+        service.wait_until_ready()
+        yield service
+
+
+@pytest.fixture(scope="session")
+def tools_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ShippedService]:
+    """The embedded model, with tools and embeddings."""
+    with _running["tools_service"] as running:
+        service = running.enter_context(ToolsService(tmp_path_factory.mktemp("tools")))
         service.wait_until_ready()
         yield service
 
