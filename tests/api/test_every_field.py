@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any, get_args
 
 import httpx
@@ -23,27 +23,22 @@ from serve_app.api.schema import Body
 from serve_app.api.unused import Unused
 from serve_app.core.events import Chunk
 from serve_app.core.requests import (
-    ChatMessage,
-    ChatPrompt,
     Grammar,
     GrammarKind,
     TextPrompt,
     TokenPrompt,
-    Tool,
-    ToolCall,
-    ToolChoice,
 )
 
-from .effects import Effect
+from .chat_effects import CHATS
+from .effects import MODEL, TOOL, USER, Effect, prompt, shown
+from .message_effects import MESSAGE, MESSAGES
 from .response_effects import RESPONSES
 from .scripted import POSTS, ScriptedEngine
 from .test_fields import SCHEMA
 from .test_prompt_details import with_details
 from .toy import toy
 
-COMPLETIONS, CHATS, EMBEDDINGS = "/v1/completions", "/v1/chat/completions", "/v1/embeddings"
-MESSAGES = "/v1/messages"
-CHAT = POSTS[CHATS]
+COMPLETIONS, EMBEDDINGS = "/v1/completions", "/v1/embeddings"
 
 
 # The sampling fields, which the native and OpenAI's bodies share.
@@ -76,119 +71,23 @@ SAMPLING = {
     "cache_salt": Effect({"cache_salt": "mine"}, {"cache_salt": "mine"}),
 }
 
-MODEL = Effect({"model": "org/large"}, {"model": "org/large", "temperature": 0, "top_p": 1.0})
 QUERIED_MODEL = Effect({"model": "org/large"}, {"model": "org/large"})
 GRAMMAR = Grammar("json_schema", json.dumps(SCHEMA), "response_format", strict=False)
 WITH_SCHEMA: dict[str, Any] = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}
 WITH_ANY_SCHEMA: dict[str, Any] = {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}
-USER: dict[str, Any] = {"role": "user", "content": "hi"}
-CALL: dict[str, Any] = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
-TOOL: dict[str, Any] = {"type": "function", "function": {"name": "f"}}
-OTHER_TOOL: dict[str, Any] = {"type": "function", "function": {"name": "g"}}
-NO_PARAMETERS = json.dumps({"type": "object", "properties": {}, "additionalProperties": False})
-WITH_TOOL = CHAT | {"tools": [TOOL]}
-WITH_TOOLS = CHAT | {"tools": [TOOL, OTHER_TOOL]}
 
 
 def parts(**more: Any) -> dict[str, Any]:
     return {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA, **more}}
 
 
-def tool(name: str = "f", schema: str = NO_PARAMETERS) -> Tool:
-    return Tool(name, schema, "tools[0].function.parameters")
-
-
-def shown(description: str = "", name: str = "f", parameters: object = None) -> tuple[str, ...]:
-    parameters = {"type": "object", "properties": {}} if parameters is None else parameters
-    function = {"name": name, "description": description, "parameters": parameters}
-    return (json.dumps({"type": "function", "function": function}),)
-
-
-def prompt(*messages: ChatMessage, tools: tuple[str, ...] = ()) -> ChatPrompt:
-    return ChatPrompt((ChatMessage("user", "hi"), *messages), tools)
-
-
-def turns(*messages: dict[str, Any]) -> dict[str, Any]:
-    return {"messages": [USER, *messages]}
-
-
-def called(**changes: Any) -> dict[str, Any]:
-    """A conversation with a call of a tool."""
-    return turns({"role": "assistant", "tool_calls": [CALL | changes]})
-
-
-def call_of(call: ToolCall) -> dict[str, Any]:
-    return {"prompt": prompt(ChatMessage("assistant", "", (call,)))}
-
-
-def offered(**function: Any) -> dict[str, Any]:
-    return {"tools": [{"type": "function", "function": {"name": "f", **function}}]}
-
-
-def offers(offer: Tool, template: tuple[str, ...]) -> dict[str, Any]:
-    return {"tool_choice": ToolChoice((offer,)), "prompt": prompt(tools=template)}
-
-
 # Conversations and tools in Anthropic's form.
-
-MESSAGE: dict[str, Any] = {"messages": [USER], "max_tokens": 8}
-USE: dict[str, Any] = {"type": "tool_use", "id": "c", "name": "f", "input": {}}
-RESULT_BLOCK: dict[str, Any] = {"type": "tool_result", "tool_use_id": "c"}
-CUSTOM: dict[str, Any] = {"name": "f", "input_schema": {"type": "object"}}
-WITH_CUSTOM = MESSAGE | {"tools": [CUSTOM]}
-FORMAT: dict[str, Any] = {"type": "json_schema", "schema": SCHEMA}
-ANY_FORMAT: dict[str, Any] = {"type": "json_schema", "schema": {}}
-
-
-def blocks(*of_assistant: dict[str, Any], results: tuple[dict[str, Any], ...] = ()) -> dict[str, Any]:
-    """A conversation with an answer of these blocks, and these results after it."""
-    return turns({"role": "assistant", "content": list(of_assistant)}, {"role": "user", "content": list(results)})
-
-
-def answered(content: str = "", calls: tuple[ToolCall, ...] = (), reasoning: str = "") -> dict[str, Any]:
-    return {"prompt": prompt(ChatMessage("assistant", content, calls, reasoning=reasoning), ChatMessage("user", ""))}
-
-
-def result(text: str = "", id: str = "c") -> dict[str, Any]:
-    """A conversation with a call and its result."""
-    called = ChatMessage("assistant", "", (ToolCall(id, "f", "{}"),))
-    return {"prompt": prompt(called, ChatMessage("tool", text, tool_call_id=id, name="f"))}
-
-
-def custom(name: str = "f", schema: object = None, strict: bool = False) -> Tool:
-    return Tool(name, json.dumps({"type": "object"} if schema is None else schema), "tools[0].input_schema", strict)
-
-
-def shown_custom(name: str = "f", description: str = "", schema: object = None) -> tuple[str, ...]:
-    return shown(description, name, {"type": "object"} if schema is None else schema)
-
-
-def offers_custom(offer: Tool, template: tuple[str, ...]) -> dict[str, Any]:
-    return {"tool_choice": ToolChoice((offer,)), "prompt": prompt(tools=template)}
-
-
-def with_variables(**variables: object) -> dict[str, Any]:
-    return {"prompt": replace(prompt(), variables=json.dumps(variables))}
-
-
-def grammar_of(field: str) -> dict[str, Any]:
-    return {"grammar": Grammar("json_schema", json.dumps(SCHEMA), field)}
 
 
 def structured(field: str, kind: GrammarKind, text: str = "") -> dict[str, Any]:
     return {"grammar": Grammar(kind, text, f"structured_outputs.{field}")}
 
 
-def allowed(mode: str, name: str) -> dict[str, Any]:
-    tools = [{"type": "function", "function": {"name": name}}]
-    return {"tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}}
-
-
-RESULT = {
-    "prompt": prompt(
-        ChatMessage("assistant", "", (ToolCall("c", "f", "{}"),)), ChatMessage("tool", "r", tool_call_id="c", name="f")
-    )
-}
 INPUTS: dict[str, Any] = {"inputs": "a b"}
 
 # TGI's parameters that make an answer sampled, and what reaches the engine then.
@@ -361,263 +260,8 @@ EFFECTS: dict[str, dict[str, dict[str, Effect]]] = {
             "add_special_tokens": Effect({"add_special_tokens": False}, {"prompt": TextPrompt("hi", False)}),
         },
     },
-    CHATS: {
-        "ChatBody": {
-            "messages": Effect({"messages": [USER, USER]}, {"prompt": prompt(ChatMessage("user", "hi"))}),
-            "max_tokens": Effect({"max_tokens": 5}, {"max_tokens": 5}),
-            "logprobs": Effect({"logprobs": True}, {"logprobs": 0}),
-            "top_logprobs": Effect({"top_logprobs": 3}, {"logprobs": 3}, base=CHAT | {"logprobs": True}),
-            "reasoning_effort": Effect(
-                {"reasoning_effort": "low"}, with_variables(reasoning_effort="low", enable_thinking=True)
-            ),
-            "include_reasoning": Effect({"include_reasoning": False}),
-        },
-        "TemplateFields": {
-            "chat_template_kwargs": Effect({"chat_template_kwargs": {"a": 1}}, with_variables(a=1)),
-            "documents": Effect({"documents": [{"text": "x"}]}, with_variables(documents=[{"text": "x"}])),
-            "add_generation_prompt": Effect(
-                {"add_generation_prompt": False}, {"prompt": replace(prompt(), begins_answer=False)}
-            ),
-            "continue_final_message": Effect(
-                {"continue_final_message": True}, {"prompt": replace(prompt(), continues=True)}
-            ),
-        },
-        "Message": {
-            "role": Effect(turns({"role": "system", "content": "x"}), {"prompt": prompt(ChatMessage("system", "x"))}),
-            "content": Effect(turns({"role": "user", "content": "x"}), {"prompt": prompt(ChatMessage("user", "x"))}),
-            "tool_calls": Effect(called(), call_of(ToolCall("c", "f", "{}"))),
-            "function_call": Effect(
-                turns({"role": "assistant", "function_call": {"name": "f", "arguments": "{}"}}),
-                call_of(ToolCall("call_f", "f", "{}")),
-            ),
-            **{
-                name: Effect(
-                    turns({"role": "assistant", "content": "x", name: "y"}),
-                    {"prompt": prompt(ChatMessage("assistant", "x", reasoning="y"))},
-                    base=CHAT | turns({"role": "assistant", "content": "x"}),
-                )
-                for name in ("reasoning_content", "reasoning")
-            },
-            "tool_call_id": Effect(
-                turns(called()["messages"][1], {"role": "tool", "content": "r", "tool_call_id": "c"}), RESULT
-            ),
-            "name": Effect(
-                turns(called()["messages"][1], {"role": "tool", "content": "r", "tool_call_id": "c", "name": "g"}),
-                {
-                    "prompt": prompt(
-                        ChatMessage("assistant", "", (ToolCall("c", "f", "{}"),)),
-                        ChatMessage("tool", "r", tool_call_id="c", name="g"),
-                    )
-                },
-            ),
-        },
-        "TextPart": {
-            name: Effect(
-                turns({"role": "user", "content": [{"type": "text", "text": "x"}, {"type": "text", "text": "y"}]}),
-                {"prompt": prompt(ChatMessage("user", "xy"))},
-            )
-            for name in ("type", "text")
-        },
-        "EarlierCall": {
-            "id": Effect(called(id="d"), call_of(ToolCall("d", "f", "{}")), base=called()),
-            "type": Effect(called(type="function"), base=called()),
-            "function": Effect(
-                called(function={"name": "g", "arguments": "{}"}), call_of(ToolCall("c", "g", "{}")), base=called()
-            ),
-        },
-        "CalledFunction": {
-            "name": Effect(
-                called(function={"name": "g", "arguments": "{}"}), call_of(ToolCall("c", "g", "{}")), base=called()
-            ),
-            "arguments": Effect(
-                called(function={"name": "f", "arguments": '{"a": 1}'}),
-                call_of(ToolCall("c", "f", '{"a": 1}')),
-                base=called(),
-            ),
-        },
-        "ToolFields": {
-            "tools": Effect({"tools": [TOOL]}, offers(tool(), shown())),
-            "tool_choice": Effect(
-                {"tool_choice": "required"}, {"tool_choice": ToolChoice((tool(),), True)}, base=WITH_TOOL
-            ),
-            "parallel_tool_calls": Effect(
-                {"parallel_tool_calls": False}, {"tool_choice": ToolChoice((tool(),), parallel=False)}, base=WITH_TOOL
-            ),
-            "functions": Effect(
-                {"functions": [{"name": "f"}]},
-                {"tool_choice": ToolChoice((tool(),), parallel=False), "prompt": prompt(tools=shown())},
-            ),
-            "function_call": Effect(
-                {"function_call": {"name": "f"}},
-                {"tool_choice": ToolChoice((tool(),), True, False)},
-                base=CHAT | {"functions": [{"name": "f"}]},
-            ),
-        },
-        "AllowedToolsChoice": {
-            name: Effect(allowed("auto", "f"), {"tool_choice": ToolChoice((tool(),))}, base=WITH_TOOLS)
-            for name in ("type", "allowed_tools")
-        },
-        "AllowedTools": {
-            "mode": Effect(
-                allowed("required", "f"),
-                {"tool_choice": ToolChoice((tool(),), True, False)},
-                base=WITH_TOOLS | allowed("auto", "f"),
-            ),
-            "tools": Effect(
-                allowed("auto", "g"),
-                {"tool_choice": ToolChoice((Tool("g", NO_PARAMETERS, "tools[1].function.parameters"),))},
-                base=WITH_TOOLS | allowed("auto", "f"),
-            ),
-        },
-        "OfferedTool": {
-            "type": Effect({"tools": [TOOL]}, offers(tool(), shown())),
-            "function": Effect({"tools": [OTHER_TOOL]}, offers(tool("g"), shown(name="g")), base=WITH_TOOL),
-        },
-        "Function": {
-            "name": Effect(offered(name="g"), offers(tool("g"), shown(name="g")), base=WITH_TOOL),
-            "description": Effect(offered(description="Any."), {"prompt": prompt(tools=shown("Any."))}, base=WITH_TOOL),
-            "parameters": Effect(
-                offered(parameters=SCHEMA),
-                offers(tool(schema=json.dumps(SCHEMA)), shown(parameters=SCHEMA)),
-                base=WITH_TOOL,
-            ),
-            "strict": Effect(
-                offered(strict=True), {"tool_choice": ToolChoice((replace(tool(), strict=True),))}, base=WITH_TOOL
-            ),
-        },
-        "ChosenTool": {
-            name: Effect(
-                {"tool_choice": {"type": "function", "function": {"name": "f"}}},
-                {"tool_choice": ToolChoice((tool(),), True, False)},
-                base=WITH_TOOL,
-            )
-            for name in ("type", "function")
-        },
-        "ChosenFunction": {
-            "name": Effect(
-                {"tool_choice": {"type": "function", "function": {"name": "g"}}},
-                {"tool_choice": ToolChoice((Tool("g", NO_PARAMETERS, "tools[1].function.parameters"),), True, False)},
-                base=CHAT
-                | {"tools": [TOOL, OTHER_TOOL], "tool_choice": {"type": "function", "function": {"name": "f"}}},
-            )
-        },
-    },
-    MESSAGES: {
-        "MessagesBody": {
-            "max_tokens": Effect({"max_tokens": 5}, {"max_tokens": 5}),
-            "temperature": Effect({"temperature": 0.7}, {"temperature": 0.7}),
-            "top_p": Effect({"top_p": 0.5}, {"top_p": 0.5}),
-            "top_k": Effect({"top_k": 4}, {"top_k": 4}),
-            "stop_sequences": Effect({"stop_sequences": ["x"]}, {"stop": ("x",)}),
-            "stream": Effect({"stream": True}, {"wake_wait_s": None}),
-            "metadata": Effect({"metadata": {"user_id": "me"}}),
-        },
-        "RequestMetadata": {"user_id": Effect({"metadata": {"user_id": "me"}})},
-        "ConversationFields": {
-            "model": MODEL,
-            "messages": Effect({"messages": [USER, USER]}, {"prompt": ChatPrompt((ChatMessage("user", "hi\n\nhi"),))}),
-            "system": Effect(
-                {"system": "x"}, {"prompt": ChatPrompt((ChatMessage("system", "x"), ChatMessage("user", "hi")))}
-            ),
-            "thinking": Effect({"thinking": {"type": "enabled"}}, with_variables(enable_thinking=True)),
-            "output_config": Effect({"output_config": {"effort": "low"}}, with_variables(reasoning_effort="low")),
-            "output_format": Effect({"output_format": FORMAT}, grammar_of("output_format")),
-        },
-        "ThinkingConfig": {
-            "type": Effect(
-                {"thinking": {"type": "disabled"}},
-                with_variables(enable_thinking=False),
-                base=MESSAGE | {"thinking": {"type": "adaptive"}},
-            ),
-            # Of an answer with reasoning; test_anthropic.py has one.
-            "display": Effect(
-                {"thinking": {"type": "enabled", "display": "omitted"}},
-                base=MESSAGE | {"thinking": {"type": "enabled"}},
-            ),
-        },
-        "OutputConfig": {
-            "effort": Effect({"output_config": {"effort": "max"}}, with_variables(reasoning_effort="max")),
-            "format": Effect({"output_config": {"format": FORMAT}}, grammar_of("output_config.format")),
-        },
-        "OutputFormat": {
-            name: Effect(
-                {"output_format": FORMAT}, grammar_of("output_format"), base=MESSAGE | {"output_format": ANY_FORMAT}
-            )
-            for name in ("type", "schema")
-        },
-        "Turn": {
-            "role": Effect(turns({"role": "system", "content": "x"}), {"prompt": prompt(ChatMessage("system", "x"))}),
-            "content": Effect(
-                turns({"role": "assistant", "content": "x"}),
-                {"prompt": replace(prompt(ChatMessage("assistant", "x")), continues=True)},
-            ),
-        },
-        "TextBlock": {
-            name: Effect(blocks({"type": "text", "text": "x"}, {"type": "text", "text": "y"}), answered("xy"))
-            for name in ("type", "text")
-        },
-        "ThinkingBlock": {
-            name: Effect(blocks({"type": "thinking", "thinking": "x"}), answered(reasoning="x"))
-            for name in ("type", "thinking")
-        },
-        "RedactedThinkingBlock": {"type": Effect(blocks({"type": "redacted_thinking", "data": "x"}), answered())},
-        "ToolUseBlock": {
-            "type": Effect(blocks(USE), answered(calls=(ToolCall("c", "f", "{}"),))),
-            "id": Effect(blocks(USE | {"id": "d"}), answered(calls=(ToolCall("d", "f", "{}"),))),
-            "name": Effect(blocks(USE | {"name": "g"}), answered(calls=(ToolCall("c", "g", "{}"),))),
-            "input": Effect(blocks(USE | {"input": {"a": 1}}), answered(calls=(ToolCall("c", "f", '{"a": 1}'),))),
-        },
-        "ToolResultBlock": {
-            "type": Effect(blocks(USE, results=(RESULT_BLOCK,)), result()),
-            "tool_use_id": Effect(
-                blocks(USE | {"id": "d"}, results=(RESULT_BLOCK | {"tool_use_id": "d"},)), result(id="d")
-            ),
-            "content": Effect(blocks(USE, results=(RESULT_BLOCK | {"content": "r"},)), result("r")),
-            "is_error": Effect(
-                blocks(USE, results=(RESULT_BLOCK | {"content": "r", "is_error": True},)), result("Error: r")
-            ),
-        },
-        "OfferedTools": {
-            "tools": Effect({"tools": [CUSTOM]}, offers_custom(custom(), shown_custom())),
-            "tool_choice": Effect(
-                {"tool_choice": {"type": "any"}}, {"tool_choice": ToolChoice((custom(),), True)}, base=WITH_CUSTOM
-            ),
-        },
-        "CustomTool": {
-            "type": Effect({"tools": [CUSTOM | {"type": "custom"}]}, base=WITH_CUSTOM),
-            "name": Effect(
-                {"tools": [CUSTOM | {"name": "g"}]}, offers_custom(custom("g"), shown_custom("g")), base=WITH_CUSTOM
-            ),
-            "description": Effect(
-                {"tools": [CUSTOM | {"description": "Any."}]},
-                {"prompt": prompt(tools=shown_custom(description="Any."))},
-                base=WITH_CUSTOM,
-            ),
-            "input_schema": Effect(
-                {"tools": [CUSTOM | {"input_schema": SCHEMA}]},
-                offers_custom(custom(schema=SCHEMA), shown_custom(schema=SCHEMA)),
-                base=WITH_CUSTOM,
-            ),
-            "strict": Effect(
-                {"tools": [CUSTOM | {"strict": True}]},
-                {"tool_choice": ToolChoice((custom(strict=True),))},
-                base=WITH_CUSTOM,
-            ),
-        },
-        "ToolSelection": {
-            "type": Effect({"tool_choice": {"type": "none"}}, {"tool_choice": None}, base=WITH_CUSTOM),
-            "name": Effect(
-                {"tool_choice": {"type": "tool", "name": "f"}},
-                {"tool_choice": ToolChoice((custom(),), True)},
-                base=WITH_CUSTOM,
-            ),
-            "disable_parallel_tool_use": Effect(
-                {"tool_choice": {"type": "auto", "disable_parallel_tool_use": True}},
-                {"tool_choice": ToolChoice((custom(),), parallel=False)},
-                base=WITH_CUSTOM,
-            ),
-        },
-    },
+    "/v1/chat/completions": CHATS,
+    "/v1/messages": MESSAGES,
     EMBEDDINGS: {
         "EmbeddingsBody": {
             "model": Effect({"model": "small"}),
@@ -654,7 +298,7 @@ EFFECTS: dict[str, dict[str, dict[str, Effect]]] = {
 BASES: dict[str, dict[str, Any]] = {
     **POSTS,
     "/": INPUTS,
-    MESSAGES: MESSAGE,
+    "/v1/messages": MESSAGE,
     EMBEDDINGS: {"input": "a"},
     "/tokenize": {"prompt": "a"},
     "/detokenize": {"tokens": [1]},
