@@ -17,6 +17,11 @@ _running = {fixture: ExitStack() for fixture in SHARED}
 _last_users = pytest.StashKey[dict[str, str]]()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of the embedded model run last, so that it is not there while others measure times."""
+    items.sort(key=lambda item: "tools_service" in shared_by(item))
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_finish(session: pytest.Session) -> None:
     users = [(fixture, item.nodeid) for item in session.items for fixture in shared_by(item)]

@@ -36,8 +36,7 @@ class RequestContext:
 
     def model_of_body(self, name: str | None) -> Model:
         """The model that a body names; for a name that stands for any model, the first one. Raises ModelNotFound."""
-        known = any(model.name == name for model in self.config.models)
-        return self.model(None if name in _PLACEHOLDERS and not known else name)
+        return self.model(self._chosen(name))
 
     def model(self, name: str | None) -> Model:
         """The named model, or the first of the configuration. Raises ModelNotFound."""
@@ -58,8 +57,13 @@ class RequestContext:
 
     def model_of_body_or_query(self, http: Request, name: str | None) -> Model:
         """The model that the body names, else that of `?model=`. Both must exist. Raises ModelNotFound."""
-        of_query = self.model(http.query_params.get("model")).name
-        return self.model_of(http, of_query if name is None else name)
+        of_query, chosen = self.model(http.query_params.get("model")).name, self._chosen(name)
+        return self.model_of(http, of_query if chosen is None else chosen)
+
+    def _chosen(self, name: str | None) -> str | None:
+        """The name of a body, or None if it stands for any model."""
+        known = any(model.name == name for model in self.config.models)
+        return None if name in _PLACEHOLDERS and not known else name
 
     def deadline(self, http: Request) -> float:
         """The instant by which every part of this call must have ended, on `clock`."""

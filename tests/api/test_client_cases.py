@@ -259,6 +259,14 @@ async def test_a_name_that_clients_of_tgi_send_stands_for_the_first_model(
     assert engine.requests[0].model == "small"
 
 
+async def test_the_query_names_the_model_if_the_body_has_a_name_of_tgi(
+    client: httpx.AsyncClient, engine: ScriptedEngine
+) -> None:
+    answer = await client.post("/generate?model=org/large", json={"inputs": "hi", "model": "tgi"})
+    assert answer.status_code == 200, answer.text
+    assert engine.requests[0].model == "org/large"
+
+
 async def test_langchains_default_parameters_of_tgi_are_accepted(
     client: httpx.AsyncClient, engine: ScriptedEngine
 ) -> None:
