@@ -18,7 +18,7 @@ HEAVY := browser clients contract graph models system alerts/test_dashboards_liv
 help:
 	@echo "make serve [ARGS='--port 8123']  run the service on this machine; Ctrl-C stops it"
 	@echo "make monitor                     Prometheus, Alertmanager and the alert history next to the service; Ctrl-C stops them"
-	@echo "make test  [ARGS='-k stream']    format, lint, types and the tests: 30 minutes on 2 cores"
+	@echo "make test  [ARGS='-k stream']    format, lint, types and the tests: 22 minutes on 2 cores"
 	@echo "make test-long                   every test, also those that only a release needs; needs Node.js with npm"
 	@echo "make fast                        the tests that need no Ray, Pulumi, model weights or browser: 20 seconds"
 	@echo "make check                       format, lint and types only"
@@ -33,7 +33,8 @@ monitor: $(VENV)/serve.done
 	@$(VENV)/bin/python -m alerts monitor $(ARGS)
 
 # Tests that compute run on all cores; tests that start services or measure time run alone, one after the other.
-test: check $(CLIENTS)/clients.done
+test:
+	@$(MAKE) --no-print-directory -j 2 check $(CLIENTS)/clients.done
 	$(VENV)/bin/python -m pytest -n auto --dist loadscope -m "not long and $(QUIET)" $(ARGS)
 	$(VENV)/bin/python -m pytest -m "not long and not ($(QUIET))" $(ARGS)
 

@@ -32,7 +32,7 @@ from tests.graph.service import (
     wait_until,
 )
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.ray, pytest.mark.long, pytest.mark.timeout(240)]
 
 PATIENT: Config = {"graceful_shutdown_timeout_s": 60}
 
@@ -82,7 +82,7 @@ class Head(Program):
         return {row["name"].split("#")[1]: row["required_resources"] for row in rows if "#model-" in row["name"]}
 
 
-@pytest.fixture(scope="module", params=["haproxy", pytest.param("python", marks=pytest.mark.long)])
+@pytest.fixture(scope="module", params=["haproxy", "python"])
 def head(request: pytest.FixtureRequest) -> Iterator[Head]:
     """A cluster with HAProxy, as the manifests in `cluster/` configure it, and one with Ray's own proxy."""
     binary = haproxy.find()
@@ -124,7 +124,6 @@ serve.run(Other.bind(), name="other", route_prefix="/other")
 """
 
 
-@pytest.mark.long
 def test_ctrl_c_on_a_joined_cluster_deletes_this_application_only(head: Head) -> None:
     """The cluster and an application that others have deployed go on."""
     environment = {name: head.environment[name] for name in ("RAY_TMPDIR", "RAY_AUTH_TOKEN")}
@@ -148,7 +147,6 @@ def test_ctrl_c_on_a_joined_cluster_deletes_this_application_only(head: Head) ->
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.long
 def test_ctrl_c_on_a_joined_cluster_shuts_serve_down_if_no_application_is_left(head: Head) -> None:
     environment = {name: head.environment[name] for name in ("RAY_TMPDIR", "RAY_AUTH_TOKEN")}
     with Service([model_config("toy")], "--ray-address", "auto", environment=environment) as service:
@@ -159,7 +157,6 @@ def test_ctrl_c_on_a_joined_cluster_shuts_serve_down_if_no_application_is_left(h
     assert not head.find("ServeController")
 
 
-@pytest.mark.long
 async def test_serve_deploy_places_the_models_on_gpus(head: Head, client: httpx.AsyncClient) -> None:
     head.deploy(
         model_config("whole", resources={"num_gpus": 1, "accelerator_type": "A10G"}),
