@@ -26,9 +26,11 @@ SDK = {"opentelemetry.sdk", "opentelemetry.exporter"}
 BASE = {"serve_app.core", "serve_app.errors"}
 
 # The half of the native engine that decides. Everything else in that folder computes, and needs torch.
-DECIDING = {"__init__", "admission", "drafts", "engine", "kv_cache", "rows", "scheduler", "sequence", "step_time"}
-DECIDING |= {"stream"}
-DECIDING_MODULES = {f"serve_app.engines.native.{name}" for name in DECIDING - {"__init__"}}
+DECIDING = {"__init__", "drafts", "engine", "kv_cache", "rows", "scheduler", "sequence", "step_time"}
+# What all engines share.
+SHARED_NAMES = ("admission", "protocol", "stream")
+SHARED = {f"serve_app.engines.{name}" for name in SHARED_NAMES}
+DECIDING_MODULES = SHARED | {f"serve_app.engines.native.{name}" for name in DECIDING - {"__init__"}}
 
 # What the files of a folder may import besides the standard library. The longest prefix of a path counts.
 RULES: dict[str, set[str]] = {
@@ -47,6 +49,9 @@ RULES: dict[str, set[str]] = {
     "api/content_coding.py": {"starlette", "backports.zstd", "compression.zstd", "serve_app.config", *BASE},
     "gateway/": {"serve_app.gateway", "serve_app.config", *BASE},
     "engines/": {"serve_app.engines", "serve_app.config", *BASE},
+    **{
+        f"engines/{name}.py": {*SHARED, "serve_app.engines.text", *BASE} for name in ("admission", "protocol", "stream")
+    },
     "engines/text/": {"serve_app.engines.text", *BASE},
     "engines/text/tokenizer.py": {"tokenizers", "serve_app.engines.text", *BASE},
     "engines/text/chat_template.py": {"jinja2", "transformers", "serve_app.engines.text", *BASE},

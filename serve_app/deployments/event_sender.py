@@ -19,7 +19,7 @@ _MAX_UNSENT_BYTES = 64 * 2**20
 
 
 class Source(Protocol):
-    """A stream of events in the replica: engines.native.stream.TokenStream."""
+    """A stream of events in the replica: engines.stream.TokenStream."""
 
     on_wake: Callable[[], None] | None
 

@@ -21,9 +21,10 @@ from serve_app.deployments.event_sender import EventSender
 from serve_app.deployments.heartbeats import Report, Reporter, to_every_replica
 from serve_app.deployments.registry import Heartbeat
 from serve_app.deployments.telemetry import ProcessTelemetry, log_to_serve
-from serve_app.engines.native.engine import EngineStalled, NativeEngine
+from serve_app.engines.native.engine import NativeEngine
 from serve_app.engines.native.sequence import Runner
-from serve_app.engines.native.stream import TokenStream
+from serve_app.engines.protocol import EngineStalled, ReplicaEngine
+from serve_app.engines.stream import TokenStream
 from serve_app.engines.toy import ToyRunner
 from serve_app.errors import NotReady, ServeAppError
 from serve_app.telemetry.metrics import EngineMetrics, StepSeries
@@ -61,7 +62,9 @@ class ModelReplica:
         self._query_threads = ThreadPoolExecutor(_QUERY_THREADS, "query")
         self._admit.set_max_batch_size(model.batching.max_batch_size)
         self._open_requests = 0
-        self._engine = NativeEngine(partial(_make_runner, model, self._report), model.engine, watch=self._steps.observe)
+        self._engine: ReplicaEngine = NativeEngine(
+            partial(_make_runner, model, self._report), model.engine, watch=self._steps.observe
+        )
         self._admitter = self._telemetry.admitter(self._engine)
         try:
             await asyncio.to_thread(self._engine.start)

@@ -13,8 +13,8 @@ from serve_app.api.telemetry import ServiceTelemetry
 from serve_app.config import AppConfig, ConfigError, Telemetry as Settings
 from serve_app.core.engine import Engine
 from serve_app.core.requests import GenerationRequest
-from serve_app.engines.native.engine import NativeEngine
-from serve_app.engines.native.stream import TokenStream
+from serve_app.engines.protocol import ReplicaEngine
+from serve_app.engines.stream import TokenStream
 
 if TYPE_CHECKING:
     from serve_app.telemetry.engine_spans import TracedAdmitter
@@ -70,7 +70,7 @@ class ProcessTelemetry:
         traced = TracedEngine(engine, tracer, capture)
         return create_app(traced, TracedTelemetry(telemetry), config, around=[request_id, spans])
 
-    def admitter(self, engine: NativeEngine) -> TracedAdmitter | Admitter:
+    def admitter(self, engine: ReplicaEngine) -> TracedAdmitter | Admitter:
         """Opens and admits the streams of requests, with spans if tracing is enabled."""
         if self._exporter is None:
             return Admitter(engine)
@@ -87,7 +87,7 @@ class ProcessTelemetry:
 class Admitter:
     """Opens and admits the streams of requests without spans."""
 
-    def __init__(self, engine: NativeEngine) -> None:
+    def __init__(self, engine: ReplicaEngine) -> None:
         self.admit = engine.admit
 
     def open(self, request: GenerationRequest) -> TokenStream:

@@ -17,7 +17,7 @@ from opentelemetry.util.types import AttributeValue
 
 from serve_app.core.events import Chunk
 from serve_app.core.requests import GenerationRequest
-from serve_app.engines.native.stream import TokenStream
+from serve_app.engines.stream import TokenStream
 from serve_app.errors import ServeAppError
 
 _W3C = TraceContextTextMapPropagator()
@@ -43,7 +43,7 @@ class TracedAdmitter:
         return TracedStream(request, self._tracer)
 
     def admit(self, streams: Sequence[TokenStream]) -> list[ServeAppError | None]:
-        """Admit streams: see NativeEngine.admit. Called on the admission thread.
+        """Admit streams: see ReplicaEngine.admit. Called on the admission thread.
 
         The span of a batch is a trace of its own. It has a link to the admission span of each traced request, and that
         span has a link to the batch.

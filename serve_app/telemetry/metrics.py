@@ -21,8 +21,8 @@ from serve_app import __version__
 from serve_app.core.events import CANCELLED, EMBEDDED, FinishReason
 from serve_app.core.http import HttpCall
 from serve_app.core.queries import ModelState
-from serve_app.engines.native.engine import NativeEngine
 from serve_app.engines.native.sequence import Step
+from serve_app.engines.protocol import ReplicaEngine
 from serve_app.errors import ServeAppError
 
 # They would add a second series for every counter, with its creation time.
@@ -320,7 +320,7 @@ class StepSeries(_Series):
 class EngineMetrics:
     """The state and the counters of one engine, read whenever `families` is called. `load_s` is its load time."""
 
-    def __init__(self, model: str, replica: str, engine: NativeEngine, load_s: float) -> None:
+    def __init__(self, model: str, replica: str, engine: ReplicaEngine, load_s: float) -> None:
         self._labels = [model, replica]
         self._engine = engine
         self._load_s = load_s

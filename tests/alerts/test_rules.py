@@ -20,7 +20,8 @@ from alerts.__main__ import main
 from serve_app import errors
 from serve_app.core.http import HttpCall
 from serve_app.core.queries import ModelState
-from serve_app.engines.native.engine import EngineStats, NativeEngine
+from serve_app.engines.native.engine import NativeEngine
+from serve_app.engines.protocol import EngineStats
 from serve_app.telemetry.meter import IngressMetrics
 from serve_app.telemetry.metrics import (
     FINISHED,

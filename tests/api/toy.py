@@ -14,7 +14,7 @@ from serve_app.core.events import Chunk
 from serve_app.core.queries import A, Query
 from serve_app.core.requests import GenerationRequest
 from serve_app.engines.native.engine import NativeEngine
-from serve_app.engines.native.stream import TokenStream
+from serve_app.engines.stream import TokenStream
 from serve_app.errors import ServeAppError
 from tests.engines.native.helpers import running
 

@@ -18,7 +18,7 @@ from serve_app.core.events import TokenEvent
 from serve_app.core.requests import GenerationRequest, Prompt, SamplingParams, TokenPrompt
 from serve_app.engines.native.engine import NativeEngine
 from serve_app.engines.native.runner import TorchRunner
-from serve_app.engines.native.stream import TokenStream
+from serve_app.engines.stream import TokenStream
 
 _DEPLOYMENT = Deployment(max_ongoing_requests=64, max_queued_requests=64, num_replicas=1)
 

@@ -22,7 +22,7 @@ from serve_app.engines.native.engine import NativeEngine
 from serve_app.engines.native.loader import load
 from serve_app.engines.native.sampler import sample
 from serve_app.engines.native.sequence import Sequence
-from serve_app.engines.native.stream import TokenStream
+from serve_app.engines.stream import TokenStream
 from serve_app.engines.text.tokenizer import HFText
 from serve_app.errors import InvalidRequest
 from tests.engines.native.helpers import describe, request, streams, tokens_of

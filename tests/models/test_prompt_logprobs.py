@@ -24,7 +24,7 @@ from serve_app.engines.native.linear import FbgemmInt8Linear, Int8DotProductLine
 from serve_app.engines.native.loader import Loaded, SourceError, load
 from serve_app.engines.native.rows import span
 from serve_app.engines.native.runner import TorchRunner
-from serve_app.engines.native.stream import TokenStream
+from serve_app.engines.stream import TokenStream
 from tests.models import tiny
 from tests.models.concurrent_load import admit, model_config, running, stream_of, wait_until_idle
 

@@ -17,7 +17,7 @@ from serve_app.core.requests import ChatMessage, ChatPrompt, GenerationRequest, 
 from serve_app.engines.native.engine import NativeEngine
 from serve_app.engines.native.kv_cache import BLOCK
 from serve_app.engines.native.loader import builtin_gguf, convert_gguf
-from serve_app.engines.native.stream import TokenStream
+from serve_app.engines.stream import TokenStream
 from tests.models.concurrent_load import (
     GreedyRequest,
     assert_answers,

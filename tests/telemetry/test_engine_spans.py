@@ -15,7 +15,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from serve_app.config import Engine as EngineConfig
 from serve_app.core.requests import GenerationRequest, SamplingParams, TextPrompt
 from serve_app.engines.native.engine import NativeEngine
-from serve_app.engines.native.stream import TokenStream
+from serve_app.engines.stream import TokenStream
 from serve_app.engines.toy import ToyRunner
 from serve_app.telemetry.engine_spans import TracedAdmitter, TracedStream, read_clocks
 

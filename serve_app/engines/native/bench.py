@@ -21,12 +21,13 @@ import torch
 
 from serve_app.config import ConfigError, Model
 from serve_app.core.requests import GenerationRequest, Grammar, SamplingParams, TokenPrompt
-from serve_app.engines.native.engine import EngineStats, NativeEngine
+from serve_app.engines.native.engine import NativeEngine
 from serve_app.engines.native.linear import pack
 from serve_app.engines.native.loader import SourceError
 from serve_app.engines.native.machine import NotEnoughMemory
 from serve_app.engines.native.runner import TorchRunner
-from serve_app.engines.native.stream import TokenStream
+from serve_app.engines.protocol import EngineStats
+from serve_app.engines.stream import TokenStream
 from serve_app.serve_file import load_serve_file
 
 _READ_BYTES = 256 * 2**20

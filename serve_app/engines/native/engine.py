@@ -6,56 +6,24 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence as Seq
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from typing import cast
 
 from serve_app.config import Engine as EngineConfig
 from serve_app.core.queries import A, Detokenize, GetModelInfo, GetTokenizerInfo, ModelInfo, Query, Tokenize
-from serve_app.engines.native.admission import guarded, make_sequences
+from serve_app.engines.admission import UNREADABLE, Prepared, guarded, prepare
 from serve_app.engines.native.kv_cache import KVCache
 from serve_app.engines.native.scheduler import Scheduler
 from serve_app.engines.native.sequence import Runner, Sequence, Step
 from serve_app.engines.native.step_time import StepTimeModel
-from serve_app.engines.native.stream import Embedding, TokenStream, wake_all
+from serve_app.engines.protocol import EngineStalled, EngineStats
+from serve_app.engines.stream import Embedding, TokenStream, wake_all
 from serve_app.errors import InternalError, NotReady, ServeAppError
 
 logger = logging.getLogger(__name__)
 
 FAILURES_BEFORE_UNHEALTHY = 3
-
-
-class EngineStalled(Exception):
-    """The engine cannot serve any more; the replica should be replaced."""
-
-
-@dataclass(frozen=True, slots=True)
-class EngineStats:
-    """A snapshot of the engine. Counters count from its start.
-
-    `kv_tokens` is the number of tokens that the KV cache can hold. `busy_s` is the time of all steps from plan to
-    commit, of which `planning_s` passed before the model ran. `delivery_s` is the time after the steps in which their
-    results were sent to the streams.
-    """
-
-    running: int
-    waiting: int
-    slots: int
-    tokens_held: int
-    kv_tokens: int
-    preemptions: int
-    prompt_tokens: int
-    cached_tokens: int
-    drafted: int
-    accepted: int
-    steps: int
-    rows: int
-    decode_rows: int
-    generated_tokens: int
-    busy_s: float
-    planning_s: float
-    delivery_s: float
-    failed_steps: int
 
 
 class NativeEngine:
@@ -109,7 +77,9 @@ class NativeEngine:
         An admitted stream receives tokens or an error later. A fault in one request fails only that request, with
         InternalError; only KeyboardInterrupt and SystemExit are raised.
         """
-        made = make_sequences(streams, self._runner, self._clock())
+        runner = self._runner
+        prepared = prepare(streams, runner.text, runner.context, self._clock())
+        made = [self._sequence(one) if isinstance(one, Prepared) else one for one in prepared]
         outcomes = [one if isinstance(one, ServeAppError) else None for one in made]
         with self._changed:
             if self._stopping:
@@ -159,6 +129,11 @@ class NativeEngine:
             delivery_s=self._seconds["delivery_s"],
             **self._counts,
         )
+
+    def _sequence(self, one: Prepared) -> Sequence | ServeAppError:
+        text, context = self._runner.text, self._runner.context
+        make = partial(Sequence, one.stream, one.prompt, text.end_ids, context, one.plan.constraint)
+        return guarded(make, f"admission of request {one.stream.request.id}", UNREADABLE)
 
     def _answer(self, query: Query[A]) -> object:
         text = self._runner.text

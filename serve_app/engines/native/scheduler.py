@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from serve_app.engines.native.kv_cache import BLOCK, Copy, KVCache
 from serve_app.engines.native.sequence import Advance, Outcome, Sequence, Step
 from serve_app.engines.native.step_time import StepTimeModel
-from serve_app.engines.native.stream import Embedding, Token
+from serve_app.engines.stream import Embedding, Token
 from serve_app.errors import DeadlineExceeded, QueueFull, ServeAppError
 
 # What a step, or the end of a sequence, sends to its stream.

@@ -13,7 +13,7 @@ from serve_app.core.events import FinishReason, Logprobs
 from serve_app.core.requests import SamplingParams
 from serve_app.engines.native.drafts import Drafter
 from serve_app.engines.native.kv_cache import CacheOp
-from serve_app.engines.native.stream import Embedding, Token, TokenStream
+from serve_app.engines.stream import Embedding, Token, TokenStream
 from serve_app.engines.text.protocol import Constraint, Text
 from serve_app.errors import InternalError, ServeAppError
 

@@ -15,7 +15,7 @@ from serve_app.core.requests import GenerationRequest, SamplingParams, TextPromp
 from serve_app.engines.native.engine import NativeEngine
 from serve_app.engines.native.kv_cache import BLOCK, Copy
 from serve_app.engines.native.sequence import Advance, Outcome, Runner, Sampled, Sequence, Step
-from serve_app.engines.native.stream import Embedding, Token, TokenStream
+from serve_app.engines.stream import Embedding, Token, TokenStream
 from serve_app.engines.toy import ToyRunner, ToyText
 from serve_app.errors import ServeAppError
 

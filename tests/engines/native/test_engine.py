@@ -28,9 +28,10 @@ from serve_app.core.requests import (
     TextPrompt,
 )
 from serve_app.engines.native import kv_cache
-from serve_app.engines.native.engine import EngineStalled, NativeEngine
+from serve_app.engines.native.engine import NativeEngine
 from serve_app.engines.native.kv_cache import BLOCK
 from serve_app.engines.native.sequence import Outcome, Sampled, Step
+from serve_app.engines.protocol import EngineStalled
 from serve_app.engines.toy import END, ToyRunner
 from serve_app.errors import (
     DeadlineExceeded,

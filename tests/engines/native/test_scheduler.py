@@ -13,7 +13,7 @@ from serve_app.engines.native.kv_cache import BLOCK, KVCache
 from serve_app.engines.native.scheduler import Result, Scheduler, _priority
 from serve_app.engines.native.sequence import Sampled, Sequence, Step
 from serve_app.engines.native.step_time import StepTimeModel
-from serve_app.engines.native.stream import Embedding, Token
+from serve_app.engines.stream import Embedding, Token
 from serve_app.engines.toy import ToyRunner
 from serve_app.errors import DeadlineExceeded, InternalError, QueueFull
 

@@ -7,7 +7,7 @@ import pytest
 from serve_app.core.events import FinishReason, Logprobs, TokenLogprob
 from serve_app.core.requests import SamplingParams
 from serve_app.engines.native.sequence import Advance, Sampled, Sequence, Step
-from serve_app.engines.native.stream import Token
+from serve_app.engines.stream import Token
 from serve_app.engines.toy import END
 
 from .helpers import request, sequence, sequences

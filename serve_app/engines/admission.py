@@ -1,18 +1,18 @@
-"""Turns requests into sequences: tokenizes their prompts, validates them, and prepares grammars and tool calls."""
+"""Prepares requests for an engine: tokenizes and checks their prompts, and prepares grammars and tool calls."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence as Seq
+from dataclasses import dataclass
 from functools import partial
 from math import isfinite
 from typing import TypeVar
 
 from serve_app.core.requests import GenerationRequest, Prompt
-from serve_app.engines.native.sequence import Runner, Sequence
-from serve_app.engines.native.stream import TokenStream
+from serve_app.engines.stream import TokenStream
 from serve_app.engines.text.prompt_details import prompt_details
-from serve_app.engines.text.protocol import Text
+from serve_app.engines.text.protocol import AnswerPlan, Text
 from serve_app.errors import DeadlineExceeded, InternalError, InvalidRequest, PromptTooLong, ServeAppError
 
 logger = logging.getLogger(__name__)
@@ -21,19 +21,29 @@ T = TypeVar("T")
 
 # The most log probabilities, each with the text of its token, that one request may have of its prompt.
 MAX_PROMPT_LOGPROBS = 65_536
-_UNREADABLE = "the request could not be read"
+UNREADABLE = "the request could not be read"
 
 
-def make_sequences(streams: Seq[TokenStream], runner: Runner, now: float) -> list[Sequence | ServeAppError]:
-    """A sequence for each stream, whose prompts are tokenized together, or the reason why its request is refused.
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A request that can be computed: its open stream, the token ids of its prompt, and how to generate its answer."""
 
-    A fault in one request refuses only that request. Raises KeyboardInterrupt and SystemExit.
+    stream: TokenStream
+    prompt: list[int]
+    plan: AnswerPlan
+
+
+def prepare(streams: Seq[TokenStream], text: Text, context: int, now: float) -> list[Prepared | ServeAppError]:
+    """What an engine computes for each stream, or the reason why its request is refused.
+
+    The prompts are tokenized together. `context` is the largest number of tokens of a prompt and its answer. A fault in
+    one request refuses only that request. Raises KeyboardInterrupt and SystemExit.
     """
     refusals = [_expired(stream.request, now) for stream in streams]
     in_time = [stream for stream, refusal in zip(streams, refusals, strict=True) if refusal is None]
-    encoded = iter(_encode([stream.request.prompt for stream in in_time], runner.text))
+    encoded = iter(_encode([stream.request.prompt for stream in in_time], text))
     return [
-        refusal or _guarded_sequence(stream, next(encoded), runner)
+        refusal or _prepare_guarded(stream, next(encoded), text, context)
         for stream, refusal in zip(streams, refusals, strict=True)
     ]
 
@@ -54,11 +64,11 @@ def guarded(work: Callable[[], T | ServeAppError], what: str, message: str) -> T
 
 def _encode(prompts: list[Prompt], text: Text) -> list[list[int] | ServeAppError]:
     """The token ids of each prompt. If the batched call fails, the prompts are tokenized one by one."""
-    together = guarded(partial(_encode_all, text, prompts), f"tokenization of {len(prompts)} prompts", _UNREADABLE)
+    together = guarded(partial(_encode_all, text, prompts), f"tokenization of {len(prompts)} prompts", UNREADABLE)
     if not isinstance(together, ServeAppError):
         return together
     one_by_one = [
-        guarded(partial(_encode_all, text, [prompt]), "tokenization of one prompt", _UNREADABLE) for prompt in prompts
+        guarded(partial(_encode_all, text, [prompt]), "tokenization of one prompt", UNREADABLE) for prompt in prompts
     ]
     return [result if isinstance(result, ServeAppError) else result[0] for result in one_by_one]
 
@@ -69,21 +79,23 @@ def _encode_all(text: Text, prompts: list[Prompt]) -> list[list[int] | ServeAppE
     return encoded
 
 
-def _guarded_sequence(stream: TokenStream, ids: list[int] | ServeAppError, runner: Runner) -> Sequence | ServeAppError:
+def _prepare_guarded(
+    stream: TokenStream, ids: list[int] | ServeAppError, text: Text, context: int
+) -> Prepared | ServeAppError:
     if isinstance(ids, ServeAppError):
         return ids
     what = f"admission of request {stream.request.id}"
-    return guarded(partial(_make_sequence, stream, ids, runner), what, _UNREADABLE)
+    return guarded(partial(_prepare, stream, ids, text, context), what, UNREADABLE)
 
 
-def _make_sequence(stream: TokenStream, ids: list[int], runner: Runner) -> Sequence | ServeAppError:
-    """Open the stream and make the sequence of a prompt with token ids `ids`, or return why the request is refused."""
-    text, request = runner.text, stream.request
-    kept = _truncate(ids, request.truncate_prompt_tokens, runner.context)
+def _prepare(stream: TokenStream, ids: list[int], text: Text, context: int) -> Prepared | ServeAppError:
+    """Open the stream of a prompt with token ids `ids`, or return why the request is refused."""
+    request = stream.request
+    kept = _truncate(ids, request.truncate_prompt_tokens, context)
     if isinstance(kept, ServeAppError):
         return kept
     refusal = (
-        _too_long(len(kept), runner.context)
+        _too_long(len(kept), context)
         or _invalid_bias(request.params.logit_bias, text.vocabulary)
         or _too_many_logprobs(len(kept), request.params.prompt_logprobs)
     )
@@ -96,7 +108,7 @@ def _make_sequence(stream: TokenStream, ids: list[int], runner: Runner) -> Seque
     if isinstance(plan, ServeAppError):
         return plan
     stream.open(len(kept), text.decoder(kept, plan.params.skip_special_tokens), plan, prompt)
-    return Sequence(stream, kept, text.end_ids, runner.context, plan.constraint)
+    return Prepared(stream, kept, plan)
 
 
 def _truncate(ids: list[int], keep: int | None, context: int) -> list[int] | ServeAppError:

@@ -10,12 +10,11 @@ from hypothesis import given, strategies as st
 
 from serve_app.core.events import Chunk, FinishReason, Logprobs, TextDelta, TokenLogprob, ToolCallDelta
 from serve_app.core.requests import SamplingParams
-from serve_app.engines.native.stream import Token, TokenStream, wake_all
+from serve_app.engines.stream import Token, TokenStream, wake_all
 from serve_app.engines.text.protocol import AnswerPlan
 from serve_app.engines.toy import END, ToyDecoder
 from serve_app.errors import InternalError
-
-from .helpers import Answer, Panic, ScriptedParser, read, request, streams
+from tests.engines.native.helpers import Answer, Panic, ScriptedParser, read, request, streams
 
 LONG_S = 1000.0
 

@@ -20,7 +20,7 @@ from serve_app.core.requests import (
     Tool,
     ToolChoice,
 )
-from serve_app.engines.native.admission import MAX_PROMPT_LOGPROBS
+from serve_app.engines.admission import MAX_PROMPT_LOGPROBS
 from serve_app.engines.text.protocol import AnswerPlan
 from serve_app.engines.toy import END, ToyDecoder, ToyRunner, ToyText
 from serve_app.errors import (
@@ -30,8 +30,7 @@ from serve_app.errors import (
     PromptTooLong,
     ServeAppError,
 )
-
-from .helpers import (
+from tests.engines.native.helpers import (
     ManualClock,
     Panic,
     RecordingStream,

@@ -1,0 +1,94 @@
+"""The ReplicaEngine protocol: the engine of one replica, as the deployment uses it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import Protocol
+
+from serve_app.core.queries import A, Query
+from serve_app.engines.stream import TokenStream
+from serve_app.errors import ServeAppError
+
+
+class EngineStalled(Exception):
+    """The engine cannot serve any more; the replica should be replaced."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A snapshot of the engine. Counters count from its start.
+
+    `kv_tokens` is the number of tokens that the KV cache can hold. `busy_s` is the time of all steps from plan to
+    commit, of which `planning_s` passed before the model ran. `delivery_s` is the time after the steps in which their
+    results were sent to the streams.
+    """
+
+    running: int
+    waiting: int
+    slots: int
+    tokens_held: int
+    kv_tokens: int
+    preemptions: int
+    prompt_tokens: int
+    cached_tokens: int
+    drafted: int
+    accepted: int
+    steps: int
+    rows: int
+    decode_rows: int
+    generated_tokens: int
+    busy_s: float
+    planning_s: float
+    delivery_s: float
+    failed_steps: int
+
+
+class ReplicaEngine(Protocol):
+    """Computes the answers of one model. All methods but `start` may be called once `start` has returned.
+
+    `stop` may be called at any time. `admit` is called on one thread, `answer` on several; the streams belong to the
+    event loop.
+    """
+
+    @property
+    def kind(self) -> str:
+        """How steps are computed, for example `fused`, `transformers` or `toy`."""
+        ...
+
+    @property
+    def quantization(self) -> str:
+        """The quantization of the weights."""
+        ...
+
+    def start(self) -> None:
+        """Load the model. Returns when the engine is ready; raises what loading raised."""
+        ...
+
+    def stop(self, timeout_s: float = 30) -> None:
+        """End the engine and free its memory. Unfinished requests end with NotReady."""
+        ...
+
+    def admit(self, streams: Seq[TokenStream]) -> list[ServeAppError | None]:
+        """Tokenize the prompts of several streams together and queue them; the reason of refusal of each, or None.
+
+        An admitted stream receives tokens or an error later. A fault in one request fails only that request, with
+        InternalError; only KeyboardInterrupt and SystemExit are raised.
+        """
+        ...
+
+    def answer(self, query: Query[A]) -> A | ServeAppError:
+        """The result of a query, or an error. Takes no step; raises only KeyboardInterrupt and SystemExit."""
+        ...
+
+    def check(self) -> None:
+        """Raises EngineStalled if the engine cannot serve any more."""
+        ...
+
+    def step_age(self) -> float:
+        """Seconds since the current step began; 0 between steps."""
+        ...
+
+    def stats(self) -> EngineStats:
+        """The state and the counters of the engine."""
+        ...
