@@ -32,7 +32,6 @@ def run(command: list[str]) -> dict[str, object]:
     """The JSON object in the last line of the program's output. Fails with the whole output if the program fails."""
     quiet = {
         "HAYSTACK_TELEMETRY_ENABLED": "False",
-        "HF_HUB_OFFLINE": "1",
         "TORCH": str(Path(torch.__file__).parents[1]),
     }
     ended = subprocess.run(command, capture_output=True, text=True, timeout=240, env={**os.environ, **quiet})

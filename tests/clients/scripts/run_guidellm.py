@@ -17,6 +17,7 @@ from typing import Any
 from common import FRANCE, run
 
 sys.path.append(os.environ["TORCH"])
+os.environ["HF_HUB_OFFLINE"] = "1"  # the data is local
 
 REQUESTS, TOKENS = 6, 16
 

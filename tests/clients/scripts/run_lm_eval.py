@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # the data is local
+
 import tempfile
 from pathlib import Path
 from typing import Any
