@@ -49,9 +49,7 @@ RULES: dict[str, set[str]] = {
     "api/content_coding.py": {"starlette", "backports.zstd", "compression.zstd", "serve_app.config", *BASE},
     "gateway/": {"serve_app.gateway", "serve_app.config", *BASE},
     "engines/": {"serve_app.engines", "serve_app.config", *BASE},
-    **{
-        f"engines/{name}.py": {*SHARED, "serve_app.engines.text", *BASE} for name in ("admission", "protocol", "stream")
-    },
+    **{f"engines/{name}.py": {*SHARED, "serve_app.engines.text", *BASE} for name in SHARED_NAMES},
     "engines/text/": {"serve_app.engines.text", *BASE},
     "engines/text/tokenizer.py": {"tokenizers", "serve_app.engines.text", *BASE},
     "engines/text/chat_template.py": {"jinja2", "transformers", "serve_app.engines.text", *BASE},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Sequence as Seq
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -153,7 +153,7 @@ class HFText:
         return known if isinstance(known, ServeAppError) else self._decoded(known, skip_special_tokens)
 
     def info(self) -> TokenizerInfo:
-        names = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
+        names = [field.name for field in fields(AddedToken)]
         added = {number: AddedToken(*(getattr(token, name) for name in names)) for number, token in self._added.items()}
         roles = {role: getattr(self._tokenizer, role) for role in ("bos_token", "eos_token", "pad_token", "unk_token")}
         return TokenizerInfo(

@@ -14,6 +14,11 @@ MODEL = "smollm2-135m"
 FRANCE = "What is the capital of France?"
 WEATHER = "What is the weather in Paris?"
 TOWN = "Tell me of a town in Spain."
+_CITY = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 20}}, "required": ["city"]}
+# A tool for the weather, as a chat offers it.
+WEATHER_TOOLS: Any = [
+    {"type": "function", "function": {"name": "weather", "description": "The weather now.", "parameters": _CITY}}
+]
 # More tokens than the context of the model has.
 OVERFLOW = "word " * 10_000
 

@@ -9,12 +9,10 @@ os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # LiteLLM would load prices
 from typing import Annotated, Any
 
 import litellm
-from common import FRANCE, MODEL, OVERFLOW, TOWN, WEATHER, run, weather_of
+from common import FRANCE, MODEL, OVERFLOW, TOWN, WEATHER, WEATHER_TOOLS, run, weather_of
 from pydantic import BaseModel, Field
 
 USER = {"role": "user", "content": FRANCE}
-SCHEMA = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 20}}, "required": ["city"]}
-TOOLS = [{"type": "function", "function": {"name": "weather", "description": "The weather now.", "parameters": SCHEMA}}]
 
 
 class Town(BaseModel):
@@ -68,12 +66,12 @@ def stream(url: str) -> dict[str, int]:
 
 def tool_loop(url: str) -> list[str]:
     messages: list[Any] = [{"role": "user", "content": WEATHER}]
-    first = complete(url, messages, tools=TOOLS, tool_choice="required", parallel_tool_calls=False).choices[0]
+    first = complete(url, messages, tools=WEATHER_TOOLS, tool_choice="required", parallel_tool_calls=False).choices[0]
     assert first.finish_reason == "tool_calls"
     (call,) = first.message.tool_calls
     assert call.function.name == "weather"
     result = {"role": "tool", "tool_call_id": call.id, "content": weather_of("Paris")}
-    second = complete(url, [*messages, first.message, result], tools=TOOLS, tool_choice="none").choices[0]
+    second = complete(url, [*messages, first.message, result], tools=WEATHER_TOOLS, tool_choice="none").choices[0]
     assert second.message.content
     return [call.function.arguments, second.message.content]
 

@@ -16,14 +16,10 @@ from typing import Any
 
 import httpx
 import openai
-from common import FRANCE, MODEL, OVERFLOW, TOWN, WEATHER, run, weather_of
+from common import FRANCE, MODEL, OVERFLOW, TOWN, WEATHER, WEATHER_TOOLS, run, weather_of
 from pydantic import BaseModel, Field
 
 USER = {"role": "user", "content": FRANCE}
-SCHEMA = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 20}}, "required": ["city"]}
-TOOLS: Any = [
-    {"type": "function", "function": {"name": "weather", "description": "The weather now.", "parameters": SCHEMA}}
-]
 KEY = "sk-of-this-test"
 
 
@@ -120,10 +116,10 @@ def stream(url: str) -> dict[str, int]:
 
 def tool_loop(url: str) -> list[str]:
     question = {"role": "user", "content": WEATHER}
-    first = chat(url, question, tools=TOOLS, tool_choice="required", parallel_tool_calls=False).choices[0]
+    first = chat(url, question, tools=WEATHER_TOOLS, tool_choice="required", parallel_tool_calls=False).choices[0]
     (call,) = first.message.tool_calls
     result = {"role": "tool", "tool_call_id": call.id, "content": weather_of("Paris")}
-    second = chat(url, question, first.message, result, tools=TOOLS, tool_choice="none").choices[0].message
+    second = chat(url, question, first.message, result, tools=WEATHER_TOOLS, tool_choice="none").choices[0].message
     assert second.content
     return [call.function.arguments, second.content]
 
