@@ -14,9 +14,21 @@ from dataclasses import asdict
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
-from infra_pulumi import account, catalogue as catalogues, cold_start, cost, model_sizing, options, quotas, show
+from infra_pulumi import (
+    account,
+    catalogue as catalogues,
+    cold_start,
+    cost,
+    model_sizing,
+    options,
+    quotas,
+    serve_config,
+    show,
+)
 from infra_pulumi.catalogue import Catalogue, CatalogueError
+from infra_pulumi.sizing_facts import GIB, Load
 from infra_pulumi.spec import ClusterSpec, SpecError
+from infra_pulumi.vllm_sizing import VllmSetup
 
 if TYPE_CHECKING:
     from infra_pulumi.policy import Finding
@@ -90,12 +102,15 @@ def _plan(args: argparse.Namespace) -> int:
         *quotas.warnings(spec, catalogue),
         *account.steps(spec),
     ]
-    phases = cold_start.phases(args.image_gb, args.weights_gib)
+    engine = args.engine or _engine(spec)
+    phases = cold_start.phases(args.image_gb, args.weights_gib, engine, spec.addons.image_prepull)
     if args.json:
         data = _plan_data(spec, recording, findings, estimate, warnings)
         data["cold_start"] = {
             "phases": [asdict(phase) for phase in phases],
             "seconds": cold_start.total(phases),
+            "seconds_again": cold_start.total_again(phases),
+            "engine": engine,
             "source": cold_start.source(spec.provider),
         }
         print(json.dumps(data, indent=2, sort_keys=True))
@@ -105,6 +120,16 @@ def _plan(args: argparse.Namespace) -> int:
         print(show.cold_start(phases, cold_start.source(spec.provider)), "", sep="\n")
         print("warnings:", *show.bullets(warnings or ["none"]), sep="\n")
     return _exit_code(findings)
+
+
+def _engine(spec: ClusterSpec) -> cold_start.Engine:
+    """The engine that takes longest to start, of the models in the Serve config; native if the file does not exist."""
+    if not spec.serve.config.exists():
+        return "native"
+    models = serve_config.vllm_models(serve_config.read_config(spec.serve.config))
+    if not models:
+        return "native"
+    return "vllm-eager" if all(model.enforce_eager for model in models) else "vllm"
 
 
 def _plan_data(
@@ -188,27 +213,36 @@ def _catalogue(args: argparse.Namespace) -> int:
 
 
 def _fits(args: argparse.Namespace, catalogue: Catalogue) -> int:
-    load = model_sizing.Load(args.streams, args.context)
+    load = Load(args.streams, args.context)
     measured = dict(args.measured or ())
     if unknown := sorted(set(measured) - {each.type for each in catalogue.instance_types}):
         return _fail(f"--measured: {', '.join(unknown)} is not in the catalogue", Exit.USAGE)
-    fits = model_sizing.ranked(catalogue, args.fits, args.dtype, load, measured)
+    try:
+        vllm = options.vllm_setup(args)
+    except ValueError as error:
+        return _fail(str(error), Exit.USAGE)
+    fits = model_sizing.ranked(catalogue, args.fits, args.dtype, load, measured, vllm)
     if args.json:
         print(json.dumps([show.fit_data(fit) for fit in fits], indent=2))
     elif fits:
-        print(show.fits(fits))
-        print(
-            f"\nEach replica decodes {load.streams} streams of {load.context} tokens at the same time. A `derived`"
-            "\nthroughput comes from the GPU's memory bandwidth and arithmetic; use it only to rank machines. To"
-            "\nreplace it, measure with python -m perf.suite and pass --measured TYPE=TOKENS_PER_S."
-        )
+        print(show.fits(fits), "", show.about_fits(load, vllm is not None), sep="\n")
         for machine in catalogue.instance_types:
             if machine.gpu and not model_sizing.derivable(machine) and machine.type not in measured:
                 print(f"{machine.type} is not ranked: the speed of its {machine.gpu} is unknown; pass --measured")
     else:
-        required = model_sizing.required_bytes(args.fits, args.dtype, load) / model_sizing.GIB
-        print(f"no machine holds the required {required:.0f} GiB; take int8 or int4, or fewer --streams")
+        print(_too_large(args, load, vllm))
     return Exit.OK
+
+
+def _too_large(args: argparse.Namespace, load: Load, vllm: VllmSetup | None) -> str:
+    if vllm is None:
+        required = model_sizing.required_bytes(args.fits, args.dtype, load) / GIB
+        return f"no machine holds the required {required:.0f} GiB; take int8 or int4, or fewer --streams"
+    required = model_sizing.required_bytes(args.fits, args.dtype, Load(1, load.context)) / GIB
+    return (
+        f"no machine holds the weights and one sequence of {load.context} tokens, {required:.0f} GiB; take fp8 or "
+        "int4, a smaller --context, or leave out --tensor-parallel"
+    )
 
 
 def _doctor(args: argparse.Namespace) -> int:

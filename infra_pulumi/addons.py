@@ -12,18 +12,21 @@ from pulumi_kubernetes.helm.v3 import Release, RepositoryOptsArgs
 from infra_pulumi.base import Access, GpuCluster
 from infra_pulumi.charts import Chart, charts
 from infra_pulumi.objects import namespace_objects
-from infra_pulumi.rayservice import image_in, longest_request_s, rayservice
+from infra_pulumi.prepull import prepull_objects
+from infra_pulumi.rayservice import Images, image_in, rayservice
+from infra_pulumi.serve_config import longest_request_s
 
 Object = dict[str, Any]
 
 # Annotations that Pulumi reads, by kind.
 #
-# Redis starts only after its secret exists, which is created by hand later, so that Pulumi must not wait for it. When a
-# RayService is deleted, a job of KubeRay empties Redis first. Pulumi deletes in the foreground by default, and
-# Kubernetes would then delete that job before it has run.
+# Redis starts only after its secret exists, and the pods of a DaemonSet only after the image exists. Both come by hand
+# later, so that Pulumi must not wait for them. When a RayService is deleted, a job of KubeRay empties Redis first.
+# Pulumi deletes in the foreground by default, and Kubernetes would then delete that job before it has run.
 _PULUMI_ANNOTATIONS: Mapping[str, dict[str, str]] = {
     "Service": {"pulumi.com/skipAwait": "true"},
     "StatefulSet": {"pulumi.com/skipAwait": "true"},
+    "DaemonSet": {"pulumi.com/skipAwait": "true"},
     "RayService": {"pulumi.com/deletionPropagationPolicy": "background"},
 }
 _DELETION_MARGIN_S = 900
@@ -53,8 +56,14 @@ class Addons(pulumi.ComponentResource):
             self._object(document)
         for chart in charts(spec):
             self._release(chart)
-        image = pulumi.Output.from_input(outputs.registry).apply(lambda registry: image_in(spec, registry))
-        self._object(rayservice(spec, cluster.catalogue, config, image))
+        registry = pulumi.Output.from_input(outputs.registry)
+        images = Images(
+            registry.apply(lambda host: image_in(spec, spec.serve.image, host)),
+            registry.apply(lambda host: image_in(spec, spec.serve.vllm_image, host)),
+        )
+        for document in prepull_objects(spec, cluster.catalogue, config, images):
+            self._object(document)
+        self._object(rayservice(spec, cluster.catalogue, config, images))
         self.register_outputs({})
 
     def _options(self) -> pulumi.ResourceOptions:

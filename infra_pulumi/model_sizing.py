@@ -1,8 +1,9 @@
 """Ranks the machines that hold a model by the cost of a million tokens.
 
-Memory is the sum of weights, the KV cache of all streams, CUDA's context and activations. Throughput is a measurement
-if one is given; otherwise it is derived from the GPU's memory bandwidth and arithmetic: a decoding step reads all
-weights and the KV cache once, and computes two operations per weight and stream.
+Memory of the native engine is the sum of weights, the KV cache of all streams, CUDA's context and activations; the
+file vllm_sizing.py has vLLM's. Throughput is a measurement if one is given; otherwise it is derived from the GPU's
+memory bandwidth and arithmetic: a decoding step reads all weights and the KV cache once, and computes two operations
+per weight and stream.
 """
 
 from __future__ import annotations
@@ -10,59 +11,23 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal
 
+from infra_pulumi import vllm_sizing
 from infra_pulumi.catalogue import Catalogue, InstanceType
+from infra_pulumi.sizing_facts import BYTES, EFFICIENCY, GIB, GPUS, Dtype, Load, attention
+from infra_pulumi.vllm_sizing import VllmSetup
 
-Dtype: TypeAlias = Literal["float32", "float16", "bfloat16", "int8", "int4"]
-GIB = 2**30
-
-# Bytes per weight. Quantized weights need 4 % more: a scale per block of 64, and embeddings stay in 16 bits.
-BYTES = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0, "int8": 1.04, "int4": 0.58}
-
-# Billions of weights, and KiB of KV cache per token in 16 bits: 2 x layers x KV heads x head width x 2 bytes, from the
-# models' published configurations.
-KV_KIB = (
-    (1.3, 32.0, "Llama-3.2-1B: 16 layers, 8 heads of 64"),
-    (3.3, 112.0, "Llama-3.2-3B: 28 layers, 8 heads of 128"),
-    (8.1, 128.0, "Mistral-7B and Llama-3.1-8B: 32 layers, 8 heads of 128"),
-    (14.8, 192.0, "Qwen2.5-14B: 48 layers, 8 heads of 128"),
-    (32.8, 256.0, "Qwen2.5-32B: 64 layers, 8 heads of 128"),
-    (72.8, 320.0, "Llama-3.1-70B: 80 layers, 8 heads of 128"),
-    (405.9, 504.0, "Llama-3.1-405B: 126 layers, 8 heads of 128"),
-)
-
-# GB/s and dense 16-bit TFLOP/s from NVIDIA's data sheets. The A100 with 80 GiB is the slower PCIe variant.
-GPUS: dict[tuple[str, float], tuple[float, float]] = {
-    ("T4", 16): (320, 65),
-    ("V100", 16): (900, 125),
-    ("A10G", 24): (600, 70),
-    ("L4", 24): (300, 121),
-    ("L40S", 48): (864, 362),
-    ("A100", 40): (1555, 312),
-    ("A100", 80): (1935, 312),
-    ("H100", 80): (3350, 989),
-    ("H100 NVL", 94): (3938, 835),
-}
-
-# The achieved share of bandwidth and arithmetic. One stream of Llama-3.1-8B on an A100 reached 0.77 of the bandwidth
-# (vLLM 0.23, johnmusgrave.com); many streams add attention, sampling and waiting.
-EFFICIENCY = 0.6
 USABLE = 0.9  # usable share of a GPU's memory; the driver and fragmentation take the rest
 OVERHEAD_GIB = 1.5  # CUDA's context and activations
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
-    """`streams` concurrent sequences on one replica, each with `context` tokens of prompt and answer."""
-
-    streams: int = 32
-    context: int = 2048
-
-
-@dataclass(frozen=True, slots=True)
 class Fit:
-    """A machine that holds the model. Several GPUs of one replica compute one after the other, not in parallel."""
+    """A machine that holds the model. `kv_tokens` and `sequences` are vLLM's, whose GPUs compute in parallel.
+
+    With the native engine, several GPUs of one replica compute one after the other.
+    """
 
     machine: InstanceType
     gpus_per_replica: int
@@ -72,6 +37,18 @@ class Fit:
     throughput: Literal["measured", "derived"]
     usd_per_million_tokens: float
     spot_usd_per_million_tokens: float | None
+    kv_tokens: int | None = None
+    sequences: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Replica:
+    """The GPUs of one replica, the load that it computes at the same time, and how many GPUs compute in parallel."""
+
+    gpus: int
+    load: Load
+    parallel: int = 1
+    kv_tokens: int | None = None
 
 
 def parameters(text: str) -> float:
@@ -83,9 +60,9 @@ def parameters(text: str) -> float:
 
 
 def kv_bytes_per_token(weights: float) -> float:
-    """Bytes of KV cache per token, from the next larger model in KV_KIB."""
-    kib = next((kib for billions, kib, _ in KV_KIB if weights <= billions * 1e9), KV_KIB[-1][1])
-    return kib * 1024
+    """Bytes of KV cache per token, in 16 bits."""
+    shape = attention(weights)
+    return 2 * shape.layers * shape.kv_heads * shape.head_dim * 2
 
 
 def required_bytes(weights: float, dtype: Dtype, load: Load) -> float:
@@ -94,39 +71,67 @@ def required_bytes(weights: float, dtype: Dtype, load: Load) -> float:
 
 
 def ranked(
-    catalogue: Catalogue, weights: float, dtype: Dtype, load: Load, measured: Mapping[str, float]
+    catalogue: Catalogue,
+    weights: float,
+    dtype: Dtype,
+    load: Load,
+    measured: Mapping[str, float],
+    vllm: VllmSetup | None = None,
 ) -> tuple[Fit, ...]:
-    """Machines that hold the model, cheapest tokens first. `measured` has tokens per second of a machine by type."""
+    """Machines that hold the model, cheapest tokens first. `measured` has tokens per second of a machine by type.
+
+    The engine is the native one, or vLLM with a setup.
+    """
     fits = [
         fit
         for machine in catalogue.instance_types
-        if machine.gpu and not machine.refused and (fit := _fit(machine, weights, dtype, load, measured))
+        if machine.gpu
+        and not machine.refused
+        and _supports(machine, dtype)
+        and (replica := _replica(machine, weights, dtype, load, vllm))
+        and (fit := _fit(machine, weights, dtype, replica, measured))
     ]
     return tuple(sorted(fits, key=lambda fit: (fit.usd_per_million_tokens, fit.machine.name)))
 
 
-def _fit(machine: InstanceType, weights: float, dtype: Dtype, load: Load, measured: Mapping[str, float]) -> Fit | None:
-    if dtype == "bfloat16" and machine.compute_capability and float(machine.compute_capability) < 8:
-        return None  # GPUs before Ampere have no bfloat16 units
-    required = required_bytes(weights, dtype, load)
-    gpus = _gpus_for(machine, required)
-    if gpus is None:
+def _supports(machine: InstanceType, dtype: Dtype) -> bool:
+    """GPUs before Ampere have no bfloat16 units, and vLLM's kernels for fp8 need Ampere."""
+    return dtype not in ("bfloat16", "fp8") or float(machine.compute_capability or 0) >= 8
+
+
+def _replica(
+    machine: InstanceType, weights: float, dtype: Dtype, load: Load, vllm: VllmSetup | None
+) -> _Replica | None:
+    if vllm is None:
+        gpus = _gpus_for(machine, required_bytes(weights, dtype, load))
+        return None if gpus is None else _Replica(gpus, load)
+    found = vllm_sizing.fit(machine, weights, dtype, load, vllm)
+    if found is None:
         return None
-    replicas = machine.gpu_count // gpus
+    return _Replica(found.gpus, Load(found.sequences(load), load.context), found.gpus, found.kv_tokens)
+
+
+def _fit(
+    machine: InstanceType, weights: float, dtype: Dtype, replica: _Replica, measured: Mapping[str, float]
+) -> Fit | None:
     known = measured.get(machine.type)
     if known is None and not derivable(machine):
         return None
-    rate = known if known is not None else replicas * derived_tokens_per_s(machine, weights, dtype, load)
+    replicas = machine.gpu_count // replica.gpus
+    derived = replicas * replica.parallel
+    rate = known if known is not None else derived * derived_tokens_per_s(machine, weights, dtype, replica.load)
     million = 1e6 / 3600 / rate
     return Fit(
         machine=machine,
-        gpus_per_replica=gpus,
+        gpus_per_replica=replica.gpus,
         replicas=replicas,
-        required_gib=required / GIB,
+        required_gib=required_bytes(weights, dtype, replica.load) / GIB,
         tokens_per_s=rate,
         throughput="derived" if known is None else "measured",
         usd_per_million_tokens=machine.usd_per_hour * million,
         spot_usd_per_million_tokens=None if machine.spot_usd_per_hour is None else machine.spot_usd_per_hour * million,
+        kv_tokens=replica.kv_tokens,
+        sequences=None if replica.kv_tokens is None else replica.load.streams,
     )
 
 
@@ -143,7 +148,7 @@ def derivable(machine: InstanceType) -> bool:
 
 
 def derived_tokens_per_s(machine: InstanceType, weights: float, dtype: Dtype, load: Load) -> float:
-    """Tokens per second of one replica with all streams decoding. Several GPUs split the layers and take turns."""
+    """Tokens per second of one replica with all streams decoding, if its GPUs split the layers and take turns."""
     gb_per_s, tflops = GPUS[(str(machine.gpu), float(machine.gpu_memory_gib or 0))]
     reading = required_bytes(weights, dtype, Load(load.streams, load.context // 2)) / (gb_per_s * 1e9)
     computing = 2 * weights * load.streams / (tflops * 1e12)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args
 
 from infra_pulumi import cold_start, model_sizing
+from infra_pulumi.sizing_facts import Dtype
 from infra_pulumi.spec import ClusterSpec, Provider, parse, read
+from infra_pulumi.vllm_sizing import VllmSetup
 
 _ABOUT = """\
 Make a Kubernetes cluster with GPU nodes for the service on AWS, GCP or Azure from one description.
@@ -29,6 +32,7 @@ plan, cost, catalogue, policy and render need no cloud, no credentials, no netwo
 _EPILOG = """\
 examples:
   python -m infra_pulumi catalogue --fits 7b --dtype int8
+  python -m infra_pulumi catalogue --fits 70b --dtype fp8 --engine vllm --context 8192
   python -m infra_pulumi plan --provider aws --instance-type g5.xlarge --spot --min 0 --max 4 --budget 500
   python -m infra_pulumi plan --spec cluster.yaml --json > plan.json
   python -m infra_pulumi deploy --spec cluster.yaml
@@ -60,6 +64,11 @@ def parser() -> argparse.ArgumentParser:
         type=_number_up_to(10_000),
         default=cold_start.WEIGHTS_GIB,
         help="weights in GiB (default: %(default)s)",
+    )
+    cold.add_argument(
+        "--engine",
+        choices=get_args(cold_start.Engine),
+        help="the engine that starts (default: that of the models in serve.config)",
     )
     _add_spec_command(commands, "cost", "list the monthly cost")
     checks = _add_spec_command(commands, "policy", "list the policy's findings")
@@ -125,18 +134,41 @@ def _catalogue(commands: Any) -> None:
     )
     command.add_argument(
         "--dtype",
-        choices=get_args(model_sizing.Dtype),
+        choices=get_args(Dtype),
         default="float16",
-        help="data type of the weights (default: float16)",
+        help="data type of the weights (default: float16); fp8 is for vLLM; awq and gptq with 4 bits are int4",
     )
     command.add_argument("--streams", type=_count, default=32, help="concurrent sequences (default: 32)")
     command.add_argument("--context", type=_count, default=2048, help="tokens of each sequence (default: 2048)")
     command.add_argument(
         "--measured", type=_measured, action="append", metavar="TYPE=N", help="measured tokens per second of a machine"
     )
+    _vllm(command.add_argument_group("engine"))
     command.add_argument("--provider", choices=get_args(Provider), help="list one provider's machines")
     command.add_argument("--prices", type=Path, metavar="FILE", help="replaces infra_pulumi/catalogue.yaml")
     command.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _vllm(group: Any) -> None:
+    """Flags of vLLM without defaults, so that one of them without `--engine vllm` is an error."""
+    group.add_argument("--engine", choices=("native", "vllm"), default="native", help="default: native")
+    group.add_argument("--tensor-parallel", type=_count, metavar="N", help="default: as few as hold the model")
+    group.add_argument("--pipeline-parallel", type=_count, metavar="N", help="default: 1")
+    group.add_argument("--gpu-memory-utilization", type=_positive_share, metavar="SHARE", help="default: 0.9")
+    group.add_argument("--fp8-kv-cache", action="store_true", default=None, help="kv_cache_dtype: fp8")
+    group.add_argument("--enforce-eager", action="store_true", default=None, help="without CUDA graphs")
+
+
+def vllm_setup(args: argparse.Namespace) -> VllmSetup | None:
+    """The setup of vLLM that the flags of `catalogue` give; None for the native engine. Raises ValueError."""
+    given = {field.name: value for field in fields(VllmSetup) if (value := getattr(args, field.name)) is not None}
+    if args.engine == "vllm":
+        return VllmSetup(**given)
+    if given:
+        raise ValueError(f"--{next(iter(given)).replace('_', '-')} needs --engine vllm")
+    if args.dtype == "fp8":
+        raise ValueError("--dtype fp8 needs --engine vllm")
+    return None
 
 
 def _size(text: str) -> float:
@@ -172,6 +204,13 @@ def _share(text: str) -> float:
         share = -1.0
     if not 0 <= share <= 1:
         raise argparse.ArgumentTypeError(f"{text} must be a number from 0 to 1, such as 0.25")
+    return share
+
+
+def _positive_share(text: str) -> float:
+    share = _share(text)
+    if share == 0:
+        raise argparse.ArgumentTypeError(f"{text} must be above 0")
     return share
 
 

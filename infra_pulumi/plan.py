@@ -10,8 +10,8 @@ from pathlib import Path
 
 from infra_pulumi import base, catalogue as catalogues
 from infra_pulumi.catalogue import Catalogue
-from infra_pulumi.rayservice import read_config
 from infra_pulumi.record import Recording, RecordingMonitor, export, record
+from infra_pulumi.serve_config import read_config
 from infra_pulumi.spec import ClusterSpec
 
 

@@ -5,18 +5,15 @@ Field names are those of KubeRay 1.7; tests validate them against its CustomReso
 
 from __future__ import annotations
 
-import math
 import re
-from copy import deepcopy
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from infra_pulumi import pod_resources
 from infra_pulumi.catalogue import Catalogue
-from infra_pulumi.spec import POOL_LABEL, ClusterSpec, Fault, GpuPool, SpecError
+from infra_pulumi.serve_config import Object, cluster_config, longest_request_s, vllm_models
+from infra_pulumi.spec import POOL_LABEL, ClusterSpec, GpuPool
 
 NAME = "serve-app"  # KubeRay derives the service name serve-app-serve-svc from it; Prometheus selects that name
 RAY_VERSION = "2.60.0"  # the version in pyproject.toml
@@ -40,133 +37,37 @@ _PORTS = {"gcs-server": 6379, "dashboard": 8265, "client": 10001, "metrics": 808
 _HEAD_PORTS = {"as-metrics": 44217, "dash-metrics": 44227}
 _AGENT_PORT = 52365
 _SHM_GIB = 2
-
-Object = dict[str, Any]
-
-
-class _Section(BaseModel):
-    """The part of the service's configuration that this module reads; the service validates the rest.
-
-    Numbers are strict, because the cluster gets the file's values unchanged.
-    """
-
-    model_config = ConfigDict(extra="ignore", frozen=True)
+_VLLM_SHM_GIB = 2  # for each GPU: the size in vLLM's own example for Kubernetes. Its processes exchange messages there.
+CACHE_FOLDER = "/home/serve/.cache"  # weights, and the code that vLLM compiles; a volume of the image with vLLM
 
 
-class _Resources(_Section):
-    num_gpus: float = Field(0, ge=0, strict=True)
+@dataclass(frozen=True, slots=True)
+class Images:
+    """The image of the head and of workers without vLLM, and the image of workers with vLLM."""
+
+    service: str
+    vllm: str
 
 
-class _Autoscaling(_Section):
-    max_replicas: int = Field(1, ge=1, strict=True)
+def images(spec: ClusterSpec, registry: str = "") -> Images:
+    """The images of a description. With `registry`, an image without a registry is in that one."""
+    return Images(image_in(spec, spec.serve.image, registry), image_in(spec, spec.serve.vllm_image, registry))
 
 
-class _Deployment(_Section):
-    autoscaling: _Autoscaling | None = None
-
-
-class _Model(_Section):
-    device: str = "auto"
-    resources: _Resources | None = None
-    deployment: _Deployment | None = None
-
-
-class _Limits(_Section):
-    request_timeout_s: float = Field(600, gt=0, strict=True)
-
-
-class _Ingress(_Section):
-    deployment: dict[str, Any] | None = None
-    num_cpus: float = Field(0, ge=0, strict=True)
-
-
-class _Service(_Section):
-    ingress: _Ingress | None = None
-    models: tuple[_Model, ...] = Field(min_length=1)
-    limits: _Limits | None = None
-
-
-class _Application(_Section):
-    args: _Service
-
-
-class _HttpOptions(_Section):
-    port: int = Field(8000, ge=1, le=65535, strict=True)
-
-
-class _File(_Section):
-    applications: tuple[_Application, ...] = Field(min_length=1)
-    http_options: _HttpOptions | None = None
-
-
-def read_config(path: Path) -> Object:
-    """Read a Ray Serve config file of this service. Raises SpecError with all faults of the validated part."""
-    try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-        _File.model_validate(document)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise SpecError([Fault("serve.config", " ".join(str(error).split()))]) from None
-    except ValidationError as error:
-        message = f"{path} is not a Ray Serve config of this service; start from the repository's serve_config.yaml"
-        faults = [Fault(f"serve.config: {'.'.join(map(str, each['loc']))}", each["msg"]) for each in error.errors()]
-        raise SpecError([Fault("serve.config", message), *faults]) from None
-    assert isinstance(document, dict)
-    return document
-
-
-def _services(config: Object) -> list[Object]:
-    return [application["args"] for application in config["applications"]]
-
-
-def longest_request_s(config: Object) -> int:
-    """The longest allowed duration of a request, in whole seconds."""
-    services = [application.args for application in _File.model_validate(config).applications]
-    return math.ceil(max((service.limits or _Limits()).request_timeout_s for service in services))
-
-
-def cluster_config(spec: ClusterSpec, catalogue: Catalogue, config: Object) -> Object:
-    """The config for the cluster. It differs from the file in these values:
-
-    - HTTP listens on all addresses of a pod, because other pods connect to the pod's address.
-    - An ingress that reserves no CPU reserves one. It then runs on a worker, because Ray's head has no CPU to give; an
-      ingress on the head would end with the head.
-    - A model that reserves no GPU reserves one, unless it has `device: cpu`.
-    - `device: auto` becomes `cuda`, so that a missing or old driver is an error instead of a slow replica on the CPU.
-    - A model with at most one replica may have as many replicas as the pools have GPUs for.
-    """
-    config = deepcopy(config)
-    config["http_options"] = {**(config.get("http_options") or {}), "host": "0.0.0.0"}
-    gpus = pod_resources.gpus(spec, catalogue)
-    for service in _services(config):
-        ingress = service.get("ingress") or {}
-        service["ingress"] = {**ingress, "num_cpus": ingress.get("num_cpus") or 1}
-        for model in service["models"]:
-            _reserve_gpus(model, gpus)
-    return config
-
-
-def _reserve_gpus(model: Object, gpus: int) -> None:
-    if model.get("device", "auto") == "cpu":
-        return
-    resources = model.get("resources") or {}
-    resources["num_gpus"] = resources.get("num_gpus") or 1
-    model |= {"device": "cuda", "resources": resources}
-    deployment = model.get("deployment") or {}
-    autoscaling = deployment.get("autoscaling") or {}
-    if "num_replicas" not in deployment and autoscaling.get("max_replicas", 1) == 1:
-        autoscaling["max_replicas"] = max(1, int(gpus / resources["num_gpus"]))
-        model["deployment"] = {**deployment, "autoscaling": autoscaling}
-
-
-def image_in(spec: ClusterSpec, registry: str) -> str:
+def image_in(spec: ClusterSpec, image: str, registry: str) -> str:
     """The image reference for pulls: an image without a registry is in the cluster's registry."""
-    image = spec.serve.image
     host, _, path = image.partition("/")
-    if path and (host == "localhost" or {".", ":"} & set(host)):
+    if not registry or (path and (host == "localhost" or {".", ":"} & set(host))):
         return image
     if spec.provider == "aws":  # an ECR repository holds one image
         return registry + re.sub(r"^[^:@]*", "", image)
     return f"{registry}/{image}"
+
+
+def runs_vllm(spec: ClusterSpec, catalogue: Catalogue, index: int, config: Object) -> bool:
+    """Whether Ray can place a replica with vLLM on a node of the pool, which then needs the image with vLLM."""
+    gpus = pod_resources.pod_size(spec, catalogue, index).gpus
+    return any(model.gpus_per_node <= gpus for model in vllm_models(config))
 
 
 def environment(longest_s: int) -> list[Object]:
@@ -238,13 +139,23 @@ def _probe(path: str, port: int | str, period_s: int, failures: int, timeout_s: 
     }
 
 
-def _scratch() -> tuple[list[Object], list[Object]]:
-    """Volumes and mounts for Ray's shared memory, which counts as the pod's memory, and for its logs."""
-    volumes = [
-        {"name": "shared-mem", "emptyDir": {"medium": "Memory", "sizeLimit": f"{_SHM_GIB}Gi"}},
+def _scratch(shm_gib: int = _SHM_GIB) -> tuple[list[Object], list[Object]]:
+    """Volumes and mounts for shared memory, which counts as the pod's memory if it is used, and for Ray's logs."""
+    volumes: list[Object] = [
+        {"name": "shared-mem", "emptyDir": {"medium": "Memory", "sizeLimit": f"{shm_gib}Gi"}},
         {"name": "ray-logs", "emptyDir": {"sizeLimit": "10Gi"}},
     ]
     return volumes, [{"name": "shared-mem", "mountPath": "/dev/shm"}, {"name": "ray-logs", "mountPath": "/tmp/ray"}]
+
+
+def _vllm_scratch(gpus: int) -> tuple[list[Object], list[Object]]:
+    """The same for a worker with vLLM on `gpus` GPUs, and its cache folder on the node's disk.
+
+    The namespace allows no folders of the node. The volume ends with the pod; replicas and containers of the pod that
+    start again find what the first one has downloaded and compiled.
+    """
+    volumes, mounts = _scratch(_SHM_GIB + _VLLM_SHM_GIB * gpus)
+    return [*volumes, {"name": "cache", "emptyDir": {}}], [*mounts, {"name": "cache", "mountPath": CACHE_FOLDER}]
 
 
 def _object_store() -> dict[str, str]:
@@ -319,15 +230,16 @@ def _identity_label(spec: ClusterSpec) -> dict[str, str]:
     return {"azure.workload.identity/use": "true"} if spec.provider == "azure" else {}
 
 
-def _workers(spec: ClusterSpec, catalogue: Catalogue, index: int, config: Object, image: str) -> Object:
+def _workers(spec: ClusterSpec, catalogue: Catalogue, index: int, config: Object, images: Images) -> Object:
     """The worker group of a pool: one pod per node. Ray does not distinguish spot and on-demand nodes."""
     pool, size = spec.gpu_pools[index], pod_resources.pod_size(spec, catalogue, index)
     longest_s, port = longest_request_s(config), config["http_options"].get("port", 8000)
-    volumes, mounts = _scratch()
+    vllm = runs_vllm(spec, catalogue, index, config)
+    volumes, mounts = _vllm_scratch(size.gpus) if vllm else _scratch()
     amount = {"memory": f"{size.memory_gib}Gi", "nvidia.com/gpu": str(size.gpus)}
     container = {
         "name": "ray-worker",
-        "image": image,
+        "image": images.vllm if vllm else images.service,
         "imagePullPolicy": "IfNotPresent",
         "ports": _ports({"metrics": _PORTS["metrics"], "serve": port}),
         "env": environment(longest_s),
@@ -382,13 +294,13 @@ def _autoscaler() -> Object:
     }
 
 
-def rayservice(spec: ClusterSpec, catalogue: Catalogue, config: Object, image: str = "") -> Object:
-    """The RayService of a description and of a config that `read_config` returned. Raises CatalogueError.
+def rayservice(spec: ClusterSpec, catalogue: Catalogue, config: Object, found: Images | None = None) -> Object:
+    """The RayService of a description and of a config that `read_config` returned. Raises CatalogueError, SpecError.
 
-    The namespace has the cluster's name, which the cloud identities of the pods refer to. `image` is the image with its
-    registry, if known; the default is the description's image. The secrets TOKEN_SECRET and REDIS must exist.
+    The namespace has the cluster's name, which the cloud identities of the pods refer to. `found` has the images with
+    their registry, if known; the default is the description's images. The secrets TOKEN_SECRET and REDIS must exist.
     """
-    config, image = cluster_config(spec, catalogue, config), image or spec.serve.image
+    config, found = cluster_config(spec, catalogue, config), found or images(spec)
     password = {"valueFrom": {"secretKeyRef": {"name": REDIS, "key": "password"}}}
     return {
         "apiVersion": "ray.io/v1",
@@ -407,9 +319,9 @@ def rayservice(spec: ClusterSpec, catalogue: Catalogue, config: Object, image: s
                 "enableInTreeAutoscaling": True,
                 "autoscalerOptions": _autoscaler(),
                 "gcsFaultToleranceOptions": {"redisAddress": f"{REDIS}:6379", "redisPassword": password},
-                "headGroupSpec": _head(spec, config, image),
+                "headGroupSpec": _head(spec, config, found.service),
                 "workerGroupSpecs": [
-                    _workers(spec, catalogue, index, config, image) for index in range(len(spec.gpu_pools))
+                    _workers(spec, catalogue, index, config, found) for index in range(len(spec.gpu_pools))
                 ],
             },
         },

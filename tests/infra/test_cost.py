@@ -10,6 +10,7 @@ import yaml
 
 from infra_pulumi import catalogue, cost, model_sizing
 from infra_pulumi.catalogue import CatalogueError
+from infra_pulumi.sizing_facts import GPUS, Dtype, Load
 from infra_pulumi.spec import SpecError, parse
 from tests.infra.helpers import document
 
@@ -141,14 +142,14 @@ def test_invalid_model_sizes_are_refused(text: str) -> None:
 
 
 def test_required_memory_equals_hand_computed_value() -> None:
-    load = model_sizing.Load(streams=32, context=2048)
+    load = Load(streams=32, context=2048)
     assert model_sizing.required_bytes(7e9, "int8", load) == 7e9 * 1.04 + 128 * 1024 * 32 * 2048
     assert model_sizing.required_bytes(7e9, "float16", load) == 14e9 + 8 * 2**30
 
 
-def ranked(size: str, dtype: model_sizing.Dtype, **measured: float) -> dict[str, model_sizing.Fit]:
+def ranked(size: str, dtype: Dtype, **measured: float) -> dict[str, model_sizing.Fit]:
     names = {name.replace("_", "."): rate for name, rate in measured.items()}
-    found = model_sizing.ranked(catalogue.load(), model_sizing.parameters(size), dtype, model_sizing.Load(), names)
+    found = model_sizing.ranked(catalogue.load(), model_sizing.parameters(size), dtype, Load(), names)
     assert [fit.usd_per_million_tokens for fit in found] == sorted(fit.usd_per_million_tokens for fit in found)
     return {fit.machine.type: fit for fit in found}
 
@@ -183,13 +184,13 @@ def test_a_measurement_replaces_the_derived_throughput() -> None:
 def test_the_derived_throughput_of_an_a100_is_close_to_a_measurement() -> None:
     """Llama-3.1-8B in 16 bits: 75 tokens a second at one stream (vLLM 0.23, A100 of 40 GiB, johnmusgrave.com)."""
     machine = catalogue.load().get("gcp", "a2-highgpu-1g")
-    rate = model_sizing.derived_tokens_per_s(machine, 8e9, "bfloat16", model_sizing.Load(streams=1, context=1152))
+    rate = model_sizing.derived_tokens_per_s(machine, 8e9, "bfloat16", Load(streams=1, context=1152))
     assert 0.6 < rate / 75 < 1.2
 
 
 def test_every_gpu_of_the_catalogue_has_a_data_sheet() -> None:
     gpus = {(str(each.gpu), float(each.gpu_memory_gib or 0)) for each in catalogue.load().instance_types if each.gpu}
-    assert gpus <= set(model_sizing.GPUS)
+    assert gpus <= set(GPUS)
 
 
 @pytest.mark.parametrize(("days", "stale"), [(catalogue.STALE_DAYS, False), (catalogue.STALE_DAYS + 1, True)])
