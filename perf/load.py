@@ -68,8 +68,12 @@ async def _send(client: Client, controller: PhaseController, record: Record, req
 
 @asynccontextmanager
 async def _measured_environment(measurement: Measurement) -> AsyncIterator[None]:
-    """Disables garbage collection and records how late the event loop runs."""
+    """Disables garbage collection and records how late the event loop runs.
+
+    Objects that the caller of this process froze before stay frozen: a search through all of them can take a second.
+    """
     gc.collect()
+    frozen = gc.get_freeze_count()
     gc.freeze()
     gc.disable()
     lag_monitor = asyncio.create_task(_record_lag(measurement.lags))
@@ -80,7 +84,8 @@ async def _measured_environment(measurement: Measurement) -> AsyncIterator[None]
         with suppress(asyncio.CancelledError):
             await lag_monitor
         gc.enable()
-        gc.unfreeze()
+        if not frozen:
+            gc.unfreeze()
 
 
 async def _record_lag(lags: list[tuple[float, float]]) -> None:

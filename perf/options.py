@@ -50,18 +50,18 @@ def _add_target(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--api", choices=tuple(DIALECTS), default="native", help="API of the server (default: native)")
     group.add_argument("--model", help="model name, if the server has several or requires one (default: the first)")
     group.add_argument("--api-key-file", type=Path, metavar="FILE", help="file with the bearer token")
-    group.add_argument("--timeout", type=_seconds, default=120.0, help="limit for one request (default: 120s)")
+    group.add_argument("--timeout", type=seconds, default=120.0, help="limit for one request (default: 120s)")
 
 
 def _add_requests(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--prompt", help="the same prompt for all requests; a prefix cache makes it cheap")
     group.add_argument(
         "--prompt-words",
-        type=_positive,
+        type=positive,
         default=60,
         help="length of the random prompts that are sent without --prompt (default: 60)",
     )
-    group.add_argument("--max-tokens", type=_positive, help="length of a response in tokens (default: 64)")
+    group.add_argument("--max-tokens", type=positive, help="length of a response in tokens (default: 64)")
     group.add_argument("--seed", type=int, default=7, help="seed of prompts and arrivals (default: 7)")
     group.add_argument(
         "--no-fixed-length",
@@ -76,12 +76,12 @@ def _add_load(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--quick", action="store_true", help="fewer levels and requests: less than a minute")
     group.add_argument(
         "--num-requests",
-        type=_positive,
+        type=positive,
         help="requests per level (default: 20); at least 2 per stream and 10 s of a rate; half as many for batches",
     )
-    group.add_argument("--duration", type=_seconds, help="length of a level, instead of a number of requests")
-    group.add_argument("--batch-sizes", type=_positive, nargs="+", metavar="N", help="default: 1 4 8 16")
-    group.add_argument("--concurrency", type=_positive, nargs="+", metavar="N", help="default: 1 2 4 8 16 32")
+    group.add_argument("--duration", type=seconds, help="length of a level, instead of a number of requests")
+    group.add_argument("--batch-sizes", type=positive, nargs="+", metavar="N", help="default: 1 4 8 16")
+    group.add_argument("--concurrency", type=positive, nargs="+", metavar="N", help="default: 1 2 4 8 16 32")
     group.add_argument("--rate", type=_rate, nargs="+", metavar="R", help="requests/s; adds the scenario rate")
     group.add_argument(
         "--arrival",
@@ -89,7 +89,7 @@ def _add_load(group: argparse._ArgumentGroup) -> None:
         help="arrival process of a rate (default: poisson); closed: each stream sends after its response",
     )
     group.add_argument("--burstiness", type=_rate, default=2.0, help="coefficient of variation of gamma (default: 2)")
-    group.add_argument("--burst-size", type=_positive, default=10, help="requests per burst (default: 10)")
+    group.add_argument("--burst-size", type=positive, default=10, help="requests per burst (default: 10)")
     group.add_argument(
         "--trace", type=Path, metavar="FILE", help="JSON lines: timestamp (ms), input_length, output_length"
     )
@@ -99,7 +99,7 @@ def _add_load(group: argparse._ArgumentGroup) -> None:
         default="auto",
         help="number of requests that are not measured, or auto: until latency is steady",
     )
-    group.add_argument("--repeats", type=_positive, default=1, help="repeats of every level, in turn (default: 1)")
+    group.add_argument("--repeats", type=positive, default=1, help="repeats of every level, in turn (default: 1)")
 
 
 def _add_evaluation(group: argparse._ArgumentGroup) -> None:
@@ -130,7 +130,7 @@ def _url(text: str) -> str:
     return text.rstrip("/")
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
@@ -146,7 +146,7 @@ def _rate(text: str) -> float:
     return value
 
 
-def _seconds(text: str) -> float:
+def seconds(text: str) -> float:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|m|h)?", text)
     seconds = float(match[1]) * {"ms": 1e-3, "s": 1, "m": 60, "h": 3600}[match[2] or "s"] if match is not None else 0
     if seconds <= 0:

@@ -17,10 +17,34 @@ from perf.results import Stage
 _TERMINAL_INTERVAL_S, _LOG_INTERVAL_S = 0.25, 5.0
 
 
-class Progress:
+class LiveLine:
+    """A line that `show` replaces on a terminal, every `interval_s` seconds; elsewhere each call adds a line."""
+
     def __init__(self, out: TextIO | None = None) -> None:
         self._out = sys.stderr if out is None else out
         self._is_terminal = self._out.isatty()
+        self.interval_s = _TERMINAL_INTERVAL_S if self._is_terminal else _LOG_INTERVAL_S
+
+    def show(self, line: str) -> None:
+        if self._is_terminal:
+            width = shutil.get_terminal_size().columns - 1
+            print(f"\r\x1b[2K{line[:width]}", end="", file=self._out, flush=True)
+        else:
+            print(line, file=self._out, flush=True)
+
+    def print(self, line: str) -> None:
+        """Prints a line that stays."""
+        self.clear()
+        print(line, file=self._out, flush=True)
+
+    def clear(self) -> None:
+        if self._is_terminal:
+            print("\r\x1b[2K", end="", file=self._out, flush=True)
+
+
+class Progress:
+    def __init__(self, out: TextIO | None = None) -> None:
+        self._line = LiveLine(out)
         self._name = ""
         self._controller: PhaseController | None = None
 
@@ -32,11 +56,10 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._task.cancel()
-        self._clear()
+        self._line.clear()
 
     def print(self, line: str) -> None:
-        self._clear()
-        print(line, file=self._out, flush=True)
+        self._line.print(line)
 
     def running(self, name: str, controller: PhaseController) -> None:
         self._name, self._controller = name, controller
@@ -49,20 +72,9 @@ class Progress:
 
     async def _refresh(self) -> None:
         while True:
-            await asyncio.sleep(_TERMINAL_INTERVAL_S if self._is_terminal else _LOG_INTERVAL_S)
+            await asyncio.sleep(self._line.interval_s)
             if self._controller is not None:
-                self._show(status_line(self._name, self._controller, time.monotonic()))
-
-    def _show(self, line: str) -> None:
-        if self._is_terminal:
-            width = shutil.get_terminal_size().columns - 1
-            print(f"\r\x1b[2K{line[:width]}", end="", file=self._out, flush=True)
-        else:
-            print(line, file=self._out, flush=True)
-
-    def _clear(self) -> None:
-        if self._is_terminal:
-            print("\r\x1b[2K", end="", file=self._out, flush=True)
+                self._line.show(status_line(self._name, self._controller, time.monotonic()))
 
 
 def status_line(name: str, controller: PhaseController, now: float) -> str:

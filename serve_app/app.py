@@ -6,9 +6,10 @@ from typing import Any
 
 from ray.serve import Application
 
-from serve_app.config import AppConfig, Deployment, Model, Resources, deployment_name
+from serve_app.config import AppConfig, Deployment, Model, VllmOptions, deployment_name
 from serve_app.deployments.ingress import Ingress
 from serve_app.deployments.replica import ModelReplica
+from serve_app.deployments.router import router_config
 from serve_app.deployments.telemetry import check
 from serve_app.gateway.admission import QUERIES_RUNNING
 
@@ -16,6 +17,8 @@ from serve_app.gateway.admission import QUERIES_RUNNING
 _CONSTRUCTOR_TRIES = 3
 # Ray learns of the end of a request a moment after the gateway, which has sent the next one by then.
 _SPARE = 32
+# A node of a type has this resource; a reservation selects the node by any part of it.
+_ANY_AMOUNT = 0.001
 _NO_ACCESS_LOG = {"enable_access_log": False}
 
 
@@ -42,8 +45,9 @@ def _model(model: Model, config: AppConfig) -> Any:
     return ModelReplica.options(  # type: ignore[attr-defined]
         name=deployment_name(model.name),
         max_constructor_retry_count=_CONSTRUCTOR_TRIES,
-        ray_actor_options=_actor_options(model.resources),
         logging_config=_NO_ACCESS_LOG,  # the ingress writes one line per HTTP request
+        request_router_config=router_config(),
+        **_resource_options(model),
         **options,
     )
 
@@ -59,8 +63,28 @@ def _serve_options(deployment: Deployment) -> dict[str, Any]:
     return {**options, "autoscaling_config": deployment.autoscaling.model_dump()}
 
 
-def _actor_options(resources: Resources) -> dict[str, Any]:
+def _resource_options(model: Model) -> dict[str, Any]:
+    """What a replica reserves: resources of one node, or a placement group if its GPUs are on several nodes."""
+    resources = model.resources
+    if isinstance(model.engine, VllmOptions) and model.engine.gpus > max(1, resources.num_gpus):
+        return _placement_group(model.engine.gpus, resources.num_cpus, resources.accelerator_type)
     options: dict[str, Any] = {"num_cpus": resources.num_cpus, "num_gpus": resources.num_gpus}
     if resources.accelerator_type is not None:
         options["accelerator_type"] = resources.accelerator_type
-    return options
+    return {"ray_actor_options": options}
+
+
+def _placement_group(gpus: int, num_cpus: float, accelerator_type: str | None) -> dict[str, Any]:
+    """One bundle for each GPU, on as few nodes as possible. The replica is in the first bundle and uses no GPU itself.
+
+    vLLM starts a worker in each bundle: it finds the placement group of the replica.
+    """
+    bundle = {"GPU": 1.0}
+    if accelerator_type is not None:
+        bundle[f"accelerator_type:{accelerator_type}"] = _ANY_AMOUNT
+    first = {"CPU": num_cpus, **bundle} if num_cpus else bundle
+    return {
+        "ray_actor_options": {"num_cpus": num_cpus, "num_gpus": 0},
+        "placement_group_bundles": [first, *[bundle] * (gpus - 1)],
+        "placement_group_strategy": "PACK",
+    }

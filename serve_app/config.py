@@ -5,10 +5,54 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from serve_app.engine_config import (
+    KINDS,
+    AnyEngine,
+    AutoOptions,
+    EngineOptions,
+    NativeOptions,
+    Speculative,
+    VllmOptions,
+)
+from serve_app.lora_config import NAME_PATTERN, Lora, LoraAdapter, valid_name
+from serve_app.section import Section
+
+__all__ = [
+    "KINDS",
+    "AppConfig",
+    "AutoOptions",
+    "Autoscaling",
+    "Batching",
+    "ConfigError",
+    "Cors",
+    "Deployment",
+    "EngineOptions",
+    "Ingress",
+    "Limits",
+    "Lora",
+    "LoraAdapter",
+    "Model",
+    "NativeOptions",
+    "Resources",
+    "SamplingDefaults",
+    "Section",
+    "Speculative",
+    "StoredResponses",
+    "Telemetry",
+    "Tracing",
+    "VllmOptions",
+    "cache_dir",
+    "deployment_name",
+    "describe",
+    "template_path",
+    "valid_name",
+]
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _BUILTIN = "builtin:"
@@ -18,12 +62,6 @@ _ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/\sA-Z]+")
 
 class ConfigError(Exception):
     """The configuration cannot be used. The message lists every fault with its path."""
-
-
-class Section(BaseModel):
-    """A mapping of the configuration file: immutable, without unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Autoscaling(Section):
@@ -101,27 +139,6 @@ class Batching(Section):
     batch_wait_timeout_s: float = Field(0.002, ge=0, le=1)
 
 
-class Engine(Section):
-    """The continuous-batching loop of one replica.
-
-    `max_running` is the number of slots, that is of sequences that decode together; the memory budget may allow fewer.
-    `max_context` is the limit of prompt plus answer in tokens; None is the model's own limit. `max_step_tokens` is the
-    limit of rows in one forward pass: a longer prompt is prefilled in chunks between decode steps. `draft_tokens` is
-    the number of tokens that speculative decoding proposes while few sequences run; 0 switches it off.
-    """
-
-    max_running: int = Field(32, ge=1, le=1024)
-    max_waiting: int = Field(256, ge=1)
-    max_context: int | None = Field(None, ge=16)
-    max_step_tokens: int = Field(256, ge=1)
-    prefix_cache: bool = True
-    draft_tokens: int = Field(4, ge=0, le=7)
-    kv_memory_fraction: float = Field(0.5, gt=0, le=0.95)
-    kv_memory_bytes: int | None = Field(None, ge=1)
-    flush_interval_s: float = Field(0.02, ge=0, le=0.5)
-    threads: int | None = Field(None, ge=1)
-
-
 class SamplingDefaults(Section):
     """Values for the fields that a request leaves out."""
 
@@ -138,7 +155,7 @@ class Model(Section):
     become control tokens of the chat template.
     """
 
-    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]*$")
+    name: str = Field(min_length=1, pattern=NAME_PATTERN)
     source: str = Field(min_length=1)
     revision: str | None = None
     trust_remote_code: bool = False
@@ -152,7 +169,8 @@ class Model(Section):
     sampling_defaults: SamplingDefaults = SamplingDefaults()
     resources: Resources = Resources()
     batching: Batching = Batching()
-    engine: Engine = Engine()
+    engine: AnyEngine = NativeOptions()
+    lora: Lora | None = None
     deployment: Deployment
 
     @field_validator("chat_template")
@@ -173,6 +191,60 @@ class Model(Section):
         if self.device == "cuda" and self.resources.num_gpus == 0:
             raise ValueError("device: cuda needs resources.num_gpus above 0")
         return self
+
+    @model_validator(mode="after")
+    def _check_engine(self) -> Model:
+        if isinstance(self.engine, VllmOptions):
+            self._check_vllm(self.engine)
+        if isinstance(self.engine, AutoOptions) and self.quantization not in ("auto", "none"):
+            raise ValueError(f"quantization: {self.quantization} needs engine.kind: native")
+        return self
+
+    def _check_vllm(self, engine: VllmOptions) -> None:
+        if self.embeddings:
+            raise ValueError("embeddings need engine.kind: native; serve them by a second model with that engine")
+        if self.quantization != "auto":
+            raise ValueError("quantization is for engine.kind: native; set engine.quantization")
+        if self.device_map is not None or self.device == "cpu":
+            raise ValueError("device_map and device: cpu are for engine.kind: native; remove them")
+        if self.is_toy:
+            raise ValueError("the toy model has no weights; remove engine.kind: vllm")
+        reserved = max(self.resources.num_gpus, 1)
+        if engine.gpus % reserved or (self.resources.num_gpus < 1 and engine.gpus > 1):
+            raise ValueError(
+                f"engine.tensor_parallel × engine.pipeline_parallel is {engine.gpus}, but resources.num_gpus is "
+                f"{self.resources.num_gpus:g}: set num_gpus to {engine.gpus}, or, for a replica on several nodes, to "
+                "its GPUs on each"
+            )
+
+    @property
+    def is_toy(self) -> bool:
+        """Whether this is the built-in toy model, which has no weights."""
+        return self.source.startswith("builtin:toy")
+
+    @property
+    def may_use_vllm(self) -> bool:
+        """Whether vLLM computes the model; with `engine.kind: auto` it does if it is installed."""
+        if isinstance(self.engine, AutoOptions):
+            return self.resources.num_gpus > 0 and not self.embeddings and not self.is_toy
+        return isinstance(self.engine, VllmOptions)
+
+    @property
+    def native_options(self) -> NativeOptions:
+        """The options of the native engine: those of the file, or its own with what the kind `auto` sets."""
+        if isinstance(self.engine, NativeOptions):
+            return self.engine
+        assert isinstance(self.engine, AutoOptions), "vLLM has other options"
+        return NativeOptions(**self.engine.chosen())
+
+    @property
+    def vllm_options(self) -> VllmOptions:
+        """The options of vLLM: those of the file, or its own with what the kind `auto` sets, on all reserved GPUs."""
+        if isinstance(self.engine, VllmOptions):
+            return self.engine
+        assert isinstance(self.engine, AutoOptions), "the native engine has other options"
+        gpus = max(1, int(self.resources.num_gpus))
+        return VllmOptions(kind="vllm", tensor_parallel=gpus, **self.engine.chosen())
 
 
 _INGRESS_DEPLOYMENT = Deployment(num_replicas=1, max_ongoing_requests=1024, max_queued_requests=256)
@@ -276,6 +348,10 @@ class AppConfig(Section):
         twice = sorted({slug for slug in slugs if slugs.count(slug) > 1})
         if twice:
             raise ValueError(f"several models have the deployment {', '.join(twice)}: rename them")
+        adapters = [adapter.name for model in self.models if model.lora for adapter in model.lora.adapters]
+        names = [*(model.name for model in self.models), *adapters]
+        if taken := sorted({name for name in adapters if names.count(name) > 1}):
+            raise ValueError(f"the names of adapters and models must differ, but {', '.join(taken)} occurs twice")
         return self
 
 
@@ -295,13 +371,19 @@ def describe(
     error: ValidationError, sentence: Callable[[str, str, str], str] = lambda path, message, kind: message
 ) -> str:
     """Every fault of a pydantic error, one per line: its path, then `sentence(path, message, type)`."""
-    faults = [(".".join(str(part) for part in fault["loc"]), fault) for fault in error.errors()]
+    faults = [(_path(fault["loc"]), fault) for fault in error.errors()]
     return "\n".join(
         f"  {path or '(top)'}: {sentence(path, fault['msg'].removeprefix('Value error, '), fault['type'])}"
         for path, fault in faults
         # pydantic also reports a list with a faulty member as too short.
         if fault["type"] != "too_short" or not any(other.startswith(f"{path}.") for other, _ in faults)
     )
+
+
+def _path(place: tuple[int | str, ...]) -> str:
+    """The path of a fault as the file has it: pydantic's place also has the kind of an engine after `engine`."""
+    parts = [part for before, part in pairwise(("", *place)) if not (before == "engine" and part in KINDS)]
+    return ".".join(str(part) for part in parts)
 
 
 def cache_dir() -> Path:

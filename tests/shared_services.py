@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from tests.graph.service import Service, http_client, model_config, zero_scaled_model_config
-from tests.system.service import ShippedService, ToolsService
+from tests.system.service import ToolsService
 
 SHARED = ("toy_service", "tools_service")
 _running = {fixture: ExitStack() for fixture in SHARED}
@@ -84,8 +84,8 @@ def toy_service(token_log: Path) -> Iterator[Service]:
 
 
 @pytest.fixture(scope="session")
-def tools_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ShippedService]:
-    """The embedded model, with tools and embeddings."""
+def tools_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ToolsService]:
+    """The embedded model, with tools, embeddings and adapters."""
     with _running["tools_service"] as running:
         service = running.enter_context(ToolsService(tmp_path_factory.mktemp("tools")))
         service.wait_until_ready()

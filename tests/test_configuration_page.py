@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 from serve_app.config import AppConfig, Section
 from serve_app.deployments import cluster, haproxy
 from serve_app.serve_file import Application, HttpOptions
-from tests.configs import app_args
+from tests.configs import app_args, kind_of, members
 
 PAGE = (Path(__file__).parents[1] / "docs/configuration.md").read_text()
 HEADER = "| key | type | default | bounds | meaning |"
@@ -29,10 +29,11 @@ def sections(section: type[Section], path: str = "") -> Iterator[tuple[str, type
     """Every section below `section` with its path, in the order of the keys."""
     for key, field in section.model_fields.items():
         below, suffix = f"{path}.{key}".removeprefix("."), "[]" if get_origin(field.annotation) is tuple else ""
-        for kind in get_args(field.annotation) or (field.annotation,):
+        for kind in (found for member in members(field.annotation) for found in get_args(member) or (member,)):
             if isinstance(kind, type) and issubclass(kind, Section):
-                yield f"{below}{suffix}", kind
-                yield from sections(kind, f"{below}{suffix}")
+                name = f"{below}{suffix} ({kind_of(kind)})".removesuffix(" ()")
+                yield name, kind
+                yield from sections(kind, name)
 
 
 SECTIONS: dict[str, type[Section]] = {
@@ -47,8 +48,8 @@ def type_of(annotation: Any) -> str:
     if get_origin(annotation) is Literal:
         return ", ".join(f"`{value}`" for value in get_args(annotation))
     if get_origin(annotation) in (Union, UnionType):
-        *others, last = [type_of(kind) for kind in get_args(annotation)]
-        return f"{', '.join(others)} or {last}"
+        *others, last = dict.fromkeys(type_of(kind) for kind in members(annotation))
+        return f"{', '.join(others)} or {last}" if others else last
     if get_origin(annotation) is tuple:
         return "list of strings" if get_args(annotation)[0] is str else "list of sections"
     kind = get_origin(annotation) or annotation
@@ -144,7 +145,7 @@ def test_links_to_other_pages_have_a_target(page: str) -> None:
 
 def test_the_examples_are_valid() -> None:
     blocks = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)]
-    assert [list(block) for block in blocks] == [["cors"], ["chat_template"], ["models"], ["deployment"]]
+    assert [list(block) for block in blocks] == [["cors"], ["lora"], ["chat_template"], ["models"], ["deployment"]]
     for block in blocks:
         AppConfig.model_validate(app_args() | block if block.keys() & AppConfig.model_fields else app_args(**block))
 

@@ -148,11 +148,15 @@ REQUESTS = (
         alerts=("RequestsTurnedAway",),
     ),
     Panel(
-        "Truncated responses",
-        "Responses per second that ended with an error after the first token. Check which replica failed.",
+        "Interrupted responses",
+        "Responses per second that ended with an error after the first token, and requests per second that went on at "
+        "another replica because theirs was lost. Check which replica failed.",
         "reqps",
-        ((per_second("serve_app_truncated_requests_total"), "{{model}}"),),
-        alerts=("StreamCompletenessBudgetBurnsFast",),
+        (
+            (per_second("serve_app_truncated_requests_total"), "{{model}} truncated"),
+            (per_second("serve_app_resumed_requests_total"), "{{model}} resumed"),
+        ),
+        alerts=("StreamCompletenessBudgetBurnsFast", "RequestsResumed"),
     ),
     Panel(
         "Goodput over time",
@@ -476,6 +480,28 @@ MEMORY = (
     ),
 )
 
+VLLM = (
+    Panel(
+        "vLLM: time in the queue",
+        "Time from the arrival of a request in vLLM until vLLM begins with its prompt.",
+        "s",
+        quantiles("vllm:request_queue_time_seconds", levels=("0.5", "0.95")),
+    ),
+    Panel(
+        "vLLM: prefill time",
+        "Time that vLLM computes a prompt, up to the first token.",
+        "s",
+        quantiles("vllm:request_prefill_time_seconds", levels=("0.5", "0.95")),
+    ),
+    Panel(
+        "vLLM: time between tokens",
+        "Time between two tokens of an answer in vLLM. Streams to clients are slower only if the network or the "
+        "ingress is.",
+        "s",
+        quantiles("vllm:inter_token_latency_seconds", levels=("0.5", "0.99")),
+    ),
+)
+
 DASHBOARD = Dashboard(
     uid="serve-app-llm",
     title="serve_app: LLM performance",
@@ -488,6 +514,7 @@ DASHBOARD = Dashboard(
         "Tokens": TOKENS,
         "HTTP": HTTP,
         "Engine": ENGINE,
+        "Engine: vLLM": VLLM,
         "KV cache and lengths": MEMORY,
     },
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
 
@@ -16,12 +17,13 @@ from serve_app.api import pages
 from serve_app.api.anthropic.routes import AnthropicRoutes
 from serve_app.api.body import read_document
 from serve_app.api.content_coding import DecodeBody
-from serve_app.api.context import RequestContext
+from serve_app.api.context import RequestContext, configured_adapters, keep
 from serve_app.api.cors import AllowOrigins
 from serve_app.api.error_handlers import ErrorHandlers
 from serve_app.api.middleware import BodyLimits, CallMetrics, CatchAll, OnePath, RequestId
 from serve_app.api.native.routes import NativeRoutes
 from serve_app.api.openai.embeddings import EmbeddingRoutes
+from serve_app.api.openai.lora import LoraRoutes
 from serve_app.api.openai.routes import OpenAIRoutes
 from serve_app.api.openai_responses.routes import ResponsesRoutes
 from serve_app.api.operator import OperatorRoutes
@@ -29,6 +31,7 @@ from serve_app.api.telemetry import ServiceTelemetry
 from serve_app.api.tgi.routes import TgiRoutes, is_tgi
 from serve_app.api.tokens.routes import TokenRoutes
 from serve_app.config import AppConfig
+from serve_app.core.adapters import AdapterDirectory
 from serve_app.core.engine import Engine
 from serve_app.errors import ServeAppError
 
@@ -42,11 +45,17 @@ def create_app(
     config: AppConfig,
     clock: Callable[[], float] = time.monotonic,
     around: Sequence[Middleware] = (),
+    adapters: AdapterDirectory | None = None,
+    publish: Callable[[], Awaitable[None]] = keep,
 ) -> Starlette:
-    """The application over an engine. `clock` returns monotonic seconds; `around` is the outermost middleware."""
+    """The application over an engine. `clock` returns monotonic seconds; `around` is the outermost middleware.
+
+    The default of `adapters` are those of the configuration; `publish` is awaited after each change of them.
+    """
     handlers = ErrorHandlers(telemetry)
+    directory = configured_adapters(config) if adapters is None else adapters
     app = Starlette(
-        routes=_routes(RequestContext(engine, telemetry, config, clock)),
+        routes=_routes(RequestContext(engine, telemetry, config, clock, directory, publish)),
         middleware=[
             *around,
             Middleware(RequestId, clock=clock),
@@ -67,9 +76,12 @@ def _routes(context: RequestContext) -> list[Route]:
     native, openai, tgi = NativeRoutes(context), OpenAIRoutes(context), TgiRoutes(context)
     anthropic = AnthropicRoutes(context)
     tokens, embeddings, operator = TokenRoutes(context), EmbeddingRoutes(context), OperatorRoutes(context)
-    responses = ResponsesRoutes(context)
+    responses, lora = ResponsesRoutes(context), LoraRoutes(context)
     playground, reference = pages.playground(), pages.reference()
-    document = pages.document(tuple(model.name for model in context.config.models))
+
+    async def document(http: Request) -> Response:
+        file = await asyncio.to_thread(pages.document, context.served_names())
+        return await file.answer(http)
 
     async def docs(http: Request) -> Response:
         if http.scope.get("raw_path", b"").endswith(b"/"):  # the page loads its files from beside its path
@@ -93,6 +105,8 @@ def _routes(context: RequestContext) -> list[Route]:
         _post("/v1/embeddings", embeddings.embeddings),
         _post("/v1/messages", anthropic.messages),
         _post("/v1/messages/count_tokens", anthropic.count_tokens),
+        _post("/v1/load_lora_adapter", lora.load),
+        _post("/v1/unload_lora_adapter", lora.unload),
         _get("/v1/models", openai.models),
         _get("/v1/models/{id:path}", openai.model),
         _post("/tokenize", tokens.tokenize, tokens.tokenize_inputs),
@@ -105,7 +119,7 @@ def _routes(context: RequestContext) -> list[Route]:
         _get("/ping", operator.ready),
         _get("/version", operator.version),
         _get("/load", operator.load),
-        _get("/openapi.json", document.answer),
+        _get("/openapi.json", document),
         _get("/docs", docs),
         _get("/docs/{file}", reference.file),
         Route("/", root, methods=["GET", "POST"]),

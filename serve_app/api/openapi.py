@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 from types import UnionType
 from typing import Any, TypeAlias, Union, get_args, get_origin
 
@@ -12,6 +11,7 @@ from pydantic.json_schema import JsonSchemaMode, JsonSchemaValue
 
 from serve_app import __version__
 from serve_app.api.anthropic.responses import OVERLOADED, AnthropicError
+from serve_app.api.context import PLACEHOLDERS
 from serve_app.api.openai.responses import OpenAIError
 from serve_app.api.operations import OPERATIONS, Operation
 
@@ -36,10 +36,9 @@ _WRONG_PARAMETER = "A parameter is wrong, or the object does not allow the opera
 _WITH_RETRY_AFTER = (429, 503, OVERLOADED)
 
 
-@cache
-def document(models: tuple[str, ...]) -> Json:
-    """OpenAPI 3.1 of a service with these models. The first call takes 0.15 s."""
-    components = _Components(models)
+def document(names: Sequence[str]) -> Json:
+    """OpenAPI 3.1 of a service with models and adapters of these names. Takes 0.15 s."""
+    components = _Components(names)
     paths: Json = {}
     for operation in OPERATIONS:
         paths.setdefault(operation.path, {})[operation.method] = _operation(operation, components)
@@ -76,9 +75,11 @@ _HEADERS = {
 class _Components:
     """The schemas that operations refer to, each once."""
 
-    def __init__(self, models: Sequence[str]) -> None:
+    def __init__(self, names: Sequence[str]) -> None:
         self.schemas: Json = {}
-        self.model_names: Json = {"type": "string", "enum": list(models)}
+        self.model_names: Json = {"type": "string", "enum": list(names)}
+        # Each name once: a model of the configuration can have the name of a placeholder.
+        self._names_of_bodies: Json = {"type": "string", "enum": list(dict.fromkeys([*names, *PLACEHOLDERS]))}
 
     def any_of(self, types: Any, mode: JsonSchemaMode) -> JsonSchemaValue:
         """The schema of a type or of a union, as references."""
@@ -98,7 +99,7 @@ class _Components:
     def _keep(self, name: str, schema: JsonSchemaValue) -> None:
         properties = schema.get("properties", {})
         if members := properties.get("model", {}).get("anyOf"):
-            properties["model"] = {**properties["model"], "anyOf": [self.model_names, *members[1:]]}
+            properties["model"] = {**properties["model"], "anyOf": [self._names_of_bodies, *members[1:]]}
         known = self.schemas.setdefault(name, schema)
         assert known == schema, f"two schemas have the name {name}"
 

@@ -10,6 +10,7 @@ from serve_app.api.anthropic.schema import CountTokensBody, MessagesBody
 from serve_app.api.native.responses import BatchAnswers, NativeAnswer, NativeError, NativeErrorEvent, NativeEvent
 from serve_app.api.native.schema import BatchBody, GenerateBody, StreamBody
 from serve_app.api.openai.embeddings import EmbeddingsBody
+from serve_app.api.openai.lora import LoadAdapterBody, UnloadAdapterBody
 from serve_app.api.openai.responses import (
     ChatChunk,
     ChatCompletion,
@@ -161,6 +162,14 @@ OPERATIONS = (
     Operation(
         "post", "/v1/messages/count_tokens", ANTHROPIC, "Count the tokens of a conversation", CountTokensBody, _COUNT,
         TokenCounts, error=AnthropicError,
+    ),
+    Operation(
+        "post", "/v1/load_lora_adapter", OPENAI, "Load a LoRA adapter, or replace it", LoadAdapterBody,
+        {"lora_name": "legal", "lora_path": "/adapters/legal"}, text="text/plain", error=OpenAIError,
+    ),
+    Operation(
+        "post", "/v1/unload_lora_adapter", OPENAI, "Unload a LoRA adapter", UnloadAdapterBody,
+        {"lora_name": "support"}, text="text/plain", error=OpenAIError,
     ),
     Operation("get", "/v1/models", OPENAI, "List the models", answer=ModelList, error=OpenAIError),
     Operation("get", "/v1/models/{id}", OPENAI, "Get one model", answer=ModelCard, model_in="path", error=OpenAIError),

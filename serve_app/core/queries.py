@@ -7,7 +7,7 @@ from enum import StrEnum
 from typing import Generic, TypeVar
 
 from serve_app.core.events import TextToken
-from serve_app.core.requests import Prompt
+from serve_app.core.requests import Adapter, Prompt
 
 A = TypeVar("A", covariant=True)
 
@@ -85,6 +85,13 @@ class TokenizerInfo:
 @dataclass(frozen=True, slots=True)
 class GetTokenizerInfo(Query[TokenizerInfo]):
     """The facts of a model's tokenizer."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadAdapter(Query[str]):
+    """Read the files of an adapter anew and load it; the result is the digest of their content."""
+
+    adapter: Adapter
 
 
 class ModelState(StrEnum):

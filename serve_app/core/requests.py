@@ -153,8 +153,22 @@ class ToolChoice:
 
 
 @dataclass(frozen=True, slots=True)
+class Adapter:
+    """A LoRA adapter by its name, and where its files are: a folder, or a hub id with its `revision`.
+
+    `digest` identifies the content of the files. An engine refuses other files if it is given; with "" it takes the
+    files as it finds them when it loads the adapter.
+    """
+
+    name: str
+    source: str
+    revision: str | None = None
+    digest: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """One prompt for one model.
+    """One prompt for one model, or for one of its LoRA adapters.
 
     `arrived` and `deadline` are instants of this process's monotonic clock, in seconds. Every stage and every item of
     a batch call spends from the same deadline; RemoteEngine converts both to the clock of the receiving process.
@@ -178,6 +192,11 @@ class GenerationRequest:
     instead of an answer: the mean of the model's last hidden states over all tokens, scaled to length 1.
 
     `traceparent` (W3C Trace Context) is the parent of the request's spans; "" if the request is not traced.
+
+    `resumed` are the first tokens of the answer, which a replica that was lost has sent. The engine computes them after
+    the prompt, as after a preemption, and yields the tokens after them.
+
+    Requests with the same `session`, a name of the caller's, go to the same replica unless it is much busier.
     """
 
     id: str
@@ -197,6 +216,14 @@ class GenerationRequest:
     tool_choice: ToolChoice | None = None
     separate_reasoning: bool = False
     traceparent: str = ""
+    adapter: Adapter | None = None
+    resumed: tuple[int, ...] = ()
+    session: str = ""
+
+    @property
+    def served_name(self) -> str:
+        """The name by which the caller knows the model: that of the adapter, if there is one."""
+        return self.model if self.adapter is None else self.adapter.name
 
     @property
     def operation(self) -> str:

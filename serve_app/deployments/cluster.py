@@ -17,6 +17,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from serve_app.deployments import haproxy
+from serve_app.engines.vllm.shared_memory import remove_left_segments
+
+# The time in which the processes of a local Ray end after it was stopped.
+_KILLED_S = 10.0
 
 # A variable that the user has set keeps its value.
 _ENVIRONMENT = {
@@ -78,6 +82,8 @@ class Cluster:
             with suppress(Exception):
                 _remove(application)
         ray.shutdown()
+        if self.ours:
+            remove_left_segments(_KILLED_S)
         if self.folder is not None:
             self.folder.cleanup()
 

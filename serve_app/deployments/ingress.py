@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Collection
 from contextlib import suppress
 from functools import partial
@@ -14,12 +15,15 @@ from ray.exceptions import RayError
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve_app.api.context import configured_adapters
 from serve_app.config import AppConfig, Model
+from serve_app.core.adapters import AdapterChange
 from serve_app.deployments.event_receiver import EventReceiver
 from serve_app.deployments.heartbeats import Report, Reporter, to_every_replica
 from serve_app.deployments.ingress_telemetry import IngressTelemetry
 from serve_app.deployments.registry import Heartbeat, ReplicaRegistry
 from serve_app.deployments.remote import RemoteEngine
+from serve_app.deployments.routing import routing_table
 from serve_app.deployments.telemetry import ProcessTelemetry, log_to_serve
 from serve_app.gateway.catalog import Catalog
 from serve_app.gateway.chain import ModelChain
@@ -46,27 +50,44 @@ class Ingress:
         self._id = context.replica_id.unique_id
         self._process = ProcessTelemetry(config.telemetry, "", self._id)
         self._registry = ReplicaRegistry()
+        self._adapters = configured_adapters(config)
         self._receiver = EventReceiver(ray.util.get_node_ip_address())
         await self._receiver.start()
         self._telemetry = IngressTelemetry(config, self._id, self._registry)
         self._handles = {model.name: handle for model, handle in zip(config.models, handles, strict=True)}
+        self._remotes: list[RemoteEngine] = []
         self._chains = {model.name: self._chain(model) for model in config.models}
         self._ingresses = serve.get_deployment_handle(context.deployment, context.app_name)
-        self._reporter = Reporter(self._report, lambda: Heartbeat(self._id, "", ""), self._telemetry.families)
+        self._reporter = Reporter(self._report, self._heartbeat, self._telemetry.families)
         self._telemetry.reporter = self._reporter
         with suppress(TimeoutError):
             async with asyncio.timeout(_FIRST_REPORTS_S):
-                await asyncio.gather(*map(self._collect_reports, handles))
+                await asyncio.gather(*map(self._collect_reports, handles), self._collect_adapters())
         self._update()
         self._updates = asyncio.create_task(self._update_forever())
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         engine = Catalog({name: chain.engine for name, chain in self._chains.items()})
-        return with_disconnects(self._process.app(engine, self._telemetry, self._config))
+        app = self._process.app(engine, self._telemetry, self._config, self._adapters, self._reporter.send)
+        return with_disconnects(app)
 
     async def push(self, heartbeat: Heartbeat, metrics: MetricsSnapshot) -> None:
         """Receive the report of another process."""
+        self._take((heartbeat, metrics))
+
+    def _take(self, report: Report) -> None:
+        """Keep the report of any process, this one included."""
+        heartbeat, metrics = report
         self._registry.take(heartbeat, metrics)
+        self._adapters.merge(heartbeat.adapters)
+        if heartbeat.leaving or heartbeat.failed:
+            routing_table(heartbeat.model).remove(heartbeat.replica)
+        elif heartbeat.load is not None:
+            routing_table(heartbeat.model).report(heartbeat.replica, heartbeat.load, time.monotonic())
+
+    async def adapter_changes(self) -> tuple[AdapterChange, ...]:
+        """The adapters that were loaded or unloaded at run time. A new ingress calls it when it starts."""
+        return self._adapters.changes
 
     async def __del__(self) -> None:
         self._updates.cancel()
@@ -77,29 +98,51 @@ class Ingress:
         await asyncio.to_thread(self._process.stop)
 
     def _chain(self, model: Model) -> ModelChain:
-        remote = RemoteEngine(model.name, self._handles[model.name], self._receiver)
-        return ModelChain(model, remote, self._telemetry.meter, partial(self._telemetry.woke, model.name))
+        table = routing_table(model.name)
+        remote = RemoteEngine(model.name, self._handles[model.name], self._receiver, table)
+        self._remotes.append(remote)
+        telemetry, name = self._telemetry, model.name
+        return ModelChain(
+            model, remote, telemetry.meter, partial(telemetry.woke, name), partial(telemetry.resumed, name)
+        )
 
     async def _collect_reports(self, handle: DeploymentHandle) -> None:
         """Get the reports of running replicas, so that the first requests do not wait for the next ones."""
         try:
             reports: list[Report] = await handle.broadcast("report").results_async(timeout_s=_FIRST_REPORTS_S)
             for report in reports:
-                self._registry.take(*report)
+                self._take(report)
         except Exception:
             logger.debug("the replicas did not report", exc_info=True)
 
+    async def _collect_adapters(self) -> None:
+        """Get the adapters that the other ingresses know."""
+        try:
+            found = self._ingresses.broadcast("adapter_changes").results_async(timeout_s=_FIRST_REPORTS_S)
+            for changes in await found:
+                self._adapters.merge(changes)
+        except Exception:
+            logger.debug("the other ingresses did not answer", exc_info=True)
+
+    def _heartbeat(self) -> Heartbeat:
+        return Heartbeat(self._id, "", "", adapters=self._adapters.changes)
+
     async def _report(self, report: Report) -> None:
         """Report to this ingress and to the other ingresses."""
-        self._registry.take(*report)
+        self._take(report)
         if (routed_replicas(self._ingresses) or {self._id}) != {self._id}:
             await to_every_replica(self._ingresses, "push")(report)
 
     async def _update_forever(self) -> None:
         while True:
+            began = time.monotonic()
             await asyncio.sleep(_UPDATE_INTERVAL_S)
             try:
                 self._update()
+                # Otherwise this process stood still, and reports of the replicas wait to be read.
+                if time.monotonic() - began < 2 * _UPDATE_INTERVAL_S:
+                    for remote in self._remotes:
+                        remote.end_silent()
             except Exception:
                 logger.exception("the state of the models could not be updated")
 

@@ -38,6 +38,10 @@ class IngressTelemetry:
         """Record how long a model that was scaled to zero took until it was ready."""
         self._metrics.woke(model, seconds)
 
+    def resumed(self, model: str) -> None:
+        """Count an answer that goes on at another replica."""
+        self._metrics.resumed(model)
+
     def set_status(self, status: ModelStatus, ready: int) -> None:
         """Keep the latest state of a model and the number of its ready replicas."""
         self._models[status.name] = (status, ready)

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from serve_app.config import Model
+from serve_app.core.adapters import AdapterChange
 from serve_app.core.queries import ModelState, ModelStatus
+from serve_app.core.routing import ReplicaLoad
 from serve_app.telemetry.exposition import MetricsSnapshot
 
 K = TypeVar("K")
@@ -28,7 +30,8 @@ class Heartbeat:
     """The state of one process. `model` is "" for an ingress; `stage` is the current step of a start, "" when ready.
 
     `leaving` marks the last report of a process that shuts down. `failed` marks the report of a replica whose model
-    could not be loaded, with the reason in `stage`.
+    could not be loaded, with the reason in `stage`. An ingress reports the `adapters` that were changed at run time; a
+    replica whose model is loaded reports its `load`.
     """
 
     replica: str
@@ -36,6 +39,8 @@ class Heartbeat:
     stage: str
     failed: bool = False
     leaving: bool = False
+    adapters: tuple[AdapterChange, ...] = ()
+    load: ReplicaLoad | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,9 +16,12 @@ from serve_app.core.engine import EngineLoad
 from serve_app.core.events import Chunk
 from serve_app.core.queries import A, ModelState, ModelStatus, Query
 from serve_app.core.requests import GenerationRequest
+from serve_app.core.routing import routing_key
 from serve_app.deployments import wire
 from serve_app.deployments.event_receiver import EventReceiver, Inbox, replica_lost
+from serve_app.deployments.routing import Routed
 from serve_app.errors import InternalError, NotReady, QueueFull, ServeAppError, deadline_exceeded
+from serve_app.gateway.routing_table import RoutingTable
 
 logger = logging.getLogger("ray.serve")
 
@@ -26,43 +29,53 @@ logger = logging.getLogger("ray.serve")
 _GRACE_S = 5.0
 # The result of a Ray call can arrive before the last events, because events have their own connection.
 _LAST_EVENTS_S = 5.0
+# Replicas report once a second. The requests of a replica that has not reported for this time are ended.
+HANG_S = 10.0
 
 
 class RemoteEngine:
     """Calls the replicas of `model` through `handle`. Closing a generator before its last chunk cancels the request.
 
-    Ray chooses the replica. The call stays open until the request has ended there, so that Ray counts the request as
-    ongoing. `receiver` receives its events.
+    The `table` chooses the replica. The call stays open until the request has ended there, so that Ray counts the
+    request as ongoing. `receiver` receives its events.
     """
 
-    def __init__(self, model: str, handle: DeploymentHandle, receiver: EventReceiver) -> None:
+    def __init__(self, model: str, handle: DeploymentHandle, receiver: EventReceiver, table: RoutingTable) -> None:
         self._model = model
         self._handle = handle
         self._receiver = receiver
-        self._running = 0
+        self._table = table
+        self._open: dict[int, Inbox] = {}
         self._calls: set[asyncio.Task[None]] = set()
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
         number, inbox = self._receiver.open(request.arrived)
         now = time.monotonic()
-        response = self._handle.generate.remote(wire.outgoing(request, now), number, self._receiver.address)
+        routed = Routed(number, routing_key(request))
+        self._table.opened(number)
+        response = self._handle.generate.remote(wire.outgoing(request, now), self._receiver.address, routed)
         call = asyncio.create_task(self._follow(response, inbox, request.id))
         self._calls.add(call)
         call.add_done_callback(self._calls.discard)
         late = asyncio.get_running_loop().call_later(
             request.deadline + _GRACE_S - now, lambda: inbox.put(deadline_exceeded(request.timeout_s))
         )
-        self._running += 1
-        ended = False
+        self._open[number] = inbox
+        began = ended = False
         try:
             while not ended:
                 item = await inbox.get()
                 if isinstance(item, ServeAppError):
+                    if isinstance(item, NotReady):
+                        self._table.lost(number)
                     raise item
-                ended = item.finished
+                if not began:
+                    self._table.began(number)
+                began, ended = True, item.finished
                 yield item
         finally:
-            self._running -= 1
+            del self._open[number]
+            self._table.ended(number)
             late.cancel()
             self._receiver.close(number)
             if not ended:
@@ -85,7 +98,19 @@ class RemoteEngine:
         return ModelStatus(self._model, ModelState.READY)
 
     def load(self, model: str) -> EngineLoad:
-        return EngineLoad(self._running, 0, self._running)
+        return EngineLoad(len(self._open), 0, len(self._open))
+
+    def end_silent(self) -> None:
+        """End the requests whose replica has not reported for HANG_S seconds: it hangs, or its node is lost."""
+        now, hang = time.monotonic(), set[str]()
+        for number, inbox in self._open.items():
+            replica = self._table.assigned(number)
+            if replica and self._table.silent(replica, now, HANG_S):
+                hang.add(replica)
+                inbox.put(replica_lost())
+        self._table.prune(now)
+        for replica in hang:
+            logger.error("the replica %s has not reported for %.0f s; its requests go on elsewhere", replica, HANG_S)
 
     async def _follow(self, response: DeploymentResponse, inbox: Inbox, id: str) -> None:
         """Wait for the end of the call. If the events did not end the request by then, end it with an error."""

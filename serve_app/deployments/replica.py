@@ -7,19 +7,23 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from functools import partial
+from importlib.util import find_spec
 
 from prometheus_client.metrics_core import Metric
 from ray import serve
 
-from serve_app.config import Model, Telemetry as TelemetrySettings
+from serve_app.config import ConfigError, Model, Telemetry as TelemetrySettings, VllmOptions
 from serve_app.core.queries import A, Query
 from serve_app.core.requests import GenerationRequest
+from serve_app.core.routing import PrefixRecord, ReplicaLoad
 from serve_app.deployments import wire
 from serve_app.deployments.event_receiver import ReplyAddress
 from serve_app.deployments.event_sender import EventSender
 from serve_app.deployments.heartbeats import Report, Reporter, to_every_replica
 from serve_app.deployments.registry import Heartbeat
+from serve_app.deployments.routing import Routed
 from serve_app.deployments.telemetry import ProcessTelemetry, log_to_serve
 from serve_app.engines.native.engine import NativeEngine
 from serve_app.engines.native.sequence import Runner
@@ -27,6 +31,7 @@ from serve_app.engines.protocol import EngineStalled, ReplicaEngine
 from serve_app.engines.stream import TokenStream
 from serve_app.engines.toy import ToyRunner
 from serve_app.errors import NotReady, ServeAppError
+from serve_app.telemetry import libraries
 from serve_app.telemetry.metrics import EngineMetrics, StepSeries
 from serve_app.telemetry.process import ProcessMetrics
 
@@ -36,6 +41,8 @@ logger = logging.getLogger("ray.serve")
 READY = ""
 # Threads for queries. Admission has its own thread, so that neither waits for the other.
 _QUERY_THREADS = 2
+# Every report of this number has all digests of prompts.
+_FULL_REPORT = 15
 
 
 @serve.deployment
@@ -59,24 +66,25 @@ class ModelReplica:
         self._reporter = Reporter(to_every_replica(ingress, "push"), self._heartbeat, self._families)
         self._events = EventSender(model.engine.flush_interval_s)
         self._admission_thread = ThreadPoolExecutor(1, "admission")
+        self._adapter_thread = ThreadPoolExecutor(1, "adapter")
         self._query_threads = ThreadPoolExecutor(_QUERY_THREADS, "query")
         self._admit.set_max_batch_size(model.batching.max_batch_size)
-        self._open_requests = 0
-        self._engine: ReplicaEngine = NativeEngine(
-            partial(_make_runner, model, self._report), model.engine, watch=self._steps.observe
-        )
+        self._streams: set[TokenStream] = set()
+        self._engine = _make_engine(model, self._report, self._steps)
+        self._reports, self._reported_version = 0, 0
         self._admitter = self._telemetry.admitter(self._engine)
         try:
             await asyncio.to_thread(self._engine.start)
         except BaseException as error:
             await self._reporter.stop(Heartbeat(self._id, model.name, f"{type(error).__name__}: {error}", failed=True))
             raise
+        self._prefixes = PrefixRecord(self._engine.stats().kv_tokens)
         self._metrics = EngineMetrics(model.name, self._id, self._engine, time.monotonic() - began)
         self._report(READY)
         await self._reporter.send()
 
-    async def generate(self, request: GenerationRequest, number: int, address: ReplyAddress) -> None:
-        """Send the request's chunks, or the error that ends it, to the ingress at `address` as stream `number`.
+    async def generate(self, request: GenerationRequest, address: ReplyAddress, routed: Routed) -> None:
+        """Send the request's chunks, or the error that ends it, to the ingress at `address` as stream `routed.number`.
 
         Returns when the last chunk has been handed to the connection. A cancellation frees the slot of the request
         before the engine's next step. Raises NotReady if the ingress cannot be reached.
@@ -87,23 +95,37 @@ class ModelReplica:
         except (OSError, TimeoutError) as error:
             logger.error("the ingress at %s:%d cannot be reached: %s", address.host, address.port, error)
             raise NotReady("The model cannot reach the ingress. Send the request again.", None, 1.0) from None
-        stream = self._admitter.open(wire.incoming(request, arrived))
+        stream, number = self._admitter.open(wire.incoming(request, arrived)), routed.number
         connection.attach(number, stream)
-        self._open_requests += 1
+        self._streams.add(stream)
         # The next batch reads this value. A request that is alone has no others to wait for.
-        alone = self._open_requests == 1
+        alone = len(self._streams) == 1
         self._admit.set_batch_wait_timeout_s(0 if alone else self._model.batching.batch_wait_timeout_s)
         try:
-            refusal = await self._admit(stream)
+            refusal = await self._acquire_adapter(stream) or await self._admit(stream)
             if refusal is not None:
                 connection.put(number, refusal)
                 return
             await stream.wait_ended()
             connection.flush()
         finally:
-            self._open_requests -= 1
+            self._streams.remove(stream)
+            if stream.started is not None:
+                self._prefixes.add(routed.key.digests, stream.prompt_tokens)
             stream.close()
             connection.detach(number)
+
+    async def _acquire_adapter(self, stream: TokenStream) -> ServeAppError | None:
+        """Load the adapter that the request names, if any, or return why it cannot be used."""
+        if stream.request.adapter is None:
+            return None
+        loop = asyncio.get_running_loop()
+        loading = loop.run_in_executor(self._adapter_thread, self._engine.acquire_adapter, stream)
+        try:
+            return await asyncio.shield(loading)
+        except asyncio.CancelledError:
+            await asyncio.wait([loading])  # the caller closes the stream, which releases the adapter
+            raise
 
     async def query(self, query: Query[A]) -> A | ServeAppError:
         """The result of a query. An error is returned and not raised, because Ray would wrap a raised one."""
@@ -127,12 +149,14 @@ class ModelReplica:
 
     async def report(self) -> Report:
         """The heartbeat and the metrics of this replica. An ingress calls it when it starts."""
-        return self._reporter.report()
+        self._reports = 0
+        report = self._reporter.report()
+        self._reports = 0  # the other ingresses do not get this report
+        return report
 
     async def stats(self) -> dict[str, float]:
         """The engine's counters, for tests and inspection."""
-        stats = self._engine.stats()
-        return {name: getattr(stats, name) for name in stats.__slots__}
+        return asdict(self._engine.stats())
 
     async def __del__(self) -> None:
         await asyncio.to_thread(self._engine.stop)
@@ -147,17 +171,42 @@ class ModelReplica:
             logger.info("%s: %s", self._model.name, stage)
 
     def _heartbeat(self) -> Heartbeat:
-        return Heartbeat(self._id, self._model.name, self._stage)
+        ready = self._metrics is not None
+        return Heartbeat(self._id, self._model.name, self._stage, load=self._load() if ready else None)
+
+    def _load(self) -> ReplicaLoad:
+        """The load, with the digests if they have changed, and else now and then, because a report can be lost."""
+        waiting = [stream.prompt_tokens for stream in self._streams if stream.started is None]
+        version = self._prefixes.version
+        changed = version != self._reported_version or self._reports % _FULL_REPORT == 0
+        self._reported_version, self._reports = version, self._reports + 1
+        running = len(self._streams) - len(waiting)
+        return ReplicaLoad(running, sum(waiting), self._prefixes.digests() if changed else None)
 
     def _families(self) -> list[Metric]:
         engine = self._metrics.families() if self._metrics else []
-        return [*engine, *self._steps.families(), *self._process.families(self._reporter.lag_s)]
+        of_libraries = libraries.families(self._model.name, self._id)
+        return [*engine, *of_libraries, *self._steps.families(), *self._process.families(self._reporter.lag_s)]
+
+
+def _make_engine(model: Model, report: Callable[[str], None], steps: StepSeries) -> ReplicaEngine:
+    """The engine that the configuration names; for `auto` vLLM if it is installed and the replica has a GPU."""
+    installed = find_spec("vllm") is not None
+    if isinstance(model.engine, VllmOptions) or (model.may_use_vllm and installed):
+        if not installed:
+            raise ConfigError("engine.kind: vllm needs vLLM: install it as docs/deploy.md says, or use kind: native")
+        from serve_app.engines.vllm.engine import VllmEngine
+
+        return VllmEngine(model, report)
+    return NativeEngine(
+        partial(_make_runner, model, report), model.native_options, watch=steps.observe, lora=model.lora
+    )
 
 
 def _make_runner(model: Model, report: Callable[[str], None]) -> Runner:
     """Load the model, on the engine's thread. This is the only import of torch in this folder."""
-    if model.source.startswith("builtin:toy"):
-        return ToyRunner.from_source(model.source, model.engine)
+    if model.is_toy:
+        return ToyRunner.from_source(model.source, model.native_options)
     report("importing torch")
     from serve_app.engines.native.runner import TorchRunner
 

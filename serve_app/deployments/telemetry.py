@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from starlette.types import ASGIApp
 
 from serve_app.api.app import create_app
+from serve_app.api.context import keep
 from serve_app.api.middleware import OneRequestId
 from serve_app.api.telemetry import ServiceTelemetry
 from serve_app.config import AppConfig, ConfigError, Telemetry as Settings
+from serve_app.core.adapters import AdapterDirectory
 from serve_app.core.engine import Engine
 from serve_app.core.requests import GenerationRequest
 from serve_app.engines.protocol import ReplicaEngine
@@ -53,13 +57,21 @@ class ProcessTelemetry:
 
             write_json(model, replica)
 
-    def app(self, engine: Engine, telemetry: ServiceTelemetry, config: AppConfig) -> ASGIApp:
+    def app(
+        self,
+        engine: Engine,
+        telemetry: ServiceTelemetry,
+        config: AppConfig,
+        adapters: AdapterDirectory | None = None,
+        publish: Callable[[], Awaitable[None]] = keep,
+    ) -> ASGIApp:
         """The HTTP application, with spans and the JSON access log if they are enabled."""
         from starlette.middleware import Middleware
 
         request_id = Middleware(OneRequestId)
+        make = partial(create_app, config=config, adapters=adapters, publish=publish)
         if self._exporter is None and self._settings.log_format == "text":
-            return create_app(engine, telemetry, config, around=[request_id])
+            return make(engine, telemetry, around=[request_id])
         from opentelemetry.trace import NoOpTracer
 
         from serve_app.telemetry.http_spans import Observe, TracedEngine, TracedTelemetry
@@ -68,7 +80,7 @@ class ProcessTelemetry:
         capture = self._settings.tracing is not None and self._settings.tracing.capture_content
         spans = Middleware(Observe, tracer=tracer, access_log=self._settings.log_format == "json")
         traced = TracedEngine(engine, tracer, capture)
-        return create_app(traced, TracedTelemetry(telemetry), config, around=[request_id, spans])
+        return make(traced, TracedTelemetry(telemetry), around=[request_id, spans])
 
     def admitter(self, engine: ReplicaEngine) -> TracedAdmitter | Admitter:
         """Opens and admits the streams of requests, with spans if tracing is enabled."""

@@ -19,9 +19,10 @@ class EngineStalled(Exception):
 class EngineStats:
     """A snapshot of the engine. Counters count from its start.
 
-    `kv_tokens` is the number of tokens that the KV cache can hold. `busy_s` is the time of all steps from plan to
-    commit, of which `planning_s` passed before the model ran. `delivery_s` is the time after the steps in which their
-    results were sent to the streams.
+    `slots` is the largest number of sequences that run at a time, `kv_tokens` the number of tokens that the KV cache
+    can hold. `prompt_tokens` were looked up in the prefix cache, and `cached_tokens` of them found. `drafted` tokens
+    were proposed by speculative decoding, and `accepted` of them kept. A step is one forward pass, `rows` the number of
+    tokens that all steps computed.
     """
 
     running: int
@@ -34,10 +35,21 @@ class EngineStats:
     cached_tokens: int
     drafted: int
     accepted: int
+    generated_tokens: int
     steps: int
     rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepStats(EngineStats):
+    """A snapshot of an engine that runs its steps itself.
+
+    `decode_rows` of the rows were computed for decoding sequences. `busy_s` is the time of all steps from plan to
+    commit, of which `planning_s` passed before the model ran. `delivery_s` is the time after the steps in which their
+    results were sent to the streams.
+    """
+
     decode_rows: int
-    generated_tokens: int
     busy_s: float
     planning_s: float
     delivery_s: float
@@ -53,7 +65,7 @@ class ReplicaEngine(Protocol):
 
     @property
     def kind(self) -> str:
-        """How steps are computed, for example `fused`, `transformers` or `toy`."""
+        """How steps are computed, for example `fused`, `transformers`, `toy` or `vllm`."""
         ...
 
     @property
@@ -67,6 +79,13 @@ class ReplicaEngine(Protocol):
 
     def stop(self, timeout_s: float = 30) -> None:
         """End the engine and free its memory. Unfinished requests end with NotReady."""
+        ...
+
+    def acquire_adapter(self, stream: TokenStream) -> ServeAppError | None:
+        """Load the LoRA adapter of the stream's request, if it has one, and keep it until the stream is closed.
+
+        Call it before `admit`, on any thread. Returns why the adapter cannot be used.
+        """
         ...
 
     def admit(self, streams: Seq[TokenStream]) -> list[ServeAppError | None]:

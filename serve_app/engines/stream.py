@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from serve_app.core.events import Chunk, Delta, FinishReason, Logprobs, PromptDetails, TokenEvent
 from serve_app.core.requests import GenerationRequest
+from serve_app.engines.adapters import LoadedAdapter
 from serve_app.engines.text.detokenizer import Detokenizer
 from serve_app.engines.text.protocol import AnswerParser, AnswerPlan, Decoder
 from serve_app.errors import InternalError, ServeAppError
@@ -45,18 +46,21 @@ class TokenStream:
     The engine's thread calls `put` and `fail`, then wakes all streams of a step together. The event loop that created
     the stream does everything else, so that the model does not wait for it: `wake` detokenizes, looks for stop strings
     and divides the answer; the consumer reads `chunks`, or calls `take` when `on_wake` was called, and calls `close`.
-    The engine reads `closed` before every step and frees the slot of a stream whose consumer left or that met a stop
-    string. The request's max_tokens bounds the number of tokens that wait here.
+    The native engine reads `closed` before every step and frees the slot of a stream whose consumer left or that met a
+    stop string; vLLM's sets `on_close`, which `close` calls. The LoRA `adapter` is set before admission, and `close`
+    releases it. The request's max_tokens bounds the number of tokens that wait here.
     """
 
     def __init__(self, request: GenerationRequest) -> None:
         self.request = request
         self.on_wake: Callable[[], None] | None = None
+        self.on_close: Callable[[], object] | None = None
         self.params = request.params
         self.arrived = request.arrived
         self.prompt_tokens = 0
         self.cached_tokens = 0
         self.started: float | None = None
+        self.adapter: LoadedAdapter | None = None
         self.closed = False
         self.loop = asyncio.get_running_loop()
         self._detokenizer: Detokenizer | None = None
@@ -84,6 +88,8 @@ class TokenStream:
         self._prompt = prompt
         self.params, self._parser, self._stop_texts = plan.params, plan.parser, plan.stop_texts
         self._detokenizer = Detokenizer(decoder, self.params.stop, self.params.include_stop_str_in_output)
+        for token_id in self.request.resumed:
+            self._make_event(Token(token_id, 0.0))  # its text was sent before; what is held back is still to be sent
 
     def put(self, result: Token | Embedding) -> None:
         self._received.append(result)
@@ -102,7 +108,11 @@ class TokenStream:
             self.on_wake()
 
     def close(self) -> None:
+        if self.adapter is not None and not self.closed:
+            self.adapter.release()
         self.closed = True
+        if self.on_close is not None:
+            self.on_close()
 
     @property
     def ended(self) -> bool:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import time
 from codecs import getincrementaldecoder
 from collections.abc import Sequence as Seq
+from hashlib import blake2b
+from pathlib import Path
+from typing import cast
 from urllib.parse import parse_qsl, urlsplit
 
-from serve_app.config import Engine
+from serve_app.config import NativeOptions
 from serve_app.core.events import Logprobs, TextToken, TokenLogprob
 from serve_app.core.queries import AddedToken, TokenizerInfo
-from serve_app.core.requests import ChatPrompt, GenerationRequest, Prompt, TextPrompt, TokenPrompt
+from serve_app.core.requests import Adapter, ChatPrompt, GenerationRequest, Prompt, TextPrompt, TokenPrompt
 from serve_app.engines.native.sequence import Advance, Outcome, Sampled, Sequence, Step
 from serve_app.engines.text.protocol import AnswerPlan
-from serve_app.errors import InvalidRequest, ServeAppError
+from serve_app.errors import InvalidRequest, NotFound, ServeAppError
 
 END, END_TEXT = 256, "<end>"
 _CONTEXT = 2048
@@ -88,7 +91,7 @@ class ToyRunner:
     """
 
     def __init__(
-        self, config: Engine, step_ms: float = 0, load_s: float = 0, log: str | None = None, fails_on: str = ""
+        self, config: NativeOptions, step_ms: float = 0, load_s: float = 0, log: str | None = None, fails_on: str = ""
     ) -> None:
         time.sleep(load_s)
         self.kind = "toy"
@@ -103,11 +106,19 @@ class ToyRunner:
         self._log = None if log is None else open(log, "a", buffering=1)  # noqa: SIM115 (open until the process ends)
 
     @classmethod
-    def from_source(cls, source: str, config: Engine) -> ToyRunner:
+    def from_source(cls, source: str, config: NativeOptions) -> ToyRunner:
         """From `builtin:toy`, or with options: `builtin:toy?step_ms=5&load_s=2&log=/tmp/tokens`."""
         options = dict(parse_qsl(urlsplit(source).query))
         step_ms, load_s = (float(options.get(name, 0)) for name in ("step_ms", "load_s"))
         return cls(config, step_ms, load_s, options.get("log"), options.get("fails_on", ""))
+
+    def load_adapter(self, adapter: Adapter) -> tuple[str, object]:
+        """The file `shift` in an adapter's folder has a number, which is added to every token of an answer."""
+        try:
+            text = (Path(adapter.source) / "shift").read_text()
+            return blake2b(text.encode(), digest_size=16).hexdigest(), int(text)
+        except (OSError, ValueError):
+            raise NotFound(f"{adapter.source} has no file shift with a number.", param="lora_path") from None
 
     def run(self, step: Step) -> list[Outcome]:
         if self._step_s:
@@ -136,8 +147,9 @@ class ToyRunner:
 
     def _outcome(self, advance: Advance) -> Outcome:
         sequence, sampled = advance.sequence, []
+        shift = 0 if sequence.adapter is None else cast("int", sequence.adapter.weights)
         for ahead in range(1 + len(advance.drafts)):
-            token = sequence.tokens[(sequence.generated + ahead) % sequence.prompt_len]
+            token = sequence.tokens[(sequence.generated + ahead) % sequence.prompt_len] + shift
             sampled.append(Sampled(token, None if sequence.params.logprobs is None else self._certain(token)))
             if self._log is not None:
                 self._log.write(f"{time.monotonic():.6f} {sequence.stream.request.id}\n")

@@ -9,6 +9,7 @@ from serve_app.core.engine import Engine
 from serve_app.core.queries import ModelStatus
 from serve_app.core.requests import GenerationRequest
 from serve_app.gateway.admission import Admission
+from serve_app.gateway.failover import Failover
 from serve_app.gateway.outcome import Outcome, RequestMeter
 from serve_app.gateway.readiness import Readiness
 
@@ -16,7 +17,8 @@ from serve_app.gateway.readiness import Readiness
 class ModelChain:
     """`engine` is the outermost stage around `innermost`, which reaches the model's replicas.
 
-    `meter` measures a request; `woke` receives the seconds that a model took to wake.
+    `meter` measures a request; `woke` receives the seconds that a model took to wake; `resumed` is called when the
+    answer of a lost replica goes on at another one.
     """
 
     def __init__(
@@ -25,10 +27,12 @@ class ModelChain:
         innermost: Engine,
         meter: Callable[[GenerationRequest], RequestMeter],
         woke: Callable[[float], None],
+        resumed: Callable[[], None],
     ) -> None:
         deployment = model.deployment
         self._places_per_replica = self._places = deployment.max_ongoing_requests
-        self._admission = Admission(innermost, model.name, lambda: self._places, deployment.max_queued_requests)
+        failover = Failover(innermost, resumed, draws_seeds=not model.may_use_vllm)
+        self._admission = Admission(failover, model.name, lambda: self._places, deployment.max_queued_requests)
         held = deployment.max_ongoing_requests + deployment.max_queued_requests
         self._readiness = Readiness(self._admission, model, held, woke)
         self.engine: Engine = Outcome(self._readiness, meter)

@@ -11,13 +11,18 @@ async function call(path, options) {
   }
 }
 
-/** All models with their states: ready, loading, asleep or failed. */
+/**
+ * All models and adapters, with the states of the models: ready, loading, asleep or failed. The `parent` of a model is
+ * null, that of an adapter is its model.
+ */
 export async function models() {
   const [list, ready] = await Promise.all([call("v1/models"), call("ready")]);
   if (!list.ok) throw await Failure.response(list);
   const states = ready.ok || ready.status === 503 ? await ready.json().catch(() => ({})) : {};
   const known = new Map(states.models?.map((model) => [model.name, model]));
-  return (await list.json()).data.map(({ id }) => ({ id, state: "loading", detail: "", ...known.get(id) }));
+  return (await list.json()).data.map(({ id, parent = null }) => {
+    return { id, parent, state: "loading", detail: "", ...known.get(parent ?? id) };
+  });
 }
 
 /**

@@ -22,7 +22,7 @@ export class Status {
     try {
       const all = await models();
       if (this._seen !== (this._seen = JSON.stringify(all))) this._found(all);
-      const missing = all.filter(({ state }) => state === "loading" || state === "failed");
+      const missing = all.filter(({ parent, state }) => !parent && (state === "loading" || state === "failed"));
       this._show(missing.length ? "waiting" : "ready", missing.map(sentence).join("; ") || "Ready");
       return !missing.length;
     } catch {

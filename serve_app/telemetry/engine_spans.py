@@ -80,6 +80,7 @@ class TracedStream(TokenStream):
         self._tokens_sent = 0
         self._finished = False
         self._failure = ""
+        self._failed_at: float | None = None
 
     def admitted(self, instant: float, batch: SpanContext, outcome: ServeAppError | None) -> None:
         """The engine has admitted or refused the request. Called on the admission thread."""
@@ -87,12 +88,12 @@ class TracedStream(TokenStream):
         if self._has_open_spans:  # otherwise the client has disconnected meanwhile
             self._admission.add_link(batch)
         if outcome is not None:
-            self._failure = outcome.code
+            self._failure, self._failed_at = outcome.code, instant
 
     def take(self) -> Chunk | ServeAppError | None:
         item = super().take()
         if isinstance(item, ServeAppError):
-            self._failure = item.code
+            self._failure, self._failed_at = item.code, time.monotonic()
         if not isinstance(item, Chunk):
             return item
         first = self._first_at is None
@@ -104,7 +105,8 @@ class TracedStream(TokenStream):
         super().close()
         if self._has_open_spans:
             self._has_open_spans = False
-            self._create_spans(time.monotonic())
+            # The ingress ends its span when it has the error, which can be before this stream is closed.
+            self._create_spans(time.monotonic() if self._failed_at is None else self._failed_at)
 
     def _record(self, chunk: Chunk) -> None:
         elapsed = [event.elapsed_s for event in chunk.events] or [time.monotonic() - self.arrived]
@@ -113,19 +115,19 @@ class TracedStream(TokenStream):
         self._tokens_sent += len(chunk.events)
         self._finished = chunk.finished
 
-    def _create_spans(self, now: float) -> None:
-        """Create a span for each phase that began. The last one ends now if the response is incomplete."""
+    def _create_spans(self, ended: float) -> None:
+        """Create a span for each phase that began. The last one ends at `ended` if the response is incomplete."""
         began = self.started
         # The engine can start the prefill before the admission thread has read its clock.
-        end = min(instant for instant in (self._admitted_at, began, now) if instant is not None)
+        end = min(instant for instant in (self._admitted_at, began, ended) if instant is not None)
         self._end_admission(end, last=began is None)
         if began is None:
             return
         prompt = {"serve_app.prompt_tokens": self.prompt_tokens, "serve_app.cached_tokens": self.cached_tokens}
-        first = now if self._first_at is None else self._first_at
+        first = ended if self._first_at is None else self._first_at
         self._phase("prefill", began, first, prompt, last=self._first_at is None)
         if self._first_at is not None and self._tokens_sent and self._last_at is not None:
-            end = self._last_at if self._finished else now
+            end = self._last_at if self._finished else ended
             self._phase("decode", first, end, {"serve_app.generated_tokens": self._tokens_sent}, last=True)
 
     def _end_admission(self, end: float, last: bool) -> None:

@@ -45,6 +45,11 @@ class IngressMetrics:
         self._series[model].wake.observe(seconds)
         self._series[model].changed = True
 
+    def resumed(self, model: str) -> None:
+        """Count an answer that goes on at another replica."""
+        self._series[model].resumed.inc()
+        self._series[model].changed = True
+
 
 class Meter:
     """Measures one request from its arrival until it ends, and records its outcome once."""

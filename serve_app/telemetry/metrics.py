@@ -22,7 +22,7 @@ from serve_app.core.events import CANCELLED, EMBEDDED, FinishReason
 from serve_app.core.http import HttpCall
 from serve_app.core.queries import ModelState
 from serve_app.engines.native.sequence import Step
-from serve_app.engines.protocol import ReplicaEngine
+from serve_app.engines.protocol import ReplicaEngine, StepStats
 from serve_app.errors import ServeAppError
 
 # They would add a second series for every counter, with its creation time.
@@ -56,7 +56,7 @@ FINISHED = frozenset({*(reason.value for reason in FinishReason), EMBEDDED})
 CODES = ("internal_error", *(kind.code for kind in ServeAppError.__subclasses__()))
 OUTCOMES = (*sorted(FINISHED), CANCELLED, *dict.fromkeys(CODES))
 
-_RUNNER_INFO = "How the engine computes its steps, by kind: fused, transformers or toy; the value is always 1."
+_RUNNER_INFO = "How the engine computes its steps, by kind: fused, transformers, toy or vllm; the value is always 1."
 _METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 _MODEL = ("model", "replica")
 
@@ -111,6 +111,10 @@ class RequestSeries(_Series):
         )
         self.truncated = self._counter(
             "truncated_requests", "Requests that ended with an error after their first token."
+        )
+        self.resumed = self._counter(
+            "resumed_requests",
+            "Requests that were sent to another replica because the replica that served them was lost.",
         )
         self.good = self._counter(
             "goodput_requests",
@@ -343,20 +347,14 @@ class EngineMetrics:
         }
         counters = {
             "engine_steps": ("Engine steps that succeeded. A step is one forward pass of the model.", stats.steps),
-            "engine_failed_steps": ("Engine steps that failed.", stats.failed_steps),
             "engine_rows": (
                 "Tokens computed in engine steps, including drafts; divided by engine_steps: the mean tokens per step.",
                 stats.rows,
-            ),
-            "engine_decode_rows": (
-                "Tokens computed for decoding sequences in engine steps, including drafts.",
-                stats.decode_rows,
             ),
             "engine_generated_tokens": (
                 "Tokens that the engine generated, including tokens that no client received.",
                 stats.generated_tokens,
             ),
-            "engine_busy_seconds": ("Time spent in engine steps.", stats.busy_s),
             "engine_preemptions": (
                 "Sequences that lost their slot because the KV cache was full; they are computed again later.",
                 stats.preemptions,
@@ -365,6 +363,7 @@ class EngineMetrics:
             "prefix_cache_hit_tokens": ("Prompt tokens found in the prefix cache.", stats.cached_tokens),
             "draft_tokens": ("Draft tokens proposed by speculative decoding.", stats.drafted),
             "draft_accepted_tokens": ("Draft tokens that the model accepted.", stats.accepted),
+            **(_step_counters(stats) if isinstance(stats, StepStats) else {}),
         }
         info = _gauge("runner_info", _RUNNER_INFO, (*_MODEL, "kind", "quantization"))
         info.add_metric([*self._labels, self._engine.kind, self._engine.quantization], 1)
@@ -378,6 +377,18 @@ class EngineMetrics:
             counter.add_metric(self._labels, value)
             families.append(counter)
         return families
+
+
+def _step_counters(stats: StepStats) -> dict[str, tuple[str, float]]:
+    """The counters of an engine that runs its steps itself."""
+    return {
+        "engine_failed_steps": ("Engine steps that failed.", stats.failed_steps),
+        "engine_decode_rows": (
+            "Tokens computed for decoding sequences in engine steps, including drafts.",
+            stats.decode_rows,
+        ),
+        "engine_busy_seconds": ("Time spent in engine steps.", stats.busy_s),
+    }
 
 
 def states(models: Iterable[tuple[str, ModelState, int]]) -> list[Metric]:

@@ -33,8 +33,8 @@ UNUSED = {
     "gen_ai_server_time_to_first_token_seconds": "serve_app_time_to_first_token_seconds under another name",
     "gen_ai_server_time_per_output_token_seconds": "serve_app_time_per_output_token_seconds under another name",
 }
-# Prefixes of the metrics of other programs. The live test checks that they exist.
-OTHERS = ("ray_", "prometheus_", "alertmanager_", "alert_", "alerts_received_", "scrape_")
+# Prefixes of the metrics of other programs. The live test checks that they exist; those of vLLM, tests/engines.
+OTHERS = ("ray_", "prometheus_", "alertmanager_", "alert_", "alerts_received_", "scrape_", "vllm:")
 # Fixed windows that a panel may use: that of an alert, or one for rare events.
 FIXED = {"10m", "1h"}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import re
 import shutil
@@ -21,7 +22,7 @@ from serve_app import errors
 from serve_app.core.http import HttpCall
 from serve_app.core.queries import ModelState
 from serve_app.engines.native.engine import NativeEngine
-from serve_app.engines.protocol import EngineStats
+from serve_app.engines.protocol import StepStats
 from serve_app.telemetry.meter import IngressMetrics
 from serve_app.telemetry.metrics import (
     FINISHED,
@@ -114,7 +115,7 @@ def families() -> list[Metric]:
     """All metric families of a service with one replica and one HTTP call."""
     ingress = IngressMetrics("r1", ["m"], opentelemetry=False)
     ingress.http.ended(HttpCall("/generate", "POST", 200, 0.1, 10, 20))
-    stats = SimpleNamespace(**dict.fromkeys(EngineStats.__slots__, 1))
+    stats = StepStats(**dict.fromkeys((field.name for field in dataclasses.fields(StepStats)), 1))
     facts = {"kind": "toy", "quantization": "none", "step_age": lambda: 0.0}
     engine = cast(NativeEngine, SimpleNamespace(stats=lambda: stats, **facts))
     of_all = [*states([("m", ModelState.READY, 1)]), *ages([("m", "r1", 0.5)]), metrics_complete(True)]

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 
 from serve_app.api.app import create_app
-from serve_app.config import AppConfig, Deployment, Ingress, Limits, Model, SamplingDefaults
+from serve_app.config import AppConfig, Deployment, Ingress, Limits, Lora, LoraAdapter, Model, SamplingDefaults
 from serve_app.core.engine import EngineLoad
 from serve_app.core.events import Chunk, FinishReason, Logprobs, TextToken, TokenEvent, TokenLogprob
 from serve_app.core.http import HttpCall
@@ -22,6 +22,7 @@ from serve_app.core.queries import (
     Detokenize,
     GetModelInfo,
     GetTokenizerInfo,
+    LoadAdapter,
     ModelInfo,
     ModelState,
     ModelStatus,
@@ -47,6 +48,7 @@ RESULTS: dict[type[Query[Any]], Any] = {
     GetModelInfo: ModelInfo(context=2048, vocabulary=300, special_ids=frozenset({2})),
     Tokenize: (TextToken(5, "so", 0, 2), TextToken(6, "me", 2, 4)),
     Detokenize: "some",
+    LoadAdapter: "0" * 32,
     GetTokenizerInfo: TokenizerInfo("Scripted", {2: AddedToken("<end>")}, eos_token="<end>", chat_template="{{ 1 }}"),
 }
 
@@ -206,6 +208,7 @@ def app_config(**limits: Any) -> AppConfig:
                 deployment=deployment,
                 sampling_defaults=SamplingDefaults(temperature=0.2, top_p=0.9),
                 embeddings=True,
+                lora=Lora(adapters=(LoraAdapter(name="support", source="/adapters/support"),), allow=("/adapters",)),
             ),
             Model(
                 name="org/large", source="toy", deployment=deployment, sampling_defaults=SamplingDefaults(temperature=0)

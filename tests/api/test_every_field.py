@@ -295,6 +295,11 @@ EFFECTS: dict[str, dict[str, dict[str, Effect]]] = {
         }
     },
 }
+# The fields of endpoints that change what the service has.
+SHOWN_IN_TEST_LORA = {
+    *(("LoadAdapterBody", field) for field in ("lora_name", "lora_path", "load_inplace", "base_model_name")),
+    ("UnloadAdapterBody", "lora_name"),
+}
 BASES: dict[str, dict[str, Any]] = {
     **POSTS,
     "/": INPUTS,
@@ -342,6 +347,7 @@ def test_every_field_has_an_effect() -> None:
         (body, field) for of_bodies in EFFECTS.values() for body, effects in of_bodies.items() for field in effects
     }
     listed |= {("SamplingFields", field) for field in SAMPLING}
+    listed |= SHOWN_IN_TEST_LORA
     assert listed == {(body.__name__, field) for body in bodies() for field in own_fields(body)}
     assert SAMPLING.keys() == set(SamplingFields.names())
 

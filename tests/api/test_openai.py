@@ -257,7 +257,12 @@ async def test_the_list_of_models(client: httpx.AsyncClient) -> None:
     body = (await client.get("/v1/models")).json()
     assert body["object"] == "list"
     assert [without_date(card) for card in body["data"]] == [
-        {"id": name, "object": "model", "owned_by": "serve_app"} for name in ("small", "org/large")
+        {"id": name, "object": "model", "owned_by": "serve_app", "root": root, "parent": parent}
+        for name, root, parent in (
+            ("small", "small", None),
+            ("org/large", "org/large", None),
+            ("support", "/adapters/support", "small"),
+        )
     ]
 
 
@@ -267,7 +272,8 @@ async def test_the_list_of_models(client: httpx.AsyncClient) -> None:
 async def test_one_model_by_its_name(client: httpx.AsyncClient, path: str, name: str) -> None:
     answer = await client.get(f"/v1/models/{path}")
     assert answer.status_code == 200
-    assert without_date(answer.json()) == {"id": name, "object": "model", "owned_by": "serve_app"}
+    card = {"id": name, "object": "model", "owned_by": "serve_app", "root": name, "parent": None}
+    assert without_date(answer.json()) == card
 
 
 # The official client, over the same ASGI application.
@@ -337,7 +343,7 @@ async def test_the_openai_client_completes(official: openai.AsyncOpenAI) -> None
 
 
 async def test_the_openai_client_lists_models(official: openai.AsyncOpenAI) -> None:
-    assert [model.id async for model in official.models.list()] == ["small", "org/large"]
+    assert [model.id async for model in official.models.list()] == ["small", "org/large", "support"]
     assert (await official.models.retrieve("org/large")).id == "org/large"
 
 

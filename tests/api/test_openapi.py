@@ -45,14 +45,14 @@ async def test_every_schema_is_referenced_and_every_reference_has_a_schema(clien
     assert references(found) == components
 
 
-async def test_the_document_lists_the_models(client: httpx.AsyncClient) -> None:
+async def test_the_document_lists_the_models_and_adapters(client: httpx.AsyncClient) -> None:
     answer = await client.get("/openapi.json")
     assert answer.headers["content-type"] == "application/json"
     served = answer.json()
-    assert served == document(("small", "org/large"))
+    assert served == document(("small", "org/large", "support"))
     assert served["openapi"] == "3.1.0"
     model = served["components"]["schemas"]["ChatBody"]["properties"]["model"]
-    assert {"type": "string", "enum": ["small", "org/large"]} in model["anyOf"]
+    assert {"type": "string", "enum": ["small", "org/large", "support", "", "tgi", "dummy"]} in model["anyOf"]
 
 
 @pytest.mark.parametrize("operation", SERVED.values(), ids=SERVED)

@@ -43,7 +43,7 @@ INVALID = [
     ({"stop": ["a"] * 17}, "Field 'parameters.stop'"),
     ({"truncate": 0}, "Field 'parameters.truncate' should be greater"),
     ({"watermark": True}, "Field 'parameters.watermark' can only be null or false"),
-    ({"adapter_id": "mine"}, "Field 'parameters.adapter_id' can only be null: the models have no adapters"),
+    ({"adapter_id": "mine"}, "Field 'parameters.adapter_id' can only be null: name the adapter in the field model"),
     ({"decoder_input_details": 1}, "Field 'parameters.decoder_input_details' should be a valid boolean"),
     ({"best_of": 17, "do_sample": True}, "Field 'parameters.best_of' should be less"),
     ({"best_of": 0}, "Field 'parameters.best_of' should be greater"),

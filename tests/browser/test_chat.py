@@ -36,15 +36,16 @@ async def test_the_page_loads_completely_and_lists_the_models(playground: Playgr
 async def test_tokens_appear_one_after_another(playground: Playground) -> None:
     await playground.open()
     await playground.select_model("slow")
-    await playground.set_field("max_tokens", "12")
+    await playground.set_field("max_tokens", "45")
     await playground.send("hello")
     seen = [""]
     for _ in range(4):
         seen.append(await playground.wait_for_text(len(seen[-1])))
     assert await playground.answers.get_attribute("aria-busy") == "true"
     await playground.wait_for_answers()
-    assert await playground.texts.text_content() == "user: hellou"
-    assert all("user: hellou".startswith(text) for text in seen)
+    whole = ("user: hello" * 5)[:45]
+    assert await playground.texts.text_content() == whole
+    assert all(whole.startswith(text) for text in seen)
 
 
 async def test_figures_are_updated_while_tokens_arrive(playground: Playground) -> None:

@@ -101,10 +101,10 @@ async def test_the_status_names_the_models_that_load_or_failed(scripted: Playgro
         "small is being loaded (reading weights); org/large cannot be loaded (no such file)"
     )
     options = scripted.page.locator("#chat-view [name=model] option")
-    assert await options.all_text_contents() == ["small (loading)", "org/large (failed)"]
+    assert await options.all_text_contents() == ["small (loading)", "org/large (failed)", "support (loading)"]
     engine.statuses = {"org/large": ModelStatus("org/large", ModelState.ASLEEP)}
     await expect(status).to_have_text("Ready")
-    assert await options.all_text_contents() == ["small", "org/large (asleep)"]
+    assert await options.all_text_contents() == ["small", "org/large (asleep)", "support"]
 
 
 async def test_a_stream_without_its_end_mark_is_a_failure(scripted: Playground) -> None:
@@ -199,6 +199,7 @@ async def test_the_page_survives_a_restart(chromium: Browser, engine: ScriptedEn
 
 
 @pytest.mark.long
+@pytest.mark.ray
 @pytest.mark.timeout(300)  # the service is started twice
 async def test_the_page_survives_a_restart_of_the_whole_service(chromium: Browser) -> None:
     port = free_port()

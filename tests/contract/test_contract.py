@@ -16,7 +16,7 @@ from tests.graph.service import Config, Service, model_config
 from tests.models import tiny
 
 CONFIG = Path(__file__).with_name("schemathesis.toml")
-CASES, LONG_CASES = 25, 500
+CASES, LONG_CASES = 15, 500
 # Operations with 50 fields and more. Their coverage phase, a case for each value at a bound, is long; tests/api sends
 # each of these fields too.
 LARGE = ["/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages", "/v1/messages/count_tokens"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from serve_app.config import Autoscaling, Deployment, Model
@@ -85,7 +87,7 @@ def test_the_gauges_of_a_process_that_shuts_down_disappear_at_once(registry: Rep
 
 @pytest.mark.parametrize("last", [{"leaving": True}, {"failed": True}])
 def test_a_late_report_of_a_replica_that_has_ended_is_ignored(
-    registry: ReplicaRegistry, clock: Clock, last: dict[str, bool]
+    registry: ReplicaRegistry, clock: Clock, last: dict[str, Any]
 ) -> None:
     registry.take(Heartbeat("r1", "m", ""), metrics("r1"))
     registry.take(Heartbeat("r1", "m", "", **last), metrics("r1"))

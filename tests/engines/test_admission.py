@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 
-from serve_app.config import Engine as EngineConfig
+from serve_app.config import NativeOptions
 from serve_app.core.events import FinishReason, TextDelta, TextToken, ToolCallDelta
 from serve_app.core.queries import Detokenize, Tokenize
 from serve_app.core.requests import (
@@ -152,7 +152,7 @@ class FaultyText(ToyText):
 
 
 class FaultyTextRunner(ToyRunner):
-    def __init__(self, config: EngineConfig, fault: BaseException) -> None:
+    def __init__(self, config: NativeOptions, fault: BaseException) -> None:
         super().__init__(config)
         self.text = FaultyText(fault)
 
@@ -186,7 +186,7 @@ class MiscountingText(ToyText):
 
 
 class MiscountingTextRunner(ToyRunner):
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: NativeOptions) -> None:
         super().__init__(config)
         self.text = MiscountingText()
 
@@ -223,7 +223,7 @@ class ToolText(ToyText):
 
 
 class ToolRunner(ToyRunner):
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: NativeOptions) -> None:
         super().__init__(config)
         self.text = ToolText()
 

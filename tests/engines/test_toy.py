@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, strategies as st
 
-from serve_app.config import Engine as EngineConfig
+from serve_app.config import NativeOptions
 from serve_app.core.requests import (
     ChatMessage,
     ChatPrompt,
@@ -77,7 +77,7 @@ def test_tools_are_refused() -> None:
 
 
 def test_an_answer_repeats_its_prompt() -> None:
-    runner, made = ToyRunner(EngineConfig()), sequence("abc")
+    runner, made = ToyRunner(NativeOptions()), sequence("abc")
     for _ in range(5):
         (sampled,) = tokens_of(runner.run(Step((Advance(made, made.pending),))))
         made.tokens.append(sampled.token_id)
@@ -85,18 +85,18 @@ def test_an_answer_repeats_its_prompt() -> None:
 
 
 def test_an_incomplete_prompt_gives_no_token() -> None:
-    assert ToyRunner(EngineConfig()).run(Step((Advance(sequence("abc"), 2),))) == []
+    assert ToyRunner(NativeOptions()).run(Step((Advance(sequence("abc"), 2),))) == []
 
 
 def test_logprobs_are_reported_on_request() -> None:
     made = sequence("abc", SamplingParams(logprobs=0))
-    (sampled,) = tokens_of(ToyRunner(EngineConfig()).run(Step((Advance(made, 3),))))
+    (sampled,) = tokens_of(ToyRunner(NativeOptions()).run(Step((Advance(made, 3),))))
     assert sampled.logprobs is not None
     assert sampled.logprobs.chosen.token == "a"
 
 
 def test_the_source_sets_times_and_the_config_sets_sizes() -> None:
-    config = EngineConfig(max_running=3, max_context=40)
+    config = NativeOptions(max_running=3, max_context=40)
     began = time.monotonic()
     runner = ToyRunner.from_source("builtin:toy?step_ms=10&load_s=0.01", config)
     runner.run(Step(()))
@@ -107,7 +107,7 @@ def test_the_source_sets_times_and_the_config_sets_sizes() -> None:
 
 def test_tokens_are_logged_on_request(tmp_path: Path) -> None:
     path = tmp_path / "tokens"
-    runner, made = ToyRunner.from_source(f"builtin:toy?log={path}", EngineConfig()), sequence("abc")
+    runner, made = ToyRunner.from_source(f"builtin:toy?log={path}", NativeOptions()), sequence("abc")
     before = time.monotonic()
     runner.run(Step((Advance(made, 2),)))
     runner.run(Step((Advance(made, 3),)))
@@ -120,7 +120,7 @@ def test_tokens_are_logged_on_request(tmp_path: Path) -> None:
 
 
 def test_a_step_fails_if_a_prompt_begins_with_the_configured_text() -> None:
-    runner = ToyRunner.from_source("builtin:toy?fails_on=bad", EngineConfig())
+    runner = ToyRunner.from_source("builtin:toy?fails_on=bad", NativeOptions())
     assert runner.run(Step((Advance(sequence("a bad one"), 9),))) != []
     with pytest.raises(RuntimeError):
         runner.run(Step((Advance(sequence("good"), 4), Advance(sequence("bad"), 3))))

@@ -13,7 +13,7 @@ from tests.gateway.scripted import LAST, KeptMeter, ScriptedEngine, chunk, model
 
 
 def chain(engine: ScriptedEngine, meter: KeptMeter) -> ModelChain:
-    return ModelChain(model(places=2, waiting=1), engine, lambda _: meter, lambda _: None)
+    return ModelChain(model(places=2, waiting=1), engine, lambda _: meter, lambda _: None, lambda: None)
 
 
 READY = ModelStatus("m", ModelState.READY)

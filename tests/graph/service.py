@@ -225,6 +225,14 @@ class Service(Program):
     def wait_until_ready(self) -> None:
         self.wait_for_output("answers on")
 
+    def haproxy(self) -> psutil.Process:
+        """HAProxy's only process. When its configuration changes, a new one starts and the old one ends soon."""
+        end = time.monotonic() + 20
+        while len(found := self.find("haproxy.cfg")) != 1:
+            assert time.monotonic() < end, found
+            time.sleep(0.1)
+        return found[0]
+
 
 async def wait_until(condition: Callable[[], Awaitable[T]], seconds: float = 20, every_s: float = 0.1) -> T:
     """The first true result of an async condition. Fails with the last result when the time is over."""

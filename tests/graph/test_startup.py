@@ -138,7 +138,7 @@ def test_the_printed_commands_work_and_ctrl_c_ends_all_processes() -> None:
         assert all(name.startswith("ray::ServeReplica") for name in others.values()), others
         assert all(requires_token(port) for port in others)
         # HAProxy's admin socket can redirect the service.
-        (haproxy,) = service.find("haproxy.cfg")
+        haproxy = service.haproxy()
         folder = folder_of(haproxy)
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
         assert service.interrupt(signal.SIGINT) == 0
@@ -154,7 +154,7 @@ def test_haproxy_ends_with_a_service_that_is_killed() -> None:
     environment = {"http_proxy": CLOSED, "HTTP_PROXY": CLOSED, "no_proxy": "localhost", "NO_PROXY": "localhost"}
     with Service([model_config("toy")], environment=environment) as service:
         service.wait_until_ready()
-        (haproxy,) = service.find("haproxy.cfg")
+        haproxy = service.haproxy()
         folder = folder_of(haproxy)
         service.process.kill()
         psutil.wait_procs([haproxy], timeout=20)

@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from serve_app.config import Deployment, Engine as EngineConfig, Model
+from serve_app.config import Deployment, Model, NativeOptions
 from serve_app.core.events import TokenEvent
 from serve_app.core.requests import GenerationRequest, Prompt, SamplingParams, TokenPrompt
 from serve_app.engines.native.engine import NativeEngine
 from serve_app.engines.native.runner import TorchRunner
+from serve_app.engines.protocol import ReplicaEngine
 from serve_app.engines.stream import TokenStream
 
 _DEPLOYMENT = Deployment(max_ongoing_requests=64, max_queued_requests=64, num_replicas=1)
@@ -40,7 +41,7 @@ def model_config(source: str | Path, **engine: int) -> Model:
         dtype="float32",
         quantization="none",
         deployment=_DEPLOYMENT,
-        engine=EngineConfig(**engine),
+        engine=NativeOptions(**engine),
     )
 
 
@@ -53,7 +54,7 @@ def running(model: Model, kv_tokens: int | None = None) -> Iterator[NativeEngine
         runner.kv_tokens = kv_tokens or runner.kv_tokens
         return runner
 
-    engine = NativeEngine(make, model.engine)
+    engine = NativeEngine(make, model.native_options)
     engine.start()
     try:
         yield engine
@@ -61,7 +62,7 @@ def running(model: Model, kv_tokens: int | None = None) -> Iterator[NativeEngine
         engine.stop()
 
 
-async def admit(engine: NativeEngine, *streams: TokenStream) -> None:
+async def admit(engine: ReplicaEngine, *streams: TokenStream) -> None:
     """All in one call, so that they run beside one another however fast the engine is."""
     assert await asyncio.to_thread(engine.admit, list(streams)) == [None] * len(streams)
 
@@ -84,14 +85,14 @@ async def read(stream: TokenStream, cancel_after: int | None = None) -> list[Tok
 
 
 async def generate(
-    engine: NativeEngine, prompt: Prompt, params: SamplingParams, cancel_after: int | None = None
+    engine: ReplicaEngine, prompt: Prompt, params: SamplingParams, cancel_after: int | None = None
 ) -> list[TokenEvent]:
     stream = stream_of(prompt, params)
     await admit(engine, stream)
     return await read(stream, cancel_after)
 
 
-async def generate_at_once(engine: NativeEngine, requests: list[GreedyRequest]) -> list[list[int]]:
+async def generate_at_once(engine: ReplicaEngine, requests: list[GreedyRequest]) -> list[list[int]]:
     """The answers to all requests, which arrive at the same moment."""
     streams = [
         stream_of(
@@ -107,12 +108,12 @@ async def generate_at_once(engine: NativeEngine, requests: list[GreedyRequest]) 
     return [[event.token_id for event in answer] for answer in answers]
 
 
-async def generate_greedy(engine: NativeEngine, request: GreedyRequest) -> list[int]:
+async def generate_greedy(engine: ReplicaEngine, request: GreedyRequest) -> list[int]:
     (answer,) = await generate_at_once(engine, [request])
     return answer
 
 
-async def generate_concurrently(engine: NativeEngine, requests: list[GreedyRequest], seed: int) -> list[list[int]]:
+async def generate_concurrently(engine: ReplicaEngine, requests: list[GreedyRequest], seed: int) -> list[list[int]]:
     """The answers to all requests, which arrive at random moments within 50 ms, during the same few steps."""
     rng = random.Random(seed)
 
@@ -139,10 +140,14 @@ def random_requests(
     return requests
 
 
-@torch.inference_mode()
 def reference_answers(folder: str | Path, requests: list[GreedyRequest]) -> list[list[int]]:
+    """The answers of the model in the folder, by transformers' own generate()."""
+    return generated_answers(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), requests)
+
+
+@torch.inference_mode()
+def generated_answers(model: PreTrainedModel, requests: list[GreedyRequest]) -> list[list[int]]:
     """The answers of transformers' own generate(), one prompt at a time."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     answers = []
     for request in requests:
         ids = torch.tensor([request.prompt])
@@ -159,7 +164,7 @@ def reference_answers(folder: str | Path, requests: list[GreedyRequest]) -> list
     return answers
 
 
-async def wait_until_idle(engine: NativeEngine) -> None:
+async def wait_until_idle(engine: ReplicaEngine) -> None:
     """Wait until the engine has no request; it frees a cancelled request at its next step."""
     async with asyncio.timeout(5):
         while engine.stats().running or engine.stats().waiting:  # noqa: ASYNC110 - another thread's state

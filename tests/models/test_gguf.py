@@ -16,12 +16,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from serve_app.engines.native import gguf_rope
-from serve_app.engines.native.conversion import convert_gguf
-from serve_app.engines.native.gguf_header import read_header
+from serve_app.engines.files import gguf_rope
+from serve_app.engines.files.conversion import convert_gguf
+from serve_app.engines.files.gguf_header import read_header
+from serve_app.engines.files.progress import Estimate, Progress
+from serve_app.engines.files.sources import resolve
 from serve_app.engines.native.loader import SourceError, builtin_gguf, load
-from serve_app.engines.native.progress import Estimate, Progress
-from serve_app.engines.native.sources import resolve
 from tests.models import tiny
 from tests.models.concurrent_load import model_config
 

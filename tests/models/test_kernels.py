@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from serve_app.engines.files.disk_cache import CacheError
 from serve_app.engines.native import kernels
-from serve_app.engines.native.disk_cache import CacheError
 from serve_app.engines.native.fused import FusedModel
 from serve_app.engines.native.linear import DotProductLinear, Int8DotProductLinear
 from serve_app.engines.native.quantization import Quantization

@@ -16,7 +16,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BertConfig, BertModel
 
-from serve_app.config import Deployment, Engine, Model, Resources
+from serve_app.config import Deployment, Model, NativeOptions, Resources
 from serve_app.engines.native.loader import (
     SourceError,
     bitsandbytes_config,
@@ -41,7 +41,7 @@ CONVERT = "from pathlib import Path; from serve_app.engines.native.loader import
 
 def config(source: str | Path, **fields: Any) -> Model:
     deployment = Deployment(max_ongoing_requests=32, max_queued_requests=1, num_replicas=1)
-    return Model(name="m", source=str(source), dtype="float32", deployment=deployment, engine=Engine(), **fields)
+    return Model(name="m", source=str(source), dtype="float32", deployment=deployment, engine=NativeOptions(), **fields)
 
 
 def refusal(source: str | Path, **fields: Any) -> str:

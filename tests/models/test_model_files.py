@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
+from serve_app.engines.files.__main__ import main
 from serve_app.engines.native.loader import SourceError, load
 from tests.models import tiny
 from tests.models.concurrent_load import model_config
@@ -97,3 +98,15 @@ def test_an_index_beside_a_single_file_is_not_used(tmp_path: Path) -> None:
     folder = tiny.save("llama", tmp_path / "model")
     (folder / INDEX).write_text(json.dumps({"weight_map": {"a": "nowhere.safetensors"}}))
     assert load(model_config(folder), lambda stage: None).context == 256
+
+
+def test_the_command_prints_the_absolute_folder_or_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny.save("llama", tmp_path / "whole")
+    monkeypatch.chdir(tmp_path)
+    assert main(["./whole"]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'whole'}\n"
+    assert main(["./absent"]) == 1
+    printed = capsys.readouterr()
+    assert (printed.out, "./absent does not exist" in printed.err) == ("", True)

@@ -197,9 +197,9 @@ def silent(config: Model) -> Loaded:
 
 def test_a_model_without_hidden_states_is_refused_for_embeddings(tmp_path: Path) -> None:
     config = model_config(tiny.save("gpt2", tmp_path), max_running=2, max_context=64)
-    assert TorchRunner(silent(config), config.engine).kind == "transformers"
+    assert TorchRunner(silent(config), config.native_options).kind == "transformers"
     with pytest.raises(SourceError, match=r"GPT2LMHeadModel does not return hidden states.*embeddings: false"):
-        TorchRunner(silent(config), config.engine, embeddings=True)
+        TorchRunner(silent(config), config.native_options, embeddings=True)
 
 
 @pytest.mark.parametrize("layer", [Int8DotProductLinear, FbgemmInt8Linear])
@@ -212,7 +212,7 @@ def test_rows_of_one_step_get_the_same_results_with_either_int8_layer(
         pytest.skip("this processor has no dot products of bytes and bfloat16")
     config = model_config(tiny.save("qwen3", tmp_path, tiny.FUSED), max_running=4, max_context=64)
     loaded = load(config, lambda stage: None)
-    caches = TorchRunner(loaded, config.engine)._caches
+    caches = TorchRunner(loaded, config.native_options)._caches
     model = FusedModel(loaded.model, caches, [None] * 3, "int8", lambda weight, bias, **_: layer(weight, bias))
     rows = span(list(range(20)), slot=0, start=0)
     with torch.inference_mode():

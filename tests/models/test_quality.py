@@ -41,7 +41,7 @@ def logprobs_of(
     model = model.model_copy(update={"dtype": dtype, "quantization": quantization})
     loaded = load(model, lambda stage: None)
     change(loaded.model)
-    runner = TorchRunner(loaded, model.engine, model.quantization)
+    runner = TorchRunner(loaded, model.native_options, model.quantization)
     assert runner.kind == "fused"
     (ids,) = runner.text.encode([TextPrompt(PROSE)])
     assert isinstance(ids, list)
@@ -249,7 +249,7 @@ def chunked(folder: Path, dtype: str, quantization: str, fused: bool) -> torch.T
     loaded = load(model, lambda stage: None)
     if not fused:
         loaded.model.config.model_type = "not supported by the fused path"
-    runner = TorchRunner(loaded, model.engine, model.quantization)
+    runner = TorchRunner(loaded, model.native_options, model.quantization)
     assert runner.kind == ("fused" if fused else "transformers")
     first, second = span(list(range(1, 31)), slot=0, start=0), span(list(range(31, 51)), slot=0, start=30)
     first.sample_rows.clear()

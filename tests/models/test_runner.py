@@ -122,7 +122,7 @@ def test_auto_quantizes_on_the_fused_path_only_and_logs_the_reason(
     config = model_config(tiny.save(family, tmp_path, tiny.FAMILIES | tiny.FUSED), max_running=2, max_context=64)
     loaded = load(config, lambda stage: None)
     with caplog.at_level(logging.INFO):
-        runner = TorchRunner(loaded, config.engine, "auto", flags=ICE_LAKE)
+        runner = TorchRunner(loaded, config.native_options, "auto", flags=ICE_LAKE)
     assert (runner.kind, runner.quantization) == (kind, quantization)
     assert f"quantization {quantization} ({reason}" in caplog.text
     assert runner.dtype_name == "float32"
@@ -132,7 +132,7 @@ def test_auto_quantizes_on_the_fused_path_only_and_logs_the_reason(
 
 def test_an_explicit_quantization_is_used_on_any_processor(tmp_path: Path) -> None:
     config = model_config(tiny.save("llama", tmp_path, tiny.FUSED), max_running=2, max_context=64)
-    runner = TorchRunner(load(config, lambda stage: None), config.engine, "none", flags=ICE_LAKE)
+    runner = TorchRunner(load(config, lambda stage: None), config.native_options, "none", flags=ICE_LAKE)
     assert runner.quantization == "none"
 
 

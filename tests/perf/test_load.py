@@ -51,6 +51,7 @@ def ms(values: list[float | None]) -> np.ndarray:
     return np.array([value * 1e3 for value in values if value is not None])
 
 
+@pytest.mark.usefixtures("awake")
 @pytest.mark.parametrize("per_chunk", [1, 4])
 async def test_measured_times_and_tokens_are_those_of_the_server(mock: MockHost, per_chunk: int) -> None:
     """All APIs at once, each with 4 streams. The best tenth of the values is exact also on a busy machine."""

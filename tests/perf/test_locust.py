@@ -1,6 +1,6 @@
 """The locustfile in Locust's own process, against a server that records its requests and its times.
 
-All runs without the web UI start in a fixture, two at a time: most of their time is start-up and waiting.
+All runs without the web UI start in a fixture, four at a time: most of their time is start-up and waiting.
 """
 
 from __future__ import annotations
@@ -192,7 +192,7 @@ def free_port() -> int:
 RUNS: dict[str, list[str]] = {
     "steps": ["--step-users", "2", "--step-seconds", "3", "--steps", "3"],
     **{
-        api: ["-u", "3", "-r", "3", "-t", "3s", "--api", api, "--model", "m", "--max-tokens", "8"]
+        api: ["-u", "12", "-r", "12", "-t", "3s", "--api", api, "--model", "m", "--max-tokens", "8"]
         for api in ("native", "openai", "tgi")
     },
     "busy": ["-u", "1", "-t", "3s", "--prompt", "busy"],
@@ -213,7 +213,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, LocustRun]:
     folder = tmp_path_factory.mktemp("stats")
     files: dict[str, Path | None] = {name: folder / f"{name}.json" if name in BROKEN else None for name in RUNS}
     options = {**RUNS, "key": [*RUNS["key"], "--api-key-file", str(key)]}
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(4) as pool:
         return dict(zip(RUNS, pool.map(lambda name: run_locust(files[name], *options[name]), RUNS), strict=True))
 
 
@@ -234,11 +234,11 @@ def test_requests_ttft_tpot_and_tokens_are_counted_exactly(runs: dict[str, Locus
     server, stats = runs[api].server, runs[api].stats
 
     count = len(server.bodies)
-    assert count >= 10
+    assert count >= 100
     assert {kind: row["num_requests"] for kind, row in stats.items()} == dict.fromkeys(KINDS, count)
     assert sum(row["num_failures"] for row in stats.values()) == 0
     assert stats["tokens"]["total_response_time"] == TOKENS * count
-    # The minimum is exact also on a busy machine; what the client adds to every request is part of it.
+    # The minimum of more than 100 is exact also on a busy machine; what the client adds to every request is part of it.
     assert min(server.ttft_ms) <= stats["TTFT"]["min_response_time"] <= min(server.ttft_ms) + 3
     assert median(stats["TTFT"]) == pytest.approx(statistics.median(server.ttft_ms), abs=15)
     assert median(stats["TPOT"]) == pytest.approx(statistics.median(server.tpot_ms), abs=2)

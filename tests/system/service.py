@@ -61,13 +61,18 @@ class ShippedService(Program):
 
 
 class ToolsService(ShippedService):
-    """The shipped configuration with the chat template for tools, and with embeddings. `folder` gets its file."""
+    """The shipped configuration with the chat template for tools, with embeddings and LoRA adapters.
+
+    `folder` gets its file; adapters may be loaded from the folder `adapters` in it.
+    """
 
     def __init__(self, folder: Path) -> None:
+        self.adapters = folder / "adapters"
         document = yaml.safe_load(SHIPPED_CONFIG.read_text())
         document["applications"][0]["args"]["models"][0] |= {
             "chat_template": "builtin:chatml_tools",
             "embeddings": True,
+            "lora": {"allow": [str(self.adapters)]},
         }
         config = folder / "serve_config.yaml"
         config.write_text(yaml.safe_dump(document))

@@ -259,7 +259,10 @@ async def test_a_seeded_request_has_the_same_answer_again(service: ShippedServic
     assert other != answers[0]
 
 
-@pytest.mark.parametrize("command", documented_examples("bash"), ids=lambda block: block.split("\\\n")[0][:60].strip())
+COMMANDS = [command for command in documented_examples("bash") if "lora" not in command]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda block: block.split("\\\n")[0][:60].strip())
 def test_the_documented_commands_work(service: ShippedService, command: str) -> None:
     for line in command.replace("\\\n", " ").strip().splitlines():
         words = shlex.split(line.replace("localhost:8000", f"localhost:{service.port}"), comments=True)

@@ -12,7 +12,7 @@ from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from serve_app.config import Engine as EngineConfig
+from serve_app.config import NativeOptions
 from serve_app.core.requests import GenerationRequest, SamplingParams, TextPrompt
 from serve_app.engines.native.engine import NativeEngine
 from serve_app.engines.stream import TokenStream
@@ -29,7 +29,7 @@ class TracedToy:
         self._exporter = InMemorySpanExporter()
         provider = TracerProvider(shutdown_on_exit=False)
         provider.add_span_processor(SimpleSpanProcessor(self._exporter))
-        config = EngineConfig(max_running=4, draft_tokens=0)
+        config = NativeOptions(max_running=4, draft_tokens=0)
         self.engine = NativeEngine(lambda: ToyRunner(config), config)
         self.admitter = TracedAdmitter(provider.get_tracer("test"), self.engine.admit)
 

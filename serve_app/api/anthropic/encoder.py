@@ -86,7 +86,7 @@ class MessagesEncoder:
             "id": f"msg_{self._id}",
             "type": "message",
             "role": "assistant",
-            "model": self._request.model,
+            "model": self._request.served_name,
             "content": content,
             "stop_reason": None,
             "stop_sequence": None,

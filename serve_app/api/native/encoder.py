@@ -58,7 +58,7 @@ def to_answer(request: GenerationRequest, state: CompletionState) -> NativeAnswe
     """The answer of /generate, and of one item of /generate_batch."""
     body: NativeAnswer = {
         "id": request.id,
-        "model": request.model,
+        "model": request.served_name,
         "text": state.text,
         "finish_reason": state.reason,
         "usage": state.usage(),

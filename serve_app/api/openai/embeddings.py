@@ -14,14 +14,13 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from serve_app.api.completion import CompletionState
-from serve_app.api.context import RequestContext, generation_id
+from serve_app.api.context import RequestContext, Served, generation_id
 from serve_app.api.generation import collect, run_in_parallel, until_disconnect
 from serve_app.api.openai.responses import Embeddings
 from serve_app.api.openai.routes import log_user
 from serve_app.api.openai.schema import CompletionPrompt, User, to_prompts
 from serve_app.api.sampling import MAX_TOKENS, Priority, TruncateTo
 from serve_app.api.schema import Body, check_size
-from serve_app.config import Model
 from serve_app.core.requests import GenerationRequest, Prompt, SamplingParams
 from serve_app.errors import InternalError, InvalidRequest, NotFound, ServeAppError
 
@@ -50,7 +49,7 @@ class EmbeddingRoutes:
     async def embeddings(self, http: Request, document: object) -> Response:
         body = EmbeddingsBody.parse(document)
         model = self._context.model_of(http, body.model)
-        if not model.embeddings:
+        if not model.model.embeddings:
             raise NotFound(
                 f"Model {model.name} offers no embeddings. Set embeddings: true in its configuration to enable them.",
                 param="model",
@@ -62,7 +61,9 @@ class EmbeddingRoutes:
         vectors = run_in_parallel(partial(self._embed, request, body.dimensions) for request in requests)
         return JSONResponse(_to_response(model, body, await until_disconnect(http.receive, vectors)))
 
-    def _request(self, http: Request, id: str, model: Model, prompt: Prompt, body: EmbeddingsBody) -> GenerationRequest:
+    def _request(
+        self, http: Request, id: str, model: Served, prompt: Prompt, body: EmbeddingsBody
+    ) -> GenerationRequest:
         request = self._context.request(http, id, model, prompt, SamplingParams(), stream=False)
         return replace(request, truncate_prompt_tokens=body.truncate_prompt_tokens, priority=body.priority, embed=True)
 
@@ -77,7 +78,7 @@ class EmbeddingRoutes:
                 raise
             raise type(error)(error.message, "input", error.retry_after_s) from None
         if state.embedding is None:
-            raise InternalError(f"Model {request.model} returned no embedding.")
+            raise InternalError(f"Model {request.served_name} returned no embedding.")
         size = len(state.embedding)
         if dimensions not in (None, size):
             raise InvalidRequest(
@@ -89,12 +90,12 @@ class EmbeddingRoutes:
 
 
 def _to_response(
-    model: Model, body: EmbeddingsBody, found: Sequence[tuple[Sequence[float], CompletionState]]
+    model: Served, body: EmbeddingsBody, found: Sequence[tuple[Sequence[float], CompletionState]]
 ) -> Embeddings:
     tokens = sum(state.prompt_tokens for _, state in found)
     return {
         "object": "list",
-        "model": model.name,
+        "model": model.served_name,
         "data": [
             {
                 "object": "embedding",

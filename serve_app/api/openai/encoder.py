@@ -40,7 +40,7 @@ class OpenAIEncoder(ABC):
     def __init__(self, id: str, requests: Sequence[GenerationRequest], created: int, show: Show) -> None:
         self._id = id
         self._request = requests[0]
-        self._model = requests[0].model
+        self._model = requests[0].served_name
         self._created = created
         self._show = show
         self._logprobs = requests[0].params.logprobs is not None

@@ -33,10 +33,14 @@ class OpenAIError(TypedDict):
 
 @exact
 class ModelCard(TypedDict):
+    """As in vLLM: `root` is the model itself, or the path of an adapter, whose `parent` is the model."""
+
     id: str
     object: Literal["model"]
     created: int
     owned_by: str
+    root: str
+    parent: str | None
 
 
 @exact

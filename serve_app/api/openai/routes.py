@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from serve_app.api.choices import best_of_each, fork, with_logprobs
-from serve_app.api.context import RequestContext, generation_id
+from serve_app.api.context import RequestContext, Served, generation_id
 from serve_app.api.generation import collect, run_in_parallel, until_disconnect
 from serve_app.api.openai.chat_encoder import ChatEncoder
 from serve_app.api.openai.completion_encoder import CompletionEncoder
@@ -19,7 +19,6 @@ from serve_app.api.openai.encoder import OpenAIEncoder
 from serve_app.api.openai.responses import ModelCard, ModelList
 from serve_app.api.openai.schema import ChatBody, CompletionBody
 from serve_app.api.stream import EventStream
-from serve_app.config import Model
 from serve_app.core.requests import GenerationRequest
 from serve_app.errors import InvalidRequest
 
@@ -38,14 +37,13 @@ class OpenAIRoutes:
         return await self._answer(http, ChatBody.parse(document), ChatEncoder)
 
     async def models(self, http: Request) -> Response:
-        body: ModelList = {
-            "object": "list",
-            "data": [self._card(model.name) for model in self._context.config.models],
-        }
+        context = self._context
+        cards = [self._card(context.model(name)) for name in context.served_names()]
+        body: ModelList = {"object": "list", "data": cards}
         return JSONResponse(body)
 
     async def model(self, http: Request) -> Response:
-        return JSONResponse(self._card(self._context.model(http.path_params["id"]).name))
+        return JSONResponse(self._card(self._context.model(http.path_params["id"])))
 
     async def _answer(self, http: Request, body: CompletionBody | ChatBody, encoding: type[OpenAIEncoder]) -> Response:
         context, call_id = self._context, generation_id(http)
@@ -65,7 +63,7 @@ class OpenAIRoutes:
         return JSONResponse(encoder.to_response(states, shown))
 
     def _requests(
-        self, http: Request, call_id: str, model: Model, body: CompletionBody | ChatBody
+        self, http: Request, call_id: str, model: Served, body: CompletionBody | ChatBody
     ) -> list[GenerationRequest]:
         """One request for each answer, in the order of the choices. Raises InvalidRequest."""
         params, choice, prompts = body.params(model.sampling_defaults), body.choice(), body.to_prompts()
@@ -88,13 +86,21 @@ class OpenAIRoutes:
         ]
         return [one for request in requests for one in fork(request, body.sampled, body.stream)]
 
-    def _card(self, name: str) -> ModelCard:
-        return {"id": name, "object": "model", "created": self._created, "owned_by": "serve_app"}
+    def _card(self, served: Served) -> ModelCard:
+        adapter = served.adapter
+        return {
+            "id": served.served_name,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "serve_app",
+            "root": served.name if adapter is None else adapter.source,
+            "parent": None if adapter is None else served.name,
+        }
 
 
-def log_user(call_id: str, model: Model, user: str | None) -> None:
+def log_user(call_id: str, model: Served, user: str | None) -> None:
     if user is not None:
-        log.info("Request %s to %s is for user %r.", call_id, model.name, user)
+        log.info("Request %s to %s is for user %r.", call_id, model.served_name, user)
 
 
 def _now() -> int:

@@ -30,7 +30,7 @@ class ResponseEncoder:
         self, response_id: str, request: GenerationRequest, echo: RequestEcho, keep: Callable[[ResponseObject], None]
     ) -> None:
         self._id = response_id
-        self._model = request.model
+        self._model = request.served_name
         self._echo = echo
         self._keep = keep
         self._created = _now()

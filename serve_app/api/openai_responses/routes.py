@@ -10,7 +10,7 @@ from functools import partial
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from serve_app.api.context import RequestContext, generation_id
+from serve_app.api.context import RequestContext, Served, generation_id
 from serve_app.api.generation import collect, until_disconnect
 from serve_app.api.openai.routes import log_user
 from serve_app.api.openai_responses.conversation import Item
@@ -23,7 +23,6 @@ from serve_app.api.openai_responses.schema import ResponsesBody
 from serve_app.api.openai_responses.store import ResponseStore, StoredResponse
 from serve_app.api.openai_responses.truncation import room_for_answer, shorten
 from serve_app.api.stream import EventStream
-from serve_app.config import Model
 from serve_app.core.queries import Tokenize
 from serve_app.core.requests import ChatPrompt, GenerationRequest
 from serve_app.errors import InvalidRequest, NotFound, PreviousResponseNotFound
@@ -71,7 +70,7 @@ class ResponsesRoutes:
         return JSONResponse(page_of(self._find(http.path_params["id"]).read, http.query_params))
 
     async def _request(
-        self, http: Request, model: Model, body: ResponsesBody, items: Sequence[Item]
+        self, http: Request, model: Served, body: ResponsesBody, items: Sequence[Item]
     ) -> GenerationRequest:
         """The request to the model. Raises InvalidRequest if fields contradict each other."""
         context, call_id = self._context, generation_id(http)

@@ -62,7 +62,8 @@ class TgiRoutes:
         """Wakes no model: the values that only a loaded model knows are null until it was loaded once."""
         model = self._context.model(http.query_params.get("model"))
         known = await self._known(http, model.name)
-        return JSONResponse(_info(model, known, self._context.limits.max_batch_items))
+        info = _info(model.model, known, self._context.limits.max_batch_items)
+        return JSONResponse({**info, "model_id": model.served_name})
 
     async def _answer(self, http: Request, body: TgiBody) -> TgiAnswer:
         requests = self._requests(http, body, stream=False)

@@ -134,8 +134,8 @@ class Parameters(Body):
     """Accepted if it has no effect: with the value 1, or with `do_sample: false`."""
     watermark: Annotated[object, Only(False, reason="the service adds no watermarks")] = None
     """The service adds no watermarks."""
-    adapter_id: Annotated[object, Only(reason="the models have no adapters")] = None
-    """The models have no adapters."""
+    adapter_id: Annotated[object, Only(reason="name the adapter in the field model")] = None
+    """Name the adapter in the field `model`."""
 
     @property
     def wants_details(self) -> bool:

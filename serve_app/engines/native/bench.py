@@ -14,19 +14,21 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from serve_app.config import ConfigError, Model
 from serve_app.core.requests import GenerationRequest, Grammar, SamplingParams, TokenPrompt
+from serve_app.engines.adapters import LoadedAdapter
+from serve_app.engines.native.bench_lora import random_adapters
 from serve_app.engines.native.engine import NativeEngine
 from serve_app.engines.native.linear import pack
 from serve_app.engines.native.loader import SourceError
 from serve_app.engines.native.machine import NotEnoughMemory
 from serve_app.engines.native.runner import TorchRunner
-from serve_app.engines.protocol import EngineStats
+from serve_app.engines.protocol import StepStats
 from serve_app.engines.stream import TokenStream
 from serve_app.serve_file import load_serve_file
 
@@ -82,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
             made.append((runner, Limits(read_bandwidth(), linear_flops(model, runner))))
             return made[0][0]
 
-        engine = NativeEngine(make, model.engine)
+        engine = NativeEngine(make, model.native_options)
         began = time.monotonic()
         engine.start()
     except (ConfigError, SourceError, NotEnoughMemory) as error:
@@ -90,7 +92,9 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     try:
         print(f"{model.source}, {engine.quantization}, {engine.kind}: loaded in {time.monotonic() - began:.1f} s")
-        if arguments.grammar:
+        if arguments.adapters:
+            _measure_adapters(engine, made[0][0], arguments)
+        elif arguments.grammar:
             _measure_grammar(engine, made[0][0], arguments)
         else:
             _measure(engine, *made[0], arguments)
@@ -115,6 +119,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--grammar", action="store_true", help="measure only the time that a JSON schema adds to each token"
     )
+    parser.add_argument("--adapters", type=int, default=0, help="measure only the cost of so many LoRA adapters")
+    parser.add_argument("--rank", type=int, default=8, help="rank of the adapters (default: %(default)s)")
+    parser.add_argument(
+        "--modules",
+        nargs="+",
+        default=["q_proj", "v_proj"],
+        help="layers that the adapters change (default: q_proj v_proj, PEFT's own for Llama)",
+    )
     parser.add_argument(
         "--streams", type=int, nargs="+", default=[1, 8, 32], help="numbers of concurrent streams (default: 1 8 32)"
     )
@@ -138,7 +150,7 @@ def _model(arguments: argparse.Namespace) -> Model:
         name: getattr(arguments, name) for name in ("quantization", "dtype") if getattr(arguments, name)
     }
     if arguments.draft is not None:
-        chosen["engine"] = found[0].engine.model_copy(update={"draft_tokens": arguments.draft})
+        chosen["engine"] = found[0].native_options.model_copy(update={"draft_tokens": arguments.draft})
     return found[0].model_copy(update=chosen)
 
 
@@ -183,6 +195,26 @@ def _measure_grammar(engine: NativeEngine, runner: TorchRunner, arguments: argpa
         ]
         free, shaped = (1e3 * statistics.median(column) for column in zip(*pairs, strict=True))
         print(f"{streams:>7}{free:>10.2f}{shaped:>18.2f}{shaped - free:>8.2f}")
+
+
+def _measure_adapters(engine: NativeEngine, runner: TorchRunner, arguments: argparse.Namespace) -> None:
+    """Alternate rounds of the model alone and with adapters, which the streams use in turn."""
+    adapters = random_adapters(runner.forward_pass, arguments.adapters, arguments.rank, arguments.modules)
+    print(f"{'streams':>7}{'tok/s':>8}{'with adapters':>15}{'ratio':>7}{'step ms':>9}{'with adapters':>15}")
+    asyncio.run(_round(engine, runner, 1, arguments, seed=0, adapters=adapters))  # warm up
+    for streams in arguments.streams:
+        pairs = [
+            [asyncio.run(_round(engine, runner, streams, arguments, seed, adapters=each)) for each in ((), adapters)]
+            for seed in range(arguments.rounds)
+        ]
+        ratio = statistics.median(adapted.tokens_per_s / plain.tokens_per_s for plain, adapted in pairs)
+        plain, adapted = (
+            Round(*map(statistics.median, zip(*column, strict=True))) for column in zip(*pairs, strict=True)
+        )
+        print(
+            f"{streams:>7}{plain.tokens_per_s:>8.0f}{adapted.tokens_per_s:>15.0f}{ratio:>7.2f}"
+            f"{1e3 * plain.step_s:>9.2f}{1e3 * adapted.step_s:>15.2f}"
+        )
 
 
 async def _measure_long_prompt(engine: NativeEngine) -> str:
@@ -231,15 +263,22 @@ def _prompt(rng: random.Random, tokens: int) -> tuple[int, ...]:
 
 
 def _admit(
-    engine: NativeEngine, prompts: list[tuple[int, ...]], tokens: int, grammar: Grammar | None = None
+    engine: NativeEngine,
+    prompts: list[tuple[int, ...]],
+    tokens: int,
+    grammar: Grammar | None = None,
+    adapters: Sequence[LoadedAdapter] = (),
 ) -> list[TokenStream]:
-    """The streams of requests that arrive together; each answer has `tokens` tokens."""
+    """The streams of requests that arrive together; each answer has `tokens` tokens. They use the adapters in turn."""
     params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True, grammar=grammar)
     began = time.monotonic()
     streams = [
         TokenStream(GenerationRequest(str(i), "m", TokenPrompt(prompt), params, began, began + _TIMEOUT_S))
         for i, prompt in enumerate(prompts)
     ]
+    if adapters:
+        for stream, adapter in zip(streams, itertools.cycle(adapters), strict=False):
+            stream.adapter = adapter
     refusals = [refusal for refusal in engine.admit(streams) if refusal is not None]
     if refusals:
         raise ConfigError(str(refusals[0]))
@@ -253,12 +292,13 @@ async def _round(
     arguments: argparse.Namespace,
     seed: int,
     grammar: Grammar | None = None,
+    adapters: Sequence[LoadedAdapter] = (),
 ) -> Round:
     """One measurement of `streams` requests that arrive together."""
     rng = random.Random(f"{streams} {seed}")
     prompts = [_prompt(rng, arguments.prompt) for _ in range(streams)]
-    members = _admit(engine, prompts, arguments.output, grammar)
-    started: list[tuple[EngineStats, float]] = []
+    members = _admit(engine, prompts, arguments.output, grammar, adapters)
+    started: list[tuple[StepStats, float]] = []
     times = await asyncio.gather(
         *(_times(s, lambda: started.append((engine.stats(), runner.sampling_s))) for s in members)
     )

@@ -10,16 +10,20 @@ from dataclasses import asdict
 from functools import partial
 from typing import cast
 
-from serve_app.config import Engine as EngineConfig
-from serve_app.core.queries import A, Detokenize, GetModelInfo, GetTokenizerInfo, ModelInfo, Query, Tokenize
+from serve_app.config import ConfigError, Lora, NativeOptions
+from serve_app.core.queries import A, GetModelInfo, LoadAdapter, ModelInfo, Query
+from serve_app.core.requests import Adapter
+from serve_app.engines.adapters import AdapterCache
 from serve_app.engines.admission import UNREADABLE, Prepared, guarded, prepare
+from serve_app.engines.ending import stopping_error
 from serve_app.engines.native.kv_cache import KVCache
 from serve_app.engines.native.scheduler import Scheduler
 from serve_app.engines.native.sequence import Runner, Sequence, Step
 from serve_app.engines.native.step_time import StepTimeModel
-from serve_app.engines.protocol import EngineStalled, EngineStats
+from serve_app.engines.protocol import EngineStalled, StepStats
 from serve_app.engines.stream import Embedding, TokenStream, wake_all
-from serve_app.errors import InternalError, NotReady, ServeAppError
+from serve_app.engines.text.queries import answer
+from serve_app.errors import InternalError, ServeAppError
 
 logger = logging.getLogger(__name__)
 
@@ -37,14 +41,16 @@ class NativeEngine:
     def __init__(
         self,
         make_runner: Callable[[], Runner],
-        config: EngineConfig,
+        config: NativeOptions,
         clock: Callable[[], float] = time.monotonic,
         watch: Callable[[Step, float], None] | None = None,
+        lora: Lora | None = None,
     ) -> None:
         self._make_runner = make_runner
         self._config = config
         self._clock = clock
         self._watch = watch
+        self._lora = lora or Lora()
         self._new: list[Sequence] = []
         self._changed = threading.Condition()
         self._stopping = False
@@ -62,6 +68,9 @@ class NativeEngine:
         self._loaded.wait()
         if self._load_error is not None:
             raise self._load_error
+        self._adapters = AdapterCache(self._lora.max_loaded, self._runner.load_adapter)
+        if fault := self._adapters.preload([Adapter(**one.model_dump()) for one in self._lora.adapters]):
+            raise ConfigError(fault)
 
     def stop(self, timeout_s: float = 30) -> None:
         """End the thread after the current step. Unfinished requests end with NotReady."""
@@ -70,6 +79,9 @@ class NativeEngine:
             self._changed.notify()
         if self._thread.is_alive():
             self._thread.join(timeout_s)
+
+    def acquire_adapter(self, stream: TokenStream) -> ServeAppError | None:
+        return self._adapters.acquire_for(stream)
 
     def admit(self, streams: Seq[TokenStream]) -> list[ServeAppError | None]:
         """Tokenize the prompts of several streams together and queue them; the reason of refusal of each, or None.
@@ -83,7 +95,7 @@ class NativeEngine:
         outcomes = [one if isinstance(one, ServeAppError) else None for one in made]
         with self._changed:
             if self._stopping:
-                return [outcome or NotReady("this replica is shutting down", retry_after_s=1) for outcome in outcomes]
+                return [outcome or stopping_error() for outcome in outcomes]
             self._new.extend(one for one in made if isinstance(one, Sequence))
             self._changed.notify()
         return outcomes
@@ -115,9 +127,9 @@ class NativeEngine:
         """The quantization of the weights: `none`, `int8` or `int4`."""
         return self._runner.quantization
 
-    def stats(self) -> EngineStats:
+    def stats(self) -> StepStats:
         scheduler, runner = self._scheduler, self._runner
-        return EngineStats(
+        return StepStats(
             running=scheduler.running,
             waiting=scheduler.waiting + len(self._new),
             slots=runner.slots,
@@ -131,29 +143,26 @@ class NativeEngine:
         )
 
     def _sequence(self, one: Prepared) -> Sequence | ServeAppError:
+        return guarded(partial(self._make_sequence, one), f"admission of request {one.stream.request.id}", UNREADABLE)
+
+    def _make_sequence(self, one: Prepared) -> Sequence | ServeAppError:
         text, context = self._runner.text, self._runner.context
-        make = partial(Sequence, one.stream, one.prompt, text.end_ids, context, one.plan.constraint)
-        return guarded(make, f"admission of request {one.stream.request.id}", UNREADABLE)
+        sequence = Sequence(one.stream, one.prompt, text.end_ids, context, one.plan.constraint)
+        return sequence.ending.replay(one.stream.request.resumed) or sequence
 
     def _answer(self, query: Query[A]) -> object:
-        text = self._runner.text
-        match query:
-            case Tokenize(prompt, special_tokens):
-                return text.tokenize(prompt, special_tokens)
-            case Detokenize(token_ids, skip_special_tokens):
-                return text.detokenize(token_ids, skip_special_tokens)
-            case GetTokenizerInfo():
-                return text.info()
-            case GetModelInfo():
-                runner = self._runner
-                return ModelInfo(
-                    runner.context,
-                    text.vocabulary,
-                    text.special_ids,
-                    quantization=runner.quantization,
-                    dtype=runner.dtype_name,
-                )
-        raise TypeError(f"unknown query {query!r}")
+        if isinstance(query, LoadAdapter):
+            return self._adapters.reload(query.adapter)
+        if isinstance(query, GetModelInfo):
+            runner, text = self._runner, self._runner.text
+            return ModelInfo(
+                runner.context,
+                text.vocabulary,
+                text.special_ids,
+                quantization=runner.quantization,
+                dtype=runner.dtype_name,
+            )
+        return answer(query, self._runner.text)
 
     def _main(self) -> None:
         try:
@@ -242,11 +251,10 @@ class NativeEngine:
         with self._changed:
             self._stopping = True
             new, self._new = self._new, []
-        error = NotReady("this replica is shutting down; send the request again", retry_after_s=1)
-        self._fail_streams([(sequence, error) for sequence in (*new, *self._scheduler.drain())])
+        self._fail_streams([(sequence, stopping_error()) for sequence in (*new, *self._scheduler.drain())])
 
 
-def _scheduler(runner: Runner, config: EngineConfig) -> Scheduler:
+def _scheduler(runner: Runner, config: NativeOptions) -> Scheduler:
     return Scheduler(
         KVCache(runner.slots, runner.kv_tokens),
         config.max_step_tokens,

@@ -7,7 +7,7 @@ operations from Python would cost 1 to 2 ms a step, so that the loop over the la
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence as Seq
+from collections.abc import Callable, Mapping, Sequence as Seq
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
+from serve_app.engines.files.adapter_files import AdapterFiles
 from serve_app.engines.native.attention import LayerCache
 from serve_app.engines.native.linear import (
     DotProductLinear,
@@ -27,6 +28,7 @@ from serve_app.engines.native.linear import (
     head_quantization,
     pack,
 )
+from serve_app.engines.native.lora import STRIP, LoraWeights, RowGroups, Target, make_weights, targets_of, wanted_groups
 from serve_app.engines.native.quantization import Quantization
 from serve_app.engines.native.rows import Rows
 from serve_app.engines.native.transformers_path import ForwardOutput
@@ -35,6 +37,8 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 HEAD_SIZES = (64, 128)
 # Elements that a native operation processes at a time.
 VECTOR_WIDTH = 16
+
+_PROJECTIONS = 7
 
 # Chooses a linear layer for a weight and a bias, as linear.pack does.
 Pack = Callable[..., Linear]
@@ -74,6 +78,7 @@ class FusedModel:
         self._dim = _head_size(model)
         self._eps = float(config.rms_norm_eps)
         self._int8 = quantization == "int8"
+        self.targets = targets_of(_projections(model))
         self._embedding = model.get_input_embeddings().weight.detach()
         self._layers = [
             _layer(layer, window or 0, partial(pack, quantization=quantization))
@@ -84,6 +89,9 @@ class FusedModel:
         # These layers take and return float32 rows: rounding rows to bfloat16 between them would only lose precision.
         float_rows = self._int8 or isinstance(self._head, DotProductLinear)
         self._dtype = torch.float32 if float_rows else model.dtype
+        # Adapters are about as precise as the model's own weights.
+        self._adapter_dtype = model.dtype if quantization == "none" else torch.int8
+        self._widths = _output_widths(self.targets)
         self._cos, self._sin = _rotary_tables(model, length)
         self._arguments = self._native_arguments()
 
@@ -93,18 +101,25 @@ class FusedModel:
         linears = [linear for y in self._layers for linear in (y.qkv, y.out, y.gate_up, y.down)]
         return sum(linear.weight_bytes for linear in (*linears, self._head))
 
+    def make_adapter(self, files: AdapterFiles) -> LoraWeights:
+        """See ForwardPass."""
+        return make_weights(files, self.targets, self._adapter_dtype)
+
     def forward(self, rows: Rows) -> ForwardOutput:
         """See ForwardPass."""
         slots, positions = torch.tensor(rows.slots), torch.tensor(rows.positions)
         logit_rows = len(rows.sample_rows) + len(rows.logprob_rows)
-        wanted = torch.tensor([*rows.sample_rows, *rows.logprob_rows, *rows.embedding_rows], dtype=torch.long)
+        numbers = [*rows.sample_rows, *rows.logprob_rows, *rows.embedding_rows]
+        wanted = torch.tensor(numbers, dtype=torch.long)
+        groups = RowGroups.of(rows.adapters)
+        last_groups = RowGroups.of(wanted_groups(rows.adapters, numbers)) if rows.adapters else groups
         x = F.embedding(torch.tensor(rows.tokens), self._embedding).to(self._dtype)
         if self._arguments is None:
-            normed = self.layers(x, slots, positions, wanted)
+            normed = self.layers(x, slots, positions, wanted, groups, last_groups)
         else:
             normed = torch.ops.serve_app.layers(
                 x, *self._arguments, self._heads, self._eps, self._cos, self._sin, slots, positions, wanted,
-                self._keys, self._values,
+                self._keys, self._values, *_native(groups), *_native(last_groups), self._widths,
             )  # fmt: skip
         states, scale = normed
         count = len(wanted)
@@ -117,16 +132,23 @@ class FusedModel:
         return ForwardOutput(logits, hidden)
 
     def layers(
-        self, x: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor, wanted: torch.Tensor
+        self,
+        x: torch.Tensor,
+        slots: torch.Tensor,
+        positions: torch.Tensor,
+        wanted: torch.Tensor,
+        groups: RowGroups,
+        last_groups: RowGroups,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The loop over the layers in Python: for linear layers that the native loop does not support, and for tests.
 
-        Returns the head's input for the wanted rows, and the multipliers that are still to be applied to it.
+        The rows of `groups` use adapters, and of the wanted rows those of `last_groups`. Returns the head's input for
+        the wanted rows, and the multipliers that are still to be applied to it.
         """
         native = torch.ops.serve_app
         y: Scaled = (None, None)
-        for layer, keys, values in zip(self._layers, self._keys, self._values, strict=True):
-            qkv, scale = layer.qkv.scaled(*self._norm_of_sum(x, y, layer.norm))
+        for number, (layer, keys, values) in enumerate(zip(self._layers, self._keys, self._values, strict=True)):
+            qkv, scale = self._linear(layer.qkv, *self._norm_of_sum(x, y, layer.norm), groups, 4 * number)
             native.rope_store(
                 qkv, scale, self._heads, self._cos, self._sin, layer.query_norm, layer.key_norm, self._eps,
                 slots, positions, keys, values,
@@ -134,17 +156,29 @@ class FusedModel:
             if layer is self._layers[-1]:
                 # The other rows are complete when their keys and values are stored.
                 x, qkv, slots, positions = x[wanted], qkv[wanted], slots[wanted], positions[wanted]
+                groups = last_groups
             attended, scale = self._buffer(x.shape[0], self._heads * self._dim)
             native.attend(
                 qkv, self._heads, self._dim**-0.5, layer.window, slots, positions, keys, values,
                 attended, scale,
             )  # fmt: skip
-            y = layer.out.scaled(attended, scale)
-            gate_up, scale = layer.gate_up.scaled(*self._norm_of_sum(x, y, layer.mlp_norm))
+            y = self._linear(layer.out, attended, scale, groups, 4 * number + 1)
+            normed = self._norm_of_sum(x, y, layer.mlp_norm)
+            gate_up, scale = self._linear(layer.gate_up, *normed, groups, 4 * number + 2)
             active, active_scale = self._buffer(x.shape[0], gate_up.shape[1] // 2)
             native.silu_mul(gate_up, scale, active, active_scale)
-            y = layer.down.scaled(active, active_scale)
+            y = self._linear(layer.down, active, active_scale, groups, 4 * number + 3)
         return self._norm_of_sum(x, y, self._norm)
+
+    def _linear(
+        self, linear: Linear, rows: torch.Tensor, scale: torch.Tensor | None, groups: RowGroups, number: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The result of a layer, number `number` of the model, with what the adapters of its rows add to it."""
+        y, left = linear.scaled(rows, scale)
+        if groups.adapters:
+            applied = scale if left is None else None
+            torch.ops.serve_app.add_lora(y, rows, applied, *_native(groups), self._widths, number)
+        return y, left
 
     def _logits(self, states: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
         logits, multipliers = self._head.scaled(states, scale)
@@ -222,6 +256,31 @@ def _layer(layer: Any, window: int, pack: Pack) -> Layer:
         gate_up=_concatenated([mlp.gate_proj, mlp.up_proj], pack),
         down=_concatenated([mlp.down_proj], pack),
     )
+
+
+def _projections(model: PreTrainedModel) -> list[tuple[str, torch.nn.Module]]:
+    """The linear layers with their names, in the order in which this path concatenates them."""
+    names = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
+    layers: Any = model.model.layers
+    return [
+        (f"model.layers.{number}.{name}", layer.get_submodule(name))
+        for number, layer in enumerate(layers)
+        for name in names
+    ]
+
+
+def _output_widths(targets: Mapping[str, Target]) -> list[int]:
+    """The outputs of the seven projections of a layer. All are multiples of STRIP."""
+    widths = [target.outputs for target in targets.values()][:_PROJECTIONS]
+    assert not any(width % STRIP for width in widths)
+    return widths
+
+
+def _native(groups: RowGroups) -> tuple[Any, ...]:
+    """The groups as the native operations take them."""
+    adapters = groups.adapters
+    weights, scales = [one.data for one in adapters], [one.scales for one in adapters]
+    return weights, scales, [one.table for one in adapters], groups.rows, groups.starts
 
 
 def _weight(norm: Any) -> torch.Tensor:

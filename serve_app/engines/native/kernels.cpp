@@ -17,8 +17,14 @@
 
 #include "matmul.h"
 
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+#include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <memory>
 
 namespace {
 
@@ -36,12 +42,24 @@ typedef float Floats __attribute__((vector_size(4 * W)));
 typedef int32_t Ints __attribute__((vector_size(4 * W)));
 typedef uint32_t Bits __attribute__((vector_size(4 * W)));
 typedef uint16_t Halves __attribute__((vector_size(2 * W)));
+typedef int16_t Shorts __attribute__((vector_size(2 * W)));
+typedef int8_t Bytes __attribute__((vector_size(W)));
 
 inline Floats load(const float* p) { Floats v; std::memcpy(&v, p, sizeof v); return v; }
 inline Floats load(const bf16* p) {
   Halves h;
   std::memcpy(&h, p, sizeof h);
   return (Floats)(__builtin_convertvector(h, Bits) << 16);
+}
+inline Floats load(const int8_t* p) {
+#ifdef __AVX512F__
+  // GCC 12 has no good vector code for the conversion below.
+  return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#else
+  Bytes b;
+  std::memcpy(&b, p, sizeof b);
+  return __builtin_convertvector(__builtin_convertvector(__builtin_convertvector(b, Shorts), Ints), Floats);
+#endif
 }
 inline void store(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
 inline void store(bf16* p, Floats v) {
@@ -267,6 +285,14 @@ inline Floats sums(Floats* v) {
   else return v[0];
 }
 
+// The sum of all lanes, in fewer dependent additions than `sum`.
+template <int step = W / 2>
+inline float total(Floats v) {
+  v = halves<step>(v, v, std::make_integer_sequence<int, W>());
+  if constexpr (step > 1) return total<step / 2>(v);
+  else return v[0];
+}
+
 // Attention of G query heads that share one key-value head, over the positions [skip, count), skip < W. `scores` is
 // scratch memory of G rows of `count` rounded up to W; keys are read from 0 up to that length and masked outside of the
 // range. `ahead` is the address where the next call reads keys, if known: it is prefetched, because a read from memory
@@ -433,7 +459,8 @@ struct Linears {
       c10::Dispatcher::singleton().findSchemaOrThrow("mkldnn::_linear_pointwise", "").typed<Pointwise>();
 
   // The layer's result for `rows`, and the row multipliers that are still to be applied to it.
-  std::pair<Tensor, Optional> operator()(int64_t i, const Tensor& rows, const Optional& scale) const {
+  std::pair<Tensor, Optional> operator()(int64_t i, const Tensor& rows, const Optional& scale,
+                                          const matmul::Extra* extra = nullptr) const {
     const Optional bias = biases.get(i);
     if (packed.size()) {
       Tensor y = fbgemm(*packed.get(i), rows);
@@ -441,18 +468,239 @@ struct Linears {
       y.narrow(0, 0, scale->size(0)).mul_(scale->unsqueeze(1)).add_(*bias);
       return {y, std::nullopt};
     }
-    if (scale) return {matmul::int8(rows, weights[i], scales[i], bias, *scale), std::nullopt};
+    if (scale) return {matmul::int8(rows, weights[i], scales[i], bias, *scale, extra), std::nullopt};
     if (scales.size()) {
       const int64_t group = rows.size(1) / scales[i].size(0);
       Tensor y = at::_weight_int4pack_mm_for_cpu(rows.to(at::kBFloat16), weights[i], group, scales[i]);
       if (bias) y.add_(*bias);
       return {y.to(rows.scalar_type()), std::nullopt};
     }
-    if (weights[i].dim() == 4) return {matmul::bfloat16(rows, weights[i], bias, weights[i].size(0) * 16), std::nullopt};
+    if (weights[i].dim() == 4) return {matmul::bfloat16(rows, weights[i], bias, weights[i].size(0) * 16, extra), std::nullopt};
     if (!weights[i].is_mkldnn()) return {at::linear(rows, weights[i], bias), std::nullopt};
     return {pointwise.call(rows, weights[i], bias, "none", c10::List<std::optional<at::Scalar>>(), ""), std::nullopt};
   }
 };
+
+template <class V>
+void prefetch(const V* from, int64_t count) {
+  for (const char *line = (const char*)from, *end = (const char*)(from + count); line < end; line += 64)
+    __builtin_prefetch(line);
+}
+
+// The rows that use LoRA adapters: rows[starts[g] .. starts[g + 1]), in ascending order, use adapter g, whose weights
+// are data[g] and scales[g] at the places of tables[g]; see LoraWeights in lora.py. `widths` are the outputs of the
+// seven projections of a layer.
+class Adapters {
+ public:
+  Adapters(at::TensorList data, at::TensorList scales, at::TensorList tables, const Tensor& rows,
+           at::IntArrayRef starts, at::IntArrayRef widths)
+      : rows(rows.const_data_ptr<int64_t>()), starts(starts), widths(widths) {
+    if (data.empty()) return;
+    TORCH_CHECK(widths.size() == 7 && starts.size() == data.size() + 1 && rows.numel() == starts.back());
+    TORCH_CHECK(tables.size() == data.size() && scales.size() == data.size());
+    type = data[0].scalar_type();
+    for (size_t g = 0; g < data.size(); g++) {
+      TORCH_CHECK(data[g].scalar_type() == type && tables[g].size(1) == 4);
+      adapters.push_back({data[g].const_data_ptr(), scales[g].const_data_ptr<float>(), tables[g].const_data_ptr<int64_t>()});
+      for (int64_t i = 0; i < tables[g].size(0); i++) largest_rank = std::max(largest_rank, adapters[g].table[4 * i]);
+    }
+    const int64_t most = std::clamp<int64_t>(rows.numel() / (4 * at::get_num_threads()), 1, 16);
+    for (int64_t g = 0; g < (int64_t)data.size(); g++)
+      for (int64_t first = starts[g]; first < starts[g + 1]; first += most)
+        tasks.push_back({g, first, std::min(starts[g + 1], first + most)});
+    low.resize(rows.numel() * 3 * largest_rank);
+  }
+
+  bool empty() const { return adapters.empty(); }
+
+  // The work of the adapters in one linear layer with the input rows `x`, null if they do not change the layer. `scale`
+  // are the multipliers of the rows that the layer has applied to its result. The result of a row does not depend on
+  // other rows. One work at a time can be used.
+  std::unique_ptr<matmul::Extra> work(const Tensor& x, int64_t linear, const Optional& scale) {
+    if (!changes(linear)) return nullptr;
+    TORCH_CHECK(x.is_contiguous() && x.size(1) % W == 0);
+    std::unique_ptr<matmul::Extra> made;
+    for_type(x, [&](auto* row) {
+      using T = TYPE_OF(row);
+      if (type == at::kChar) made = std::make_unique<Work<T, int8_t>>(*this, x, linear, floats(scale));
+      else if (type == at::kFloat) made = std::make_unique<Work<T, float>>(*this, x, linear, floats(scale));
+      else made = std::make_unique<Work<T, bf16>>(*this, x, linear, floats(scale));
+    });
+    return made;
+  }
+
+  // Does the work for the result `y` of a linear layer that does not do it itself.
+  static void add(const matmul::Extra* work, const Tensor& y, int64_t count) {
+    if (!work) return;
+    TORCH_CHECK(y.is_contiguous());
+    at::parallel_for(0, work->count, 1, [&](int64_t from, int64_t to) {
+      for (int64_t task = from; task < to; task++) work->before(task);
+    });
+    at::parallel_for(0, count, grain(y.size(1)), [&](int64_t from, int64_t to) {
+      work->after(y.data_ptr(), y.size(1), {from, to, 0, y.size(1) / STRIP});
+    });
+  }
+
+ private:
+  // The first projection of each of the four linear layers, and of the next layer.
+  static constexpr int64_t FIRST[] = {0, 3, 4, 6, 7};
+  static constexpr int64_t STRIP = matmul::STRIP;
+
+  struct Adapter {
+    const void* data;
+    const float* scales;
+    const int64_t* table;
+
+    const int64_t* entry(int64_t linear, int64_t projection) const { return table + 4 * (linear / 4 * 7 + projection); }
+  };
+  // Rows [first, last) of `rows`, which use one adapter.
+  struct Task { int64_t adapter, first, last; };
+
+  const int64_t* rows;
+  at::IntArrayRef starts, widths;
+  at::ScalarType type = at::kFloat;
+  std::vector<Adapter> adapters;
+  std::vector<Task> tasks;
+  int64_t largest_rank = 0;
+  std::vector<float> low;  // A x of each row, in the order of `rows`: [rows, projections, rank]
+
+  bool changes(int64_t linear) const {
+    for (const Adapter& adapter : adapters)
+      for (int64_t p = FIRST[linear % 4]; p < FIRST[linear % 4 + 1]; p++)
+        if (adapter.entry(linear, p)[0]) return true;
+    return false;
+  }
+
+  template <class T, class V>
+  struct Work : matmul::Extra {
+    // One projection of an adapter: A [rank, K] and the strips of B [outputs / 16, rank, 16], with a scale for each rank.
+    struct Factors {
+      int64_t rank;
+      const V *down, *up;
+      const float* scale;
+    };
+
+    Adapters& of;
+    const int64_t begin, end, K;
+    const T* x;
+    const float* multipliers;
+    const int64_t* rows;
+    std::vector<Factors> parts;  // [adapters, projections]
+
+    Work(Adapters& of, const Tensor& x, int64_t linear, const float* multipliers)
+        : of(of), begin(FIRST[linear % 4]), end(FIRST[linear % 4 + 1]), K(x.size(1)), x(x.const_data_ptr<T>()),
+          multipliers(multipliers), rows(of.rows) {
+      count = of.tasks.size();
+      parts.reserve(of.adapters.size() * (end - begin));
+      for (const Adapter& one : of.adapters)
+        for (int64_t p = begin; p < end; p++) {
+          const int64_t* entry = one.entry(linear, p);
+          parts.push_back({entry[0], (const V*)one.data + entry[1], (const V*)one.data + entry[2], one.scales + entry[3]});
+        }
+    }
+
+    const Factors& part(int64_t g, int64_t p) const { return parts[g * (end - begin) + p - begin]; }
+    float* low_of(int64_t i, int64_t p) const { return of.low.data() + (i * 3 + p - begin) * of.largest_rank; }
+
+    void before(int64_t number) const override {
+      const Task& task = of.tasks[number];
+      for (int64_t p = begin; p < end; p++) {
+        const auto& found = part(task.adapter, p);
+        prefetch(found.down, found.rank * K);
+        for (int64_t i = task.first; found.rank && i < task.last;)
+          i += task.last - i >= 4 ? products<4>(found, i, p) : products<1>(found, i, p);
+      }
+    }
+
+    void ahead(const matmul::Block& block) const override {
+      for_parts(block, [&](const auto& found, int64_t p, int64_t strip, int64_t last, int64_t, int64_t, int64_t) {
+        prefetch(found.up + strip * STRIP * found.rank, (last - strip) * STRIP * found.rank);
+      });
+    }
+
+    void after(void* y, int64_t width, const matmul::Block& block) const override {
+      for_parts(block, [&](const auto& found, int64_t p, int64_t strip, int64_t last, int64_t column, int64_t i, int64_t to) {
+        for (; strip < last; strip++)
+          for (int64_t row = i; row < to;) {
+            T* out = (T*)y + column + strip * STRIP;
+            row += to - row >= 4 ? add_strip<4>(found, row, p, strip, out, width) : add_strip<1>(found, row, p, strip, out, width);
+          }
+      });
+    }
+
+    // Calls body(its factors, projection, its strips from .. to, its first column, rows[i .. to]) for the parts of a block.
+    template <class F>
+    void for_parts(const matmul::Block& block, F body) const {
+      for (int64_t g = 0; g < (int64_t)of.adapters.size(); g++) {
+        const int64_t *first = rows + of.starts[g], *last = rows + of.starts[g + 1];
+        const int64_t i = std::lower_bound(first, last, block.row) - rows, to = std::lower_bound(first, last, block.end) - rows;
+        if (i == to) continue;
+        for (int64_t p = begin, strip = 0; p < end; strip += of.widths[p++] / STRIP) {
+          const int64_t from = std::max(block.strip - strip, (int64_t)0);
+          const int64_t until = std::min(block.last - strip, of.widths[p] / STRIP);
+          const auto& found = part(g, p);
+          if (found.rank && from < until) body(found, p, from, until, strip * STRIP, i, to);
+        }
+      }
+    }
+
+    // low = A x for R rows; returns R.
+    template <int R>
+    int64_t products(const Factors& found, int64_t i, int64_t p) const {
+      const T* from[R];
+      float* to[R];
+      for (int r = 0; r < R; r++) from[r] = x + rows[i + r] * K, to[r] = low_of(i + r, p);
+      int64_t j = 0;
+      for (; j + 4 <= found.rank; j += 4) dots<R, 4>(found, j, from, to);
+      for (; j < found.rank; j++) dots<R, 1>(found, j, from, to);
+      return R;
+    }
+
+    // The products of R rows with J rows of A, each summed in the order of K.
+    template <int R, int J>
+    void dots(const Factors& found, int64_t first, const T* const* from, float* const* to) const {
+      Floats sums[R][J] = {};
+      const V* a = found.down + first * K;
+      for (int64_t k = 0; k < K; k += W) {
+        Floats w[J];
+        for (int j = 0; j < J; j++) w[j] = load(a + j * K + k);
+        for (int r = 0; r < R; r++) {
+          const Floats v = load(from[r] + k);
+          for (int j = 0; j < J; j++) sums[r][j] += v * w[j];
+        }
+      }
+      for (int r = 0; r < R; r++)
+        for (int j = 0; j < J; j++) to[r][first + j] = total(sums[r][j]) * found.scale[first + j];
+    }
+
+    // Adds B low to a strip of R rows; returns R.
+    template <int R>
+    int64_t add_strip(const Factors& found, int64_t i, int64_t p, int64_t strip, T* y, int64_t width) const {
+      const V* b = found.up + strip * STRIP * found.rank;
+      constexpr int parts = STRIP / W;
+      const float* factor[R];
+      for (int r = 0; r < R; r++) factor[r] = low_of(i + r, p);
+      Floats sums[R][parts] = {};
+      for (int64_t j = 0; j < found.rank; j++)
+        for (int c = 0; c < parts; c++) {
+          const Floats w = load(b + j * STRIP + c * W);
+          for (int r = 0; r < R; r++) sums[r][c] += factor[r][j] * w;
+        }
+      for (int r = 0; r < R; r++) {
+        const Floats m = all(multipliers ? multipliers[rows[i + r]] : 1.f);
+        T* to = y + rows[i + r] * width;
+        for (int c = 0; c < parts; c++) store(to + c * W, load(to + c * W) + sums[r][c] * m);
+      }
+      return R;
+    }
+  };
+};
+
+void add_lora(Tensor y, const Tensor& x, const Optional& scale, at::TensorList data, at::TensorList scales,
+              at::TensorList tables, const Tensor& rows, at::IntArrayRef starts, at::IntArrayRef widths, int64_t linear) {
+  Adapters adapters{data, scales, tables, rows, starts, widths};
+  Adapters::add(adapters.work(x, linear, scale).get(), y, y.size(0));
+}
 
 // The loop over all layers, as in fused.py, without Python, so that other threads can hold the interpreter lock.
 // `norms` holds the norms before attention and before the MLP in turn, and the last norm; `weights` holds four linear
@@ -461,8 +709,22 @@ std::tuple<Tensor, Optional> layers(
     Tensor x, at::TensorList norms, at::TensorList weights, at::TensorList scales, const c10::List<Optional>& biases,
     const Linears::Packed& packed, const c10::List<Optional>& query_norms, const c10::List<Optional>& key_norms,
     at::IntArrayRef windows, int64_t heads, double eps, const Tensor& cos, const Tensor& sin, Tensor slots,
-    Tensor positions, const Tensor& wanted, at::TensorList keys, at::TensorList values) {
-  const Linears linear{weights, scales, biases, packed};
+    Tensor positions, const Tensor& wanted, at::TensorList keys, at::TensorList values, at::TensorList lora,
+    at::TensorList lora_scales, at::TensorList lora_tables, const Tensor& lora_rows, at::IntArrayRef lora_starts,
+    at::TensorList last_lora, at::TensorList last_scales, at::TensorList last_tables, const Tensor& last_rows,
+    at::IntArrayRef last_starts, at::IntArrayRef lora_widths) {
+  const Linears base{weights, scales, biases, packed};
+  Adapters all{lora, lora_scales, lora_tables, lora_rows, lora_starts, lora_widths};
+  Adapters last{last_lora, last_scales, last_tables, last_rows, last_starts, lora_widths};
+  Adapters* adapters = &all;
+  auto linear = [&](int64_t i, const Tensor& rows, const Optional& scale) {
+    if (adapters->empty()) return base(i, rows, scale);
+    if (!packed.size() && weights[i].dim() == 4 && (scale || !scales.size()))
+      return base(i, rows, scale, adapters->work(rows, i, scale).get());
+    auto result = base(i, rows, scale);
+    Adapters::add(adapters->work(rows, i, result.second ? std::nullopt : scale).get(), result.first, x.size(0));
+    return result;
+  };
   const int64_t count = windows.size(), dim = keys[0].size(3);
   const bool int8 = packed.size() || (weights[0].scalar_type() == at::kByte && weights[0].dim() == 4);
   auto buffer = [&](int64_t width) -> std::pair<Tensor, Optional> {
@@ -482,6 +744,7 @@ std::tuple<Tensor, Optional> layers(
       x = x.index_select(0, wanted), qkv = qkv.index_select(0, wanted);
       slots = slots.index_select(0, wanted), positions = positions.index_select(0, wanted);
       normed = buffer(x.size(1));
+      adapters = &last;
     }
     auto [attended, attended_scale] = buffer(heads * dim);
     attend(qkv, heads, 1 / std::sqrt((double)dim), windows[i], slots, positions, keys[i], values[i], attended, attended_scale);
@@ -514,15 +777,26 @@ TORCH_LIBRARY(serve_app, library) {
       &attend);
   library.def("has_dot_products() -> bool", [] { return matmul::available; });
   library.def("pack_strips(Tensor weight) -> Tensor", &matmul::packed);
-  library.def("linear_bfloat16(Tensor rows, Tensor weight, Tensor? bias, int outputs) -> Tensor", &matmul::bfloat16);
+  library.def("linear_bfloat16(Tensor rows, Tensor weight, Tensor? bias, int outputs) -> Tensor",
+              [](const Tensor& rows, const Tensor& weight, const Optional& bias, int64_t outputs) {
+                return matmul::bfloat16(rows, weight, bias, outputs);
+              });
   library.def(
       "linear_int8(Tensor rows, Tensor weight, Tensor scales, Tensor? bias, Tensor row_scales) -> Tensor",
-      &matmul::int8);
+      [](const Tensor& rows, const Tensor& weight, const Tensor& scales, const Optional& bias, const Tensor& row_scales) {
+        return matmul::int8(rows, weight, scales, bias, row_scales);
+      });
   library.def("argmax_of_rows(Tensor rows) -> (Tensor, Tensor)", &argmax_of_rows);
   library.def(
       "layers(Tensor(a!) x, Tensor[] norms, Tensor[] weights, Tensor[] scales, Tensor?[] biases, "
       "__torch__.torch.classes.quantized.LinearPackedParamsBase[] packed, Tensor?[] query_norms, Tensor?[] key_norms, "
       "int[] windows, int heads, float eps, Tensor cos, Tensor sin, Tensor slots, Tensor positions, Tensor wanted, "
-      "Tensor(b!)[] keys, Tensor(c!)[] values) -> (Tensor, Tensor?)",
+      "Tensor(b!)[] keys, Tensor(c!)[] values, Tensor[] lora, Tensor[] lora_scales, Tensor[] lora_tables, "
+      "Tensor lora_rows, int[] lora_starts, Tensor[] last_lora, Tensor[] last_scales, Tensor[] last_tables, "
+      "Tensor last_rows, int[] last_starts, int[] lora_widths) -> (Tensor, Tensor?)",
       &layers);
+  library.def(
+      "add_lora(Tensor(a!) y, Tensor x, Tensor? scale, Tensor[] data, Tensor[] scales, Tensor[] tables, Tensor rows, "
+      "int[] starts, int[] widths, int linear) -> ()",
+      &add_lora);
 }

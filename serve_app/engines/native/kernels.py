@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from serve_app.engines.native.disk_cache import CacheError, Report, Work, cache_subfolder, cached_file
+from serve_app.engines.files.disk_cache import CacheError, Report, Work, cache_subfolder, cached_file
 
 logger = logging.getLogger(__name__)
 

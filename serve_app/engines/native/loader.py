@@ -9,17 +9,16 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-import jinja2
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from serve_app.config import Model, template_path
-from serve_app.core.requests import Grammar
-from serve_app.engines.native.conversion import check_missing_weights, convert_gguf
-from serve_app.engines.native.disk_cache import Report
-from serve_app.engines.native.model_files import SourceError
-from serve_app.engines.native.sources import builtin_gguf, resolve
+from serve_app.config import Model
+from serve_app.engines.files.conversion import check_missing_weights, convert_gguf
+from serve_app.engines.files.disk_cache import Report
+from serve_app.engines.files.model_files import SourceError
+from serve_app.engines.files.sources import builtin_gguf, resolve
+from serve_app.engines.files.text import explain, load_text
 from serve_app.engines.text.tokenizer import HFText
 
 __all__ = ["Loaded", "SourceError", "builtin_gguf", "convert_gguf", "load"]
@@ -61,29 +60,13 @@ def load(config: Model, report: Report) -> Loaded:
             **quantized,
             **options,
         )
-        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     except Exception as error:  # a parser may raise any exception for a damaged file
-        raise SourceError(_explain(config, error)) from error
+        raise SourceError(explain(config, error)) from error
     check_missing_weights(loading, model, config.source)
-    if not hasattr(tokenizer, "backend_tokenizer"):
-        raise SourceError(f"{config.source}: the tokenizer has no fast form (tokenizer.json), which streaming needs")
-    if config.chat_template is not None:
-        tokenizer.chat_template = _read_template(config.chat_template, tokenizer)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    text = load_text(config, folder, vocabulary, model.generation_config)
     model.eval()
     return_memory()
-    try:
-        ends = _end_ids(model, tokenizer)
-    except (TypeError, ValueError) as error:
-        raise SourceError(f"{config.source}: eos_token_id in generation_config.json is not a token id") from error
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    text = HFText(tokenizer, ends, vocabulary, config.sanitize_control_tokens)
-    # Builds the tokenizer's tables for grammars now. Built by the first request, they would delay all running requests.
-    text.constraint(Grammar("json_object"), ignore_eos=False)
-    chat = text.chat
-    logger.info("tool call format: %s", "none" if chat.tools is None else repr(chat.tools.before))
-    logger.info(
-        "reasoning: %s", "none" if chat.reasoning is None else f"{chat.reasoning.start!r} to {chat.reasoning.end!r}"
-    )
     return Loaded(model, text, _longest_context(model))
 
 
@@ -142,46 +125,6 @@ def return_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
-
-
-def _read_template(source: str, tokenizer: Any) -> str:
-    """The text of the configuration's chat template. Raises SourceError if it cannot be read or is not valid Jinja."""
-    path = template_path(source)
-    try:
-        template = path.read_text(encoding="utf-8")
-        tokenizer.apply_chat_template([{"role": "user", "content": ""}], chat_template=template, tokenize=False)
-    except (OSError, UnicodeDecodeError) as error:
-        raise SourceError(f"chat_template: {path} cannot be read: {error}") from None
-    except jinja2.TemplateSyntaxError as error:
-        raise SourceError(f"chat_template: {path}, line {error.lineno}: {error.message}") from None
-    except Exception:  # noqa: BLE001 - a template may refuse this conversation; requests then get its error
-        return template
-    return template
-
-
-def _explain(config: Model, error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    if "trust_remote_code" in text:
-        return (
-            f"{config.source} contains its own code, which is not run; if you trust the code, set "
-            f"trust_remote_code: true and pin `revision`"
-        )
-    if "safetensors" in text:
-        return f"{config.source} has no safetensors weights, and pickled weights are not loaded; convert them ({text})"
-    if "ignore_mismatched_sizes" in text:
-        return f"{config.source}: the shapes of the weights do not match config.json"
-    if isinstance(error, (ArithmeticError, AttributeError, LookupError, TypeError)):
-        text = f"{type(error).__name__}: {text}"  # the message of such an error is often a single word
-    # The rest of the message would be a list of all architectures.
-    return f"{config.source} cannot be loaded: {text.partition(' Model type should be one of')[0]}"
-
-
-def _end_ids(model: PreTrainedModel, tokenizer: Any) -> frozenset[int]:
-    """The end tokens of generation_config.json, and those of the tokenizer: of an answer, a turn and a message."""
-    configured = model.generation_config.eos_token_id if model.generation_config is not None else None
-    ends = configured if isinstance(configured, list) else [configured]
-    ends = [*ends, *(getattr(tokenizer, f"{name}_token_id", None) for name in ("eos", "eot", "eom"))]
-    return frozenset(int(token) for token in ends if token is not None)
 
 
 def _longest_context(model: PreTrainedModel) -> int:

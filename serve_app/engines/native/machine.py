@@ -6,7 +6,7 @@ import math
 import os
 from pathlib import Path
 
-from serve_app.config import Engine
+from serve_app.config import NativeOptions
 
 _PROC_MEMINFO = Path("/proc/meminfo")
 _PROC_CPUINFO = Path("/proc/cpuinfo")
@@ -67,7 +67,7 @@ def _bounded(cores: int, quota: str, period: str) -> int:
     return max(1, min(cores, math.floor(int(quota) / int(period))))
 
 
-def kv_tokens_that_fit(engine: Engine, free_bytes: int, token_bytes: int, longest: int) -> int:
+def kv_tokens_that_fit(engine: NativeOptions, free_bytes: int, token_bytes: int, longest: int) -> int:
     """Number of tokens whose keys and values, `token_bytes` each, fit into the memory budget.
 
     Raises NotEnoughMemory, with the numbers and the settings to change, when fewer than `longest` tokens fit.

@@ -12,6 +12,7 @@
 #include <atomic>
 #include <cstring>
 #include <optional>
+#include <vector>
 
 #if defined(__AVX512BF16__) && defined(__AVX512VNNI__)
 #define SERVE_APP_DOT_PRODUCTS 1
@@ -36,6 +37,22 @@ constexpr int64_t STRIPS = 3;
 constexpr int64_t LINE = 64;
 // Prefetch distance in cache lines: the latency of the memory.
 constexpr int64_t AHEAD = 32;
+
+// Rows [row, end) and strips [strip, last) of a result.
+struct Block {
+  int64_t row, end, strip, last;
+};
+
+// Other work on the rows of a product, which starts the threads anyway: `count` tasks `before` that may run at the same
+// time, and, when all of them have ended, `after` for each block of the result. `ahead` is called with each block before
+// its product is computed, to prefetch what `after` reads.
+struct Extra {
+  int64_t count = 0;
+  virtual void before(int64_t task) const = 0;
+  virtual void ahead(const Block& block) const = 0;
+  virtual void after(void* y, int64_t width, const Block& block) const = 0;
+  virtual ~Extra() = default;
+};
 
 #ifdef SERVE_APP_DOT_PRODUCTS
 
@@ -145,19 +162,37 @@ void rows_times(const D& d, int64_t row, int64_t end, int64_t strip, int64_t nex
 
 // Each thread takes the next task, of STRIPS times ROWS, when it is free, one task ahead so that it can prefetch.
 template <class D>
-void multiply(const D& d) {
+void multiply(const D& d, const Extra* extra) {
   const int64_t strips = (d.width + STRIP - 1) / STRIP, groups = (strips + STRIPS - 1) / STRIPS;
   const int64_t tasks = groups * ((d.count + ROWS - 1) / ROWS);
-  std::atomic<int64_t> taken{0};
+  const int64_t first = extra ? extra->count : 0;
+  // On cache lines of their own: the threads read the other variables without waiting for one another.
+  alignas(LINE) std::atomic<int64_t> taken{0};
+  alignas(LINE) std::atomic<int64_t> ended{0};
   at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) {
-    for (int64_t task = taken++, after; task < tasks; task = after) {
-      after = taken++;
-      const int64_t row = task / groups * ROWS, end = std::min(d.count, row + ROWS);
-      const int64_t strip = task % groups * STRIPS, left = strips - strip, next = after % groups * STRIPS;
+    std::vector<Block> waiting;  // for another thread's task `before`
+    for (int64_t number = taken++, later; number < first + tasks; number = later) {
+      later = taken++;
+      if (number < first) {
+        extra->before(number);
+        ended++;
+        continue;
+      }
+      const int64_t task = number - first, row = task / groups * ROWS, end = std::min(d.count, row + ROWS);
+      const int64_t strip = task % groups * STRIPS, left = strips - strip, next = (later - first) % groups * STRIPS;
+      const Block block{row, end, strip, std::min(strips, strip + STRIPS)};
+      if (extra) extra->ahead(block);
       if (left >= 3) rows_times<D, 3>(d, row, end, strip, next);
       else if (left == 2) rows_times<D, 2>(d, row, end, strip, next);
       else rows_times<D, 1>(d, row, end, strip, next);
+      if (!extra) continue;
+      waiting.push_back(block);
+      if (ended.load(std::memory_order_acquire) < first) continue;
+      for (const Block& each : waiting) extra->after(d.out, d.width, each);
+      waiting.clear();
     }
+    while (!waiting.empty() && ended.load(std::memory_order_acquire) < first) _mm_pause();
+    for (const Block& each : waiting) extra->after(d.out, d.width, each);
   });
 }
 
@@ -171,7 +206,8 @@ inline Tensor packed(const Tensor& weight) {
 }
 
 // Float rows `[N, K]`, which this function rounds to bfloat16, and packed weights of `width` outputs -> `[N, width]`.
-inline Tensor bfloat16(const Tensor& rows, const Tensor& weight, const std::optional<Tensor>& bias, int64_t width) {
+inline Tensor bfloat16(const Tensor& rows, const Tensor& weight, const std::optional<Tensor>& bias, int64_t width,
+                       const Extra* extra = nullptr) {
 #ifdef SERVE_APP_DOT_PRODUCTS
   const int64_t K = rows.size(1);
   TORCH_CHECK(rows.is_contiguous() && rows.scalar_type() == at::kFloat && (!bias || bias->numel() == width));
@@ -180,7 +216,8 @@ inline Tensor bfloat16(const Tensor& rows, const Tensor& weight, const std::opti
   const Tensor halves = rows.to(at::kBFloat16);
   Tensor out = at::empty({rows.size(0), width}, rows.options());
   multiply(Bfloat16{{halves.const_data_ptr<at::BFloat16>(), weight.const_data_ptr<at::BFloat16>(), rows.size(0), width,
-                     K, out.data_ptr<float>(), bias ? bias->const_data_ptr<float>() : nullptr}});
+                     K, out.data_ptr<float>(), bias ? bias->const_data_ptr<float>() : nullptr}},
+           extra);
   return out;
 #else
   TORCH_CHECK(false, "this processor has no bfloat16 dot products");
@@ -190,7 +227,7 @@ inline Tensor bfloat16(const Tensor& rows, const Tensor& weight, const std::opti
 // Float rows `[>= N, K]` in [-1, 1] with multipliers `[N]`, packed weights of one byte with an offset of 128, and the
 // scales `[M]` of the outputs -> floats `[N, M]`.
 inline Tensor int8(const Tensor& rows, const Tensor& weight, const Tensor& scales, const std::optional<Tensor>& bias,
-                   const Tensor& row_scales) {
+                   const Tensor& row_scales, const Extra* extra = nullptr) {
 #ifdef SERVE_APP_DOT_PRODUCTS
   const int64_t count = row_scales.numel(), K = rows.size(1), width = scales.numel();
   TORCH_CHECK(rows.is_contiguous() && rows.scalar_type() == at::kFloat && rows.size(0) >= count && K % 16 == 0);
@@ -213,7 +250,8 @@ inline Tensor int8(const Tensor& rows, const Tensor& weight, const Tensor& scale
   });
   multiply(Int8{{bytes.const_data_ptr<int8_t>(), (const int8_t*)weight.const_data_ptr<uint8_t>(), count, width, K,
                  out.data_ptr<float>(), bias ? bias->const_data_ptr<float>() : nullptr},
-                scales.const_data_ptr<float>(), row_scales.const_data_ptr<float>(), sums.const_data_ptr<int32_t>()});
+                scales.const_data_ptr<float>(), row_scales.const_data_ptr<float>(), sums.const_data_ptr<int32_t>()},
+           extra);
   return out;
 #else
   TORCH_CHECK(false, "this processor has no int8 dot products");

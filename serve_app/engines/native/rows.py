@@ -27,12 +27,20 @@ class PromptChunk:
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterRows:
+    """The rows of a step that use one LoRA adapter, and its weights as the runner made them."""
+
+    weights: object
+    rows: list[int]
+
+
+@dataclass(frozen=True, slots=True)
 class Rows:
     """The N input rows of a step. `tokens`, `slots` and `positions` have one entry for each row.
 
     `runs` and `chunks` are the same rows grouped for attention. A token is sampled from the logits of each row of
     `sample_rows`. The logits of `logprob_rows` give log probabilities of prompt tokens; the last hidden states of
-    `embedding_rows` are summed into embeddings.
+    `embedding_rows` are summed into embeddings. Rows that are not in `adapters` use the model without an adapter.
     """
 
     tokens: list[int]
@@ -43,17 +51,22 @@ class Rows:
     chunks: list[PromptChunk]
     logprob_rows: list[int] = field(default_factory=list)
     embedding_rows: list[int] = field(default_factory=list)
+    adapters: list[AdapterRows] = field(default_factory=list)
 
 
 def rows_of(step: Step) -> Rows:
     """The rows of a step, in the order of its advances."""
     rows = Rows([], [], [], [], [], [])
+    of_adapter: dict[int, AdapterRows] = {}
     for advance in step.advances:
         sequence, first, start = advance.sequence, len(rows.tokens), advance.sequence.computed
         assert sequence.slot is not None
         rows.tokens.extend((*sequence.tokens[start : start + advance.count], *advance.drafts))
         rows.slots.extend([sequence.slot] * advance.rows)
         rows.positions.extend(range(start, start + advance.rows))
+        if sequence.adapter is not None:
+            weights = sequence.adapter.weights
+            of_adapter.setdefault(id(weights), AdapterRows(weights, [])).rows.extend(range(first, first + advance.rows))
         if advance.samples:
             rows.sample_rows.extend(range(first + advance.count - 1, first + advance.rows))
         if sequence.readout is not None:
@@ -63,6 +76,7 @@ def rows_of(step: Step) -> Rows:
             rows.chunks.append(PromptChunk(first, sequence.slot, start, advance.rows))
         else:
             _add_decode_row(rows, first, sequence.slot, start)
+    rows.adapters.extend(of_adapter.values())
     return rows
 
 

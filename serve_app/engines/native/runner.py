@@ -12,15 +12,18 @@ from typing import Protocol
 import torch
 from transformers import PreTrainedModel
 
-from serve_app.config import Engine, Model
-from serve_app.core.requests import TextPrompt
+from serve_app.config import Lora, Model, NativeOptions
+from serve_app.core.requests import Adapter, TextPrompt
+from serve_app.engines.files.adapter_files import AdapterFiles, read_adapter
+from serve_app.engines.files.disk_cache import Report
+from serve_app.engines.files.model_files import SourceError
 from serve_app.engines.native import calibration, kernels
 from serve_app.engines.native.attention import LayerCache
-from serve_app.engines.native.disk_cache import Report
 from serve_app.engines.native.fused import FusedModel, unsupported_reason
 from serve_app.engines.native.kv_cache import BLOCK
 from serve_app.engines.native.linear import attach_importance
 from serve_app.engines.native.loader import Loaded, load, return_memory
+from serve_app.engines.native.lora import LoraWeights, Target
 from serve_app.engines.native.machine import (
     NotEnoughMemory,
     available_bytes,
@@ -28,12 +31,12 @@ from serve_app.engines.native.machine import (
     processor_flags,
     usable_cores,
 )
-from serve_app.engines.native.model_files import SourceError
 from serve_app.engines.native.quantization import Choice, Quantization, RequestedQuantization, choose_quantization
 from serve_app.engines.native.rows import Rows, rows_of, span
 from serve_app.engines.native.sampler import prompt_logprobs, sample
 from serve_app.engines.native.sequence import Advance, Outcome, PromptReadout, Sampled, Step
 from serve_app.engines.native.smooth import smooth, smooth_head
+from serve_app.engines.native.threads import one_thread
 from serve_app.engines.native.transformers_path import (
     ForwardOutput,
     LayerShape,
@@ -60,6 +63,15 @@ class ForwardPass(Protocol):
     @property
     def weight_bytes(self) -> int: ...
 
+    @property
+    def targets(self) -> dict[str, Target]:
+        """The layers that LoRA adapters can change, by their names."""
+        ...
+
+    def make_adapter(self, files: AdapterFiles) -> LoraWeights:
+        """The weights of a LoRA adapter for this model. Called on any thread. Raises InvalidRequest."""
+        ...
+
     def forward(self, rows: Rows) -> ForwardOutput:
         """The outputs that the rows request. The keys and values of all rows are written to the KV cache."""
         ...
@@ -80,12 +92,14 @@ class TorchRunner:
     def __init__(
         self,
         loaded: Loaded,
-        engine: Engine,
+        engine: NativeOptions,
         quantization: RequestedQuantization = "none",
         report: Report = lambda stage: None,
         embeddings: bool = False,
         flags: Set[str] | None = None,
+        lora: Lora | None = None,
     ) -> None:
+        self._lora = lora
         self.text = loaded.text
         self.sampling_s = 0.0
         self.dtype = loaded.model.dtype
@@ -117,15 +131,19 @@ class TorchRunner:
     @classmethod
     def from_config(cls, model: Model, report: Report) -> TorchRunner:
         """Load a model with the settings of its configuration."""
-        torch.set_num_threads(model.engine.threads or usable_cores())
+        torch.set_num_threads(model.native_options.threads or usable_cores())
         if not model.resources.num_gpus:
             kernels.start_build()
         loaded = load(model, report)
         report("preparing the KV cache")
-        runner = cls(loaded, model.engine, model.quantization, report, model.embeddings)
+        runner = cls(loaded, model.native_options, model.quantization, report, model.embeddings, lora=model.lora)
         del loaded  # the fused path has its own weights
         return_memory()
         return runner
+
+    @property
+    def forward_pass(self) -> ForwardPass:
+        return self._model
 
     @property
     def weight_bytes(self) -> int:
@@ -134,6 +152,13 @@ class TorchRunner:
     @property
     def dtype_name(self) -> str:
         return str(self.dtype).removeprefix("torch.")
+
+    def load_adapter(self, adapter: Adapter) -> tuple[str, object]:
+        """See Runner."""
+        assert self._lora is not None, "a request has an adapter only if the model has some"
+        files = read_adapter(adapter, self._lora)
+        with torch.inference_mode(), one_thread():
+            return files.digest, self._model.make_adapter(files)
 
     @torch.inference_mode()
     def run(self, step: Step) -> list[Outcome]:
@@ -180,7 +205,7 @@ class TorchRunner:
             prompt_logprobs(logits, tokens, sequence.params.prompt_logprobs or 0, self.text.token_logprob)
         )
 
-    def _make_caches(self, shapes: list[LayerShape], engine: Engine, dtype: torch.dtype) -> list[LayerCache]:
+    def _make_caches(self, shapes: list[LayerShape], engine: NativeOptions, dtype: torch.dtype) -> list[LayerCache]:
         """One cache per layer. On a GPU with as many slots as fit into the memory budget.
 
         On CPU there are `max_running` slots, because a slot takes memory only for the tokens written to it.
@@ -220,7 +245,7 @@ class TorchRunner:
         return fused
 
     def _transformers_path(self, model: PreTrainedModel, caches: list[LayerCache], test: _SelfTest) -> ForwardPass:
-        transformers = TransformersModel(model, caches, self.quantization)
+        transformers = TransformersModel(model, caches, self.quantization, self._lora is not None)
         error = test.fault(transformers, self.quantization)
         if error is not None:
             raise SourceError(f"{type(model).__name__} {error}; this architecture is not supported")

@@ -6,11 +6,12 @@ from bisect import insort
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from serve_app.engines.ending import expired_error
 from serve_app.engines.native.kv_cache import BLOCK, Copy, KVCache
 from serve_app.engines.native.sequence import Advance, Outcome, Sequence, Step
 from serve_app.engines.native.step_time import StepTimeModel
 from serve_app.engines.stream import Embedding, Token
-from serve_app.errors import DeadlineExceeded, QueueFull, ServeAppError
+from serve_app.errors import QueueFull, ServeAppError
 
 # What a step, or the end of a sequence, sends to its stream.
 Result = Token | Embedding | ServeAppError
@@ -108,7 +109,7 @@ class Scheduler:
         for sequence in [s for s in self._running if s.stream.closed or id(s) in expired_ids]:
             self._release(sequence)
         self._waiting = [s for s in self._waiting if not s.stream.closed and id(s) not in expired_ids]
-        return [(s, DeadlineExceeded(_expiry_message(s))) for s in expired]
+        return [(s, expired_error(s.stream.request, s.generated)) for s in expired]
 
     def plan(self, now: float) -> Step:
         """The next step; empty if no sequence can advance."""
@@ -237,8 +238,10 @@ class Scheduler:
 
     def _salt(self, sequence: Sequence) -> str | None:
         """Sequences with the same salt may share computed tokens; None shares nothing."""
-        request = sequence.stream.request
-        return request.cache_salt if self._prefix_cache else request.group or None
+        if self._prefix_cache:
+            return sequence.salt
+        group = sequence.stream.request.group
+        return f"{group}\0{sequence.salt}" if group else None
 
     def _decode(self, sequence: Sequence, decoding: int) -> Advance:
         count = min(self._draft_tokens, _MAX_DRAFT_ROWS // decoding - 1)
@@ -301,10 +304,3 @@ def _priority(sequence: Sequence) -> tuple[int, int]:
 def _slot(sequence: Sequence) -> int:
     assert sequence.slot is not None
     return sequence.slot
-
-
-def _expiry_message(sequence: Sequence) -> str:
-    return (
-        f"the request was not finished after {sequence.stream.request.timeout_s:.0f} s "
-        f"({sequence.generated} tokens); ask for fewer tokens or try when the service is less busy"
-    )

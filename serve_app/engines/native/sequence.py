@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from random import getrandbits
 from typing import Protocol
 
-from serve_app.core.events import FinishReason, Logprobs
-from serve_app.core.requests import SamplingParams
+from serve_app.core.events import Logprobs
+from serve_app.core.requests import Adapter, SamplingParams
+from serve_app.engines.ending import Ending
 from serve_app.engines.native.drafts import Drafter
 from serve_app.engines.native.kv_cache import CacheOp
 from serve_app.engines.stream import Embedding, Token, TokenStream
@@ -68,22 +69,23 @@ class Sequence:
     `tokens` is the prompt followed by the answer. The keys and values of the first `computed` tokens are in slot
     `slot`; while the sequence decodes, only its last token is not computed. `arrival` counts sequences in the order
     of their arrival. The chunks of a `long_prompt` are limited to bound the delay of running sequences. `readout`
-    collects what the request wants to know of its prompt. A sequence that `embeds` ends with its prompt.
+    collects what the request wants to know of its prompt. A sequence that `embeds` ends with its prompt. Computed
+    tokens are shared only with sequences of the same `salt`, which includes the content of the LoRA adapter.
     """
 
     __slots__ = (
+        "adapter",
         "arrival",
         "computed",
-        "constraint",
         "deadline",
         "drafter",
         "embeds",
-        "end_ids",
+        "ending",
         "long_prompt",
-        "max_tokens",
         "params",
         "prompt_len",
         "readout",
+        "salt",
         "seed",
         "slot",
         "stream",
@@ -102,9 +104,10 @@ class Sequence:
         params = stream.params
         self.stream = stream
         self.params: SamplingParams = params
-        self.constraint = constraint
-        self.tokens = list(prompt)
-        self.prompt_len = len(self.tokens)
+        self.tokens = [*prompt, *stream.request.resumed]
+        self.prompt_len = len(prompt)
+        self.adapter = stream.adapter
+        self.salt = _salt(stream)
         self.embeds = stream.request.embed
         self.readout = self._make_readout()
         self.computed = 0
@@ -113,10 +116,23 @@ class Sequence:
         self.drafter = Drafter()
         self.slot: int | None = None
         self.deadline = stream.request.deadline
-        self.end_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else end_ids)
         self.seed = getrandbits(63) if params.seed is None else params.seed + stream.request.index
-        available = context - self.prompt_len
-        self.max_tokens = available if params.max_tokens is None else min(available, params.max_tokens)
+        self.ending = Ending.of(params, constraint, end_ids, context - self.prompt_len)
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """The tokens that end the answer."""
+        return self.ending.end_ids
+
+    @property
+    def max_tokens(self) -> int:
+        """The maximum number of tokens of the answer."""
+        return self.ending.max_tokens
+
+    @property
+    def constraint(self) -> Constraint | None:
+        """The position of the answer in its grammar."""
+        return self.ending.constraint
 
     @property
     def generated(self) -> int:
@@ -149,13 +165,7 @@ class Sequence:
     def accept(self, sampled: Sampled, now: float) -> Token:
         """Append a sampled token. The returned token has a finish reason if it ends the answer."""
         self.tokens.append(sampled.token_id)
-        reason, complete = None, False
-        if sampled.token_id in self.end_ids and self.generated >= self.params.min_tokens:
-            reason = FinishReason.STOP
-        elif self.constraint is not None and self.constraint.accept(sampled.token_id):
-            reason, complete = FinishReason.STOP, True
-        elif self.generated >= self.max_tokens:
-            reason = FinishReason.LENGTH
+        reason, complete = self.ending.reason(sampled.token_id, self.generated)
         prompt_logprobs = self.readout.logprobs if self.readout is not None and self.generated == 1 else None
         elapsed_s = now - self.stream.arrived
         return Token(sampled.token_id, elapsed_s, reason, sampled.logprobs, complete, prompt_logprobs)
@@ -170,6 +180,14 @@ class Sequence:
         if self.embeds:
             return PromptReadout(self.prompt_len)
         return None if self.params.prompt_logprobs is None else PromptReadout(self.prompt_len - 1)
+
+
+def _salt(stream: TokenStream) -> str:
+    """Different for any two pairs of an adapter's content, or none, and the caller's salt."""
+    salt = stream.request.cache_salt
+    if stream.adapter is not None:
+        return f"{stream.adapter.digest}\0{salt}"
+    return f"\0{salt}" if "\0" in salt else salt
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,6 +273,10 @@ class Runner(Protocol):
 
     @property
     def text(self) -> Text: ...
+
+    def load_adapter(self, adapter: Adapter) -> tuple[str, object]:
+        """Read a LoRA adapter: the digest of its files, and its weights. Called on any thread. Raises ServeAppError."""
+        ...
 
     def run(self, step: Step) -> list[Outcome]:
         """Execute the cache operations, then one forward pass; one outcome for each advance that samples, in order.

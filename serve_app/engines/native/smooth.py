@@ -3,7 +3,8 @@
 A few channels of a transformer's activations are many times larger than the others, and take most of the 8 bits that a
 row shares. This module divides such a channel in the layer that produces it and multiplies the weights that consume it.
 The weights have a scale for each output and can carry the range (SmoothQuant: Xiao et al. 2023, arXiv 2211.10438, with
-alpha 0.5).
+alpha 0.5). Each layer keeps the scales of its channels as `serve_app_input_scale` and `serve_app_output_scale`, for the
+LoRA adapters of the unchanged model.
 """
 
 from __future__ import annotations
@@ -73,6 +74,7 @@ def _scale(range_: torch.Tensor, consumers: Seq[torch.nn.Linear]) -> torch.Tenso
 
 
 def _divide_outputs(linear: torch.nn.Linear, scale: torch.Tensor) -> None:
+    linear.serve_app_output_scale = scale
     linear.weight.data /= scale.to(linear.weight.dtype)[:, None]
     if linear.bias is not None:
         linear.bias.data /= scale.to(linear.bias.dtype)
@@ -80,4 +82,5 @@ def _divide_outputs(linear: torch.nn.Linear, scale: torch.Tensor) -> None:
 
 def _multiply_inputs(linears: Seq[torch.nn.Linear], scale: torch.Tensor) -> None:
     for linear in linears:
+        linear.serve_app_input_scale = scale
         linear.weight.data *= scale.to(linear.weight.dtype)

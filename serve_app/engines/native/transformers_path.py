@@ -7,15 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel
 
+from serve_app.engines.files.adapter_files import AdapterFiles
+from serve_app.engines.files.model_files import SourceError
 from serve_app.engines.native import attention
 from serve_app.engines.native.attention import LayerCache, Layout, ShapeProbe
 from serve_app.engines.native.linear import replace_linears
-from serve_app.engines.native.model_files import SourceError
+from serve_app.engines.native.lora import LoraWeights, RowGroups, Target, add_lora, make_weights, targets_of
 from serve_app.engines.native.quantization import Quantization
 from serve_app.engines.native.rows import Rows, span
 
@@ -42,15 +45,29 @@ class LayerShape:
 
 
 class TransformersModel:
-    """A forward pass by the transformers model itself. On CPU its linear layers are replaced by faster ones."""
+    """A forward pass by the transformers model itself. On CPU its linear layers are replaced by faster ones.
 
-    def __init__(self, model: PreTrainedModel, caches: Seq[LayerCache], quantization: Quantization) -> None:
+    If it `adapts`, LoRA adapters can change every linear layer but the head.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        caches: Seq[LayerCache],
+        quantization: Quantization,
+        adapts: bool = False,
+    ) -> None:
         self._model = model
         self._caches = caches
+        self.targets = targets_of(_linears(model)) if adapts else {}
+        self._adapter_dtype = torch.float32 if quantization == "none" and model.dtype == torch.float32 else model.dtype
+        self._groups: RowGroups | None = None
         if model.device.type == "cpu" and (quantization != "none" or model.dtype == torch.bfloat16):
             replace_linears(model, quantization, model.get_output_embeddings())
         for module, cache in zip(_attention_layers(model), caches, strict=True):
             module.serve_app_cache = cache  # type: ignore[assignment]
+        for name, target in self.targets.items():
+            model.get_submodule(name).register_forward_hook(partial(self._add_adapters, target))
 
     @property
     def weight_bytes(self) -> int:
@@ -60,8 +77,13 @@ class TransformersModel:
         embedding = self._model.get_input_embeddings().weight
         return int(packed + unpacked - embedding.numel() * embedding.itemsize)
 
+    def make_adapter(self, files: AdapterFiles) -> LoraWeights:
+        """See ForwardPass."""
+        return make_weights(files, self.targets, self._adapter_dtype, self._model.device)
+
     def forward(self, rows: Rows) -> ForwardOutput:
         """See ForwardPass."""
+        self._groups = RowGroups.of(rows.adapters, self._model.device) if rows.adapters else None
         layouts: dict[torch.device, Layout] = {}
         for cache in self._caches:
             device = cache.keys.device
@@ -69,6 +91,11 @@ class TransformersModel:
                 layouts[device] = attention.layout_of(rows, device)
             cache.layout = layouts[device]
         return _forward(self._model, rows)
+
+    def _add_adapters(self, target: Target, _: object, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        """Called with the input and the output `[1, N, ...]` of a layer, and changes the output."""
+        if self._groups is not None:
+            add_lora(output[0], inputs[0][0], self._groups, target)
 
 
 def layer_shapes(model: PreTrainedModel) -> list[LayerShape]:
@@ -112,6 +139,15 @@ def unmasked_context(model: PreTrainedModel, shapes: Seq[LayerShape]) -> int | N
         lengths["sliding_attention"] = "sliding_window"
     limits = [getattr(config, name, None) for kind, name in lengths.items() if kinds is None or kind in kinds]
     return min((limit for limit in limits if limit), default=None)
+
+
+def _linears(model: PreTrainedModel) -> list[tuple[str, torch.nn.Module]]:
+    head = model.get_output_embeddings()
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not head
+    ]
 
 
 def _attention_layers(model: PreTrainedModel) -> list[torch.nn.Module]:

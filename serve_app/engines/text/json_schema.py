@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator
 from functools import lru_cache
+from importlib.metadata import version
 from typing import Any
 
 Schema = dict[str, Any]
@@ -13,6 +14,14 @@ Schema = dict[str, Any]
 # Whitespace between the parts of a JSON document. It is bounded because a model may otherwise generate spaces until
 # its answer reaches max_tokens.
 JSON_WHITESPACE = r" |\r?\n[ \t]{0,24}"
+# llguidance before 1.8, which vLLM 0.32 needs, repeats the pattern without a bound. There JSON is written as json.dumps
+# of Python writes it.
+_REPEATS_WHITESPACE = tuple(map(int, version("llguidance").split(".")[:2])) < (1, 8)
+_WHITESPACE: dict[str, object] = (
+    {"whitespace_flexible": False, "key_separator": ": ", "item_separator": ", "}
+    if _REPEATS_WHITESPACE
+    else {"whitespace_pattern": JSON_WHITESPACE}
+)
 
 # The keywords of JSON Schema 2020-12 and of earlier drafts that hold schemas: by name, in a list, or one.
 _NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
@@ -44,7 +53,7 @@ def prepared_schema(text: str, strict: bool) -> str:
     schema = json.loads(text)
     if not isinstance(schema, dict):
         raise TypeError("a JSON schema must be an object")
-    guidance: Schema = {"whitespace_pattern": JSON_WHITESPACE}
+    guidance: Schema = dict(_WHITESPACE)
     if not strict:
         guidance |= {"lenient": True, "coerce_one_of": True}
     schema.pop("$schema", None)  # a draft is not retrieved

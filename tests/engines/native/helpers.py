@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence as Seq
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
-from serve_app.config import Engine as EngineConfig
+from serve_app.config import NativeOptions
 from serve_app.core.events import Chunk, Delta, FinishReason, Logprobs, TokenEvent, TokenLogprob, ToolCallDelta
 from serve_app.core.requests import GenerationRequest, SamplingParams, TextPrompt, TokenPrompt
 from serve_app.engines.native.engine import NativeEngine
@@ -206,7 +206,7 @@ class FakeCacheRunner:
 class SteppedRunner(ToyRunner):
     """Runs a step only when the test permits it, and records the sequences and rows of every step."""
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: NativeOptions) -> None:
         super().__init__(config)
         self.begun: list[list[Sequence]] = []
         self.rows: list[int] = []
@@ -234,7 +234,7 @@ class SteppedRunner(ToyRunner):
 class FaultyRunner(ToyRunner):
     """Raises the exception that `script` holds for each step; None, or the end of the script, is a good step."""
 
-    def __init__(self, config: EngineConfig, script: Seq[BaseException | None]) -> None:
+    def __init__(self, config: NativeOptions, script: Seq[BaseException | None]) -> None:
         super().__init__(config)
         self._script = list(script)
 
@@ -247,10 +247,10 @@ class FaultyRunner(ToyRunner):
 
 @contextmanager
 def running(
-    make: Callable[[EngineConfig], Runner] = ToyRunner, clock: Callable[[], float] = time.monotonic, **config: int
+    make: Callable[[NativeOptions], Runner] = ToyRunner, clock: Callable[[], float] = time.monotonic, **config: int
 ) -> Iterator[NativeEngine]:
     """A started engine, without drafts unless `config` sets them."""
-    settings = EngineConfig(**{"draft_tokens": 0, **config})
+    settings = NativeOptions(**{"draft_tokens": 0, **config})
     engine = NativeEngine(lambda: make(settings), settings, clock)
     engine.start()
     try:
@@ -266,7 +266,7 @@ def stepped(
     """A started engine whose steps wait for the test's permission."""
     made: list[SteppedRunner] = []
 
-    def make(settings: EngineConfig) -> SteppedRunner:
+    def make(settings: NativeOptions) -> SteppedRunner:
         made.append(kind(settings))
         return made[0]
 

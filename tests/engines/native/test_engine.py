@@ -10,7 +10,7 @@ from types import FrameType
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from serve_app.config import Engine as EngineConfig
+from serve_app.config import NativeOptions
 from serve_app.core.events import FinishReason, TextToken
 from serve_app.core.queries import (
     AddedToken,
@@ -383,7 +383,7 @@ async def test_a_failed_step_ends_only_its_own_requests() -> None:
 class Miscounting(ToyRunner):
     """Returns `extra` tokens too many (or too few) while a sequence has max_tokens 9."""
 
-    def __init__(self, config: EngineConfig, extra: int) -> None:
+    def __init__(self, config: NativeOptions, extra: int) -> None:
         super().__init__(config)
         self._extra = extra
 
@@ -526,18 +526,18 @@ def test_an_engine_can_be_stopped_twice() -> None:
 
 
 def test_an_engine_that_never_started_can_be_stopped() -> None:
-    NativeEngine(lambda: ToyRunner(EngineConfig()), EngineConfig()).stop()
+    NativeEngine(lambda: ToyRunner(NativeOptions()), NativeOptions()).stop()
 
 
 def test_stopping_during_loading_ends_the_thread_after_loading() -> None:
     loading, loaded = threading.Event(), threading.Event()
 
-    def make(config: EngineConfig) -> ToyRunner:
+    def make(config: NativeOptions) -> ToyRunner:
         loading.set()
         assert loaded.wait(TIMEOUT_S)
         return ToyRunner(config)
 
-    engine = NativeEngine(lambda: make(EngineConfig()), EngineConfig())
+    engine = NativeEngine(lambda: make(NativeOptions()), NativeOptions())
     starting = threading.Thread(target=engine.start)
     starting.start()
     assert loading.wait(TIMEOUT_S)
@@ -552,7 +552,7 @@ def test_stopping_during_loading_ends_the_thread_after_loading() -> None:
 def test_the_model_is_loaded_on_the_engine_thread() -> None:
     threads: list[str] = []
 
-    def make(config: EngineConfig) -> ToyRunner:
+    def make(config: NativeOptions) -> ToyRunner:
         threads.append(threading.current_thread().name)
         return ToyRunner(config)
 
@@ -565,7 +565,7 @@ def test_start_raises_what_loading_raised() -> None:
     def make() -> ToyRunner:
         raise OOPS
 
-    engine = NativeEngine(make, EngineConfig())
+    engine = NativeEngine(make, NativeOptions())
     with pytest.raises(RuntimeError, match="scripted"):
         engine.start()
     engine.stop()

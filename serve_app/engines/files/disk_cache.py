@@ -98,7 +98,7 @@ def _cached(
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CacheError(f"the cache folder {target.parent} cannot be made: {error.strerror}; {_ADVICE}") from error
-    with _locked(Path(f"{target}.lock"), work, report):
+    with locked(Path(f"{target}.lock"), work.other, work.lock_timeout_s, report):
         fault = find_fault(target) if target.exists() else "it does not exist"
         if fault is None:
             return target
@@ -137,21 +137,24 @@ def _delete(path: Path) -> None:
 
 
 @contextmanager
-def _locked(path: Path, work: Work, report: Report) -> Iterator[None]:
-    """Hold the lock file, and report once a process has waited for it for a second."""
+def locked(path: Path, other: str, timeout_s: float, report: Report) -> Iterator[None]:
+    """Hold the lock file while no other process does what `other` says ("converts the model").
+
+    Reports once the process has waited for a second. Raises CacheError after `timeout_s` seconds.
+    """
     lock = FileLock(path)
     began = time.monotonic()
-    pause = min(_FIRST_REPORT_S, work.lock_timeout_s)
+    pause = min(_FIRST_REPORT_S, timeout_s)
     try:
         while not _acquired(lock, pause):
             waited = time.monotonic() - began
-            what = f"another process that {work.other} (lock file {path})"
-            if waited >= work.lock_timeout_s:
+            what = f"another process that {other} (lock file {path})"
+            if waited >= timeout_s:
                 raise CacheError(
                     f"waited {waited:.0f} s for {what}; end that process, or delete the lock file if there is none"
                 )
             report(f"waiting for {what}, {waited:.0f} s so far")
-            pause = min(_REPORT_INTERVAL_S, work.lock_timeout_s - waited)
+            pause = min(_REPORT_INTERVAL_S, timeout_s - waited)
     except (OSError, NotImplementedError) as error:  # filelock raises the latter where there are no file locks
         raise CacheError(f"the lock file {path} cannot be used: {error}; {_ADVICE}") from error
     try:

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import gguf
 import numpy as np
 
-from serve_app.engines.native.disk_cache import Report
-from serve_app.engines.native.gguf_header import GgufHeader, TensorInfo
+from serve_app.engines.files.disk_cache import Report
+from serve_app.engines.files.gguf_header import GgufHeader, TensorInfo
 
 # Weights of one tensor that are converted, and written, to measure the speed.
 _SAMPLE = 2**22

@@ -22,8 +22,8 @@ from transformers import (
     modeling_gguf_pytorch_utils as transformers_gguf,
 )
 
-from serve_app.engines.native import gguf_rope
-from serve_app.engines.native.disk_cache import (
+from serve_app.engines.files import gguf_rope
+from serve_app.engines.files.disk_cache import (
     CacheError,
     Report,
     Work,
@@ -31,9 +31,9 @@ from serve_app.engines.native.disk_cache import (
     cached_folder,
     require_space,
 )
-from serve_app.engines.native.gguf_header import GgufHeader, read_header
-from serve_app.engines.native.model_files import SourceError
-from serve_app.engines.native.progress import Progress, estimate
+from serve_app.engines.files.gguf_header import GgufHeader, read_header
+from serve_app.engines.files.model_files import SourceError
+from serve_app.engines.files.progress import Progress, estimate
 
 # Part of the cache key: increase it when the conversion changes. Old conversions stay on the disk.
 _CONVERSION = 3

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from serve_app.engines.native.disk_cache import (
+from serve_app.engines.files.disk_cache import (
     CacheError,
     Work,
     cache_subfolder,
@@ -28,7 +28,7 @@ from serve_app.engines.native.disk_cache import (
 PROGRAM = """
 import sys, time
 from pathlib import Path
-from serve_app.engines.native.disk_cache import Work, cached_folder
+from serve_app.engines.files.disk_cache import Work, cached_folder
 
 def make(part):
     part.mkdir()
@@ -176,7 +176,7 @@ def test_a_lock_file_that_cannot_be_opened_is_an_error_with_the_setting(tmp_path
 def test_a_user_without_a_home_folder_is_an_error_with_the_setting() -> None:
     program = (
         "import os\n"
-        "from serve_app.engines.native.disk_cache import CacheError, cache_subfolder\n"
+        "from serve_app.engines.files.disk_cache import CacheError, cache_subfolder\n"
         "os.setuid(4242)\n"
         "try: cache_subfolder('models')\n"
         "except CacheError as error: print(error)"

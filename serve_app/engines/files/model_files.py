@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from serve_app.engines.native.disk_cache import safetensors_fault
+from serve_app.engines.files.disk_cache import safetensors_fault
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"

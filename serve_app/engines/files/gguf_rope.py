@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from serve_app.engines.native.gguf_header import GgufHeader
-from serve_app.engines.native.model_files import SourceError
+from serve_app.engines.files.gguf_header import GgufHeader
+from serve_app.engines.files.model_files import SourceError
 
 FACTORS, LONG_FACTORS, SHORT_FACTORS = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
 TENSORS = frozenset((FACTORS, LONG_FACTORS, SHORT_FACTORS))

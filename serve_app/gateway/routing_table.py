@@ -1,0 +1,199 @@
+"""Chooses the replica that should deliver a request's first token soonest, by the tokens that it has to compute."""
+
+from __future__ import annotations
+
+import random
+from array import array
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from threading import Lock
+
+from serve_app.core.routing import ReplicaLoad, RoutingKey, home_of_session
+
+# A running sequence delays a prompt as so many more tokens of the prompt would: it takes a row of each step, and it
+# says how many answers the replica computes already.
+RUNNING_TOKENS = 32.0
+# Replicas that are compared for each block of a prompt, and replicas that are compared whatever the prompt.
+_PER_BLOCK = 8
+_MOST_HOLDERS = 24
+_OTHERS = 4
+# A request of a session goes to the replica of the session unless it has so many tokens more to compute than another.
+_SESSION_TOKENS = 1024.0
+# A replica from which nothing was heard for this time gets requests only if no other replica is left.
+SILENCE_S = 5.0
+_GONE_S = 120.0
+
+
+@dataclass(slots=True)
+class _Replica:
+    """What is known of one replica. `sent` are the tokens of requests that it may not have reported yet."""
+
+    load: ReplicaLoad = field(default_factory=ReplicaLoad)
+    sent: dict[object, float] = field(default_factory=dict)
+    reported: set[object] = field(default_factory=set)
+    digests: set[int] = field(default_factory=set)
+    heard: float | None = None
+    lost: bool = False  # until its next report
+
+    @property
+    def cost(self) -> float:
+        """The work before a new request, in tokens of a prompt."""
+        return self.load.waiting_tokens + self.load.running * RUNNING_TOKENS + sum(self.sent.values())
+
+    def silent(self, now: float, seconds: float) -> bool:
+        return self.heard is not None and now - self.heard > seconds
+
+
+_UNKNOWN = _Replica()  # only read
+
+
+class RoutingTable:
+    """The replicas of one model, by id, and what each of them has computed. All methods may be called on any thread.
+
+    A request goes to the replica with the least work: the tokens of its prompt that are not in the replica's KV cache,
+    and the work before it. A common beginning so spreads to another replica as soon as waiting for the first one would
+    take longer than computing it again. Among replicas of which nothing is known, or that have the same work, the
+    better one of two random ones is taken.
+    """
+
+    def __init__(self, seed: int | None = None) -> None:
+        self._lock = Lock()
+        self._replicas: dict[str, _Replica] = {}
+        self._holders: dict[int, set[str]] = {}
+        self._assigned: dict[object, str] = {}  # "" until the request is sent
+        self._random = random.Random(seed)
+
+    def report(self, replica: str, load: ReplicaLoad, now: float) -> None:
+        """Take in a replica's report. A request that was sent before its last report is part of this one."""
+        with self._lock:
+            known = self._replicas.setdefault(replica, _Replica())
+            known.load, known.heard, known.lost = load, now, False
+            for request in known.reported:
+                known.sent.pop(request, None)
+            known.reported = set(known.sent)
+            if load.digests is not None:
+                found = set(array("Q", load.digests))
+                self._drop(replica, known.digests - found)
+                self._hold(replica, found - known.digests)
+                known.digests = found
+
+    def remove(self, replica: str) -> None:
+        with self._lock:
+            known = self._replicas.pop(replica, None)
+            if known is not None:
+                self._drop(replica, known.digests)
+
+    def prune(self, now: float) -> None:
+        """Forget the replicas that have not reported for so long that they are gone."""
+        with self._lock:
+            gone = [name for name, known in self._replicas.items() if known.silent(now, _GONE_S)]
+        for replica in gone:
+            self.remove(replica)
+
+    def choose(self, replicas: Sequence[str], key: RoutingKey, now: float) -> list[str]:
+        """The replicas among `replicas` that suit a request best, the best first; at most a few."""
+        with self._lock:
+            usable = self._usable(replicas, now)
+            matched = self._matched(key.digests, set(usable))
+            block = key.tokens / max(1, len(key.digests))
+            others = self._random.sample(usable, min(_OTHERS if matched else 2, len(usable)))
+            preferred = home_of_session(key.session, usable) if key.session else None
+            costs = {}
+            for replica in {*matched, *others, *([preferred] if preferred else [])}:
+                cost = self._replicas.get(replica, _UNKNOWN).cost
+                work = cost + key.tokens - block * matched.get(replica, 0)
+                costs[replica] = work - (_SESSION_TOKENS if replica == preferred else 0.0)
+            return sorted(costs, key=lambda replica: (costs[replica], self._random.random()))
+
+    def opened(self, request: object) -> None:
+        """Note a request that will be sent, until `ended`."""
+        with self._lock:
+            self._assigned[request] = ""
+
+    def sent(self, replica: str, request: object, key: RoutingKey) -> None:
+        """Note where an open request was sent, so that the next ones know before the replica's next report."""
+        with self._lock:
+            if request not in self._assigned:
+                return
+            self._forget(request)
+            self._assigned[request] = replica
+            known = self._replicas.setdefault(replica, _Replica())
+            matched = next((n for n, digest in enumerate(key.digests) if digest not in known.digests), len(key.digests))
+            known.sent[request] = key.tokens * (1 - matched / max(1, len(key.digests))) + RUNNING_TOKENS
+            new = {digest for digest in key.digests if digest not in known.digests}
+            known.digests |= new
+            self._hold(replica, new)
+
+    def lost(self, request: object) -> None:
+        """Note that the replica of a request was lost. It gets no more requests until it reports again."""
+        with self._lock:
+            known = self._replicas.get(self._assigned.get(request, ""))
+            if known is not None:
+                known.lost = True
+
+    def began(self, request: object) -> None:
+        """Note that a request has its first token: its prompt is computed."""
+        with self._lock:
+            known = self._replicas.get(self._assigned.get(request, ""))
+            if known is not None and request in known.sent:
+                known.sent[request] = RUNNING_TOKENS
+
+    def ended(self, request: object) -> None:
+        """Note that a request has ended."""
+        with self._lock:
+            self._forget(request)
+
+    def assigned(self, request: object) -> str:
+        """The replica to which a request was sent; "" if it was not sent or has ended."""
+        with self._lock:
+            return self._assigned.get(request, "")
+
+    def silent(self, replica: str, now: float, seconds: float) -> bool:
+        """Whether a replica that has reported before has not done so for so long."""
+        with self._lock:
+            return self._replicas.get(replica, _UNKNOWN).silent(now, seconds)
+
+    def avoided(self, replica: str, now: float) -> bool:
+        """Whether a replica is lost or silent, so that it gets requests only if no other replica is left."""
+        with self._lock:
+            return self._is_avoided(replica, now)
+
+    def _is_avoided(self, replica: str, now: float) -> bool:
+        known = self._replicas.get(replica, _UNKNOWN)
+        return known.lost or known.silent(now, SILENCE_S)
+
+    def _usable(self, replicas: Sequence[str], now: float) -> list[str]:
+        usable = [replica for replica in replicas if not self._is_avoided(replica, now)]
+        return usable or list(replicas)
+
+    def _forget(self, request: object) -> None:
+        replica = self._assigned.pop(request, "")
+        if known := self._replicas.get(replica):
+            known.sent.pop(request, None)
+
+    def _hold(self, replica: str, digests: set[int]) -> None:
+        for digest in digests:
+            self._holders.setdefault(digest, set()).add(replica)
+
+    def _matched(self, digests: Sequence[int], allowed: Collection[str]) -> dict[str, int]:
+        """The number of leading blocks that replicas have, for the replicas with most of them."""
+        found: dict[str, int] = {}
+        for count in range(len(digests), 0, -1):
+            holders = self._holders.get(digests[count - 1])
+            if not holders:
+                continue
+            few = holders if len(holders) <= _PER_BLOCK else self._random.sample(tuple(holders), _PER_BLOCK)
+            for replica in few:
+                if replica in allowed:
+                    found.setdefault(replica, count)
+            if len(found) >= _MOST_HOLDERS or len(found) == len(allowed):
+                break
+        return found
+
+    def _drop(self, replica: str, digests: set[int]) -> None:
+        for digest in digests:
+            holders = self._holders.get(digest)
+            if holders is not None:
+                holders.discard(replica)
+                if not holders:
+                    del self._holders[digest]
