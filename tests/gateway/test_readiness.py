@@ -60,7 +60,7 @@ async def test_requests_wait_for_the_replicas_that_the_work_needs_and_no_query_i
         assert m.stage.holds
         m.is_now(ModelState.LOADING, "loading weights")
         await settle()
-        assert m.engine.queries == m.engine.requests == []
+        assert (m.engine.queries, m.engine.requests) == ([], [])
         m.is_now(ModelState.READY)
         assert await asyncio.gather(*waiting) == [["a", "z"]] * 3
         assert not m.stage.holds
