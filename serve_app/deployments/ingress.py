@@ -27,6 +27,7 @@ from serve_app.deployments.routing import routing_table
 from serve_app.deployments.telemetry import ProcessTelemetry, log_to_serve
 from serve_app.gateway.catalog import Catalog
 from serve_app.gateway.chain import ModelChain
+from serve_app.gateway.response_cache import open_cache
 from serve_app.telemetry.exposition import MetricsSnapshot
 
 logger = logging.getLogger("ray.serve")
@@ -54,6 +55,7 @@ class Ingress:
         self._receiver = EventReceiver(ray.util.get_node_ip_address())
         await self._receiver.start()
         self._telemetry = IngressTelemetry(config, self._id, self._registry)
+        self._cache = open_cache(config.response_cache, self._telemetry.cache) if config.response_cache else None
         self._handles = {model.name: handle for model, handle in zip(config.models, handles, strict=True)}
         self._remotes: list[RemoteEngine] = []
         self._chains = {model.name: self._chain(model) for model in config.models}
@@ -93,6 +95,8 @@ class Ingress:
         self._updates.cancel()
         for chain in self._chains.values():
             chain.stop()
+        if self._cache is not None:
+            await self._cache.store.close()
         await self._reporter.stop(Heartbeat(self._id, "", "", leaving=True))
         self._receiver.stop()
         await asyncio.to_thread(self._process.stop)
@@ -103,7 +107,12 @@ class Ingress:
         self._remotes.append(remote)
         telemetry, name = self._telemetry, model.name
         return ModelChain(
-            model, remote, telemetry.meter, partial(telemetry.woke, name), partial(telemetry.resumed, name)
+            model,
+            remote,
+            telemetry.meter,
+            partial(telemetry.woke, name),
+            partial(telemetry.resumed, name),
+            self._cache,
         )
 
     async def _collect_reports(self, handle: DeploymentHandle) -> None:

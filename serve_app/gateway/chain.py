@@ -12,13 +12,14 @@ from serve_app.gateway.admission import Admission
 from serve_app.gateway.failover import Failover
 from serve_app.gateway.outcome import Outcome, RequestMeter
 from serve_app.gateway.readiness import Readiness
+from serve_app.gateway.response_cache import ResponseCache, SharedCache
 
 
 class ModelChain:
     """`engine` is the outermost stage around `innermost`, which reaches the model's replicas.
 
     `meter` measures a request; `woke` receives the seconds that a model took to wake; `resumed` is called when the
-    answer of a lost replica goes on at another one.
+    answer of a lost replica goes on at another one. Without `cache` every answer is computed.
     """
 
     def __init__(
@@ -28,6 +29,7 @@ class ModelChain:
         meter: Callable[[GenerationRequest], RequestMeter],
         woke: Callable[[float], None],
         resumed: Callable[[], None],
+        cache: SharedCache | None = None,
     ) -> None:
         deployment = model.deployment
         self._places_per_replica = self._places = deployment.max_ongoing_requests
@@ -35,7 +37,8 @@ class ModelChain:
         self._admission = Admission(failover, model.name, lambda: self._places, deployment.max_queued_requests)
         held = deployment.max_ongoing_requests + deployment.max_queued_requests
         self._readiness = Readiness(self._admission, model, held, woke)
-        self.engine: Engine = Outcome(self._readiness, meter)
+        self._cache = None if cache is None else ResponseCache(self._readiness, model, cache)
+        self.engine: Engine = Outcome(self._cache or self._readiness, meter)
 
     def update(self, status: ModelStatus, ready: int, ingresses: int) -> None:
         """Take in the model's state, its ready replicas, and the number of ingresses that share their places.
@@ -48,3 +51,5 @@ class ModelChain:
 
     def stop(self) -> None:
         self._readiness.stop()
+        if self._cache is not None:
+            self._cache.stop()
