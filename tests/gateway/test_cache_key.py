@@ -109,7 +109,7 @@ def test_100_000_requests_that_differ_in_one_field_get_no_answer_of_the_other() 
         changed = VARIANTS[number % len(VARIANTS)](draw)
         wrong += seen.setdefault(KEYS.key(changed), changed) != changed
     assert wrong == 0
-    assert len(seen) > 80_000
+    assert len(seen) > 60_000, "a boolean has one other value"
 
 
 @pytest.mark.parametrize("number", range(len(VARIANTS)))
