@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Awaitable, Callable
 from hashlib import blake2b
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
@@ -48,7 +48,9 @@ class RedisStore:
             options.url,
             password=os.environ.get(PASSWORD_VARIABLE),
             max_connections=_CONNECTIONS,
-            timeout=None,  # `_within` limits the wait for a connection too
+            timeout=None,  # `_in_time` limits the wait for a connection too
+            socket_timeout=options.timeout_s,
+            socket_connect_timeout=options.timeout_s,
             retry=Retry(NoBackoff(), 0),
             protocol=2,
         )
@@ -81,9 +83,20 @@ class RedisStore:
             return None
 
     async def _in_time(self, command: Callable[[], Awaitable[T]]) -> T:
-        """Raises RedisError, OSError, TimeoutError."""
-        async with asyncio.timeout(self._timeout_s):
-            return await command()
+        """Raises RedisError, OSError, TimeoutError.
+
+        The command runs in a task of its own, because a cancelled command of redis-py can wait until its connection has
+        been closed, which a server that hangs delays.
+        """
+        task = asyncio.ensure_future(command())
+        task.add_done_callback(_retrieve)
+        try:
+            await asyncio.wait([task], timeout=self._timeout_s)
+            if not task.done():
+                raise TimeoutError("no answer in time")
+            return task.result()
+        finally:
+            task.cancel()
 
     async def _ping_until_it_answers(self) -> None:
         while True:
@@ -108,6 +121,12 @@ class RedisStore:
 
 def _seal(key: bytes, answer: bytes) -> bytes:
     return blake2b(answer, key=key, digest_size=_SEAL_BYTES).digest()
+
+
+def _retrieve(task: asyncio.Future[Any]) -> None:
+    """Take the exception of a task that nothing waits for any more, so that asyncio does not log it."""
+    if not task.cancelled():
+        task.exception()
 
 
 def _reason(error: Exception) -> str:
