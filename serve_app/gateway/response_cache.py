@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from contextvars import Context
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -106,7 +107,9 @@ class ResponseCache(Stage):
         """Compute the answer, for this request and for those that will follow it."""
         place = _place(key, request)
         flight = self._flights[place] = Flight(request, self._options.max_answer_bytes)
-        task = asyncio.create_task(self._complete(flight, key, place))
+        # In a context of its own: Ray Serve cancels the calls that were made in the context of a request whose client
+        # has left, but this computation can have other followers.
+        task = asyncio.create_task(self._complete(flight, key, place), context=Context())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         flight.owned_by(task)

@@ -209,6 +209,19 @@ async def test_the_computation_ends_when_the_last_client_leaves() -> None:
     assert cached.meter.statuses == [MISS, HIT, MISS]
 
 
+async def test_a_computation_does_not_belong_to_the_call_of_its_first_request() -> None:
+    """Ray Serve keeps the calls of a request in the request's context, and cancels them when the client leaves."""
+    seen: list[CacheReport | None] = []
+
+    def script(_: GenerationRequest) -> list[Any]:
+        seen.append(current_report.get())
+        return [LAST]
+
+    current_report.set(CacheReport())
+    await Cached(script).get(greedy())
+    assert seen == [None]
+
+
 async def test_a_request_is_cancelled_while_it_waits() -> None:
     cached = Cached(lambda _: [asyncio.Event()])
     task = asyncio.create_task(cached.get(greedy()))

@@ -111,6 +111,7 @@ async def test_the_computation_stops_when_all_clients_have_left(client: httpx.As
     assert sum(tokens_after(token_log, dict.fromkeys(found, left)).values()) <= 3
 
 
+@pytest.mark.long  # Ray takes 25 s to scale the model to zero
 async def test_a_hit_wakes_no_sleeping_model(client: httpx.AsyncClient) -> None:
     body = {"model": "sleepy", "prompt": "an answer before the sleep", "max_tokens": 4, **GREEDY}
     first = await client.post("/generate", json=body, timeout=60)
