@@ -82,6 +82,7 @@ async def test_bytes_that_were_not_stored_for_a_key_are_no_answer(server: RedisS
         names = sorted(await redis.keys("*"))
         assert names == [b"serve_app:answer:" + KEY.hex().encode()]
         sealed = await redis.get(names[0])
+        assert isinstance(sealed, bytes)
         for wrong in (b"", b"x", sealed[:-1], sealed + b"x", b"x" + sealed):
             await redis.set(names[0], wrong)
             assert await store.get(KEY) is None

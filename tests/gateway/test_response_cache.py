@@ -62,7 +62,8 @@ class Cached:
 
 def greedy(id: str = "r", text: str = "hi", **more: Any) -> GenerationRequest:
     timeout_s = more.pop("timeout_s", 30.0)
-    return replace(any_request(id, timeout_s=timeout_s), prompt=TextPrompt(text), params=GREEDY, **more)
+    request: GenerationRequest = any_request(id, timeout_s=timeout_s)
+    return replace(request, prompt=TextPrompt(text), params=GREEDY, **more)
 
 
 def texts(chunks: list[Chunk]) -> list[str]:
@@ -249,7 +250,7 @@ async def test_a_request_that_arrives_while_the_computation_is_cancelled_begins_
     cached.stage.inner = Slow()
     leader = cached.stage.generate(greedy("1"))
     await anext(leader)
-    closing = asyncio.create_task(leader.aclose())  # type: ignore[arg-type]
+    closing = asyncio.create_task(leader.aclose())
     await asyncio.sleep(0.01)
     cached.stage.inner = cached.engine
     assert await cached.get(greedy("2")) == [chunk(), LAST]
@@ -407,7 +408,7 @@ async def test_the_status_is_reported_before_the_first_chunk() -> None:
     report = CacheReport()
     current_report.set(report)
     async with aclosing(cached.stage.generate(greedy())) as stream:
-        task = asyncio.create_task(anext(stream))  # type: ignore[arg-type]
+        task = asyncio.create_task(anext(stream))
         await asyncio.sleep(0.01)
         assert report.status is MISS
         task.cancel()
