@@ -13,6 +13,7 @@ from serve_app.config import CacheOptions, Model
 from serve_app.core.cache_status import CacheStatus, current_report
 from serve_app.core.engine import Engine
 from serve_app.core.events import Chunk
+from serve_app.core.queries import ModelState
 from serve_app.core.requests import GenerationRequest
 from serve_app.gateway.answers import AnswerStore, MemoryStore, replay
 from serve_app.gateway.cache_key import CacheKeys, is_deterministic
@@ -58,8 +59,8 @@ class ResponseCache(Stage):
     """Sends a stored answer again, or computes it and stores it. Equal requests that arrive meanwhile follow.
 
     Only requests with one possible answer are looked up. A hit needs nothing of the stages behind this one. A request
-    follows another one only if both wait alike: with the same priority, and for a sleeping model for the same time.
-    Answers that failed are not stored.
+    follows another one only if both wait alike: with the same priority and, while the model is not ready, for the same
+    time. Answers that failed are not stored.
     """
 
     def __init__(self, inner: Engine, model: Model, shared: SharedCache) -> None:
@@ -100,12 +101,12 @@ class ResponseCache(Stage):
         return self._running(key, request)  # another one may have begun meanwhile
 
     def _running(self, key: bytes, request: GenerationRequest) -> AsyncGenerator[Chunk, None] | None:
-        flight = self._flights.get(_place(key, request))
+        flight = self._flights.get(self._place(key, request))
         return flight.follow(request) if flight is not None and flight.takes(request) else None
 
     def _begin(self, key: bytes, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
         """Compute the answer, for this request and for those that will follow it."""
-        place = _place(key, request)
+        place = self._place(key, request)
         flight = self._flights[place] = Flight(request, self._options.max_answer_bytes)
         # In a context of its own: Ray Serve cancels the calls that were made in the context of a request whose client
         # has left, but this computation can have other followers.
@@ -131,6 +132,6 @@ class ResponseCache(Stage):
         if report is not None:
             report.add(status)
 
-
-def _place(key: bytes, request: GenerationRequest) -> tuple[object, ...]:
-    return key, request.priority, request.wake_wait_s
+    def _place(self, key: bytes, request: GenerationRequest) -> tuple[object, ...]:
+        ready = self.inner.health(self._model).state is ModelState.READY
+        return key, request.priority, None if ready else request.wake_wait_s

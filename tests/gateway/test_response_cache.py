@@ -319,6 +319,7 @@ async def test_a_cancellation_within_the_engine_is_an_error_and_not_the_callers(
 async def test_a_request_that_waits_in_another_way_has_a_computation_of_its_own(different: dict[str, Any]) -> None:
     gate = asyncio.Event()
     cached = Cached(lambda _: [gate, LAST])
+    cached.engine.state = ModelState.ASLEEP
     tasks = [asyncio.create_task(cached.get(one)) for one in (greedy("1"), greedy("2", **different))]
     await asyncio.sleep(0.01)
     assert len(cached.engine.requests) == 2
@@ -327,6 +328,17 @@ async def test_a_request_that_waits_in_another_way_has_a_computation_of_its_own(
     assert cached.meter.statuses == [MISS, MISS]
     await cached.get(greedy("3", **{key: value for key, value in different.items() if key != "cache_control"}))
     assert cached.meter.statuses[-1] is HIT, "the stored answer is for all"
+
+
+async def test_a_whole_answer_follows_a_stream_if_the_model_is_ready() -> None:
+    gate = asyncio.Event()
+    cached = Cached(lambda _: [gate, LAST])
+    tasks = [asyncio.create_task(cached.get(one)) for one in (greedy("1"), greedy("2", wake_wait_s=30.0))]
+    await asyncio.sleep(0.01)
+    gate.set()
+    assert await tasks[0] == [LAST]
+    assert texts(await tasks[1]) == ["z"]
+    assert cached.meter.statuses == [MISS, HIT]
 
 
 async def test_an_answer_above_the_limit_reaches_its_request_but_is_not_stored_or_followed() -> None:
