@@ -1,4 +1,4 @@
-"""Encodes answers for the response cache and sends them again; keeps them in memory, least recently used last."""
+"""Encodes answers for the response cache, replays them, and keeps them in memory up to a size and an age (LRU)."""
 
 from __future__ import annotations
 
