@@ -75,6 +75,7 @@ def serve_config(
     port: int = 8000,
     ingress: Config | None = None,
     telemetry: Config | None = None,
+    response_cache: Config | None = None,
     **limits: Any,
 ) -> Config:
     """A Ray Serve config file. `ingress` changes the deployment options of the ingress."""
@@ -83,6 +84,7 @@ def serve_config(
         "ingress": {"deployment": deployment},
         "limits": limits,
         "telemetry": telemetry or {},
+        "response_cache": response_cache,
     }
     application = {
         "name": "serve_app",
