@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from serve_app.core.experiments import Assignment
+
 GrammarKind = Literal["json_object", "json_schema", "regex", "choice", "lark"]
 
 
@@ -113,6 +115,7 @@ class ChatPrompt:
 
     `tools` are the tools that the template shows to the model, each as JSON in OpenAI's form. `variables` is the text
     of a JSON object with further variables for the template. With `continues` the answer continues the last message.
+    `template` is the source of a chat template in place of the model's own; "" is the model's own.
     """
 
     messages: tuple[ChatMessage, ...]
@@ -120,6 +123,7 @@ class ChatPrompt:
     variables: str = "{}"
     continues: bool = False
     begins_answer: bool = True
+    template: str = ""
 
 
 Prompt = TextPrompt | TokenPrompt | ChatPrompt
@@ -197,6 +201,8 @@ class GenerationRequest:
     the prompt, as after a preemption, and yields the tokens after them.
 
     Requests with the same `session`, a name of the caller's, go to the same replica unless it is much busier.
+
+    `assignment` is the variant that answers a request for an experiment.
     """
 
     id: str
@@ -219,10 +225,18 @@ class GenerationRequest:
     adapter: Adapter | None = None
     resumed: tuple[int, ...] = ()
     session: str = ""
+    assignment: Assignment | None = None
 
     @property
     def served_name(self) -> str:
-        """The name by which the caller knows the model: that of the adapter, if there is one."""
+        """The name by which the caller knows the model: that of the experiment or the adapter, if there is one."""
+        if self.assignment is not None:
+            return self.assignment.experiment
+        return self.weights_name
+
+    @property
+    def weights_name(self) -> str:
+        """The name of what computes the answer: the adapter, if there is one, or the model."""
         return self.model if self.adapter is None else self.adapter.name
 
     @property

@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from serve_app.api.context import RequestContext, Served, generation_id
+from serve_app.api.experiments import user_of
 from serve_app.api.generation import collect, until_disconnect
 from serve_app.api.openai.routes import log_user
 from serve_app.api.openai_responses.conversation import Item
@@ -38,7 +39,7 @@ class ResponsesRoutes:
     async def create(self, http: Request, document: object) -> Response:
         body = ResponsesBody.parse(document)
         context = self._context
-        model = context.model_of(http, body.model)
+        model = context.model_of(http, body.model, user_of(body))
         earlier = self._conversation(body.previous_response_id)
         given = tuple(body.items(earlier, self._store.item))
         request = await self._request(http, model, body, [*earlier, *given])
