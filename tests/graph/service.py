@@ -75,6 +75,7 @@ def serve_config(
     port: int = 8000,
     ingress: Config | None = None,
     telemetry: Config | None = None,
+    experiments: Sequence[Config] | None = None,
     **limits: Any,
 ) -> Config:
     """A Ray Serve config file. `ingress` changes the deployment options of the ingress."""
@@ -84,12 +85,15 @@ def serve_config(
         "limits": limits,
         "telemetry": telemetry or {},
     }
-    application = {
+    application: Config = {
         "name": "serve_app",
         "route_prefix": "/",
         "import_path": "serve_app.app:build",
         "args": {**args, "models": list(models)},
     }
+    if experiments is not None:
+        user_config = {"experiments": list(experiments)}
+        application["deployments"] = [{"name": "Ingress", "user_config": user_config}]
     return {"http_options": {"host": "127.0.0.1", "port": port}, "applications": [application]}
 
 
