@@ -11,6 +11,7 @@ other: the statistics are kept by clusters of units.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf, lgamma, log, sqrt
@@ -19,8 +20,9 @@ from serve_app.gateway.statistics import BOUNDS, Sums, cumulated
 
 # The number of values at which the interval of a mean is as narrow as it can be.
 _NARROWEST_AT = 1000
-# A mean has no interval yet if its values come from fewer clusters than this, because their variance is not known.
-MIN_CLUSTERS = 20
+# There is no interval yet if the values come from fewer clusters than this, because the variance between clusters is not
+# known: one unit that tries again and again must not decide. Rates have an upper bound for their variance.
+MIN_CLUSTERS, MIN_RATE_CLUSTERS = 20, 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +89,7 @@ def rate_interval(sums: Sums, alpha: float) -> Interval:
     independent requests, an approximation for requests of units that come back.
     """
     mean = sums.mean
-    if mean is None:
+    if mean is None or sums.effective_clusters < MIN_RATE_CLUSTERS:
         return Interval()
     effect = design_effect(sums, mean * (1 - mean))
     return beta_binomial_interval(sum(sums.totals) / effect, sums.count / effect, alpha)
@@ -102,15 +104,18 @@ def quantile_interval(bins: Sequence[int], p: float, effect: float, alpha: float
     """
     counts = cumulated(bins)
     count, limit = counts[-1] / effect, -log(alpha)
-    interval = Interval(0.0, inf)
-    for bound, below in zip(BOUNDS, counts, strict=False):
-        successes = below / effect
-        if count and _log_mixture(successes, count, p) > limit:
-            if successes < p * count:
-                interval = Interval(bound, inf)
-            else:
-                return Interval(interval.low, bound)
-    return interval
+    if not count:
+        return Interval(0.0, inf)
+
+    def side(below: int) -> int:
+        """-1 for a bound that is too low, 1 for one that is too high, 0 for one that the quantile can be at."""
+        if _log_mixture(below / effect, count, p) <= limit:
+            return 0
+        return -1 if below / effect < p * count else 1
+
+    known = counts[: len(BOUNDS)]
+    first, after = bisect_left(known, 0, key=side), bisect_left(known, 1, key=side)
+    return Interval(BOUNDS[first - 1] if first else 0.0, BOUNDS[after] if after < len(BOUNDS) else inf)
 
 
 def quantile(bins: Sequence[int], p: float) -> float | None:

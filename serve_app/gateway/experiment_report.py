@@ -11,6 +11,7 @@ from serve_app.core.experiments import Difference, Estimate, ExperimentReport, V
 from serve_app.experiment_config import Experiment, Variant
 from serve_app.gateway.assignment import exposure
 from serve_app.gateway.confidence import (
+    MIN_CLUSTERS,
     Interval,
     design_effect,
     mean_difference,
@@ -46,8 +47,10 @@ def measure(statistics: VariantStatistics, metric: str, alpha: float) -> Measure
     sums = statistics.sums["ttft" if metric == TTFT_P95 else metric]
     count = int(sums.count)
     if metric == TTFT_P95:
-        effect = design_effect(sums, _variance(statistics.ttft_bins))
-        interval = quantile_interval(statistics.ttft_bins, TAIL, effect, alpha)
+        interval = Interval()
+        if sums.effective_clusters >= MIN_CLUSTERS:
+            effect = design_effect(sums, _variance(statistics.ttft_bins))
+            interval = quantile_interval(statistics.ttft_bins, TAIL, effect, alpha)
         return Measured(quantile(statistics.ttft_bins, TAIL), interval, count)
     interval = (rate_interval if metric in _RATES else mean_interval)(sums, alpha)
     return Measured(sums.mean, interval, count)

@@ -55,7 +55,7 @@ class Sums:
     @property
     def effective_clusters(self) -> float:
         """The number of clusters of equal size that would tell as much (Kish, "Survey Sampling", 1965)."""
-        squares = sum(count * count for count in self.counts)
+        squares = sum([count * count for count in self.counts])
         return self.count**2 / squares if squares else 0.0
 
     @property
@@ -65,11 +65,11 @@ class Sums:
         Cochran, "Sampling Techniques", 3rd edition, 1977, equation 6.13 with the factor B / (B - 1).
         """
         mean, count = self.mean, self.count
-        occupied = sum(count > 0 for count in self.counts)
+        occupied = CLUSTERS - self.counts.count(0.0)
         if mean is None or occupied < 2:
             return 0.0
         pairs = zip(self.totals, self.counts, strict=True)
-        squares = sum((total - mean * size) ** 2 for total, size in pairs)
+        squares = sum([(total - mean * size) ** 2 for total, size in pairs])
         return squares * occupied / (occupied - 1) / count**2
 
 
