@@ -50,7 +50,11 @@ def faults(folder: Path, document: object) -> dict[str, str]:
 def with_key(path: str, key: str, value: object) -> dict[str, Any]:
     """A valid document but for one key of the mapping at `path`."""
     document = serve_document()
-    mapping = {"": document, "applications.0": document["applications"][0]}
+    application = document["applications"][0]
+    mapping = {"": document, "applications.0": application}
+    if path.startswith("applications.0.deployments"):
+        application["deployments"] = [{"name": "Ingress"}]
+        mapping[path] = application["deployments"][0]
     mapping.get(path, document.setdefault("http_options", {}))[key] = value
     return document
 
