@@ -88,7 +88,9 @@ _ONLY_DEPLOY = {
     "applications.0.deployments.0": {
         *("num_replicas", "autoscaling_config", "max_ongoing_requests", "max_queued_requests", "ray_actor_options"),
         *("health_check_period_s", "health_check_timeout_s", "graceful_shutdown_timeout_s", "logging_config"),
-        "graceful_shutdown_wait_loop_s",
+        *("graceful_shutdown_wait_loop_s", "backpressure_config", "deployment_actors", "gang_scheduling_config"),
+        *("max_replicas_per_node", "max_surge_percent", "rolling_update_percentage", "request_router_config"),
+        *("placement_group_bundle_label_selector", "placement_group_bundles", "placement_group_strategy"),
     },
 }
 

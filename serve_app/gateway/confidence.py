@@ -20,8 +20,8 @@ from serve_app.gateway.statistics import BOUNDS, Sums, cumulated
 
 # The number of values at which the interval of a mean is as narrow as it can be.
 _NARROWEST_AT = 1000
-# There is no interval yet if the values come from fewer clusters than this, because the variance between clusters is not
-# known: one unit that tries again and again must not decide. Rates have an upper bound for their variance.
+# There is no interval yet if the values come from fewer clusters than this, because the variance between clusters is
+# not known: one unit that tries again and again must not decide. Rates have an upper bound for their variance.
 MIN_CLUSTERS, MIN_RATE_CLUSTERS = 20, 10
 
 

@@ -48,7 +48,7 @@ CONFIG: dict[str, Any] = {
                 {"name": "adapted", "model": "small", "adapter": "support", "percent": 100},
             ],
         },
-        {"name": "keyed", "unit": "key", "variants": [{"name": "a", "model": "small"}, {"name": "b", "model": "small"}]},
+        {"name": "keyed", "unit": "key", "variants": [{"name": name, "model": "small"} for name in ("a", "b")]},
     ]
 }
 
@@ -198,7 +198,8 @@ async def test_the_header_x_variant_chooses_the_variant(client: httpx.AsyncClien
         ("chat", "cold", "the variants of chat are control, warm"),
         ("org/large", "warm", "Model 'org/large' has no variants"),
     ):
-        answer = await client.post("/v1/completions", json={"model": name, "prompt": "a"}, headers={"x-variant": variant})
+        headers = {"x-variant": variant}
+        answer = await client.post("/v1/completions", json={"model": name, "prompt": "a"}, headers=headers)
         assert_invalid(answer)
         assert words in error_of(answer)["message"]
         assert error_of(answer)["param"] == "x-variant"

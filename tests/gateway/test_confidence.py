@@ -38,7 +38,7 @@ class Day:
 
 
 def simulated(share: float, effect: float = 1.0, experiments: int = EXPERIMENTS) -> list[tuple[Day, Day]]:
-    """The days of experiments with `share` of the users in the variant, whose times are `effect` times those of control.
+    """The days of experiments with `share` of the users in the variant. Its times are `effect` times those of control.
 
     Users differ: in how often they come (exponential), in their times (log-normal) and in their error rates (beta,
     3 % on average). A quarter of them is new on each of the first four days.
@@ -124,7 +124,7 @@ def test_at_most_5_percent_of_a_a_experiments_are_called_different_on_any_day(
 
 
 def test_an_interval_for_one_look_by_request_would_call_most_of_them_different(days: list[tuple[Day, Day]]) -> None:
-    """The same data with the usual test, which takes requests as independent and looks once. So the bar above is one."""
+    """The same data with the usual test, which takes requests as independent and looks once."""
     different = np.zeros(EXPERIMENTS, bool)
     for control, variant in days:
         means, variances = [], []
@@ -147,7 +147,8 @@ def test_the_interval_of_a_rate_holds_at_all_counts(rate: float) -> None:
     random, misses = np.random.default_rng(7), 0
     for _ in range(200):
         successes = np.cumsum(random.random(1000) < rate)
-        looks = (beta_binomial_interval(float(successes[n - 1]), n, 0.05) for n in (*range(1, 50), *range(50, 1001, 25)))
+        counts = (*range(1, 50), *range(50, 1001, 25))
+        looks = (beta_binomial_interval(float(successes[n - 1]), n, 0.05) for n in counts)
         misses += any(not one.low <= rate <= one.high for one in looks)
     assert misses / 200 <= 0.05
 

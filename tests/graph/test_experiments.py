@@ -157,10 +157,8 @@ async def test_a_configuration_that_cannot_be_used_is_refused_and_the_earlier_on
     assert (await report(client))["error"] == ""
 
 
-async def test_a_guard_stops_a_variant_that_fails_in_all_ingresses(
-    cluster: Cluster, client: httpx.AsyncClient
-) -> None:
-    """The engine of the variant fails on prompts that begin with "bad", and Ray replaces its replica again and again."""
+async def test_a_guard_stops_a_variant_that_fails_in_all_ingresses(cluster: Cluster, client: httpx.AsyncClient) -> None:
+    """The engine of the variant fails on prompts that begin with "bad", so that Ray replaces its replica."""
     began = time.monotonic()
     statuses: list[tuple[str, int]] = []
     while set((await samples(client, "experiment_stopped")).values()) != {1}:
@@ -176,8 +174,7 @@ async def test_a_guard_stops_a_variant_that_fails_in_all_ingresses(
     logs = (cluster.head.folder / "ray/session_latest/logs/serve").glob("replica_*Ingress*.log")
     lines = [line for log in logs for line in log.read_text().splitlines() if "was stopped by a guard" in line]
     assert len(lines) >= 2, "each ingress logs the stop"
-    command = [sys.executable, "-m", "serve_app", "experiments", "report", "--url", cluster.head.url]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    printed = await asyncio.to_thread(_printed_report, cluster.head.url)
     assert "verdict: stopped by a guard: candidate: error_rate is " in printed
 
 
@@ -201,6 +198,11 @@ async def test_statistics_and_stops_remain_when_an_ingress_is_killed(
         assert (after["stopped"], after["began"]) == (before["stopped"], before["began"])
         assert [one["outcomes"] for one in after["variants"]] == [one["outcomes"] for one in before["variants"]]
     assert set(await variants(client, range(20))) == {"control"}
+
+
+def _printed_report(url: str) -> str:
+    command = [sys.executable, "-m", "serve_app", "experiments", "report", "--url", url]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
 
 
 async def _twice(condition: Any) -> bool:
