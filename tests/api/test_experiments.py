@@ -107,7 +107,7 @@ def user_of(variant: str, experiment: int = 0) -> str:
 USERS = {variant: user_of(variant) for variant in ("control", "warm")}
 CHAT: dict[str, Any] = {"model": "chat", "messages": [{"role": "user", "content": "hi"}]}
 ANTHROPIC: dict[str, Any] = {**CHAT, "max_tokens": 5}
-NAMING = {
+NAMING: dict[str, list[dict[str, Any]]] = {
     "/v1/chat/completions": [{"user": "{}"}, {"safety_identifier": "{}"}, {"metadata": {"user_id": "{}"}}],
     "/v1/completions": [{"user": "{}"}],
     "/v1/responses": [{"user": "{}"}, {"safety_identifier": "{}"}, {"metadata": {"user_id": "{}"}}],

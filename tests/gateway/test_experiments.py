@@ -90,7 +90,8 @@ class Setup:
         """A request for the experiment by this user."""
         choice = self.stage.choose("chat", Caller(user=user, request="r", variant=variant))
         assert choice is not None
-        return replace(request(), model=choice.model, assignment=choice.assignment, **changes)
+        made: GenerationRequest = replace(request(), model=choice.model, assignment=choice.assignment, **changes)
+        return made
 
     def variants(self) -> set[tuple[str, bool]]:
         """The variants of all users, and whether they are counted."""

@@ -22,11 +22,12 @@ MODELS = [
     model_config("plain", "builtin:toy?step_ms=1"),
     model_config("broken", "builtin:toy?step_ms=1&fails_on=bad"),
 ]
-VARIANTS = [{"name": "control", "model": "plain"}, {"name": "candidate", "model": "broken", "percent": 50}]
+CONTROL: Config = {"name": "control", "model": "plain"}
+CANDIDATE: Config = {"name": "candidate", "model": "broken", "percent": 50}
 
 
 def experiment(percent: float = 50, **keys: Any) -> Config:
-    return {"name": "chat", "variants": [VARIANTS[0], {**VARIANTS[1], "percent": percent}], **keys}
+    return {"name": "chat", "variants": [CONTROL, {**CANDIDATE, "percent": percent}], **keys}
 
 
 class Cluster:
@@ -139,7 +140,7 @@ async def test_a_configuration_that_cannot_be_used_is_refused_and_the_earlier_on
     cluster: Cluster, client: httpx.AsyncClient
 ) -> None:
     before, processes = await variants(client, range(20)), await ingresses(client)
-    cluster.deploy({"name": "chat", "variants": [VARIANTS[0], {**VARIANTS[1], "model": "nobody"}]})
+    cluster.deploy({"name": "chat", "variants": [CONTROL, {**CANDIDATE, "model": "nobody"}]})
 
     async def refused() -> bool:
         return set((await samples(client, "experiments_config_refused")).values()) == {1}
