@@ -65,17 +65,22 @@ class IngressExperiments:
         One that cannot be used is refused: the earlier one stays, in a new ingress that of the other ingresses. It does
         not raise: Ray Serve would restart the ingress, with the same configuration, again and again.
         """
-        try:
-            self._apply(parse_experiments(user_config))
-            self.state.error = ""
-        except ConfigError as error:
-            self.state.error = str(error)
-            logger.error("The configuration of experiments is refused, the earlier one stays. %s", error)
-            if self.state.accepted is None and self._received is not None:
-                self._apply(parse_experiments(self._received))
+        self.state.error = self._apply(user_config)
+        if self.state.error:
+            logger.error("The configuration of experiments is refused, the earlier one stays. %s", self.state.error)
+        if self.state.error and self.state.accepted is None and self._received is not None:
+            self._apply(self._received)
         self._series.set_refused(bool(self.state.error))
 
-    def _apply(self, experiments: Config) -> None:
+    def _apply(self, user_config: object) -> str:
+        """Returns why the configuration cannot be used, or "" if it applies now."""
+        try:
+            self._use(parse_experiments(user_config))
+        except ConfigError as error:
+            return str(error)
+        return ""
+
+    def _use(self, experiments: Config) -> None:
         """Raises ConfigError."""
         adapters = {one.adapter.name: one.model for one in self._adapters.all()}
         check_models(experiments, self._config, adapters)

@@ -381,7 +381,7 @@ async def test_a_variant_is_in_its_spans_and_log_lines_and_a_guard_stops_a_slow_
         reason = await wait_until(stopped)
         assert re.match(r"candidate: tpot is 0\.0\d+, that of the control 0\.0\d+, the tolerance ×2$", reason)
         assert {await ask(user) for user in range(20)} == {"control"}
-    user = first.index("candidate")
+    user = first.index("candidate", 20)
     spans = [span for span in traced.collector.settle() if "serve_app.variant" in span.attributes]
     found = {(span.attributes["serve_app.experiment"], span.attributes["serve_app.variant"]) for span in spans}
     assert found == {("paced", "control"), ("paced", "candidate")}
