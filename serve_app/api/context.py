@@ -50,6 +50,12 @@ class Served:
             return self.model.sampling_defaults
         return SamplingDefaults(temperature=choice.temperature, top_p=choice.top_p)
 
+    def prompt(self, prompt: Prompt) -> Prompt:
+        """The prompt, with the chat template of the variant if it has its own."""
+        if self.choice is None or not self.choice.template or not isinstance(prompt, ChatPrompt):
+            return prompt
+        return replace(prompt, template=self.choice.template)
+
 
 async def keep() -> None:
     """No other process has to know."""
@@ -154,12 +160,10 @@ class RequestContext:
         choice = served.choice
         assignment = None if choice is None else choice.assignment
         self.experiments.called(http.state.request_id, served.name, assignment)
-        if choice is not None and choice.template and isinstance(prompt, ChatPrompt):
-            prompt = replace(prompt, template=choice.template)
         return GenerationRequest(
             id,
             served.name,
-            prompt,
+            served.prompt(prompt),
             params,
             self.clock(),
             self.deadline(http),

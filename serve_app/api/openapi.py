@@ -172,7 +172,7 @@ def _errors(operation: Operation) -> dict[int, str]:
     if operation.error is AnthropicError:
         errors[OVERLOADED] = errors.pop(503)
     if operation.body is not None or operation.model_in:
-        errors[404] = _NO_SUCH_MODEL
+        errors[404] = _NO_SUCH_OBJECT if operation.path in _WITHOUT_MODEL else _NO_SUCH_MODEL
     if operation.parameters:
         errors |= {400: _WRONG_PARAMETER, 404: _NO_SUCH_OBJECT}
     return dict(sorted(errors.items()))

@@ -126,7 +126,8 @@ class Experiments(Stage):
         experiment, shadow = active.experiment, active.experiment.shadow
         if shadow is None or assignment.variant == shadow.variant or active.identity in self._state.stops:
             return
-        if not is_shadowed(experiment, request.id):
+        # The configuration can have changed since the variant was chosen.
+        if assignment.variant not in active.templates or not is_shadowed(experiment, request.id):
             return
         choice, own = (choice_of(active, name, None) for name in (shadow.variant, assignment.variant))
         listed = None if choice.adapter is None else self._find_adapter(choice.adapter)

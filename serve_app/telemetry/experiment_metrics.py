@@ -115,6 +115,8 @@ class ExperimentSeries:
     def request_ended(
         self, experiment: str, variant: str, outcome: str, ttft_s: float | None, tpot_s: float | None, tokens: int
     ) -> None:
+        if (experiment, variant) not in self._pairs:  # it was removed while the request ran
+            return
         labels = (experiment, variant, self._replica)
         self._requests.labels(*labels, outcome).inc()
         self._tokens.labels(*labels).inc(tokens)
@@ -124,9 +126,12 @@ class ExperimentSeries:
             self._tpot.labels(*labels).observe(tpot_s)
 
     def shadow_ended(self, experiment: str, variant: str, outcome: str) -> None:
-        self._shadow.labels(experiment, variant, self._replica, outcome).inc()
+        if (experiment, variant) in self._pairs:
+            self._shadow.labels(experiment, variant, self._replica, outcome).inc()
 
     def feedback(self, model: str, experiment: str, variant: str, score: float) -> None:
+        if experiment and (experiment, variant) not in self._pairs:
+            return
         kind = "good" if score >= 0.5 else "bad"
         self._feedback.labels("" if experiment else model, experiment, variant, self._replica, kind).inc()
 

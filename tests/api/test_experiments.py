@@ -14,6 +14,7 @@ import pytest
 from serve_app.api.app import create_app
 from serve_app.core.adapters import AdapterDirectory
 from serve_app.core.experiments import Caller, Feedback, Reports
+from serve_app.core.queries import Tokenize
 from serve_app.core.requests import Adapter, ChatPrompt
 from serve_app.experiment_config import parse_experiments
 from serve_app.gateway.assignment import place, variant_at
@@ -155,6 +156,17 @@ async def test_a_variant_brings_its_sampling_defaults_and_its_chat_template(
     prompts = [request.prompt for request in engine.requests]
     templates = [bool(prompt.template) for prompt in prompts if isinstance(prompt, ChatPrompt)]
     assert templates == [True, True, False]
+
+
+@pytest.mark.parametrize("path", ["/tokenize", "/v1/messages/count_tokens"])
+async def test_tokens_are_counted_with_the_chat_template_of_the_variant(
+    client: httpx.AsyncClient, engine: ScriptedEngine, path: str
+) -> None:
+    for variant, has_template in (("warm", True), ("control", False)):
+        await client.post(path, json=CHAT, headers={"x-variant": variant})
+        query = next(query for _, query in reversed(engine.queries) if isinstance(query, Tokenize))
+        assert isinstance(query.prompt, ChatPrompt)
+        assert bool(query.prompt.template) == has_template
 
 
 async def test_an_experiment_with_the_name_of_a_model_takes_its_requests(

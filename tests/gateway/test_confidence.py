@@ -116,6 +116,7 @@ def days() -> list[tuple[Day, Day]]:
     return added(simulated(share=0.1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metric", ["ttft", "error_rate", "ttft_p95"])
 def test_at_most_5_percent_of_a_a_experiments_are_called_different_on_any_day(
     days: list[tuple[Day, Day]], metric: str
@@ -123,6 +124,7 @@ def test_at_most_5_percent_of_a_a_experiments_are_called_different_on_any_day(
     assert called_different(days, metric, EXPERIMENTS) <= 0.05
 
 
+@pytest.mark.slow
 def test_an_interval_for_one_look_by_request_would_call_most_of_them_different(days: list[tuple[Day, Day]]) -> None:
     """The same data with the usual test, which takes requests as independent and looks once."""
     different = np.zeros(EXPERIMENTS, bool)
@@ -136,11 +138,13 @@ def test_an_interval_for_one_look_by_request_would_call_most_of_them_different(d
     assert different.mean() > 0.4
 
 
+@pytest.mark.slow
 def test_a_difference_is_found() -> None:
     worse = added(simulated(share=0.5, effect=1.6, experiments=50))
     assert called_different(worse, "ttft", 50) >= 0.9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rate", [0.02, 0.3])
 def test_the_interval_of_a_rate_holds_at_all_counts(rate: float) -> None:
     """Looked at after every event up to 1,000, for independent events: exact at every count, also the first ones."""
@@ -153,6 +157,7 @@ def test_the_interval_of_a_rate_holds_at_all_counts(rate: float) -> None:
     assert misses / 200 <= 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("p", [0.5, 0.95])
 def test_the_interval_of_a_quantile_holds_at_all_counts(p: float) -> None:
     random, misses = np.random.default_rng(8), 0

@@ -279,6 +279,17 @@ async def test_a_mirrored_request_has_the_settings_of_the_shadow_variant(tmp_pat
     assert mirrored.prompt.template == "{{ messages }}"
 
 
+async def test_a_request_whose_variant_was_removed_meanwhile_is_answered() -> None:
+    made = setup(percent=0, shadow=SHADOW)
+    late = made.assigned("user-1")
+    made.state.configure(parse_experiments(document(percent=0, shadow=SHADOW, candidate={"model": "m"})))
+    assigned = replace(late, assignment=Assignment("chat", "gone", 3))
+    assert [one async for one in made.stage.generate(assigned)] == [chunk(), LAST]
+    made.state.configure(parse_experiments({}))
+    assert [one async for one in made.stage.generate(assigned)] == [chunk(), LAST]
+    assert [one.model for one in made.engine.requests] == ["m", "m"]
+
+
 # Guards.
 
 

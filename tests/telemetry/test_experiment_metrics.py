@@ -71,5 +71,8 @@ def test_a_change_keeps_the_counts_of_what_stays_and_removes_the_rest() -> None:
     assert found["experiment_requests_total", "chat", "stop", "control"] == 1
     assert {key[-1] for key in found if key[:2] == ("experiment_requests_total", "chat")} == {"control", "c"}
     series.configure({})
-    assert [key for key in values(series) if key[0].startswith("experiment_")] == []
+    series.request_ended("chat", "control", "stop", 0.2, 0.01, 7)
+    series.shadow_ended("chat", "control", SKIPPED)
+    series.feedback("m", "chat", "control", 1.0)
+    assert [key for key in values(series) if key[0].startswith("experiment_") or "chat" in key] == []
     assert values(series)["experiments_config_refused",] == 0

@@ -39,6 +39,7 @@ class AnthropicRoutes:
 
     async def count_tokens(self, http: Request, document: object) -> Response:
         body, context = CountTokensBody.parse(document), self._context
-        query, model = body.to_query(), context.model_of(http, body.model).name
-        counts: TokenCounts = {"input_tokens": len(await context.query(http, model, query))}
+        query, served = body.to_query(), context.model_of(http, body.model)
+        query = replace(query, prompt=served.prompt(query.prompt))
+        counts: TokenCounts = {"input_tokens": len(await context.query(http, served.name, query))}
         return JSONResponse(counts)

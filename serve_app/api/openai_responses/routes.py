@@ -79,20 +79,20 @@ class ResponsesRoutes:
         log_user(call_id, model, body.user)
         prompt = body.to_prompt(items)
         if body.truncation == "auto":
-            prompt = await self._shortened(http, model.name, body, items)
+            prompt = await self._shortened(http, model, body, items)
         return replace(
             body.scheduled(context.request(http, call_id, model, prompt, params, body.stream)),
             tool_choice=choice,
             separate_reasoning=True,
         )
 
-    async def _shortened(self, http: Request, model: str, body: ResponsesBody, items: Sequence[Item]) -> ChatPrompt:
+    async def _shortened(self, http: Request, model: Served, body: ResponsesBody, items: Sequence[Item]) -> ChatPrompt:
         """The prompt without the oldest turns, if the conversation is too long for the model."""
         context = self._context
-        info = await until_disconnect(http.receive, context.info(model, context.deadline(http)))
+        info = await until_disconnect(http.receive, context.info(model.name, context.deadline(http)))
 
         async def tokens(shorter: Sequence[Item]) -> int:
-            return len(await context.query(http, model, Tokenize(body.to_prompt(shorter))))
+            return len(await context.query(http, model.name, Tokenize(model.prompt(body.to_prompt(shorter)))))
 
         limit = info.context - room_for_answer(info.context, body.max_output_tokens)
         return body.to_prompt(await shorten(items, limit, tokens))
