@@ -94,6 +94,7 @@ class Deployment(Section):
     graceful_shutdown_wait_loop_s: float = Field(2, gt=0)
     graceful_shutdown_timeout_s: float = Field(600, ge=0)  # `limits.request_timeout_s`: a rollout interrupts no stream
     max_surge_percent: int = Field(100, ge=0, le=100)
+    max_replicas_per_node: int | None = Field(None, ge=1, le=100)
 
     @model_validator(mode="after")
     def _check_scaling(self) -> Deployment:

@@ -44,6 +44,7 @@ DEPLOYMENT_BOUNDS: dict[str, list[float]] = {
     "graceful_shutdown_wait_loop_s": [0],
     "graceful_shutdown_timeout_s": [-0.1],
     "max_surge_percent": [-1],
+    "max_replicas_per_node": [0, 101],
 }
 ENGINE_BOUNDS: dict[str, list[float]] = {
     "max_running": [0, 1025],

@@ -109,7 +109,10 @@ def free_port() -> int:
 
 
 class Program:
-    """A Python module that runs with its own Ray folder and token. On exit all processes that it started are ended."""
+    """A Python module that runs with its own Ray folder and token. On exit all processes that it started are ended.
+
+    `{folder}` in the command is the program's folder.
+    """
 
     def __init__(self, command: Sequence[str], **environment: str) -> None:
         # A short path: Ray creates sockets in this folder, and a socket's path has at most 107 characters.
@@ -127,7 +130,7 @@ class Program:
         self.started = time.monotonic()
         with self._output.open("wb") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", *command],
+                [sys.executable, "-m", *(part.replace("{folder}", str(self.folder)) for part in command)],
                 cwd=self.folder,
                 env=self.environment,
                 stdout=output,

@@ -1,0 +1,142 @@
+"""Ray clusters of several nodes on this machine, each of which is a `ray start` with an address and processes of its own.
+
+`ray.cluster_utils.Cluster` would start the nodes in the environment of the tests and write the address of its cluster to
+the file by which all other programs of the machine find theirs.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import yaml
+
+from serve_app.deployments import haproxy
+from tests.graph.service import PROXIES, Config, Program, free_port, serve_config
+
+_START = ("ray.scripts.scripts", "start", "--block", "--object-store-memory=100000000")
+_LONGEST_S = 120
+
+
+@contextmanager
+def proxy_environment(proxy: str) -> Iterator[dict[str, str]]:
+    """The environment of a node with one of Ray Serve's proxies: `haproxy`, as the manifests have it, or `python`."""
+    if proxy == "python":
+        yield PROXIES["python"]
+        return
+    binary = haproxy.find()
+    assert binary is not None
+    with tempfile.TemporaryDirectory(prefix="sa") as folder:
+        yield haproxy.environment(binary, Path(folder), _LONGEST_S)
+
+
+class Node(Program):
+    """A node of a Ray cluster. `proxy` is the URL of its HTTP proxy."""
+
+    def __init__(self, *options: str, port: int, **environment: str) -> None:
+        super().__init__([*_START, *options], RAY_USAGE_STATS_ENABLED="0", **environment)
+        self.proxy = f"http://127.0.0.1:{port}"
+
+    def wait_until_started(self) -> None:
+        self.wait_for_output("Ray runtime started")
+
+    @property
+    def id(self) -> str:
+        (raylet,) = self.find("--node_id=")
+        return next(word for word in raylet.cmdline() if word.startswith("--node_id=")).removeprefix("--node_id=")
+
+    def send_to_all(self, number: int) -> None:
+        """Send a signal to every process of the node, as if its machine was lost (SIGKILL) or stood still (SIGSTOP)."""
+        for process in [psutil.Process(self.process.pid), *self.descendants()]:
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
+
+
+class Head(Node):
+    """The head of a cluster, with its dashboard. `options` are those of `ray start`."""
+
+    def __init__(self, *options: str, **environment: str) -> None:
+        self.dashboard, self.port = free_port(), free_port()
+        super().__init__(
+            *("--head", "--node-ip-address=127.0.0.1", f"--port={free_port()}", f"--dashboard-port={self.dashboard}"),
+            *options,
+            port=self.port,
+            **environment,
+        )
+        self.url = self.proxy
+
+    @property
+    def address(self) -> str:
+        """Of the cluster, for Ray's tools. Other clusters can run on the same machine."""
+        return (self.folder / "ray/ray_current_cluster").read_text().strip()
+
+    def tool(self, module: str, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        """Run a module of Ray or of the service as a user of this cluster does."""
+        return subprocess.run(
+            [sys.executable, "-m", module, *command],
+            capture_output=True, text=True, timeout=180, check=False, env={**self.environment, **environment},
+        )  # fmt: skip
+
+    def serve(self, *command: str) -> subprocess.CompletedProcess[str]:
+        """The `serve` tool, against this cluster."""
+        return self.tool("ray.serve.scripts", *command, f"--address=http://127.0.0.1:{self.dashboard}")
+
+    def drain(self, node: Node, deadline_s: int) -> None:
+        """Announce that the node will be lost, as cluster/image/drain does when its pod has to stop."""
+        done = self.tool(
+            *("ray.scripts.scripts", "drain-node", f"--address={self.address}", f"--node-id={node.id}"),
+            *("--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot"),
+            f"--deadline-remaining-seconds={deadline_s}",
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    def python(self, program: str) -> None:
+        """Run a Python program. RAY_ADDRESS is this cluster."""
+        environment = {**self.environment, "RAY_ADDRESS": self.address}
+        subprocess.run([sys.executable, "-c", program], check=True, timeout=60, env=environment)
+
+    def write(self, *models: Config, **options: Any) -> Path:
+        """A Serve config file with these models and the port of this cluster."""
+        file = self.folder / "serve_config.yaml"
+        file.write_text(yaml.safe_dump(serve_config(models, port=self.port, **options)))
+        return file
+
+    def deploy(self, *models: Config, **options: Any) -> None:
+        done = self.serve("deploy", str(self.write(*models, **options)))
+        assert done.returncode == 0, done.stderr
+
+    async def actors(self) -> dict[str, dict[str, float]]:
+        """The resources that each live model replica reserves, by deployment."""
+        headers = {"authorization": f"Bearer {self.environment['RAY_AUTH_TOKEN']}"}
+        params = {"detail": "true", "filter_keys": "state", "filter_predicates": "=", "filter_values": "ALIVE"}
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{self.dashboard}", headers=headers) as client:
+            answer = (await client.get("/api/v0/actors", params=params, timeout=30)).json()
+        rows: list[dict[str, Any]] = answer["data"]["result"]["result"]
+        return {row["name"].split("#")[1]: row["required_resources"] for row in rows if "#model-" in row["name"]}
+
+
+class Worker(Node):
+    """A further node of the cluster of `head`, with its own address 127.0.0.`number` and its own port of the proxy."""
+
+    def __init__(self, head: Head, number: int, *options: str) -> None:
+        port = free_port()
+        inherited = {
+            name: value
+            for name, value in head.environment.items()
+            if name == "RAY_AUTH_TOKEN" or name.startswith("RAY_SERVE_")
+        }
+        super().__init__(
+            *(f"--address={head.address}", f"--node-ip-address=127.0.0.{number}", *options),
+            # Several raylets on one machine: each has its own folder, and the system chooses the ports.
+            *("--temp-dir={folder}/ray", "--dashboard-agent-listen-port=0"),
+            *("--min-worker-port=0", "--max-worker-port=0"),
+            port=port,
+            **{**inherited, "RAY_SERVE_WORKER_PROXY_HTTP_PORT": str(port)},
+        )
