@@ -18,8 +18,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
 
+from serve_app import deploy
 from serve_app.config import ConfigError
 from serve_app.deployments.cluster import Cluster, ClusterError, connect
+from serve_app.progress import Progress
 from serve_app.readiness import waiting_models
 from serve_app.serve_file import ServeFile, load_serve_file
 
@@ -28,29 +30,6 @@ _POLL_INTERVAL_S = 0.2
 
 class StartError(Exception):
     """The service cannot start. The message gives the reason and what to do."""
-
-
-class Progress:
-    """Writes the current step to stderr: on a terminal as one line that changes, otherwise as one line per change."""
-
-    def __init__(self) -> None:
-        self._live = sys.stderr.isatty()
-        self._shown = ""
-        self._began = time.monotonic()
-
-    def show(self, text: str) -> None:
-        elapsed = f"[{time.monotonic() - self._began:5.1f} s] "
-        if self._live:
-            print(f"\r\x1b[2K{elapsed}{text}", end="", file=sys.stderr, flush=True)
-        elif text != self._shown:
-            print(elapsed + text, file=sys.stderr, flush=True)
-        self._shown = text
-
-    def end(self) -> None:
-        """End the line, so that other output starts on its own."""
-        if self._live and self._shown:
-            print(file=sys.stderr, flush=True)
-        self._shown = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +62,10 @@ _interrupted = threading.Event()
 
 def main(argv: list[str] | None = None) -> int:
     """Run the service. Returns the exit code: 0 after Ctrl-C, 130 after Ctrl-C during the start, 1 after an error."""
-    arguments = _parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    if words[:1] == ["deploy"]:
+        return deploy.main(words[1:])
+    arguments = _parser().parse_args(words)
     _on_signals(_interrupt)
     progress = Progress()
     try:
@@ -109,6 +91,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m serve_app",
         description="Run the LLM service on this machine. The command starts Ray, unless a Ray cluster is reachable, "
         "and deploys the configuration file to it. Ctrl-C stops the service and everything that the command started.",
+        epilog="`python -m serve_app deploy` deploys the file to a cluster that goes on running, and restores the "
+        "previous configuration if the new one cannot run.",
     )
     parser.add_argument("--config", default="serve_config.yaml", help="Ray Serve config file (default: %(default)s)")
     parser.add_argument("--host", help="address to listen on (default: the file's http_options.host)")

@@ -18,6 +18,7 @@ import httpx
 import psutil
 import yaml
 
+from infra_pulumi import rayservice
 from serve_app.deployments import haproxy
 from tests.graph.service import PROXIES, Config, Program, free_port, serve_config
 
@@ -26,22 +27,35 @@ _LONGEST_S = 120
 
 
 @contextmanager
-def proxy_environment(proxy: str) -> Iterator[dict[str, str]]:
-    """The environment of a node with one of Ray Serve's proxies: `haproxy`, as the manifests have it, or `python`."""
+def node_environment(proxy: str) -> Iterator[dict[str, str]]:
+    """The environment of all nodes, as the manifests have it, with one of Ray Serve's proxies: `haproxy` or `python`."""
+    variables = {one["name"]: one["value"] for one in rayservice.environment(_LONGEST_S) if "value" in one}
     if proxy == "python":
-        yield PROXIES["python"]
+        yield {**variables, **PROXIES["python"]}
         return
     binary = haproxy.find()
     assert binary is not None
     with tempfile.TemporaryDirectory(prefix="sa") as folder:
-        yield haproxy.environment(binary, Path(folder), _LONGEST_S)
+        yield {**variables, **haproxy.environment(binary, Path(folder), _LONGEST_S)}
+
+
+@contextmanager
+def fault_tolerance() -> Iterator[dict[str, str]]:
+    """Run Redis. With these variables the head keeps its state there, and workers wait for a new head."""
+    port = free_port()
+    command = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--loglevel", "warning"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as redis:
+        try:
+            yield {"RAY_REDIS_ADDRESS": f"127.0.0.1:{port}", "RAY_gcs_rpc_server_reconnect_timeout_s": "600"}
+        finally:
+            redis.terminate()
 
 
 class Node(Program):
     """A node of a Ray cluster. `proxy` is the URL of its HTTP proxy."""
 
     def __init__(self, *options: str, port: int, **environment: str) -> None:
-        super().__init__([*_START, *options], RAY_USAGE_STATS_ENABLED="0", **environment)
+        super().__init__([*_START, *options], **environment)
         self.proxy = f"http://127.0.0.1:{port}"
 
     def wait_until_started(self) -> None:
@@ -60,17 +74,19 @@ class Node(Program):
 
 
 class Head(Node):
-    """The head of a cluster, with its dashboard. `options` are those of `ray start`."""
+    """The head of a cluster, with its dashboard. `options` are those of `ray start`; `lost` is the head that it replaces."""
 
-    def __init__(self, *options: str, **environment: str) -> None:
-        self.dashboard, self.port = free_port(), free_port()
+    def __init__(self, *options: str, lost: Head | None = None, **environment: str) -> None:
+        self.dashboard = lost.dashboard if lost else free_port()
+        self.port = lost.port if lost else free_port()
+        self._ray_port = lost._ray_port if lost else free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
         super().__init__(
-            *("--head", "--node-ip-address=127.0.0.1", f"--port={free_port()}", f"--dashboard-port={self.dashboard}"),
-            *options,
+            *("--head", "--node-ip-address=127.0.0.1", f"--port={self._ray_port}"),
+            *(f"--dashboard-port={self.dashboard}", *options),
             port=self.port,
             **environment,
         )
-        self.url = self.proxy
 
     @property
     def address(self) -> str:
@@ -130,7 +146,7 @@ class Worker(Node):
         inherited = {
             name: value
             for name, value in head.environment.items()
-            if name == "RAY_AUTH_TOKEN" or name.startswith("RAY_SERVE_")
+            if name.startswith(("RAY_", "HF_")) and name not in ("RAY_TMPDIR", "RAY_REDIS_ADDRESS")
         }
         super().__init__(
             *(f"--address={head.address}", f"--node-ip-address=127.0.0.{number}", *options),

@@ -74,13 +74,15 @@ def serve_config(
     models: Sequence[Config],
     port: int = 8000,
     ingress: Config | None = None,
+    ingress_cpus: float = 0,
+    host: str = "127.0.0.1",
     telemetry: Config | None = None,
     **limits: Any,
 ) -> Config:
     """A Ray Serve config file. `ingress` changes the deployment options of the ingress."""
     deployment = {**DEPLOYMENT, "max_ongoing_requests": 1024, **(ingress or {})}
     args = {
-        "ingress": {"deployment": deployment},
+        "ingress": {"num_cpus": ingress_cpus, "deployment": deployment},
         "limits": limits,
         "telemetry": telemetry or {},
     }
@@ -90,7 +92,7 @@ def serve_config(
         "import_path": "serve_app.app:build",
         "args": {**args, "models": list(models)},
     }
-    return {"http_options": {"host": "127.0.0.1", "port": port}, "applications": [application]}
+    return {"http_options": {"host": host, "port": port}, "applications": [application]}
 
 
 def http_client(service: Service) -> httpx.AsyncClient:

@@ -13,7 +13,7 @@ import psutil
 import pytest
 import yaml
 
-from tests.graph.cluster import Head, proxy_environment
+from tests.graph.cluster import Head, node_environment
 from tests.graph.service import (
     Config,
     Service,
@@ -35,7 +35,7 @@ PATIENT: Config = {"graceful_shutdown_timeout_s": 60}
 def head(request: pytest.FixtureRequest) -> Iterator[Head]:
     """A node with two GPUs that do not exist; one of them has the label A10G. The two heads differ in their proxy."""
     options = ("--num-cpus=4", "--num-gpus=2", '--resources={"accelerator_type:A10G": 1}')
-    with proxy_environment(request.param) as environment, Head(*options, **environment) as head:
+    with node_environment(request.param) as environment, Head(*options, **environment) as head:
         head.wait_until_started()
         yield head
 

@@ -1,6 +1,6 @@
 """A cluster of four nodes: what fails when a node, an ingress, the controller or a proxy is lost.
 
-Two nodes serve HTTP and two have the models, each one replica of each.
+Two nodes serve HTTP and two have the models, each one replica of `toy`.
 """
 
 from __future__ import annotations
@@ -9,16 +9,17 @@ import asyncio
 import itertools
 import signal
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
-from tests.graph.cluster import Head, Node, Worker, proxy_environment
+from tests.graph.cluster import Head, Node, Worker, fault_tolerance, node_environment
 from tests.graph.service import Config, metric_totals, model_config, wait_until
-from tests.graph.streams import Call, Json, ShortCalls, native, real_calls, running, toy_calls
+from tests.graph.streams import Call, ShortCalls, running, toy_calls
 
 pytestmark = [pytest.mark.ray, pytest.mark.long, pytest.mark.timeout(300)]
 
@@ -28,55 +29,59 @@ ONE_PER_NODE: Config = {
     "max_surge_percent": 0,
     "graceful_shutdown_timeout_s": 30,
 }
-MODEL_GPUS = {"num_cpus": 0, "num_gpus": 1}
-READY_S = 60
+# `ray start` on a node that serves HTTP, and on one for models.
+FRONT, MODELS = ("--num-cpus=2", "--num-gpus=0"), ("--num-cpus=0", "--num-gpus=1")
+READY_S = 90
 
 
 class Nodes:
-    """The head and `front` serve HTTP; the nodes in `models` have the model replicas. Lost nodes can be replaced."""
+    """The head and `front` serve HTTP; the nodes in `models` have the model replicas."""
 
-    def __init__(self, stack: ExitStack, environment: dict[str, str]) -> None:
+    def __init__(self, stack: ExitStack) -> None:
         self._stack = stack
         self._numbers = itertools.count(2)
-        self.head = stack.enter_context(Head("--num-cpus=2", "--num-gpus=0", **environment))
+        self._environment = stack.enter_context(node_environment("haproxy"))
+        self._environment |= stack.enter_context(fault_tolerance())
+        self.head = stack.enter_context(Head(*FRONT, **self._environment))
         self.head.wait_until_started()
-        self.front = self._start("--num-cpus=2", "--num-gpus=0")
-        self.models = [self._start("--num-cpus=0", "--num-gpus=2") for _ in range(2)]
+        self.front = self._start(FRONT)
+        self.models = [self._start(MODELS) for _ in range(2)]
         for node in (self.front, *self.models):
             node.wait_until_started()
 
-    def _start(self, *options: str) -> Worker:
+    def _start(self, options: Sequence[str]) -> Worker:
         return self._stack.enter_context(Worker(self.head, next(self._numbers), *options))
 
     def replace(self, lost: Worker) -> None:
         """Start another node for models, without waiting for it."""
-        self.models = [node for node in self.models if node is not lost] + [self._start("--num-cpus=0", "--num-gpus=2")]
+        self.models = [*(node for node in self.models if node is not lost), self._start(MODELS)]
 
-    def find(self, text: str) -> list[Any]:
+    def replace_head(self) -> None:
+        """Start another head, with the state that Redis has, without waiting for it."""
+        token = self.head.environment["RAY_AUTH_TOKEN"]
+        head = Head(*FRONT, lost=self.head, **self._environment, RAY_AUTH_TOKEN=token)
+        self.head = self._stack.enter_context(head)
+
+    def find(self, text: str) -> list[psutil.Process]:
         """The processes of all nodes with this text in their command line."""
         return [process for node in (self.head, self.front, *self.models) for process in node.find(text)]
 
 
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Nodes]:
+    """`quick` gives the answers of `toy` at once: what undisturbed streams of `toy` say."""
     with ExitStack() as stack:
-        nodes = Nodes(stack, stack.enter_context(proxy_environment("haproxy")))
-        toy = model_config("toy", "builtin:toy?step_ms=20", ONE_PER_NODE, resources=MODEL_GPUS)
-        real = model_config(
-            "real",
-            "builtin:smollm2-135m",
-            ONE_PER_NODE,
-            resources=MODEL_GPUS,
-            engine={"threads": 1},
-            device="cpu",
-            chat_template="builtin:chatml_tools",
-        )
-        nodes.head.deploy(toy, real, ingress=ONE_PER_NODE)
+        nodes = Nodes(stack)
+        resources, engine = {"num_cpus": 0, "num_gpus": 1}, {"max_running": 64}
+        toy = model_config("toy", "builtin:toy?step_ms=20", ONE_PER_NODE, resources=resources, engine=engine)
+        # A proxy reaches the ingress on another node only if that does not listen on loopback.
+        nodes.head.deploy(toy, model_config("quick"), ingress=ONE_PER_NODE, ingress_cpus=1, host="0.0.0.0")
         yield nodes
 
 
 @asynccontextmanager
 async def client_of(node: Node) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of the node's proxy, which opens a new connection for each request."""
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
     async with httpx.AsyncClient(base_url=node.proxy, timeout=60, limits=limits) as client:
         yield client
@@ -84,152 +89,188 @@ async def client_of(node: Node) -> AsyncIterator[httpx.AsyncClient]:
 
 @pytest.fixture
 async def client(nodes: Nodes) -> AsyncIterator[httpx.AsyncClient]:
-    """A client of the head's proxy, once both nodes with models have both replicas."""
+    """A client of the head's proxy, once the service is complete."""
+    await wait_until_complete(nodes)
     async with client_of(nodes.head) as client:
-        await wait_until(lambda: complete(nodes, client), seconds=READY_S, every_s=0.5)
         yield client
 
 
-async def complete(nodes: Nodes, client: httpx.AsyncClient) -> bool:
-    try:
-        totals = await metric_totals(client)
-    except (httpx.TransportError, ValueError):
-        return False
-    ready = [totals.get(("ready_replicas", model)) for model in ("toy", "real")]
-    return ready == [2, 2] and len(nodes.find(":Ingress")) == 2
+async def wait_until_complete(nodes: Nodes) -> None:
+    """Wait until both proxies answer, both ingresses run and each model has its replicas."""
+
+    async def complete() -> bool:
+        for node in (nodes.head, nodes.front):
+            async with client_of(node) as client:
+                if not await answers(client):
+                    return False
+                totals = await metric_totals(client)
+        ready = [totals.get(("ready_replicas", model)) for model in ("toy", "quick")]
+        return ready == [2, 1] and len(nodes.find(":Ingress")) == 2
+
+    await wait_until(complete, seconds=READY_S, every_s=0.5)
 
 
-async def resumed(client: httpx.AsyncClient, model: str) -> float:
-    return (await metric_totals(client)).get(("resumed_requests_total", model), 0.0)
+async def resumed(client: httpx.AsyncClient) -> float:
+    return (await metric_totals(client)).get(("resumed_requests_total", "toy"), 0.0)
 
 
-def slowest_pauses(calls: list[Call], usual: list[float]) -> list[float]:
-    """By how much the longest pause of each stream was longer than usual, in ascending order."""
-    return sorted(round(call.longest_gap - gap, 2) for call, gap in zip(calls, usual, strict=True))
+async def undisturbed(client: httpx.AsyncClient, tokens: int) -> list[Any]:
+    """The answers to `toy_calls(tokens)`."""
+    return list(await asyncio.gather(*(call.run(client) for call in toy_calls(tokens, "quick"))))
 
 
-async def test_32_streams_of_all_dialects_survive_the_loss_of_a_node(nodes: Nodes, client: httpx.AsyncClient) -> None:
-    """Every process of the node is killed. Greedy and seeded answers, with grammars, tools and n = 2, are the same."""
-    calls, victim = real_calls(), nodes.models[0]
-    expected = await asyncio.gather(*(call.run(client) for call in calls))
-    usual, before = [call.longest_gap for call in calls], await resumed(client, "real")
+def same(calls: list[Call], found: Sequence[Any], expected: Sequence[Any]) -> None:
+    for call, answer, wanted in zip(calls, found, expected, strict=True):
+        assert answer == wanted, call.body
+
+
+def pauses(calls: list[Call]) -> list[float]:
+    """The longest pause of each stream in seconds, in ascending order."""
+    return sorted(round(call.longest_gap, 1) for call in calls)
+
+
+async def test_no_answer_is_lost_with_a_node(nodes: Nodes, client: httpx.AsyncClient) -> None:
+    """Every process of the node is killed under 36 streams of all dialects. The answers are as without the fault."""
+    calls, victim, before = [call for _ in range(6) for call in toy_calls(200)], nodes.models[0], await resumed(client)
+    expected = await undisturbed(client, 200) * 6
+    tasks = await running(client, calls, events=5)
     async with ShortCalls(client) as short:
-        tasks = await running(client, calls, events=5)
         victim.send_to_all(signal.SIGKILL)
         found = await asyncio.gather(*tasks)
-        nodes.replace(victim)
-    for call, answer, same in zip(calls, found, expected, strict=True):
-        assert answer == same, call.body
-    pauses = slowest_pauses(calls, usual)
-    print(f"{await resumed(client, 'real') - before:.0f} resumed; pauses: {pauses}; {short.summary}")
-    assert await resumed(client, "real") - before >= 8
+    nodes.replace(victim)
+    same(calls, found, expected)
+    moved = await resumed(client) - before
+    print(f"{moved:.0f} requests moved; pauses in s: {pauses(calls)}; {short.summary}")
+    assert moved >= 9
     assert not short.failures
-    assert pauses[-1] <= 6
+    assert pauses(calls)[-1] <= 3
 
 
 async def test_the_streams_of_a_preempted_node_finish_or_move(nodes: Nodes, client: httpx.AsyncClient) -> None:
-    """A spot notice: the cloud takes the node 10 s later. Short streams end there, long ones move."""
-    victim = nodes.models[0]
-    short, long = toy_calls(200), [call for _ in range(3) for call in toy_calls(900)]
-    expected = await asyncio.gather(*(call.run(client) for call in [*short, *toy_calls(900)]))
-    usual, before = [call.longest_gap for call in short] * 4, await resumed(client, "toy")
-    tasks = await running(client, [*short, *long], events=3)
-    async with ShortCalls(client) as calls:
-        nodes.replace(victim)  # as an autoscaler does
-        await asyncio.to_thread(nodes.head.drain, victim, 10)
-        await asyncio.sleep(10)
-        left = victim.find("ServeReplica")
+    """A spot notice: the cloud takes the node 8 s later. Short streams end there, long ones move."""
+    victim, before = nodes.models[0], await resumed(client)
+    calls = [*toy_calls(300), *toy_calls(1200), *toy_calls(1200)]
+    expected = [*await undisturbed(client, 300), *await undisturbed(client, 1200) * 2]
+    tasks = await running(client, calls, events=3)
+    async with ShortCalls(client) as short:
+        await asyncio.to_thread(nodes.head.drain, victim, 8)
+        await asyncio.sleep(8)
         victim.send_to_all(signal.SIGKILL)
         found = await asyncio.gather(*tasks)
-    same = [*expected[: len(short)], *expected[len(short) :] * 3]
-    for call, answer, wanted in zip([*short, *long], found, same, strict=True):
-        assert answer == wanted, call.body
-    pauses = slowest_pauses([*short, *long], usual)
-    print(f"{await resumed(client, 'toy') - before:.0f} moved; pauses: {pauses}; {len(left)} replicas left; {calls.summary}")
-    assert not calls.failures
-    assert pauses[-1] <= 6
+    nodes.replace(victim)
+    same(calls, found, expected)
+    moved = await resumed(client) - before
+    print(f"{moved:.0f} of {len(calls)} streams moved; pauses in s: {pauses(calls)}; {short.summary}")
+    assert 2 <= moved <= 12, "the long ones that ran there"
+    assert not short.failures
+    assert pauses(calls)[-1] <= 5
 
 
 async def test_the_streams_of_a_node_that_stands_still_move(nodes: Nodes, client: httpx.AsyncClient) -> None:
     """No connection ends, as when a machine has crashed or its network is lost. The node runs again after 40 s."""
     victim = nodes.models[0]
-    streams = [call for _ in range(3) for call in toy_calls(600)]
-    expected = await asyncio.gather(*(call.run(client) for call in toy_calls(600)))
-    tasks = await running(client, streams, events=3)
+    calls = [call for _ in range(3) for call in toy_calls(400)]
+    expected = await undisturbed(client, 400) * 3
+    tasks = await running(client, calls, events=3)
     stopped = time.monotonic()
     victim.send_to_all(signal.SIGSTOP)
     try:
         async with ShortCalls(client) as short:
             found = await asyncio.gather(*tasks)
-            print(f"the streams ended after {time.monotonic() - stopped:.1f} s; {short.summary}")
             nodes.replace(victim)
             await asyncio.sleep(stopped + 40 - time.monotonic())
     finally:
         victim.send_to_all(signal.SIGCONT)
-    for call, answer, same in zip(streams, found, expected * 3, strict=True):
-        assert answer == same, call.body
-    print(f"pauses: {sorted(round(call.longest_gap, 1) for call in streams)}; {short.summary}")
+    same(calls, found, expected)
+    print(f"pauses in s: {pauses(calls)}; {short.summary}")
     assert not short.failures
-    assert max(call.longest_gap for call in streams) <= 20
-    assert short.slowest_s <= 20
+    assert pauses(calls)[-1] <= 15
+    assert short.slowest_s <= 15
 
 
 async def test_a_killed_ingress_ends_its_own_streams_only(nodes: Nodes, client: httpx.AsyncClient) -> None:
     """Clients of both proxies. The end of a broken stream cannot be taken for the end of an answer."""
     (ingress,) = nodes.front.find(":Ingress")
-    streams = [call for _ in range(4) for call in toy_calls(500)]
-    expected = await asyncio.gather(*(call.run(client) for call in toy_calls(500)))
+    calls = [call for _ in range(4) for call in toy_calls(300)]
+    expected = await undisturbed(client, 300) * 4
     async with client_of(nodes.front) as other:
-        tasks = [*await running(client, streams[:12], events=3), *await running(other, streams[12:], events=3)]
+        tasks = [*await running(client, calls[:12], events=3), *await running(other, calls[12:], events=3)]
         async with ShortCalls(client) as short:
             await asyncio.sleep(1)
             killed = time.monotonic()
             ingress.kill()
             found = await asyncio.gather(*tasks, return_exceptions=True)
-            await wait_until(lambda: complete(nodes, client), seconds=READY_S)
-    broken = [call for call, answer in zip(streams, found, strict=True) if isinstance(answer, httpx.RemoteProtocolError)]
-    for call, answer, same in zip(streams, found, expected * 4, strict=True):
-        assert call in broken or answer == same, (call.body, answer)
-    ends = [call.times[-1] - killed for call in broken]
-    print(f"{len(broken)} of {len(streams)} streams broke, {max(ends):.2f} s after the kill; {short.summary}")
+    broken = [call for call, answer in zip(calls, found, strict=True) if isinstance(answer, httpx.RemoteProtocolError)]
+    whole = [n for n, call in enumerate(calls) if call not in broken]
+    same([calls[n] for n in whole], [found[n] for n in whole], [expected[n] for n in whole])
+    late = max(call.times[-1] for call in broken) - killed
+    print(f"{len(broken)} of {len(calls)} streams broke, the last event came {late:.2f} s after; {short.summary}")
     assert 6 <= len(broken) <= 18, "about half of the connections of each proxy went to this ingress"
-    assert max(ends) <= 1
+    assert late <= 1
     assert all(failure.began <= killed for failure in short.failures), short.failures
 
 
-@pytest.mark.parametrize("name", ["ServeController", "ProxyActor", "HAProxyManager", "DashboardAgent"])
-async def test_a_killed_process_of_ray_costs_no_request(nodes: Nodes, client: httpx.AsyncClient, name: str) -> None:
-    (process,) = nodes.head.find(f"ray::{name}")
-    streams = [call for _ in range(2) for call in toy_calls(400)]
-    expected = await asyncio.gather(*(call.run(client) for call in toy_calls(400)))
-    tasks = await running(client, streams, events=3)
+async def test_the_controller_and_rays_own_proxy_are_not_needed_to_serve(
+    nodes: Nodes, client: httpx.AsyncClient
+) -> None:
+    """One after the other is killed. No stream is cut and no call fails."""
+    calls = [call for _ in range(2) for call in toy_calls(400)]
+    expected = await undisturbed(client, 400) * 2
+    tasks = await running(client, calls, events=3)
     async with ShortCalls(client) as short:
-        process.kill()
-        found = await asyncio.gather(*tasks, return_exceptions=True)
-    print(name, short.summary, [a for a in found if isinstance(a, Exception)][:3], len([a for a in found if isinstance(a, Exception)]))
-    for call, answer, same in zip(streams, found, expected * 2, strict=True):
-        assert answer == same, (call.body, answer)
+        for name in ("ServeController", "ProxyActor"):
+            (process,) = nodes.head.find(f"ray::{name}")
+            process.kill()
+            await asyncio.sleep(3)
+        found = await asyncio.gather(*tasks)
+    same(calls, found, expected)
+    print(f"pauses in s: {pauses(calls)}; {short.summary}")
     assert not short.failures
+    assert pauses(calls)[-1] <= 2
 
 
-async def test_a_killed_haproxy_breaks_only_its_own_connections(nodes: Nodes, client: httpx.AsyncClient) -> None:
-    """The other node's HAProxy serves on. The killed one is back after a few seconds."""
-    (haproxy,) = nodes.front.find("haproxy.cfg")
-    streams = [call for _ in range(2) for call in toy_calls(300)]
-    expected = await asyncio.gather(*(call.run(client) for call in toy_calls(300)))
+@pytest.mark.parametrize("name", ["haproxy.cfg", "ray::HAProxyManager"])
+async def test_a_killed_haproxy_breaks_its_own_connections_only(
+    nodes: Nodes, client: httpx.AsyncClient, name: str
+) -> None:
+    """The other node's HAProxy serves on. HAProxy ends with the process that manages it. It is back after a while."""
+    (process,) = nodes.front.find(name)
+    calls = toy_calls(250)
+    expected = await undisturbed(client, 250)
     async with client_of(nodes.front) as other:
-        own = await running(other, toy_calls(300), events=3)
-        tasks = await running(client, streams, events=3)
+        own = await running(other, toy_calls(250), events=3)
+        tasks = await running(client, calls, events=3)
         async with ShortCalls(client) as short:
             killed = time.monotonic()
-            haproxy.kill()
+            process.kill()
             found = await asyncio.gather(*tasks)
             broken = await asyncio.gather(*own, return_exceptions=True)
             await wait_until(lambda: answers(other), seconds=60)
-    print(f"back after {time.monotonic() - killed:.1f} s; {short.summary}")
-    assert found == expected * 2
+            back_s = time.monotonic() - killed
+    same(calls, found, expected)
+    print(f"{name}: back after {back_s:.1f} s; {short.summary}")
     assert all(isinstance(error, httpx.TransportError) for error in broken), broken
     assert not short.failures
+
+
+async def test_a_lost_head_costs_its_own_connections_only(nodes: Nodes, client: httpx.AsyncClient) -> None:
+    """Ray's state is in Redis. Clients of the other proxy notice nothing, except on streams of the head's ingress."""
+    calls = [call for _ in range(2) for call in toy_calls(600)]
+    expected = await undisturbed(client, 600) * 2
+    async with client_of(nodes.front) as other:
+        tasks = await running(other, calls, events=3)
+        async with ShortCalls(other) as short:
+            killed = time.monotonic()
+            nodes.head.send_to_all(signal.SIGKILL)
+            nodes.replace_head()
+            found = await asyncio.gather(*tasks, return_exceptions=True)
+        broken = [isinstance(answer, httpx.RemoteProtocolError) for answer in found]
+        for call, answer, wanted, cut in zip(calls, found, expected, broken, strict=True):
+            assert cut or answer == wanted, (call.body, answer)
+        assert all(failure.began <= killed for failure in short.failures), short.failures
+        assert 2 <= sum(broken) <= 10
+        await wait_until_complete(nodes)
+        print(f"{sum(broken)} of {len(calls)} streams broke; complete after {time.monotonic() - killed:.1f} s; {short.summary}")
 
 
 async def answers(client: httpx.AsyncClient) -> bool:
