@@ -217,6 +217,8 @@ class Model(Section):
                 f"{self.resources.num_gpus:g}: set num_gpus to {engine.gpus}, or, for a replica on several nodes, to "
                 "its GPUs on each"
             )
+        if engine.gpus > reserved and self.deployment.max_replicas_per_node is not None:
+            raise ValueError("deployment.max_replicas_per_node is not for replicas on several nodes; remove it")
 
     @property
     def is_toy(self) -> bool:

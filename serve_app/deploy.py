@@ -1,16 +1,16 @@
 """Deploys a configuration to a running Ray cluster, waits until it serves, and restores the previous one if it fails.
 
-`python -m serve_app deploy`. Ray's own `serve deploy` ends before the rollout begins, and leaves a configuration that
-cannot run as the cluster's goal: a replica that is lost later would be replaced by one that cannot start.
+`python -m serve_app deploy`. Ray's own `serve deploy` ends before the rollout begins. If the new configuration cannot
+run, it leaves the rollout where it stopped: the old replicas serve, but one that is lost later is not replaced.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 from serve_app.config import ConfigError
@@ -19,6 +19,7 @@ from serve_app.serve_file import load_deploy_file
 
 _POLL_INTERVAL_S = 0.5
 _FAILED = ("DEPLOY_FAILED", "UNHEALTHY")
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 Json = dict[str, Any]
 
@@ -137,7 +138,14 @@ def _state(application: Json) -> str:
 def _reasons(application: Json) -> str:
     """Why the application does not run: Ray's message, then the message of each deployment that does not run."""
     texts = [application["message"], *(one["message"] for _, one in _unhealthy(application))]
-    return "\n".join(f"  {line}" for text in dict.fromkeys(texts) for line in text.strip().splitlines())
+    return "\n".join(f"  {line}" for text in dict.fromkeys(texts) for line in _without_traceback(text))
+
+
+def _without_traceback(text: str) -> list[str]:
+    """The lines of a message of Ray; of a traceback in it, only the last line, which names the exception."""
+    lines = [line.strip() for line in _COLOUR.sub("", text).splitlines() if line.strip()]
+    at = next((n for n, line in enumerate(lines) if line.startswith(("ray::", "Traceback"))), len(lines))
+    return [*lines[:at], *lines[at:][-1:]]
 
 
 def _unhealthy(application: Json) -> list[tuple[str, Json]]:

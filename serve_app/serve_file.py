@@ -95,7 +95,9 @@ def _without_ray_keys(value: Any, path: str) -> Any:
     if not isinstance(value, dict):
         return value
     dropped = _ONLY_DEPLOY.get(path, set())
-    return {key: _without_ray_keys(one, f"{path}.{key}".lstrip(".")) for key, one in value.items() if key not in dropped}
+    return {
+        key: _without_ray_keys(one, f"{path}.{key}".lstrip(".")) for key, one in value.items() if key not in dropped
+    }
 
 
 def _validated(path: str | Path, document: dict[str, Any]) -> ServeFile:

@@ -42,8 +42,10 @@ RULES: dict[str, set[str]] = {
     "config.py": {"pydantic", "serve_app.section", "serve_app.engine_config", "serve_app.lora_config"},
     "serve_file.py": {"pydantic", "yaml", "serve_app.config"},
     "readiness.py": set(),
+    "progress.py": set(),
+    "deploy.py": {"ray", "serve_app.config", "serve_app.progress", "serve_app.serve_file"},
     "cli.py": {"ray", "serve_app.app", "serve_app.config", "serve_app.deployments.cluster", "serve_app.readiness"}
-    | {"serve_app.serve_file"},
+    | {"serve_app.deploy", "serve_app.progress", "serve_app.serve_file"},
     "__main__.py": {"serve_app.cli"},
     "__init__.py": set(),
     "app.py": {"ray", "serve_app.config", "serve_app.deployments", "serve_app.gateway"},

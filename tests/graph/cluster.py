@@ -1,7 +1,7 @@
-"""Ray clusters of several nodes on this machine, each of which is a `ray start` with an address and processes of its own.
+"""Ray clusters of several nodes on this machine. Each node is a `ray start` with an address and processes of its own.
 
-`ray.cluster_utils.Cluster` would start the nodes in the environment of the tests and write the address of its cluster to
-the file by which all other programs of the machine find theirs.
+`ray.cluster_utils.Cluster` would start the nodes in the environment of the tests, and write the address of its cluster
+to the file by which all other programs of the machine find theirs.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ _LONGEST_S = 120
 
 @contextmanager
 def node_environment(proxy: str) -> Iterator[dict[str, str]]:
-    """The environment of all nodes, as the manifests have it, with one of Ray Serve's proxies: `haproxy` or `python`."""
+    """The environment of all nodes, as the manifests have it. `proxy` is Ray Serve's: `haproxy` or `python`."""
     variables = {one["name"]: one["value"] for one in rayservice.environment(_LONGEST_S) if "value" in one}
     if proxy == "python":
         yield {**variables, **PROXIES["python"]}
@@ -52,11 +53,11 @@ def fault_tolerance() -> Iterator[dict[str, str]]:
 
 
 class Node(Program):
-    """A node of a Ray cluster. `proxy` is the URL of its HTTP proxy."""
+    """A node of a Ray cluster, started with these options of `ray start`. `proxy` is the URL of its HTTP proxy."""
 
-    def __init__(self, *options: str, port: int, **environment: str) -> None:
+    def __init__(self, environment: dict[str, str], *options: str, http_port: int) -> None:
         super().__init__([*_START, *options], **environment)
-        self.proxy = f"http://127.0.0.1:{port}"
+        self.proxy = f"http://127.0.0.1:{http_port}"
 
     def wait_until_started(self) -> None:
         self.wait_for_output("Ray runtime started")
@@ -73,20 +74,27 @@ class Node(Program):
                 process.send_signal(number)
 
 
-class Head(Node):
-    """The head of a cluster, with its dashboard. `options` are those of `ray start`; `lost` is the head that it replaces."""
+@dataclass(frozen=True)
+class Ports:
+    """The ports of a head. A head that replaces another one has the same."""
 
-    def __init__(self, *options: str, lost: Head | None = None, **environment: str) -> None:
-        self.dashboard = lost.dashboard if lost else free_port()
-        self.port = lost.port if lost else free_port()
-        self._ray_port = lost._ray_port if lost else free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
+    ray: int = field(default_factory=free_port)
+    dashboard: int = field(default_factory=free_port)
+    http: int = field(default_factory=free_port)
+
+
+class Head(Node):
+    """The head of a cluster, with its dashboard."""
+
+    def __init__(self, environment: dict[str, str], *options: str, ports: Ports | None = None) -> None:
+        self.ports = ports or Ports()
         super().__init__(
-            *("--head", "--node-ip-address=127.0.0.1", f"--port={self._ray_port}"),
-            *(f"--dashboard-port={self.dashboard}", *options),
-            port=self.port,
-            **environment,
+            environment,
+            *("--head", "--node-ip-address=127.0.0.1", f"--port={self.ports.ray}"),
+            *(f"--dashboard-port={self.ports.dashboard}", *options),
+            http_port=self.ports.http,
         )
+        self.dashboard = f"http://127.0.0.1:{self.ports.dashboard}"
 
     @property
     def address(self) -> str:
@@ -102,7 +110,7 @@ class Head(Node):
 
     def serve(self, *command: str) -> subprocess.CompletedProcess[str]:
         """The `serve` tool, against this cluster."""
-        return self.tool("ray.serve.scripts", *command, f"--address=http://127.0.0.1:{self.dashboard}")
+        return self.tool("ray.serve.scripts", *command, f"--address={self.dashboard}")
 
     def drain(self, node: Node, deadline_s: int) -> None:
         """Announce that the node will be lost, as cluster/image/drain does when its pod has to stop."""
@@ -121,7 +129,7 @@ class Head(Node):
     def write(self, *models: Config, **options: Any) -> Path:
         """A Serve config file with these models and the port of this cluster."""
         file = self.folder / "serve_config.yaml"
-        file.write_text(yaml.safe_dump(serve_config(models, port=self.port, **options)))
+        file.write_text(yaml.safe_dump(serve_config(models, port=self.ports.http, **options)))
         return file
 
     def deploy(self, *models: Config, **options: Any) -> None:
@@ -132,7 +140,7 @@ class Head(Node):
         """The resources that each live model replica reserves, by deployment."""
         headers = {"authorization": f"Bearer {self.environment['RAY_AUTH_TOKEN']}"}
         params = {"detail": "true", "filter_keys": "state", "filter_predicates": "=", "filter_values": "ALIVE"}
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{self.dashboard}", headers=headers) as client:
+        async with httpx.AsyncClient(base_url=self.dashboard, headers=headers) as client:
             answer = (await client.get("/api/v0/actors", params=params, timeout=30)).json()
         rows: list[dict[str, Any]] = answer["data"]["result"]["result"]
         return {row["name"].split("#")[1]: row["required_resources"] for row in rows if "#model-" in row["name"]}
@@ -142,17 +150,17 @@ class Worker(Node):
     """A further node of the cluster of `head`, with its own address 127.0.0.`number` and its own port of the proxy."""
 
     def __init__(self, head: Head, number: int, *options: str) -> None:
-        port = free_port()
+        http_port = free_port()
         inherited = {
             name: value
             for name, value in head.environment.items()
             if name.startswith(("RAY_", "HF_")) and name not in ("RAY_TMPDIR", "RAY_REDIS_ADDRESS")
         }
         super().__init__(
+            {**inherited, "RAY_SERVE_WORKER_PROXY_HTTP_PORT": str(http_port)},
             *(f"--address={head.address}", f"--node-ip-address=127.0.0.{number}", *options),
             # Several raylets on one machine: each has its own folder, and the system chooses the ports.
             *("--temp-dir={folder}/ray", "--dashboard-agent-listen-port=0"),
             *("--min-worker-port=0", "--max-worker-port=0"),
-            port=port,
-            **{**inherited, "RAY_SERVE_WORKER_PROXY_HTTP_PORT": str(port)},
+            http_port=http_port,
         )

@@ -205,7 +205,9 @@ class ShortCalls:
 
     @property
     def summary(self) -> str:
-        return f"{self.answered} short calls answered, {len(self.failures)} not, the slowest after {self.slowest_s:.1f} s"
+        return (
+            f"{self.answered} short calls answered, {len(self.failures)} not, the slowest after {self.slowest_s:.1f} s"
+        )
 
     async def _call_until_stopped(self) -> None:
         while not self._stopped:

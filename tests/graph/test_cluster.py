@@ -35,14 +35,14 @@ PATIENT: Config = {"graceful_shutdown_timeout_s": 60}
 def head(request: pytest.FixtureRequest) -> Iterator[Head]:
     """A node with two GPUs that do not exist; one of them has the label A10G. The two heads differ in their proxy."""
     options = ("--num-cpus=4", "--num-gpus=2", '--resources={"accelerator_type:A10G": 1}')
-    with node_environment(request.param) as environment, Head(*options, **environment) as head:
+    with node_environment(request.param) as environment, Head(environment, *options) as head:
         head.wait_until_started()
         yield head
 
 
 @pytest.fixture
 async def client(head: Head) -> AsyncIterator[httpx.AsyncClient]:
-    async with httpx.AsyncClient(base_url=head.url, timeout=60) as client:
+    async with httpx.AsyncClient(base_url=head.proxy, timeout=60) as client:
         yield client
 
 
@@ -185,7 +185,7 @@ async def test_a_rollout_cuts_no_stream_and_counts_only_routed_replicas_as_ready
 
 
 async def test_serve_status_states_every_fault_of_a_faulty_file(head: Head, tmp_path: Path) -> None:
-    document = serve_config([{**model_config("toy"), "sauce": 1}], port=head.port)
+    document = serve_config([{**model_config("toy"), "sauce": 1}], port=head.ports.http)
     document["applications"][0]["args"]["limits"] = {"warm_wait_s": -1}
     file = tmp_path / "faulty.yaml"
     file.write_text(yaml.safe_dump(document))

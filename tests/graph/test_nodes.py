@@ -42,7 +42,7 @@ class Nodes:
         self._numbers = itertools.count(2)
         self._environment = stack.enter_context(node_environment("haproxy"))
         self._environment |= stack.enter_context(fault_tolerance())
-        self.head = stack.enter_context(Head(*FRONT, **self._environment))
+        self.head = stack.enter_context(Head(self._environment, *FRONT))
         self.head.wait_until_started()
         self.front = self._start(FRONT)
         self.models = [self._start(MODELS) for _ in range(2)]
@@ -58,9 +58,8 @@ class Nodes:
 
     def replace_head(self) -> None:
         """Start another head, with the state that Redis has, without waiting for it."""
-        token = self.head.environment["RAY_AUTH_TOKEN"]
-        head = Head(*FRONT, lost=self.head, **self._environment, RAY_AUTH_TOKEN=token)
-        self.head = self._stack.enter_context(head)
+        environment = {**self._environment, "RAY_AUTH_TOKEN": self.head.environment["RAY_AUTH_TOKEN"]}
+        self.head = self._stack.enter_context(Head(environment, *FRONT, ports=self.head.ports))
 
     def find(self, text: str) -> list[psutil.Process]:
         """The processes of all nodes with this text in their command line."""
@@ -260,8 +259,8 @@ async def test_a_lost_head_costs_its_own_connections_only(nodes: Nodes, client: 
     async with client_of(nodes.front) as other:
         tasks = await running(other, calls, events=3)
         async with ShortCalls(other) as short:
-            killed = time.monotonic()
             nodes.head.send_to_all(signal.SIGKILL)
+            killed = time.monotonic()
             nodes.replace_head()
             found = await asyncio.gather(*tasks, return_exceptions=True)
         broken = [isinstance(answer, httpx.RemoteProtocolError) for answer in found]
@@ -270,7 +269,8 @@ async def test_a_lost_head_costs_its_own_connections_only(nodes: Nodes, client: 
         assert all(failure.began <= killed for failure in short.failures), short.failures
         assert 2 <= sum(broken) <= 10
         await wait_until_complete(nodes)
-        print(f"{sum(broken)} of {len(calls)} streams broke; complete after {time.monotonic() - killed:.1f} s; {short.summary}")
+        seconds = time.monotonic() - killed
+        print(f"{sum(broken)} of {len(calls)} streams broke; complete after {seconds:.1f} s; {short.summary}")
 
 
 async def answers(client: httpx.AsyncClient) -> bool:
