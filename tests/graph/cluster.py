@@ -6,6 +6,7 @@ to the file by which all other programs of the machine find theirs.
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -43,6 +44,7 @@ def node_environment(proxy: str) -> Iterator[dict[str, str]]:
 @contextmanager
 def fault_tolerance() -> Iterator[dict[str, str]]:
     """Run Redis. With these variables the head keeps its state there, and workers wait for a new head."""
+    assert shutil.which("redis-server"), "install redis-server"
     port = free_port()
     command = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--loglevel", "warning"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as redis:
