@@ -22,7 +22,7 @@ import yaml
 
 from infra_pulumi import rayservice
 from serve_app.deployments import haproxy
-from tests.graph.service import PROXIES, Config, Program, free_port, serve_config
+from tests.graph.service import PROXIES, Config, Program, free_port, kill, serve_config
 
 _START = ("ray.scripts.scripts", "start", "--block", "--object-store-memory=100000000")
 _LONGEST_S = 120
@@ -69,11 +69,18 @@ class Node(Program):
         (raylet,) = self.find("--node_id=")
         return next(word for word in raylet.cmdline() if word.startswith("--node_id=")).removeprefix("--node_id=")
 
+    def lose(self) -> None:
+        """Kill every process of the node, as if its machine was lost."""
+        kill(self._all())
+
     def send_to_all(self, number: int) -> None:
-        """Send a signal to every process of the node, as if its machine was lost (SIGKILL) or stood still (SIGSTOP)."""
-        for process in [psutil.Process(self.process.pid), *self.descendants()]:
+        """Send a signal to every process of the node. After SIGSTOP it stands still as a crashed machine does."""
+        for process in self._all():
             with suppress(psutil.NoSuchProcess):
                 process.send_signal(number)
+
+    def _all(self) -> list[psutil.Process]:
+        return [psutil.Process(self.process.pid), *self.descendants()]
 
 
 @dataclass(frozen=True)

@@ -191,6 +191,17 @@ class Program:
         return [process for process in self._seen.values() if text in (_command_line(process) or "")]
 
 
+def kill(processes: Sequence[psutil.Process]) -> None:
+    """Kill the processes and wait until they have ended: until then they accept connections."""
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    end = time.monotonic() + 10
+    while any(_command_line(process) is not None for process in processes):
+        assert time.monotonic() < end, processes
+        time.sleep(0.005)
+
+
 def _command_line(process: psutil.Process) -> str | None:
     """The command line; None if the process has ended, which it may do during this call."""
     try:

@@ -22,6 +22,11 @@ pytestmark = [pytest.mark.ray, pytest.mark.long, pytest.mark.timeout(300)]
 # The id that the fake provider expects of the head.
 HEAD_ID = "fffffffffffffffffffffffffffffffffffffffffffffffffff00000"
 IDLE_S = 6
+# Keys that Ray requires of a configuration, also if nothing has to be set up.
+LISTS = (
+    *("cluster_synced_files", "initialization_commands", "setup_commands", "head_setup_commands"),
+    *("worker_setup_commands", "head_start_ray_commands", "worker_start_ray_commands"),
+)
 
 
 def autoscaling_config(gcs_address: str) -> Config:
@@ -46,6 +51,9 @@ def autoscaling_config(gcs_address: str) -> Config:
         "head_node_type": "ray.head.default",
         "upscaling_speed": 1.0,
         "idle_timeout_minutes": IDLE_S / 60,
+        "auth": {},
+        "file_mounts": {},
+        **{name: [] for name in LISTS},
     }
 
 

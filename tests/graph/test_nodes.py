@@ -16,9 +16,10 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.graph.cluster import Head, Node, Worker, fault_tolerance, node_environment
-from tests.graph.service import Config, metric_totals, model_config, wait_until
+from tests.graph.service import Config, kill, metric_totals, model_config, wait_until
 from tests.graph.streams import Call, ShortCalls, running, toy_calls
 
 pytestmark = [pytest.mark.ray, pytest.mark.long, pytest.mark.timeout(300)]
@@ -109,6 +110,24 @@ async def wait_until_complete(nodes: Nodes) -> None:
     await wait_until(complete, seconds=READY_S, every_s=0.5)
 
 
+async def wait_until_reached(client: httpx.AsyncClient) -> None:
+    """Wait until the proxy of the client sends requests to both ingresses: it checks a new one before it does."""
+
+    async def health_calls() -> dict[str, float]:
+        families = text_string_to_metric_families((await client.get("/metrics")).text)
+        counts = [one for family in families for one in family.samples if one.name == "serve_app_http_requests_total"]
+        return {one.labels["replica"]: one.value for one in counts if one.labels["route"] == "/health"}
+
+    async def both() -> bool:
+        before = await health_calls()
+        await asyncio.gather(*(client.get("/health") for _ in range(8)))
+        await asyncio.sleep(1.5)  # each ingress reports once a second
+        after = await health_calls()
+        return sum(after[replica] > before.get(replica, 0) for replica in after) == 2
+
+    await wait_until(both, seconds=READY_S)
+
+
 async def resumed(client: httpx.AsyncClient) -> float:
     return (await metric_totals(client)).get(("resumed_requests_total", "toy"), 0.0)
 
@@ -134,7 +153,7 @@ async def test_no_answer_is_lost_with_a_node(nodes: Nodes, client: httpx.AsyncCl
     expected = await undisturbed(client, 200) * 6
     tasks = await running(client, calls, events=5)
     async with ShortCalls(client) as short:
-        victim.send_to_all(signal.SIGKILL)
+        victim.lose()
         found = await asyncio.gather(*tasks)
     nodes.replace(victim)
     same(calls, found, expected)
@@ -154,7 +173,7 @@ async def test_the_streams_of_a_preempted_node_finish_or_move(nodes: Nodes, clie
     async with ShortCalls(client) as short:
         await asyncio.to_thread(nodes.head.drain, victim, 8)
         await asyncio.sleep(8)
-        victim.send_to_all(signal.SIGKILL)
+        victim.lose()
         found = await asyncio.gather(*tasks)
     nodes.replace(victim)
     same(calls, found, expected)
@@ -196,8 +215,8 @@ async def test_a_killed_ingress_ends_its_own_streams_only(nodes: Nodes, client: 
         tasks = [*await running(client, calls[:12], events=3), *await running(other, calls[12:], events=3)]
         async with ShortCalls(client) as short:
             await asyncio.sleep(1)
+            kill([ingress])
             killed = time.monotonic()
-            ingress.kill()
             found = await asyncio.gather(*tasks, return_exceptions=True)
     broken = [call for call, answer in zip(calls, found, strict=True) if isinstance(answer, httpx.RemoteProtocolError)]
     whole = [n for n, call in enumerate(calls) if call not in broken]
@@ -257,9 +276,10 @@ async def test_a_lost_head_costs_its_own_connections_only(nodes: Nodes, client: 
     calls = [call for _ in range(2) for call in toy_calls(600)]
     expected = await undisturbed(client, 600) * 2
     async with client_of(nodes.front) as other:
+        await wait_until_reached(other)
         tasks = await running(other, calls, events=3)
         async with ShortCalls(other) as short:
-            nodes.head.send_to_all(signal.SIGKILL)
+            nodes.head.lose()
             killed = time.monotonic()
             nodes.replace_head()
             found = await asyncio.gather(*tasks, return_exceptions=True)
