@@ -2,11 +2,13 @@
 
 # Without `from __future__ import annotations`: Ray validates the args by the annotation of `build`, and silently does
 # not if the annotation is a string.
+from collections.abc import Callable
 from typing import Any
 
 from ray.serve import Application
 
-from serve_app.config import AppConfig, Deployment, Model, VllmOptions, deployment_name
+from serve_app.config import AppConfig, Autoscaling, Deployment, Model, VllmOptions, deployment_name
+from serve_app.deployments.autoscaling import model_autoscaling, ray_autoscaling
 from serve_app.deployments.ingress import Ingress
 from serve_app.deployments.replica import ModelReplica
 from serve_app.deployments.router import router_config
@@ -28,7 +30,7 @@ def build(config: AppConfig) -> Application:
     check(config.telemetry)
     models = [_model(model, config).bind(model, config.telemetry) for model in config.models]
     ingress = Ingress.options(  # type: ignore[attr-defined]
-        **_serve_options(config.ingress.deployment),
+        **_serve_options(config.ingress.deployment, ray_autoscaling),
         ray_actor_options={"num_cpus": config.ingress.num_cpus},
         # With JSON logs the ingress writes its own access log, with route, trace and the status after the stream.
         **({"logging_config": _NO_ACCESS_LOG} if config.telemetry.log_format == "json" else {}),
@@ -38,7 +40,7 @@ def build(config: AppConfig) -> Application:
 
 def _model(model: Model, config: AppConfig) -> Any:
     """The gateway enforces the bounds of generations and queries. Ray's bounds are higher, so that they never apply."""
-    options = _serve_options(model.deployment)
+    options = _serve_options(model.deployment, lambda scaling: model_autoscaling(model, scaling))
     ingresses = _most_replicas(config.ingress.deployment)
     options["max_ongoing_requests"] += ingresses * QUERIES_RUNNING + _SPARE
     options["max_queued_requests"] += _most_replicas(model.deployment) * options["max_ongoing_requests"]
@@ -56,11 +58,11 @@ def _most_replicas(deployment: Deployment) -> int:
     return deployment.autoscaling.max_replicas if deployment.autoscaling else deployment.num_replicas or 1
 
 
-def _serve_options(deployment: Deployment) -> dict[str, Any]:
+def _serve_options(deployment: Deployment, configured: Callable[[Autoscaling], dict[str, Any]]) -> dict[str, Any]:
     options = deployment.model_dump(exclude={"autoscaling", "num_replicas"})
     if deployment.autoscaling is None:
         return {**options, "num_replicas": deployment.num_replicas}
-    return {**options, "autoscaling_config": deployment.autoscaling.model_dump()}
+    return {**options, "autoscaling_config": configured(deployment.autoscaling)}
 
 
 def _resource_options(model: Model) -> dict[str, Any]:

@@ -65,12 +65,19 @@ class ConfigError(Exception):
 
 
 class Autoscaling(Section):
-    """Ray Serve's autoscaling, with times in seconds. With `min_replicas: 0` an idle model has no replica."""
+    """A variable number of replicas, with times in seconds. With `min_replicas: 0` an idle model has no replica.
+
+    The replicas of a model are sized for the work that waits: a request should have its first token within
+    `target_ttft_s`, and `min_idle` replicas more than the requests need are kept ready. With `target_ongoing_requests`
+    they are sized by Ray Serve for this number of requests each, as the replicas of an ingress always are.
+    """
 
     min_replicas: int = Field(1, ge=0)
     max_replicas: int = Field(1, ge=1)
-    target_ongoing_requests: float = Field(32, gt=0)
-    upscale_delay_s: float = Field(10, ge=0)
+    target_ttft_s: float = Field(2, gt=0)
+    min_idle: int = Field(0, ge=0)
+    target_ongoing_requests: float | None = Field(None, gt=0)
+    upscale_delay_s: float = Field(0, ge=0)
     downscale_delay_s: float = Field(300, ge=0)
     downscale_to_zero_delay_s: float = Field(300, ge=0)
     look_back_period_s: float = Field(15, gt=10)  # handles report their requests to Ray every 10 s
@@ -79,7 +86,23 @@ class Autoscaling(Section):
     def _check_order(self) -> Autoscaling:
         if self.min_replicas > self.max_replicas:
             raise ValueError(f"min_replicas {self.min_replicas} is above max_replicas {self.max_replicas}")
+        if self.min_idle > self.max_replicas:
+            raise ValueError(f"min_idle {self.min_idle} is above max_replicas {self.max_replicas}")
         return self
+
+    @model_validator(mode="after")
+    def _check_objective(self) -> Autoscaling:
+        if self.target_ongoing_requests is None:
+            return self
+        for key in ("target_ttft_s", "min_idle"):
+            if key in self.model_fields_set:
+                raise ValueError(f"{key} and target_ongoing_requests exclude each other: remove one of them")
+        return self
+
+    @property
+    def by_work(self) -> bool:
+        """Whether the work that waits decides, and not Ray Serve's number of requests."""
+        return self.target_ongoing_requests is None
 
 
 class Deployment(Section):
@@ -106,16 +129,18 @@ class Deployment(Section):
     def _check_target(self) -> Deployment:
         """Ray counts the requests that run on replicas, and a replica never runs more than `max_ongoing_requests`."""
         scaling = self.autoscaling
-        if scaling and scaling.max_replicas > 1 and scaling.target_ongoing_requests >= self.max_ongoing_requests:
+        target = scaling.target_ongoing_requests if scaling else None
+        if scaling and target and scaling.max_replicas > 1 and target >= self.max_ongoing_requests:
             raise ValueError(
-                f"autoscaling.target_ongoing_requests {scaling.target_ongoing_requests:g} must be below "
+                f"autoscaling.target_ongoing_requests {target:g} must be below "
                 f"max_ongoing_requests {self.max_ongoing_requests}: otherwise Ray never adds a replica"
             )
         return self
 
     @property
     def scales_to_zero(self) -> bool:
-        return self.autoscaling is not None and self.autoscaling.min_replicas == 0
+        scaling = self.autoscaling
+        return scaling is not None and scaling.min_replicas == 0 and scaling.min_idle == 0
 
 
 class Resources(Section):

@@ -30,7 +30,8 @@ class NativeOptions(EngineOptions):
 
     `max_step_tokens` is the limit of rows in one forward pass: a longer prompt is prefilled in chunks between decode
     steps. `draft_tokens` is the number of tokens that speculative decoding proposes while few sequences run; 0 switches
-    it off.
+    it off. With `cache_weights` the packed weights of a model on CPU are kept in the cache folder: later starts map
+    them, and all replicas of a node share their memory.
     """
 
     kind: Literal["native"] = "native"
@@ -39,6 +40,7 @@ class NativeOptions(EngineOptions):
     kv_memory_fraction: float = Field(0.5, gt=0, le=0.95)
     kv_memory_bytes: int | None = Field(None, ge=1)
     threads: int | None = Field(None, ge=1)
+    cache_weights: bool = True
 
 
 class Speculative(Section):

@@ -34,6 +34,8 @@ DEPLOYMENT_BOUNDS: dict[str, list[float]] = {
     "num_replicas": [0],
     "autoscaling.min_replicas": [-1],
     "autoscaling.max_replicas": [0],
+    "autoscaling.target_ttft_s": [0],
+    "autoscaling.min_idle": [-1],
     "autoscaling.target_ongoing_requests": [0],
     "autoscaling.upscale_delay_s": [-0.1],
     "autoscaling.downscale_delay_s": [-0.1],
@@ -356,6 +358,24 @@ def test_a_target_below_max_ongoing_requests_or_for_one_replica_is_valid(scaling
     document = with_value("models.0.deployment", {**SCALED, "autoscaling": scaling})
     (model,) = AppConfig.model_validate(document).models
     assert model.deployment.max_ongoing_requests == 32
+
+
+@pytest.mark.parametrize("key", ["target_ttft_s", "min_idle"])
+def test_the_objective_of_ray_and_that_of_the_service_exclude_each_other(key: str) -> None:
+    scaling = {"target_ongoing_requests": 8, key: 1}
+    message = fault(app_args(deployment={**SCALED, "autoscaling": scaling}))
+    assert message.endswith(f"{key} and target_ongoing_requests exclude each other: remove one of them")
+
+
+def test_more_idle_replicas_than_the_maximum_are_refused() -> None:
+    message = fault(app_args(deployment={**SCALED, "autoscaling": {"min_idle": 3, "max_replicas": 2}}))
+    assert message.endswith("min_idle 3 is above max_replicas 2")
+
+
+def test_a_model_with_replicas_that_are_kept_ready_never_scales_to_zero() -> None:
+    scaling = {"min_replicas": 0, "min_idle": 1}
+    config = AppConfig.model_validate(app_args(deployment={**SCALED, "autoscaling": scaling}))
+    assert not config.models[0].deployment.scales_to_zero
 
 
 def test_the_minimum_of_replicas_is_not_above_the_maximum() -> None:

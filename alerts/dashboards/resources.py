@@ -98,9 +98,12 @@ REPLICAS = (
     ),
     Panel(
         "Load time",
-        "Time that each engine took to load. A new replica and a start from zero take this time.",
+        "Time that each engine took to load, and of it the phases. A new replica and a start from zero take this time.",
         "s",
-        ((maximum("serve_app_model_load_seconds", REPLICA), REPLICA_LEGEND),),
+        (
+            (maximum("serve_app_model_load_seconds", REPLICA), REPLICA_LEGEND),
+            (maximum("serve_app_model_load_phase_seconds", ("model", "phase")), "{{model}} {{phase}}"),
+        ),
         alerts=("ScaleFromZeroSlow",),
     ),
     Panel(
@@ -167,7 +170,7 @@ LOAD = (
     ),
     Panel(
         "Ongoing requests for autoscaling",
-        "Ongoing requests of a deployment. Ray divides them by target_ongoing_requests to get the desired number of "
+        "Ongoing requests of a deployment. With target_ongoing_requests, Ray divides them by it to get the number of "
         "replicas.",
         "short",
         ((maximum("ray_serve_autoscaling_total_requests", ("deployment",), DEPLOYMENT), "{{deployment}}"),),

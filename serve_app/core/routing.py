@@ -10,6 +10,7 @@ from hashlib import blake2b
 from itertools import islice
 
 from serve_app.core.requests import ChatPrompt, GenerationRequest, TextPrompt
+from serve_app.core.scaling import NO_SPEED, ReplicaSpeed
 
 # Bytes of a block: about 64 tokens of English text.
 BLOCK_BYTES = 256
@@ -37,12 +38,13 @@ class ReplicaLoad:
     """What a replica computes: the number of running sequences, and the prompt tokens of the requests that wait.
 
     `digests` are those of the prompts in its KV cache, as an array of unsigned 64-bit numbers; None if they have not
-    changed since its last report.
+    changed since its last report. `speed` is what the replica has shown, for the autoscaler.
     """
 
     running: int = 0
     waiting_tokens: int = 0
     digests: bytes | None = None
+    speed: ReplicaSpeed = NO_SPEED
 
 
 def routing_key(request: GenerationRequest) -> RoutingKey:
@@ -63,6 +65,17 @@ def routing_key(request: GenerationRequest) -> RoutingKey:
             digest = blake2b(block, digest_size=_DIGEST_BYTES, key=digest).digest()
             digests.append(int.from_bytes(digest))
     return RoutingKey(digests, size / _BYTES_PER_TOKEN + len(request.resumed), request.session)
+
+
+def prompt_tokens(request: GenerationRequest) -> float:
+    """An estimate of the length of the prompt in tokens, without a tokenizer."""
+    prompt = request.prompt
+    if isinstance(prompt, TextPrompt):
+        return len(prompt.text) / _BYTES_PER_TOKEN
+    if isinstance(prompt, ChatPrompt):
+        texts = [*prompt.tools, prompt.variables, *(message.content for message in prompt.messages)]
+        return sum(map(len, texts)) / _BYTES_PER_TOKEN
+    return float(len(prompt.token_ids))
 
 
 def home_of_session(session: str, replicas: Sequence[str]) -> str | None:

@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serve_app.api.context import configured_adapters
 from serve_app.config import AppConfig, Model
 from serve_app.core.adapters import AdapterChange
+from serve_app.core.queries import ModelState
 from serve_app.deployments.event_receiver import EventReceiver
 from serve_app.deployments.heartbeats import Report, Reporter, to_every_replica
 from serve_app.deployments.ingress_telemetry import IngressTelemetry
@@ -25,6 +26,8 @@ from serve_app.deployments.registry import Heartbeat, ReplicaRegistry
 from serve_app.deployments.remote import RemoteEngine
 from serve_app.deployments.routing import routing_table
 from serve_app.deployments.telemetry import ProcessTelemetry, log_to_serve
+from serve_app.deployments.work_reporter import WorkReporter
+from serve_app.deployments.work_reports import WorkReport
 from serve_app.gateway.catalog import Catalog
 from serve_app.gateway.chain import ModelChain
 from serve_app.telemetry.exposition import MetricsSnapshot
@@ -34,6 +37,8 @@ logger = logging.getLogger("ray.serve")
 # The time for which a new ingress waits for the reports of running replicas before it serves.
 _FIRST_REPORTS_S = 1.0
 _UPDATE_INTERVAL_S = 0.5
+# The interval while requests wait for a model to load.
+_WAKING_INTERVAL_S = 0.05
 
 
 @serve.deployment
@@ -58,6 +63,7 @@ class Ingress:
         self._remotes: list[RemoteEngine] = []
         self._chains = {model.name: self._chain(model) for model in config.models}
         self._ingresses = serve.get_deployment_handle(context.deployment, context.app_name)
+        self._work = WorkReporter(context.app_name, self._id, config.models, self._report_of)
         self._reporter = Reporter(self._report, self._heartbeat, self._telemetry.families)
         self._telemetry.reporter = self._reporter
         with suppress(TimeoutError):
@@ -93,6 +99,7 @@ class Ingress:
         self._updates.cancel()
         for chain in self._chains.values():
             chain.stop()
+        await self._work.stop()
         await self._reporter.stop(Heartbeat(self._id, "", "", leaving=True))
         self._receiver.stop()
         await asyncio.to_thread(self._process.stop)
@@ -102,9 +109,19 @@ class Ingress:
         remote = RemoteEngine(model.name, self._handles[model.name], self._receiver, table)
         self._remotes.append(remote)
         telemetry, name = self._telemetry, model.name
-        return ModelChain(
-            model, remote, telemetry.meter, partial(telemetry.woke, name), partial(telemetry.resumed, name)
-        )
+        resumed, arrived = partial(telemetry.resumed, name), partial(self._arrived, name)
+        return ModelChain(model, remote, telemetry.meter, partial(telemetry.woke, name), resumed, arrived)
+
+    def _arrived(self, model: str) -> None:
+        """A request has arrived. The autoscaler learns of it at once if the model has no replica."""
+        if self._chains[model].engine.health(model).state is not ModelState.READY:
+            self._work.send_soon(model)
+
+    def _report_of(self, model: str) -> WorkReport:
+        """What the autoscaler needs to know of a model."""
+        loads = {one.replica: one.load for one in self._registry.snapshot().heartbeats if one.model == model}
+        speeds = {replica: load.speed for replica, load in loads.items() if load is not None}
+        return WorkReport(self._chains[model].demand(), speeds)
 
     async def _collect_reports(self, handle: DeploymentHandle) -> None:
         """Get the reports of running replicas, so that the first requests do not wait for the next ones."""
@@ -136,7 +153,8 @@ class Ingress:
     async def _update_forever(self) -> None:
         while True:
             began = time.monotonic()
-            await asyncio.sleep(_UPDATE_INTERVAL_S)
+            waking = any(chain.holds for chain in self._chains.values())
+            await asyncio.sleep(_WAKING_INTERVAL_S if waking else _UPDATE_INTERVAL_S)
             try:
                 self._update()
                 # Otherwise this process stood still, and reports of the replicas wait to be read.

@@ -18,6 +18,7 @@ from serve_app.config import ConfigError, Model, Telemetry as TelemetrySettings,
 from serve_app.core.queries import A, Query
 from serve_app.core.requests import GenerationRequest
 from serve_app.core.routing import PrefixRecord, ReplicaLoad
+from serve_app.core.scaling import RecentRate, ReplicaSpeed, Throughput
 from serve_app.deployments import wire
 from serve_app.deployments.event_receiver import ReplyAddress
 from serve_app.deployments.event_sender import EventSender
@@ -32,6 +33,7 @@ from serve_app.engines.stream import TokenStream
 from serve_app.engines.toy import ToyRunner
 from serve_app.errors import NotReady, ServeAppError
 from serve_app.telemetry import libraries
+from serve_app.telemetry.load_phases import LoadPhases
 from serve_app.telemetry.metrics import EngineMetrics, StepSeries
 from serve_app.telemetry.process import ProcessMetrics
 
@@ -43,6 +45,10 @@ READY = ""
 _QUERY_THREADS = 2
 # Every report of this number has all digests of prompts.
 _FULL_REPORT = 15
+# The time from Ray Serve's decision until the process of a replica runs its constructor.
+_PROCESS_START_S = 3.0
+# The time over which the tokens that the prefix cache saved are counted.
+_CACHE_SPAN_S = 300.0
 
 
 @serve.deployment
@@ -52,7 +58,7 @@ class ModelReplica:
     async def __init__(  # type: ignore[misc]  # Ray awaits it
         self, model: Model, telemetry: TelemetrySettings
     ) -> None:
-        began = time.monotonic()
+        self._phases = LoadPhases()
         self._model = model
         context = serve.get_replica_context()
         self._id = context.replica_id.unique_id
@@ -72,6 +78,8 @@ class ModelReplica:
         self._streams: set[TokenStream] = set()
         self._engine = _make_engine(model, self._report, self._steps)
         self._reports, self._reported_version = 0, 0
+        self._prompt_speed, self._answer_speed = Throughput(), Throughput()
+        self._cache_hits, self._cached_tokens = RecentRate(_CACHE_SPAN_S), 0
         self._admitter = self._telemetry.admitter(self._engine)
         try:
             await asyncio.to_thread(self._engine.start)
@@ -79,8 +87,8 @@ class ModelReplica:
             await self._reporter.stop(Heartbeat(self._id, model.name, f"{type(error).__name__}: {error}", failed=True))
             raise
         self._prefixes = PrefixRecord(self._engine.stats().kv_tokens)
-        self._metrics = EngineMetrics(model.name, self._id, self._engine, time.monotonic() - began)
         self._report(READY)
+        self._metrics = EngineMetrics(model.name, self._id, self._engine, self._phases.seconds)
         await self._reporter.send()
 
     async def generate(self, request: GenerationRequest, address: ReplyAddress, routed: Routed) -> None:
@@ -167,6 +175,7 @@ class ModelReplica:
     def _report(self, stage: str) -> None:
         """Set the stage of the replica's start, "" when it is ready. Called from any thread."""
         self._stage = stage
+        self._phases.begin(stage)
         if stage:
             logger.info("%s: %s", self._model.name, stage)
 
@@ -181,7 +190,19 @@ class ModelReplica:
         changed = version != self._reported_version or self._reports % _FULL_REPORT == 0
         self._reported_version, self._reports = version, self._reports + 1
         running = len(self._streams) - len(waiting)
-        return ReplicaLoad(running, sum(waiting), self._prefixes.digests() if changed else None)
+        return ReplicaLoad(running, sum(waiting), self._prefixes.digests() if changed else None, self._speed())
+
+    def _speed(self) -> ReplicaSpeed:
+        now, stats = time.monotonic(), self._engine.stats()
+        self._cache_hits.add(stats.cached_tokens - self._cached_tokens, now)
+        self._cached_tokens = stats.cached_tokens
+        return ReplicaSpeed(
+            self._prompt_speed.observe(now, stats.prompt_tokens - stats.cached_tokens),
+            self._answer_speed.observe(now, stats.generated_tokens),
+            stats.tokens_held / stats.kv_tokens,
+            sum(self._phases.seconds.values()) + _PROCESS_START_S,
+            self._cache_hits.value(now),
+        )
 
     def _families(self) -> list[Metric]:
         engine = self._metrics.families() if self._metrics else []

@@ -8,17 +8,19 @@ from serve_app.config import Model
 from serve_app.core.engine import Engine
 from serve_app.core.queries import ModelStatus
 from serve_app.core.requests import GenerationRequest
+from serve_app.core.scaling import Demand
 from serve_app.gateway.admission import Admission
 from serve_app.gateway.failover import Failover
 from serve_app.gateway.outcome import Outcome, RequestMeter
 from serve_app.gateway.readiness import Readiness
+from serve_app.gateway.workload import Workload
 
 
 class ModelChain:
     """`engine` is the outermost stage around `innermost`, which reaches the model's replicas.
 
     `meter` measures a request; `woke` receives the seconds that a model took to wake; `resumed` is called when the
-    answer of a lost replica goes on at another one.
+    answer of a lost replica goes on at another one. `arrived` is called when a request arrives.
     """
 
     def __init__(
@@ -28,6 +30,7 @@ class ModelChain:
         meter: Callable[[GenerationRequest], RequestMeter],
         woke: Callable[[float], None],
         resumed: Callable[[], None],
+        arrived: Callable[[], None] = lambda: None,
     ) -> None:
         deployment = model.deployment
         self._places_per_replica = self._places = deployment.max_ongoing_requests
@@ -35,7 +38,8 @@ class ModelChain:
         self._admission = Admission(failover, model.name, lambda: self._places, deployment.max_queued_requests)
         held = deployment.max_ongoing_requests + deployment.max_queued_requests
         self._readiness = Readiness(self._admission, model, held, woke)
-        self.engine: Engine = Outcome(self._readiness, meter)
+        self._workload = Workload(self._readiness, arrived)
+        self.engine: Engine = Outcome(self._workload, meter)
 
     def update(self, status: ModelStatus, ready: int, ingresses: int) -> None:
         """Take in the model's state, its ready replicas, and the number of ingresses that share their places.
@@ -45,6 +49,15 @@ class ModelChain:
         self._places = -(-max(1, ready) * self._places_per_replica // max(1, ingresses))
         self._readiness.update(status)
         self._admission.capacity_changed()
+
+    def demand(self) -> Demand:
+        """What callers of this ingress want of the model."""
+        return self._workload.demand()
+
+    @property
+    def holds(self) -> bool:
+        """Whether requests wait until the model is ready."""
+        return self._readiness.holds
 
     def stop(self) -> None:
         self._readiness.stop()

@@ -27,17 +27,20 @@ _WAKE_CALL_S = 600.0
 class Readiness(Stage):
     """Holds requests while the model wakes; the deployment reports the model's state through `update`.
 
-    A model that is scaled to zero is woken by one query, whatever the number of requests that wait for it. At most
-    `max_held` requests wait; further ones are refused with QueueFull. A model that is loading although it should be up
-    (first start, lost replicas) and a model that failed refuse requests with NotReady. `Retry-After` is the usual time
-    of a start, from the wake-up to the first ready replica, less the time since this start began. Until the first
-    `update` requests wait: a new ingress does not know yet that the model is ready.
+    A model that is scaled to zero is woken by the work that waits for it, or, if Ray Serve counts requests, by one
+    query, whatever the number of requests that wait. At most `max_held` requests wait; further ones are refused with
+    QueueFull. A model that is loading although it should be up (first start, lost replicas) and a model that failed
+    refuse requests with NotReady. `Retry-After` is the usual time of a start, from the wake-up to the first ready
+    replica, less the time since this start began. Until the first `update` requests wait: a new ingress does not know
+    yet that the model is ready.
     """
 
     def __init__(self, inner: Engine, model: Model, max_held: int, woke: Callable[[float], None]) -> None:
         super().__init__(inner)
         self._name = model.name
         self._scales_to_zero = model.deployment.scales_to_zero
+        scaling = model.deployment.autoscaling
+        self._wakes_by_query = scaling is not None and not scaling.by_work
         self._max_held = max_held
         self._woke = woke
         self._status = ModelStatus(model.name, ModelState.LOADING, "starting")
@@ -70,12 +73,17 @@ class Readiness(Stage):
             self._started(now)
         elif status.state is ModelState.LOADING:
             self._start_began = self._start_began or now
-        elif status.state is ModelState.ASLEEP and self._waking is None:
+        elif status.state is ModelState.ASLEEP and not self._held:
             self._start_began = self._wake_began = None
         if status != self._status:
             self._status = status
             self._changed.set()
             self._changed = asyncio.Event()
+
+    @property
+    def holds(self) -> bool:
+        """Whether requests wait until the model is ready."""
+        return self._held > 0
 
     def stop(self) -> None:
         if self._waking is not None:
@@ -128,8 +136,9 @@ class Readiness(Stage):
             raise NotReady(f"{self._name} cannot be loaded. The service's log has the reason.", retry_after_s=60)
         if state is ModelState.LOADING and not self._scales_to_zero:
             raise self._loading()
-        if state is ModelState.ASLEEP and self._waking is None:
+        if state is ModelState.ASLEEP and self._wake_began is None:
             self._wake_began = self._start_began = time.monotonic()
+        if state is ModelState.ASLEEP and self._wakes_by_query and self._waking is None:
             self._waking = asyncio.create_task(self._wake())
 
     async def _wake(self) -> None:

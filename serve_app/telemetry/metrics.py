@@ -10,7 +10,7 @@ value 0, before its first request, because Prometheus sees no increase in a coun
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
@@ -322,9 +322,12 @@ class StepSeries(_Series):
 
 
 class EngineMetrics:
-    """The state and the counters of one engine, read whenever `families` is called. `load_s` is its load time."""
+    """The state and the counters of one engine, read whenever `families` is called.
 
-    def __init__(self, model: str, replica: str, engine: ReplicaEngine, load_s: float) -> None:
+    `load_s` are the seconds of each phase of its load.
+    """
+
+    def __init__(self, model: str, replica: str, engine: ReplicaEngine, load_s: Mapping[str, float]) -> None:
         self._labels = [model, replica]
         self._engine = engine
         self._load_s = load_s
@@ -343,7 +346,10 @@ class EngineMetrics:
                 "Time since the start of the current engine step; 0 between steps.",
                 self._engine.step_age(),
             ),
-            "model_load_seconds": ("Time from the start of the replica until its model was ready.", self._load_s),
+            "model_load_seconds": (
+                "Time from the start of the replica until its model was ready.",
+                sum(self._load_s.values()),
+            ),
         }
         counters = {
             "engine_steps": ("Engine steps that succeeded. A step is one forward pass of the model.", stats.steps),
@@ -367,7 +373,10 @@ class EngineMetrics:
         }
         info = _gauge("runner_info", _RUNNER_INFO, (*_MODEL, "kind", "quantization"))
         info.add_metric([*self._labels, self._engine.kind, self._engine.quantization], 1)
-        families: list[Metric] = [info]
+        phases = _gauge("model_load_phase_seconds", "Time of each phase of a model's load.", (*_MODEL, "phase"))
+        for phase, seconds in self._load_s.items():
+            phases.add_metric([*self._labels, phase], seconds)
+        families: list[Metric] = [info, phases]
         for name, (text, value) in gauges.items():
             gauge = _gauge(name, text, _MODEL)
             gauge.add_metric(self._labels, value)

@@ -122,7 +122,7 @@ def families() -> list[Metric]:
     graphics = gpu()
     for family in graphics.values():
         family.add_metric(["m", "r1", "n", "g"], 1)
-    replica = [*EngineMetrics("m", "r1", engine, 1.0).families(), *StepSeries("m", "r1").families()]
+    replica = [*EngineMetrics("m", "r1", engine, {"loading": 1.0}).families(), *StepSeries("m", "r1").families()]
     return [*ingress.families(0.0), *replica, *graphics.values(), *of_all]
 
 

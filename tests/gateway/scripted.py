@@ -34,8 +34,8 @@ def request(id: str = "r", priority: int = 0, timeout_s: float = 30.0, wake_wait
     )
 
 
-def model(min_replicas: int = 1, places: int = 2, waiting: int = 2) -> Model:
-    scale = Autoscaling(min_replicas=min_replicas)
+def model(min_replicas: int = 1, places: int = 2, waiting: int = 2, target: float | None = None) -> Model:
+    scale = Autoscaling(min_replicas=min_replicas, target_ongoing_requests=target)
     deployment = Deployment(max_ongoing_requests=places, max_queued_requests=waiting, autoscaling=scale)
     return Model(name="m", source="toy", deployment=deployment, batching={"max_batch_size": 1})
 

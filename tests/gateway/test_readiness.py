@@ -19,10 +19,10 @@ from tests.gateway.scripted import ScriptedEngine, model, request
 class Sleeper:
     """A model in some state, and the seconds of its wake-ups."""
 
-    def __init__(self, min_replicas: int = 0, held: int = 3) -> None:
+    def __init__(self, min_replicas: int = 0, held: int = 3, target: float | None = None) -> None:
         self.engine = ScriptedEngine(query_gate=asyncio.Event())
         self.wakes: list[float] = []
-        self.stage = Readiness(self.engine, model(min_replicas), held, self.wakes.append)
+        self.stage = Readiness(self.engine, model(min_replicas, target=target), held, self.wakes.append)
 
     def is_now(self, state: ModelState, detail: str = "") -> None:
         self.stage.update(ModelStatus("m", state, detail))
@@ -32,8 +32,8 @@ class Sleeper:
 
 
 @asynccontextmanager
-async def sleeper(min_replicas: int = 0, held: int = 3) -> AsyncIterator[Sleeper]:
-    made = Sleeper(min_replicas, held)
+async def sleeper(min_replicas: int = 0, held: int = 3, target: float | None = None) -> AsyncIterator[Sleeper]:
+    made = Sleeper(min_replicas, held, target)
     yield made
     made.stage.stop()
 
@@ -50,8 +50,25 @@ async def test_a_ready_model_answers() -> None:
         assert m.engine.queries == []
 
 
-async def test_requests_for_a_sleeping_model_wake_it_with_one_query_and_are_answered() -> None:
+async def test_requests_wait_for_the_replicas_that_the_work_needs_and_no_query_is_sent() -> None:
+    """A query would wait at Ray Serve, which then starts one replica whatever the work is."""
     async with sleeper() as m:
+        m.is_now(ModelState.ASLEEP)
+        waiting = [asyncio.create_task(m.answer()) for _ in range(3)]
+        await settle()
+        m.is_now(ModelState.ASLEEP)
+        assert m.stage.holds
+        m.is_now(ModelState.LOADING, "loading weights")
+        await settle()
+        assert (m.engine.queries, m.engine.requests) == ([], [])
+        m.is_now(ModelState.READY)
+        assert await asyncio.gather(*waiting) == [["a", "z"]] * 3
+        assert not m.stage.holds
+        assert len(m.wakes) == 1
+
+
+async def test_requests_for_a_sleeping_model_that_ray_scales_wake_it_with_one_query_and_are_answered() -> None:
+    async with sleeper(target=1) as m:
         m.is_now(ModelState.ASLEEP)
         waiting = [asyncio.create_task(m.answer()) for _ in range(3)]
         await settle()

@@ -118,13 +118,22 @@ def test_a_client_that_reads_only_after_its_upload_gets_the_413(front: Front, ch
 
 
 def test_a_body_that_is_too_large_is_refused_before_it_is_sent(front: Front) -> None:
-    """Ray Serve asks for the body at once. To use the connection again, the client sends the whole body."""
+    """The client is not invited to send it. To use the connection again, it sends the whole body nevertheless."""
     head = b"POST /generate HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 3000000\r\n\r\n"
     with connect(front) as connection:
         connection.sendall(head)
-        assert b"HTTP/1.1 413 " in received_until(connection, b'"code":"body_too_large"')
+        assert received_until(connection, b'"code":"body_too_large"').startswith(b"HTTP/1.1 413 ")
         connection.sendall(TOO_LARGE + b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
         assert b"HTTP/1.1 200 " in received_until(connection, b'{"status":"alive"}')
+
+
+def test_a_client_that_waits_for_the_invitation_to_send_its_body_is_answered(front: Front) -> None:
+    head, body = request("/generate", {"model": front.model, "prompt": "abc", "max_tokens": 3})
+    with connect(front) as connection:
+        connection.sendall(head.replace(b"Host: x", b"Host: x\r\nExpect: 100-continue"))
+        assert received_until(connection, b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+        connection.sendall(body)
+        assert b'"text":"abc"' in received_until(connection, b"}")
 
 
 async def test_a_compressed_body_arrives(front: Front) -> None:

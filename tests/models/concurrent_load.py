@@ -34,7 +34,11 @@ class GreedyRequest:
 
 
 def model_config(source: str | Path, **engine: int) -> Model:
-    """A model in float32 without quantization, unless `model_copy` changes it."""
+    """A model in float32 without quantization, unless `model_copy` changes it.
+
+    The packed weights of a folder, which a test has made, are not kept in the user's cache folder.
+    """
+    engine.setdefault("cache_weights", str(source).startswith("builtin:"))
     return Model(
         name="m",
         source=str(source),

@@ -19,9 +19,10 @@ from transformers import AutoModelForCausalLM
 from serve_app.engines.files import gguf_rope
 from serve_app.engines.files.conversion import convert_gguf
 from serve_app.engines.files.gguf_header import read_header
+from serve_app.engines.files.model_files import SourceError
 from serve_app.engines.files.progress import Estimate, Progress
-from serve_app.engines.files.sources import resolve
-from serve_app.engines.native.loader import SourceError, builtin_gguf, load
+from serve_app.engines.files.sources import builtin_gguf, resolve
+from serve_app.engines.native.loader import load
 from tests.models import tiny
 from tests.models.concurrent_load import model_config
 

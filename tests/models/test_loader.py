@@ -17,24 +17,21 @@ import torch
 from transformers import AutoModelForCausalLM, BertConfig, BertModel
 
 from serve_app.config import Deployment, Model, NativeOptions, Resources
-from serve_app.engines.native.loader import (
-    SourceError,
-    bitsandbytes_config,
-    builtin_gguf,
-    choose_device,
-    choose_dtype,
-    convert_gguf,
-    cpu_multiplies_bfloat16,
-    load,
-    quantized_by_bitsandbytes,
-)
+from serve_app.engines.files.conversion import convert_gguf
+from serve_app.engines.files.model_files import SourceError
+from serve_app.engines.files.sources import builtin_gguf
+from serve_app.engines.native.device import choose_device, choose_dtype, cpu_multiplies_bfloat16
+from serve_app.engines.native.loader import bitsandbytes_config, load, quantized_by_bitsandbytes
 from tests.models import tiny
 from tests.models.fake_hub import COMMIT, fake_hub
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(120)]
 
 CPU = torch.device("cpu")
-CONVERT = "from pathlib import Path; from serve_app.engines.native.loader import *; import sys\n" + (
+CONVERT = (
+    "from pathlib import Path; import sys\n"
+    "from serve_app.engines.files.conversion import convert_gguf\n"
+    "from serve_app.engines.files.sources import builtin_gguf\n"
     "print(convert_gguf(builtin_gguf(), lambda stage: print(stage, flush=True), Path(sys.argv[1])))"
 )
 
@@ -357,7 +354,8 @@ def test_the_context_is_the_original_range_if_one_layer_type_has_batch_dependent
 
 DOWNLOAD = """
 import sys
-from serve_app.engines.native.loader import SourceError, load
+from serve_app.engines.files.model_files import SourceError
+from serve_app.engines.native.loader import load
 from tests.models.test_loader import config
 for revision in sys.argv[1:]:
     try:

@@ -19,8 +19,9 @@ from safetensors.torch import load_file, save_file
 from serve_app.config import ConfigError, Model
 from serve_app.core.queries import LoadAdapter
 from serve_app.core.requests import Adapter
+from serve_app.engines.files.conversion import convert_gguf
+from serve_app.engines.files.sources import builtin_gguf
 from serve_app.engines.native.engine import NativeEngine
-from serve_app.engines.native.loader import builtin_gguf, convert_gguf
 from serve_app.engines.native.rows import AdapterRows, span
 from serve_app.engines.native.runner import TorchRunner
 from serve_app.engines.vllm.lora import AdapterCopies, AdapterCopy

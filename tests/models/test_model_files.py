@@ -10,7 +10,8 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from serve_app.engines.files.__main__ import main
-from serve_app.engines.native.loader import SourceError, load
+from serve_app.engines.files.model_files import SourceError
+from serve_app.engines.native.loader import load
 from tests.models import tiny
 from tests.models.concurrent_load import model_config
 

@@ -16,12 +16,15 @@ from transformers import AutoModelForCausalLM
 from serve_app.config import Model
 from serve_app.core.events import Logprobs
 from serve_app.core.requests import SamplingParams, TokenPrompt
+from serve_app.engines.files.model_files import SourceError
 from serve_app.engines.native import kernels
 from serve_app.engines.native.engine import NativeEngine
 from serve_app.engines.native.fused import FusedModel
+from serve_app.engines.native.fused_weights import fused_weights
 from serve_app.engines.native.kv_cache import BLOCK
 from serve_app.engines.native.linear import FbgemmInt8Linear, Int8DotProductLinear
-from serve_app.engines.native.loader import Loaded, SourceError, load
+from serve_app.engines.native.loader import Loaded, load
+from serve_app.engines.native.preparation import prepare
 from serve_app.engines.native.rows import span
 from serve_app.engines.native.runner import TorchRunner
 from serve_app.engines.stream import TokenStream
@@ -197,9 +200,9 @@ def silent(config: Model) -> Loaded:
 
 def test_a_model_without_hidden_states_is_refused_for_embeddings(tmp_path: Path) -> None:
     config = model_config(tiny.save("gpt2", tmp_path), max_running=2, max_context=64)
-    assert TorchRunner(silent(config), config.native_options).kind == "transformers"
+    assert TorchRunner(prepare(silent(config)), config.native_options).kind == "transformers"
     with pytest.raises(SourceError, match=r"GPT2LMHeadModel does not return hidden states.*embeddings: false"):
-        TorchRunner(silent(config), config.native_options, embeddings=True)
+        prepare(silent(config), embeddings=True)
 
 
 @pytest.mark.parametrize("layer", [Int8DotProductLinear, FbgemmInt8Linear])
@@ -212,8 +215,8 @@ def test_rows_of_one_step_get_the_same_results_with_either_int8_layer(
         pytest.skip("this processor has no dot products of bytes and bfloat16")
     config = model_config(tiny.save("qwen3", tmp_path, tiny.FUSED), max_running=4, max_context=64)
     loaded = load(config, lambda stage: None)
-    caches = TorchRunner(loaded, config.native_options)._caches
-    model = FusedModel(loaded.model, caches, [None] * 3, "int8", lambda weight, bias, **_: layer(weight, bias))
+    weights = fused_weights(loaded.model, [None] * 3, "int8", lambda weight, bias, **_: layer(weight, bias))
+    model = FusedModel(weights, TorchRunner(prepare(loaded), config.native_options)._caches)
     rows = span(list(range(20)), slot=0, start=0)
     with torch.inference_mode():
         apart = model.forward(replace(rows, sample_rows=list(range(20)))).logits

@@ -15,6 +15,7 @@ from serve_app.core.requests import TextPrompt
 from serve_app.engines.native import int4, kernels
 from serve_app.engines.native.linear import DotProductLinear, FbgemmInt8Linear, Int4Linear, Int8DotProductLinear, pack
 from serve_app.engines.native.loader import load
+from serve_app.engines.native.preparation import prepare
 from serve_app.engines.native.rows import span
 from serve_app.engines.native.runner import TorchRunner
 from serve_app.engines.native.smooth import smooth
@@ -41,7 +42,7 @@ def logprobs_of(
     model = model.model_copy(update={"dtype": dtype, "quantization": quantization})
     loaded = load(model, lambda stage: None)
     change(loaded.model)
-    runner = TorchRunner(loaded, model.native_options, model.quantization)
+    runner = TorchRunner(prepare(loaded, model.quantization), model.native_options)
     assert runner.kind == "fused"
     (ids,) = runner.text.encode([TextPrompt(PROSE)])
     assert isinstance(ids, list)
@@ -249,7 +250,7 @@ def chunked(folder: Path, dtype: str, quantization: str, fused: bool) -> torch.T
     loaded = load(model, lambda stage: None)
     if not fused:
         loaded.model.config.model_type = "not supported by the fused path"
-    runner = TorchRunner(loaded, model.native_options, model.quantization)
+    runner = TorchRunner(prepare(loaded, model.quantization), model.native_options)
     assert runner.kind == ("fused" if fused else "transformers")
     first, second = span(list(range(1, 31)), slot=0, start=0), span(list(range(31, 51)), slot=0, start=30)
     first.sample_rows.clear()

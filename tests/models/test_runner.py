@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 
 from serve_app.config import Model
+from serve_app.engines.files.model_files import SourceError
 from serve_app.engines.native.fused import FusedModel
 from serve_app.engines.native.kv_cache import BLOCK
 from serve_app.engines.native.linear import FbgemmInt8Linear, Int8DotProductLinear
-from serve_app.engines.native.loader import SourceError, load
+from serve_app.engines.native.loader import load
 from serve_app.engines.native.machine import NotEnoughMemory, processor_flags
+from serve_app.engines.native.preparation import prepare
 from serve_app.engines.native.quantization import choose_quantization
 from serve_app.engines.native.runner import TorchRunner
 from tests.models import tiny
@@ -122,7 +124,7 @@ def test_auto_quantizes_on_the_fused_path_only_and_logs_the_reason(
     config = model_config(tiny.save(family, tmp_path, tiny.FAMILIES | tiny.FUSED), max_running=2, max_context=64)
     loaded = load(config, lambda stage: None)
     with caplog.at_level(logging.INFO):
-        runner = TorchRunner(loaded, config.native_options, "auto", flags=ICE_LAKE)
+        runner = TorchRunner(prepare(loaded, "auto", flags=ICE_LAKE), config.native_options)
     assert (runner.kind, runner.quantization) == (kind, quantization)
     assert f"quantization {quantization} ({reason}" in caplog.text
     assert runner.dtype_name == "float32"
@@ -132,7 +134,7 @@ def test_auto_quantizes_on_the_fused_path_only_and_logs_the_reason(
 
 def test_an_explicit_quantization_is_used_on_any_processor(tmp_path: Path) -> None:
     config = model_config(tiny.save("llama", tmp_path, tiny.FUSED), max_running=2, max_context=64)
-    runner = TorchRunner(load(config, lambda stage: None), config.native_options, "none", flags=ICE_LAKE)
+    runner = TorchRunner(prepare(load(config, lambda stage: None), flags=ICE_LAKE), config.native_options)
     assert runner.quantization == "none"
 
 

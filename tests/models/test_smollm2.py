@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM
 
 from serve_app.core.events import FinishReason, TokenEvent
 from serve_app.core.requests import ChatMessage, ChatPrompt, GenerationRequest, SamplingParams, TextPrompt, TokenPrompt
+from serve_app.engines.files.conversion import convert_gguf
+from serve_app.engines.files.sources import builtin_gguf
 from serve_app.engines.native.engine import NativeEngine
 from serve_app.engines.native.kv_cache import BLOCK
-from serve_app.engines.native.loader import builtin_gguf, convert_gguf
 from serve_app.engines.stream import TokenStream
 from tests.models.concurrent_load import (
     GreedyRequest,

@@ -14,8 +14,9 @@ import pytest
 
 from serve_app.core.events import FinishReason, TokenEvent
 from serve_app.core.requests import ChatMessage, ChatPrompt, GenerationRequest, SamplingParams, ToolCall, ToolChoice
+from serve_app.engines.files.model_files import SourceError
 from serve_app.engines.native.engine import NativeEngine
-from serve_app.engines.native.loader import SourceError, load
+from serve_app.engines.native.loader import load
 from serve_app.engines.stream import TokenStream
 from tests.engines.text.call_formats import HERMES, Call, join_deltas, parse
 from tests.engines.text.tool_families import SCHEMAS, SHIPPED_TEMPLATE, SHOWN_TOOLS, choice

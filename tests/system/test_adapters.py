@@ -9,7 +9,8 @@ from typing import Any
 import httpx
 import pytest
 
-from serve_app.engines.native.loader import builtin_gguf, convert_gguf
+from serve_app.engines.files.conversion import convert_gguf
+from serve_app.engines.files.sources import builtin_gguf
 from tests.models.adapters import merged, save_adapter
 from tests.models.concurrent_load import GreedyRequest, generated_answers
 from tests.system.service import ToolsService, documented_examples

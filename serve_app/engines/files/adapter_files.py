@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
-
 from serve_app.config import Lora
 from serve_app.core.requests import Adapter
 from serve_app.engines.files.disk_cache import safetensors_fault
@@ -162,6 +160,8 @@ def _existing(folder: Path, name: str) -> Path:
 
 def _downloaded(adapter: Adapter) -> Path:
     try:
+        from huggingface_hub import snapshot_download  # takes 0.5 s
+
         return Path(snapshot_download(adapter.source, revision=adapter.revision, allow_patterns=[CONFIG, WEIGHTS]))
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())

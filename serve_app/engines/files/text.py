@@ -2,37 +2,41 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from typing import Any
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import jinja2
-from transformers import AutoTokenizer, GenerationConfig
 
 from serve_app.config import Model, template_path
 from serve_app.core.requests import Grammar
 from serve_app.engines.files.model_files import SourceError
 from serve_app.engines.text.tokenizer import HFText
 
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
+
 logger = logging.getLogger(__name__)
 
 
-def load_text(config: Model, folder: str, vocabulary: int, generation: GenerationConfig | None) -> HFText:
-    """The text processing of the model in `folder`, which has `vocabulary` token ids and these generation settings.
+def load_text(config: Model, folder: str, vocabulary: int, end_ids: Iterable[int]) -> HFText:
+    """The text processing of the model in `folder`, which has `vocabulary` token ids.
 
+    `end_ids` are the tokens that end an answer by the model's generation settings; those of the tokenizer are added.
     Raises SourceError if the tokenizer or the configured chat template cannot be used.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+        tokenizer = _read_tokenizer(folder, config.trust_remote_code)
     except Exception as error:  # a parser may raise any exception for a damaged file
         raise SourceError(explain(config, error)) from error
     if not hasattr(tokenizer, "backend_tokenizer"):
         raise SourceError(f"{config.source}: the tokenizer has no fast form (tokenizer.json), which streaming needs")
     if config.chat_template is not None:
         tokenizer.chat_template = _read_template(config.chat_template, tokenizer)
-    try:
-        ends = _end_ids(generation, tokenizer)
-    except (TypeError, ValueError) as error:
-        raise SourceError(f"{config.source}: eos_token_id in generation_config.json is not a token id") from error
+    own = (getattr(tokenizer, f"{name}_token_id", None) for name in ("eos", "eot", "eom"))  # of answer, turn, message
+    ends = frozenset([*end_ids, *(int(token) for token in own if token is not None)])
     text = HFText(tokenizer, ends, vocabulary, config.sanitize_control_tokens)
     # Builds the tokenizer's tables for grammars now. Built by the first request, they would delay all running requests.
     text.constraint(Grammar("json_object"), ignore_eos=False)
@@ -77,9 +81,33 @@ def _read_template(source: str, tokenizer: Any) -> str:
     return template
 
 
-def _end_ids(generation: GenerationConfig | None, tokenizer: Any) -> frozenset[int]:
-    """The end tokens of generation_config.json, and those of the tokenizer: of an answer, a turn and a message."""
-    configured = generation.eos_token_id if generation is not None else None
-    ends = configured if isinstance(configured, list) else [configured]
-    ends = [*ends, *(getattr(tokenizer, f"{name}_token_id", None) for name in ("eos", "eot", "eom"))]
-    return frozenset(int(token) for token in ends if token is not None)
+def configured_ends(generation: GenerationConfig | None, source: str) -> tuple[int, ...]:
+    """The end tokens of generation_config.json. Raises SourceError if they are no numbers."""
+    ids = generation.eos_token_id if generation is not None else None
+    try:
+        return tuple(int(token) for token in (ids if isinstance(ids, list) else [ids]) if token is not None)
+    except (TypeError, ValueError) as error:
+        raise SourceError(f"{source}: eos_token_id in generation_config.json is not a token id") from error
+
+
+def _read_tokenizer(folder: str, trust_remote_code: bool) -> Any:
+    """The tokenizer of a model. AutoTokenizer imports torch and the settings of all models, which takes 2 s.
+
+    Most tokenizers are of the class that needs none of them, as their file says.
+    """
+    if _tokenizer_class(folder) == "TokenizersBackend":
+        from transformers.tokenization_utils_tokenizers import TokenizersBackend
+
+        return TokenizersBackend.from_pretrained(folder)
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+
+
+def _tokenizer_class(folder: str) -> str | None:
+    """The class that tokenizer_config.json names; None if it names none, or code of the model's own."""
+    try:
+        settings = json.loads((Path(folder) / "tokenizer_config.json").read_bytes())
+        return None if "auto_map" in settings else settings.get("tokenizer_class")
+    except (OSError, ValueError, TypeError, AttributeError):
+        return None

@@ -1,4 +1,4 @@
-"""Attention over the slots of the KV cache, registered as an attention function of transformers.
+"""Attention over the slots of the KV cache, in the form of an attention function of transformers.
 
 The unmodified modelling code sees all rows of a step as one sequence `[1, N]`. This module separates the rows again:
 it writes the key and value of each row to the slot of the row's sequence, and each row attends to its own slot only.
@@ -14,12 +14,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import AttentionInterface
 
 from serve_app.engines.native.kv_cache import Copy, Trim
 from serve_app.engines.native.rows import DecodeRun, PromptChunk, Rows
 
-IMPLEMENTATION = "serve_app_slots"
 _LENGTH_STEP = 64
 # Private pages can be released one by one, and the kernel reserves none before the first write.
 _PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
@@ -247,7 +245,7 @@ def attention_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
     return [module for module in model.modules() if isinstance(getattr(module, "layer_idx", None), int)]
 
 
-def _forward(
+def attention_function(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -268,7 +266,3 @@ def layout_of(rows: Rows, device: torch.device) -> Layout:
     """The layout of a step's rows, with its index tensors on `device`."""
     slots, positions = torch.tensor(rows.slots, device=device), torch.tensor(rows.positions, device=device)
     return Layout(tuple(rows.runs), tuple(rows.chunks), slots, positions)
-
-
-# No mask function is registered under this name, so that transformers builds no mask.
-AttentionInterface.register(IMPLEMENTATION, _forward)

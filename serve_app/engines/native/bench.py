@@ -22,10 +22,10 @@ import torch
 from serve_app.config import ConfigError, Model
 from serve_app.core.requests import GenerationRequest, Grammar, SamplingParams, TokenPrompt
 from serve_app.engines.adapters import LoadedAdapter
+from serve_app.engines.files.model_files import SourceError
 from serve_app.engines.native.bench_lora import random_adapters
 from serve_app.engines.native.engine import NativeEngine
 from serve_app.engines.native.linear import pack
-from serve_app.engines.native.loader import SourceError
 from serve_app.engines.native.machine import NotEnoughMemory
 from serve_app.engines.native.runner import TorchRunner
 from serve_app.engines.protocol import StepStats

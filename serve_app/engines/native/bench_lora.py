@@ -10,7 +10,7 @@ from safetensors.torch import save
 
 from serve_app.engines.adapters import LoadedAdapter
 from serve_app.engines.files.adapter_files import AdapterFiles, LoraSettings
-from serve_app.engines.native.runner import ForwardPass
+from serve_app.engines.native.forward import ForwardPass
 from serve_app.engines.native.threads import one_thread
 
 

@@ -7,99 +7,61 @@ operations from Python would cost 1 to 2 ms a step, so that the loop over the la
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence as Seq
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Mapping, Sequence as Seq
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import PreTrainedModel
 
 from serve_app.engines.files.adapter_files import AdapterFiles
 from serve_app.engines.native.attention import LayerCache
+from serve_app.engines.native.forward import ForwardOutput, LayerShape, SelfTest
+from serve_app.engines.native.fused_weights import FusedWeights
+from serve_app.engines.native.kv_cache import BLOCK
 from serve_app.engines.native.linear import (
     DotProductLinear,
     FbgemmInt8Linear,
     Int4Linear,
     Int8DotProductLinear,
     Linear,
-    attached_importance,
-    head_quantization,
-    pack,
 )
-from serve_app.engines.native.lora import STRIP, LoraWeights, RowGroups, Target, make_weights, targets_of, wanted_groups
-from serve_app.engines.native.quantization import Quantization
+from serve_app.engines.native.lora import STRIP, LoraWeights, RowGroups, Target, make_weights, wanted_groups
 from serve_app.engines.native.rows import Rows
-from serve_app.engines.native.transformers_path import ForwardOutput
-
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-HEAD_SIZES = (64, 128)
-# Elements that a native operation processes at a time.
-VECTOR_WIDTH = 16
 
 _PROJECTIONS = 7
 
-# Chooses a linear layer for a weight and a bias, as linear.pack does.
-Pack = Callable[..., Linear]
 # Rows, and the multipliers that are still to be applied to them. Before the first layer there are no rows.
 Scaled = tuple[torch.Tensor | None, torch.Tensor | None]
 
 
-@dataclass(frozen=True, slots=True)
-class Layer:
-    """Weights of one layer. `window` is the number of positions that a row attends to, 0 for all."""
-
-    norm: torch.Tensor
-    qkv: Linear
-    query_norm: torch.Tensor | None
-    key_norm: torch.Tensor | None
-    window: int
-    out: Linear
-    mlp_norm: torch.Tensor
-    gate_up: Linear
-    down: Linear
-
-
 class FusedModel:
-    """A forward pass with its own packed weights: the transformers model that it was made from can be freed."""
+    """A forward pass with packed weights and a KV cache of one LayerCache per layer."""
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        caches: Seq[LayerCache],
-        windows: Seq[int | None],
-        quantization: Quantization,
-        pack: Pack = pack,
-    ) -> None:
-        config, length = model.config, caches[0].length
+    def __init__(self, weights: FusedWeights, caches: Seq[LayerCache]) -> None:
+        self._weights = weights
         self._keys, self._values = [cache.keys for cache in caches], [cache.values for cache in caches]
-        self._heads = config.num_attention_heads
-        self._dim = _head_size(model)
-        self._eps = float(config.rms_norm_eps)
-        self._int8 = quantization == "int8"
-        self.targets = targets_of(_projections(model))
-        self._embedding = model.get_input_embeddings().weight.detach()
-        self._layers = [
-            _layer(layer, window or 0, partial(pack, quantization=quantization))
-            for layer, window in zip(model.model.layers, windows, strict=True)
-        ]
-        self._norm = model.model.norm.weight.detach().float()
-        self._head = pack(model.get_output_embeddings().weight, None, quantization=head_quantization(quantization))
+        self._heads = weights.heads
+        self._dim = weights.head_size
+        self._eps = weights.eps
+        self._int8 = weights.quantization == "int8"
+        self.targets = weights.targets
+        self._embedding = weights.embedding
+        self._layers = weights.layers
+        self._norm = weights.norm
+        self._head = weights.head
         # These layers take and return float32 rows: rounding rows to bfloat16 between them would only lose precision.
         float_rows = self._int8 or isinstance(self._head, DotProductLinear)
-        self._dtype = torch.float32 if float_rows else model.dtype
+        self._dtype = torch.float32 if float_rows else weights.dtype
         # Adapters are about as precise as the model's own weights.
-        self._adapter_dtype = model.dtype if quantization == "none" else torch.int8
+        self._adapter_dtype = weights.dtype if weights.quantization == "none" else torch.int8
         self._widths = _output_widths(self.targets)
-        self._cos, self._sin = _rotary_tables(model, length)
+        self._cos, self._sin = weights.rotary.tables(caches[0].length)
         self._arguments = self._native_arguments()
 
     @property
     def weight_bytes(self) -> int:
         """Bytes that one step reads of the linear layers."""
-        linears = [linear for y in self._layers for linear in (y.qkv, y.out, y.gate_up, y.down)]
-        return sum(linear.weight_bytes for linear in (*linears, self._head))
+        return sum(linear.weight_bytes for linear in self._weights.linears)
 
     def make_adapter(self, files: AdapterFiles) -> LoraWeights:
         """See ForwardPass."""
@@ -186,7 +148,7 @@ class FusedModel:
 
     def _native_arguments(self) -> tuple[Any, ...] | None:
         """The arguments of the native loop that do not change; None if the linear layers are of several kinds."""
-        linears = [linear for layer in self._layers for linear in (layer.qkv, layer.out, layer.gate_up, layer.down)]
+        linears = [linear for layer in self._layers for linear in layer.linears]
         (kind, *others) = {type(linear) for linear in linears}
         if others:
             return None
@@ -217,56 +179,11 @@ class FusedModel:
         return out, scale
 
 
-def unsupported_reason(model: PreTrainedModel) -> str | None:
-    """Why the fused path cannot run this model; None if it can."""
-    config = model.config
-    if model.device.type != "cpu" or model.dtype not in (torch.float32, torch.bfloat16):
-        return f"the fused path does not support {model.dtype} on {model.device}"
-    if config.model_type not in FAMILIES:
-        return f"the fused path supports the model types {', '.join(FAMILIES)}, not {config.model_type}"
-    if (
-        _head_size(model) not in HEAD_SIZES
-        or config.hidden_size % VECTOR_WIDTH
-        or config.intermediate_size % VECTOR_WIDTH
-    ):
-        return (
-            f"the fused path does not support heads of size {_head_size(model)} with rows of {config.hidden_size} and "
-            f"{config.intermediate_size}"
-        )
-    if config.hidden_act != "silu":
-        return f"the fused path does not support the activation function {config.hidden_act}"
-    return None
-
-
-def _head_size(model: PreTrainedModel) -> int:
-    config = model.config
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-
-
-def _layer(layer: Any, window: int, pack: Pack) -> Layer:
-    attention, mlp = layer.self_attn, layer.mlp
-    return Layer(
-        norm=_weight(layer.input_layernorm),
-        qkv=_concatenated([attention.q_proj, attention.k_proj, attention.v_proj], pack),
-        query_norm=_weight(attention.q_norm) if hasattr(attention, "q_norm") else None,
-        key_norm=_weight(attention.k_norm) if hasattr(attention, "k_norm") else None,
-        window=window,
-        out=_concatenated([attention.o_proj], pack),
-        mlp_norm=_weight(layer.post_attention_layernorm),
-        gate_up=_concatenated([mlp.gate_proj, mlp.up_proj], pack),
-        down=_concatenated([mlp.down_proj], pack),
-    )
-
-
-def _projections(model: PreTrainedModel) -> list[tuple[str, torch.nn.Module]]:
-    """The linear layers with their names, in the order in which this path concatenates them."""
-    names = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
-    layers: Any = model.model.layers
-    return [
-        (f"model.layers.{number}.{name}", layer.get_submodule(name))
-        for number, layer in enumerate(layers)
-        for name in names
-    ]
+@torch.inference_mode()
+def fused_fault(weights: FusedWeights, shapes: Seq[LayerShape], test: SelfTest) -> str | None:
+    """What is wrong with the logits that the fused path computes with these weights; None if nothing is."""
+    caches = [LayerCache(1, s.heads, BLOCK, s.key_dim, s.value_dim, weights.dtype, s.device) for s in shapes]
+    return test.fault(FusedModel(weights, caches), weights.quantization)
 
 
 def _output_widths(targets: Mapping[str, Target]) -> list[int]:
@@ -281,24 +198,3 @@ def _native(groups: RowGroups) -> tuple[Any, ...]:
     adapters = groups.adapters
     weights, scales = [one.data for one in adapters], [one.scales for one in adapters]
     return weights, scales, [one.table for one in adapters], groups.rows, groups.starts
-
-
-def _weight(norm: Any) -> torch.Tensor:
-    weight: torch.Tensor = norm.weight.detach().float()
-    return weight
-
-
-def _concatenated(linears: Seq[torch.nn.Linear], pack: Pack) -> Linear:
-    """Layers with the same input as one layer."""
-    biases = [linear.bias for linear in linears]
-    bias = None if biases[0] is None else torch.cat([bias.detach() for bias in biases])
-    weight = torch.cat([linear.weight.detach() for linear in linears])
-    return pack(weight, bias, importance=attached_importance(linears[0]))
-
-
-def _rotary_tables(model: PreTrainedModel, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin `[length, dim / 2]`, computed by the model's own rotary embedding, which applies its rope scaling."""
-    rotary: Any = model.model.rotary_emb
-    cos, sin = rotary(torch.zeros(1, dtype=torch.float32), torch.arange(length)[None])
-    half = cos.shape[-1] // 2
-    return cos[0, :, :half].float().contiguous(), sin[0, :, :half].float().contiguous()

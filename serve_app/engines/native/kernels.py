@@ -102,10 +102,10 @@ def build(report: Report, root: Path | None = None) -> Path:
     if platform.system() != "Linux":
         raise Unavailable(f"they are not supported on {platform.system()}")
     work = Work(_compile, "compiling for this processor", "compiles the native operations", 1.2 * _BUILD_TIMEOUT_S)
-    return cached_file((root or cache_subfolder("kernels")) / f"{_key()}.so", work, report)
+    return cached_file((root or cache_subfolder("kernels")) / f"{key()}.so", work, report)
 
 
-def _key() -> str:
+def key() -> str:
     """A hash of everything that the machine code depends on: -march=native depends on the processor's flags."""
     described = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
     processor = [line for line in described.splitlines() if line.startswith(("model name", "flags", "Features"))]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -198,6 +198,26 @@ class PlainLinear(_UnscaledLinear):
 
 
 Linear = DotProductLinear | OneDnnLinear | Int8DotProductLinear | FbgemmInt8Linear | Int4Linear | PlainLinear
+
+# The layers whose packed weights are plain tensors. oneDNN and fbgemm have formats of their own.
+STORABLE = (DotProductLinear, Int8DotProductLinear, Int4Linear, PlainLinear)
+_FIELDS = ("weight", "scales", "bias", "out_features", "weight_bytes")
+
+
+def stored_fields(layer: torch.nn.Module) -> dict[str, Any]:
+    """The packed tensors and the numbers of a storable layer, for `restored_layer`."""
+    return {name: getattr(layer, name) for name in _FIELDS if hasattr(layer, name)}
+
+
+def restored_layer(kind: str, fields: dict[str, Any]) -> Linear:
+    """The layer of the class named `kind` with these fields, without packing its weights again."""
+    cls = next(cls for cls in STORABLE if cls.__name__ == kind)
+    layer: Any = cls.__new__(cls)
+    torch.nn.Module.__init__(layer)
+    for name in _FIELDS:
+        if name in fields:
+            setattr(layer, name, fields[name])
+    return cast("Linear", layer)
 
 
 def pack(

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import importlib.util
-import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,35 +11,39 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 from transformers.utils import logging as transformers_logging
 
 from serve_app.config import Model
-from serve_app.engines.files.conversion import check_missing_weights, convert_gguf
+from serve_app.engines.files.conversion import check_missing_weights
 from serve_app.engines.files.disk_cache import Report
 from serve_app.engines.files.model_files import SourceError
-from serve_app.engines.files.sources import builtin_gguf, resolve
-from serve_app.engines.files.text import explain, load_text
+from serve_app.engines.files.sources import resolve
+from serve_app.engines.files.text import configured_ends, explain, load_text
+from serve_app.engines.native.device import choose_device, choose_dtype
+from serve_app.engines.native.machine import return_memory
 from serve_app.engines.text.tokenizer import HFText
-
-__all__ = ["Loaded", "SourceError", "builtin_gguf", "convert_gguf", "load"]
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A loaded model with its tokenizer. `context` is the longest sequence that the model supports."""
+    """A loaded model with its tokenizer.
+
+    `context` is the longest sequence that the model supports; `end_ids` end an answer by its generation settings.
+    """
 
     model: PreTrainedModel
     text: HFText
     context: int
+    end_ids: tuple[int, ...] = ()
 
 
-def load(config: Model, report: Report) -> Loaded:
+def load(config: Model, report: Report, folder: str | None = None) -> Loaded:
     """Load weights and tokenizer; each stage is passed to `report` in a few words.
+
+    `folder` has the model's files, if they are known already.
 
     Raises SourceError when the source is missing, damaged or unsafe, or not a decoder-only language model.
     """
     transformers_logging.disable_progress_bar()
     device = choose_device(config.device, config.resources.num_gpus)
-    folder = resolve(config, report)
+    folder = folder or resolve(config, report)
     report("loading weights")
     placement = config.device_map or ({"": device.index or 0} if device.type == "cuda" else None)
     dtype = choose_dtype(config.dtype, device)
@@ -64,30 +65,11 @@ def load(config: Model, report: Report) -> Loaded:
         raise SourceError(explain(config, error)) from error
     check_missing_weights(loading, model, config.source)
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    text = load_text(config, folder, vocabulary, model.generation_config)
+    ends = configured_ends(model.generation_config, config.source)
+    text = load_text(config, folder, vocabulary, ends)
     model.eval()
     return_memory()
-    return Loaded(model, text, _longest_context(model))
-
-
-def choose_device(wanted: str, num_gpus: float) -> torch.device:
-    """`auto`: the GPU that the replica reserved from Ray, if torch can use it.
-
-    A replica without a reservation uses the CPU, although Ray does not hide the GPUs from it.
-    """
-    usable = torch.cuda.is_available()
-    if wanted == "cuda" and not usable:
-        raise SourceError("device: cuda, but torch finds no GPU; use device: auto, or set resources.num_gpus")
-    return torch.device("cuda" if wanted == "cuda" or (wanted == "auto" and num_gpus > 0 and usable) else "cpu")
-
-
-def choose_dtype(wanted: str, device: torch.device) -> torch.dtype | str:
-    """`auto`: the checkpoint's dtype on a GPU; on CPU bfloat16 if the processor multiplies bfloat16, else float32."""
-    if wanted != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[wanted]
-    if device.type == "cuda":
-        return "auto"
-    return torch.bfloat16 if cpu_multiplies_bfloat16() else torch.float32
+    return Loaded(model, text, _longest_context(model), ends)
 
 
 def quantized_by_bitsandbytes(quantization: str, dtype: torch.dtype | str) -> BitsAndBytesConfig:
@@ -111,20 +93,6 @@ def bitsandbytes_config(quantization: str, dtype: torch.dtype | str) -> BitsAndB
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
     compute = dtype if isinstance(dtype, torch.dtype) else torch.bfloat16  # float32 if it were left out
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
-
-
-def cpu_multiplies_bfloat16() -> bool:
-    """Whether the processor multiplies bfloat16 (AVX512-BF16 or AMX). On others bfloat16 is slower than float32."""
-    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, check, bool)() for check in checks)
-
-
-def return_memory() -> None:
-    """Return the memory of loading and converting to the system; otherwise glibc keeps it (here over 400 MB)."""
-    gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def _longest_context(model: PreTrainedModel) -> int:

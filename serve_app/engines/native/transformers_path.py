@@ -5,43 +5,27 @@ This path supports the most models and is the reference of the fused path (fused
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence as Seq
+from contextlib import contextmanager
 from functools import partial
-from typing import NamedTuple
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 
 from serve_app.engines.files.adapter_files import AdapterFiles
 from serve_app.engines.files.model_files import SourceError
 from serve_app.engines.native import attention
 from serve_app.engines.native.attention import LayerCache, Layout, ShapeProbe
+from serve_app.engines.native.forward import ForwardOutput, LayerShape, SelfTest
 from serve_app.engines.native.linear import replace_linears
 from serve_app.engines.native.lora import LoraWeights, RowGroups, Target, add_lora, make_weights, targets_of
+from serve_app.engines.native.machine import NotEnoughMemory
 from serve_app.engines.native.quantization import Quantization
 from serve_app.engines.native.rows import Rows, span
 
-
-class ForwardOutput(NamedTuple):
-    """`logits` `[S, V]` of `sample_rows`, then `logprob_rows`; last `hidden` states `[E, H]` of `embedding_rows`."""
-
-    logits: torch.Tensor
-    hidden: torch.Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class LayerShape:
-    """Keys and values that one layer keeps of a token: their number `heads`, their sizes and the device.
-
-    `window` is the number of positions that a row attends to, None where the layer does not pass any.
-    """
-
-    heads: int
-    key_dim: int
-    value_dim: int
-    device: torch.device
-    window: int | None
+_IMPLEMENTATION = "serve_app_slots"
+# No mask function is registered under this name, so that transformers builds no mask.
+AttentionInterface.register(_IMPLEMENTATION, attention.attention_function)
 
 
 class TransformersModel:
@@ -98,12 +82,25 @@ class TransformersModel:
             add_lora(output[0], inputs[0][0], self._groups, target)
 
 
+@torch.inference_mode()
+def tested(
+    model: PreTrainedModel, caches: Seq[LayerCache], quantization: Quantization, adapts: bool, test: SelfTest
+) -> TransformersModel:
+    """The forward pass of a model with these caches. Raises SourceError if it fails the self-test."""
+    with as_source_error(model):
+        forward = TransformersModel(model, caches, quantization, adapts)
+        fault = test.fault(forward, quantization)
+    if fault is not None:
+        raise SourceError(f"{type(model).__name__} {fault}; this architecture is not supported")
+    return forward
+
+
 def layer_shapes(model: PreTrainedModel) -> list[LayerShape]:
     """Shapes of all layers, found by one pass with a ShapeProbe in place of each layer's cache.
 
     Raises SourceError for a model whose layers keep a state other than keys and values.
     """
-    model.set_attn_implementation(attention.IMPLEMENTATION)
+    model.set_attn_implementation(_IMPLEMENTATION)
     modules = attention.attention_modules(model)
     for module in modules:
         module.serve_app_cache = ShapeProbe()  # type: ignore[assignment]
@@ -168,3 +165,15 @@ def _forward(model: PreTrainedModel, rows: Rows) -> ForwardOutput:
     # The last hidden state is the one after the last norm.
     hidden = output.hidden_states[-1][0][rows.embedding_rows] if rows.embedding_rows else logits.new_empty(0, 0)
     return ForwardOutput(logits, hidden)
+
+
+@contextmanager
+def as_source_error(model: torch.nn.Module) -> Iterator[None]:
+    """Turn any exception of the model's code, which may not support this kind of call, into a SourceError."""
+    try:
+        yield
+    except (SourceError, NotEnoughMemory):
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise SourceError(f"{type(model).__name__} cannot be run: {reason}") from error

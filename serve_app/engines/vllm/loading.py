@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 from serve_app.config import Model, VllmOptions
 from serve_app.engines.files.disk_cache import CacheError, cache_subfolder, locked
 from serve_app.engines.files.model_files import SourceError
-from serve_app.engines.files.text import load_text
+from serve_app.engines.files.text import configured_ends, load_text
 from serve_app.engines.text.tokenizer import HFText
 from serve_app.engines.vllm.adapter import Client, engine_args
 
@@ -33,7 +33,8 @@ def load(model: Model, options: VllmOptions, folder: str, report: Callable[[str]
     except Exception as error:
         raise SourceError(f"{model.source}: vLLM cannot be started: {error}") from error
     try:
-        return client, load_text(model, folder, client.vocabulary, _generation_config(folder))
+        ends = configured_ends(_generation_config(folder), model.source)
+        return client, load_text(model, folder, client.vocabulary, ends)
     except BaseException:
         client.shutdown()
         raise

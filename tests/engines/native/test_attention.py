@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from serve_app.engines.native.attention import (
-    IMPLEMENTATION,
     LayerCache,
     ShapeProbe,
     attention_modules,
@@ -172,7 +171,9 @@ def test_a_shape_probe_records_the_shapes_of_a_layer() -> None:
 def test_transformers_finds_the_attention_function_and_its_default_scale() -> None:
     from transformers import AttentionInterface
 
-    forward = AttentionInterface()[IMPLEMENTATION]
+    import serve_app.engines.native.transformers_path  # noqa: F401 - registers the function
+
+    forward = AttentionInterface()["serve_app_slots"]
     cache = LayerCache(1, 1, 8, 4, 4, torch.float32, CPU)
     module = SimpleNamespace(serve_app_cache=cache)
     rows = torch.randn(1, 1, 3, 4, generator=torch.Generator().manual_seed(0))

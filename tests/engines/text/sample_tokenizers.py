@@ -41,7 +41,8 @@ def fast_tokenizer(backend: Tokenizer) -> Any:
 
 @cache
 def embedded_folder() -> Path:
-    from serve_app.engines.native.loader import builtin_gguf, convert_gguf
+    from serve_app.engines.files.conversion import convert_gguf
+    from serve_app.engines.files.sources import builtin_gguf
 
     return convert_gguf(builtin_gguf(), lambda stage: None)
 

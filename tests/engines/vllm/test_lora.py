@@ -14,7 +14,8 @@ from transformers import AutoTokenizer
 
 from serve_app.core.queries import LoadAdapter
 from serve_app.core.requests import Adapter
-from serve_app.engines.native.loader import builtin_gguf, convert_gguf
+from serve_app.engines.files.conversion import convert_gguf
+from serve_app.engines.files.sources import builtin_gguf
 from serve_app.engines.protocol import ReplicaEngine
 from tests.engines.subjects import make_engine
 from tests.models.adapters import answers_of, merged, save_adapter

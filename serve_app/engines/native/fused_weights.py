@@ -1,0 +1,197 @@
+"""The weights of a Llama-like model, packed for the fused path. They do not refer to the model that they come from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence as Seq
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from serve_app.engines.native.linear import Linear, attached_importance, head_quantization, pack
+from serve_app.engines.native.lora import Target, targets_of
+from serve_app.engines.native.quantization import Quantization
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+HEAD_SIZES = (64, 128)
+# Elements that a native operation processes at a time.
+VECTOR_WIDTH = 16
+# Positions whose rotary tables are compared with those of the model's own module.
+_COMPARED_POSITIONS = 4096
+
+# Chooses a linear layer for a weight and a bias, as linear.pack does.
+Pack = Callable[..., Linear]
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """Weights of one layer. `window` is the number of positions that a row attends to, 0 for all."""
+
+    norm: torch.Tensor
+    qkv: Linear
+    query_norm: torch.Tensor | None
+    key_norm: torch.Tensor | None
+    window: int
+    out: Linear
+    mlp_norm: torch.Tensor
+    gate_up: Linear
+    down: Linear
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """The linear layers, in the order in which a row passes them."""
+        return self.qkv, self.out, self.gate_up, self.down
+
+
+@dataclass(frozen=True, slots=True)
+class Rotary:
+    """Rotary position embedding (RoFormer: Su et al. 2021, arXiv 2104.09864).
+
+    `frequencies` `[head_size / 2]` are in radians per position; `factor` multiplies both tables.
+    """
+
+    frequencies: torch.Tensor
+    factor: float
+
+    def tables(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin `[length, head_size / 2]` of the positions from 0 on."""
+        angles = torch.outer(torch.arange(length, dtype=torch.float32), self.frequencies)
+        return angles.cos() * self.factor, angles.sin() * self.factor
+
+
+@dataclass(frozen=True, slots=True)
+class FusedWeights:
+    """All that the fused path needs of a model. `dtype` is that of the model's own weights.
+
+    `targets` are the linear layers by their names, in the order in which the fused path concatenates them.
+    """
+
+    heads: int
+    head_size: int
+    eps: float
+    dtype: torch.dtype
+    quantization: Quantization
+    embedding: torch.Tensor
+    layers: tuple[Layer, ...]
+    norm: torch.Tensor
+    head: Linear
+    rotary: Rotary
+    targets: dict[str, Target]
+
+    @property
+    def linears(self) -> Iterator[Linear]:
+        """All linear layers; the last one is the head."""
+        for layer in self.layers:
+            yield from layer.linears
+        yield self.head
+
+
+def fused_weights(
+    model: PreTrainedModel, windows: Seq[int | None], quantization: Quantization, pack: Pack = pack
+) -> FusedWeights:
+    """The packed weights of a model that the fused path supports: see `unsupported_reason`."""
+    config, inner = model.config, model.model
+    return FusedWeights(
+        heads=config.num_attention_heads,
+        head_size=_head_size(model),
+        eps=float(config.rms_norm_eps),
+        dtype=model.dtype,
+        quantization=quantization,
+        targets=targets_of(_projections(model)),
+        embedding=model.get_input_embeddings().weight.detach(),
+        layers=tuple(
+            _layer(layer, window or 0, partial(pack, quantization=quantization))
+            for layer, window in zip(inner.layers, windows, strict=True)
+        ),
+        norm=_weight(inner.norm),
+        head=pack(model.get_output_embeddings().weight, None, quantization=head_quantization(quantization)),
+        rotary=_rotary(model),
+    )
+
+
+def unsupported_reason(model: PreTrainedModel) -> str | None:
+    """Why the fused path cannot run this model; None if it can."""
+    config = model.config
+    if model.device.type != "cpu" or model.dtype not in (torch.float32, torch.bfloat16):
+        return f"the fused path does not support {model.dtype} on {model.device}"
+    if config.model_type not in FAMILIES:
+        return f"the fused path supports the model types {', '.join(FAMILIES)}, not {config.model_type}"
+    if (
+        _head_size(model) not in HEAD_SIZES
+        or config.hidden_size % VECTOR_WIDTH
+        or config.intermediate_size % VECTOR_WIDTH
+    ):
+        return (
+            f"the fused path does not support heads of size {_head_size(model)} with rows of {config.hidden_size} and "
+            f"{config.intermediate_size}"
+        )
+    if config.hidden_act != "silu":
+        return f"the fused path does not support the activation function {config.hidden_act}"
+    if not _same_tables(model):
+        return "the fused path does not support its rotary position embedding"
+    return None
+
+
+def _head_size(model: PreTrainedModel) -> int:
+    config = model.config
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def _layer(layer: Any, window: int, pack: Pack) -> Layer:
+    attention, mlp = layer.self_attn, layer.mlp
+    return Layer(
+        norm=_weight(layer.input_layernorm),
+        qkv=_concatenated([attention.q_proj, attention.k_proj, attention.v_proj], pack),
+        query_norm=_weight(attention.q_norm) if hasattr(attention, "q_norm") else None,
+        key_norm=_weight(attention.k_norm) if hasattr(attention, "k_norm") else None,
+        window=window,
+        out=_concatenated([attention.o_proj], pack),
+        mlp_norm=_weight(layer.post_attention_layernorm),
+        gate_up=_concatenated([mlp.gate_proj, mlp.up_proj], pack),
+        down=_concatenated([mlp.down_proj], pack),
+    )
+
+
+def _projections(model: PreTrainedModel) -> list[tuple[str, torch.nn.Module]]:
+    """The linear layers with their names, in the order in which the fused path concatenates them."""
+    names = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
+    layers: Any = model.model.layers
+    return [
+        (f"model.layers.{number}.{name}", layer.get_submodule(name))
+        for number, layer in enumerate(layers)
+        for name in names
+    ]
+
+
+def _weight(norm: Any) -> torch.Tensor:
+    weight: torch.Tensor = norm.weight.detach().float()
+    return weight
+
+
+def _concatenated(linears: Seq[torch.nn.Linear], pack: Pack) -> Linear:
+    """Layers with the same input as one layer."""
+    biases = [linear.bias for linear in linears]
+    bias = None if biases[0] is None else torch.cat([bias.detach() for bias in biases])
+    weight = torch.cat([linear.weight.detach() for linear in linears])
+    return pack(weight, bias, importance=attached_importance(linears[0]))
+
+
+def _rotary(model: PreTrainedModel) -> Rotary:
+    """The frequencies after the model's rope scaling. For scaling by length they are those of its original range."""
+    module: Any = model.model.rotary_emb
+    return Rotary(module.inv_freq.detach().float(), float(module.attention_scaling))
+
+
+def _same_tables(model: PreTrainedModel) -> bool:
+    """Whether the model's own rotary embedding computes the tables of `_rotary`."""
+    length = min(_COMPARED_POSITIONS, int(getattr(model.config, "max_position_embeddings", _COMPARED_POSITIONS)))
+    module: Any = model.model.rotary_emb
+    own = module(torch.zeros(1, dtype=torch.float32), torch.arange(length)[None])
+    tables = _rotary(model).tables(length)
+    return all(
+        torch.allclose(theirs[0, :, : ours.shape[1]], ours, atol=1e-6) for theirs, ours in zip(own, tables, strict=True)
+    )
