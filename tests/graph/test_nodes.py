@@ -99,6 +99,8 @@ async def wait_until_complete(nodes: Nodes) -> None:
     """Wait until both proxies answer, both ingresses run and each model has its replicas."""
 
     async def complete() -> bool:
+        for node in (nodes.head, nodes.front, *nodes.models):
+            assert node.process.poll() is None, node.output()
         for node in (nodes.head, nodes.front):
             async with client_of(node) as client:
                 if not await answers(client):
