@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from serve_app.cache_config import CacheOptions
 from serve_app.engine_config import (
     KINDS,
     AnyEngine,
@@ -29,6 +30,7 @@ __all__ = [
     "AutoOptions",
     "Autoscaling",
     "Batching",
+    "CacheOptions",
     "ConfigError",
     "Cors",
     "Deployment",
@@ -361,13 +363,17 @@ class Telemetry(Section):
 
 
 class AppConfig(Section):
-    """The `args` of serve_config.yaml. The first model serves the requests that name no model."""
+    """The `args` of serve_config.yaml. The first model serves the requests that name no model.
+
+    `response_cache: null` switches the cache off.
+    """
 
     models: Annotated[tuple[Model, ...], Field(min_length=1)]
     ingress: Ingress = Ingress()
     limits: Limits = Limits()
     cors: Cors = Cors()
     responses: StoredResponses = StoredResponses()
+    response_cache: CacheOptions | None = None
     telemetry: Telemetry = Telemetry()
 
     @model_validator(mode="after")

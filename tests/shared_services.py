@@ -49,7 +49,10 @@ def token_log(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def toy_service(token_log: Path) -> Iterator[Service]:
-    """HAProxy, one ingress, and a model for each kind of test."""
+    """HAProxy, one ingress with a response cache, and a model for each kind of test.
+
+    Most requests of tests are sampled without a seed, so that their answers are not from the cache.
+    """
     models = [
         model_config(
             "toy",
@@ -78,7 +81,9 @@ def toy_service(token_log: Path) -> Iterator[Service]:
         zero_scaled_model_config("undisturbed", "builtin:toy", downscale_to_zero_delay_s=1),
     ]
     with _running["toy_service"] as running:
-        service = running.enter_context(Service(models, heartbeat_s=0.3, max_body_bytes=65_536, warm_wait_s=30))
+        service = running.enter_context(
+            Service(models, response_cache={}, heartbeat_s=0.3, max_body_bytes=65_536, warm_wait_s=30)
+        )
         service.wait_until_ready()
         yield service
 

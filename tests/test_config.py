@@ -88,6 +88,10 @@ BOUNDS: dict[str, list[float]] = {
     "responses.max_stored": [-1],
     "responses.max_stored_bytes": [1023],
     "responses.ttl_s": [0],
+    "response_cache.max_bytes": [1023],
+    "response_cache.max_answer_bytes": [1023],
+    "response_cache.ttl_s": [0],
+    "response_cache.timeout_s": [0, 1.1],
     "telemetry.tracing.sampling_ratio": [-0.1, 1.1],
     "models.0.sampling_defaults.temperature": [-0.1, 2.1],
     "models.0.sampling_defaults.top_p": [0, 1.1],
@@ -277,6 +281,18 @@ def test_a_number_outside_of_its_bounds_is_refused(path: str, value: float) -> N
 
 def test_every_number_has_bounds() -> None:
     assert sorted(numbers(AppConfig)) == sorted(BOUNDS)
+
+
+@pytest.mark.parametrize("url", ["", "localhost:6379", "http://cache", "redis://", "redis:///0", "valkey://cache"])
+def test_the_server_of_the_response_cache_has_a_redis_url(url: str) -> None:
+    assert fault(with_value("response_cache.url", url)).startswith("response_cache.url: ")
+
+
+@pytest.mark.parametrize("url", ["redis://:s3cret@cache:6379", "rediss://me:s3cret@cache", "redis://c?password=s3cret"])
+def test_a_password_in_the_configuration_is_refused_and_not_repeated(url: str) -> None:
+    message = fault(with_value("response_cache.url", url))
+    assert message.startswith("response_cache.url: the URL has a password; set it in the environment variable ")
+    assert "s3cret" not in message
 
 
 @pytest.mark.parametrize("endpoint", ["", "localhost:4318", "http://", "grpc://localhost:4317", "http:///v1/traces"])

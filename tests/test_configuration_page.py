@@ -145,7 +145,14 @@ def test_links_to_other_pages_have_a_target(page: str) -> None:
 
 def test_the_examples_are_valid() -> None:
     blocks = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)]
-    assert [list(block) for block in blocks] == [["cors"], ["lora"], ["chat_template"], ["models"], ["deployment"]]
+    assert [list(block) for block in blocks] == [
+        ["cors"],
+        ["response_cache"],
+        ["lora"],
+        ["chat_template"],
+        ["models"],
+        ["deployment"],
+    ]
     for block in blocks:
         AppConfig.model_validate(app_args() | block if block.keys() & AppConfig.model_fields else app_args(**block))
 

@@ -1,4 +1,4 @@
-"""The LLM performance dashboard: requests, latencies, tokens, HTTP calls and engines."""
+"""The LLM performance dashboard: requests, latencies, tokens, HTTP calls, the response cache and engines."""
 
 from __future__ import annotations
 
@@ -322,6 +322,33 @@ HTTP = (
     ),
 )
 
+RESPONSE_CACHE = (
+    Panel(
+        "Response cache: requests",
+        "Requests by what the response cache did. The times and tokens of hits are in no other panel. Requests that "
+        "are sampled without a seed are bypasses.",
+        "reqps",
+        ((per_second("serve_app_response_cache_requests_total", ("status",)), "{{status}}"),),
+        stacked=True,
+    ),
+    Panel(
+        "Response cache: memory",
+        "Memory of the answers in each replica of the ingress. The limit is `response_cache.max_bytes`; 0 if a Redis "
+        "server keeps the answers.",
+        "bytes",
+        ((total("serve_app_response_cache_bytes", ("replica",), ""), "{{replica}}"),),
+    ),
+    Panel(
+        "Response cache: errors of the server",
+        "Failed calls to the Redis server of the response cache. Above the threshold the server is down or too slow, "
+        "and requests are computed as without a cache.",
+        "ops",
+        ((per_second("serve_app_response_cache_errors_total", ("replica",), ""), "{{replica}}"),),
+        thresholds=(threshold("ResponseCacheFails"),),
+        alerts=("ResponseCacheFails",),
+    ),
+)
+
 ENGINE = (
     Panel(
         "Batch size",
@@ -505,7 +532,7 @@ VLLM = (
 DASHBOARD = Dashboard(
     uid="serve-app-llm",
     title="serve_app: LLM performance",
-    description="Requests, errors, latencies, tokens, HTTP calls and engines.",
+    description="Requests, errors, latencies, tokens, HTTP calls, the response cache and engines.",
     variables=(Variable("model", "Model", "label_values(serve_app_model_state, model)"),),
     rows={
         "Overview": OVERVIEW,
@@ -513,6 +540,7 @@ DASHBOARD = Dashboard(
         "First token": FIRST_TOKEN,
         "Tokens": TOKENS,
         "HTTP": HTTP,
+        "Response cache": RESPONSE_CACHE,
         "Engine": ENGINE,
         "Engine: vLLM": VLLM,
         "KV cache and lengths": MEMORY,

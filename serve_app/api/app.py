@@ -20,7 +20,7 @@ from serve_app.api.content_coding import DecodeBody
 from serve_app.api.context import RequestContext, configured_adapters, keep
 from serve_app.api.cors import AllowOrigins
 from serve_app.api.error_handlers import ErrorHandlers
-from serve_app.api.middleware import BodyLimits, CallMetrics, CatchAll, OnePath, RequestId
+from serve_app.api.middleware import BodyLimits, CacheHeader, CallMetrics, CatchAll, OnePath, RequestId
 from serve_app.api.native.routes import NativeRoutes
 from serve_app.api.openai.embeddings import EmbeddingRoutes
 from serve_app.api.openai.lora import LoraRoutes
@@ -62,6 +62,7 @@ def create_app(
             Middleware(OnePath),
             Middleware(CallMetrics, telemetry=telemetry),
             *([Middleware(AllowOrigins, cors=config.cors)] if config.cors.allow_origins else []),
+            *([Middleware(CacheHeader)] if config.response_cache is not None else []),
             Middleware(CatchAll, handlers=handlers),
             Middleware(BodyLimits, limits=config.limits),
             Middleware(DecodeBody, limits=config.limits),

@@ -14,7 +14,7 @@ from serve_app.config import AppConfig, Limits, Model, SamplingDefaults
 from serve_app.core.adapters import AdapterDirectory
 from serve_app.core.engine import Engine
 from serve_app.core.queries import A, GetModelInfo, ModelInfo, Query
-from serve_app.core.requests import Adapter, GenerationRequest, Prompt, SamplingParams
+from serve_app.core.requests import Adapter, CacheControl, GenerationRequest, Prompt, SamplingParams
 from serve_app.errors import ModelNotFound
 
 # Clients of Text Generation Inference send these names, which it ignores; an empty name is no name in vLLM.
@@ -129,6 +129,7 @@ class RequestContext:
             wake_wait_s=wake_wait_s,
             adapter=served.adapter,
             session=http.headers.get(SESSION_HEADER, "")[:_LONGEST_SESSION],
+            cache_control=_cache_control(http),
         )
 
     async def query(self, http: Request, model: str, query: Query[A]) -> A:
@@ -153,6 +154,15 @@ def configured_adapters(config: AppConfig) -> AdapterDirectory:
             if model.lora is not None
         }
     )
+
+
+def _cache_control(http: Request) -> CacheControl:
+    """What the header `cache-control` asks of the response cache. Other directives have no effect (RFC 9111, 5.2.1)."""
+    values = ",".join(http.headers.getlist("cache-control")).lower().split(",")
+    directives = {value.strip() for value in values}
+    if "no-store" in directives:
+        return "no-store"
+    return "no-cache" if "no-cache" in directives else ""
 
 
 def generation_id(http: Request) -> str:

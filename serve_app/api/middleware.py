@@ -1,4 +1,7 @@
-"""Pure ASGI middleware around every route, outermost first: RequestId, OnePath, CallMetrics, CatchAll, BodyLimits."""
+"""Pure ASGI middleware around every route.
+
+Outermost first: RequestId, OnePath, CallMetrics, CacheHeader, CatchAll, BodyLimits.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serve_app.api.error_handlers import ErrorHandlers
 from serve_app.api.telemetry import ServiceTelemetry
 from serve_app.config import Limits
+from serve_app.core.cache_status import CacheReport, current_report
 from serve_app.core.http import HttpCall
 from serve_app.errors import BodyTooLarge, RequestTimeout
 
@@ -125,6 +129,33 @@ class CallMetrics:
             route = getattr(scope.get("route"), "path", "other")
             seconds = time.monotonic() - began
             self.telemetry.call_ended(HttpCall(route, scope["method"], status, seconds, received, sent))
+
+
+class CacheHeader:
+    """Adds `x-cache`, what the response cache did for the requests of the call, to responses with such requests.
+
+    A response to several requests that begins before all of them were looked up says what is known until then.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        report = CacheReport()
+
+        async def send_with_status(message: Message) -> None:
+            if message["type"] == "http.response.start" and report.status is not None:
+                MutableHeaders(scope=message)["x-cache"] = report.status
+            await send(message)
+
+        before = current_report.set(report)
+        try:
+            await self.app(scope, receive, send_with_status)
+        finally:
+            current_report.reset(before)
 
 
 class CatchAll:

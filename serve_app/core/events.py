@@ -124,6 +124,9 @@ class Chunk:
     the prefix cache. `prompt` is set in the first chunk if the request asked for it. An `embedding`, whose numbers fit
     float32, comes in the only chunk of its request, without events. `began_ns` is set in the first chunk of a traced
     request: the instant when the engine began with the prompt, by its wall clock, in ns since 1970.
+
+    A `replayed` chunk was computed for another request: its token counts are those of that request, and its times are
+    the receiver's own.
     """
 
     events: tuple[TokenEvent, ...]
@@ -133,6 +136,7 @@ class Chunk:
     prompt: PromptDetails | None = None
     embedding: tuple[float, ...] | None = None
     began_ns: int = 0
+    replayed: bool = False
 
     @property
     def finished(self) -> bool:

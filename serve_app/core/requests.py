@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+# What a request asks of the response cache, in the words of HTTP: with `no-cache` its answer is computed and stored,
+# with `no-store` it is neither looked up nor stored.
+CacheControl = Literal["", "no-cache", "no-store"]
 GrammarKind = Literal["json_object", "json_schema", "regex", "choice", "lark"]
 
 
@@ -197,6 +200,8 @@ class GenerationRequest:
     the prompt, as after a preemption, and yields the tokens after them.
 
     Requests with the same `session`, a name of the caller's, go to the same replica unless it is much busier.
+
+    `cache_control` is for the response cache.
     """
 
     id: str
@@ -219,6 +224,7 @@ class GenerationRequest:
     adapter: Adapter | None = None
     resumed: tuple[int, ...] = ()
     session: str = ""
+    cache_control: CacheControl = ""
 
     @property
     def served_name(self) -> str:

@@ -30,6 +30,7 @@ from serve_app.deployments.work_reporter import WorkReporter
 from serve_app.deployments.work_reports import WorkReport
 from serve_app.gateway.catalog import Catalog
 from serve_app.gateway.chain import ModelChain
+from serve_app.gateway.response_cache import open_cache
 from serve_app.telemetry.exposition import MetricsSnapshot
 
 logger = logging.getLogger("ray.serve")
@@ -59,6 +60,7 @@ class Ingress:
         self._receiver = EventReceiver(ray.util.get_node_ip_address())
         await self._receiver.start()
         self._telemetry = IngressTelemetry(config, self._id, self._registry)
+        self._cache = open_cache(config.response_cache, self._telemetry.cache) if config.response_cache else None
         self._handles = {model.name: handle for model, handle in zip(config.models, handles, strict=True)}
         self._remotes: list[RemoteEngine] = []
         self._chains = {model.name: self._chain(model) for model in config.models}
@@ -100,6 +102,8 @@ class Ingress:
         for chain in self._chains.values():
             chain.stop()
         await self._work.stop()
+        if self._cache is not None:
+            await self._cache.store.close()
         await self._reporter.stop(Heartbeat(self._id, "", "", leaving=True))
         self._receiver.stop()
         await asyncio.to_thread(self._process.stop)
@@ -110,7 +114,8 @@ class Ingress:
         self._remotes.append(remote)
         telemetry, name = self._telemetry, model.name
         resumed, arrived = partial(telemetry.resumed, name), partial(self._arrived, name)
-        return ModelChain(model, remote, telemetry.meter, partial(telemetry.woke, name), resumed, arrived)
+        woke = partial(telemetry.woke, name)
+        return ModelChain(model, remote, telemetry.meter, woke, resumed, arrived, self._cache)
 
     def _arrived(self, model: str) -> None:
         """A request has arrived. The autoscaler learns of it at once if the model has no replica."""

@@ -14,7 +14,7 @@ from serve_app.deployments.registry import ReplicaRegistry
 from serve_app.errors import ServeAppError
 from serve_app.telemetry.exposition import exposition
 from serve_app.telemetry.meter import IngressMetrics, Meter
-from serve_app.telemetry.metrics import ages, metrics_complete, states
+from serve_app.telemetry.metrics import CacheSeries, ages, metrics_complete, states
 
 if TYPE_CHECKING:
     from serve_app.deployments.heartbeats import Reporter
@@ -41,6 +41,11 @@ class IngressTelemetry:
     def resumed(self, model: str) -> None:
         """Count an answer that goes on at another replica."""
         self._metrics.resumed(model)
+
+    @property
+    def cache(self) -> CacheSeries:
+        """Measures the response cache."""
+        return self._metrics.cache
 
     def set_status(self, status: ModelStatus, ready: int) -> None:
         """Keep the latest state of a model and the number of its ready replicas."""

@@ -13,6 +13,7 @@ from serve_app.gateway.admission import Admission
 from serve_app.gateway.failover import Failover
 from serve_app.gateway.outcome import Outcome, RequestMeter
 from serve_app.gateway.readiness import Readiness
+from serve_app.gateway.response_cache import ResponseCache, SharedCache
 from serve_app.gateway.workload import Workload
 
 
@@ -20,7 +21,8 @@ class ModelChain:
     """`engine` is the outermost stage around `innermost`, which reaches the model's replicas.
 
     `meter` measures a request; `woke` receives the seconds that a model took to wake; `resumed` is called when the
-    answer of a lost replica goes on at another one. `arrived` is called when a request arrives.
+    answer of a lost replica goes on at another one; `arrived` is called when a request arrives that must be computed.
+    Without `cache` every answer is computed.
     """
 
     def __init__(
@@ -31,6 +33,7 @@ class ModelChain:
         woke: Callable[[float], None],
         resumed: Callable[[], None],
         arrived: Callable[[], None] = lambda: None,
+        cache: SharedCache | None = None,
     ) -> None:
         deployment = model.deployment
         self._places_per_replica = self._places = deployment.max_ongoing_requests
@@ -39,7 +42,8 @@ class ModelChain:
         held = deployment.max_ongoing_requests + deployment.max_queued_requests
         self._readiness = Readiness(self._admission, model, held, woke)
         self._workload = Workload(self._readiness, arrived)
-        self.engine: Engine = Outcome(self._workload, meter)
+        self._cache = None if cache is None else ResponseCache(self._workload, model, cache)
+        self.engine: Engine = Outcome(self._cache or self._workload, meter)
 
     def update(self, status: ModelStatus, ready: int, ingresses: int) -> None:
         """Take in the model's state, its ready replicas, and the number of ingresses that share their places.
@@ -61,3 +65,5 @@ class ModelChain:
 
     def stop(self) -> None:
         self._readiness.stop()
+        if self._cache is not None:
+            self._cache.stop()

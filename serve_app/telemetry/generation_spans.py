@@ -98,6 +98,8 @@ class _Generation:
             span.set_attribute("gen_ai.usage.input_tokens", last.prompt_tokens)
             span.set_attribute("gen_ai.usage.output_tokens", self._tokens)
             span.set_attribute("gen_ai.usage.cache_read.input_tokens", last.cached_tokens)
+            if last.replayed:
+                span.set_attribute("serve_app.replayed", True)
         if self._capture:
             self._set_content()
         span.end(now)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Collection
 
 from prometheus_client.metrics_core import Metric
 
@@ -14,6 +14,7 @@ from serve_app.telemetry.metrics import (
     FINISHED,
     TPOT_OBJECTIVE_S,
     TTFT_OBJECTIVE_S,
+    CacheSeries,
     GenAiSeries,
     HttpSeries,
     RequestSeries,
@@ -24,15 +25,16 @@ from serve_app.telemetry.process import ProcessMetrics
 class IngressMetrics:
     """All metrics of one ingress and its process. `opentelemetry` adds request times under OpenTelemetry's names."""
 
-    def __init__(self, replica: str, models: Iterable[str], opentelemetry: bool) -> None:
+    def __init__(self, replica: str, models: Collection[str], opentelemetry: bool) -> None:
         self.http = HttpSeries(replica, models)
+        self.cache = CacheSeries(replica, models)
         self._series = {model: RequestSeries(model, replica) for model in models}
         self._gen_ai = GenAiSeries(replica) if opentelemetry else None
         self._process = ProcessMetrics("", replica)
 
     def families(self, lag_s: float) -> list[Metric]:
         """All metric families. `lag_s` is the delay of the event loop in seconds."""
-        families = [*self._process.families(lag_s), *self.http.families()]
+        families = [*self._process.families(lag_s), *self.http.families(), *self.cache.families()]
         for series in self._series.values():
             families += series.families()
         return families + (self._gen_ai.families() if self._gen_ai else [])
@@ -52,7 +54,11 @@ class IngressMetrics:
 
 
 class Meter:
-    """Measures one request from its arrival until it ends, and records its outcome once."""
+    """Measures one request from its arrival until it ends, and records its outcome once.
+
+    The times and tokens of a replayed answer are not recorded, because nothing was computed for it; it counts as a
+    request with an outcome, and as goodput.
+    """
 
     def __init__(self, request: GenerationRequest, series: RequestSeries, gen_ai: GenAiSeries | None) -> None:
         self._request = request
@@ -63,21 +69,21 @@ class Meter:
         self._last_s = 0.0
         self._tokens = 0
         self._prompt_tokens = 0
+        self._replayed = False
         self._outcome = CANCELLED
         series.active.inc()
         series.changed = True
 
     def chunk(self, chunk: Chunk) -> None:
         """Record a chunk, just before it is sent."""
-        now = time.monotonic()
+        self._replayed = chunk.replayed
+        if not chunk.replayed:
+            self._measure(chunk)
         if self._tokens == 0:
-            self._first(chunk)
-        elif chunk.events:
-            self._series.itl.observe(now - self._sent_at)
-        self._sent_at = now
+            self._prompt_tokens = chunk.prompt_tokens
+            self._ttft_s = chunk.events[0].elapsed_s if chunk.events else None
         self._tokens += len(chunk.events)
         self._last_s = chunk.events[-1].elapsed_s if chunk.events else 0.0
-        self._series.tokens.inc(len(chunk.events))
         self._series.changed = True
         if chunk.finished:
             self._outcome = chunk.outcome
@@ -91,37 +97,51 @@ class Meter:
         series, complete = self._series, self._outcome in FINISHED
         series.active.dec()
         series.requests[self._outcome].inc()
-        tpot_s = self._finished(seconds) if complete else None
-        if not complete and self._outcome != CANCELLED and self._tokens:
+        if complete:
+            self._count_if_good()
+        elif self._outcome != CANCELLED and self._tokens:
             series.truncated.inc()
         series.changed = True
+        if not self._replayed:
+            self._record(seconds, complete)
+
+    @property
+    def _tpot_s(self) -> float | None:
+        """The mean time per token after the first; None without a second token."""
+        if self._ttft_s is None or self._tokens < 2:
+            return None
+        return (self._last_s - self._ttft_s) / (self._tokens - 1)
+
+    def _measure(self, chunk: Chunk) -> None:
+        """Record the times and tokens of a chunk."""
+        now, series = time.monotonic(), self._series
+        if self._tokens == 0:
+            series.queue.observe(chunk.queue_s)
+            series.prompt_tokens.inc(chunk.prompt_tokens)
+            if chunk.events:
+                series.ttft.observe(chunk.events[0].elapsed_s)
+                series.prefill.observe(chunk.events[0].elapsed_s - chunk.queue_s)
+        elif chunk.events:
+            series.itl.observe(now - self._sent_at)
+        self._sent_at = now
+        series.tokens.inc(len(chunk.events))
+
+    def _count_if_good(self) -> None:
+        met = self._ttft_s is not None and self._ttft_s <= TTFT_OBJECTIVE_S
+        if met and (self._tpot_s or 0.0) <= TPOT_OBJECTIVE_S:
+            self._series.good.inc()
+
+    def _record(self, seconds: float, complete: bool) -> None:
+        """Record a request that was computed, or that failed, in the histograms of whole requests."""
+        series, request, tpot_s = self._series, self._request, self._tpot_s if complete else None
+        if complete:
+            series.duration.observe(seconds)
+            series.prompt_length.observe(self._prompt_tokens)
+        if complete and self._ttft_s is not None:  # no embedding
+            series.response_length.observe(self._tokens)
+            series.decode.observe(self._last_s - self._ttft_s)
+            if tpot_s is not None:
+                series.tpot.observe(tpot_s)
         if self._gen_ai is not None:
             error = "" if complete else self._outcome
-            request = self._request
             self._gen_ai.ended(request.model, request.operation, error, seconds, self._ttft_s, tpot_s)
-
-    def _first(self, chunk: Chunk) -> None:
-        series = self._series
-        series.queue.observe(chunk.queue_s)
-        series.prompt_tokens.inc(chunk.prompt_tokens)
-        self._prompt_tokens = chunk.prompt_tokens
-        if chunk.events:
-            self._ttft_s = chunk.events[0].elapsed_s
-            series.ttft.observe(self._ttft_s)
-            series.prefill.observe(self._ttft_s - chunk.queue_s)
-
-    def _finished(self, seconds: float) -> float | None:
-        """Record a complete response. Returns its mean time per token after the first; None without a second token."""
-        series, tpot_s = self._series, None
-        series.duration.observe(seconds)
-        series.prompt_length.observe(self._prompt_tokens)
-        if self._ttft_s is None:  # an embedding
-            return None
-        series.response_length.observe(self._tokens)
-        series.decode.observe(self._last_s - self._ttft_s)
-        if self._tokens > 1:
-            tpot_s = (self._last_s - self._ttft_s) / (self._tokens - 1)
-            series.tpot.observe(tpot_s)
-        if self._ttft_s <= TTFT_OBJECTIVE_S and (tpot_s or 0.0) <= TPOT_OBJECTIVE_S:
-            series.good.inc()
-        return tpot_s

@@ -18,6 +18,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 
 from serve_app import __version__
+from serve_app.core.cache_status import CacheStatus
 from serve_app.core.events import CANCELLED, EMBEDDED, FinishReason
 from serve_app.core.http import HttpCall
 from serve_app.core.queries import ModelState
@@ -243,6 +244,50 @@ class HttpSeries:
         self._stored.set(count)
         self._stored_bytes.set(size)
         self._removed.inc(removed)
+
+
+class CacheSeries:
+    """The response cache of one ingress."""
+
+    def __init__(self, replica: str, models: Iterable[str]) -> None:
+        self._registry = registry = CollectorRegistry()
+        requests = Counter(
+            "serve_app_response_cache_requests",
+            "Requests by what the response cache did: 'hit' if it had the answer or an equal request was in progress, "
+            "'miss', or 'bypass' if the request cannot be cached or asked for it.",
+            (*_MODEL, "status"),
+            registry=registry,
+        )
+        self._requests = {
+            (model, status): requests.labels(model, replica, status.value) for model in models for status in CacheStatus
+        }
+        self._bytes = Gauge(
+            "serve_app_response_cache_bytes",
+            "Memory of the answers in the response cache of the process; 0 if a server keeps them.",
+            ("replica",),
+            registry=registry,
+        ).labels(replica)
+        self._errors = Counter(
+            "serve_app_response_cache_errors",
+            "Failed calls to the server that keeps the answers of the response cache; once a second while it is down.",
+            ("replica",),
+            registry=registry,
+        ).labels(replica)
+
+    def families(self) -> list[Metric]:
+        return list(self._registry.collect())
+
+    def looked_up(self, model: str, status: CacheStatus) -> None:
+        """Count a request."""
+        self._requests[model, status].inc()
+
+    def stored(self, size: int) -> None:
+        """The answers in this process have `size` bytes now."""
+        self._bytes.set(size)
+
+    def failed(self) -> None:
+        """Count an error of the server that keeps the answers."""
+        self._errors.inc()
 
 
 class GenAiSeries:

@@ -7,6 +7,7 @@ import json
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -98,6 +99,14 @@ async def test_a_generation_is_a_child_of_the_call_and_the_parent_of_the_request
     context = generation.get_span_context()
     assert context is not None
     assert request.traceparent == f"{PARENT[:36]}{format_span_id(context.span_id)}-01"
+
+
+@pytest.mark.parametrize("replayed", [True, False])
+async def test_the_span_of_a_replayed_answer_says_so(replayed: bool) -> None:
+    traced = TracedApp()
+    traced.engine.plays(replace(chunk(["a"]), replayed=replayed))
+    await traced.call("/generate", {"prompt": "hi"})
+    assert attributes(traced.span("text_completion small")).get("serve_app.replayed", False) is replayed
 
 
 async def test_a_call_that_is_not_sampled_is_not_traced() -> None:

@@ -47,6 +47,7 @@ class ScriptedEngine:
     script: Script = lambda request: [chunk(), LAST]
     answer: Any = "answer"
     query_gate: asyncio.Event | None = None
+    state: ModelState = ModelState.READY
     requests: list[GenerationRequest] = field(default_factory=list)
     queries: list[Query[Any]] = field(default_factory=list)
     closed: list[str] = field(default_factory=list)
@@ -78,7 +79,7 @@ class ScriptedEngine:
         return self.answer  # type: ignore[no-any-return]
 
     def health(self, model: str) -> ModelStatus:
-        return ModelStatus(model, ModelState.READY)
+        return ModelStatus(model, self.state)
 
     def load(self, model: str) -> EngineLoad:
         return EngineLoad(self.running, 0, 1)

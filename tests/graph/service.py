@@ -77,6 +77,7 @@ def serve_config(
     ingress_cpus: float = 0,
     host: str = "127.0.0.1",
     telemetry: Config | None = None,
+    response_cache: Config | None = None,
     **limits: Any,
 ) -> Config:
     """A Ray Serve config file. `ingress` changes the deployment options of the ingress."""
@@ -85,6 +86,7 @@ def serve_config(
         "ingress": {"num_cpus": ingress_cpus, "deployment": deployment},
         "limits": limits,
         "telemetry": telemetry or {},
+        "response_cache": response_cache,
     }
     application = {
         "name": "serve_app",

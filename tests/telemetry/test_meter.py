@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
+from serve_app.core.cache_status import CacheStatus
 from serve_app.core.events import Chunk, FinishReason, TokenEvent
 from serve_app.core.http import HttpCall
 from serve_app.core.requests import ChatMessage, ChatPrompt, GenerationRequest, Prompt, SamplingParams, TextPrompt
@@ -103,6 +105,33 @@ def test_a_cancelled_request_is_not_truncated() -> None:
     changed = changes(chunk(0.1))
     assert changed["requests_total/cancelled"] == 1
     assert "truncated_requests_total" not in changed
+
+
+@pytest.mark.parametrize(("time_s", "good"), [(0.001, True), (2.1, False)])
+def test_a_replayed_answer_counts_as_a_request_and_its_times_and_tokens_do_not(time_s: float, good: bool) -> None:
+    chunks = [chunk(time_s), chunk(time_s, time_s, end=FinishReason.STOP)]
+    changed = changes(*(replace(one, replayed=True) for one in chunks), opentelemetry=True)
+    assert changed == {"requests_total/stop": 1, **({"goodput_requests_total": 1} if good else {})}
+
+
+def test_a_replayed_answer_that_breaks_off_is_truncated() -> None:
+    changed = changes(replace(chunk(0.1), replayed=True), error=InternalError("x"))
+    assert changed == {"requests_total/internal_error": 1, "truncated_requests_total": 1}
+
+
+def test_the_response_cache_is_measured() -> None:
+    metrics = IngressMetrics("r", ["m"], opentelemetry=False)
+    found = samples(metrics)
+    statuses = [f"response_cache_requests_total/{status}" for status in ("hit", "miss", "bypass")]
+    assert [found[name] for name in statuses] == [0, 0, 0], "the series exist before the first request"
+    for status in (CacheStatus.HIT, CacheStatus.HIT, CacheStatus.BYPASS):
+        metrics.cache.looked_up("m", status)
+    metrics.cache.stored(7)
+    metrics.cache.stored(5)
+    metrics.cache.failed()
+    found = samples(metrics)
+    assert [found[name] for name in statuses] == [2, 0, 1]
+    assert (found["response_cache_bytes"], found["response_cache_errors_total"]) == (5, 1)
 
 
 def test_an_embedding_has_no_tokens() -> None:
