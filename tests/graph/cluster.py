@@ -6,7 +6,6 @@ to the file by which all other programs of the machine find theirs.
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,7 @@ import yaml
 from infra_pulumi import rayservice
 from serve_app.deployments import haproxy
 from tests.graph.service import PROXIES, Config, Program, free_port, kill, serve_config
+from tests.redis_server import RedisServer
 
 _START = ("ray.scripts.scripts", "start", "--block", "--object-store-memory=100000000")
 _LONGEST_S = 120
@@ -44,14 +44,12 @@ def node_environment(proxy: str) -> Iterator[dict[str, str]]:
 @contextmanager
 def fault_tolerance() -> Iterator[dict[str, str]]:
     """Run Redis. With these variables the head keeps its state there, and workers wait for a new head."""
-    assert shutil.which("redis-server"), "install redis-server"
-    port = free_port()
-    command = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--loglevel", "warning"]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as redis:
+    with tempfile.TemporaryDirectory() as folder:
+        redis = RedisServer(Path(folder))
         try:
-            yield {"RAY_REDIS_ADDRESS": f"127.0.0.1:{port}", "RAY_gcs_rpc_server_reconnect_timeout_s": "600"}
+            yield {"RAY_REDIS_ADDRESS": f"127.0.0.1:{redis.port}", "RAY_gcs_rpc_server_reconnect_timeout_s": "600"}
         finally:
-            redis.terminate()
+            redis.kill()
 
 
 class Node(Program):
