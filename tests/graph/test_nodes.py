@@ -169,11 +169,13 @@ async def test_no_answer_is_lost_with_a_node(nodes: Nodes, client: httpx.AsyncCl
 async def test_the_streams_of_a_preempted_node_finish_or_move(nodes: Nodes, client: httpx.AsyncClient) -> None:
     """A spot notice: the cloud takes the node 8 s later. Short streams end there, long ones move."""
     victim, before = nodes.models[0], await resumed(client)
-    calls = [*toy_calls(300), *toy_calls(1200), *toy_calls(1200)]
-    expected = [*await undisturbed(client, 300), *await undisturbed(client, 1200) * 2]
+    calls = [*toy_calls(300), *toy_calls(1600), *toy_calls(1600)]
+    expected = [*await undisturbed(client, 300), *await undisturbed(client, 1600) * 2]
+    notice = asyncio.create_task(asyncio.to_thread(nodes.head.drain, victim, 8))  # Ray's tool needs seconds to start
     tasks = await running(client, calls, events=3)
+    assert not notice.done(), "the streams began first"
     async with ShortCalls(client) as short:
-        await asyncio.to_thread(nodes.head.drain, victim, 8)
+        await notice
         await asyncio.sleep(8)
         victim.lose()
         found = await asyncio.gather(*tasks)
