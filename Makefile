@@ -24,7 +24,7 @@ help:
 	@echo "make serve [ARGS='--port 8123']  run the service on this machine; Ctrl-C stops it"
 	@echo "make monitor                     Prometheus, Alertmanager and the alert history next to the service; Ctrl-C stops them"
 	@echo "make test  [ARGS='-k stream']    format, lint, types and the tests: 22 minutes on 2 cores"
-	@echo "make test-long                   every test, also those that only a release needs, such as vLLM's; needs Node.js with npm"
+	@echo "make test-long                   every test, also those that only a release needs, such as vLLM's; needs Node.js with npm, and redis-server"
 	@echo "make fast                        the tests that need no Ray, Pulumi, model weights or browser: 20 seconds"
 	@echo "make check                       format, lint and types only"
 	@echo "make format                      format the code and apply ruff's fixes"

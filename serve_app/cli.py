@@ -18,40 +18,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
 
-from serve_app import experiment_cli
+from serve_app import deploy, experiment_cli
 from serve_app.config import ConfigError
 from serve_app.deployments.cluster import Cluster, ClusterError, connect
+from serve_app.progress import Progress
 from serve_app.readiness import waiting_models
 from serve_app.serve_file import ServeFile, load_serve_file
 
 _POLL_INTERVAL_S = 0.2
+_COMMANDS = {"deploy": deploy.main, "experiments": experiment_cli.main}
 
 
 class StartError(Exception):
     """The service cannot start. The message gives the reason and what to do."""
-
-
-class Progress:
-    """Writes the current step to stderr: on a terminal as one line that changes, otherwise as one line per change."""
-
-    def __init__(self) -> None:
-        self._live = sys.stderr.isatty()
-        self._shown = ""
-        self._began = time.monotonic()
-
-    def show(self, text: str) -> None:
-        elapsed = f"[{time.monotonic() - self._began:5.1f} s] "
-        if self._live:
-            print(f"\r\x1b[2K{elapsed}{text}", end="", file=sys.stderr, flush=True)
-        elif text != self._shown:
-            print(elapsed + text, file=sys.stderr, flush=True)
-        self._shown = text
-
-    def end(self) -> None:
-        """End the line, so that other output starts on its own."""
-        if self._live and self._shown:
-            print(file=sys.stderr, flush=True)
-        self._shown = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,14 +62,14 @@ _interrupted = threading.Event()
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the service, or the command `experiments`.
+    """Run the service, or another command: `deploy`, `experiments`.
 
     Returns the exit code: 0 after Ctrl-C, 130 after Ctrl-C during the start, 1 after an error.
     """
-    argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["experiments"]:
-        return experiment_cli.main(argv[1:])
-    arguments = _parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    if words and words[0] in _COMMANDS:
+        return _COMMANDS[words[0]](words[1:])
+    arguments = _parser().parse_args(words)
     _on_signals(_interrupt)
     progress = Progress()
     try:
@@ -115,8 +94,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m serve_app",
         description="Run the LLM service on this machine. The command starts Ray, unless a Ray cluster is reachable, "
-        "and deploys the configuration file to it. Ctrl-C stops the service and everything that the command started. "
-        "`python -m serve_app experiments --help` describes the command for experiments.",
+        "and deploys the configuration file to it. Ctrl-C stops the service and everything that the command started.",
+        epilog="Other commands: `python -m serve_app deploy --help` (deploy the file to a cluster that goes on running "
+        "and restore the previous configuration if the new one cannot run), `python -m serve_app experiments --help` "
+        "(compare the variants of experiments, check their configuration).",
     )
     parser.add_argument("--config", default="serve_config.yaml", help="Ray Serve config file (default: %(default)s)")
     parser.add_argument("--host", help="address to listen on (default: the file's http_options.host)")

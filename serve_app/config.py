@@ -120,6 +120,7 @@ class Deployment(Section):
     graceful_shutdown_wait_loop_s: float = Field(2, gt=0)
     graceful_shutdown_timeout_s: float = Field(600, ge=0)  # `limits.request_timeout_s`: a rollout interrupts no stream
     max_surge_percent: int = Field(100, ge=0, le=100)
+    max_replicas_per_node: int | None = Field(None, ge=1, le=100)
 
     @model_validator(mode="after")
     def _check_scaling(self) -> Deployment:
@@ -241,6 +242,8 @@ class Model(Section):
                 f"{self.resources.num_gpus:g}: set num_gpus to {engine.gpus}, or, for a replica on several nodes, to "
                 "its GPUs on each"
             )
+        if engine.gpus > reserved and self.deployment.max_replicas_per_node is not None:
+            raise ValueError("deployment.max_replicas_per_node is not for replicas on several nodes; remove it")
 
     @property
     def is_toy(self) -> bool:

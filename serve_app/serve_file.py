@@ -1,12 +1,12 @@
-"""Reads the Ray Serve config file that `python -m serve_app` runs.
+"""Reads the Ray Serve config file that `python -m serve_app` runs or deploys.
 
-`serve deploy` takes the same file. A key that this program does not honour is refused with its path.
+Ray's `serve deploy` takes the same file. A key that neither program honours is refused with its path.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
@@ -100,10 +100,41 @@ def load_serve_file(path: str | Path) -> ServeFile:
 
     Raises ConfigError, with every fault and its place, if the file cannot be used.
     """
+    return _validated(path, _read_application(path))
+
+
+def load_deploy_file(path: str | Path) -> dict[str, Any]:
+    """Read a Ray Serve config file for a cluster, with the keys that only `serve deploy` honours.
+
+    Raises ConfigError, with every fault and its place. Ray checks the keys that are its own.
+    """
+    document = _read_application(path)
+    _validated(path, _without_ray_keys(document, ""))
+    return document
+
+
+def _read_application(path: str | Path) -> dict[str, Any]:
+    """A file with exactly one application. Raises ConfigError."""
     document = _read(path)
     applications = document.get("applications") if isinstance(document, dict) else None
     if not isinstance(applications, list) or len(applications) != 1 or not isinstance(applications[0], dict):
         raise ConfigError(f"{path}: expected a Ray Serve config with exactly one entry under `applications`")
+    return cast("dict[str, Any]", document)
+
+
+def _without_ray_keys(value: Any, path: str) -> Any:
+    """A copy of the document without the keys of `_ONLY_DEPLOY`."""
+    if isinstance(value, list):
+        return [_without_ray_keys(one, f"{path}.{n}") for n, one in enumerate(value)]
+    if not isinstance(value, dict):
+        return value
+    dropped = _ONLY_DEPLOY.get(path, set())
+    return {
+        key: _without_ray_keys(one, f"{path}.{key}".lstrip(".")) for key, one in value.items() if key not in dropped
+    }
+
+
+def _validated(path: str | Path, document: dict[str, Any]) -> ServeFile:
     try:
         return ServeFile.model_validate(document)
     except ValidationError as error:

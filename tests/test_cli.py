@@ -18,6 +18,7 @@ import pytest
 import yaml
 
 from serve_app import cli
+from serve_app.progress import Progress
 from serve_app.readiness import waiting_models
 from tests.configs import SHIPPED, serve_document
 
@@ -138,7 +139,7 @@ def test_the_reason_is_the_line_of_a_report_with_the_cause(text: str, reason: st
 
 
 def test_progress_has_a_line_per_change_outside_of_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    progress = cli.Progress()
+    progress = Progress()
     for text in ("one", "one", "two"):
         progress.show(text)
     progress.end()

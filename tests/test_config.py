@@ -46,6 +46,7 @@ DEPLOYMENT_BOUNDS: dict[str, list[float]] = {
     "graceful_shutdown_wait_loop_s": [0],
     "graceful_shutdown_timeout_s": [-0.1],
     "max_surge_percent": [-1],
+    "max_replicas_per_node": [0, 101],
 }
 ENGINE_BOUNDS: dict[str, list[float]] = {
     "max_running": [0, 1025],
@@ -489,6 +490,14 @@ def test_gpus_that_do_not_agree_are_refused(num_gpus: float, tensor: int) -> Non
     engine = {"kind": "vllm", "tensor_parallel": tensor}
     message = fault(app_args(source="a/b", engine=engine, resources={"num_gpus": num_gpus}))
     assert f"is {tensor}, but resources.num_gpus is {num_gpus}: set num_gpus to {tensor}" in message
+
+
+def test_a_replica_on_several_nodes_has_no_limit_of_replicas_per_node() -> None:
+    deployment = {**app_args()["models"][0]["deployment"], "max_replicas_per_node": 1}
+    model: dict[str, Any] = {"source": "a/b", "resources": {"num_gpus": 1}, "deployment": deployment}
+    AppConfig(**app_args(**model, engine={"kind": "vllm"}))
+    message = fault(app_args(**model, engine={"kind": "vllm", "tensor_parallel": 2}))
+    assert "deployment.max_replicas_per_node is not for replicas on several nodes; remove it" in message
 
 
 @pytest.mark.parametrize(

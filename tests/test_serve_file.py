@@ -10,7 +10,7 @@ import yaml
 
 from serve_app import serve_file
 from serve_app.config import ConfigError
-from serve_app.serve_file import ServeFile, load_serve_file
+from serve_app.serve_file import ServeFile, load_deploy_file, load_serve_file
 from tests.configs import MODEL, SHIPPED, app_args, serve_document
 
 ONLY_DEPLOY = "only `serve deploy` honours this key; remove it, or deploy the file with `serve deploy`"
@@ -290,3 +290,16 @@ def test_a_folder_is_refused(tmp_path: Path) -> None:
 def test_other_than_one_application_is_refused(tmp_path: Path, document: object) -> None:
     message = ": expected a Ray Serve config with exactly one entry under `applications`"
     assert refusal(written(tmp_path, document)) == message
+
+
+@pytest.mark.parametrize(("path", "key"), ONLY_DEPLOY_KEYS)
+def test_a_file_to_deploy_may_have_the_keys_of_ray(tmp_path: Path, path: str, key: str) -> None:
+    document = with_key(path, key, {"of": "Ray"})
+    assert load_deploy_file(written(tmp_path, document)) == document
+
+
+def test_a_file_to_deploy_is_validated_otherwise(tmp_path: Path) -> None:
+    document = with_key("applications.0", "runtime_env", {})
+    document["applications"][0]["args"]["sauce"] = 1
+    with pytest.raises(ConfigError, match=r"applications\.0\.args\.sauce: unknown key"):
+        load_deploy_file(written(tmp_path, document))

@@ -74,6 +74,8 @@ def serve_config(
     models: Sequence[Config],
     port: int = 8000,
     ingress: Config | None = None,
+    ingress_cpus: float = 0,
+    host: str = "127.0.0.1",
     telemetry: Config | None = None,
     response_cache: Config | None = None,
     experiments: Sequence[Config] | None = None,
@@ -82,7 +84,7 @@ def serve_config(
     """A Ray Serve config file. `ingress` changes the deployment options of the ingress."""
     deployment = {**DEPLOYMENT, "max_ongoing_requests": 1024, **(ingress or {})}
     args = {
-        "ingress": {"deployment": deployment},
+        "ingress": {"num_cpus": ingress_cpus, "deployment": deployment},
         "limits": limits,
         "telemetry": telemetry or {},
         "response_cache": response_cache,
@@ -96,7 +98,7 @@ def serve_config(
     if experiments is not None:
         user_config = {"experiments": list(experiments)}
         application["deployments"] = [{"name": "Ingress", "user_config": user_config}]
-    return {"http_options": {"host": "127.0.0.1", "port": port}, "applications": [application]}
+    return {"http_options": {"host": host, "port": port}, "applications": [application]}
 
 
 def http_client(service: Service) -> httpx.AsyncClient:
@@ -115,7 +117,10 @@ def free_port() -> int:
 
 
 class Program:
-    """A Python module that runs with its own Ray folder and token. On exit all processes that it started are ended."""
+    """A Python module that runs with its own Ray folder and token. On exit all processes that it started are ended.
+
+    `{folder}` in the command is the program's folder.
+    """
 
     def __init__(self, command: Sequence[str], **environment: str) -> None:
         # A short path: Ray creates sockets in this folder, and a socket's path has at most 107 characters.
@@ -133,7 +138,7 @@ class Program:
         self.started = time.monotonic()
         with self._output.open("wb") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", *command],
+                [sys.executable, "-m", *(part.replace("{folder}", str(self.folder)) for part in command)],
                 cwd=self.folder,
                 env=self.environment,
                 stdout=output,
@@ -190,6 +195,17 @@ class Program:
         """The running descendants with `text` in their command line."""
         self.descendants()
         return [process for process in self._seen.values() if text in (_command_line(process) or "")]
+
+
+def kill(processes: Sequence[psutil.Process]) -> None:
+    """Kill the processes and wait until they have ended: until then they accept connections."""
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    end = time.monotonic() + 10
+    while any(_command_line(process) is not None for process in processes):
+        assert time.monotonic() < end, processes
+        time.sleep(0.005)
 
 
 def _command_line(process: psutil.Process) -> str | None:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -16,13 +13,10 @@ import psutil
 import pytest
 import yaml
 
-from serve_app.deployments import haproxy
+from tests.graph.cluster import Head, node_environment
 from tests.graph.service import (
-    PROXIES,
     Config,
-    Program,
     Service,
-    free_port,
     metric_totals,
     model_config,
     model_state,
@@ -37,68 +31,18 @@ pytestmark = [pytest.mark.ray, pytest.mark.long, pytest.mark.timeout(240)]
 PATIENT: Config = {"graceful_shutdown_timeout_s": 60}
 
 
-class Head(Program):
-    """`ray start --head` with two GPUs that do not exist; one of them has the label A10G."""
-
-    def __init__(self, **environment: str) -> None:
-        self.dashboard, self.port = free_port(), free_port()
-        super().__init__(
-            [
-                *("ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=4", "--num-gpus=2"),
-                *("--node-ip-address=127.0.0.1", f"--port={free_port()}", f"--dashboard-port={self.dashboard}"),
-                *('--resources={"accelerator_type:A10G": 1}', "--object-store-memory=100000000"),
-            ],
-            RAY_USAGE_STATS_ENABLED="0",
-            **environment,
-        )
-        self.url = f"http://127.0.0.1:{self.port}"
-
-    def serve(self, *command: str) -> subprocess.CompletedProcess[str]:
-        """The `serve` tool, against this cluster."""
-        return subprocess.run(
-            [sys.executable, "-m", "ray.serve.scripts", *command, f"--address=http://127.0.0.1:{self.dashboard}"],
-            capture_output=True, text=True, timeout=60, check=False, env=self.environment,
-        )  # fmt: skip
-
-    def python(self, program: str) -> None:
-        """Run a Python program. RAY_ADDRESS is this cluster: other clusters can run on the same machine."""
-        address = (self.folder / "ray/ray_current_cluster").read_text().strip()
-        environment = {**self.environment, "RAY_ADDRESS": address}
-        subprocess.run([sys.executable, "-c", program], check=True, timeout=60, env=environment)
-
-    def deploy(self, *models: Config, **options: Any) -> None:
-        file = self.folder / "serve_config.yaml"
-        file.write_text(yaml.safe_dump(serve_config(models, port=self.port, **options)))
-        done = self.serve("deploy", str(file))
-        assert done.returncode == 0, done.stderr
-
-    async def actors(self) -> dict[str, dict[str, float]]:
-        """The resources that each live model replica reserves, by deployment."""
-        headers = {"authorization": f"Bearer {self.environment['RAY_AUTH_TOKEN']}"}
-        params = {"detail": "true", "filter_keys": "state", "filter_predicates": "=", "filter_values": "ALIVE"}
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{self.dashboard}", headers=headers) as client:
-            answer = (await client.get("/api/v0/actors", params=params, timeout=30)).json()
-        rows: list[dict[str, Any]] = answer["data"]["result"]["result"]
-        return {row["name"].split("#")[1]: row["required_resources"] for row in rows if "#model-" in row["name"]}
-
-
 @pytest.fixture(scope="module", params=["haproxy", "python"])
 def head(request: pytest.FixtureRequest) -> Iterator[Head]:
-    """A cluster with HAProxy, as the manifests in `cluster/` configure it, and one with Ray's own proxy."""
-    binary = haproxy.find()
-    assert binary is not None
-    with tempfile.TemporaryDirectory(prefix="sa") as folder:
-        environment = PROXIES["python"]
-        if request.param == "haproxy":
-            environment = haproxy.environment(binary, Path(folder), 60)
-        with Head(**environment) as head:
-            head.wait_for_output("Ray runtime started")
-            yield head
+    """A node with two GPUs that do not exist; one of them has the label A10G. The two heads differ in their proxy."""
+    options = ("--num-cpus=4", "--num-gpus=2", '--resources={"accelerator_type:A10G": 1}')
+    with node_environment(request.param) as environment, Head(environment, *options) as head:
+        head.wait_until_started()
+        yield head
 
 
 @pytest.fixture
 async def client(head: Head) -> AsyncIterator[httpx.AsyncClient]:
-    async with httpx.AsyncClient(base_url=head.url, timeout=60) as client:
+    async with httpx.AsyncClient(base_url=head.proxy, timeout=60) as client:
         yield client
 
 
@@ -241,7 +185,7 @@ async def test_a_rollout_cuts_no_stream_and_counts_only_routed_replicas_as_ready
 
 
 async def test_serve_status_states_every_fault_of_a_faulty_file(head: Head, tmp_path: Path) -> None:
-    document = serve_config([{**model_config("toy"), "sauce": 1}], port=head.port)
+    document = serve_config([{**model_config("toy"), "sauce": 1}], port=head.ports.http)
     document["applications"][0]["args"]["limits"] = {"warm_wait_s": -1}
     file = tmp_path / "faulty.yaml"
     file.write_text(yaml.safe_dump(document))
