@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.graph.cluster import Head, node_environment
 from tests.graph.service import Config, model_config, wait_until
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.ray, pytest.mark.long, pytest.mark.timeout(240)]
 
 MODELS = [
     model_config("plain", "builtin:toy?step_ms=1"),
@@ -42,11 +42,14 @@ class Cluster:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    with node_environment("python") as environment, Head(environment, "--num-cpus=4", "--num-gpus=0") as head:
-        head.wait_until_started()
-        cluster = Cluster(head)
-        cluster.deploy(experiment())
-        yield cluster
+    with node_environment("python") as environment:
+        # Ray Serve writes each line of its log at once, and not when its buffer is full.
+        options = environment | {"RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1"}
+        with Head(options, "--num-cpus=4", "--num-gpus=0") as head:
+            head.wait_until_started()
+            cluster = Cluster(head)
+            cluster.deploy(experiment())
+            yield cluster
 
 
 @pytest.fixture
