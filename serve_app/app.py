@@ -25,13 +25,19 @@ _NO_ACCESS_LOG = {"enable_access_log": False}
 
 
 def build(config: AppConfig) -> Application:
-    """An ingress in front of one deployment per model."""
+    """An ingress in front of one deployment per model. Ray Serve adds the `user_config` of the file."""
+    return build_with(config, None)
+
+
+def build_with(config: AppConfig, user_config: dict[str, Any] | None) -> Application:
+    """The application with the `user_config` of the ingress, for a program that deploys it itself."""
     assert isinstance(config, AppConfig), "Ray did not validate the args of serve_config.yaml"
     check(config.telemetry)
     models = [_model(model, config).bind(model, config.telemetry) for model in config.models]
     ingress = Ingress.options(  # type: ignore[attr-defined]
         **_serve_options(config.ingress.deployment, ray_autoscaling),
         ray_actor_options={"num_cpus": config.ingress.num_cpus},
+        user_config=user_config,
         # With JSON logs the ingress writes its own access log, with route, trace and the status after the stream.
         **({"logging_config": _NO_ACCESS_LOG} if config.telemetry.log_format == "json" else {}),
     )

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
 
-from serve_app import deploy
+from serve_app import deploy, experiment_cli
 from serve_app.config import ConfigError
 from serve_app.deployments.cluster import Cluster, ClusterError, connect
 from serve_app.progress import Progress
@@ -61,11 +61,16 @@ _interrupted = threading.Event()
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the service. Returns the exit code: 0 after Ctrl-C, 130 after Ctrl-C during the start, 1 after an error."""
-    words = sys.argv[1:] if argv is None else argv
-    if words[:1] == ["deploy"]:
-        return deploy.main(words[1:])
-    arguments = _parser().parse_args(words)
+    """Run the service, or the command `deploy` or `experiments`.
+
+    Returns the exit code: 0 after Ctrl-C, 130 after Ctrl-C during the start, 1 after an error.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["deploy"]:
+        return deploy.main(argv[1:])
+    if argv[:1] == ["experiments"]:
+        return experiment_cli.main(argv[1:])
+    arguments = _parser().parse_args(argv)
     _on_signals(_interrupt)
     progress = Progress()
     try:
@@ -90,9 +95,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m serve_app",
         description="Run the LLM service on this machine. The command starts Ray, unless a Ray cluster is reachable, "
-        "and deploys the configuration file to it. Ctrl-C stops the service and everything that the command started.",
-        epilog="`python -m serve_app deploy` deploys the file to a cluster that goes on running, and restores the "
-        "previous configuration if the new one cannot run.",
+        "and deploys the configuration file to it. Ctrl-C stops the service and everything that the command started. "
+        "`python -m serve_app experiments --help` describes the command for experiments, and `python -m serve_app "
+        "deploy --help` the command that deploys the file to a cluster that goes on running.",
     )
     parser.add_argument("--config", default="serve_config.yaml", help="Ray Serve config file (default: %(default)s)")
     parser.add_argument("--host", help="address to listen on (default: the file's http_options.host)")
@@ -156,7 +161,7 @@ def _deploy(address: Address, file: ServeFile, progress: Progress) -> None:
     """Deploy, and show the state of the models until they can serve. Raises StartError if the deployment fails."""
     from ray import serve
 
-    from serve_app.app import build
+    from serve_app.app import build_with
 
     for name in ("ray.serve", "ray.serve._private"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -166,7 +171,8 @@ def _deploy(address: Address, file: ServeFile, progress: Progress) -> None:
 
     def run() -> None:
         try:
-            serve.run(build(application.args), name=application.name, route_prefix=application.route_prefix)
+            graph = build_with(application.args, application.user_config)
+            serve.run(graph, name=application.name, route_prefix=application.route_prefix)
         except Exception as error:  # noqa: BLE001 - reported to the operator
             failure.append(error)
 

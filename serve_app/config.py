@@ -50,6 +50,7 @@ __all__ = [
     "Tracing",
     "VllmOptions",
     "cache_dir",
+    "check_template",
     "deployment_name",
     "describe",
     "template_path",
@@ -204,10 +205,7 @@ class Model(Section):
     @field_validator("chat_template")
     @classmethod
     def _check_chat_template(cls, source: str | None) -> str | None:
-        known = [f"{_BUILTIN}{path.stem}" for path in sorted(_TEMPLATES.glob("*.jinja"))]
-        if source is not None and source.startswith(_BUILTIN) and source not in known:
-            raise ValueError(f"{source} does not exist; use the path of a Jinja file, or one of {', '.join(known)}")
-        return source
+        return check_template(source)
 
     @model_validator(mode="after")
     def _check_consistency(self) -> Model:
@@ -387,6 +385,14 @@ class AppConfig(Section):
         if taken := sorted({name for name in adapters if names.count(name) > 1}):
             raise ValueError(f"the names of adapters and models must differ, but {', '.join(taken)} occurs twice")
         return self
+
+
+def check_template(source: str | None) -> str | None:
+    """A `chat_template`. Raises ValueError if it names a template that this package does not have."""
+    known = [f"{_BUILTIN}{path.stem}" for path in sorted(_TEMPLATES.glob("*.jinja"))]
+    if source is not None and source.startswith(_BUILTIN) and source not in known:
+        raise ValueError(f"{source} does not exist; use the path of a Jinja file, or one of {', '.join(known)}")
+    return source
 
 
 def template_path(source: str) -> Path:

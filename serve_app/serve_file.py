@@ -6,12 +6,13 @@ Ray's `serve deploy` takes the same file. A key that nobody honours is refused w
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from serve_app.config import AppConfig, ConfigError, Section, describe
+from serve_app.experiment_config import Experiments, check_models
 
 IMPORT_PATH = "serve_app.app:build"
 
@@ -26,6 +27,13 @@ class HttpOptions(Section):
     keep_alive_timeout_s: int = Field(620, ge=0)
 
 
+class IngressOptions(Section):
+    """The entry of `deployments`: what can change while the service runs."""
+
+    name: Literal["Ingress"]
+    user_config: Experiments = Experiments()
+
+
 class Application(Section):
     """One entry of `applications`."""
 
@@ -33,6 +41,25 @@ class Application(Section):
     route_prefix: str = "/"
     import_path: Literal["serve_app.app:build"]
     args: AppConfig
+    deployments: Annotated[tuple[IngressOptions, ...], Field(max_length=1)] = ()
+
+    @property
+    def user_config(self) -> dict[str, Any] | None:
+        """The `user_config` of the ingress as Ray Serve takes it; None without one."""
+        if not self.deployments:
+            return None
+        return self.deployments[0].user_config.model_dump(mode="json", exclude_unset=True)
+
+    @model_validator(mode="after")
+    def _check_experiments(self) -> Application:
+        for deployment in self.deployments:
+            models = [model for model in self.args.models if model.lora is not None]
+            adapters = {one.name: model.name for model in models if model.lora for one in model.lora.adapters}
+            try:
+                check_models(deployment.user_config, self.args, adapters)
+            except ConfigError as error:
+                raise ValueError(str(error)) from None
+        return self
 
 
 class ServeFile(Section):
@@ -55,8 +82,15 @@ _ONLY_DEPLOY = {
     # HAProxy, which this program puts in front of the service, speaks no TLS as Ray configures it.
     "http_options": {"ssl_keyfile", "ssl_certfile", "ssl_keyfile_password", "ssl_ca_certs"},
     "applications.0": {
-        *("runtime_env", "host", "port", "deployments", "autoscaling_policy", "external_scaler_enabled"),
+        *("runtime_env", "host", "port", "autoscaling_policy", "external_scaler_enabled"),
         "logging_config",
+    },
+    "applications.0.deployments.0": {
+        *("num_replicas", "autoscaling_config", "max_ongoing_requests", "max_queued_requests", "ray_actor_options"),
+        *("health_check_period_s", "health_check_timeout_s", "graceful_shutdown_timeout_s", "logging_config"),
+        *("graceful_shutdown_wait_loop_s", "backpressure_config", "deployment_actors", "gang_scheduling_config"),
+        *("max_replicas_per_node", "max_surge_percent", "rolling_update_percentage", "request_router_config"),
+        *("placement_group_bundle_label_selector", "placement_group_bundles", "placement_group_strategy"),
     },
 }
 
@@ -91,6 +125,8 @@ def _read_application(path: str | Path) -> dict[str, Any]:
 def _without_ray_keys(value: Any, path: str) -> Any:
     """A copy of the document without the keys of `_ONLY_DEPLOY`."""
     if isinstance(value, list):
+        if path == "applications.0.deployments":  # entries of models have keys of Ray only
+            value = [one for one in value if not isinstance(one, dict) or one.get("name") == "Ingress"]
         return [_without_ray_keys(one, f"{path}.{n}") for n, one in enumerate(value)]
     if not isinstance(value, dict):
         return value

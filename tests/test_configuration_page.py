@@ -12,17 +12,20 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import pytest
 import yaml
+from pydantic import AwareDatetime
 from pydantic.fields import FieldInfo
 
 from serve_app.config import AppConfig, Section
 from serve_app.deployments import cluster, haproxy
-from serve_app.serve_file import Application, HttpOptions
+from serve_app.experiment_config import Experiments, check_models, parse_experiments
+from serve_app.serve_file import Application, HttpOptions, IngressOptions
 from tests.configs import app_args, kind_of, members
 
 PAGE = (Path(__file__).parents[1] / "docs/configuration.md").read_text()
 HEADER = "| key | type | default | bounds | meaning |"
 TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", dict: "mapping", NoneType: "null"}
-BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<", "min_length": "length ≥"}
+TYPES[AwareDatetime] = "RFC 3339 time"
+BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<", "min_length": "length ≥", "max_length": "length ≤"}
 
 
 def sections(section: type[Section], path: str = "") -> Iterator[tuple[str, type[Section]]]:
@@ -41,6 +44,9 @@ SECTIONS: dict[str, type[Section]] = {
     "applications[]": Application,
     "args": AppConfig,
     **dict(sections(AppConfig)),
+    "applications[].deployments[]": IngressOptions,
+    "user_config": Experiments,
+    **{f"user_config.{path}": kind for path, kind in sections(Experiments)},
 }
 
 
@@ -145,14 +151,12 @@ def test_links_to_other_pages_have_a_target(page: str) -> None:
 
 def test_the_examples_are_valid() -> None:
     blocks = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)]
-    assert [list(block) for block in blocks] == [
-        ["cors"],
-        ["response_cache"],
-        ["lora"],
-        ["chat_template"],
-        ["models"],
-        ["deployment"],
-    ]
+    keys = ["cors", "response_cache", "lora", "chat_template", "deployments", "models", "deployment"]
+    assert [list(block) for block in blocks] == [[key] for key in keys]
+    (with_experiments,) = (block for block in blocks if "deployments" in block)
+    blocks.remove(with_experiments)
+    experiments = parse_experiments(with_experiments["deployments"][0]["user_config"])
+    check_models(experiments, AppConfig.model_validate(app_args(name="smollm2-135m")), {})
     for block in blocks:
         AppConfig.model_validate(app_args() | block if block.keys() & AppConfig.model_fields else app_args(**block))
 

@@ -50,7 +50,11 @@ def faults(folder: Path, document: object) -> dict[str, str]:
 def with_key(path: str, key: str, value: object) -> dict[str, Any]:
     """A valid document but for one key of the mapping at `path`."""
     document = serve_document()
-    mapping = {"": document, "applications.0": document["applications"][0]}
+    application = document["applications"][0]
+    mapping = {"": document, "applications.0": application}
+    if path.startswith("applications.0.deployments"):
+        application["deployments"] = [{"name": "Ingress"}]
+        mapping[path] = application["deployments"][0]
     mapping.get(path, document.setdefault("http_options", {}))[key] = value
     return document
 
@@ -101,6 +105,36 @@ def test_a_key_that_only_serve_deploy_honours_is_refused(tmp_path: Path, path: s
     assert faults(tmp_path, with_key(path, key, {})) == {f"{path}.{key}".removeprefix("."): ONLY_DEPLOY}
 
 
+def with_experiment(**variant: Any) -> dict[str, Any]:
+    """A valid document with an experiment, but for the keys of its second variant."""
+    variants = [{"name": "control", "model": "m"}, {"name": "b", "model": "m", "percent": 10, **variant}]
+    document = serve_document()
+    user_config = {"experiments": [{"name": "chat", "variants": variants}]}
+    document["applications"][0]["deployments"] = [{"name": "Ingress", "user_config": user_config}]
+    return document
+
+
+def test_experiments_are_passed_on_as_json(tmp_path: Path) -> None:
+    document = with_experiment()
+    experiment = document["applications"][0]["deployments"][0]["user_config"]["experiments"][0]
+    experiment["ramp"] = [{"at": "2026-10-01T08:00:00Z", "percent": 5.0}]
+    application = loaded(tmp_path, document).application
+    assert application.user_config == document["applications"][0]["deployments"][0]["user_config"]
+    assert loaded(tmp_path, serve_document()).application.user_config is None
+
+
+def test_an_experiment_with_an_unknown_model_or_key_is_refused(tmp_path: Path) -> None:
+    place = "applications.0.deployments.0.user_config.experiments.0.variants.1"
+    assert faults(tmp_path, with_experiment(sauce=1)) == {f"{place}.sauce": "unknown key"}
+    message = refusal(written(tmp_path, with_experiment(model="none")))
+    assert "chat, variant b: there is no model none; the models are m" in message
+
+
+def test_only_the_ingress_has_options_in_deployments(tmp_path: Path) -> None:
+    document = serve_document(deployments=[{"name": "model-m"}])
+    assert faults(tmp_path, document) == {"applications.0.deployments.0.name": "Input should be 'Ingress'"}
+
+
 def test_a_key_of_another_mapping_is_unknown(tmp_path: Path) -> None:
     assert faults(tmp_path, with_key("", "runtime_env", {})) == {"runtime_env": "unknown key"}
 
@@ -114,6 +148,7 @@ def test_every_key_of_rays_schema_is_honoured_or_refused_by_name() -> None:
         (schema.ServeDeploySchema, serve_file.ServeFile, ""),
         (schema.HTTPOptionsSchema, serve_file.HttpOptions, "http_options"),
         (schema.ServeApplicationSchema, serve_file.Application, "applications.0"),
+        (schema.DeploymentSchema, serve_file.IngressOptions, "applications.0.deployments.0"),
     ):
         refused = serve_file._ONLY_DEPLOY[path]
         assert set(ray.model_fields) == set(ours.model_fields) | refused
@@ -268,3 +303,10 @@ def test_a_file_to_deploy_is_validated_otherwise(tmp_path: Path) -> None:
     document["applications"][0]["args"]["sauce"] = 1
     with pytest.raises(ConfigError, match=r"applications\.0\.args\.sauce: unknown key"):
         load_deploy_file(written(tmp_path, document))
+
+
+def test_a_file_to_deploy_may_set_options_of_the_deployment_of_a_model(tmp_path: Path) -> None:
+    document = with_key(
+        "applications.0", "deployments", [{"name": "model-toy", "num_replicas": 3}, {"name": "Ingress"}]
+    )
+    assert load_deploy_file(written(tmp_path, document)) == document

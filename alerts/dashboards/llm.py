@@ -529,6 +529,101 @@ VLLM = (
     ),
 )
 
+IN_EXPERIMENT = 'experiment=~".+"'
+BY_VARIANT = ("experiment", "variant")
+NAMED = "{{experiment}} {{variant}}"
+EXPERIMENT_REQUESTS = "serve_app_experiment_requests_total"
+EXPERIMENTS = (
+    Panel(
+        "Shares of variants",
+        "Share of the units that each variant gets now, by its split and ramp. After a stop by a guard the control "
+        "has 100 %.",
+        "percentunit",
+        ((maximum("serve_app_experiment_variant_share_ratio", BY_VARIANT, IN_EXPERIMENT), NAMED),),
+        maximum=1,
+    ),
+    Panel(
+        "Requests by variant",
+        "Requests of experiments per second. If a variant has none although it has a share, check its model.",
+        "reqps",
+        ((per_second(EXPERIMENT_REQUESTS, BY_VARIANT, IN_EXPERIMENT), NAMED),),
+    ),
+    Panel(
+        "Failed by variant",
+        "Share of the requests of each variant that ended with an error. The guard error_rate compares it with the "
+        "control.",
+        "percentunit",
+        (
+            (
+                ratio(
+                    per_second(
+                        EXPERIMENT_REQUESTS, BY_VARIANT, f'{IN_EXPERIMENT}, outcome!~"stop|length|embedded|cancelled"'
+                    ),
+                    per_second(EXPERIMENT_REQUESTS, BY_VARIANT, IN_EXPERIMENT),
+                ),
+                NAMED,
+            ),
+        ),
+        alerts=("ExperimentStopped",),
+    ),
+    Panel(
+        "TTFT by variant",
+        "95th percentile of the time to the first token. To decide, read the report of the experiment: it has "
+        "intervals, and this panel has none.",
+        "s",
+        quantiles("serve_app_experiment_time_to_first_token_seconds", BY_VARIANT, IN_EXPERIMENT, ("0.95",)),
+        alerts=("ExperimentStopped",),
+    ),
+    Panel(
+        "TPOT by variant",
+        "Median of the mean time per output token. Compare it with that of the control.",
+        "s",
+        quantiles("serve_app_experiment_time_per_output_token_seconds", BY_VARIANT, IN_EXPERIMENT, ("0.5",)),
+        alerts=("ExperimentStopped",),
+    ),
+    Panel(
+        "Tokens by variant",
+        "Generated tokens per second. A variant whose answers are longer needs more replicas for the same share.",
+        "short",
+        ((per_second("serve_app_experiment_generated_tokens_total", BY_VARIANT, IN_EXPERIMENT), NAMED),),
+    ),
+    Panel(
+        "Feedback",
+        "Ratings of answers per second, by model or by experiment and variant. good is a score of 0.5 or more.",
+        "reqps",
+        (
+            (
+                per_second("serve_app_feedback_total", ("model", *BY_VARIANT, "score"), 'score=~".+"'),
+                "{{model}}{{experiment}} {{variant}} {{score}}",
+            ),
+        ),
+    ),
+    Panel(
+        "Shadow requests",
+        "Requests mirrored to a shadow variant per second, by outcome. If most are skipped or yielded, the model of "
+        "the shadow variant is busy.",
+        "reqps",
+        (
+            (
+                per_second("serve_app_experiment_shadow_requests_total", (*BY_VARIANT, "outcome"), IN_EXPERIMENT),
+                f"{NAMED} {{{{outcome}}}}",
+            ),
+        ),
+    ),
+    Panel(
+        "Stopped experiments and refused configurations",
+        "1 for an experiment that a guard has stopped, and for an ingress that refused the latest configuration of "
+        "experiments. The log of the ingress has the reason.",
+        "short",
+        (
+            (maximum("serve_app_experiment_stopped", ("experiment",), IN_EXPERIMENT), "{{experiment}} stopped"),
+            (maximum("serve_app_experiments_config_refused", ("replica",), 'replica=~".+"'), "{{replica}} refused"),
+        ),
+        alerts=("ExperimentStopped",),
+        maximum=1,
+    ),
+)
+
 DASHBOARD = Dashboard(
     uid="serve-app-llm",
     title="serve_app: LLM performance",
@@ -539,6 +634,7 @@ DASHBOARD = Dashboard(
         "Requests": REQUESTS,
         "First token": FIRST_TOKEN,
         "Tokens": TOKENS,
+        "Experiments": EXPERIMENTS,
         "HTTP": HTTP,
         "Response cache": RESPONSE_CACHE,
         "Engine": ENGINE,

@@ -20,6 +20,7 @@ from serve_app.api.content_coding import DecodeBody
 from serve_app.api.context import RequestContext, configured_adapters, keep
 from serve_app.api.cors import AllowOrigins
 from serve_app.api.error_handlers import ErrorHandlers
+from serve_app.api.experiments import ExperimentRoutes, Experiments, NoExperiments
 from serve_app.api.middleware import BodyLimits, CacheHeader, CallMetrics, CatchAll, OnePath, RequestId
 from serve_app.api.native.routes import NativeRoutes
 from serve_app.api.openai.embeddings import EmbeddingRoutes
@@ -47,15 +48,19 @@ def create_app(
     around: Sequence[Middleware] = (),
     adapters: AdapterDirectory | None = None,
     publish: Callable[[], Awaitable[None]] = keep,
+    experiments: Experiments | None = None,
 ) -> Starlette:
     """The application over an engine. `clock` returns monotonic seconds; `around` is the outermost middleware.
 
-    The default of `adapters` are those of the configuration; `publish` is awaited after each change of them.
+    The default of `adapters` are those of the configuration; `publish` is awaited after each change of them. Without
+    `experiments` every name is that of a model or an adapter.
     """
     handlers = ErrorHandlers(telemetry)
     directory = configured_adapters(config) if adapters is None else adapters
     app = Starlette(
-        routes=_routes(RequestContext(engine, telemetry, config, clock, directory, publish)),
+        routes=_routes(
+            RequestContext(engine, telemetry, config, clock, directory, publish, experiments or NoExperiments())
+        ),
         middleware=[
             *around,
             Middleware(RequestId, clock=clock),
@@ -78,6 +83,7 @@ def _routes(context: RequestContext) -> list[Route]:
     anthropic = AnthropicRoutes(context)
     tokens, embeddings, operator = TokenRoutes(context), EmbeddingRoutes(context), OperatorRoutes(context)
     responses, lora = ResponsesRoutes(context), LoraRoutes(context)
+    experiments = ExperimentRoutes(context.experiments)
     playground, reference = pages.playground(), pages.reference()
 
     async def document(http: Request) -> Response:
@@ -108,6 +114,8 @@ def _routes(context: RequestContext) -> list[Route]:
         _post("/v1/messages/count_tokens", anthropic.count_tokens),
         _post("/v1/load_lora_adapter", lora.load),
         _post("/v1/unload_lora_adapter", lora.unload),
+        _post("/v1/feedback", experiments.feedback),
+        _get("/experiments", experiments.reports),
         _get("/v1/models", openai.models),
         _get("/v1/models/{id:path}", openai.model),
         _post("/tokenize", tokens.tokenize, tokens.tokenize_inputs),

@@ -3,34 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from uuid import uuid4
 
 from starlette.requests import Request
 
+from serve_app.api.experiments import VARIANT_HEADER, Experiments, NoExperiments, caller_of, session_of
 from serve_app.api.generation import until_disconnect
 from serve_app.api.telemetry import ServiceTelemetry
 from serve_app.config import AppConfig, Limits, Model, SamplingDefaults
 from serve_app.core.adapters import AdapterDirectory
 from serve_app.core.engine import Engine
+from serve_app.core.experiments import Caller, Choice
 from serve_app.core.queries import A, GetModelInfo, ModelInfo, Query
-from serve_app.core.requests import Adapter, CacheControl, GenerationRequest, Prompt, SamplingParams
-from serve_app.errors import ModelNotFound
+from serve_app.core.requests import Adapter, CacheControl, ChatPrompt, GenerationRequest, Prompt, SamplingParams
+from serve_app.errors import InvalidRequest, ModelNotFound
 
 # Clients of Text Generation Inference send these names, which it ignores; an empty name is no name in vLLM.
 PLACEHOLDERS = ("", "tgi", "dummy")
-
-# Requests with the same value go to the same replica, as far as its load allows.
-SESSION_HEADER = "x-session-id"
-_LONGEST_SESSION = 128
+_UNKNOWN = Caller()
 
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """What a name stands for: a model, or a LoRA adapter of the model."""
+    """What a name stands for: a model, a LoRA adapter of the model, or the variant of an experiment for a caller."""
 
     model: Model
     adapter: Adapter | None = None
+    choice: Choice | None = None
 
     @property
     def name(self) -> str:
@@ -39,11 +39,22 @@ class Served:
 
     @property
     def served_name(self) -> str:
+        if self.choice is not None:
+            return self.choice.assignment.experiment
         return self.model.name if self.adapter is None else self.adapter.name
 
     @property
     def sampling_defaults(self) -> SamplingDefaults:
-        return self.model.sampling_defaults
+        choice = self.choice
+        if choice is None or choice.temperature is None or choice.top_p is None:
+            return self.model.sampling_defaults
+        return SamplingDefaults(temperature=choice.temperature, top_p=choice.top_p)
+
+    def prompt(self, prompt: Prompt) -> Prompt:
+        """The prompt, with the chat template of the variant if it has its own."""
+        if self.choice is None or not self.choice.template or not isinstance(prompt, ChatPrompt):
+            return prompt
+        return replace(prompt, template=self.choice.template)
 
 
 async def keep() -> None:
@@ -63,6 +74,7 @@ class RequestContext:
     clock: Callable[[], float]
     adapters: AdapterDirectory
     publish: Callable[[], Awaitable[None]] = keep
+    experiments: Experiments = field(default_factory=NoExperiments)
     known: dict[str, ModelInfo] = field(default_factory=dict)
 
     @property
@@ -70,42 +82,68 @@ class RequestContext:
         return self.config.limits
 
     def served_names(self) -> tuple[str, ...]:
-        """The names of all models and adapters."""
+        """The names of all models, adapters and experiments."""
         listed = [one.adapter.name for one in self.adapters.all()]
-        return (*(model.name for model in self.config.models), *listed)
+        models = [model.name for model in self.config.models]
+        return tuple(dict.fromkeys((*models, *listed, *self.experiments.names())))
 
-    def model_of_body(self, name: str | None) -> Served:
-        """The model that a body names; for a name that stands for any model, the first one. Raises ModelNotFound."""
-        return self.model(self._chosen(name))
+    def model_of_body(self, http: Request, name: str | None, user: str = "") -> Served:
+        """The model that a body names; for a name that stands for any model, the first one.
 
-    def model(self, name: str | None) -> Served:
-        """The named model or adapter, or the first model of the configuration. Raises ModelNotFound."""
+        Raises ModelNotFound, and InvalidRequest if the call asks for a variant that does not exist.
+        """
+        return self.model(self._chosen(name), caller_of(http, user))
+
+    def model(self, name: str | None, caller: Caller = _UNKNOWN) -> Served:
+        """The named model or adapter, or the variant of the named experiment for a caller.
+
+        None is the name of the first model of the configuration. Raises ModelNotFound, and InvalidRequest if the
+        caller asks for a variant that does not exist.
+        """
+        name = self.config.models[0].name if name is None else name
+        choice = self.experiments.choose(name, caller)
+        if choice is not None:
+            return replace(self._model(choice.adapter or choice.model), choice=choice)
+        if caller.variant:
+            raise InvalidRequest(f"Model {name[:128]!r} has no variants. Leave out '{VARIANT_HEADER}'.", VARIANT_HEADER)
+        return self._model(name)
+
+    def _model(self, name: str) -> Served:
+        """Raises ModelNotFound."""
         models = self.config.models
-        if name is None:
-            return Served(models[0])
         listed = self.adapters.find(name)
         wanted = name if listed is None else listed.model
         for model in models:
             if model.name == wanted:
                 return Served(model, None if listed is None else listed.adapter)
-        known = ", ".join(model.name for model in models)
+        known = ", ".join(dict.fromkeys((*(model.name for model in models), *self.experiments.names())))
         adapters = " GET /v1/models lists the LoRA adapters." if self.adapters.all() else ""
         raise ModelNotFound(f"Model {name[:128]!r} does not exist. Known models: {known}.{adapters}", param="model")
 
-    def model_of(self, http: Request, name: str | None) -> Served:
-        """The model that the body of a call names. Errors of the call are counted under it. Raises ModelNotFound."""
-        model = self.model_of_body(name)
+    def model_of(self, http: Request, name: str | None, user: str = "") -> Served:
+        """The model that the body of a call names, for the user that it names.
+
+        Errors of the call are counted under it, and the answer has the variant in a header. Raises ModelNotFound, and
+        InvalidRequest if the call asks for a variant that does not exist.
+        """
+        model = self.model_of_body(http, name, user)
         http.state.model = model.name
+        if model.choice is not None:
+            http.state.assignment = model.choice.assignment
         return model
 
     def model_of_body_or_query(self, http: Request, name: str | None) -> Served:
-        """The model that the body names, else that of `?model=`. Both must exist. Raises ModelNotFound."""
-        of_query, chosen = self.model(http.query_params.get("model")).served_name, self._chosen(name)
+        """The model that the body names, else that of `?model=`. Both must exist. Raises as `model_of`."""
+        chosen, of_query = self._chosen(name), http.query_params.get("model")
+        if of_query is not None:
+            self.model(of_query)
         return self.model_of(http, of_query if chosen is None else chosen)
 
     def _chosen(self, name: str | None) -> str | None:
         """The name of a body, or None if it stands for any model."""
-        if name not in PLACEHOLDERS or any(model.name == name for model in self.config.models):
+        if name not in PLACEHOLDERS or name in self.experiments.names():
+            return name
+        if any(model.name == name for model in self.config.models):
             return name
         return None if self.adapters.find(name) is None else name
 
@@ -119,16 +157,20 @@ class RequestContext:
     ) -> GenerationRequest:
         """A whole answer waits for a sleeping model for a limited time; a stream reports that it waits."""
         wake_wait_s = None if stream else self.limits.warm_wait_s
+        choice = served.choice
+        assignment = None if choice is None else choice.assignment
+        self.experiments.called(http.state.request_id, served.name, assignment)
         return GenerationRequest(
             id,
             served.name,
-            prompt,
+            served.prompt(prompt),
             params,
             self.clock(),
             self.deadline(http),
             wake_wait_s=wake_wait_s,
             adapter=served.adapter,
-            session=http.headers.get(SESSION_HEADER, "")[:_LONGEST_SESSION],
+            session=session_of(http),
+            assignment=assignment,
             cache_control=_cache_control(http),
         )
 

@@ -10,7 +10,7 @@ from serve_app.config import Cors
 
 _METHODS = ("GET", "HEAD", "POST")
 # Beside these headers, a page can read only `content-type` and a few others.
-_EXPOSED = ("x-request-id", "request-id", "retry-after", "retry-after-ms", "x-cache")
+_EXPOSED = ("x-request-id", "request-id", "x-variant", "retry-after", "retry-after-ms", "x-cache")
 
 
 class AllowOrigins(CORSMiddleware):

@@ -31,7 +31,8 @@ _SAFE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 class RequestId:
     """Names the request by the client's own id if that is safe in a log line, else by a new id.
 
-    The header `request-id` repeats the id for Anthropic's clients. Sets `request_id` and `arrived`, an instant of
+    The header `request-id` repeats the id for Anthropic's clients, and `x-variant` names the variant of an experiment
+    that answers. Sets `request_id` and `arrived`, an instant of
     `clock`, in the state of the request.
     """
 
@@ -50,6 +51,9 @@ class RequestId:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 headers["x-request-id"] = headers["request-id"] = request_id
+                assignment = scope["state"].get("assignment")
+                if assignment is not None:
+                    headers["x-variant"] = assignment.variant
             await send(message)
 
         # A new dictionary, because a server can hand the same lifespan state to every request.

@@ -33,6 +33,8 @@ _ERRORS = {
 _NO_SUCH_MODEL = "The model does not exist."
 _NO_SUCH_OBJECT = "The object does not exist."
 _WRONG_PARAMETER = "A parameter is wrong, or the object does not allow the operation."
+# Their bodies name no model that could be an experiment.
+_WITHOUT_MODEL = ("/v1/feedback", "/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 _WITH_RETRY_AFTER = (429, 503, OVERLOADED)
 
 
@@ -60,6 +62,10 @@ _HEADERS = {
         "description": "The client's own `x-request-id` if it is safe in a log line, else a new id.",
         "schema": {"type": "string", "pattern": "^[A-Za-z0-9._:-]{1,128}$"},
         "required": True,
+    },
+    "X-Variant": {
+        "description": "The variant of an experiment that answers.",
+        "schema": {"type": "string"},
     },
     "Retry-After": {
         "description": "The number of seconds after which the request can succeed.",
@@ -140,6 +146,9 @@ def _responses(operation: Operation, components: _Components) -> Json:
     responses = {"200": _response("The answer.", content)}
     for status, description in _errors(operation).items():
         responses[str(status)] = _response(description, error, retry_after=status in _WITH_RETRY_AFTER)
+    if operation.body is not None and operation.path not in _WITHOUT_MODEL:
+        for response in responses.values():
+            response["headers"] |= _references(["X-Variant"])
     if operation.not_ready is not None:
         schema = {_JSON: {"schema": components.any_of(operation.not_ready, "serialization")}}
         responses["503"] = _response(_ERRORS[503], schema, retry_after=True)
@@ -163,7 +172,7 @@ def _errors(operation: Operation) -> dict[int, str]:
     if operation.error is AnthropicError:
         errors[OVERLOADED] = errors.pop(503)
     if operation.body is not None or operation.model_in:
-        errors[404] = _NO_SUCH_MODEL
+        errors[404] = _NO_SUCH_OBJECT if operation.path in _WITHOUT_MODEL else _NO_SUCH_MODEL
     if operation.parameters:
         errors |= {400: _WRONG_PARAMETER, 404: _NO_SUCH_OBJECT}
     return dict(sorted(errors.items()))
@@ -171,5 +180,8 @@ def _errors(operation: Operation) -> dict[int, str]:
 
 def _response(description: str, content: Json, retry_after: bool = False) -> Json:
     names = ["X-Request-Id", *(["Retry-After", "Retry-After-Ms"] if retry_after else [])]
-    headers = {name: {"$ref": f"#/components/headers/{name}"} for name in names}
-    return {"description": description, "headers": headers, "content": content}
+    return {"description": description, "headers": _references(names), "content": content}
+
+
+def _references(headers: Sequence[str]) -> Json:
+    return {name: {"$ref": f"#/components/headers/{name}"} for name in headers}

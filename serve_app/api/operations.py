@@ -7,6 +7,7 @@ from typing import Any
 
 from serve_app.api.anthropic.responses import AnthropicError, AnthropicMessage, MessageEvent, TokenCounts
 from serve_app.api.anthropic.schema import CountTokensBody, MessagesBody
+from serve_app.api.experiments import FeedbackBody, FeedbackTaken
 from serve_app.api.native.responses import BatchAnswers, NativeAnswer, NativeError, NativeErrorEvent, NativeEvent
 from serve_app.api.native.schema import BatchBody, GenerateBody, StreamBody
 from serve_app.api.openai.embeddings import EmbeddingsBody
@@ -31,6 +32,7 @@ from serve_app.api.tgi.responses import TgiAnswer, TgiError, TgiEvent, TgiInfo
 from serve_app.api.tgi.schema import TgiBody
 from serve_app.api.tokens.responses import DetokenizedText, TgiTextToken, TokenizerFacts, Tokens
 from serve_app.api.tokens.schema import DetokenizeBody, TokenizeBody, TokenizeInputsBody
+from serve_app.core.experiments import Reports
 
 NATIVE, OPENAI, ANTHROPIC = "Native", "OpenAI", "Anthropic"
 TGI, OPERATION = "Text Generation Inference", "Operation"
@@ -170,6 +172,14 @@ OPERATIONS = (
     Operation(
         "post", "/v1/unload_lora_adapter", OPENAI, "Unload a LoRA adapter", UnloadAdapterBody,
         {"lora_name": "support"}, text="text/plain", error=OpenAIError,
+    ),
+    Operation(
+        "post", "/v1/feedback", NATIVE, "Rate the answer to an earlier request", FeedbackBody,
+        {"request_id": "5f0c", "rating": "up"}, FeedbackTaken, error=OpenAIError,
+    ),
+    Operation(
+        "get", "/experiments", OPERATION, "The reports of the experiments: the variants compared with their control",
+        answer=Reports,
     ),
     Operation("get", "/v1/models", OPENAI, "List the models", answer=ModelList, error=OpenAIError),
     Operation("get", "/v1/models/{id}", OPENAI, "Get one model", answer=ModelCard, model_in="path", error=OpenAIError),

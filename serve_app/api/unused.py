@@ -1,10 +1,11 @@
 """Markers of fields that a body accepts although the service does not use them.
 
 Clients of OpenAI, Anthropic and vLLM send many such fields, often with the value that has no effect. A body declares
-each of them with one of three markers, so that the OpenAPI document describes it:
+each of them with one of four markers, so that the OpenAPI document describes it:
 
 - `Only`: a client that sends another value would rely on something that the service does not do;
 - `Hint`: to ignore it does no harm;
+- `UserName`: only experiments use it;
 - `Replayed`: a field of an answer, which clients send back in the next request.
 
 A field that a body does not declare is an error. `Body` removes null before a marker sees it.
@@ -52,6 +53,10 @@ class Hint(Unused):
             _logged.add(name)
             log.info("a request has the field '%s', which the service does not use", name)
         return value
+
+
+class UserName(Unused):
+    """A field that names the user of a call. Experiments use its value if it is a string, and nothing else does."""
 
 
 class Only(Unused):

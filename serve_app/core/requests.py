@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from serve_app.core.experiments import Assignment
+
 # What a request asks of the response cache, in the words of HTTP: with `no-cache` its answer is computed and stored,
 # with `no-store` it is neither looked up nor stored.
 CacheControl = Literal["", "no-cache", "no-store"]
@@ -116,6 +118,7 @@ class ChatPrompt:
 
     `tools` are the tools that the template shows to the model, each as JSON in OpenAI's form. `variables` is the text
     of a JSON object with further variables for the template. With `continues` the answer continues the last message.
+    `template` is the source of a chat template in place of the model's own; "" is the model's own.
     """
 
     messages: tuple[ChatMessage, ...]
@@ -123,6 +126,7 @@ class ChatPrompt:
     variables: str = "{}"
     continues: bool = False
     begins_answer: bool = True
+    template: str = ""
 
 
 Prompt = TextPrompt | TokenPrompt | ChatPrompt
@@ -202,6 +206,7 @@ class GenerationRequest:
     Requests with the same `session`, a name of the caller's, go to the same replica unless it is much busier.
 
     `cache_control` is for the response cache.
+    `assignment` is the variant that answers a request for an experiment.
     """
 
     id: str
@@ -225,10 +230,18 @@ class GenerationRequest:
     resumed: tuple[int, ...] = ()
     session: str = ""
     cache_control: CacheControl = ""
+    assignment: Assignment | None = None
 
     @property
     def served_name(self) -> str:
-        """The name by which the caller knows the model: that of the adapter, if there is one."""
+        """The name by which the caller knows the model: that of the experiment or the adapter, if there is one."""
+        if self.assignment is not None:
+            return self.assignment.experiment
+        return self.weights_name
+
+    @property
+    def weights_name(self) -> str:
+        """The name of what computes the answer: the adapter, if there is one, or the model."""
         return self.model if self.adapter is None else self.adapter.name
 
     @property

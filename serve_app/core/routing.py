@@ -59,7 +59,7 @@ def routing_key(request: GenerationRequest) -> RoutingKey:
     digests = array("Q")
     if request.params.prompt_logprobs is None and not request.embed:
         adapter = "" if request.adapter is None else request.adapter.digest
-        salt = f"{request.served_name}\0{adapter}\0{request.cache_salt}"
+        salt = f"{request.weights_name}\0{adapter}\0{request.cache_salt}"
         digest = blake2b(salt.encode(errors="surrogatepass"), digest_size=_DIGEST_BYTES).digest()
         for block in islice(_blocks(pieces), MAX_BLOCKS):
             digest = blake2b(block, digest_size=_DIGEST_BYTES, key=digest).digest()
@@ -95,7 +95,7 @@ def _pieces(request: GenerationRequest) -> Iterator[bytes]:
     if isinstance(prompt, TextPrompt):
         yield prompt.text.encode(errors="surrogatepass")
     elif isinstance(prompt, ChatPrompt):
-        yield "\0".join((*prompt.tools, prompt.variables)).encode(errors="surrogatepass")
+        yield "\0".join((*prompt.tools, prompt.variables, prompt.template)).encode(errors="surrogatepass")
         for message in prompt.messages:
             calls = "".join(f"\3{call.name}\2{call.arguments}" for call in message.tool_calls)
             yield f"\1{message.role}\2{message.content}{calls}".encode(errors="surrogatepass")

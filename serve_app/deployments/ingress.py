@@ -8,6 +8,7 @@ import time
 from collections.abc import Collection
 from contextlib import suppress
 from functools import partial
+from typing import Any
 
 import ray
 from ray import serve
@@ -18,8 +19,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serve_app.api.context import configured_adapters
 from serve_app.config import AppConfig, Model
 from serve_app.core.adapters import AdapterChange
+from serve_app.core.experiments import Feedback
 from serve_app.core.queries import ModelState
 from serve_app.deployments.event_receiver import EventReceiver
+from serve_app.deployments.experiments import IngressExperiments
 from serve_app.deployments.heartbeats import Report, Reporter, to_every_replica
 from serve_app.deployments.ingress_telemetry import IngressTelemetry
 from serve_app.deployments.registry import Heartbeat, ReplicaRegistry
@@ -30,6 +33,7 @@ from serve_app.deployments.work_reporter import WorkReporter
 from serve_app.deployments.work_reports import WorkReport
 from serve_app.gateway.catalog import Catalog
 from serve_app.gateway.chain import ModelChain
+from serve_app.gateway.experiment_state import Changes
 from serve_app.gateway.response_cache import open_cache
 from serve_app.telemetry.exposition import MetricsSnapshot
 
@@ -66,18 +70,43 @@ class Ingress:
         self._chains = {model.name: self._chain(model) for model in config.models}
         self._ingresses = serve.get_deployment_handle(context.deployment, context.app_name)
         self._work = WorkReporter(context.app_name, self._id, config.models, self._report_of)
+        catalog = Catalog({name: chain.engine for name, chain in self._chains.items()})
+        self._experiments = IngressExperiments(
+            config, self._id, catalog, self._adapters, self._telemetry.experiments, self._ask_ingresses
+        )
         self._reporter = Reporter(self._report, self._heartbeat, self._telemetry.families)
         self._telemetry.reporter = self._reporter
         with suppress(TimeoutError):
             async with asyncio.timeout(_FIRST_REPORTS_S):
-                await asyncio.gather(*map(self._collect_reports, handles), self._collect_adapters())
+                await asyncio.gather(
+                    *map(self._collect_reports, handles), self._collect_adapters(), self._experiments.exchange()
+                )
         self._update()
         self._updates = asyncio.create_task(self._update_forever())
+        self._experiments.start()
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        engine = Catalog({name: chain.engine for name, chain in self._chains.items()})
-        app = self._process.app(engine, self._telemetry, self._config, self._adapters, self._reporter.send)
+        app = self._process.app(
+            self._experiments.stage,
+            self._telemetry,
+            self._config,
+            self._adapters,
+            self._reporter.send,
+            self._experiments,
+        )
         return with_disconnects(app)
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Ray Serve calls it with the `user_config` of the file: at the start, and after each change of it."""
+        await self._experiments.configure(user_config)
+
+    async def experiment_changes(self, known: dict[str, int]) -> Changes:
+        """What an ingress that knows these versions of the statistics does not know yet."""
+        return self._experiments.state.changes(known)
+
+    async def experiment_feedback(self, feedback: Feedback) -> bool:
+        """Count feedback on a call of this ingress; False if it does not know the call."""
+        return self._experiments.stage.take_feedback(feedback)
 
     async def push(self, heartbeat: Heartbeat, metrics: MetricsSnapshot) -> None:
         """Receive the report of another process."""
@@ -99,6 +128,7 @@ class Ingress:
 
     async def __del__(self) -> None:
         self._updates.cancel()
+        self._experiments.stop()
         for chain in self._chains.values():
             chain.stop()
         await self._work.stop()
@@ -145,6 +175,14 @@ class Ingress:
                 self._adapters.merge(changes)
         except Exception:
             logger.debug("the other ingresses did not answer", exc_info=True)
+
+    async def _ask_ingresses(self, method: str, argument: object) -> list[Any]:
+        """The results of a method of the other ingresses, without those that do not answer in time."""
+        if routed_replicas(self._ingresses) == {self._id}:
+            return []
+        calls = self._ingresses.broadcast(method, argument)
+        found = await calls.results_async(timeout_s=_FIRST_REPORTS_S, return_exceptions=True)
+        return [one for one in found if not isinstance(one, BaseException)]
 
     def _heartbeat(self) -> Heartbeat:
         return Heartbeat(self._id, "", "", adapters=self._adapters.changes)

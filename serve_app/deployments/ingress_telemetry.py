@@ -12,6 +12,7 @@ from serve_app.core.queries import ModelStatus
 from serve_app.core.requests import GenerationRequest
 from serve_app.deployments.registry import ReplicaRegistry
 from serve_app.errors import ServeAppError
+from serve_app.telemetry.experiment_metrics import ExperimentSeries
 from serve_app.telemetry.exposition import exposition
 from serve_app.telemetry.meter import IngressMetrics, Meter
 from serve_app.telemetry.metrics import CacheSeries, ages, metrics_complete, states
@@ -33,6 +34,11 @@ class IngressTelemetry:
 
     def meter(self, request: GenerationRequest) -> Meter:
         return self._metrics.meter(request)
+
+    @property
+    def experiments(self) -> ExperimentSeries:
+        """The metrics of experiments."""
+        return self._metrics.experiments
 
     def woke(self, model: str, seconds: float) -> None:
         """Record how long a model that was scaled to zero took until it was ready."""

@@ -11,6 +11,7 @@ from starlette.types import ASGIApp
 
 from serve_app.api.app import create_app
 from serve_app.api.context import keep
+from serve_app.api.experiments import Experiments
 from serve_app.api.middleware import OneRequestId
 from serve_app.api.telemetry import ServiceTelemetry
 from serve_app.config import AppConfig, ConfigError, Telemetry as Settings
@@ -64,12 +65,13 @@ class ProcessTelemetry:
         config: AppConfig,
         adapters: AdapterDirectory | None = None,
         publish: Callable[[], Awaitable[None]] = keep,
+        experiments: Experiments | None = None,
     ) -> ASGIApp:
         """The HTTP application, with spans and the JSON access log if they are enabled."""
         from starlette.middleware import Middleware
 
         request_id = Middleware(OneRequestId)
-        make = partial(create_app, config=config, adapters=adapters, publish=publish)
+        make = partial(create_app, config=config, adapters=adapters, publish=publish, experiments=experiments)
         if self._exporter is None and self._settings.log_format == "text":
             return make(engine, telemetry, around=[request_id])
         from opentelemetry.trace import NoOpTracer

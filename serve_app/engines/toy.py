@@ -34,7 +34,10 @@ class ToyDecoder:
 
 
 class ToyText:
-    """A tokenizer with one token for each byte of UTF-8; token 256 ends an answer."""
+    """A tokenizer with one token for each byte of UTF-8; token 256 ends an answer.
+
+    A chat template of a variant is written before the messages as it is.
+    """
 
     end_ids = special_ids = frozenset({END})
     vocabulary = END + 1
@@ -74,7 +77,8 @@ class ToyText:
         if isinstance(prompt, TextPrompt):
             return list(prompt.text.encode())
         if isinstance(prompt, ChatPrompt):
-            return list("\n".join(f"{m.role}: {m.content}" for m in prompt.messages).encode())
+            lines = [prompt.template] if prompt.template else []
+            return list("\n".join([*lines, *(f"{m.role}: {m.content}" for m in prompt.messages)]).encode())
         if any(not 0 <= token <= END for token in prompt.token_ids):
             return InvalidRequest(f"token ids of this model are 0 to {END}", param="prompt")
         return list(prompt.token_ids)

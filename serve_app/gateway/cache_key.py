@@ -13,7 +13,18 @@ from serve_app.core.requests import ChatPrompt, GenerationRequest
 # The fields of a request that do not change its answer. Every other field, also one that is added later, such as a
 # tenant, is a part of the key. `index` counts: the seed of answer i is seed + i.
 NOT_IN_KEY = frozenset(
-    {"id", "arrived", "deadline", "wake_wait_s", "group", "priority", "traceparent", "session", "cache_control"}
+    {
+        "id",
+        "arrived",
+        "deadline",
+        "wake_wait_s",
+        "group",
+        "priority",
+        "traceparent",
+        "session",
+        "cache_control",
+        "assignment",
+    }
 )
 # The options of a model that do not change its answers. The defaults for sampling are in the requests, and so is the
 # adapter.

@@ -120,6 +120,11 @@ def _attributes(request: GenerationRequest, operation: str) -> dict[str, Attribu
         "gen_ai.request.model": request.model,
         "gen_ai.response.id": request.id,
     }
+    if request.assignment is not None:
+        found |= {
+            "serve_app.experiment": request.assignment.experiment,
+            "serve_app.variant": request.assignment.variant,
+        }
     if request.embed:
         return found
     params = request.params

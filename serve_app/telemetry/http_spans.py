@@ -30,6 +30,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serve_app.api.telemetry import ServiceTelemetry
 from serve_app.core.engine import Engine, EngineLoad
 from serve_app.core.events import CANCELLED, Chunk
+from serve_app.core.experiments import Assignment
 from serve_app.core.http import HttpCall
 from serve_app.core.queries import A, ModelStatus, Query
 from serve_app.core.requests import GenerationRequest
@@ -63,6 +64,12 @@ class Call:
         """Set by the RequestId middleware, which is further inside; "" before."""
         name: str = self.scope.get("state", {}).get("request_id", "")
         return name
+
+    @property
+    def assignment(self) -> Assignment | None:
+        """The variant of an experiment that answers the call."""
+        found: Assignment | None = self.scope.get("state", {}).get("assignment")
+        return found
 
     @property
     def method(self) -> str:
@@ -183,6 +190,8 @@ def _log(call: Call, took_ns: int) -> None:
         "error": _error(call),
         "duration_ms": round(took_ns / 1e6, 3),
     }
+    if call.assignment is not None:
+        fields |= {"experiment": call.assignment.experiment, "variant": call.assignment.variant}
     log.info("%s %s %s", call.method, call.route or "-", call.status or "-", extra={"fields": fields})
 
 

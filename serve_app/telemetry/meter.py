@@ -10,6 +10,7 @@ from prometheus_client.metrics_core import Metric
 from serve_app.core.events import CANCELLED, Chunk
 from serve_app.core.requests import GenerationRequest
 from serve_app.errors import ServeAppError
+from serve_app.telemetry.experiment_metrics import ExperimentSeries
 from serve_app.telemetry.metrics import (
     FINISHED,
     TPOT_OBJECTIVE_S,
@@ -30,11 +31,13 @@ class IngressMetrics:
         self.cache = CacheSeries(replica, models)
         self._series = {model: RequestSeries(model, replica) for model in models}
         self._gen_ai = GenAiSeries(replica) if opentelemetry else None
+        self.experiments = ExperimentSeries(replica, models)
         self._process = ProcessMetrics("", replica)
 
     def families(self, lag_s: float) -> list[Metric]:
         """All metric families. `lag_s` is the delay of the event loop in seconds."""
         families = [*self._process.families(lag_s), *self.http.families(), *self.cache.families()]
+        families += self.experiments.families()
         for series in self._series.values():
             families += series.families()
         return families + (self._gen_ai.families() if self._gen_ai else [])

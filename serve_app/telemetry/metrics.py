@@ -35,11 +35,11 @@ TTFT_OBJECTIVE_S = 2.0
 TPOT_OBJECTIVE_S = 0.05
 
 # Bucket bounds in seconds: close together where users notice a difference.
-_TTFT = (
+TTFT_BOUNDS = (
     *(0.001, 0.002, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75),
     *(1, 1.5, 2, 2.5, 5, 7.5, 10, 20, 30, 60),
 )
-_TPOT = (
+TPOT_BOUNDS = (
     *(0.0005, 0.001, 0.002, 0.004, 0.006, 0.008, 0.01, 0.015, 0.02, 0.025, 0.03, 0.035, 0.04, 0.05, 0.06, 0.075),
     *(0.08, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 1, 2.5),
 )
@@ -128,21 +128,21 @@ class RequestSeries(_Series):
         )
         self.tokens = self._counter("generated_tokens", "Generated tokens sent to clients.")
         self.ttft = self._histogram(
-            "time_to_first_token_seconds", "TTFT: time from the arrival of a request to its first token.", _TTFT
+            "time_to_first_token_seconds", "TTFT: time from the arrival of a request to its first token.", TTFT_BOUNDS
         )
         self.tpot = self._histogram(
             "time_per_output_token_seconds",
             "TPOT: mean time per token after the first token of a complete response.",
-            _TPOT,
+            TPOT_BOUNDS,
         )
         self.itl = self._histogram(
-            "inter_token_seconds", "ITL: time between two consecutive sends of tokens of one request.", _TPOT
+            "inter_token_seconds", "ITL: time between two consecutive sends of tokens of one request.", TPOT_BOUNDS
         )
         self.queue = self._histogram(
             "queue_seconds", "Time from the arrival of a request to the start of its prefill.", _QUEUE
         )
         self.prefill = self._histogram(
-            "prefill_seconds", "Time from the start of the prefill of a request to its first token.", _TTFT
+            "prefill_seconds", "Time from the start of the prefill of a request to its first token.", TTFT_BOUNDS
         )
         self.decode = self._histogram(
             "decode_seconds", "Time from the first token to the last token of a complete response.", _REQUEST

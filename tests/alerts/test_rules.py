@@ -112,8 +112,10 @@ def promtool(*arguments: str | Path) -> str:
 
 
 def families() -> list[Metric]:
-    """All metric families of a service with one replica and one HTTP call."""
+    """All metric families of a service with one replica, one HTTP call and one experiment."""
     ingress = IngressMetrics("r1", ["m"], opentelemetry=False)
+    ingress.experiments.configure({"e": ["control", "b"]})
+    ingress.experiments.set_state("e", {"control": 0.9, "b": 0.1}, stopped=False)
     ingress.http.ended(HttpCall("/generate", "POST", 200, 0.1, 10, 20))
     stats = StepStats(**dict.fromkeys((field.name for field in dataclasses.fields(StepStats)), 1))
     facts = {"kind": "toy", "quantization": "none", "step_age": lambda: 0.0}

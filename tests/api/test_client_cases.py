@@ -526,6 +526,8 @@ def table(objects: Mapping[str, type[Body]]) -> list[str]:
     rows: dict[tuple[str, str], list[str]] = {}
     for (title, name), (marker, description) in unused_fields(objects).items():
         values = "any (hint)" if isinstance(marker, unused.Hint) else "any (answer)"
+        if isinstance(marker, unused.UserName):
+            values = "any (user)"
         if isinstance(marker, unused.Only):
             values = ", ".join(f"`{json.dumps(one)}`" for one in marker.values) or "none"
         rows.setdefault((name, f"{values} | {description}"), []).append(title)

@@ -53,7 +53,7 @@ def cors_headers(answer: httpx.Response) -> dict[str, str]:
 def assert_readable(answer: httpx.Response, origin: str = PAGE) -> None:
     assert cors_headers(answer) == {
         "access-control-allow-origin": origin,
-        "access-control-expose-headers": "x-request-id, request-id, retry-after, retry-after-ms, x-cache",
+        "access-control-expose-headers": "x-request-id, request-id, x-variant, retry-after, retry-after-ms, x-cache",
     }
     assert "origin" in answer.headers["vary"].lower()
 

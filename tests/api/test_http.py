@@ -25,7 +25,7 @@ from .scripted import BEAT, POSTS, ScriptedEngine, ScriptedTelemetry, app_config
 BODIES = POSTS | {"/tokenize": {"prompt": "hi"}, "/detokenize": {"tokens": [1]}}
 GETS = [
     *("/v1/models", "/v1/models/small", "/v1/models/org/large", "/info", "/health", "/ready", "/ping", "/version"),
-    *("/load", "/metrics", "/openapi.json", "/docs", "/docs/reference.js", "/", "/playground/app.js"),
+    *("/load", "/experiments", "/metrics", "/openapi.json", "/docs", "/docs/reference.js", "/", "/playground/app.js"),
     *("/v1/responses/resp_1", "/v1/responses/resp_1/input_items", "/tokenizer_info"),
 ]
 JSON = {"content-type": "application/json"}

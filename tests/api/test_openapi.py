@@ -13,8 +13,8 @@ from serve_app.api.operations import OPERATIONS, Operation
 from .scripted import ScriptedEngine, ScriptedTelemetry, app_config
 
 PAGES = {"/docs", "/docs/{file}", "/openapi.json", "/playground/{file}"}
-# The scripted engine has no embeddings.
-SERVED = {o.id: o for o in OPERATIONS if o.body is not None and o.path != "/v1/embeddings"}
+# The scripted engine has no embeddings, and knows no earlier request.
+SERVED = {o.id: o for o in OPERATIONS if o.body is not None and o.path not in ("/v1/embeddings", "/v1/feedback")}
 
 
 def test_every_endpoint_is_described() -> None:

@@ -39,7 +39,9 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     source = tiny.save("llama", tmp_path_factory.mktemp("model"), tiny.FUSED)
     engine: Config = {"max_context": 48, "max_running": 32}
     features: Config = {"embeddings": True, "chat_template": "builtin:chatml_tools", "quantization": "int8"}
-    with Service([model_config("small", str(source), engine=engine, **features)]) as service:
+    variants = [{"name": name, "model": "small"} for name in ("control", "candidate")]
+    experiments: list[Config] = [{"name": "split", "unit": "request", "variants": variants}]
+    with Service([model_config("small", str(source), engine=engine, **features)], experiments=experiments) as service:
         service.wait_until_ready()
         yield service
 

@@ -18,6 +18,14 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.import_plugin("tests.shared_services")
 
 
+# The variant computes a token in 50 ms, the control in 10 ms.
+EXPERIMENT: Config = {
+    "name": "paced",
+    "variants": [{"name": "control", "model": "only"}, {"name": "candidate", "model": "slow", "percent": 50}],
+    "guards": {"error_rate": None, "ttft_p95": None, "tpot": 2},
+}
+
+
 @dataclass
 class TracedService:
     """A service behind Ray's own proxy, the collector of its spans, and the log of tokens of its model `slow`."""
@@ -56,6 +64,7 @@ def traced(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TracedService]:
         with Service(
             models,
             environment={**EXPORTS_SOON, **PROXIES["python"]},
+            experiments=[EXPERIMENT],
             telemetry={"tracing": tracing, "log_format": "json", "opentelemetry_metrics": True},
             request_timeout_s=DEADLINE_S,
             heartbeat_s=0.3,

@@ -78,6 +78,7 @@ def serve_config(
     host: str = "127.0.0.1",
     telemetry: Config | None = None,
     response_cache: Config | None = None,
+    experiments: Sequence[Config] | None = None,
     **limits: Any,
 ) -> Config:
     """A Ray Serve config file. `ingress` changes the deployment options of the ingress."""
@@ -88,12 +89,15 @@ def serve_config(
         "telemetry": telemetry or {},
         "response_cache": response_cache,
     }
-    application = {
+    application: Config = {
         "name": "serve_app",
         "route_prefix": "/",
         "import_path": "serve_app.app:build",
         "args": {**args, "models": list(models)},
     }
+    if experiments is not None:
+        user_config = {"experiments": list(experiments)}
+        application["deployments"] = [{"name": "Ingress", "user_config": user_config}]
     return {"http_options": {"host": host, "port": port}, "applications": [application]}
 
 

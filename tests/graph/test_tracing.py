@@ -15,7 +15,7 @@ import pytest
 
 from tests.collector import Collector, Span
 from tests.graph.conftest import EXPORTS_SOON, TracedService, traced_model_config
-from tests.graph.service import Service, http_client, stream_events, wait_until_idle
+from tests.graph.service import Service, http_client, stream_events, wait_until, wait_until_idle
 
 pytestmark = pytest.mark.ray
 
@@ -358,6 +358,37 @@ async def test_the_log_is_json_with_the_ids_of_the_request(traced: TracedService
         assert line.get("error") == span.attributes.get("error.type")
         assert line["duration_ms"] == pytest.approx((span.end - span.start) / 1e6, abs=0.01)
     assert any(line.get("model") == "only" for line in lines)
+
+
+async def test_a_variant_is_in_its_spans_and_log_lines_and_a_guard_stops_a_slow_one(traced: TracedService) -> None:
+    """The guard compares the times of answers of at least 20 users of each variant."""
+
+    async def ask(user: int) -> str:
+        body = {"model": "paced", "user": f"user-{user}", "prompt": "abc", "max_tokens": 4}
+        answer = await client.post("/v1/completions", json=body, headers={"x-request-id": f"paced-{user}"})
+        assert (answer.status_code, answer.json()["model"]) == (200, "paced")
+        return answer.headers["x-variant"]
+
+    async with http_client(traced.service) as client:
+        first = []
+        for begin in range(0, 120, 12):
+            first += await asyncio.gather(*map(ask, range(begin, begin + 12)))
+        assert 40 <= first.count("candidate") <= 80
+
+        async def stopped() -> str:
+            return str((await client.get("/experiments")).json()["experiments"][0]["stopped"])
+
+        reason = await wait_until(stopped)
+        assert re.match(r"candidate: tpot is 0\.0\d+, that of the control 0\.0\d+, the tolerance ×2$", reason)
+        assert {await ask(user) for user in range(20)} == {"control"}
+    user = first.index("candidate", 20)
+    spans = [span for span in traced.collector.settle() if "serve_app.variant" in span.attributes]
+    found = {(span.attributes["serve_app.experiment"], span.attributes["serve_app.variant"]) for span in spans}
+    assert found == {("paced", "control"), ("paced", "candidate")}
+    lines = [json.loads(line) for line in traced.service.log() if line.startswith("{")]
+    (line,) = (line for line in lines if line.get("request_id") == f"paced-{user}" and line.get("route"))
+    assert (line["experiment"], line["variant"]) == ("paced", "candidate")
+    assert any("was stopped by a guard" in line["message"] for line in lines)
 
 
 async def test_prompts_are_in_no_span_and_no_log(traced: TracedService, calls: Calls) -> None:

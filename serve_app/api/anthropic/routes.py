@@ -11,6 +11,7 @@ from serve_app.api.anthropic.encoder import MessagesEncoder, ping
 from serve_app.api.anthropic.responses import TokenCounts
 from serve_app.api.anthropic.schema import CountTokensBody, MessagesBody
 from serve_app.api.context import RequestContext, generation_id
+from serve_app.api.experiments import user_of
 from serve_app.api.generation import collect, until_disconnect
 from serve_app.api.openai.routes import log_user
 from serve_app.api.stream import EventStream
@@ -22,7 +23,7 @@ class AnthropicRoutes:
 
     async def messages(self, http: Request, document: object) -> Response:
         body, context, call_id = MessagesBody.parse(document), self._context, generation_id(http)
-        model = context.model_of(http, body.model)
+        model = context.model_of(http, body.model, user_of(body))
         params, choice, prompt = body.params(model.sampling_defaults), body.choice(), body.to_prompt()
         request = replace(
             context.request(http, call_id, model, prompt, params, body.stream),
@@ -38,6 +39,7 @@ class AnthropicRoutes:
 
     async def count_tokens(self, http: Request, document: object) -> Response:
         body, context = CountTokensBody.parse(document), self._context
-        query, model = body.to_query(), context.model_of(http, body.model).name
-        counts: TokenCounts = {"input_tokens": len(await context.query(http, model, query))}
+        query, served = body.to_query(), context.model_of(http, body.model)
+        query = replace(query, prompt=served.prompt(query.prompt))
+        counts: TokenCounts = {"input_tokens": len(await context.query(http, served.name, query))}
         return JSONResponse(counts)

@@ -46,7 +46,7 @@ class Batch:
         context, model = self._context, None
         try:
             body = GenerateBody.parse(self._items[index])
-            served = context.model_of_body(body.model)
+            served = context.model_of_body(self._http, body.model)
             model = served.name
             params, prompt = body.params(served.sampling_defaults), TextPrompt(body.prompt)
             request = context.request(self._http, f"{self._id}-{index}", served, prompt, params, stream=False)

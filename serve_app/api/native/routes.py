@@ -34,7 +34,7 @@ class NativeRoutes:
         items = body.items()
         check_size(items, self._context.limits.max_batch_items, body.items_field)
         # The common fields are validated once, for the whole call.
-        body.params(self._context.model_of_body(body.model).sampling_defaults)
+        body.params(self._context.model_of_body(http, body.model).sampling_defaults)
         batch = Batch(self._context, http, items)
         return JSONResponse(await until_disconnect(http.receive, batch.run()))
 

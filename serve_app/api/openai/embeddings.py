@@ -15,6 +15,7 @@ from starlette.responses import JSONResponse, Response
 
 from serve_app.api.completion import CompletionState
 from serve_app.api.context import RequestContext, Served, generation_id
+from serve_app.api.experiments import user_of
 from serve_app.api.generation import collect, run_in_parallel, until_disconnect
 from serve_app.api.openai.responses import Embeddings
 from serve_app.api.openai.routes import log_user
@@ -48,7 +49,7 @@ class EmbeddingRoutes:
 
     async def embeddings(self, http: Request, document: object) -> Response:
         body = EmbeddingsBody.parse(document)
-        model = self._context.model_of(http, body.model)
+        model = self._context.model_of(http, body.model, user_of(body))
         if not model.model.embeddings:
             raise NotFound(
                 f"Model {model.name} offers no embeddings. Set embeddings: true in its configuration to enable them.",

@@ -12,6 +12,7 @@ from starlette.responses import JSONResponse, Response
 
 from serve_app.api.choices import best_of_each, fork, with_logprobs
 from serve_app.api.context import RequestContext, Served, generation_id
+from serve_app.api.experiments import user_of
 from serve_app.api.generation import collect, run_in_parallel, until_disconnect
 from serve_app.api.openai.chat_encoder import ChatEncoder
 from serve_app.api.openai.completion_encoder import CompletionEncoder
@@ -47,7 +48,7 @@ class OpenAIRoutes:
 
     async def _answer(self, http: Request, body: CompletionBody | ChatBody, encoding: type[OpenAIEncoder]) -> Response:
         context, call_id = self._context, generation_id(http)
-        model = context.model_of(http, body.model)
+        model = context.model_of(http, body.model, user_of(body))
         requests = self._requests(http, call_id, model, body)
         log_user(call_id, model, body.user)
         encoder = encoding(call_id, requests, _now(), body.show)

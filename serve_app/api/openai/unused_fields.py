@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 from serve_app.api.schema import Body
-from serve_app.api.unused import Hint, Only, Replayed
+from serve_app.api.unused import Hint, Only, Replayed, UserName
 
 _NO_BEAMS = "the service has no beam search"
 
@@ -79,8 +79,8 @@ class UnusedByChats(Body):
     """No model has a setting for the length of its answers."""
     store: Annotated[object, Only(False, reason="chats are not stored; use /v1/responses")] = None
     """The service stores responses, but no chats."""
-    metadata: Annotated[object, Hint()] = None
-    """It belongs to a stored chat, and the service stores no chats."""
+    metadata: Annotated[object, UserName()] = None
+    """Experiments use its `user_id` as the user. Otherwise it belongs to a stored chat, and none is stored."""
     service_tier: Annotated[object, Only("auto", "default", reason="the service has one tier")] = None
     """The service has one tier."""
     prompt_cache_key: Annotated[object, Hint()] = None
@@ -89,8 +89,8 @@ class UnusedByChats(Body):
     """The prefix cache keeps a prompt as long as there is memory."""
     prompt_cache_options: Annotated[object, Hint()] = None
     """The prefix cache has no options."""
-    safety_identifier: Annotated[object, Hint()] = None
-    """The service does not check users."""
+    safety_identifier: Annotated[object, UserName()] = None
+    """Experiments use it as the user if `user` is not sent. The service does not check users."""
     modalities: Annotated[object, Only(["text"], reason="the models write text")] = None
     """The models write text only."""
     audio: Annotated[object, Only(reason="the models write text")] = None

@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from serve_app.api.context import RequestContext, Served, generation_id
+from serve_app.api.experiments import user_of
 from serve_app.api.generation import collect, until_disconnect
 from serve_app.api.openai.routes import log_user
 from serve_app.api.openai_responses.conversation import Item
@@ -38,7 +39,7 @@ class ResponsesRoutes:
     async def create(self, http: Request, document: object) -> Response:
         body = ResponsesBody.parse(document)
         context = self._context
-        model = context.model_of(http, body.model)
+        model = context.model_of(http, body.model, user_of(body))
         earlier = self._conversation(body.previous_response_id)
         given = tuple(body.items(earlier, self._store.item))
         request = await self._request(http, model, body, [*earlier, *given])
@@ -78,20 +79,20 @@ class ResponsesRoutes:
         log_user(call_id, model, body.user)
         prompt = body.to_prompt(items)
         if body.truncation == "auto":
-            prompt = await self._shortened(http, model.name, body, items)
+            prompt = await self._shortened(http, model, body, items)
         return replace(
             body.scheduled(context.request(http, call_id, model, prompt, params, body.stream)),
             tool_choice=choice,
             separate_reasoning=True,
         )
 
-    async def _shortened(self, http: Request, model: str, body: ResponsesBody, items: Sequence[Item]) -> ChatPrompt:
+    async def _shortened(self, http: Request, model: Served, body: ResponsesBody, items: Sequence[Item]) -> ChatPrompt:
         """The prompt without the oldest turns, if the conversation is too long for the model."""
         context = self._context
-        info = await until_disconnect(http.receive, context.info(model, context.deadline(http)))
+        info = await until_disconnect(http.receive, context.info(model.name, context.deadline(http)))
 
         async def tokens(shorter: Sequence[Item]) -> int:
-            return len(await context.query(http, model, Tokenize(body.to_prompt(shorter))))
+            return len(await context.query(http, model.name, Tokenize(model.prompt(body.to_prompt(shorter)))))
 
         limit = info.context - room_for_answer(info.context, body.max_output_tokens)
         return body.to_prompt(await shorten(items, limit, tokens))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -21,8 +23,9 @@ class TokenRoutes:
     async def tokenize(self, http: Request, document: object) -> Response:
         """vLLM's form."""
         body, context = TokenizeBody.parse(document), self._context
-        query, model = body.to_query(), context.model_of(http, body.model).name
-        tokens = await context.query(http, model, query)
+        query, served = body.to_query(), context.model_of(http, body.model)
+        model = served.name
+        tokens = await context.query(http, model, replace(query, prompt=served.prompt(query.prompt)))
         info = await until_disconnect(http.receive, context.info(model, context.deadline(http)))
         answer: Tokens = {
             "count": len(tokens),

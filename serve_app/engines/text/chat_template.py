@@ -33,12 +33,13 @@ class ChatTemplate:
 
     `markers` are the tokenizer's tokens that are no text to a grammar; None: the model has no grammars and no tools.
     With `sanitize`, a control token in the texts of a conversation is encoded as ordinary text. Control tokens are the
-    special tokens and the added tokens that the template writes.
+    special tokens and the added tokens that the template writes. `source` replaces the tokenizer's own template.
     """
 
-    def __init__(self, tokenizer: Any, markers: MarkerTokens | None, sanitize: bool = True) -> None:
+    def __init__(self, tokenizer: Any, markers: MarkerTokens | None, sanitize: bool = True, source: str = "") -> None:
         self._tokenizer = tokenizer
-        self._source = str(tokenizer.chat_template or "")
+        self._replacement = source or None
+        self._source = source or str(tokenizer.chat_template or "")
         self._control_tokens = _longest_first(self._find_control_tokens()) if sanitize else []
         self._control_pattern = re.compile("|".join(map(re.escape, self._control_tokens)))
         parts = bool(self._source) and wants_content_parts(self._rendered_sample)
@@ -87,6 +88,7 @@ class ChatTemplate:
             self._tokenizer.apply_chat_template(
                 messages,
                 tools=tools,
+                chat_template=self._replacement,
                 tokenize=False,
                 add_generation_prompt=prompt.begins_answer and not prompt.continues,
                 continue_final_message=prompt.continues,
@@ -95,11 +97,16 @@ class ChatTemplate:
         )
 
     def _rendered_sample(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> str:
-        return str(self._tokenizer.apply_chat_template(messages, tools=tools, tokenize=False))
+        return str(
+            self._tokenizer.apply_chat_template(messages, tools=tools, chat_template=self._replacement, tokenize=False)
+        )
 
     def _rendered_beginning(self, messages: list[dict[str, Any]], begins_answer: bool) -> str:
-        rendered = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=begins_answer)
-        return str(rendered)
+        return str(
+            self._tokenizer.apply_chat_template(
+                messages, chat_template=self._replacement, tokenize=False, add_generation_prompt=begins_answer
+            )
+        )
 
     def _with_known_role(self, message: ChatMessage) -> ChatMessage:
         """A message of role `developer` becomes one of role `system`, unless the template has this role."""

@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 # The last tokens of the prompt that a decoder reads, for example to know whether its first token begins with a space.
 _CONTEXT_TOKENS = 8
+# The chat templates of variants that are kept, besides the model's own.
+_MOST_TEMPLATES = 8
 
 # Stands in a text for bytes that are not a whole character.
 _INCOMPLETE = "\ufffd"
@@ -118,6 +120,7 @@ class HFText:
         self.special_texts = {token.content: token_id for token_id, token in self._added.items() if token.special}
         self.special_ids = frozenset(self.special_texts.values())
         self._grammars = GrammarCompiler(self._backend, end_ids, vocabulary)
+        self._templates: dict[str, ChatTemplate] = {}
 
     def encode(self, prompts: Seq[Prompt]) -> list[list[int] | ServeAppError]:
         """Token ids of each prompt, or the error of this prompt alone. Raises no error of a prompt."""
@@ -171,15 +174,30 @@ class HFText:
     @cached_property
     def chat(self) -> ChatTemplate:
         """Detected by rendering samples, so the loader reads this property before the model serves requests."""
+        return self._chat_template("")
+
+    def _chat_template(self, source: str) -> ChatTemplate:
         ids = self._grammars.marker_tokens(self._added)
         texts = {token.content: token_id for token_id, token in self._added.items() if token_id in (ids or ())}
         markers = None if ids is None else MarkerTokens(texts, self.special_ids, self.end_ids)
-        return ChatTemplate(self._tokenizer, markers, self._sanitize)
+        return ChatTemplate(self._tokenizer, markers, self._sanitize, source)
+
+    def _chat_of(self, prompt: Prompt) -> ChatTemplate:
+        """The template for a prompt. Those that requests bring are from the configuration: there are few."""
+        source = prompt.template if isinstance(prompt, ChatPrompt) else ""
+        if not source:
+            return self.chat
+        if source not in self._templates:
+            while len(self._templates) >= _MOST_TEMPLATES:
+                self._templates.pop(next(iter(self._templates)))
+            self._templates[source] = self._chat_template(source)
+        return self._templates[source]
 
     def plan(self, request: GenerationRequest, prompt: Seq[int]) -> AnswerPlan | ServeAppError:
         """How to generate the answer to this prompt; InvalidRequest if its grammar or its tools are refused."""
-        reasoning = self.chat.reasoning if request.separate_reasoning else None
-        plan = self._plan_rest(request.params, request.tool_choice)
+        chat = self._chat_of(request.prompt)
+        reasoning = chat.reasoning if request.separate_reasoning else None
+        plan = self._plan_rest(chat, request.params, request.tool_choice)
         if isinstance(plan, ServeAppError):
             return plan
         if reasoning is not None:
@@ -194,10 +212,12 @@ class HFText:
         ids = (*plan.params.stop_token_ids, *stops)
         return replace(plan, params=replace(plan.params, stop_token_ids=ids), stop_texts=stops)
 
-    def _plan_rest(self, params: SamplingParams, choice: ToolChoice | None) -> AnswerPlan | ServeAppError:
+    def _plan_rest(
+        self, chat: ChatTemplate, params: SamplingParams, choice: ToolChoice | None
+    ) -> AnswerPlan | ServeAppError:
         """The plan for an answer without reasoning."""
         if choice is not None:
-            return plan_tool_use(self.chat.tools, choice, params, self.constraint)
+            return plan_tool_use(chat.tools, choice, params, self.constraint)
         if params.grammar is None:
             return AnswerPlan(params)
         constraint = self.constraint(params.grammar, params.ignore_eos)
@@ -224,7 +244,14 @@ class HFText:
             case TokenPrompt():
                 return self._known(prompt.token_ids)
             case ChatPrompt():
-                return self.chat.encode_or_render(prompt)
+                return self._encode_chat(prompt)
+
+    def _encode_chat(self, prompt: ChatPrompt) -> str | list[int] | ServeAppError:
+        try:
+            return self._chat_of(prompt).encode_or_render(prompt)
+        except Exception:  # a template of an experiment that cannot be compiled must not fail the other prompts
+            logger.exception("the chat template of a variant failed")
+            return InternalError("the variant's chat template failed on these messages", param="messages")
 
     def _adds_special_tokens(self, prompt: Prompt) -> bool:
         """Whether the tokenizer adds its special tokens. A chat template writes them itself; a text may have the first.

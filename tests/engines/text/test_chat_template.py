@@ -179,3 +179,27 @@ def test_a_stop_string_that_is_a_special_token_ends_the_answer() -> None:
     token = text.special_texts[START]
     assert plan.params.stop_token_ids == (7, token)
     assert plan.stop_texts == {token: START}
+
+
+def test_a_prompt_can_bring_its_own_template() -> None:
+    """Only this prompt gets it, also in one batch with others; its forms are detected as those of the model's own."""
+    text, question = text_of(QWEN), ChatPrompt((HI,))
+    brought = replace(question, template=PARTS)
+    assert shown(text, brought) == f"{START}user\nhi{END}\n"
+    both = text.encode([brought, question])
+    assert both == [ids_of(text, brought), ids_of(text, question)]
+    assert shown(text, question) == shown(text_of(QWEN), question) != shown(text, brought)
+
+
+def test_a_template_that_cannot_be_compiled_fails_its_prompt_only() -> None:
+    text, question = text_of(QWEN), ChatPrompt((HI,))
+    broken, fine = text.encode([replace(question, template="{% for %}"), question])
+    assert isinstance(broken, ServeAppError)
+    assert fine == ids_of(text, question)
+
+
+def test_the_templates_that_prompts_bring_are_bounded() -> None:
+    text = HFText(embedded_tokenizer(QWEN), frozenset({EMBEDDED_END}), EMBEDDED_VOCABULARY)
+    for number in range(20):
+        assert shown(text, ChatPrompt((HI,), template=f"{number}")) == str(number)
+    assert len(text._templates) == 8
