@@ -26,6 +26,7 @@ from serve_app.readiness import waiting_models
 from serve_app.serve_file import ServeFile, load_serve_file
 
 _POLL_INTERVAL_S = 0.2
+_COMMANDS = {"deploy": deploy.main, "experiments": experiment_cli.main}
 
 
 class StartError(Exception):
@@ -61,16 +62,14 @@ _interrupted = threading.Event()
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the service, or the command `deploy` or `experiments`.
+    """Run the service, or another command: `deploy`, `experiments`.
 
     Returns the exit code: 0 after Ctrl-C, 130 after Ctrl-C during the start, 1 after an error.
     """
-    argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["deploy"]:
-        return deploy.main(argv[1:])
-    if argv[:1] == ["experiments"]:
-        return experiment_cli.main(argv[1:])
-    arguments = _parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    if words and words[0] in _COMMANDS:
+        return _COMMANDS[words[0]](words[1:])
+    arguments = _parser().parse_args(words)
     _on_signals(_interrupt)
     progress = Progress()
     try:
@@ -95,9 +94,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m serve_app",
         description="Run the LLM service on this machine. The command starts Ray, unless a Ray cluster is reachable, "
-        "and deploys the configuration file to it. Ctrl-C stops the service and everything that the command started. "
-        "`python -m serve_app experiments --help` describes the command for experiments, and `python -m serve_app "
-        "deploy --help` the command that deploys the file to a cluster that goes on running.",
+        "and deploys the configuration file to it. Ctrl-C stops the service and everything that the command started.",
+        epilog="Other commands: `python -m serve_app deploy --help` (deploy the file to a cluster that goes on running "
+        "and restore the previous configuration if the new one cannot run), `python -m serve_app experiments --help` "
+        "(compare the variants of experiments, check their configuration).",
     )
     parser.add_argument("--config", default="serve_config.yaml", help="Ray Serve config file (default: %(default)s)")
     parser.add_argument("--host", help="address to listen on (default: the file's http_options.host)")

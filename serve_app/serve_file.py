@@ -1,6 +1,6 @@
 """Reads the Ray Serve config file that `python -m serve_app` runs or deploys.
 
-Ray's `serve deploy` takes the same file. A key that nobody honours is refused with its path.
+Ray's `serve deploy` takes the same file. A key that neither program honours is refused with its path.
 """
 
 from __future__ import annotations

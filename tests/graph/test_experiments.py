@@ -13,8 +13,8 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.graph.service import PROXIES, Config, model_config, wait_until
-from tests.graph.test_cluster import Head
+from tests.graph.cluster import Head, node_environment
+from tests.graph.service import Config, model_config, wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
@@ -42,8 +42,8 @@ class Cluster:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    with Head(**PROXIES["python"]) as head:
-        head.wait_for_output("Ray runtime started")
+    with node_environment("python") as environment, Head(environment, "--num-cpus=4", "--num-gpus=0") as head:
+        head.wait_until_started()
         cluster = Cluster(head)
         cluster.deploy(experiment())
         yield cluster
@@ -53,7 +53,7 @@ def cluster() -> Iterator[Cluster]:
 async def client(cluster: Cluster) -> AsyncIterator[httpx.AsyncClient]:
     """A client that opens a new connection for each call, so that both ingresses get calls."""
     limits = httpx.Limits(max_keepalive_connections=0)
-    async with httpx.AsyncClient(base_url=cluster.head.url, timeout=60, limits=limits) as client:
+    async with httpx.AsyncClient(base_url=cluster.head.proxy, timeout=60, limits=limits) as client:
 
         async def ready() -> bool:
             try:
@@ -175,7 +175,7 @@ async def test_a_guard_stops_a_variant_that_fails_in_all_ingresses(cluster: Clus
     logs = (cluster.head.folder / "ray/session_latest/logs/serve").glob("replica_*Ingress*.log")
     lines = [line for log in logs for line in log.read_text().splitlines() if "was stopped by a guard" in line]
     assert len(lines) >= 2, "each ingress logs the stop"
-    printed = await asyncio.to_thread(_printed_report, cluster.head.url)
+    printed = await asyncio.to_thread(_printed_report, cluster.head.proxy)
     assert "verdict: stopped by a guard: candidate: error_rate is " in printed
 
 
