@@ -303,3 +303,10 @@ def test_a_file_to_deploy_is_validated_otherwise(tmp_path: Path) -> None:
     document["applications"][0]["args"]["sauce"] = 1
     with pytest.raises(ConfigError, match=r"applications\.0\.args\.sauce: unknown key"):
         load_deploy_file(written(tmp_path, document))
+
+
+def test_a_file_to_deploy_may_set_options_of_the_deployment_of_a_model(tmp_path: Path) -> None:
+    document = with_key(
+        "applications.0", "deployments", [{"name": "model-toy", "num_replicas": 3}, {"name": "Ingress"}]
+    )
+    assert load_deploy_file(written(tmp_path, document)) == document
