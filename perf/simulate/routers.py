@@ -19,7 +19,7 @@ _FULL_REPORT = 15
 
 
 class RequestRouter(Protocol):
-    """`seconds` has the time of each decision on this machine."""
+    """`seconds` has the processor time of each decision on this machine."""
 
     seconds: array[float]
 
@@ -97,9 +97,9 @@ class Table:
 
     def choose(self, replicas: Sequence[str], request: Request, now: float) -> list[str]:
         key = self._key(request)
-        began = time.perf_counter()
+        began = time.thread_time()
         chosen = self._table.choose(replicas, key, now)
-        self.seconds.append(time.perf_counter() - began)
+        self.seconds.append(time.thread_time() - began)
         return chosen
 
     def sent(self, replica: str, request: Request) -> None:

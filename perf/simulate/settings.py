@@ -53,7 +53,7 @@ class Traffic:
     seconds: float = 600.0
     from_hour: float = 9.0
     diurnal: float = 0.6
-    bursts: tuple[Burst, ...] = (Burst(120, 60, 1.7), Burst(330, 45, 2.0))
+    bursts: tuple[Burst, ...] = (Burst(120, 90, 3.0), Burst(360, 60, 4.0))
     hourly_bursts: float = 0.0
     sessions_per_day: float = 2.5
     turns: float = 3.0
@@ -111,16 +111,28 @@ def ray(name: str, target: float, router: Router = "power-of-two", resumes: bool
 
 
 PRODUCT = Strategy("product", "table", "work")
-RAY = ray("Ray, target 2", 2.0)
+# Ray's default of `target_ongoing_requests` is 2. The higher ones are what an operator might choose for 32 slots.
+RAY = ray("ray-2", 2.0)
 STRATEGIES = (
     PRODUCT,
     RAY,
-    ray("Ray, target 8", 8.0),
-    ray("Ray, target 16", 16.0),
-    Strategy("round robin", "round-robin", "work"),
-    Strategy("power of two", "power-of-two", "work"),
+    ray("ray-8", 8.0),
+    ray("ray-16", 16.0),
+    ray("table+ray-16", 16.0, "table", resumes=True),
+    Strategy("round-robin", "round-robin", "work"),
+    Strategy("power-of-two", "power-of-two", "work"),
     Strategy("oracle", "oracle", "oracle", downscale_delay_s=0.0),
 )
+MEANINGS = {
+    "product": "the routing table and the scaling policy of the product; requests of lost replicas are resumed",
+    "ray-2": "Ray Serve's default: power of two choices, one replica for each 2 open requests; nothing is resumed",
+    "ray-8": "the same with one replica for each 8 open requests",
+    "ray-16": "the same with one replica for each 16 open requests",
+    "table+ray-16": "the routing table of the product with the number of replicas of ray-16",
+    "round-robin": "the scaling policy of the product with round robin",
+    "power-of-two": "the scaling policy of the product with power of two choices",
+    "oracle": "knows the rate of the future; all replicas share one unlimited prefix cache; least work first",
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -98,7 +98,7 @@ def wanted_replicas(demand: Demand, speed: ReplicaSpeed, objective: Objective, c
     """
     up = max(
         _for_backlog(demand, speed, objective, current, most),
-        _for_rate(demand, speed, _BUSY),
+        _for_rate(demand, speed, objective.slots, _BUSY),
         _for_kv_cache(speed, current, _FULL_KV_CACHE),
     )
     if up < current:
@@ -106,7 +106,7 @@ def wanted_replicas(demand: Demand, speed: ReplicaSpeed, objective: Objective, c
         down = max(
             up,
             math.ceil(demand.requests / slots),
-            _for_rate(demand, speed, _BUSY_WITH_FEWER),
+            _for_rate(demand, speed, objective.slots, _BUSY_WITH_FEWER),
             _for_kv_cache(speed, current, _GOOD_KV_CACHE),
         )
         up = min(current, down)
@@ -149,9 +149,16 @@ def _for_backlog(demand: Demand, speed: ReplicaSpeed, objective: Objective, curr
     return most
 
 
-def _for_rate(demand: Demand, speed: ReplicaSpeed, busy: float) -> int:
-    """The fewest replicas that compute what arrives in the share `busy` of their time."""
-    work = _seconds(demand.prompt_rate, speed.prompt_rate) + _seconds(demand.answer_rate, speed.answer_rate)
+def _for_rate(demand: Demand, speed: ReplicaSpeed, slots: int, busy: float) -> int:
+    """The fewest replicas that compute what arrives in the share `busy` of their time.
+
+    A replica that was never busy has shown less than its speed, so that the rates alone give too many: the more
+    replicas there are, the less each of them shows. Therefore the open requests bound the work. No more replicas
+    compute prompts than requests wait for their first token, and running requests fill no more than their slots.
+    """
+    prompts = min(_seconds(demand.prompt_rate, speed.prompt_rate), demand.waiting)
+    answers = min(_seconds(demand.answer_rate, speed.answer_rate), demand.running / slots)
+    work = prompts + answers
     return math.ceil(work / busy) if demand.requests else math.floor(work / busy)
 
 
