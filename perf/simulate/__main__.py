@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
+from pathlib import Path
 
 from perf import cost, export, machine
 from perf.exits import Exit
@@ -85,7 +86,7 @@ def _simulate(jobs: Sequence[Job], processes: int) -> list[Simulation]:
         line.clear()
 
 
-def _show(run: SimulationRun, folder: export.Path) -> int:
+def _show(run: SimulationRun, folder: Path) -> int:
     print(table(run.simulations))
     print()
     for bar in run.bars:

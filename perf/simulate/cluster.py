@@ -52,8 +52,8 @@ class Sample:
 class Outcome:
     """What happened. `decisions` are the times and the targets of all changes of the number of replicas.
 
-    `routing_s`, `decision_s` and `cpu_s` are processor times on this machine; `most_running` is the highest number of sequences that one
-    replica has computed together.
+    `routing_s`, `decision_s` and `cpu_s` are processor times on this machine. `most_running` is the highest number of
+    sequences that one replica has computed together.
     """
 
     requests: list[Request] = field(default_factory=list)
@@ -116,7 +116,7 @@ class Cluster:
     def _first_target(self) -> int:
         trace, profile = self._trace, self._job.profile
         first = trace.at < _FIRST_S
-        work = trace.prompt[first].sum() / profile.prompt_rate + trace.answer[first].sum() / profile.answer_rate
+        work = float(trace.prompt[first].sum() / profile.prompt_rate + trace.answer[first].sum() / profile.answer_rate)
         return min(self._job.fleet.most, max(1, math.ceil(work / min(_FIRST_S, trace.seconds) / _FIRST_BUSY)))
 
     # Requests

@@ -13,7 +13,7 @@ from perf.simulate.settings import STRATEGIES, Burst, Fleet, Job, Losses, Profil
 _EPILOG = """\
 scales (time on 2 cores; the time grows with users and seconds):
   quick      30,000 users, about 3 replicas, 2 minutes: some seconds
-  trace      300,000 users, about 30 replicas, 10 minutes with two bursts: about a minute
+  trace      200,000 users, about 20 replicas, 10 minutes with two bursts: about a minute
   internet   10,000,000 users, about 1,000 replicas, the same 10 minutes: half an hour, 2 GB
   day        100,000 users, about 10 replicas, 24 hours with random bursts: a quarter of an hour
 
@@ -41,7 +41,7 @@ class Scale:
 
 SCALES = {
     "quick": Scale(Traffic(users=30_000, seconds=120, bursts=(Burst(30, 30, 3.0),)), (5.0,)),
-    "trace": Scale(Traffic(users=300_000), (5.0, 60.0, 180.0)),
+    "trace": Scale(Traffic(users=200_000), (5.0, 60.0, 180.0)),
     "internet": Scale(Traffic(users=10_000_000), (60.0,), _INTERNET),
     "day": Scale(Traffic(users=100_000, seconds=86_400, from_hour=0, bursts=(), hourly_bursts=0.5), (60.0,), _DAY),
 }
@@ -73,7 +73,9 @@ def parser() -> argparse.ArgumentParser:
         metavar="TYPE",
         help="cloud instance type of a replica, for its price (default: %(default)s)",
     )
-    parser.add_argument("--output", type=Path, default=Path("perf-results/simulate"), help="folder (default: %(default)s)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("perf-results/simulate"), help="folder (default: %(default)s)"
+    )
     return parser
 
 

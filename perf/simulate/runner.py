@@ -38,7 +38,7 @@ def run_all(jobs: Sequence[Job], processes: int, progress: Callable[[list[float]
     with _equal_hashes(), context.Pool(min(processes, len(jobs)), _begin, (shares,)) as pool:
         running = pool.starmap_async(_run, list(enumerate(jobs)), chunksize=1)
         while not running.ready():
-            progress(list(shares))
+            progress(shares[:])
             time.sleep(_POLL_S)
         return running.get()
 

@@ -46,15 +46,15 @@ class Work:
 
     def wanted(self, view: View, now: float) -> int:
         current = max(view.ready, view.target)
-        return wanted_replicas(view.demand(), typical(view.speeds), self._objective, current, view.most)
+        return wanted_replicas(view.demand(), typical(view.speeds, current), self._objective, current, view.most)
 
 
 class RayByRequests:
     """`replica_queue_length_autoscaling_policy` of ray/serve/autoscaling_policy.py, Ray 2.60.
 
     It wants the mean number of open requests, running and waiting, divided by `target_ongoing_requests`. The mean is
-    weighted by time, as in DeploymentAutoscalingState.get_total_num_requests in ray/serve/_private/autoscaling_state.py:
-    each recorded number counts until the next one, and the last one until now.
+    weighted by time, as in `get_total_num_requests` of ray/serve/_private/autoscaling_state.py: each recorded number
+    counts until the next one, and the last one until now.
     """
 
     def __init__(self, target: float) -> None:
@@ -67,7 +67,9 @@ class RayByRequests:
         self._observe(view.open_requests, now)
         if not view.ready:
             return max(1, view.target) if view.open_requests else view.target
-        return math.ceil(self.mean(now) / self._target)
+        # Ray's own order of operations, because it rounds up.
+        desired = view.ready * (self.mean(now) / (self._target * view.ready))
+        return math.ceil(view.ready + (desired - view.ready))
 
     def mean(self, now: float) -> float:
         """The mean of what was last sent."""
@@ -133,7 +135,8 @@ def seconds_of(trace: Trace, computed: Sequence[float], profile: Profile) -> Flo
     """The seconds of one replica that the requests of each second of a trace need; `computed` are prompt tokens."""
     work = np.asarray(computed) / profile.prompt_rate + trace.answer / profile.answer_rate
     seconds = max(1, math.ceil(trace.seconds))
-    return np.bincount(trace.at.astype(int), weights=work, minlength=seconds)
+    needed: Floats = np.bincount(trace.at.astype(int), weights=work, minlength=seconds).astype(np.float64)
+    return needed
 
 
 def computed_once(trace: Trace, block: int) -> list[float]:

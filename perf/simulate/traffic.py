@@ -80,7 +80,7 @@ def generate(traffic: Traffic, seed: int) -> Trace:
     answer = _lengths(rng, traffic.answer_tokens, 0.7, count, _LONGEST_ANSWER)
     # A prompt has all messages and answers before it.
     before = np.where(turn > 0, np.roll(answer, 1), 0)
-    prompt = common + _cumulated(message + before, turns)
+    prompt = common + _cumulated(message + before, turns).astype(np.int64)
     # The next message comes after the answer, generated at a usual speed, and a pause.
     gap = np.where(turn > 0, np.roll(answer, 1) / 25.0 + rng.lognormal(np.log(traffic.think_s) - 0.5, 1.0, count), 0.0)
     at = starts[session] + _cumulated(gap, turns)
@@ -124,9 +124,10 @@ def _lengths(rng: np.random.Generator, mean: float, sigma: float, count: int, mo
     return lengths
 
 
-def _cumulated(values: NDArray[np.number], turns: Ints) -> NDArray[np.number]:
-    """The sums of the values of each conversation up to each of its requests."""
-    sums = np.cumsum(values)
+def _cumulated(values: Floats | Ints, turns: Ints) -> Floats:
+    """The sums of the values of each conversation up to each of its requests; exact for whole numbers below 2**53."""
+    sums: Floats = np.cumsum(values, dtype=np.float64)
     ends = np.cumsum(turns)
     before = np.concatenate([[0], sums[ends[:-1] - 1]]) if len(ends) else sums
-    return sums - np.repeat(before, turns)
+    cumulated: Floats = sums - np.repeat(before, turns)
+    return cumulated

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 
@@ -27,7 +28,9 @@ def bars(simulations: Sequence[Simulation]) -> Iterator[Bar]:
         if product.routing_ms is not None:
             p99 = product.routing_ms.p99
             measured = f"p99 {format_number(p99)} ms with up to {product.most_ready:,} replicas"
-            yield Bar(name=f"routing decision at most {ROUTING_MS:g} ms, {at}", measured=measured, met=p99 <= ROUTING_MS)
+            yield Bar(
+                name=f"routing decision at most {ROUTING_MS:g} ms, {at}", measured=measured, met=p99 <= ROUTING_MS
+            )
         for other in simulations:
             if other.strategy == RAY.name and other.start_s == product.start_s:
                 yield _against(product, other, at)
@@ -49,7 +52,7 @@ def backlog_bar(profile: Profile, seed: int) -> Bar:
     """Replicas are added once for 64 long prompts that arrive together at one busy replica."""
     outcome = backlog(profile, seed)
     targets = [outcome.first_target, *(target for _, target in outcome.decisions)]
-    ups = sum(after > before for before, after in zip(targets, targets[1:], strict=False))
+    ups = sum(after > before for before, after in pairwise(targets))
     measured = f"{ups} decision: from {targets[0]} to {max(targets)} replicas"
     name = f"a backlog of {_LONG_PROMPTS} long prompts is one decision, start {profile.start_s:g} s"
     return Bar(name=name, measured=measured, met=ups == 1)
