@@ -111,7 +111,7 @@ def wanted_replicas(demand: Demand, speed: ReplicaSpeed, objective: Objective, c
             up,
             math.ceil(demand.requests / slots),
             _for_rate(demand, speed, objective.slots, _BUSY_WITH_FEWER),
-            _for_kv_cache(speed, current, _GOOD_KV_CACHE),
+            _for_kv_cache(speed, current, 0.0),
         )
         up = min(current, down)
     if objective.min_idle:
