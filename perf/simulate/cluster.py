@@ -9,11 +9,11 @@ import time
 from array import array
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 from perf.simulate.cache import BlockCache
 from perf.simulate.fleet import Fleet
+from perf.simulate.outcome import Outcome, Sample
 from perf.simulate.replica import Replica, Request
 from perf.simulate.routers import make_router
 from perf.simulate.scalers import Delay, View, make_scaler
@@ -34,39 +34,6 @@ _SAMPLE_S = 5.0
 _NO_DIGESTS = array("Q")
 
 Event = Callable[[Any, float], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """The service at one moment. `waiting` requests have no first token; `paid` replicas start, serve or drain."""
-
-    at: float
-    ready: int
-    paid: int
-    target: int
-    waiting: int
-    open: int
-
-
-@dataclass(slots=True)
-class Outcome:
-    """What happened. `decisions` are the times and the targets of all changes of the number of replicas.
-
-    `routing_s`, `decision_s` and `cpu_s` are processor times on this machine. `most_running` is the highest number of
-    sequences that one replica has computed together.
-    """
-
-    requests: list[Request] = field(default_factory=list)
-    samples: list[Sample] = field(default_factory=list)
-    decisions: list[tuple[float, int]] = field(default_factory=list)
-    first_target: int = 0
-    routing_s: array[float] = field(default_factory=lambda: array("d"))
-    decision_s: array[float] = field(default_factory=lambda: array("d"))
-    replica_s: float = 0.0
-    lost_replicas: int = 0
-    resumed: int = 0
-    most_running: int = 0
-    cpu_s: float = 0.0
 
 
 class Cluster:

@@ -28,8 +28,8 @@ exit codes: 0 success; 1 the product missed a bar; 2 invalid arguments; 130 Ctrl
 
 # Replicas at most, and waiting requests at most, for each user.
 _USERS_PER_REPLICA, _USERS_PER_PLACE = 5_000, 250
-_DAY = tuple(strategy for strategy in STRATEGIES if strategy.name in ("product", "ray-16", "oracle"))
-_INTERNET = tuple(strategy for strategy in STRATEGIES if strategy.name != "table+ray-16")
+_FEW = ("product", "ray-2", "ray-16", "power-of-two", "oracle")
+_LARGE = tuple(strategy for strategy in STRATEGIES if strategy.name in _FEW)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +42,8 @@ class Scale:
 SCALES = {
     "quick": Scale(Traffic(users=30_000, seconds=120, bursts=(Burst(30, 30, 3.0),)), (5.0,)),
     "trace": Scale(Traffic(users=200_000), (5.0, 60.0, 180.0)),
-    "internet": Scale(Traffic(users=10_000_000), (60.0,), _INTERNET),
-    "day": Scale(Traffic(users=100_000, seconds=86_400, from_hour=0, bursts=(), hourly_bursts=0.5), (60.0,), _DAY),
+    "internet": Scale(Traffic(users=10_000_000, seconds=180, bursts=(Burst(45, 60, 3.0),)), (60.0,), _LARGE),
+    "day": Scale(Traffic(users=50_000, seconds=86_400, from_hour=0, bursts=(), hourly_bursts=0.5), (60.0,), _LARGE),
 }
 
 

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from perf.charts import quantiles
 from perf.results import Machine, ResultModel
-from perf.simulate.cluster import Outcome
+from perf.simulate.outcome import Outcome
 from perf.simulate.settings import Job
 
 # A change of the number of replicas that goes the other way than one less than this before it is a flap.

@@ -9,7 +9,8 @@ from itertools import pairwise
 import numpy as np
 
 from perf.formatting import format_number
-from perf.simulate.cluster import Cluster, Outcome
+from perf.simulate.cluster import Cluster
+from perf.simulate.outcome import Outcome
 from perf.simulate.results import Bar, Simulation
 from perf.simulate.settings import PRODUCT, RAY, Fleet, Job, Losses, Profile, Traffic
 from perf.simulate.traffic import Trace
@@ -53,7 +54,7 @@ def backlog_bar(profile: Profile, seed: int) -> Bar:
     outcome = backlog(profile, seed)
     targets = [outcome.first_target, *(target for _, target in outcome.decisions)]
     ups = sum(after > before for before, after in pairwise(targets))
-    measured = f"{ups} decision: from {targets[0]} to {max(targets)} replicas"
+    measured = f"{ups} decision{'s' * (ups != 1)}: from {targets[0]} to {max(targets)} replicas"
     name = f"a backlog of {_LONG_PROMPTS} long prompts is one decision, start {profile.start_s:g} s"
     return Bar(name=name, measured=measured, met=ups == 1)
 

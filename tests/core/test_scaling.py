@@ -95,7 +95,7 @@ def test_the_rate_at_which_work_arrives_needs_replicas_before_a_backlog_grows() 
 
 
 def test_replicas_that_were_never_busy_add_no_others() -> None:
-    """Each of N replicas has shown the N-th part of what arrives: the rates alone would ask for 2.5 N, whatever N is."""
+    """Each of N replicas has shown the N-th part of what arrives: the rates alone would ask for 2.5 N, for every N."""
     demand = Demand(running=12, waiting=2, prompt_tokens=400, answer_tokens=600, prompt_rate=900, answer_rate=180)
     for current in (2, 4, 20):
         shown = ReplicaSpeed(900 / current, 180 / current, start_s=5)
