@@ -46,7 +46,8 @@ def _figures(group: Sequence[Simulation]) -> Iterator[Figure]:
 
 def _trade(group: Sequence[Simulation]) -> str:
     series = [Series(one.strategy, [(one.replica_hours, one.ttft_s.p95)], [one.strategy]) for one in group]
-    return charts.scatter("TTFT against replica-hours", series, Axis("replica-hours"), Axis("TTFT p95, s", log=None))
+    y = Axis("TTFT p95, s", log=True)
+    return charts.scatter("TTFT against replica-hours", series, Axis("replica-hours"), y, frontier=False)
 
 
 def _over_time(group: Sequence[Simulation], name: str) -> str:
