@@ -6,8 +6,10 @@ from dataclasses import replace
 
 import numpy as np
 
+from perf import machine
 from perf.simulate.cluster import Cluster
 from perf.simulate.outcome import Outcome
+from perf.simulate.results import Bar, SimulationRun, summary
 from perf.simulate.settings import STRATEGIES, Burst, Fleet, Job, Losses, Profile, Strategy, Traffic
 from perf.simulate.traffic import Trace, generate
 
@@ -41,3 +43,22 @@ def small(strategy: Strategy, losses: Losses = LOSSES, start_s: float = 5.0, **f
     bounds = replace(Fleet(most=12, max_queued=160), **fleet)
     job = Job(strategy, Profile(start_s=start_s), SMALL, losses, bounds, 3)
     return run(job, generate(SMALL, 3))
+
+
+def simulation_run() -> SimulationRun:
+    """All strategies with a small service, and a bar that is missed."""
+    job = Job(STRATEGIES[0], Profile(start_s=5), SMALL, LOSSES, Fleet(most=12, max_queued=160), 3)
+    return SimulationRun(
+        tool="test",
+        started_at="2026-01-01T00:00:00+00:00",
+        seconds=1.0,
+        command=["python", "-m", "perf.simulate"],
+        commit=None,
+        machine=machine.describe(),
+        scale="quick",
+        seed=3,
+        users=SMALL.users,
+        settings={"losses": {"per_hour": 30.0, "start_s": 5.0}},
+        simulations=[summary(replace(job, strategy=strategy), small(strategy)) for strategy in STRATEGIES],
+        bars=[Bar(name="a bar", measured="1 s", met=True), Bar(name="another one", measured="2 s", met=False)],
+    )
