@@ -1,1 +1,1 @@
-"""Load tests of an LLM service over HTTP; imports nothing of serve_app."""
+"""Load tests of an LLM service over HTTP; only `simulate/` imports anything of serve_app."""

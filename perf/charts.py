@@ -112,15 +112,15 @@ def _vertical_limit(plot: Plot, limit: Limit, above: bool) -> None:
     add(plot.svg, "text", limit.label, class_="limit halo", x=at, y=y, text_anchor=anchor)
 
 
-def scatter(title: str, series: Sequence[Series], x: Axis, y: Axis) -> str:
-    """Labelled points; a pale line joins the Pareto frontier."""
+def scatter(title: str, series: Sequence[Series], x: Axis, y: Axis, frontier: bool = True) -> str:
+    """Labelled points; with `frontier` a pale line joins those that no other exceeds in both coordinates."""
     points = [point for one in series for point in one.points]
     x_scale, y_scale = (scale_of(axis, [point[i] for point in points], 20) for i, axis in enumerate((x, y)))
     names = [one.name for one in series]
     plot = axes(title, _description(series, x, y), (x, x_scale), (y, y_scale), names, mode="marks")
-    frontier = [plot.place(point) for point in pareto_frontier(points)]
-    if len(frontier) > 1:
-        add(plot.svg, "path", class_="front", d=path_of(frontier))
+    best = [plot.place(point) for point in pareto_frontier(points)] if frontier else []
+    if len(best) > 1:
+        add(plot.svg, "path", class_="front", d=path_of(best))
     plot.occupied.extend((px - 5, py - 5, px + 5, py + 5) for px, py in map(plot.place, points))
     for number, one in enumerate(series):
         for point, label in zip(one.points, one.labels, strict=True):

@@ -50,7 +50,7 @@ def render(run: Run) -> str:
     slo = stages.objective(run)
     groups = stages.groups(run)
     return (
-        _environment()
+        environment()
         .get_template("report.html.jinja")
         .render(
             run=run,
@@ -75,7 +75,8 @@ def _printable(value: object) -> object:
 
 
 @cache
-def _environment() -> Environment:
+def environment() -> Environment:
+    """Renders the templates of this package. Undefined names are errors."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,

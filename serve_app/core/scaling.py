@@ -63,8 +63,12 @@ class ReplicaSpeed:
 NO_SPEED = ReplicaSpeed()
 
 
-def typical(speeds: Sequence[ReplicaSpeed]) -> ReplicaSpeed:
-    """The mean of several replicas; a speed counts only the replicas that have shown one."""
+def typical(speeds: Sequence[ReplicaSpeed], replicas: int) -> ReplicaSpeed:
+    """The mean of several of the `replicas`; a speed counts only those that have shown one.
+
+    The KV caches of those that have not reported yet are empty: they start. If they were left out, full caches would
+    ask for more replicas again at each decision until the new ones are ready.
+    """
 
     def mean(values: Sequence[float]) -> float:
         return sum(values) / len(values) if values else 0.0
@@ -72,7 +76,7 @@ def typical(speeds: Sequence[ReplicaSpeed]) -> ReplicaSpeed:
     return ReplicaSpeed(
         mean([speed.prompt_rate for speed in speeds if speed.prompt_rate]),
         mean([speed.answer_rate for speed in speeds if speed.answer_rate]),
-        mean([speed.kv_usage for speed in speeds]),
+        sum(speed.kv_usage for speed in speeds) / max(1, replicas, len(speeds)),
         max((speed.start_s for speed in speeds), default=0.0),
         mean([speed.cache_hits for speed in speeds]),
     )
@@ -98,7 +102,7 @@ def wanted_replicas(demand: Demand, speed: ReplicaSpeed, objective: Objective, c
     """
     up = max(
         _for_backlog(demand, speed, objective, current, most),
-        _for_rate(demand, speed, _BUSY),
+        _for_rate(demand, speed, objective.slots, _BUSY),
         _for_kv_cache(speed, current, _FULL_KV_CACHE),
     )
     if up < current:
@@ -106,8 +110,8 @@ def wanted_replicas(demand: Demand, speed: ReplicaSpeed, objective: Objective, c
         down = max(
             up,
             math.ceil(demand.requests / slots),
-            _for_rate(demand, speed, _BUSY_WITH_FEWER),
-            _for_kv_cache(speed, current, _GOOD_KV_CACHE),
+            _for_rate(demand, speed, objective.slots, _BUSY_WITH_FEWER),
+            _for_kv_cache(speed, current, 0.0),
         )
         up = min(current, down)
     if objective.min_idle:
@@ -149,9 +153,17 @@ def _for_backlog(demand: Demand, speed: ReplicaSpeed, objective: Objective, curr
     return most
 
 
-def _for_rate(demand: Demand, speed: ReplicaSpeed, busy: float) -> int:
-    """The fewest replicas that compute what arrives in the share `busy` of their time."""
-    work = _seconds(demand.prompt_rate, speed.prompt_rate) + _seconds(demand.answer_rate, speed.answer_rate)
+def _for_rate(demand: Demand, speed: ReplicaSpeed, slots: int, busy: float) -> int:
+    """The fewest replicas that compute what arrives in the share `busy` of their time.
+
+    A replica that was never busy has shown less than its speed, so that the rates alone give too many: the more
+    replicas there are, the less each of them shows. Therefore the open requests bound the work. No more replicas
+    compute prompts than requests wait for their first token, of which the first needs no further replica, and running
+    requests fill no more than their slots.
+    """
+    prompts = min(_seconds(demand.prompt_rate, speed.prompt_rate), max(0, demand.waiting - 1))
+    answers = min(_seconds(demand.answer_rate, speed.answer_rate), demand.running / slots)
+    work = prompts + answers
     return math.ceil(work / busy) if demand.requests else math.floor(work / busy)
 
 

@@ -59,7 +59,7 @@ class WorkPolicy:
         _note_worth(context.deployment_id, {replica: speed.cache_hits for replica, speed in speeds.items()})
         current = max(len(context.running_replicas), context.target_num_replicas)
         most = context.capacity_adjusted_max_replicas
-        speed = typical(list(speeds.values()))
+        speed = typical(list(speeds.values()), current)
         wanted = wanted_replicas(demand, speed, self._objective, current, most)
         if wanted != context.target_num_replicas:
             logger.info("%s needs %d replicas for %s at %s", self._model, wanted, demand, speed)

@@ -12,7 +12,9 @@ from axe_playwright_python.async_playwright import Axe
 from playwright.async_api import Browser, Page
 
 from perf.html_report import render
+from perf.simulate import report
 from tests.perf import simulated_runs
+from tests.perf.service_simulation import simulation_run
 
 pytestmark = [pytest.mark.browser, pytest.mark.asyncio(loop_scope="session")]
 
@@ -44,7 +46,10 @@ SCROLLS_SIDEWAYS = "document.documentElement.scrollWidth > document.documentElem
 async def opened(chromium: Browser, folder: Path, kind: str, **options: Any) -> AsyncIterator[tuple[Page, list[str]]]:
     """The page, and its console messages, errors, dialogs and requests for other resources."""
     path = folder / "report.html"
-    path.write_text(render(simulated_runs.run(**RUNS[kind])))
+    if kind == "simulation":
+        path.write_text(report.render(simulation_run()))
+    else:
+        path.write_text(render(simulated_runs.run(**RUNS[kind])))
     context = await chromium.new_context(offline=True, **options)
     try:
         page, problems = await context.new_page(), list[str]()
@@ -69,6 +74,8 @@ async def opened(chromium: Browser, folder: Path, kind: str, **options: Any) -> 
         pytest.param("bare", "dark", PHONE, marks=pytest.mark.long),
         pytest.param("hostile", "dark", DESKTOP, marks=pytest.mark.long),
         ("hostile", "light", PHONE),
+        ("simulation", "light", DESKTOP),
+        pytest.param("simulation", "dark", PHONE, marks=pytest.mark.long),
     ],
 )
 async def test_report_renders_offline_without_accessibility_violations(

@@ -90,13 +90,30 @@ def test_waiting_for_a_slot_counts_as_work() -> None:
 
 
 def test_the_rate_at_which_work_arrives_needs_replicas_before_a_backlog_grows() -> None:
-    steady = Demand(running=10, prompt_rate=1000, answer_rate=400, answer_tokens=500)
-    assert wanted_replicas(steady, SPEED, OBJECTIVE, 1, MOST) == math.ceil(3 / 0.8)
+    steady = Demand(running=30, waiting=3, prompt_tokens=1500, prompt_rate=1000, answer_rate=300, answer_tokens=500)
+    assert wanted_replicas(steady, SPEED, OBJECTIVE, 1, MOST) == math.ceil((1 + 1.5) / 0.8)
+
+
+def test_replicas_that_were_never_busy_add_no_others() -> None:
+    """Each of N replicas has shown the N-th part of what arrives: the rates alone would ask for 2.5 N, for every N."""
+    demand = Demand(running=12, waiting=2, prompt_tokens=400, answer_tokens=600, prompt_rate=900, answer_rate=180)
+    for current in (2, 4, 20):
+        shown = ReplicaSpeed(900 / current, 180 / current, start_s=5)
+        assert wanted_replicas(demand, shown, OBJECTIVE, current, MOST) <= 3
+
+
+def test_the_open_requests_bound_the_rate() -> None:
+    """Replicas without any waiting prompt compute none; 16 running requests fill the slots of one replica."""
+    shown = ReplicaSpeed(10, 10, start_s=5)
+    full = Demand(running=16, prompt_rate=1000, answer_rate=1000, answer_tokens=100)
+    assert wanted_replicas(full, shown, OBJECTIVE, 1, MOST) == math.ceil(1 / 0.8)
+    alone = Demand(running=0, waiting=1, prompt_tokens=5, prompt_rate=1000, answer_rate=1000)
+    assert wanted_replicas(alone, shown, OBJECTIVE, 1, MOST) == 1
 
 
 def test_fewer_replicas_are_wanted_only_if_the_work_fits_well() -> None:
     """Work for 3 replicas at 80 %: 4 stay, because 3 would have to compute more than 60 % of their time."""
-    demand = Demand(running=10, prompt_rate=1200, answer_rate=240)
+    demand = Demand(running=20, waiting=3, prompt_tokens=100, prompt_rate=1200, answer_rate=240)
     assert wanted_replicas(demand, SPEED, OBJECTIVE, 3, MOST) == 3
     assert wanted_replicas(demand, SPEED, OBJECTIVE, 4, MOST) == 4
     assert wanted_replicas(demand, SPEED, OBJECTIVE, 9, MOST) == 4
@@ -107,10 +124,20 @@ def test_full_kv_caches_need_another_replica() -> None:
     assert wanted_replicas(Demand(running=5), full, OBJECTIVE, 2, MOST) == 3
 
 
+def test_full_kv_caches_ask_once_while_the_new_replicas_start() -> None:
+    full = ReplicaSpeed(1000, 200, kv_usage=0.95, start_s=60)
+    demand, reports = Demand(running=10), [full, full]
+    first = wanted_replicas(demand, typical(reports, 2), OBJECTIVE, 2, MOST)
+    assert first == 3
+    assert wanted_replicas(demand, typical(reports, first), OBJECTIVE, first, MOST) == first
+
+
 def test_the_mean_speed_leaves_out_replicas_that_have_shown_none() -> None:
     speeds = [ReplicaSpeed(1000, 200, 0.5, 5), ReplicaSpeed(0, 100, 0.25, 7), ReplicaSpeed()]
-    assert typical(speeds) == ReplicaSpeed(1000, 150, 0.25, 7)
-    assert typical([]) == ReplicaSpeed()
+    assert typical(speeds, 3) == ReplicaSpeed(1000, 150, 0.25, 7)
+    assert typical(speeds, 6).kv_usage == 0.125, "three replicas start, and hold nothing"
+    assert typical(speeds, 1).kv_usage == 0.25, "two more have reported than are known to run"
+    assert typical([], 0) == ReplicaSpeed()
 
 
 def test_a_speed_is_the_highest_of_a_few_seconds_and_is_forgotten_slowly() -> None:

@@ -1,0 +1,89 @@
+"""Runs simulations in parallel processes.
+
+The processes begin with PYTHONHASHSEED=0: the routing table draws replicas from sets of names, whose order depends on
+the hashes of texts. With it, the same seed gives the same result.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from multiprocessing.sharedctypes import SynchronizedArray
+from typing import ParamSpec, TypeVar
+
+from perf.simulate.cluster import Cluster
+from perf.simulate.results import Simulation, summary
+from perf.simulate.settings import Job, Traffic
+from perf.simulate.traffic import Trace, generate
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_POLL_S = 0.1
+_shares: SynchronizedArray[float]
+
+
+def run_all(jobs: Sequence[Job], processes: int, progress: Callable[[list[float]], None]) -> list[Simulation]:
+    """The results in the order of the jobs. `progress` gets the share of each job that is done.
+
+    Raises KeyboardInterrupt; the processes have ended then.
+    """
+    context = multiprocessing.get_context("spawn")
+    shares = context.Array("d", len(jobs))
+    with _equal_hashes(), context.Pool(min(processes, len(jobs)), _begin, (shares,)) as pool:
+        running = pool.starmap_async(_run, list(enumerate(jobs)), chunksize=1)
+        while not running.ready():
+            progress(shares[:])
+            time.sleep(_POLL_S)
+        return running.get()
+
+
+def run_apart(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """The result of a function in such a process."""
+    with _equal_hashes(), multiprocessing.get_context("spawn").Pool(1, _ignore_interrupts) as pool:
+        return pool.apply(function, args, kwargs)
+
+
+def run_one(job: Job, progress: Callable[[float], None] = lambda _: None) -> Simulation:
+    trace = _trace(job.traffic, job.seed)
+    return summary(job, Cluster(job, trace, lambda now: progress(now / trace.seconds)).run())
+
+
+@contextmanager
+def _equal_hashes() -> Iterator[None]:
+    before = os.environ.get("PYTHONHASHSEED")
+    os.environ["PYTHONHASHSEED"] = "0"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["PYTHONHASHSEED"]
+        else:
+            os.environ["PYTHONHASHSEED"] = before
+
+
+def _begin(shares: SynchronizedArray[float]) -> None:
+    global _shares
+    _shares = shares
+    _ignore_interrupts()
+
+
+def _ignore_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
+
+
+def _run(number: int, job: Job) -> Simulation:
+    def progress(share: float) -> None:
+        _shares[number] = share
+
+    return run_one(job, progress)
+
+
+@cache
+def _trace(traffic: Traffic, seed: int) -> Trace:
+    return generate(traffic, seed)
