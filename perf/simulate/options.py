@@ -13,9 +13,9 @@ from perf.simulate.settings import STRATEGIES, Burst, Fleet, Job, Losses, Profil
 _EPILOG = """\
 scales (time on 2 cores; the time grows with users and seconds):
   quick      30,000 users, about 3 replicas, 2 minutes: some seconds
-  trace      200,000 users, about 20 replicas, 10 minutes with two bursts: about a minute
-  internet   10,000,000 users, about 1,000 replicas, the same 10 minutes: half an hour, 2 GB
-  day        100,000 users, about 10 replicas, 24 hours with random bursts: a quarter of an hour
+  trace      200,000 users, about 20 replicas, 10 minutes with two bursts: 1 to 2 minutes
+  internet   10,000,000 users, about 1,000 replicas, 3 minutes with a burst: about 10 minutes, 2 GB
+  day        50,000 users, 1 to 10 replicas, 24 hours with random bursts: about 6 minutes
 
 examples:
   python -m perf.simulate                          the 10-minute trace, all strategies, starts of 5, 60 and 180 s

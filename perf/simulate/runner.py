@@ -6,6 +6,7 @@ the hashes of texts. With it, the same seed gives the same result.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -70,6 +71,8 @@ def _equal_hashes() -> Iterator[None]:
 def _begin(shares: SynchronizedArray[float]) -> None:
     global _shares
     _shares = shares
+    # A pass over millions of requests would take seconds, within the decision that it interrupts. There are no cycles.
+    gc.disable()
     _ignore_interrupts()
 
 

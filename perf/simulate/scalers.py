@@ -13,7 +13,7 @@ import numpy as np
 from perf.simulate.cache import BlockCache
 from perf.simulate.settings import Job, Profile
 from perf.simulate.traffic import Floats, Trace
-from serve_app.core.scaling import Demand, Objective, ReplicaSpeed, typical, wanted_replicas
+from serve_app.core.scaling import Demand, Objective, RecentHighest, ReplicaSpeed, typical, wanted_replicas
 
 # Ray Serve records the number of requests every 0.2 * look_back_period_s, and sends the records of that period every
 # 10 s: RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S in ray/serve/_private/constants.py of Ray 2.60.
@@ -43,10 +43,13 @@ class Work:
 
     def __init__(self, objective: Objective) -> None:
         self._objective = objective
+        self._highest = RecentHighest()
 
     def wanted(self, view: View, now: float) -> int:
         current = max(view.ready, view.target)
-        return wanted_replicas(view.demand(), typical(view.speeds, current), self._objective, current, view.most)
+        speed = typical(view.speeds, current)
+        wanted = wanted_replicas(view.demand(), speed, self._objective, current, view.most)
+        return self._highest.limit(wanted, view.target, now)
 
 
 class RayByRequests:

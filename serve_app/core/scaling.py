@@ -213,3 +213,26 @@ class RecentRate:
 
     def _decayed(self, now: float) -> float:
         return self._sum * math.exp(-max(0.0, now - self._at) / self._span_s)
+
+
+class RecentHighest:
+    """Stops no more replicas than what was wanted at any moment of the last `span_s` seconds allows.
+
+    Ray stops replicas if fewer were wanted for its whole delay, and as many as the last moment says. A calm last moment
+    would stop replicas that are needed again a minute later. The stabilization window of Kubernetes'
+    HorizontalPodAutoscaler does the same.
+    """
+
+    def __init__(self, span_s: float = 60.0) -> None:
+        self._span_s = span_s
+        self._wanted: deque[tuple[float, int]] = deque()  # falling numbers, in the order of their times
+
+    def limit(self, wanted: int, target: int, now: float) -> int:
+        """The number of replicas to ask for, if `wanted` are wanted now and `target` is the present number."""
+        while self._wanted and self._wanted[-1][1] <= wanted:
+            self._wanted.pop()
+        self._wanted.append((now, wanted))
+        while len(self._wanted) > 1 and self._wanted[0][0] <= now - self._span_s:
+            self._wanted.popleft()
+        # It stays below `target`, so that Ray's delay counts from the first moment at which fewer were wanted.
+        return max(wanted, min(self._wanted[0][1], target - 1))

@@ -8,6 +8,7 @@ so with the modules that the policy uses.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from functools import wraps
@@ -19,7 +20,7 @@ from ray.serve.config import AutoscalingContext, AutoscalingPolicy
 
 from serve_app.config import Autoscaling, Model
 from serve_app.core import scaling
-from serve_app.core.scaling import Demand, Objective, ReplicaSpeed, typical, wanted_replicas
+from serve_app.core.scaling import Demand, Objective, RecentHighest, ReplicaSpeed, typical, wanted_replicas
 from serve_app.deployments import work_reports
 from serve_app.deployments.work_reports import WorkReport, WorkReports
 
@@ -27,6 +28,8 @@ logger = logging.getLogger("ray.serve")
 
 # The replicas that each ingress needs to answer requests without tokens, such as those for /metrics.
 _INGRESS_TARGET = 32.0
+# Time over which a calm moment does not count before replicas are stopped.
+_SPAN_S = 60.0
 _WORTH = "_serve_app_cache_worth"
 
 
@@ -36,10 +39,11 @@ class WorkPolicy:
     Without a fresh report of an ingress, and after an error, the number of replicas stays as it is.
     """
 
-    def __init__(self, model: str, target_ttft_s: float, slots: int, min_idle: int) -> None:
+    def __init__(self, model: str, target_ttft_s: float, slots: int, min_idle: int, span_s: float) -> None:
         self._model = model
         self._objective = Objective(target_ttft_s, slots, min_idle)
         self._reports: WorkReports | None = None
+        self._highest = RecentHighest(span_s)
         _stop_the_least_worth_first()
 
     def __call__(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
@@ -61,6 +65,7 @@ class WorkPolicy:
         most = context.capacity_adjusted_max_replicas
         speed = typical(list(speeds.values()), current)
         wanted = wanted_replicas(demand, speed, self._objective, current, most)
+        wanted = self._highest.limit(wanted, int(context.target_num_replicas), time.monotonic())
         if wanted != context.target_num_replicas:
             logger.info("%s needs %d replicas for %s at %s", self._model, wanted, demand, speed)
         return wanted
@@ -112,6 +117,7 @@ def model_autoscaling(model: Model, section: Autoscaling) -> dict[str, Any]:
         "target_ttft_s": section.target_ttft_s,
         "slots": slots,
         "min_idle": section.min_idle,
+        "span_s": min(_SPAN_S, section.downscale_delay_s),
     }
     with ExitStack() as stack:
         for module in (scaling, work_reports):

@@ -10,6 +10,7 @@ from hypothesis import given, settings, strategies as st
 from serve_app.core.scaling import (
     Demand,
     Objective,
+    RecentHighest,
     RecentRate,
     ReplicaSpeed,
     Throughput,
@@ -164,3 +165,16 @@ def test_a_rate_is_the_mean_of_the_last_half_minute() -> None:
     assert rate.value(299) == pytest.approx(10, rel=0.05)
     assert rate.value(299 + 30) == pytest.approx(10 / math.e, rel=0.05)
     assert rate.value(299 + 600) < 1e-6
+
+
+@given(st.lists(st.tuples(st.floats(0, 40), st.integers(0, 20)), max_size=40), st.integers(0, 20))
+def test_no_more_replicas_are_stopped_than_a_minute_allows(steps: list[tuple[float, int]], target: int) -> None:
+    highest, now, seen = RecentHighest(60), 0.0, list[tuple[float, int]]()
+    for pause, wanted in steps:
+        now += pause
+        seen.append((now, wanted))
+        asked = highest.limit(wanted, target, now)
+        assert (asked > target, asked == target, asked < target) == (wanted > target, wanted == target, wanted < target)
+        most = max(number for at, number in seen if at > now - 60)
+        assert asked == (wanted if wanted >= target else min(most, target - 1))
+        assert RecentHighest(0).limit(wanted, target, now) == wanted

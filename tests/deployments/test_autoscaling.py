@@ -23,7 +23,7 @@ import sys
 sys.modules["serve_app"] = None
 from pathlib import Path
 from ray import cloudpickle
-policy = cloudpickle.loads(Path(sys.argv[1]).read_bytes())("m", 2.0, 8, 0)
+policy = cloudpickle.loads(Path(sys.argv[1]).read_bytes())("m", 2.0, 8, 0, 60.0)
 class Context:
     app_name, target_num_replicas, policy_state = "app", 3, {}
 print(policy(Context()))
@@ -47,7 +47,7 @@ def options_of(one: Model) -> dict[str, Any]:
 def test_the_work_decides_unless_a_number_of_requests_is_set() -> None:
     by_work = model(min_replicas=0, max_replicas=4, target_ttft_s=3)
     options = options_of(by_work)
-    kwargs = {"model": "m", "target_ttft_s": 3, "slots": 32, "min_idle": 0}
+    kwargs = {"model": "m", "target_ttft_s": 3, "slots": 32, "min_idle": 0, "span_s": 60}
     assert options["policy"].policy_kwargs == kwargs, "32 sequences run, although 64 requests may be at a replica"
     by_requests = model(max_replicas=4, target_ongoing_requests=8)
     assert "policy" not in options_of(by_requests)
@@ -100,7 +100,7 @@ def test_the_replica_whose_cache_has_saved_least_stops_first(worth: dict[str, fl
 
     from serve_app.deployments.autoscaling import WorkPolicy
 
-    WorkPolicy("m", 2.0, 8, 0)
+    WorkPolicy("m", 2.0, 8, 0, 60.0)
     name = DeploymentID("d", "app")
 
     class Nodes:
