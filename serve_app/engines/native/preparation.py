@@ -55,7 +55,7 @@ def prepare(
             divisors = _calibrate(loaded, choice.quantization, unsupported_reason(model) is None)
         shapes = tuple(layer_shapes(model))
         weights = _packed(model, shapes, choice.quantization, test, report)
-    if weights is None and requested == "auto":
+    if weights is None and requested == "auto" and choice.quantization != "none":
         choice = Choice("none", "the model runs on the Hugging Face path, which auto does not quantize")
     facts = ModelFacts(
         name=type(model).__name__,
