@@ -1,7 +1,7 @@
 """Keeps the packed weights of models in the cache folder, so that the next start of a replica only maps them.
 
-A start from these files imports neither transformers' models nor reads the model's own weights. The replicas of a node
-map the same file, so that its weights are in memory once.
+A start from these files does not import the models of transformers and does not read the model's own weights. The
+replicas of a node map the same file, so that its weights are in memory once.
 """
 
 from __future__ import annotations
