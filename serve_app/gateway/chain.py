@@ -55,8 +55,9 @@ class ModelChain:
         self._admission.capacity_changed()
 
     def demand(self) -> Demand:
-        """What callers of this ingress want of the model."""
-        return self._workload.demand()
+        """What callers of this ingress want of the model; at least a request until a model that they woke is ready."""
+        demand = self._workload.demand()
+        return demand if demand.requests or not self._readiness.wakes else demand + Demand(waiting=1)
 
     @property
     def holds(self) -> bool:

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 # The estimate of a model's start before one was measured.
 _USUAL_START_S = 30.0
-# One call that wakes a model waits for its replica this long.
+# A model that was asked for is being woken for this time.
 _WAKE_CALL_S = 600.0
 
 
@@ -73,12 +73,20 @@ class Readiness(Stage):
             self._started(now)
         elif status.state is ModelState.LOADING:
             self._start_began = self._start_began or now
-        elif status.state is ModelState.ASLEEP and not self._held:
+        elif status.state is ModelState.ASLEEP and not self._holds_or_wakes(now):
             self._start_began = self._wake_began = None
         if status != self._status:
             self._status = status
             self._changed.set()
             self._changed = asyncio.Event()
+
+    @property
+    def wakes(self) -> bool:
+        """Whether requests have asked for a model without replicas, also if they have left meanwhile.
+
+        Otherwise a model whose start takes longer than its clients wait would never be started.
+        """
+        return self._wake_began is not None and not self._wakes_by_query
 
     @property
     def holds(self) -> bool:
@@ -88,6 +96,9 @@ class Readiness(Stage):
     def stop(self) -> None:
         if self._waking is not None:
             self._waking.cancel()
+
+    def _holds_or_wakes(self, now: float) -> bool:
+        return self.holds or (self._wake_began is not None and now - self._wake_began < _WAKE_CALL_S)
 
     async def _await_ready(self, deadline: float, wake_wait_s: float | None) -> None:
         """Raises NotReady, QueueFull, DeadlineExceeded."""

@@ -100,6 +100,15 @@ async def running(program: P) -> AsyncIterator[P]:
         await asyncio.to_thread(program.__exit__, None, None, None)
 
 
+# Both variants are the same model. Every request of the control is mirrored.
+TRIAL = {
+    "name": "trial",
+    "unit": "request",
+    "variants": [{"name": "control", "model": HEALTHY}, {"name": "candidate", "model": HEALTHY, "percent": 50}],
+    "shadow": {"variant": "candidate", "percent": 100},
+}
+
+
 class LiveService:
     """The service that the stories share. The first use of `service` starts it; `ready` ends when it answers."""
 
@@ -122,6 +131,7 @@ class LiveService:
                 model_config(VICTIM, f"builtin:toy?step_ms=5&log={self._weights / 'tokens'}"),
             ],
             *("--ray-address", "local"),  # with the dashboard, which lists Ray's nodes for Prometheus
+            experiments=[TRIAL],
         )
 
     @cached_property

@@ -133,8 +133,8 @@ def start_prometheus(live: LiveService, folder: Path, targets: dict[str, str]) -
 
 
 def load(url: str) -> list[Coroutine[Any, Any, None]]:
-    """Clients of all kinds for LOAD_S: valid and invalid requests, disconnects, a full queue, a model at zero
-    replicas."""
+    """Clients of all kinds for LOAD_S: valid and invalid requests, an experiment, disconnects, a full queue, a model at
+    zero replicas."""
     end = time.monotonic() + LOAD_S
     text = "repeated text gives accepted draft tokens; " * 3
     stream = {"model": HEALTHY, "prompt": text, "max_tokens": 60}
@@ -161,6 +161,7 @@ def load(url: str) -> list[Coroutine[Any, Any, None]]:
         *(repeat(post("/generate_stream", **stream), 0.05) for _ in range(2)),
         repeat(post("/v1/completions", **{**stream, "max_tokens": 20}), 0.2),
         repeat(post("/v1/embeddings", model=HEALTHY, input=[text, "b"]), 0.5),
+        repeat(post("/generate_stream", **{**stream, "model": "trial", "max_tokens": 20}), 0.5),
         repeat(disconnect, 0.5),
         repeat(fill_queue, 2),
         repeat(post("/generate", model=HEALTHY, prompt="a", max_tokens=0), 1),

@@ -67,6 +67,21 @@ async def test_requests_wait_for_the_replicas_that_the_work_needs_and_no_query_i
         assert len(m.wakes) == 1
 
 
+async def test_a_model_that_was_asked_for_is_woken_although_the_request_has_left() -> None:
+    """Otherwise a model whose start takes longer than its clients wait would never be started."""
+    async with sleeper() as m:
+        m.is_now(ModelState.ASLEEP)
+        waiting = asyncio.create_task(m.answer())
+        await settle()
+        waiting.cancel()
+        await settle()
+        m.is_now(ModelState.ASLEEP)
+        assert (m.stage.holds, m.stage.wakes) == (False, True)
+        m.is_now(ModelState.READY)
+        assert not m.stage.wakes
+        assert len(m.wakes) == 1
+
+
 async def test_requests_for_a_sleeping_model_that_ray_scales_wake_it_with_one_query_and_are_answered() -> None:
     async with sleeper(target=1) as m:
         m.is_now(ModelState.ASLEEP)
