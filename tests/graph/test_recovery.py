@@ -53,6 +53,7 @@ async def streams(client: httpx.AsyncClient, model: str, count: int, tokens: int
     await asyncio.gather(*tasks)
 
 
+@pytest.mark.long
 async def test_the_streams_of_a_killed_replica_go_on_at_the_replica_that_replaces_it(
     client: httpx.AsyncClient, toy_service: Service
 ) -> None:
