@@ -18,7 +18,9 @@ from serve_app.progress import Progress
 from serve_app.serve_file import load_deploy_file
 
 _POLL_INTERVAL_S = 0.5
-_FAILED = ("DEPLOY_FAILED", "UNHEALTHY")
+_FAILED = "DEPLOY_FAILED"
+# A replica that was lost makes an application unhealthy until it is replaced. After this time something else is wrong.
+_UNHEALTHY_S = 60.0
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 Json = dict[str, Any]
@@ -103,7 +105,7 @@ def _deploy_or_restore(api: ServeApi, document: Json, timeout_s: float, progress
         _roll_out(api, document, name, timeout_s, progress)
     except DeployError as error:
         previous = [one["deployed_app_config"] for one in before.values() if one.get("deployed_app_config")]
-        if name not in before or before[name]["status"] in _FAILED or not previous:
+        if name not in before or before[name]["status"] == _FAILED or not previous:
             raise DeployError(f"{error}\nThere is no previous configuration that served.") from error
         progress.show("restoring the previous configuration")
         _roll_out(api, {**document, "applications": previous}, name, timeout_s, progress)
@@ -113,17 +115,21 @@ def _deploy_or_restore(api: ServeApi, document: Json, timeout_s: float, progress
 def _roll_out(api: ServeApi, document: Json, name: str, timeout_s: float, progress: Progress) -> None:
     """Raises DeployError if the application does not run as the document says within the time."""
     api.deploy(document)
-    end = time.monotonic() + timeout_s
+    healthy = time.monotonic()
+    end = healthy + timeout_s
     while True:
+        now = time.monotonic()
         try:
             application = api.applications()[name]
         except Exception as error:  # noqa: BLE001 - the dashboard or the controller may start again
             application = {"status": "UNKNOWN", "message": _last_line(error), "deployments": {}}
         if application["status"] == "RUNNING":
             return
-        if application["status"] in _FAILED:
+        if application["status"] != "UNHEALTHY":
+            healthy = now
+        if application["status"] == _FAILED or now - healthy > _UNHEALTHY_S:
             raise DeployError(f"{name} cannot run:\n{_reasons(application)}")
-        if time.monotonic() > end:
+        if now > end:
             raise DeployError(f"{name} does not run after {timeout_s:g} s:\n{_reasons(application)}")
         progress.show(f"{name}: {_state(application)}")
         time.sleep(_POLL_INTERVAL_S)

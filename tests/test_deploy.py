@@ -95,6 +95,21 @@ def test_without_a_configuration_that_served_nothing_is_restored(before: Json) -
     assert api.sent == [DOCUMENT]
 
 
+def test_an_application_that_recovers_is_waited_for() -> None:
+    """Its replica was lost just before, for example."""
+    unhealthy = state("UNHEALTHY", "A replica is lost.", deployed_app_config=OLD)
+    api = ScriptedApi(unhealthy, unhealthy, SERVES)
+    run(api)
+    assert api.sent == [DOCUMENT]
+
+
+def test_an_application_that_stays_unhealthy_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deploy, "_UNHEALTHY_S", -1.0)
+    api = ScriptedApi(SERVES, state("UNHEALTHY", "A replica fails again and again."), SERVES)
+    with pytest.raises(deploy.DeployError, match=r"fails again and again\.\nThe previous configuration was restored"):
+        run(api)
+
+
 def test_a_rollout_that_takes_too_long_is_taken_back() -> None:
     states = itertools.chain([state("DEPLOYING", "Waits for a GPU.")], itertools.repeat(SERVES))
     api = ScriptedApi(SERVES)

@@ -106,7 +106,7 @@ class Head(Node):
     @property
     def address(self) -> str:
         """Of the cluster, for Ray's tools. Other clusters can run on the same machine."""
-        return (self.folder / "ray/ray_current_cluster").read_text().strip()
+        return f"127.0.0.1:{self.ports.ray}"
 
     def tool(self, module: str, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
         """Run a module of Ray or of the service as a user of this cluster does."""
