@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from tests.models.concurrent_load import model_config, running
+from tests.graph.service import ROOT, SHIPPED_CONFIG
 from tests.system.service import ShippedService
 
 pytestmark = [pytest.mark.system, pytest.mark.perf, pytest.mark.timeout(300)]
 
 
-@pytest.fixture
+LOAD = """
+import sys
+from serve_app.engines.native.runner import TorchRunner
+from serve_app.serve_file import load_serve_file
+(model,) = load_serve_file(sys.argv[1]).application.args.models
+TorchRunner.from_config(model, print)
+"""
+
+
+@pytest.fixture(scope="session")
 def converted() -> None:
-    """The converted model is in the cache, and the operations are compiled."""
-    with running(model_config("builtin:smollm2-135m")):
-        pass
+    """The converted model and its packed weights are in the cache, and the operations are compiled.
+
+    In another process, because the threads of the engine would remain in this one.
+    """
+    subprocess.run([sys.executable, "-c", LOAD, str(SHIPPED_CONFIG)], check=True, cwd=ROOT, timeout=240)
 
 
 def test_a_start_takes_at_most_25_s(converted: None, service: ShippedService) -> None:
