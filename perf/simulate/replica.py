@@ -69,7 +69,7 @@ class Replica:
         self.cached_tokens = 0.0
         self.generated_tokens = 0.0
         self.waiting_tokens = 0
-        self.lost = False  # it computes no more, which nobody may know yet
+        self.lost = False  # it computes no more, which the routers may not know yet
         self._profile = profile
         self._now = now
 

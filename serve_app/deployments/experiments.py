@@ -100,7 +100,7 @@ class IngressExperiments:
         for changes in found:
             self._received = changes.accepted or self._received
             for stop in self.state.merge(changes):
-                logger.warning("%s (told by another ingress)", _sentence(stop))
+                logger.warning("%s (reported by another ingress)", _sentence(stop))
 
     def names(self) -> tuple[str, ...]:
         return self.stage.names()

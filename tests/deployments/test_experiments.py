@@ -105,7 +105,7 @@ async def test_a_stop_reaches_the_others_and_is_logged(log: pytest.LogCaptureFix
     assert "Variant b: error_rate is 1, that of the control 0, the tolerance +0.01" in log.text
     log.clear()
     await first._check()
-    assert "(told by another ingress)" in log.text
+    assert "(reported by another ingress)" in log.text
     assert first.state.stops == second.state.stops
     assert [one.stopped[:2] for one in (await first.reports()).experiments] == ["b:"]
 

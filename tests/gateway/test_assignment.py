@@ -79,7 +79,7 @@ def test_a_ramp_moves_users_from_the_control_to_a_variant_only(percent: tuple[fl
 @pytest.mark.parametrize(
     ("old", "new"), [((5,), (10,)), ((10,), (100,)), ((10, 10), (60, 40)), ((60, 40), (10, 40)), ((10, 0), (10, 90))]
 )
-def test_with_up_to_two_variants_a_change_of_their_percent_flips_nobody(
+def test_with_up_to_two_variants_a_change_of_their_percent_flips_no_user(
     old: tuple[float, ...], new: tuple[float, ...]
 ) -> None:
     before, after = assigned(experiment(*old)), assigned(experiment(*new))
