@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from serve_app.cache_config import CacheOptions
+from serve_app.database_config import DatabaseOptions
 from serve_app.engine_config import (
     KINDS,
     AnyEngine,
@@ -33,6 +34,7 @@ __all__ = [
     "CacheOptions",
     "ConfigError",
     "Cors",
+    "DatabaseOptions",
     "Deployment",
     "EngineOptions",
     "Ingress",
@@ -372,6 +374,7 @@ class AppConfig(Section):
     cors: Cors = Cors()
     responses: StoredResponses = StoredResponses()
     response_cache: CacheOptions | None = None
+    database: DatabaseOptions = DatabaseOptions()
     telemetry: Telemetry = Telemetry()
 
     @model_validator(mode="after")

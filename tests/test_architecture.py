@@ -40,10 +40,12 @@ RULES: dict[str, set[str]] = {
     "engine_config.py": {"pydantic", "serve_app.section"},
     "lora_config.py": {"pydantic", "serve_app.section"},
     "cache_config.py": {"pydantic", "serve_app.section"},
+    "database_config.py": {"pydantic", "serve_app.section"},
+    "database.py": {"sqlalchemy", "serve_app.database_config"},
     "experiment_config.py": {"pydantic", "serve_app.config", "serve_app.lora_config"},
     "experiment_cli.py": {"serve_app.config", "serve_app.serve_file"},
     "config.py": {"pydantic", "serve_app.section", "serve_app.engine_config", "serve_app.lora_config"}
-    | {"serve_app.cache_config"},
+    | {"serve_app.cache_config", "serve_app.database_config"},
     "serve_file.py": {"pydantic", "yaml", "serve_app.config", "serve_app.experiment_config"},
     "readiness.py": set(),
     "progress.py": set(),

@@ -92,6 +92,7 @@ BOUNDS: dict[str, list[float]] = {
     "response_cache.max_answer_bytes": [1023],
     "response_cache.ttl_s": [0],
     "response_cache.timeout_s": [0, 1.1],
+    "database.timeout_s": [0, 61],
     "telemetry.tracing.sampling_ratio": [-0.1, 1.1],
     "models.0.sampling_defaults.temperature": [-0.1, 2.1],
     "models.0.sampling_defaults.top_p": [0, 1.1],
@@ -288,10 +289,19 @@ def test_the_server_of_the_response_cache_has_a_redis_url(url: str) -> None:
     assert fault(with_value("response_cache.url", url)).startswith("response_cache.url: ")
 
 
-@pytest.mark.parametrize("url", ["redis://:s3cret@cache:6379", "rediss://me:s3cret@cache", "redis://c?password=s3cret"])
-def test_a_password_in_the_configuration_is_refused_and_not_repeated(url: str) -> None:
-    message = fault(with_value("response_cache.url", url))
-    assert message.startswith("response_cache.url: the URL has a password; set it in the environment variable ")
+@pytest.mark.parametrize(
+    ("key", "url"),
+    [
+        ("response_cache.url", "redis://:s3cret@cache:6379"),
+        ("response_cache.url", "rediss://me:s3cret@cache"),
+        ("response_cache.url", "redis://c?password=s3cret"),
+        ("database.url", "postgresql+psycopg://me:s3cret@db/serve"),
+        ("database.url", "postgresql://db/serve?user=me&password=s3cret"),
+    ],
+)
+def test_a_password_in_the_configuration_is_refused_and_not_repeated(key: str, url: str) -> None:
+    message = fault(with_value(key, url))
+    assert message.startswith(f"{key}: the URL has a password; set it in the environment variable ")
     assert "s3cret" not in message
 
 

@@ -207,6 +207,8 @@ class GenerationRequest:
 
     `cache_control` is for the response cache.
     `assignment` is the variant that answers a request for an experiment.
+
+    `tenant` and `key` are those of the caller's identity; "" without keys.
     """
 
     id: str
@@ -231,6 +233,8 @@ class GenerationRequest:
     session: str = ""
     cache_control: CacheControl = ""
     assignment: Assignment | None = None
+    tenant: str = ""
+    key: str = ""
 
     @property
     def served_name(self) -> str:

@@ -10,8 +10,8 @@ from serve_app import __version__
 from serve_app.config import Model
 from serve_app.core.requests import ChatPrompt, GenerationRequest
 
-# The fields of a request that do not change its answer. Every other field, also one that is added later, such as a
-# tenant, is a part of the key. `index` counts: the seed of answer i is seed + i.
+# The fields of a request that do not change its answer. Every other field, also one that is added later, is a part of
+# the key; so is the tenant, because tenants share no answers. `index` counts: the seed of answer i is seed + i.
 NOT_IN_KEY = frozenset(
     {
         "id",
@@ -24,6 +24,7 @@ NOT_IN_KEY = frozenset(
         "session",
         "cache_control",
         "assignment",
+        "key",
     }
 )
 # The options of a model that do not change its answers. The defaults for sampling are in the requests, and so is the

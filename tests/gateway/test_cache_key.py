@@ -131,10 +131,10 @@ def test_the_fields_that_are_no_part_of_the_key_are_fields() -> None:
 def test_a_field_that_is_added_later_is_a_part_of_the_key() -> None:
     @dataclass(frozen=True, slots=True)
     class Later(GenerationRequest):
-        tenant: str = ""
+        later: str = ""
 
     values = {field.name: getattr(FULL, field.name) for field in fields(FULL)}
-    keys = {KEYS.key(Later(**values, tenant=tenant)) for tenant in ("", "one", "two")}
+    keys = {KEYS.key(Later(**values, later=value)) for value in ("", "one", "two")}
     assert len(keys) == 3
 
 
