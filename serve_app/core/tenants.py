@@ -1,9 +1,10 @@
-"""Who sends a request: the identity that an API key or a token of an identity provider proves."""
+"""Who sends a request: the identity that a key or a token proves, and the tenant with its limits."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Protocol
 
 
 class Scope(StrEnum):
@@ -30,3 +31,37 @@ class Identity:
 
 # The caller of a service without keys: all scopes, all models.
 ANYONE = Identity("", "", frozenset(Scope))
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The limits of a key, or of a tenant over all its keys; None is no limit. Days and months are those of UTC."""
+
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    concurrent_requests: int | None = None
+    tokens_per_day: int | None = None
+    tokens_per_month: int | None = None
+    dollars_per_day: float | None = None
+    dollars_per_month: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Tenant:
+    """A group of keys. While requests wait, tenants get tokens in proportion to their `weight`."""
+
+    name: str
+    weight: float = 1.0
+    limits: Limits = Limits()
+
+
+class Tenants(Protocol):
+    """The tenants and keys as this process knows them. The calls return at once, without I/O."""
+
+    def tenant(self, name: str) -> Tenant:
+        """The tenant; one with the defaults if the name is not known, or ""."""
+        ...
+
+    def key_limits(self, key: str) -> Limits:
+        """The limits of a key by its public id; no limits if the id is not known, or ""."""
+        ...
