@@ -57,7 +57,8 @@ CONFIGS = {
         notes=(
             "For a container next to a service on the same machine, whose name is host.docker.internal. Mount /tmp/ray",
             "at the same path, because Ray's file there is a symbolic link. On Linux a container cannot reach a",
-            "program that listens on loopback: use make serve ARGS='--host 0.0.0.0' and ray start --head.",
+            "program that listens on loopback: use make serve ARGS='--host 0.0.0.0 --allow-anonymous', and",
+            "ray start --head.",
             "Put rules/ and secrets/history_token next to this file.",
         ),
     ),

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from types import FrameType
 
-from serve_app.config import ConfigError
+from serve_app.config import AuthOptions, ConfigError
 from serve_app.deployments.cluster import Cluster, ClusterError, connect
 from serve_app.progress import Progress
 from serve_app.readiness import waiting_models
@@ -82,6 +82,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         file = load_serve_file(arguments.config)
         address = Address(arguments.host or file.http_options.host, arguments.port or file.http_options.port)
+        if arguments.allow_anonymous:
+            file = _with_everyone(file)
         file.application.args.check_address(address.host)
         address.check()
         return _serve(arguments.ray_address, arguments.dashboard, address, file, progress)
@@ -112,6 +114,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--host", help="address to listen on (default: the file's http_options.host)")
     parser.add_argument("--port", type=_port, help="port to listen on (default: the file's http_options.port)")
     parser.add_argument(
+        "--allow-anonymous",
+        action="store_true",
+        help="let everyone who reaches the port use the service without an API key, on any address",
+    )
+    parser.add_argument(
         "--ray-address",
         default="auto",
         help="auto: the reachable Ray cluster, otherwise a new local Ray; local: a new local Ray; "
@@ -124,6 +131,17 @@ def _parser() -> argparse.ArgumentParser:
         help="start Ray without its dashboard, which takes seconds at the start and 200 MB of memory",
     )
     return parser
+
+
+def _with_everyone(file: ServeFile) -> ServeFile:
+    """The file with `auth: {allow_anonymous: true}`. Raises StartError if it demands keys."""
+    application = file.application
+    if application.args.checks_keys:
+        raise StartError(
+            "--allow-anonymous contradicts `auth` of the file, which demands API keys; leave one of them out"
+        )
+    args = application.args.model_copy(update={"auth": AuthOptions(allow_anonymous=True)})
+    return file.model_copy(update={"applications": (application.model_copy(update={"args": args}),)})
 
 
 def _port(text: str) -> int:
