@@ -23,6 +23,7 @@ from serve_app.engine_config import (
     VllmOptions,
 )
 from serve_app.lora_config import NAME_PATTERN, Lora, LoraAdapter, valid_name
+from serve_app.quota_config import Price, QuotaOptions
 from serve_app.section import Section
 
 __all__ = [
@@ -43,6 +44,8 @@ __all__ = [
     "LoraAdapter",
     "Model",
     "NativeOptions",
+    "Price",
+    "QuotaOptions",
     "Resources",
     "SamplingDefaults",
     "Section",
@@ -202,6 +205,7 @@ class Model(Section):
     batching: Batching = Batching()
     engine: AnyEngine = NativeOptions()
     lora: Lora | None = None
+    price: Price = Price()
     deployment: Deployment
 
     @field_validator("chat_template")
@@ -375,6 +379,7 @@ class AppConfig(Section):
     responses: StoredResponses = StoredResponses()
     response_cache: CacheOptions | None = None
     database: DatabaseOptions = DatabaseOptions()
+    quotas: QuotaOptions = QuotaOptions()
     telemetry: Telemetry = Telemetry()
 
     @model_validator(mode="after")

@@ -11,7 +11,9 @@ ServeAppError
 ├── BodyTooLarge              413  the body is larger than the limit
 ├── UnsupportedEncoding       415  the body is compressed in a way that the service cannot decode
 ├── QueueFull                 429  as many requests wait as the model takes
-├── NotReady                  503  no replica of the model can answer yet
+├── RateLimitExceeded         429  the key or its tenant has reached a limit a minute, or its concurrent requests
+├── InsufficientQuota         429  the key or its tenant has used up a budget of a day or a month
+├── NotReady                  503  no replica of the model can answer yet, or the server of the limits is away
 ├── DeadlineExceeded          504  the request used up its time
 └── InternalError             500  a fault of the service; the caller gets the request id only
 """
@@ -66,6 +68,13 @@ class PromptTooLong(ServeAppError):
         self.maximum = maximum
 
 
+class PromptOverReservation(PromptTooLong):
+    """The prompt has `tokens`, more than the request's `prompt_limit`. The gateway reserves them and sends it again.
+
+    No caller gets this error, so that it is not in the list above.
+    """
+
+
 class PreviousResponseNotFound(ServeAppError):
     status, code = 422, "previous_response_not_found"
 
@@ -96,6 +105,14 @@ class UnsupportedEncoding(ServeAppError):
 
 class QueueFull(ServeAppError):
     status, code = 429, "queue_full"
+
+
+class RateLimitExceeded(ServeAppError):
+    status, code = 429, "rate_limit_exceeded"
+
+
+class InsufficientQuota(ServeAppError):
+    status, code = 429, "insufficient_quota"
 
 
 class NotReady(ServeAppError):

@@ -124,7 +124,7 @@ class Meter:
             if chunk.events:
                 series.ttft.observe(chunk.events[0].elapsed_s)
                 series.prefill.observe(chunk.events[0].elapsed_s - chunk.queue_s)
-        elif chunk.events:
+        elif chunk.events and self._sent_at:
             series.itl.observe(now - self._sent_at)
         self._sent_at = now
         series.tokens.inc(len(chunk.events))
