@@ -146,6 +146,10 @@ class Deployment(Section):
         return self
 
     @property
+    def most_replicas(self) -> int:
+        return self.autoscaling.max_replicas if self.autoscaling else self.num_replicas or 1
+
+    @property
     def scales_to_zero(self) -> bool:
         scaling = self.autoscaling
         return scaling is not None and scaling.min_replicas == 0 and scaling.min_idle == 0

@@ -28,12 +28,15 @@ from serve_app.api.openai.lora import LoraRoutes
 from serve_app.api.openai.routes import OpenAIRoutes
 from serve_app.api.openai_responses.routes import ResponsesRoutes
 from serve_app.api.operator import OperatorRoutes
+from serve_app.api.rate_limits import RateLimitHeaders
 from serve_app.api.telemetry import ServiceTelemetry
 from serve_app.api.tgi.routes import TgiRoutes, is_tgi
 from serve_app.api.tokens.routes import TokenRoutes
+from serve_app.api.usage import UsageRoutes
 from serve_app.config import AppConfig
 from serve_app.core.adapters import AdapterDirectory
 from serve_app.core.engine import Engine
+from serve_app.core.usage import UsageReports
 from serve_app.errors import ServeAppError
 
 Endpoint = Callable[[Request], Awaitable[Response]]
@@ -49,17 +52,18 @@ def create_app(
     adapters: AdapterDirectory | None = None,
     publish: Callable[[], Awaitable[None]] = keep,
     experiments: Experiments | None = None,
+    usage: UsageReports | None = None,
 ) -> Starlette:
     """The application over an engine. `clock` returns monotonic seconds; `around` is the outermost middleware.
 
     The default of `adapters` are those of the configuration; `publish` is awaited after each change of them. Without
-    `experiments` every name is that of a model or an adapter.
+    `experiments` every name is that of a model or an adapter. Without `usage` there are no keys, and no limits.
     """
     handlers = ErrorHandlers(telemetry)
     directory = configured_adapters(config) if adapters is None else adapters
     app = Starlette(
         routes=_routes(
-            RequestContext(engine, telemetry, config, clock, directory, publish, experiments or NoExperiments())
+            RequestContext(engine, telemetry, config, clock, directory, publish, experiments or NoExperiments()), usage
         ),
         middleware=[
             *around,
@@ -68,6 +72,7 @@ def create_app(
             Middleware(CallMetrics, telemetry=telemetry),
             *([Middleware(AllowOrigins, cors=config.cors)] if config.cors.allow_origins else []),
             *([Middleware(CacheHeader)] if config.response_cache is not None else []),
+            *([Middleware(RateLimitHeaders)] if usage is not None else []),
             Middleware(CatchAll, handlers=handlers),
             Middleware(BodyLimits, limits=config.limits),
             Middleware(DecodeBody, limits=config.limits),
@@ -78,7 +83,7 @@ def create_app(
     return app
 
 
-def _routes(context: RequestContext) -> list[Route]:
+def _routes(context: RequestContext, usage: UsageReports | None) -> list[Route]:
     native, openai, tgi = NativeRoutes(context), OpenAIRoutes(context), TgiRoutes(context)
     anthropic = AnthropicRoutes(context)
     tokens, embeddings, operator = TokenRoutes(context), EmbeddingRoutes(context), OperatorRoutes(context)
@@ -116,6 +121,7 @@ def _routes(context: RequestContext) -> list[Route]:
         _post("/v1/unload_lora_adapter", lora.unload),
         _post("/v1/feedback", experiments.feedback),
         _get("/experiments", experiments.reports),
+        _get("/v1/usage", UsageRoutes(usage).usage),
         _get("/v1/models", openai.models),
         _get("/v1/models/{id:path}", openai.model),
         _post("/tokenize", tokens.tokenize, tokens.tokenize_inputs),

@@ -1,11 +1,10 @@
-"""What the limits say to one HTTP call, passed from the gateway to the HTTP layer, and the usage of a request."""
+"""What the limits say to one HTTP call, reported from the gateway to the HTTP layer."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Protocol
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,31 +42,6 @@ class CallQuota:
 
 # The current HTTP call; None outside of a call.
 current_call: ContextVar[CallQuota | None] = ContextVar("current_call", default=None)
-
-
-@dataclass(frozen=True, slots=True)
-class Usage:
-    """What a finished request has used. `nanodollars` is its cost by the prices of the model.
-
-    `cached_tokens` are among the `prompt_tokens`, and `reasoning_tokens` among the `output_tokens`.
-    """
-
-    tenant: str
-    key: str
-    model: str
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    output_tokens: int = 0
-    reasoning_tokens: int = 0
-    nanodollars: int = 0
-
-
-class UsageLog(Protocol):
-    """Keeps the usage of requests. Returns at once, without I/O."""
-
-    def record(self, usage: Usage) -> None:
-        """Keep the usage of a request that has ended."""
-        ...
 
 
 def _less(one: RateLimit | None, other: RateLimit) -> RateLimit:

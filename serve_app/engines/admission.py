@@ -13,7 +13,14 @@ from serve_app.core.requests import GenerationRequest, Prompt
 from serve_app.engines.stream import TokenStream
 from serve_app.engines.text.prompt_details import prompt_details
 from serve_app.engines.text.protocol import AnswerPlan, Text
-from serve_app.errors import DeadlineExceeded, InternalError, InvalidRequest, PromptOverReservation, PromptTooLong, ServeAppError
+from serve_app.errors import (
+    DeadlineExceeded,
+    InternalError,
+    InvalidRequest,
+    PromptOverReservation,
+    PromptTooLong,
+    ServeAppError,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -158,7 +165,9 @@ def _too_many_logprobs(tokens: int, alternatives: int | None) -> ServeAppError |
 def _over_reservation(tokens: int, limit: int | None) -> PromptOverReservation | None:
     if limit is None or tokens <= limit:
         return None
-    return PromptOverReservation(f"the prompt has {tokens} tokens, but {limit} are reserved", "prompt", None, tokens, limit)
+    return PromptOverReservation(
+        f"the prompt has {tokens} tokens, but {limit} are reserved", "prompt", None, tokens, limit
+    )
 
 
 def _too_long(tokens: int, context: int) -> ServeAppError | None:

@@ -106,7 +106,11 @@ def wait_s(counter: Counter, value: int, amount: int, now: datetime) -> float | 
         return None
     if counter.kind in BUCKETS:
         return max(0, ceil((amount * PARTS - value) / counter.limit)) / 1000
-    return 1.0 if counter.kind is Kind.CONCURRENT_REQUESTS else max(1.0, (period_end(counter.period) - now).total_seconds())
+    return (
+        1.0
+        if counter.kind is Kind.CONCURRENT_REQUESTS
+        else max(1.0, (period_end(counter.period) - now).total_seconds())
+    )
 
 
 def reset_s(counter: Counter, value: int) -> float:

@@ -130,6 +130,7 @@ class Quota(Stage):
                 worst = worst_case(request, prompt, answer, context, self._model.price)
                 granted, values, reservation = await self._try(worst, counters, spending)
         note_rates(call, counters, values)
+        self._shared.near.note(counters, values)
         if not granted:
             counter, error = exceeded(counters, values, reservation.amounts)
             self._shared.meter.refused(counter.subject.partition(":")[0], counter.kind)

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from serve_app.core.quotas import CallQuota, RateLimit
+from serve_app.core.usage import NANODOLLARS
 from serve_app.errors import InsufficientQuota, RateLimitExceeded, ServeAppError
 from serve_app.gateway.counters import BUDGETS, DOLLARS, Counter, Kind, fits, remaining, reset_s, wait_s
-from serve_app.gateway.spending import NANODOLLARS
 
 _WORDS = {
     Kind.REQUESTS_PER_MINUTE: "requests per minute",

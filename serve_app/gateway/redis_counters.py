@@ -13,7 +13,15 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
-from serve_app.gateway.counters import BUCKETS, BUDGETS, Counter, CountersUnavailable, MemoryCounters, Reservation, period_end
+from serve_app.gateway.counters import (
+    BUCKETS,
+    BUDGETS,
+    Counter,
+    CountersUnavailable,
+    MemoryCounters,
+    Reservation,
+    period_end,
+)
 from serve_app.gateway.redis_link import RedisLink
 from serve_app.gateway.redis_scripts import RENEW, RESERVE, SETTLE
 from serve_app.quota_config import PASSWORD_VARIABLE, QuotaOptions
@@ -131,7 +139,7 @@ class RedisCounters:
             if self._open:
                 used = [[one.id, [*map(int, one.used())]] for one in self._open.values()]
                 arguments = [*self._lease(), json.dumps(used)]
-                await self._link.call(self._options.timeout_s + 1, lambda: self._renew(self._keys(()), arguments))
+                await self._link.call(self._options.timeout_s + 1, partial(self._renew, self._keys(()), arguments))
 
     def _lease(self) -> list[Any]:
         return [self._ingress, round(self._options.lease_s * 1000), f"{self._prefix}held:"]
@@ -145,7 +153,12 @@ class RedisCounters:
         details: list[Any] = []
         for counter in counters:
             end = period_end(counter.period) if counter.kind in BUDGETS else now
-            details += [int(counter.kind in BUCKETS), counter.limit, self._seeds.get(counter.name, 0), round((end + _KEPT).timestamp())]
+            details += [
+                int(counter.kind in BUCKETS),
+                counter.limit,
+                self._seeds.get(counter.name, 0),
+                round((end + _KEPT).timestamp()),
+            ]
         return details
 
 

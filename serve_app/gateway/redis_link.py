@@ -1,4 +1,4 @@
-"""The connection to a Redis or Valkey server that can fail or hang: bounded calls, and none while it is known to fail."""
+"""The connection to a Redis or Valkey server that can fail or hang: bounded calls, and a circuit breaker."""
 
 from __future__ import annotations
 

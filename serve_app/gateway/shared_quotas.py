@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from serve_app.config import QuotaOptions
-from serve_app.core.quotas import UsageLog
 from serve_app.core.tenants import Tenants
+from serve_app.core.usage import UsageLog
 from serve_app.gateway.counters import Counters, MemoryCounters
+from serve_app.gateway.near_budgets import NearBudgets
 
 
 class QuotaMeter(Protocol):
@@ -36,6 +37,7 @@ class SharedQuotas:
     counters: Counters
     usage: UsageLog
     meter: QuotaMeter
+    near: NearBudgets = field(default_factory=NearBudgets)
 
 
 def open_counters(options: QuotaOptions, ingress: str, seeds: Mapping[str, int], meter: QuotaMeter) -> Counters:

@@ -7,12 +7,12 @@ from datetime import UTC, datetime
 
 from serve_app.config import Price
 from serve_app.core.events import Chunk, ReasoningDelta
-from serve_app.core.quotas import Usage
 from serve_app.core.requests import GenerationRequest
 from serve_app.core.tenants import Limits
+from serve_app.core.usage import NANODOLLARS, Usage
 from serve_app.gateway.counters import BUDGETS, DOLLARS, TOKENS, Counter, Kind, period_of
 
-NANODOLLARS = 1_000_000_000
+
 class Spending:
     """What one request has used so far. Replayed chunks cost nothing: they were computed for another request."""
 
@@ -68,7 +68,9 @@ def amount_of(kind: Kind, tokens: int, nanodollars: int, concurrent: int = 1) ->
     return concurrent if kind is Kind.CONCURRENT_REQUESTS else 1
 
 
-def counters_of(subjects: Sequence[tuple[str, Limits]], counts_request: bool, is_concurrent: bool) -> tuple[Counter, ...]:
+def counters_of(
+    subjects: Sequence[tuple[str, Limits]], counts_request: bool, is_concurrent: bool
+) -> tuple[Counter, ...]:
     """The counters of a request by the limits of its key and its tenant.
 
     The requests a minute are among them if it counts as a request, and the concurrent requests if it counts as one.

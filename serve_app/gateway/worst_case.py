@@ -49,7 +49,6 @@ def _size(request: GenerationRequest) -> float:
     return 2 + _PER_MESSAGE * messages + prompt_tokens(request)
 
 
-
 @dataclass(frozen=True, slots=True)
 class WorstCase:
     """A request with bounds that the engine keeps, and the most that it can use."""
@@ -59,9 +58,7 @@ class WorstCase:
     nanodollars: int
 
 
-def worst_case(
-    request: GenerationRequest, prompt: int, answer: int | None, context: int, price: Price
-) -> WorstCase:
+def worst_case(request: GenerationRequest, prompt: int, answer: int | None, context: int, price: Price) -> WorstCase:
     """The bounds of a request with `prompt` and `answer` tokens, in a context of so many tokens.
 
     The answer None is as long as the context allows.

@@ -10,11 +10,13 @@ from serve_app.api.responses import ErrorFormat, exact
 from serve_app.errors import (
     BodyTooLarge,
     DeadlineExceeded,
+    InsufficientQuota,
     ModelNotFound,
     NotFound,
     NotReady,
     PromptTooLong,
     QueueFull,
+    RateLimitExceeded,
     RequestTimeout,
     ServeAppError,
 )
@@ -202,6 +204,8 @@ _ERROR_TYPES: dict[type[ServeAppError], AnthropicErrorType] = {
     RequestTimeout: "timeout_error",
     BodyTooLarge: "request_too_large",
     QueueFull: "rate_limit_error",
+    RateLimitExceeded: "rate_limit_error",
+    InsufficientQuota: "rate_limit_error",
     NotReady: "overloaded_error",
     DeadlineExceeded: "timeout_error",
 }

@@ -8,9 +8,9 @@ from typing_extensions import TypedDict
 
 from serve_app.api.responses import ErrorFormat, Usage, exact
 from serve_app.core.events import FinishReason
-from serve_app.errors import PromptTooLong, ServeAppError
+from serve_app.errors import InsufficientQuota, PromptTooLong, ServeAppError
 
-ErrorType = Literal["invalid_request_error", "rate_limit_error", "server_error"]
+ErrorType = Literal["invalid_request_error", "rate_limit_error", "insufficient_quota", "server_error"]
 ChatFinishReason = Literal["stop", "length", "tool_calls", "function_call"]
 # The stop string or the stop token id of the request that ended the answer.
 StopReason = str | int | None
@@ -281,7 +281,7 @@ def openai_error(error: ServeAppError) -> OpenAIError:
     code = "context_length_exceeded" if isinstance(error, PromptTooLong) else error.code
     kind: ErrorType = "server_error" if error.status >= 500 else "invalid_request_error"
     if error.status == 429:
-        kind = "rate_limit_error"
+        kind = "insufficient_quota" if isinstance(error, InsufficientQuota) else "rate_limit_error"
     return {"error": {"message": error.message, "type": kind, "param": error.param, "code": code}}
 
 
