@@ -1,6 +1,7 @@
 """Pure ASGI middleware around every route.
 
-Outermost first: RequestId, OnePath, CallMetrics, CacheHeader, RateLimitHeaders (`rate_limits.py`), CatchAll, BodyLimits.
+Outermost first: RequestId, OnePath, CallMetrics, CacheHeader, RateLimitHeaders (in `rate_limits.py`), CatchAll,
+BodyLimits.
 """
 
 from __future__ import annotations

@@ -113,8 +113,8 @@ _NOT_STREAMED = {
     "schema": {"type": "boolean", "const": False},
 }
 
-_INSTANT = {"type": "string", "examples": ["2026-11-30", "2026-11-30T12:00:00Z", "1796040000"]}
-_USAGE = (
+_INSTANT: dict[str, Any] = {"type": "string", "examples": ["2026-11-30", "2026-11-30T12:00:00Z", "1796040000"]}
+_USAGE: tuple[dict[str, Any], ...] = (
     {
         "name": "from",
         "in": "query",

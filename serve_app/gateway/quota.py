@@ -72,8 +72,7 @@ class Quota(Stage):
                             yield chunk
                     return
                 except PromptOverReservation as error:
-                    assert error.tokens is not None, "an engine says how many tokens the prompt has"
-                    prompt, complete = error.tokens, False
+                    prompt, complete = max(prompt + 1, error.tokens or 0), False
                     self._estimate.learn(request, prompt)
                 finally:
                     self._settle(reservation, spending, call, complete)

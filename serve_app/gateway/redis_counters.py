@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 # Ended reservations that wait for the server: each is about 1 KB.
 _MOST_WAITING = 10_000
 _SETTLED_TOGETHER = 64
+# The pause before another try to send them.
+_RETRY_S = 0.2
 # A budget is kept for a day after its period, and the number of concurrent requests for a day after its last change.
 _KEPT = timedelta(days=1)
 
@@ -109,8 +111,9 @@ class RedisCounters:
         while True:
             await self._wake.wait()
             self._wake.clear()
-            while self._ended and not await self._send_ended():
-                await asyncio.sleep(0.2)
+            if not await self._send_ended():
+                await asyncio.sleep(_RETRY_S)
+                self._wake.set()
 
     async def _send_ended(self) -> bool:
         """Whether all ended reservations were sent. They stay in the queue until the server has taken them."""
