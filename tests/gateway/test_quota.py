@@ -158,13 +158,13 @@ async def test_the_unused_part_comes_back_to_the_key_and_to_the_tenant() -> None
 @pytest.mark.parametrize("end", ["error", "disconnect", "cancel", "before"])
 async def test_however_a_request_ends_it_costs_what_it_has_received(end: str) -> None:
     gate = asyncio.Event()
-    steps: list[Any] = {
+    scripts: dict[str, list[Any]] = {
         "error": [chunk("a"), InternalError("bug")],
         "disconnect": [chunk("a"), gate],
         "cancel": [chunk("a"), gate],
         "before": [InternalError("full")],
-    }[end]
-    engine = ScriptedEngine(lambda _: steps, ModelInfo(CONTEXT, 300, frozenset()))
+    }
+    engine = ScriptedEngine(lambda _: scripts[end], ModelInfo(CONTEXT, 300, frozenset()))
     limited = Limited(engine, Limits(tokens_per_minute=600, concurrent_requests=1))
     if end == "disconnect":
         async with aclosing(limited.stage.generate(ask())) as chunks:
@@ -372,7 +372,7 @@ async def test_an_answer_from_the_cache_costs_a_request_and_no_tokens() -> None:
 async def test_what_is_computed_for_followers_is_paid_when_the_first_request_has_left() -> None:
     """Otherwise a caller could leave at once and let a second request read the answer for nothing."""
     gate, more = asyncio.Event(), asyncio.Event()
-    script = [chunk("a"), gate, chunk("b"), more, LAST]
+    script: list[Any] = [chunk("a"), gate, chunk("b"), more, LAST]
     engine = ScriptedEngine(lambda _: script, ModelInfo(CONTEXT, 300, frozenset()))
     limited = Limited(engine, Limits(tokens_per_minute=600), cache=True)
     one = ask()
