@@ -81,7 +81,10 @@ class TenantStore:
             if known is None and wanted.tenant == DEFAULT_TENANT:
                 _put_tenant(connection, Tenant(DEFAULT_TENANT), is_new=True)
             elif known is None:
-                raise UnknownName(f"tenant {wanted.tenant!r} does not exist")
+                raise UnknownName(
+                    f"tenant {wanted.tenant!r} does not exist; create it with: "
+                    f"python -m serve_app tenants set {wanted.tenant}"
+                )
             key, record = self._insert_key(connection, wanted)
             self._log(connection, "keys.create", record.id, _facts(record))
         return key, record
