@@ -28,8 +28,8 @@ class Public(Enum):
 
 PUBLIC = Public.PUBLIC
 
-# The scope that each route needs, by method and path; None is any valid key. A test fails for a route that is not here. Of the pages only the
-# OpenAPI document has data: without a key it names no models.
+# The scope that each route needs, by method and path; None is any valid key. A test fails for a route that is not here.
+# Of the pages only the OpenAPI document has data: without a key it names no models.
 POLICIES: dict[str, Scope | Public | None] = {
     "GET /health": PUBLIC,
     "GET /ready": PUBLIC,

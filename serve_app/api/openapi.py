@@ -138,7 +138,7 @@ def _operation(operation: Operation, components: _Components) -> Json:
     return described
 
 
-def _needed(operation: Operation) -> Scope | Public:
+def _needed(operation: Operation) -> Scope | Public | None:
     path = operation.path.replace("/v1/models/{id}", "/v1/models/{id:path}")
     return POLICIES[f"{operation.method.upper()} {path}"]
 

@@ -79,15 +79,17 @@ def serve_config(
     telemetry: Config | None = None,
     response_cache: Config | None = None,
     experiments: Sequence[Config] | None = None,
+    sections: Config | None = None,
     **limits: Any,
 ) -> Config:
-    """A Ray Serve config file. `ingress` changes the deployment options of the ingress."""
+    """A Ray Serve config file. `ingress` changes the deployment options of the ingress; `sections` are further args."""
     deployment = {**DEPLOYMENT, "max_ongoing_requests": 1024, **(ingress or {})}
     args = {
         "ingress": {"num_cpus": ingress_cpus, "deployment": deployment},
         "limits": limits,
         "telemetry": telemetry or {},
         "response_cache": response_cache,
+        **(sections or {}),
     }
     application: Config = {
         "name": "serve_app",
