@@ -96,8 +96,7 @@ async def test_64_concurrent_streams_on_two_ingresses_never_exceed_the_budget(li
 
         async def user(number: int) -> None:
             draw = random.Random(number)
-            for turn in range(12):
-                statuses.append(await one_call(client, number + turn, draw))
+            statuses.extend([await one_call(client, number + turn, draw) for turn in range(12)])
 
         await asyncio.gather(*map(user, range(64)))
         for model in ("toy", "faulty"):
