@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Receive, Scope as AsgiScope, Send
 from serve_app.api.error_handlers import ErrorHandlers
 from serve_app.api.telemetry import ServiceTelemetry
 from serve_app.core.tenants import Authenticator, CredentialsRefused, Identity, Scope
-from serve_app.errors import Forbidden, ServeAppError, Unauthorized
+from serve_app.errors import InvalidApiKey, PermissionDenied, ServeAppError
 
 
 class Public(Enum):
@@ -107,15 +107,17 @@ class Authenticate:
         await self.app(scope, receive, send)
 
     async def _identity(self, scope: AsgiScope) -> Identity:
-        """Raises Unauthorized, Forbidden, NotReady."""
-        needed = policy_of(self._routes, scope)
+        """Raises InvalidApiKey, PermissionDenied, NotReady."""
+        route = route_of(self._routes, scope)
+        needed = policy_of(route, scope["method"])
+        scope["route"] = route  # a refused call is counted under its route too
         try:
             identity = await self._authenticator.authenticate(credentials_of(Headers(scope=scope)))
         except CredentialsRefused as error:
             if needed is PUBLIC:
                 return NOBODY
             self._telemetry.auth_refused(error.reason)
-            raise Unauthorized(error.message) from None
+            raise InvalidApiKey(error.message) from None
         except ServeAppError:
             if needed is PUBLIC:
                 return NOBODY
@@ -123,17 +125,20 @@ class Authenticate:
             raise
         if isinstance(needed, Scope) and needed not in identity.scopes:
             self._telemetry.auth_refused("scope")
-            raise Forbidden(f"The key does not have the scope '{needed}', which this path needs.")
+            raise PermissionDenied(f"The key does not have the scope '{needed}', which this path needs.")
         return identity
 
 
-def policy_of(routes: Sequence[Route], scope: AsgiScope) -> Scope | Public | None:
-    """What a call needs; None is any valid key, also for a path or a method that does not exist."""
-    for route in routes:
-        if route.matches(scope)[0] is Match.FULL:
-            method = "GET" if scope["method"] == "HEAD" else scope["method"]
-            return POLICIES.get(f"{method} {route.path}", Scope.ADMIN)
-    return None
+def route_of(routes: Sequence[Route], scope: AsgiScope) -> Route | None:
+    """The route that answers a call; None for a path or a method that does not exist."""
+    return next((route for route in routes if route.matches(scope)[0] is Match.FULL), None)
+
+
+def policy_of(route: Route | None, method: str) -> Scope | Public | None:
+    """What a call needs; None is any valid key."""
+    if route is None:
+        return None
+    return POLICIES.get(f"{'GET' if method == 'HEAD' else method} {route.path}", Scope.ADMIN)
 
 
 def credentials_of(headers: Headers) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
@@ -12,7 +13,6 @@ from sqlalchemy.exc import SQLAlchemyError
 from serve_app.config import AppConfig
 from serve_app.core.tenants import Identity, NoTenants, Tenants
 from serve_app.database import open_database
-from serve_app.deployments.ingress_telemetry import IngressTelemetry
 from serve_app.tenants.audit_log import record_action
 from serve_app.tenants.authenticator import KeyAuthenticator
 
@@ -24,10 +24,16 @@ SERVICE = Identity("", "service", frozenset())
 _ANYONE = "anyone"
 
 
+class WatchesKeys(Protocol):
+    """A telemetry that shows the age of the API keys."""
+
+    def watch_keys(self, age_s: Callable[[], float | None]) -> None: ...
+
+
 class Access:
     """The keys and tenants of one ingress. Without `auth` everyone may do everything, but only on this machine."""
 
-    def __init__(self, config: AppConfig, telemetry: IngressTelemetry) -> None:
+    def __init__(self, config: AppConfig, telemetry: WatchesKeys) -> None:
         self._config = config
         self._database: Engine | None = None
         self.authenticator: KeyAuthenticator | None = None

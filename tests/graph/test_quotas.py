@@ -6,7 +6,6 @@ import asyncio
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -31,6 +30,7 @@ class Limited:
 
     service: Service
     redis: RedisServer
+    database: str
     key: str
     admin: str
 
@@ -52,18 +52,16 @@ def limited(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Limited]:
     admin, _ = store.create_key(NewKey(scopes=frozenset(Scope)))
     store.close()
     redis = RedisServer(folder)
-    sections = {
-        "auth": {},
-        "database": {"url": database},
-        "quotas": {"url": redis.url, "timeout_s": 2, "lease_s": 3, "flush_s": 0.2},
-    }
+    quotas = {"url": redis.url, "timeout_s": 2, "lease_s": 3, "flush_s": 0.2}
     models = [
         model_config("toy", "builtin:toy?step_ms=5", engine={"max_running": 64, "max_context": 2048}, price=PRICE),
         model_config("faulty", "builtin:toy?fails_on=bad&step_ms=5", price=PRICE),
     ]
-    with Service(models, sections=sections, ingress={"num_replicas": 2}) as service:
+    with Service(
+        models, auth={}, database={"url": database}, sections={"quotas": quotas}, ingress={"num_replicas": 2}
+    ) as service:
         service.wait_until_ready()
-        yield Limited(service, redis, str(key), str(admin))
+        yield Limited(service, redis, database, str(key), str(admin))
     redis.kill()
 
 
@@ -134,8 +132,8 @@ async def test_64_concurrent_streams_on_two_ingresses_never_exceed_the_budget(li
         assert len(ingresses) == 2, "both have served requests"
 
 
-async def test_a_killed_ingress_gives_its_reservations_back(limited: Limited, tmp_path: Path) -> None:
-    store = TenantStore(open_database(DatabaseOptions(url=_database(limited))))
+async def test_a_killed_ingress_gives_its_reservations_back(limited: Limited) -> None:
+    store = TenantStore(open_database(DatabaseOptions(url=limited.database)))
     key, _ = store.create_key(NewKey(limits=Limits(concurrent_requests=4)))
     store.close()
     body = {"model": "toy", "prompt": "a long stream", "max_tokens": 2000, "stream": True, "ignore_eos": True}
@@ -162,10 +160,3 @@ async def test_a_killed_ingress_gives_its_reservations_back(limited: Limited, tm
         kill(limited.service.find("ServeReplica:serve_app:Ingress"))
         await asyncio.gather(*streams, return_exceptions=True)
         await wait_until(admitted, seconds=60)
-
-
-def _database(limited: Limited) -> str:
-    import yaml
-
-    document = yaml.safe_load(limited.service._config.read_text())
-    return str(document["applications"][0]["args"]["database"]["url"])
