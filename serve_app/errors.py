@@ -52,7 +52,11 @@ class InvalidRequest(ServeAppError):
 
 
 class PromptTooLong(ServeAppError):
-    """`tokens` is the number of tokens of the prompt, and `maximum` the largest possible one; None if unknown."""
+    """`tokens` is the number of tokens of the prompt, and `maximum` the largest possible one; None if unknown.
+
+    With `over_reservation` the prompt has more tokens than its `prompt_limit`. No caller gets such an error: the gateway
+    reserves `tokens`, and sends the request again.
+    """
 
     status, code = 422, "prompt_too_long"
 
@@ -63,18 +67,13 @@ class PromptTooLong(ServeAppError):
         retry_after_s: float | None = None,
         tokens: int | None = None,
         maximum: int | None = None,
+        over_reservation: bool = False,
     ) -> None:
         super().__init__(message, param, retry_after_s)
-        self.args = (*self.args, tokens, maximum)
+        self.args = (*self.args, tokens, maximum, over_reservation)
         self.tokens = tokens
         self.maximum = maximum
-
-
-class PromptOverReservation(PromptTooLong):
-    """The prompt has `tokens`, more than the request's `prompt_limit`. The gateway reserves them and sends it again.
-
-    No caller gets this error, so that it is not in the list above.
-    """
+        self.over_reservation = over_reservation
 
 
 class PreviousResponseNotFound(ServeAppError):

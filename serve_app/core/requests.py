@@ -209,7 +209,7 @@ class GenerationRequest:
     `assignment` is the variant that answers a request for an experiment.
 
     `tenant` and `key` are those of the caller's identity; "" without keys. An engine refuses a prompt with more than
-    `prompt_limit` tokens, for which nothing is reserved, with PromptOverReservation.
+    `prompt_limit` tokens, for which nothing is reserved, with PromptTooLong.
     """
 
     id: str

@@ -17,7 +17,6 @@ from serve_app.errors import (
     DeadlineExceeded,
     InternalError,
     InvalidRequest,
-    PromptOverReservation,
     PromptTooLong,
     ServeAppError,
 )
@@ -162,12 +161,11 @@ def _too_many_logprobs(tokens: int, alternatives: int | None) -> ServeAppError |
     )
 
 
-def _over_reservation(tokens: int, limit: int | None) -> PromptOverReservation | None:
+def _over_reservation(tokens: int, limit: int | None) -> PromptTooLong | None:
     if limit is None or tokens <= limit:
         return None
-    return PromptOverReservation(
-        f"the prompt has {tokens} tokens, but {limit} are reserved", "prompt", None, tokens, limit
-    )
+    message = f"the prompt has {tokens} tokens, and {limit} are reserved"
+    return PromptTooLong(message, param="prompt", tokens=tokens, maximum=limit, over_reservation=True)
 
 
 def _too_long(tokens: int, context: int) -> ServeAppError | None:

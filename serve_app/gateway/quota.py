@@ -15,7 +15,7 @@ from serve_app.core.queries import GetModelInfo
 from serve_app.core.quotas import CallQuota, current_call
 from serve_app.core.requests import GenerationRequest
 from serve_app.core.tenants import Limits
-from serve_app.errors import NotReady, PromptOverReservation
+from serve_app.errors import NotReady, PromptTooLong
 from serve_app.gateway.counters import DOLLARS, TOKENS, Counter, CountersUnavailable, Kind, Reservation
 from serve_app.gateway.quota_refusal import exceeded, note_rates
 from serve_app.gateway.shared_quotas import SharedQuotas
@@ -71,7 +71,9 @@ class Quota(Stage):
                             spending.add(chunk)
                             yield chunk
                     return
-                except PromptOverReservation as error:
+                except PromptTooLong as error:
+                    if not error.over_reservation:
+                        raise
                     prompt, complete = max(prompt + 1, error.tokens or 0), False
                     self._estimate.learn(request, prompt)
                 finally:

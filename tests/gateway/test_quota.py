@@ -17,7 +17,7 @@ from serve_app.core.quotas import CallQuota, current_call
 from serve_app.core.requests import GenerationRequest, TextPrompt, TokenPrompt
 from serve_app.core.tenants import Limits, Tenant
 from serve_app.core.usage import Usage
-from serve_app.errors import InsufficientQuota, InternalError, PromptOverReservation, PromptTooLong, RateLimitExceeded
+from serve_app.errors import InsufficientQuota, InternalError, PromptTooLong, RateLimitExceeded
 from serve_app.gateway.counters import MemoryCounters
 from serve_app.gateway.quota import Quota
 from serve_app.gateway.response_cache import ResponseCache, open_cache
@@ -64,7 +64,7 @@ def engine_with(prompt_tokens: int, *texts: str, **options: Any) -> ScriptedEngi
 
     def script(one: GenerationRequest) -> list[Any]:
         if one.prompt_limit is not None and prompt_tokens > one.prompt_limit:
-            return [PromptOverReservation("over", "prompt", None, prompt_tokens, one.prompt_limit)]
+            return [PromptTooLong("over", "prompt", None, prompt_tokens, one.prompt_limit, over_reservation=True)]
         last = len(texts) - 1
         return [
             replace(chunk(text, FinishReason.STOP if number == last else None), prompt_tokens=prompt_tokens)
