@@ -22,6 +22,7 @@ logger = logging.getLogger("ray.serve")
 SERVICE = Identity("", "service", frozenset())
 # The actor of a call without a key.
 _ANYONE = "anyone"
+_CONTROLLER_TIMEOUT_S = 10.0
 
 
 class WatchesKeys(Protocol):
@@ -48,7 +49,8 @@ class Access:
 
         `serve deploy` takes files that no program of this package has checked.
         """
-        self._config.check_address(await asyncio.to_thread(_listening_host))
+        if self._config.auth is None:
+            self._config.check_address(await _listening_host())
         if self.authenticator is not None:
             await asyncio.to_thread(self.authenticator.start)
 
@@ -64,11 +66,10 @@ class Access:
         The action has happened: if the database cannot be written, the log line alone has it.
         """
         actor = identity.key or _ANYONE
-        logger.info("Audit: %s %r by %s: %s", action, target, actor, details)
         try:
             await asyncio.to_thread(self._record, actor, action, target, details)
         except SQLAlchemyError:
-            logger.exception("The audit log cannot be written.")
+            logger.exception("Audit: %s %r by %s: %s. The database has no entry.", action, target, actor, details)
 
     def _record(self, *about: Any) -> None:
         if self._database is None:
@@ -76,8 +77,12 @@ class Access:
         record_action(self._database, *about)
 
 
-def _listening_host() -> str:
-    """The address on which Ray Serve's proxies listen; Ray has no public interface for it."""
-    from ray.serve.context import _get_global_client
+async def _listening_host() -> str:
+    """The address on which Ray Serve's proxies listen. Ray has no public interface for it."""
+    import ray
+    from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 
-    return str(_get_global_client().http_config.host)
+    controller = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+    async with asyncio.timeout(_CONTROLLER_TIMEOUT_S):
+        options = await controller.get_http_config.remote()
+    return str(options.host)
