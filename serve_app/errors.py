@@ -54,8 +54,8 @@ class InvalidRequest(ServeAppError):
 class PromptTooLong(ServeAppError):
     """`tokens` is the number of tokens of the prompt, and `maximum` the largest possible one; None if unknown.
 
-    With `over_reservation` the prompt has more tokens than its `prompt_limit`. No caller gets such an error: the gateway
-    reserves `tokens`, and sends the request again.
+    With `over_reservation` the prompt has more tokens than its `prompt_limit`. No caller gets such an error: the
+    gateway reserves `tokens`, and sends the request again.
     """
 
     status, code = 422, "prompt_too_long"

@@ -121,8 +121,8 @@ async def test_a_prompt_over_its_reservation_is_refused_with_its_length() -> Non
     assert isinstance(over, PromptTooLong)
     assert (over.tokens, over.maximum, over.over_reservation) == (5, 4, True)
     assert fitting == [None] * 3
-    with running(max_context=4) as engine:
-        (too_long,) = engine.admit(open_streams(replace(request("abcde"), prompt_limit=2)))
+    with running(max_context=16) as engine:
+        (too_long,) = engine.admit(open_streams(replace(request("a" * 20), prompt_limit=2)))
     assert isinstance(too_long, PromptTooLong)
     assert not too_long.over_reservation, "no reservation helps"
 
