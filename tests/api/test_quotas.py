@@ -135,7 +135,7 @@ async def test_64_streams_at_two_ingresses_never_exceed_the_budget_and_the_ledge
         generated = native.stats().generated_tokens
     assert results == {True, False}
     assert reserved == used, "refunds are exact"
-    assert 0.9 * BUDGET < used <= BUDGET
+    assert BUDGET / 2 < used <= BUDGET
     expected = (sum(one.counted("prompt_tokens") for one in ingresses), sum(one.counted("tokens") for one in ingresses))
     assert (row["prompt_tokens"], row["output_tokens"]) == expected
     assert row["nanodollars"] == 1000 * expected[0] + 3000 * expected[1]
