@@ -10,7 +10,7 @@ from serve_app.core.events import Chunk, ReasoningDelta
 from serve_app.core.requests import GenerationRequest
 from serve_app.core.tenants import Limits
 from serve_app.core.usage import NANODOLLARS, Usage
-from serve_app.gateway.counters import BUDGETS, DOLLARS, TOKENS, Counter, Kind, period_of
+from serve_app.gateway.counters import DOLLARS, TOKENS, Counter, Kind, period_of
 
 
 class Spending:
@@ -75,7 +75,7 @@ def counters_of(
 
     The requests a minute are among them if it counts as a request, and the concurrent requests if it counts as one.
     """
-    now = datetime.now(UTC)
+    now, periods = datetime.now(UTC), dict[Kind, str]()
     found: list[Counter] = []
     for subject, limits in subjects:
         for kind, name in _KINDS:
@@ -85,7 +85,9 @@ def counters_of(
             if kind is Kind.CONCURRENT_REQUESTS and not is_concurrent:
                 continue
             in_units = round(limit * NANODOLLARS) if kind in DOLLARS else limit
-            found.append(Counter(subject, kind, in_units, period_of(kind, now) if kind in BUDGETS else ""))
+            if kind not in periods:
+                periods[kind] = period_of(kind, now)
+            found.append(Counter(subject, kind, in_units, periods[kind]))
     return tuple(found)
 
 
