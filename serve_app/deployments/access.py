@@ -1,20 +1,22 @@
-"""Who may use an ingress: its API keys, the address that it listens on, and the audit log."""
+"""Who may use an ingress: its API keys, the address that it listens on, and the audit log.
+
+The packages of the database and of tokens are imported when they are needed: a service without keys starts sooner.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 from collections.abc import Callable
-from typing import Any, Protocol
-
-from sqlalchemy import Engine
-from sqlalchemy.exc import SQLAlchemyError
+from typing import TYPE_CHECKING, Any, Protocol
 
 from serve_app.config import AppConfig
 from serve_app.core.tenants import Identity, NoTenants, Tenants
-from serve_app.database import open_database
-from serve_app.tenants.audit_log import record_action
-from serve_app.tenants.authenticator import KeyAuthenticator
+
+if TYPE_CHECKING:
+    from sqlalchemy import Engine
+
+    from serve_app.tenants.authenticator import KeyAuthenticator
 
 logger = logging.getLogger("ray.serve")
 
@@ -40,6 +42,8 @@ class Access:
         self.authenticator: KeyAuthenticator | None = None
         self.tenants: Tenants = NoTenants()
         if config.auth is not None and config.checks_keys:
+            from serve_app.tenants.authenticator import KeyAuthenticator
+
             self.authenticator = KeyAuthenticator(config.auth, config.database)
             self.tenants = self.authenticator.directory
             telemetry.watch_keys(self.authenticator.directory.age_s)
@@ -50,7 +54,9 @@ class Access:
         `serve deploy` takes files that no program of this package has checked.
         """
         if self._config.auth is None:
-            self._config.check_address(await _listening_host())
+            host = await _listening_host()
+            if host is not None:
+                self._config.check_address(host)
         if self.authenticator is not None:
             await asyncio.to_thread(self.authenticator.start)
 
@@ -68,21 +74,24 @@ class Access:
         actor = identity.key or _ANYONE
         try:
             await asyncio.to_thread(self._record, actor, action, target, details)
-        except SQLAlchemyError:
+        except Exception:
             logger.exception("Audit: %s %r by %s: %s. The database has no entry.", action, target, actor, details)
 
     def _record(self, *about: Any) -> None:
+        from serve_app.database import open_database
+        from serve_app.tenants.audit_log import record_action
+
         if self._database is None:
             self._database = open_database(self._config.database)
         record_action(self._database, *about)
 
 
-async def _listening_host() -> str:
-    """The address on which Ray Serve's proxies listen. Ray has no public interface for it."""
+async def _listening_host() -> str | None:
+    """The address on which Ray Serve's proxies listen; None if none runs. Ray has no public interface for it."""
     import ray
     from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 
     controller = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
     async with asyncio.timeout(_CONTROLLER_TIMEOUT_S):
         options = await controller.get_http_config.remote()
-    return str(options.host)
+    return None if options.host is None else str(options.host)
