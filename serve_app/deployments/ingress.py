@@ -8,7 +8,7 @@ import time
 from collections.abc import Collection
 from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import serve
@@ -25,7 +25,6 @@ from serve_app.deployments.access import SERVICE, Access
 from serve_app.deployments.event_receiver import EventReceiver
 from serve_app.deployments.experiments import IngressExperiments
 from serve_app.deployments.heartbeats import Report, Reporter, to_every_replica
-from serve_app.deployments.ingress_quotas import IngressQuotas
 from serve_app.deployments.ingress_telemetry import IngressTelemetry
 from serve_app.deployments.registry import Heartbeat, ReplicaRegistry
 from serve_app.deployments.remote import RemoteEngine
@@ -38,6 +37,9 @@ from serve_app.gateway.chain import ModelChain
 from serve_app.gateway.experiment_state import Changes
 from serve_app.gateway.response_cache import open_cache
 from serve_app.telemetry.exposition import MetricsSnapshot
+
+if TYPE_CHECKING:
+    from serve_app.deployments.ingress_quotas import IngressQuotas
 
 logger = logging.getLogger("ray.serve")
 
@@ -68,7 +70,7 @@ class Ingress:
         self._telemetry = IngressTelemetry(config, self._id, self._registry)
         self._access = Access(config, self._telemetry)
         await self._access.start()
-        self._quotas = IngressQuotas(config, self._id, self._telemetry.quotas) if config.checks_keys else None
+        self._quotas = open_quotas(config, self._id, self._telemetry)
         self._shared_quotas = await self._quotas.start(self._access.tenants) if self._quotas else None
         self._cache = open_cache(config.response_cache, self._telemetry.cache) if config.response_cache else None
         self._handles = {model.name: handle for model, handle in zip(config.models, handles, strict=True)}
@@ -232,6 +234,15 @@ class Ingress:
             if status is not None:
                 self._chains[model.name].update(status, state.ready(model.name, routed), state.ingresses)
                 self._telemetry.set_status(status, state.ready(model.name, routed))
+
+
+def open_quotas(config: AppConfig, ingress: str, telemetry: IngressTelemetry) -> IngressQuotas | None:
+    """The limits and the usage of keys; None without keys, when the package of the database is not imported."""
+    if not config.checks_keys:
+        return None
+    from serve_app.deployments.ingress_quotas import IngressQuotas
+
+    return IngressQuotas(config, ingress, telemetry.quotas)
 
 
 def routed_replicas(handle: DeploymentHandle) -> Collection[str] | None:
