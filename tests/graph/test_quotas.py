@@ -57,12 +57,14 @@ def limited(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Limited]:
         model_config("toy", "builtin:toy?step_ms=5", engine={"max_running": 64, "max_context": 2048}, price=PRICE),
         model_config("faulty", "builtin:toy?fails_on=bad&step_ms=5", price=PRICE),
     ]
-    with Service(
-        models, auth={}, database={"url": database}, sections={"quotas": quotas}, ingress={"num_replicas": 2}
-    ) as service:
-        service.wait_until_ready()
-        yield Limited(service, redis, database, str(key), str(admin))
-    redis.kill()
+    try:
+        with Service(
+            models, auth={}, database={"url": database}, sections={"quotas": quotas}, ingress={"num_replicas": 2}
+        ) as service:
+            service.wait_until_ready()
+            yield Limited(service, redis, database, str(key), str(admin))
+    finally:
+        redis.kill()
 
 
 async def one_call(client: httpx.AsyncClient, number: int, draw: random.Random) -> int:
