@@ -12,8 +12,10 @@ from serve_app.core.scaling import Demand
 from serve_app.gateway.admission import Admission
 from serve_app.gateway.failover import Failover
 from serve_app.gateway.outcome import Outcome, RequestMeter
+from serve_app.gateway.quota import Quota
 from serve_app.gateway.readiness import Readiness
 from serve_app.gateway.response_cache import ResponseCache, SharedCache
+from serve_app.gateway.shared_quotas import SharedQuotas
 from serve_app.gateway.workload import Workload
 
 
@@ -22,7 +24,7 @@ class ModelChain:
 
     `meter` measures a request; `woke` receives the seconds that a model took to wake; `resumed` is called when the
     answer of a lost replica goes on at another one; `arrived` is called when a request arrives that must be computed.
-    Without `cache` every answer is computed.
+    Without `cache` every answer is computed, and without `quotas` nobody has limits.
     """
 
     def __init__(
@@ -34,6 +36,7 @@ class ModelChain:
         resumed: Callable[[], None],
         arrived: Callable[[], None] = lambda: None,
         cache: SharedCache | None = None,
+        quotas: SharedQuotas | None = None,
     ) -> None:
         deployment = model.deployment
         self._places_per_replica = self._places = deployment.max_ongoing_requests
@@ -43,7 +46,8 @@ class ModelChain:
         self._readiness = Readiness(self._admission, model, held, woke)
         self._workload = Workload(self._readiness, arrived)
         self._cache = None if cache is None else ResponseCache(self._workload, model, cache)
-        self.engine: Engine = Outcome(self._cache or self._workload, meter)
+        computed = self._cache or self._workload
+        self.engine: Engine = Outcome(computed if quotas is None else Quota(computed, model, quotas), meter)
 
     def update(self, status: ModelStatus, ready: int, ingresses: int) -> None:
         """Take in the model's state, its ready replicas, and the number of ingresses that share their places.
