@@ -214,8 +214,9 @@ class Ingress:
             routed = routed_replicas(self._handles[model.name])
             status = state.status(model, routed)
             if status is not None:
-                self._chains[model.name].update(status, state.ready(model.name, routed), state.ingresses)
-                self._telemetry.set_status(status, state.ready(model.name, routed))
+                ready = state.ready(model.name, routed)
+                self._chains[model.name].update(status, ready, state.ingresses, state.slots(model.name))
+                self._telemetry.set_status(status, ready)
 
 
 def routed_replicas(handle: DeploymentHandle) -> Collection[str] | None:

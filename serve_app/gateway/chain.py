@@ -4,17 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from serve_app.config import Model
+from serve_app.config import Deployment, Model
 from serve_app.core.engine import Engine
 from serve_app.core.queries import ModelStatus
 from serve_app.core.requests import GenerationRequest
 from serve_app.core.scaling import Demand
-from serve_app.gateway.admission import Admission
+from serve_app.core.tenants import Tenants
+from serve_app.gateway.admission import Admission, Room
+from serve_app.gateway.estimates import Estimates
 from serve_app.gateway.failover import Failover
+from serve_app.gateway.fair_queue import equal_weight
 from serve_app.gateway.outcome import Outcome, RequestMeter
 from serve_app.gateway.readiness import Readiness
 from serve_app.gateway.response_cache import ResponseCache, SharedCache
 from serve_app.gateway.workload import Workload
+
+# A replica gets one request more for each so many slots, so that the next one is there when a slot becomes free.
+_SLOTS_PER_SPARE = 8
 
 
 class ModelChain:
@@ -22,7 +28,7 @@ class ModelChain:
 
     `meter` measures a request; `woke` receives the seconds that a model took to wake; `resumed` is called when the
     answer of a lost replica goes on at another one; `arrived` is called when a request arrives that must be computed.
-    Without `cache` every answer is computed.
+    Without `cache` every answer is computed. `tenants` knows the weights of tenants; without it all have the same.
     """
 
     def __init__(
@@ -34,25 +40,23 @@ class ModelChain:
         resumed: Callable[[], None],
         arrived: Callable[[], None] = lambda: None,
         cache: SharedCache | None = None,
+        tenants: Tenants | None = None,
     ) -> None:
-        deployment = model.deployment
-        self._places_per_replica = self._places = deployment.max_ongoing_requests
+        self._deployment = deployment = model.deployment
         failover = Failover(innermost, resumed, draws_seeds=not model.may_use_vllm)
-        self._admission = Admission(failover, model.name, lambda: self._places, deployment.max_queued_requests)
+        estimates = Estimates()
+        weight = equal_weight if tenants is None else lambda name: tenants.tenant(name).weight
+        self._admission = Admission(failover, model.name, room_of(deployment, None, 1, 1), estimates, weight)
         held = deployment.max_ongoing_requests + deployment.max_queued_requests
         self._readiness = Readiness(self._admission, model, held, woke)
-        self._workload = Workload(self._readiness, arrived)
+        self._workload = Workload(self._readiness, arrived, estimates)
         self._cache = None if cache is None else ResponseCache(self._workload, model, cache)
         self.engine: Engine = Outcome(self._cache or self._workload, meter)
 
-    def update(self, status: ModelStatus, ready: int, ingresses: int) -> None:
-        """Take in the model's state, its ready replicas, and the number of ingresses that share their places.
-
-        There are places for one replica also when none is ready, for the first requests after a start.
-        """
-        self._places = -(-max(1, ready) * self._places_per_replica // max(1, ingresses))
+    def update(self, status: ModelStatus, ready: int, ingresses: int, slots: int | None = None) -> None:
+        """Take in the model's state, its ready replicas with their `slots`, and the number of ingresses."""
         self._readiness.update(status)
-        self._admission.capacity_changed()
+        self._admission.resize(room_of(self._deployment, slots, ready, ingresses))
 
     def demand(self) -> Demand:
         """What callers of this ingress want of the model; at least a request until a model that they woke is ready."""
@@ -68,3 +72,20 @@ class ModelChain:
         self._readiness.stop()
         if self._cache is not None:
             self._cache.stop()
+
+
+def room_of(deployment: Deployment, slots: int | None, ready: int, ingresses: int) -> Room:
+    """The share that one of the `ingresses` has of `ready` replicas, each of which runs `slots` sequences, if known.
+
+    A replica gets few requests more than it has slots. The others of its `max_ongoing_requests` wait at the ingress,
+    because the order in which a replica serves them is not fair to tenants. There is room for one replica also when
+    none is ready, for the first requests after a start.
+    """
+    ongoing = deployment.max_ongoing_requests
+    slots = min(ongoing, slots or ongoing)
+    places = min(ongoing, slots + -(-slots // _SLOTS_PER_SPARE))
+
+    def share(of_replica: int) -> int:
+        return -(-max(1, ready) * of_replica // max(1, ingresses))
+
+    return Room(share(slots), share(places), share(ongoing) + deployment.max_queued_requests)

@@ -1,0 +1,246 @@
+"""Weighted fair queueing of the requests of one model between tenants, by tokens. Pure: no clock, no event loop.
+
+The counters are those of the Virtual Token Counter: Sheng et al., "Fairness in Serving Large Language Models", OSDI
+2024. A tenant that begins to wait starts at the virtual time, as in start-time fair queueing: Goyal, Vin, Cheng,
+IEEE/ACM Transactions on Networking, 1997. A full queue drops from the longest line: Suter et al., "Buffer management
+schemes for supporting TCP in gigabit routers with per-flow queueing", IEEE Journal on Selected Areas in Communications,
+1999.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right, insort
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+# A waiting request gains one step of priority in 10 s.
+AGEING_PER_S = 0.1
+# A tenant without requests keeps its counter, and a free slot for its next request, for this time.
+IDLE_S = 30.0
+# One slot in 16 is kept for tenants that pause; none if there are fewer than 8 slots.
+_SLOTS_PER_KEPT, _FEWEST_SLOTS = 16, 8
+
+
+def equal_weight(_: str) -> float:
+    """The weight of each tenant of a service that knows none."""
+    return 1.0
+
+
+@dataclass(slots=True, eq=False)
+class Ticket(Generic[T]):
+    """A request that waits or runs. `cost` is the expected one, in tokens, and `charged` what its tenant has paid."""
+
+    item: T
+    share: _Share[T]
+    rank: tuple[float, int]
+    cost: float
+    charged: float = 0.0
+    waits: bool = True
+
+    @property
+    def tenant(self) -> str:
+        return self.share.name
+
+
+@dataclass(slots=True, eq=False)
+class _Share(Generic[T]):
+    """A tenant with requests, or whose last request ended lately. `served` is tokens divided by the weight."""
+
+    name: str
+    weight: float
+    served: float = 0.0
+    line: list[Ticket[T]] = field(default_factory=list)  # sorted by rank
+    cost: float = 0.0  # of the line
+    running: int = 0
+    idle_since: float = 0.0
+
+    @property
+    def order(self) -> tuple[float, float]:
+        """The tenant with the lowest value goes next."""
+        return self.served, self.running / self.weight
+
+    @property
+    def length(self) -> float:
+        return len(self.line) / self.weight
+
+
+class FairQueue(Generic[T]):
+    """Decides which request goes next, and which one is dropped.
+
+    While tenants wait, each gets tokens in proportion to its `weight(name)`. A request is charged its expected cost
+    when it starts, more when it exceeds it, and the true cost when it ends. The requests of one tenant go in the order
+    of `priority - AGEING_PER_S * waited`, the lowest first, and then of their arrival. The order of two requests does
+    not change while they wait, because both age alike.
+
+    A tenant that had a request in the last IDLE_S seconds and has none now keeps one slot free, so that its next
+    request starts at once although others have a backlog. At most one slot in 16 is kept. With one tenant, none is.
+
+    Times of `start`, `end` and `add` are in seconds of one clock. Memory is that of the tickets, and of the tenants
+    that had one in the last IDLE_S seconds. Every operation takes at most a time proportional to the tenants that wait.
+    """
+
+    def __init__(self, weight: Callable[[str], float] = equal_weight) -> None:
+        self._weight = weight
+        self._shares: dict[str, _Share[T]] = {}
+        self._waiting: dict[str, _Share[T]] = {}
+        self._idle: OrderedDict[str, _Share[T]] = OrderedDict()  # the longest idle first
+        self._virtual = 0.0  # `served` of the tenant that started last, before it was charged
+        self._numbers = count()
+        self._length = 0
+        self.running = 0
+        self.cost = 0.0  # of all requests that wait
+
+    def __len__(self) -> int:
+        return self._length
+
+    @property
+    def tenants(self) -> int:
+        """The number of tenants of which anything is known."""
+        return len(self._shares)
+
+    def add(self, item: T, tenant: str, priority: int, cost: float, now: float) -> Ticket[T]:
+        """Let a request wait. A tenant that did not wait gets no credit for that time."""
+        share = self._share(tenant)
+        self._idle.pop(tenant, None)
+        if not share.line:
+            share.served = max(share.served, self._virtual)
+            self._waiting[tenant] = share
+        ticket = Ticket(item, share, (priority + AGEING_PER_S * now, next(self._numbers)), cost)
+        insort(share.line, ticket, key=_rank)
+        self._wait(ticket, 1)
+        return ticket
+
+    def start(self, slots: int, places: int, now: float) -> Ticket[T] | None:
+        """The request that goes next, if there is a free place for it: it runs from now on.
+
+        `slots` requests are computed together. `places` is at least as many: the others are ready when a slot is free.
+        """
+        if not self._waiting:
+            return None
+        kept = self._kept(slots, now)
+        if self.running >= (slots - kept if kept else places):
+            return None
+        share = min(self._waiting.values(), key=_order)
+        ticket = share.line[0]
+        self._leave(ticket)
+        self._virtual = share.served
+        share.running += 1
+        self.running += 1
+        self.charge(ticket, ticket.cost)
+        return ticket
+
+    def charge(self, ticket: Ticket[T], cost: float) -> None:
+        """Note that a running request has cost so much so far."""
+        if cost > ticket.charged:
+            self._settle(ticket, cost)
+
+    def end(self, ticket: Ticket[T], cost: float, now: float) -> None:
+        """A running request has ended, with its true cost."""
+        self._settle(ticket, cost)
+        ticket.share.running -= 1
+        self.running -= 1
+        self._rest(ticket.share, now)
+
+    def remove(self, ticket: Ticket[T], now: float) -> None:
+        """A waiting request leaves."""
+        self._leave(ticket)
+        self._rest(ticket.share, now)
+
+    def to_drop(self, tenant: str) -> Ticket[T] | None:
+        """The waiting request that a request of `tenant` displaces from a full queue; None if it is refused itself.
+
+        It is the last one of the tenant that has the most waiting requests for its weight.
+        """
+        longest = max(self._waiting.values(), key=_length, default=None)
+        share = self._shares.get(tenant)
+        own = 0 if share is None else len(share.line)
+        weight = self._weight(tenant) if share is None else share.weight
+        if longest is None or longest is share or longest.length <= (own + 1) / weight:
+            return None
+        return longest.line[-1]
+
+    def ahead(self, tenant: str, now: float, priority: int | None = None) -> float:
+        """The cost of the waiting requests that go before a new one of `tenant`.
+
+        Without a priority, the new one is the last of its tenant.
+        """
+        share = self._shares.get(tenant)
+        own, begins, weight = 0.0, self._virtual, 1.0
+        if share is None:
+            weight = self._weight(tenant)
+        else:
+            weight = share.weight
+            own = share.cost if priority is None else _cost_before(share, priority + AGEING_PER_S * now)
+            begins = share.served if share.line else max(share.served, begins)
+        begins += own / weight
+        others = (other for other in self._waiting.values() if other is not share)
+        return own + sum(min(other.cost, max(0.0, begins - other.served) * other.weight) for other in others)
+
+    def _share(self, tenant: str) -> _Share[T]:
+        share = self._shares.get(tenant)
+        if share is None:
+            share = self._shares[tenant] = _Share(tenant, self._weight(tenant), self._virtual)
+        elif not share.line:
+            share.weight = self._weight(tenant)  # it may have been changed
+        return share
+
+    def _settle(self, ticket: Ticket[T], cost: float) -> None:
+        ticket.share.served += (cost - ticket.charged) / ticket.share.weight
+        ticket.charged = cost
+
+    def _leave(self, ticket: Ticket[T]) -> None:
+        """Take a ticket out of its line."""
+        share = ticket.share
+        del share.line[bisect_left(share.line, ticket.rank, key=_rank)]
+        self._wait(ticket, -1)
+        ticket.waits = False
+        if not share.line:
+            del self._waiting[share.name]
+            share.cost = 0.0  # without the rounding of the sums
+        if not self._waiting:
+            self.cost = 0.0
+
+    def _wait(self, ticket: Ticket[T], sign: int) -> None:
+        self._length += sign
+        ticket.share.cost += sign * ticket.cost
+        self.cost += sign * ticket.cost
+
+    def _rest(self, share: _Share[T], now: float) -> None:
+        """Note that a tenant has no request any more, if so."""
+        if not share.line and not share.running:
+            share.idle_since = now
+            self._idle[share.name] = share
+            self._forget(now)
+
+    def _forget(self, now: float) -> None:
+        while self._idle and now - next(iter(self._idle.values())).idle_since > IDLE_S:
+            del self._shares[self._idle.popitem(last=False)[0]]
+
+    def _kept(self, slots: int, now: float) -> int:
+        self._forget(now)
+        return min(len(self._idle), -(-slots // _SLOTS_PER_KEPT) if slots >= _FEWEST_SLOTS else 0)
+
+
+def _rank(ticket: Ticket[T]) -> tuple[float, int]:
+    return ticket.rank
+
+
+def _order(share: _Share[T]) -> tuple[float, float]:
+    return share.order
+
+
+def _length(share: _Share[T]) -> float:
+    return share.length
+
+
+def _cost_before(share: _Share[T], urgency: float) -> float:
+    """The cost of the tickets of a tenant that go before a new one with the first number of its rank."""
+    if not share.line or share.line[-1].rank[0] <= urgency:
+        return share.cost
+    end = bisect_right(share.line, urgency, key=lambda ticket: ticket.rank[0])
+    return sum(ticket.cost for ticket in share.line[:end])
