@@ -14,7 +14,8 @@ from serve_app.core.queries import A, Query
 from serve_app.core.requests import GenerationRequest
 from serve_app.errors import QueueFull, deadline_exceeded
 from serve_app.gateway.estimates import Estimates
-from serve_app.gateway.fair_queue import FairQueue, Ticket, equal_weight
+from serve_app.gateway.fair_queue import FairQueue, equal_weight
+from serve_app.gateway.fair_share import Ticket
 from serve_app.gateway.stage import Stage
 
 # Queries (tokenize, detokenize) of one model that run, and that wait, at the same time. They hold no place of a
@@ -70,7 +71,7 @@ class Admission(Stage):
         began, generated, finished = time.monotonic(), 0, False
         cost = self._estimates.prompt(request)
         try:
-            async with aclosing(self.inner.generate(request)) as chunks:
+            async with aclosing(begun_in_time(self.inner.generate(request), request)) as chunks:
                 async for chunk in chunks:
                     generated += len(chunk.events)
                     cost = chunk.prompt_tokens - chunk.cached_tokens + OUTPUT_COST * generated
@@ -120,11 +121,11 @@ class Admission(Stage):
 
     async def _wait(self, place: _Place, request: GenerationRequest) -> None:
         try:
-            async with asyncio.timeout(request.deadline - time.monotonic()):
+            async with asyncio.timeout(request.starts_by - time.monotonic()):
                 await asyncio.shield(place.item)
         except TimeoutError:
             self._leave(place)
-            raise deadline_exceeded(request.timeout_s) from None
+            raise deadline_exceeded(request.starts_by - request.arrived, "waited for a place") from None
         except asyncio.CancelledError:
             self._leave(place)
             raise
@@ -144,7 +145,7 @@ class Admission(Stage):
 
     def _check_deadline(self, request: GenerationRequest, now: float) -> None:
         """Raises QueueFull if the request cannot have a place before its deadline."""
-        remaining = request.deadline - now
+        remaining = request.starts_by - now
         if not len(self._queue) or self._seconds(self._queue.cost) < remaining:
             return
         wait_s = self._seconds(self._queue.ahead(request.tenant, now, request.priority))
@@ -180,3 +181,21 @@ class Admission(Stage):
         share = _SMOOTHING if self._mean_cost else 1.0
         self._mean_s += share * (seconds - self._mean_s)
         self._mean_cost += share * (cost - self._mean_cost)
+
+
+def begun_in_time(chunks: AsyncGenerator[Chunk, None], request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
+    """The chunks of a request. Raises DeadlineExceeded at its `first_token_deadline` if none has come."""
+    return chunks if request.first_token_deadline is None else _begun_by(chunks, request)
+
+
+async def _begun_by(chunks: AsyncGenerator[Chunk, None], request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
+    async with aclosing(chunks):
+        try:
+            async with asyncio.timeout(request.starts_by - time.monotonic()):
+                first = await anext(chunks, None)
+        except TimeoutError:
+            raise deadline_exceeded(request.starts_by - request.arrived, "had no token") from None
+        if first is not None:
+            yield first
+        async for chunk in chunks:
+            yield chunk

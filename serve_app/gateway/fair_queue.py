@@ -9,12 +9,12 @@ schemes for supporting TCP in gigabit routers with per-flow queueing", IEEE Jour
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right, insort
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from itertools import count
 from typing import Generic, TypeVar
+
+from serve_app.gateway.fair_share import Share, Ticket
 
 T = TypeVar("T")
 
@@ -29,44 +29,6 @@ _SLOTS_PER_KEPT, _FEWEST_SLOTS = 16, 8
 def equal_weight(_: str) -> float:
     """The weight of each tenant of a service that knows none."""
     return 1.0
-
-
-@dataclass(slots=True, eq=False)
-class Ticket(Generic[T]):
-    """A request that waits or runs. `cost` is the expected one, in tokens, and `charged` what its tenant has paid."""
-
-    item: T
-    share: _Share[T]
-    rank: tuple[float, int]
-    cost: float
-    charged: float = 0.0
-    waits: bool = True
-
-    @property
-    def tenant(self) -> str:
-        return self.share.name
-
-
-@dataclass(slots=True, eq=False)
-class _Share(Generic[T]):
-    """A tenant with requests, or whose last request ended lately. `served` is tokens divided by the weight."""
-
-    name: str
-    weight: float
-    served: float = 0.0
-    line: list[Ticket[T]] = field(default_factory=list)  # sorted by rank
-    cost: float = 0.0  # of the line
-    running: int = 0
-    idle_since: float = 0.0
-
-    @property
-    def order(self) -> tuple[float, float]:
-        """The tenant with the lowest value goes next."""
-        return self.served, self.running / self.weight
-
-    @property
-    def length(self) -> float:
-        return len(self.line) / self.weight
 
 
 class FairQueue(Generic[T]):
@@ -86,9 +48,9 @@ class FairQueue(Generic[T]):
 
     def __init__(self, weight: Callable[[str], float] = equal_weight) -> None:
         self._weight = weight
-        self._shares: dict[str, _Share[T]] = {}
-        self._waiting: dict[str, _Share[T]] = {}
-        self._idle: OrderedDict[str, _Share[T]] = OrderedDict()  # the longest idle first
+        self._shares: dict[str, Share[T]] = {}
+        self._waiting: dict[str, Share[T]] = {}
+        self._idle: OrderedDict[str, Share[T]] = OrderedDict()  # the longest idle first
         self._virtual = 0.0  # `served` of the tenant that started last, before it was charged
         self._numbers = count()
         self._length = 0
@@ -111,8 +73,9 @@ class FairQueue(Generic[T]):
             share.served = max(share.served, self._virtual)
             self._waiting[tenant] = share
         ticket = Ticket(item, share, (priority + AGEING_PER_S * now, next(self._numbers)), cost)
-        insort(share.line, ticket, key=_rank)
-        self._wait(ticket, 1)
+        share.add(ticket)
+        self._length += 1
+        self.cost += cost
         return ticket
 
     def start(self, slots: int, places: int, now: float) -> Ticket[T] | None:
@@ -137,11 +100,11 @@ class FairQueue(Generic[T]):
     def charge(self, ticket: Ticket[T], cost: float) -> None:
         """Note that a running request has cost so much so far."""
         if cost > ticket.charged:
-            self._settle(ticket, cost)
+            ticket.share.settle(ticket, cost)
 
     def end(self, ticket: Ticket[T], cost: float, now: float) -> None:
         """A running request has ended, with its true cost."""
-        self._settle(ticket, cost)
+        ticket.share.settle(ticket, cost)
         ticket.share.running -= 1
         self.running -= 1
         self._rest(ticket.share, now)
@@ -175,42 +138,30 @@ class FairQueue(Generic[T]):
             weight = self._weight(tenant)
         else:
             weight = share.weight
-            own = share.cost if priority is None else _cost_before(share, priority + AGEING_PER_S * now)
+            own = share.cost if priority is None else share.cost_before(priority + AGEING_PER_S * now)
             begins = share.served if share.line else max(share.served, begins)
         begins += own / weight
         others = (other for other in self._waiting.values() if other is not share)
         return own + sum(min(other.cost, max(0.0, begins - other.served) * other.weight) for other in others)
 
-    def _share(self, tenant: str) -> _Share[T]:
+    def _share(self, tenant: str) -> Share[T]:
         share = self._shares.get(tenant)
         if share is None:
-            share = self._shares[tenant] = _Share(tenant, self._weight(tenant), self._virtual)
+            share = self._shares[tenant] = Share(tenant, self._weight(tenant), self._virtual)
         elif not share.line:
             share.weight = self._weight(tenant)  # it may have been changed
         return share
 
-    def _settle(self, ticket: Ticket[T], cost: float) -> None:
-        ticket.share.served += (cost - ticket.charged) / ticket.share.weight
-        ticket.charged = cost
-
     def _leave(self, ticket: Ticket[T]) -> None:
         """Take a ticket out of its line."""
-        share = ticket.share
-        del share.line[bisect_left(share.line, ticket.rank, key=_rank)]
-        self._wait(ticket, -1)
-        ticket.waits = False
+        share, ticket.waits = ticket.share, False
+        share.remove(ticket)
+        self._length -= 1
         if not share.line:
             del self._waiting[share.name]
-            share.cost = 0.0  # without the rounding of the sums
-        if not self._waiting:
-            self.cost = 0.0
+        self.cost = self.cost - ticket.cost if self._waiting else 0.0
 
-    def _wait(self, ticket: Ticket[T], sign: int) -> None:
-        self._length += sign
-        ticket.share.cost += sign * ticket.cost
-        self.cost += sign * ticket.cost
-
-    def _rest(self, share: _Share[T], now: float) -> None:
+    def _rest(self, share: Share[T], now: float) -> None:
         """Note that a tenant has no request any more, if so."""
         if not share.line and not share.running:
             share.idle_since = now
@@ -226,21 +177,9 @@ class FairQueue(Generic[T]):
         return min(len(self._idle), -(-slots // _SLOTS_PER_KEPT) if slots >= _FEWEST_SLOTS else 0)
 
 
-def _rank(ticket: Ticket[T]) -> tuple[float, int]:
-    return ticket.rank
-
-
-def _order(share: _Share[T]) -> tuple[float, float]:
+def _order(share: Share[T]) -> tuple[float, float]:
     return share.order
 
 
-def _length(share: _Share[T]) -> float:
+def _length(share: Share[T]) -> float:
     return share.length
-
-
-def _cost_before(share: _Share[T], urgency: float) -> float:
-    """The cost of the tickets of a tenant that go before a new one with the first number of its rank."""
-    if not share.line or share.line[-1].rank[0] <= urgency:
-        return share.cost
-    end = bisect_right(share.line, urgency, key=lambda ticket: ticket.rank[0])
-    return sum(ticket.cost for ticket in share.line[:end])

@@ -207,6 +207,21 @@ async def test_the_other_tenant_s_backlog_delays_a_request_by_no_more_than_its_s
         await gate.end(name)
 
 
+async def test_an_answer_that_has_not_begun_in_time_is_ended() -> None:
+    gate = Gate(places=1, waiting=3)
+    never = asyncio.Event()
+    gate.engine.script = lambda one: [never] if one.id == "silent" else [chunk(), 0.1, LAST]
+    one = request("silent")
+    silent = replace(one, first_token_deadline=one.arrived + 0.03)
+    with pytest.raises(DeadlineExceeded, match=r"had no token after 0\.03 s"):
+        async for _ in gate.stage.generate(silent):
+            pass
+    assert (gate.engine.running, gate.stage.load("m").running) == (0, 0)
+    begun = request("begun")
+    slow = gate.stage.generate(replace(begun, first_token_deadline=begun.arrived + 0.05))
+    assert [one.finished async for one in slow] == [False, True], "the deadline is that of the first token only"
+
+
 async def test_queries_are_bounded_apart_from_generations() -> None:
     gate = Gate(places=1, waiting=1)
     gate.engine.query_gate = asyncio.Event()

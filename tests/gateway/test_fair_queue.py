@@ -8,7 +8,8 @@ from collections import Counter
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from serve_app.gateway.fair_queue import AGEING_PER_S, IDLE_S, FairQueue, Ticket
+from serve_app.gateway.fair_queue import AGEING_PER_S, IDLE_S, FairQueue
+from serve_app.gateway.fair_share import Ticket
 
 WEIGHTS = {"a": 1.0, "b": 2.0, "c": 4.0}
 # An arrival is a tenant, a priority, and the expected and the true cost.
