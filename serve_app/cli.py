@@ -16,9 +16,9 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from types import FrameType
 
-from serve_app import deploy, experiment_cli
 from serve_app.config import ConfigError
 from serve_app.deployments.cluster import Cluster, ClusterError, connect
 from serve_app.progress import Progress
@@ -26,7 +26,13 @@ from serve_app.readiness import waiting_models
 from serve_app.serve_file import ServeFile, load_serve_file
 
 _POLL_INTERVAL_S = 0.2
-_COMMANDS = {"deploy": deploy.main, "experiments": experiment_cli.main}
+# The modules of other commands, which are imported when they run: the database takes 0.2 s to import.
+_COMMANDS = {
+    "deploy": "serve_app.deploy",
+    "experiments": "serve_app.experiment_cli",
+    "keys": "serve_app.keys_cli",
+    "tenants": "serve_app.tenants_cli",
+}
 
 
 class StartError(Exception):
@@ -62,19 +68,21 @@ _interrupted = threading.Event()
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the service, or another command: `deploy`, `experiments`.
+    """Run the service, or another command.
 
     Returns the exit code: 0 after Ctrl-C, 130 after Ctrl-C during the start, 1 after an error.
     """
     words = sys.argv[1:] if argv is None else argv
     if words and words[0] in _COMMANDS:
-        return _COMMANDS[words[0]](words[1:])
+        code: int = import_module(_COMMANDS[words[0]]).main(words[1:])
+        return code
     arguments = _parser().parse_args(words)
     _on_signals(_interrupt)
     progress = Progress()
     try:
         file = load_serve_file(arguments.config)
         address = Address(arguments.host or file.http_options.host, arguments.port or file.http_options.port)
+        file.application.args.check_address(address.host)
         address.check()
         return _serve(arguments.ray_address, arguments.dashboard, address, file, progress)
     except KeyboardInterrupt:
@@ -97,7 +105,8 @@ def _parser() -> argparse.ArgumentParser:
         "and deploys the configuration file to it. Ctrl-C stops the service and everything that the command started.",
         epilog="Other commands: `python -m serve_app deploy --help` (deploy the file to a cluster that goes on running "
         "and restore the previous configuration if the new one cannot run), `python -m serve_app experiments --help` "
-        "(compare the variants of experiments, check their configuration).",
+        "(compare the variants of experiments, check their configuration), `python -m serve_app keys --help` and "
+        "`python -m serve_app tenants --help` (API keys, and the limits of their owners).",
     )
     parser.add_argument("--config", default="serve_config.yaml", help="Ray Serve config file (default: %(default)s)")
     parser.add_argument("--host", help="address to listen on (default: the file's http_options.host)")

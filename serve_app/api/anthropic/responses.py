@@ -10,6 +10,7 @@ from serve_app.api.responses import ErrorFormat, exact
 from serve_app.errors import (
     BodyTooLarge,
     DeadlineExceeded,
+    Forbidden,
     ModelNotFound,
     NotFound,
     NotReady,
@@ -17,11 +18,14 @@ from serve_app.errors import (
     QueueFull,
     RequestTimeout,
     ServeAppError,
+    Unauthorized,
 )
 
 StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use", "model_context_window_exceeded"]
 AnthropicErrorType = Literal[
     "invalid_request_error",
+    "authentication_error",
+    "permission_error",
     "not_found_error",
     "request_too_large",
     "rate_limit_error",
@@ -197,6 +201,8 @@ class Ping(TypedDict):
 MessageEvent = MessageStart | BlockStart | BlockDelta | BlockStop | MessageDelta | MessageStop | Ping | AnthropicError
 
 _ERROR_TYPES: dict[type[ServeAppError], AnthropicErrorType] = {
+    Unauthorized: "authentication_error",
+    Forbidden: "permission_error",
     ModelNotFound: "not_found_error",
     NotFound: "not_found_error",
     RequestTimeout: "timeout_error",

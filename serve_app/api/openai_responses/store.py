@@ -12,13 +12,14 @@ from serve_app.config import StoredResponses
 
 @dataclass(frozen=True, slots=True)
 class StoredResponse:
-    """A response as JSON, and its conversation: `earlier` items, those of the request's `input`, and the `output`."""
+    """A response of a tenant as JSON, and its conversation: `earlier` items, those of the `input`, and the `output`."""
 
     id: str
     body: bytes
     earlier: tuple[Item, ...]
     input: tuple[Item, ...]
     output: tuple[Item, ...]
+    tenant: str = ""
 
     @property
     def read(self) -> tuple[Item, ...]:
@@ -74,25 +75,25 @@ class ResponseStore:
         self._size += size
         self._remove_excess()
 
-    def get(self, response_id: str) -> StoredResponse | None:
-        """The stored response, which counts as a use."""
+    def get(self, response_id: str, tenant: str) -> StoredResponse | None:
+        """The stored response of the tenant, which counts as a use; None for that of another tenant."""
         self._remove_excess()
         entry = self._entries.get(response_id)
-        if entry is None:
+        if entry is None or entry.response.tenant != tenant:
             return None
         entry.used = self._clock()
         self._entries.move_to_end(response_id)
         return entry.response
 
-    def item(self, item_id: str) -> Item | None:
-        """The item of a stored response, which counts as a use of the response."""
-        response = self.get(self._owners.get(item_id, ""))
+    def item(self, item_id: str, tenant: str) -> Item | None:
+        """The item of a stored response of the tenant, which counts as a use of the response."""
+        response = self.get(self._owners.get(item_id, ""), tenant)
         items = () if response is None else (*response.input, *response.output)
         return next((item for item in items if item.id == item_id), None)
 
-    def delete(self, response_id: str) -> bool:
-        """Whether the response was stored."""
-        found = response_id in self._entries
+    def delete(self, response_id: str, tenant: str) -> bool:
+        """Whether the response was stored for the tenant."""
+        found = self.get(response_id, tenant) is not None
         if found:
             self._remove(response_id)
         self._remove_excess()
