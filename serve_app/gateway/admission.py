@@ -14,7 +14,7 @@ from serve_app.core.queries import A, Query
 from serve_app.core.requests import GenerationRequest
 from serve_app.errors import QueueFull, deadline_exceeded
 from serve_app.gateway.estimates import Estimates
-from serve_app.gateway.fair_queue import FairQueue, equal_weight
+from serve_app.gateway.fair_queue import FairQueue
 from serve_app.gateway.fair_share import Ticket
 from serve_app.gateway.stage import Stage
 
@@ -55,7 +55,7 @@ class Admission(Stage):
     """
 
     def __init__(
-        self, inner: Engine, model: str, room: Room, estimates: Estimates, weight: Callable[[str], float] = equal_weight
+        self, inner: Engine, model: str, room: Room, estimates: Estimates, weight: Callable[[str], float]
     ) -> None:
         super().__init__(inner)
         self._model = model

@@ -9,11 +9,10 @@ from serve_app.core.engine import Engine
 from serve_app.core.queries import ModelStatus
 from serve_app.core.requests import GenerationRequest
 from serve_app.core.scaling import Demand
-from serve_app.core.tenants import Tenants
+from serve_app.core.tenants import NoTenants, Tenants
 from serve_app.gateway.admission import Admission, Room
 from serve_app.gateway.estimates import Estimates
 from serve_app.gateway.failover import Failover
-from serve_app.gateway.fair_queue import equal_weight
 from serve_app.gateway.outcome import Outcome, RequestMeter
 from serve_app.gateway.readiness import Readiness
 from serve_app.gateway.response_cache import ResponseCache, SharedCache
@@ -45,8 +44,8 @@ class ModelChain:
         self._deployment = deployment = model.deployment
         failover = Failover(innermost, resumed, draws_seeds=not model.may_use_vllm)
         estimates = Estimates()
-        weight = equal_weight if tenants is None else lambda name: tenants.tenant(name).weight
-        self._admission = Admission(failover, model.name, room_of(deployment, None, 1, 1), estimates, weight)
+        room, known = room_of(deployment, None, 1, 1), tenants or NoTenants()
+        self._admission = Admission(failover, model.name, room, estimates, lambda name: known.tenant(name).weight)
         held = deployment.max_ongoing_requests + deployment.max_queued_requests
         self._readiness = Readiness(self._admission, model, held, woke)
         self._workload = Workload(self._readiness, arrived, estimates)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from itertools import count
 from typing import Generic, TypeVar
 
-from serve_app.gateway.fair_share import Share, Ticket
+from serve_app.gateway.fair_share import LowestShare, Share, Ticket
 
 T = TypeVar("T")
 
@@ -24,11 +24,6 @@ AGEING_PER_S = 0.1
 IDLE_S = 30.0
 # One slot in 16 is kept for tenants that pause; none if there are fewer than 8 slots.
 _SLOTS_PER_KEPT, _FEWEST_SLOTS = 16, 8
-
-
-def equal_weight(_: str) -> float:
-    """The weight of each tenant of a service that knows none."""
-    return 1.0
 
 
 class FairQueue(Generic[T]):
@@ -43,14 +38,17 @@ class FairQueue(Generic[T]):
     request starts at once although others have a backlog. At most one slot in 16 is kept. With one tenant, none is.
 
     Times of `start`, `end` and `add` are in seconds of one clock. Memory is that of the tickets, and of the tenants
-    that had one in the last IDLE_S seconds. Every operation takes at most a time proportional to the tenants that wait.
+    that had one in the last IDLE_S seconds. An operation takes a time that grows with the logarithm of the tenants.
     """
 
-    def __init__(self, weight: Callable[[str], float] = equal_weight) -> None:
+    def __init__(self, weight: Callable[[str], float]) -> None:
         self._weight = weight
         self._shares: dict[str, Share[T]] = {}
         self._waiting: dict[str, Share[T]] = {}
         self._idle: OrderedDict[str, Share[T]] = OrderedDict()  # the longest idle first
+        self._least_served: LowestShare[T] = LowestShare(_served)
+        self._longest: LowestShare[T] = LowestShare(_shortness)
+        self._weights = 0.0  # of the tenants that wait
         self._virtual = 0.0  # `served` of the tenant that started last, before it was charged
         self._numbers = count()
         self._length = 0
@@ -72,8 +70,12 @@ class FairQueue(Generic[T]):
         if not share.line:
             share.served = max(share.served, self._virtual)
             self._waiting[tenant] = share
+            self._weights += share.weight
         ticket = Ticket(item, share, (priority + AGEING_PER_S * now, next(self._numbers)), cost)
         share.add(ticket)
+        self._note(self._longest, share)
+        if len(share.line) == 1:
+            self._note(self._least_served, share)
         self._length += 1
         self.cost += cost
         return ticket
@@ -83,12 +85,10 @@ class FairQueue(Generic[T]):
 
         `slots` requests are computed together. `places` is at least as many: the others are ready when a slot is free.
         """
-        if not self._waiting:
-            return None
         kept = self._kept(slots, now)
-        if self.running >= (slots - kept if kept else places):
+        share = self._least_served.first()
+        if share is None or self.running >= (slots - kept if kept else places):
             return None
-        share = min(self._waiting.values(), key=_order)
         ticket = share.line[0]
         self._leave(ticket)
         self._virtual = share.served
@@ -104,10 +104,13 @@ class FairQueue(Generic[T]):
 
     def end(self, ticket: Ticket[T], cost: float, now: float) -> None:
         """A running request has ended, with its true cost."""
-        ticket.share.settle(ticket, cost)
-        ticket.share.running -= 1
+        share = ticket.share
+        share.settle(ticket, cost)
+        share.running -= 1
         self.running -= 1
-        self._rest(ticket.share, now)
+        if share.line:
+            self._note(self._least_served, share)
+        self._rest(share, now)
 
     def remove(self, ticket: Ticket[T], now: float) -> None:
         """A waiting request leaves."""
@@ -119,7 +122,7 @@ class FairQueue(Generic[T]):
 
         It is the last one of the tenant that has the most waiting requests for its weight.
         """
-        longest = max(self._waiting.values(), key=_length, default=None)
+        longest = self._longest.first()
         share = self._shares.get(tenant)
         own = 0 if share is None else len(share.line)
         weight = self._weight(tenant) if share is None else share.weight
@@ -128,21 +131,22 @@ class FairQueue(Generic[T]):
         return longest.line[-1]
 
     def ahead(self, tenant: str, now: float, priority: int | None = None) -> float:
-        """The cost of the waiting requests that go before a new one of `tenant`.
+        """The largest cost of waiting requests that can go before a new one of `tenant`.
 
-        Without a priority, the new one is the last of its tenant.
+        Without a priority, the new one is the last of its tenant. While the tenant gets what its own requests cost, the
+        others get no more than their weights allow, and no more than they need.
         """
         share = self._shares.get(tenant)
-        own, begins, weight = 0.0, self._virtual, 1.0
-        if share is None:
-            weight = self._weight(tenant)
-        else:
-            weight = share.weight
+        own, weights, begins = 0.0, self._weights, self._virtual
+        weight = self._weight(tenant) if share is None else share.weight
+        if share is not None:
             own = share.cost if priority is None else share.cost_before(priority + AGEING_PER_S * now)
             begins = share.served if share.line else max(share.served, begins)
-        begins += own / weight
-        others = (other for other in self._waiting.values() if other is not share)
-        return own + sum(min(other.cost, max(0.0, begins - other.served) * other.weight) for other in others)
+        if share is None or not share.line:
+            weights += weight
+        others = self.cost - (0.0 if share is None else share.cost)
+        lag = max(0.0, begins - self._virtual) + own / weight  # in virtual time
+        return own + min(others, lag * (weights - weight))
 
     def _share(self, tenant: str) -> Share[T]:
         share = self._shares.get(tenant)
@@ -159,7 +163,11 @@ class FairQueue(Generic[T]):
         self._length -= 1
         if not share.line:
             del self._waiting[share.name]
-        self.cost = self.cost - ticket.cost if self._waiting else 0.0
+            self._weights -= share.weight
+        if self._waiting:
+            self.cost -= ticket.cost
+        else:
+            self.cost = self._weights = 0.0  # without the rounding of the sums
 
     def _rest(self, share: Share[T], now: float) -> None:
         """Note that a tenant has no request any more, if so."""
@@ -172,14 +180,17 @@ class FairQueue(Generic[T]):
         while self._idle and now - next(iter(self._idle.values())).idle_since > IDLE_S:
             del self._shares[self._idle.popitem(last=False)[0]]
 
+    def _note(self, order: LowestShare[T], share: Share[T]) -> None:
+        order.lowered(share, self._waiting.values(), len(self._waiting))
+
     def _kept(self, slots: int, now: float) -> int:
         self._forget(now)
         return min(len(self._idle), -(-slots // _SLOTS_PER_KEPT) if slots >= _FEWEST_SLOTS else 0)
 
 
-def _order(share: Share[T]) -> tuple[float, float]:
-    return share.order
+def _served(share: Share[T]) -> float:
+    return share.served
 
 
-def _length(share: Share[T]) -> float:
-    return share.length
+def _shortness(share: Share[T]) -> float:
+    return -share.length

@@ -1,9 +1,12 @@
-"""The requests of one tenant in the fair queue of a model."""
+"""The requests of one tenant in the fair queue of a model, and an order of tenants."""
 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from heapq import heapify, heappop, heappush, heapreplace
+from itertools import count
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -45,11 +48,6 @@ class Share(Generic[T]):
     idle_since: float = 0.0
 
     @property
-    def order(self) -> tuple[float, float]:
-        """The tenant with the lowest value goes next."""
-        return self.served, self.running / self.weight
-
-    @property
     def length(self) -> float:
         """The number of waiting requests for its weight."""
         return len(self.line) / self.weight
@@ -73,6 +71,37 @@ class Share(Generic[T]):
             return self.cost
         end = bisect_right(self.line, urgency, key=_urgency)
         return sum(ticket.cost for ticket in self.line[:end])
+
+
+class LowestShare(Generic[T]):
+    """Finds the tenant with the lowest `key` among those that wait, in logarithmic time.
+
+    A key that has become lower is noted by `lowered`. One that has become higher is noticed when it is the lowest.
+    """
+
+    def __init__(self, key: Callable[[Share[T]], float]) -> None:
+        self._key = key
+        self._heap: list[tuple[float, int, Share[T]]] = []
+        self._numbers = count()
+
+    def lowered(self, share: Share[T], waiting: Iterable[Share[T]], most: int) -> None:
+        """Note a lower key, or a tenant that begins to wait. `waiting` are all that wait, at most `most`."""
+        heappush(self._heap, (self._key(share), next(self._numbers), share))
+        if len(self._heap) > 2 * most + 32:
+            self._heap = [(self._key(one), next(self._numbers), one) for one in waiting]
+            heapify(self._heap)
+
+    def first(self) -> Share[T] | None:
+        while self._heap:
+            noted, _, share = self._heap[0]
+            key = self._key(share)
+            if not share.line or key < noted:  # a later entry has the lower key
+                heappop(self._heap)
+            elif key > noted:
+                heapreplace(self._heap, (key, next(self._numbers), share))
+            else:
+                return share
+        return None
 
 
 def _rank(ticket: Ticket[T]) -> tuple[float, int]:

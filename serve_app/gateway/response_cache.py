@@ -59,8 +59,8 @@ class ResponseCache(Stage):
     """Sends a stored answer again, or computes it and stores it. Equal requests that arrive meanwhile follow.
 
     Only requests with one possible answer are looked up. A hit needs nothing of the stages behind this one. A request
-    follows another one only if both wait alike: with the same tenant and priority and, while the model is not ready,
-    for the same time. Answers that failed are not stored.
+    follows another one only if both wait alike: with the same priority and, while the model is not ready, for the same
+    time. Answers that failed are not stored.
     """
 
     def __init__(self, inner: Engine, model: Model, shared: SharedCache) -> None:
@@ -134,4 +134,4 @@ class ResponseCache(Stage):
 
     def _place(self, key: bytes, request: GenerationRequest) -> tuple[object, ...]:
         ready = self.inner.health(self._model).state is ModelState.READY
-        return key, request.tenant, request.priority, None if ready else request.wake_wait_s
+        return key, request.priority, None if ready else request.wake_wait_s

@@ -187,7 +187,7 @@ def test_with_one_tenant_no_slot_is_kept() -> None:
 
 
 def test_memory_is_that_of_the_tenants_of_the_last_half_minute() -> None:
-    queue: FairQueue[int] = FairQueue()
+    queue: FairQueue[int] = FairQueue(lambda _: 1.0)
     for number in range(10_000):
         now = number / 100
         queue.add(number, str(number), 0, 10, now)
@@ -229,6 +229,6 @@ def test_the_work_ahead_is_one_s_own_line_and_the_share_of_the_others() -> None:
         queue.add("a", "a", 0, 10, 0.0)
         queue.add("b", "b", 0, 10, 0.0)
     assert queue.ahead("new", 0.0) == 0, "it starts at the virtual time"
-    assert queue.ahead("b", 0.0) == 30 + 5, "a has had 10 tokens already, and gets half as many as b"
-    assert queue.ahead("a", 0.0) == 30 + 30
+    assert queue.ahead("b", 0.0) == 30 + 15, "a gets half as many tokens as b"
+    assert queue.ahead("a", 0.0) == 30 + 30, "b has no more"
     assert queue.ahead("a", 0.0, priority=-1) == 20, "only those of b: a has had 10 tokens"
