@@ -12,7 +12,8 @@ from serve_app.core.engine import Engine, EngineLoad
 from serve_app.core.events import Chunk
 from serve_app.core.queries import A, Query
 from serve_app.core.requests import GenerationRequest
-from serve_app.errors import QueueFull, deadline_exceeded
+from serve_app.errors import QueueFull, deadline_exceeded, rounded_s
+from serve_app.gateway.deadlines import begun_in_time
 from serve_app.gateway.estimates import Estimates
 from serve_app.gateway.fair_queue import FairQueue
 from serve_app.gateway.fair_share import Ticket
@@ -26,6 +27,9 @@ QUERIES_WAITING = 64
 OUTPUT_COST = 2.0
 # Weight of the newest answer in the mean speed of a place.
 _SMOOTHING = 0.1
+
+# A request waits if the expected wait is at most this share of its time, because the speed of a model varies.
+_WAIT_SHARE = 0.8
 
 _Place = Ticket[asyncio.Future[None]]
 
@@ -49,8 +53,8 @@ class Admission(Stage):
     FairQueue decides which waiting request goes next. `weight` is that of a tenant, by its name. The cost of a request
     is the tokens of its prompt that are computed, and OUTPUT_COST times those of its answer.
 
-    A request that cannot have a place before its deadline, by the speed that the places have shown, is refused with
-    QueueFull at once, as is one that finds the queue full. If another tenant has more waiting requests for its weight,
+    A request that should not expect a place in time, by the speed that the places have shown, is refused with QueueFull
+    at once, as is one that finds the queue full. If another tenant has more waiting requests for its weight,
     the last one of them is refused instead. A waiting request ends at its deadline.
     """
 
@@ -144,16 +148,16 @@ class Admission(Stage):
             place.item.set_result(None)
 
     def _check_deadline(self, request: GenerationRequest, now: float) -> None:
-        """Raises QueueFull if the request cannot have a place before its deadline."""
-        remaining = request.starts_by - now
-        if not len(self._queue) or self._seconds(self._queue.cost) < remaining:
+        """Raises QueueFull if the request should not expect a place in time."""
+        if not len(self._queue) and self._queue.running < self._room.slots:
             return
-        wait_s = self._seconds(self._queue.ahead(request.tenant, now, request.priority))
-        if wait_s >= remaining:
+        remaining = request.starts_by - now
+        wait_s = self._wait_s(request.tenant, now, request.priority)
+        if wait_s > _WAIT_SHARE * remaining:
             raise QueueFull(
-                f"{self._model} is too busy: a request would wait for about {wait_s:.1f} s, which is longer than the "
-                f"{max(0.0, remaining):.1f} s until the deadline of this one. Try again later.",
-                retry_after_s=max(1.0, wait_s - remaining),
+                f"{self._model} is too busy: a request waits for about {rounded_s(wait_s)} s, and this one has only "
+                f"{rounded_s(remaining)} s. Try again later.",
+                retry_after_s=max(1.0, wait_s - _WAIT_SHARE * remaining),
             )
 
     def _check_length(self, request: GenerationRequest, now: float) -> None:
@@ -167,35 +171,22 @@ class Admission(Stage):
         dropped.item.set_exception(self._full(dropped.tenant, now))
 
     def _full(self, tenant: str, now: float) -> QueueFull:
-        """The estimate is the time until the waiting requests of the tenant have a place."""
         return QueueFull(
             f"{self._model} has {len(self._queue)} requests waiting, which is its limit. Try again later.",
-            retry_after_s=max(1.0, self._seconds(self._queue.ahead(tenant, now))),
+            retry_after_s=max(1.0, self._wait_s(tenant, now)),
         )
 
-    def _seconds(self, cost: float) -> float:
-        """The time in which the places compute requests of this cost; 0 before the first has finished."""
-        return cost * self._mean_s / (self._mean_cost * self._room.places) if self._mean_cost else 0.0
+    def _wait_s(self, tenant: str, now: float, priority: int | None = None) -> float:
+        """The expected time until a new request of the tenant has a place; 0 before a request has finished.
+
+        Without a priority, the request is the last one of its tenant.
+        """
+        if not self._mean_cost:
+            return 0.0
+        cost = self._queue.ahead(tenant, now, priority) + self._mean_cost  # one more place must become free
+        return cost * self._mean_s / (self._mean_cost * self._room.places)
 
     def _learn(self, seconds: float, cost: float) -> None:
         share = _SMOOTHING if self._mean_cost else 1.0
         self._mean_s += share * (seconds - self._mean_s)
         self._mean_cost += share * (cost - self._mean_cost)
-
-
-def begun_in_time(chunks: AsyncGenerator[Chunk, None], request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
-    """The chunks of a request. Raises DeadlineExceeded at its `first_token_deadline` if none has come."""
-    return chunks if request.first_token_deadline is None else _begun_by(chunks, request)
-
-
-async def _begun_by(chunks: AsyncGenerator[Chunk, None], request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
-    async with aclosing(chunks):
-        try:
-            async with asyncio.timeout(request.starts_by - time.monotonic()):
-                first = await anext(chunks, None)
-        except TimeoutError:
-            raise deadline_exceeded(request.starts_by - request.arrived, "had no token") from None
-        if first is not None:
-            yield first
-        async for chunk in chunks:
-            yield chunk

@@ -35,7 +35,8 @@ class FairQueue(Generic[T]):
     not change while they wait, because both age alike.
 
     A tenant that had a request in the last IDLE_S seconds and has none now keeps one slot free, so that its next
-    request starts at once although others have a backlog. At most one slot in 16 is kept. With one tenant, none is.
+    request starts at once although others have a backlog. At most one slot in 16 is kept. With one tenant, or if all
+    have a backlog, none is.
 
     Times of `start`, `end` and `add` are in seconds of one clock. Memory is that of the tickets, and of the tenants
     that had one in the last IDLE_S seconds. An operation takes a time that grows with the logarithm of the tenants.
@@ -85,9 +86,9 @@ class FairQueue(Generic[T]):
 
         `slots` requests are computed together. `places` is at least as many: the others are ready when a slot is free.
         """
-        kept = self._kept(slots, now)
+        self._forget(now)
         share = self._least_served.first()
-        if share is None or self.running >= (slots - kept if kept else places):
+        if share is None or self.running >= self._limit(slots, places):
             return None
         ticket = share.line[0]
         self._leave(ticket)
@@ -183,9 +184,15 @@ class FairQueue(Generic[T]):
     def _note(self, order: LowestShare[T], share: Share[T]) -> None:
         order.lowered(share, self._waiting.values(), len(self._waiting))
 
-    def _kept(self, slots: int, now: float) -> int:
-        self._forget(now)
-        return min(len(self._idle), -(-slots // _SLOTS_PER_KEPT) if slots >= _FEWEST_SLOTS else 0)
+    def _limit(self, slots: int, places: int) -> int:
+        """The number of requests that may run before no further one starts.
+
+        While a tenant has no backlog, whether it pauses or runs, the others take no more places than there are slots.
+        Otherwise its next request would wait until those that are ready have had a slot.
+        """
+        if slots < _FEWEST_SLOTS or len(self._shares) == len(self._waiting):
+            return places
+        return slots - min(len(self._idle), -(-slots // _SLOTS_PER_KEPT))
 
 
 def _served(share: Share[T]) -> float:

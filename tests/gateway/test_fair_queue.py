@@ -166,7 +166,7 @@ def test_nothing_starves_behind_a_stream_of_urgent_requests(priorities: list[int
         assert now <= 10 / AGEING_PER_S + 1
 
 
-def test_a_slot_is_kept_for_a_tenant_that_pauses_and_none_for_one_that_has_gone() -> None:
+def test_a_slot_is_kept_for_a_tenant_that_pauses() -> None:
     queue = queue_of({"light": 1.0, "flood": 1.0})
     queue.add("light", "light", 0, 10, 0.0)
     queue.end(started(queue, 16)[0], 10, 0.0)
@@ -175,8 +175,20 @@ def test_a_slot_is_kept_for_a_tenant_that_pauses_and_none_for_one_that_has_gone(
     assert len(started(queue, 16, 1.0)) == 15
     queue.add("light", "light", 0, 10, 2.0)
     assert [ticket.item for ticket in started(queue, 16, 2.0)] == ["light"]
-    assert [ticket.item for ticket in started(queue, 18, 2.0)] == ["flood", "flood"], "light uses its slot"
-    assert queue.start(16, 18, IDLE_S + 2.1) is None
+    assert queue.start(16, 18, 2.0) is None, "light uses its slot, and no place is taken ahead of its next request"
+    queue.add("light", "light", 0, 10, 3.0)
+    more = list(iter(lambda: queue.start(16, 18, 3.0), None))
+    assert {ticket.item for ticket in more} == {"light", "flood"}, "light has a backlog itself"
+
+
+def test_a_tenant_that_has_gone_keeps_no_slot() -> None:
+    queue = queue_of({"light": 1.0, "flood": 1.0})
+    queue.add("light", "light", 0, 10, 0.0)
+    queue.end(started(queue, 16)[0], 10, 0.0)
+    for _ in range(40):
+        queue.add("flood", "flood", 0, 10, IDLE_S)
+    assert len(started(queue, 16, IDLE_S)) == 15
+    assert len(list(iter(lambda: queue.start(16, 18, IDLE_S + 0.1), None))) == 3
 
 
 def test_with_one_tenant_no_slot_is_kept() -> None:

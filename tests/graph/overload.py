@@ -17,22 +17,23 @@ from tests.graph.service import stream_events
 
 @dataclass
 class Tally:
-    """What became of requests: statuses, the seconds of each refusal, TTFTs, and tokens of complete answers.
+    """What became of requests: statuses, the seconds of each refusal, TTFTs, and the number of tokens.
 
+    `ttft_s` are measured by the client, `service_ttft_s` by the ingress.
     `wrong` are answers that do not keep to the contract, such as a stream without an end, and requests that hang.
     """
 
     statuses: Counter[int] = field(default_factory=Counter)
     refusal_s: list[float] = field(default_factory=list)
     ttft_s: list[float] = field(default_factory=list)
+    service_ttft_s: list[float] = field(default_factory=list)
     tokens: int = 0
     wrong: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         return (
-            f"statuses {dict(self.statuses)}, refusals p99 {percentile(self.refusal_s, 99) * 1e3:.1f} ms, "
-            f"TTFT p50 {percentile(self.ttft_s, 50) * 1e3:.0f} ms, p99 {percentile(self.ttft_s, 99) * 1e3:.0f} ms, "
-            f"{self.tokens} tokens"
+            f"statuses {dict(self.statuses)}, {self.tokens} tokens, p50 and p99 in ms: refusals "
+            f"{shown(self.refusal_s)}, TTFT {shown(self.ttft_s)}, TTFT at the ingress {shown(self.service_ttft_s)}"
         )
 
 
@@ -42,11 +43,16 @@ def percentile(values: list[float], percent: float) -> float:
     return ordered[max(0, -int(-len(ordered) * percent // 100) - 1)] if ordered else 0.0
 
 
+def shown(seconds: list[float]) -> str:
+    """The median and the 99th percentile in milliseconds."""
+    return f"{percentile(seconds, 50) * 1e3:.0f} and {percentile(seconds, 99) * 1e3:.0f}"
+
+
 async def send(
     client: httpx.AsyncClient, body: Mapping[str, Any], tally: Tally, headers: Mapping[str, str] | None = None
 ) -> None:
     """One stream of the native API, read to its end."""
-    began, tokens, finished = time.monotonic(), 0, False
+    began, first, finished = time.monotonic(), True, False
     async with client.stream("POST", "/generate_stream", json=dict(body), headers=dict(headers or {})) as response:
         tally.statuses[response.status_code] += 1
         if response.status_code != 200:
@@ -59,11 +65,12 @@ async def send(
             if "error" in event:
                 tally.wrong.append(event["error"]["code"])
                 return
-            if not tokens:
+            if first:
                 tally.ttft_s.append(time.monotonic() - began)
-            tokens += 1
+                tally.service_ttft_s.append(event["elapsed_ms"] / 1e3)
+            first = False
+            tally.tokens += "token" in event
             finished = finished or event.get("finish_reason") is not None
-    tally.tokens += tokens
     if not finished:
         tally.wrong.append("no end")
 
@@ -95,9 +102,10 @@ async def keep_busy(
     parallel: int,
     seconds: float,
     headers: Mapping[str, str] | None = None,
+    tally: Tally | None = None,
 ) -> Tally:
-    """Send requests one after the other in each of `parallel` tasks."""
-    tally, end = Tally(), time.monotonic() + seconds
+    """Send requests one after the other in each of `parallel` tasks. Counts them in `tally` while they run."""
+    tally, end = tally or Tally(), time.monotonic() + seconds
 
     async def repeat() -> None:
         while time.monotonic() < end:
