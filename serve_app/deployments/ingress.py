@@ -151,7 +151,17 @@ class Ingress:
         telemetry, name = self._telemetry, model.name
         resumed, arrived = partial(telemetry.resumed, name), partial(self._arrived, name)
         woke = partial(telemetry.woke, name)
-        return ModelChain(model, remote, telemetry.meter, woke, resumed, arrived, self._cache, self._access.tenants)
+        return ModelChain(
+            model,
+            remote,
+            telemetry.meter,
+            woke,
+            resumed,
+            arrived,
+            self._cache,
+            self._access.tenants,
+            telemetry.queue_meter(name),
+        )
 
     def _arrived(self, model: str) -> None:
         """A request has arrived. The autoscaler learns of it at once if the model has no replica."""

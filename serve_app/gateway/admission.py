@@ -6,17 +6,18 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from dataclasses import dataclass
 
 from serve_app.core.engine import Engine, EngineLoad
 from serve_app.core.events import Chunk
 from serve_app.core.queries import A, Query
+from serve_app.core.queue_meter import QueueMeter
 from serve_app.core.requests import GenerationRequest
 from serve_app.errors import QueueFull, deadline_exceeded, rounded_s
 from serve_app.gateway.deadlines import begun_in_time
 from serve_app.gateway.estimates import Estimates
 from serve_app.gateway.fair_queue import FairQueue
 from serve_app.gateway.fair_share import Ticket
+from serve_app.gateway.room import Room
 from serve_app.gateway.stage import Stage
 
 # Queries (tokenize, detokenize) of one model that run, and that wait, at the same time. They hold no place of a
@@ -34,19 +35,6 @@ _WAIT_SHARE = 0.8
 _Place = Ticket[asyncio.Future[None]]
 
 
-@dataclass(frozen=True, slots=True)
-class Room:
-    """What a model has for the requests of one ingress.
-
-    `slots` are computed together, and `places` requests are sent to the replicas, so that some are ready when a slot is
-    free. `total` requests are accepted: those without a place wait here.
-    """
-
-    slots: int
-    places: int
-    total: int
-
-
 class Admission(Stage):
     """Lets as many requests of one model through as it has places, and queues others.
 
@@ -59,12 +47,19 @@ class Admission(Stage):
     """
 
     def __init__(
-        self, inner: Engine, model: str, room: Room, estimates: Estimates, weight: Callable[[str], float]
+        self,
+        inner: Engine,
+        model: str,
+        room: Room,
+        estimates: Estimates,
+        weight: Callable[[str], float],
+        meter: QueueMeter,
     ) -> None:
         super().__init__(inner)
         self._model = model
         self._room = room
         self._estimates = estimates
+        self._meter = meter
         self._queue: FairQueue[asyncio.Future[None]] = FairQueue(weight)
         self._mean_s = self._mean_cost = 0.0  # of a finished request in its place; 0 before the first
         self._queries = asyncio.Semaphore(QUERIES_RUNNING)
@@ -121,6 +116,7 @@ class Admission(Stage):
         self._fill()
         if place.waits:
             await self._wait(place, request)
+        self._meter.started(request.tenant, time.monotonic() - now)
         return place
 
     async def _wait(self, place: _Place, request: GenerationRequest) -> None:
@@ -154,6 +150,7 @@ class Admission(Stage):
         remaining = request.starts_by - now
         wait_s = self._wait_s(request.tenant, now, request.priority)
         if wait_s > _WAIT_SHARE * remaining:
+            self._meter.refused("late")
             raise QueueFull(
                 f"{self._model} is too busy: a request waits for about {rounded_s(wait_s)} s, and this one has only "
                 f"{rounded_s(remaining)} s. Try again later.",
@@ -165,6 +162,7 @@ class Admission(Stage):
         if self._queue.running + len(self._queue) < self._room.total or not len(self._queue):
             return
         dropped = self._queue.to_drop(request.tenant)
+        self._meter.refused("full" if dropped is None else "dropped")
         if dropped is None:
             raise self._full(request.tenant, now)
         self._queue.remove(dropped, now)

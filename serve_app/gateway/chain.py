@@ -4,22 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from serve_app.config import Deployment, Model
+from serve_app.config import Model
 from serve_app.core.engine import Engine
 from serve_app.core.queries import ModelStatus
+from serve_app.core.queue_meter import QueueMeter, Unmeasured
 from serve_app.core.requests import GenerationRequest
 from serve_app.core.scaling import Demand
 from serve_app.core.tenants import NoTenants, Tenants
-from serve_app.gateway.admission import Admission, Room
+from serve_app.gateway.admission import Admission
 from serve_app.gateway.estimates import Estimates
 from serve_app.gateway.failover import Failover
 from serve_app.gateway.outcome import Outcome, RequestMeter
 from serve_app.gateway.readiness import Readiness
 from serve_app.gateway.response_cache import ResponseCache, SharedCache
+from serve_app.gateway.room import room_of
 from serve_app.gateway.workload import Workload
-
-# A replica gets one request more for each so many slots, so that the next one is there when a slot becomes free.
-_SLOTS_PER_SPARE = 8
 
 
 class ModelChain:
@@ -28,6 +27,7 @@ class ModelChain:
     `meter` measures a request; `woke` receives the seconds that a model took to wake; `resumed` is called when the
     answer of a lost replica goes on at another one; `arrived` is called when a request arrives that must be computed.
     Without `cache` every answer is computed. `tenants` knows the weights of tenants; without it all have the same.
+    `queue_meter` measures the queue.
     """
 
     def __init__(
@@ -40,12 +40,20 @@ class ModelChain:
         arrived: Callable[[], None] = lambda: None,
         cache: SharedCache | None = None,
         tenants: Tenants | None = None,
+        queue_meter: QueueMeter | None = None,
     ) -> None:
         self._deployment = deployment = model.deployment
         failover = Failover(innermost, resumed, draws_seeds=not model.may_use_vllm)
         estimates = Estimates()
         room, known = room_of(deployment, None, 1, 1), tenants or NoTenants()
-        self._admission = Admission(failover, model.name, room, estimates, lambda name: known.tenant(name).weight)
+        self._admission = Admission(
+            failover,
+            model.name,
+            room,
+            estimates,
+            lambda name: known.tenant(name).weight,
+            queue_meter or Unmeasured(),
+        )
         held = deployment.max_ongoing_requests + deployment.max_queued_requests
         self._readiness = Readiness(self._admission, model, held, woke)
         self._workload = Workload(self._readiness, arrived, estimates)
@@ -71,20 +79,3 @@ class ModelChain:
         self._readiness.stop()
         if self._cache is not None:
             self._cache.stop()
-
-
-def room_of(deployment: Deployment, slots: int | None, ready: int, ingresses: int) -> Room:
-    """The share that one of the `ingresses` has of `ready` replicas, each of which runs `slots` sequences, if known.
-
-    A replica gets few requests more than it has slots. The others of its `max_ongoing_requests` wait at the ingress,
-    because the order in which a replica serves them is not fair to tenants. There is room for one replica also when
-    none is ready, for the first requests after a start.
-    """
-    ongoing = deployment.max_ongoing_requests
-    slots = min(ongoing, slots or ongoing)
-    places = min(ongoing, slots + -(-slots // _SLOTS_PER_SPARE))
-
-    def share(of_replica: int) -> int:
-        return -(-max(1, ready) * of_replica // max(1, ingresses))
-
-    return Room(share(slots), share(places), share(ongoing) + deployment.max_queued_requests)

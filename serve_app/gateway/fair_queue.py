@@ -35,11 +35,10 @@ class FairQueue(Generic[T]):
     not change while they wait, because both age alike.
 
     A tenant that had a request in the last IDLE_S seconds and has none now keeps one slot free, so that its next
-    request starts at once although others have a backlog. At most one slot in 16 is kept. With one tenant, or if all
-    have a backlog, none is.
+    request starts at once although others have a backlog. At most one slot in 16 is kept; with one tenant none is.
 
-    Times of `start`, `end` and `add` are in seconds of one clock. Memory is that of the tickets, and of the tenants
-    that had one in the last IDLE_S seconds. An operation takes a time that grows with the logarithm of the tenants.
+    Times are in seconds of one clock. Memory is that of the tickets, and of the tenants that had one in the last IDLE_S
+    seconds. An operation takes a time that grows with the logarithm of the tenants.
     """
 
     def __init__(self, weight: Callable[[str], float]) -> None:
@@ -59,7 +58,6 @@ class FairQueue(Generic[T]):
     def __len__(self) -> int:
         return self._length
 
-    @property
     def tenants(self) -> int:
         """The number of tenants of which anything is known."""
         return len(self._shares)
@@ -165,9 +163,8 @@ class FairQueue(Generic[T]):
         if not share.line:
             del self._waiting[share.name]
             self._weights -= share.weight
-        if self._waiting:
-            self.cost -= ticket.cost
-        else:
+        self.cost -= ticket.cost
+        if not self._waiting:
             self.cost = self._weights = 0.0  # without the rounding of the sums
 
     def _rest(self, share: Share[T], now: float) -> None:
@@ -185,7 +182,7 @@ class FairQueue(Generic[T]):
         order.lowered(share, self._waiting.values(), len(self._waiting))
 
     def _limit(self, slots: int, places: int) -> int:
-        """The number of requests that may run before no further one starts.
+        """The number of running requests from which on no further one starts.
 
         While a tenant has no backlog, whether it pauses or runs, the others take no more places than there are slots.
         Otherwise its next request would wait until those that are ready have had a slot.

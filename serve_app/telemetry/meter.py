@@ -21,6 +21,7 @@ from serve_app.telemetry.metrics import (
     RequestSeries,
 )
 from serve_app.telemetry.process import ProcessMetrics
+from serve_app.telemetry.queue_metrics import QueueSeries
 
 
 class IngressMetrics:
@@ -32,11 +33,13 @@ class IngressMetrics:
         self._series = {model: RequestSeries(model, replica) for model in models}
         self._gen_ai = GenAiSeries(replica) if opentelemetry else None
         self.experiments = ExperimentSeries(replica, models)
+        self.queues = QueueSeries(replica, models)
         self._process = ProcessMetrics("", replica)
 
     def families(self, lag_s: float) -> list[Metric]:
         """All metric families. `lag_s` is the delay of the event loop in seconds."""
         families = [*self._process.families(lag_s), *self.http.families(), *self.cache.families()]
+        families += self.queues.families()
         families += self.experiments.families()
         for series in self._series.values():
             families += series.families()

@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 
 from serve_app.core.queries import GetModelInfo
+from serve_app.core.queue_meter import RefusalReason
 from serve_app.errors import DeadlineExceeded, QueueFull
-from serve_app.gateway.admission import QUERIES_RUNNING, QUERIES_WAITING, Admission, Room
+from serve_app.gateway.admission import QUERIES_RUNNING, QUERIES_WAITING, Admission
 from serve_app.gateway.estimates import Estimates
+from serve_app.gateway.room import Room
 from tests.gateway.scripted import LAST, ScriptedEngine, chunk, request
 
 WEIGHTS = {"": 1.0, "light": 1.0, "heavy": 4.0}
@@ -26,9 +29,18 @@ class Gate:
         self.engine = ScriptedEngine(lambda r: [chunk(), self.ends.setdefault(r.id, asyncio.Event()), LAST])
         self.waiting = waiting
         self.stage = Admission(
-            self.engine, "m", Room(places, places, places + waiting), Estimates(), WEIGHTS.__getitem__
+            self.engine, "m", Room(places, places, places + waiting), Estimates(), WEIGHTS.__getitem__, self
         )
         self.tasks: dict[str, asyncio.Task[None]] = {}
+        self.started_by: Counter[str] = Counter()
+        self.refusals: list[RefusalReason] = []
+
+    def started(self, tenant: str, seconds: float) -> None:
+        assert 0 <= seconds < 10
+        self.started_by[tenant] += 1
+
+    def refused(self, reason: RefusalReason) -> None:
+        self.refusals.append(reason)
 
     def resize(self, places: int) -> None:
         self.stage.resize(Room(places, places, places + self.waiting))
@@ -165,6 +177,7 @@ async def test_a_full_queue_drops_the_last_request_of_the_tenant_that_has_more_f
     for name in ("runs", "other", "a", "b"):
         await gate.end(name)
     assert gate.begun == ["runs", "other", "a", "b"]
+    assert (gate.started_by, gate.refusals) == ({"light": 3, "heavy": 1}, ["dropped", "full"])
     await asyncio.gather(*gate.tasks.values(), return_exceptions=True)
 
 
@@ -187,6 +200,7 @@ async def test_a_request_that_cannot_start_before_its_deadline_is_refused_at_onc
     for name in ("a", "urgent", "b", "c", "d", "patient"):
         await gate.end(name)
     assert gate.begun == ["first", "a", "urgent", "b", "c", "d", "patient"]
+    assert gate.refusals == ["late"]
     await asyncio.gather(urgent, patient)
 
 

@@ -206,9 +206,9 @@ def test_memory_is_that_of_the_tenants_of_the_last_half_minute() -> None:
         ticket = queue.start(1, 1, now)
         assert ticket is not None
         queue.end(ticket, 10, now)
-        assert queue.tenants <= IDLE_S * 100 + 2
+        assert queue.tenants() <= IDLE_S * 100 + 2
     queue.remove(queue.add(1, "last", 0, 10, 1000.0), 1000.0)
-    assert queue.tenants == 1
+    assert queue.tenants() == 1
 
 
 @given(arrivals)
