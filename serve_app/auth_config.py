@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
@@ -12,7 +13,6 @@ from serve_app.section import Section
 
 # Signatures by a private key that the service does not have. With HS256, who can check a token can also sign one.
 Algorithm = Literal["RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA"]
-_LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 class Oidc(Section):
@@ -40,7 +40,7 @@ class Oidc(Section):
     @classmethod
     def _check_transport(cls, url: str) -> str:
         """Who can change the answer of this URL can sign tokens."""
-        if urlsplit(url).scheme != "https" and urlsplit(url).hostname not in _LOOPBACK:
+        if urlsplit(url).scheme != "https" and not is_loopback(urlsplit(url).hostname or ""):
             raise ValueError("use https, except on loopback: the answer has the keys that tokens are checked with")
         return url
 
@@ -67,4 +67,7 @@ class AuthOptions(Section):
 
 def is_loopback(host: str) -> bool:
     """Whether only programs of this machine reach a server that listens on this address."""
-    return host in _LOOPBACK or host.startswith("127.")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -9,8 +9,10 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import signal
 import socket
+import ssl
 import sys
 import threading
 import time
@@ -19,8 +21,10 @@ from dataclasses import dataclass
 from importlib import import_module
 from types import FrameType
 
-from serve_app.config import ConfigError
+from serve_app.config import AuthOptions, ConfigError
+from serve_app.deployments import haproxy
 from serve_app.deployments.cluster import Cluster, ClusterError, connect
+from serve_app.deployments.haproxy import TLS_CERTIFICATE
 from serve_app.progress import Progress
 from serve_app.readiness import waiting_models
 from serve_app.serve_file import ServeFile, load_serve_file
@@ -48,6 +52,7 @@ class Address:
 
     def check(self) -> None:
         """Raises StartError if the address cannot be bound. Ray's own error would not give the reason."""
+        _check_certificate(os.environ.get(TLS_CERTIFICATE))
         try:
             family, kind, _, _, address = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)[0]
             with socket.socket(family, kind) as probe:
@@ -60,7 +65,8 @@ class Address:
         """The service's URL for clients on this machine."""
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
         host = f"[{host}]" if ":" in host else host
-        return f"http://{host}:{self.port}{route_prefix.rstrip('/')}"
+        scheme = "https" if os.environ.get(TLS_CERTIFICATE) else "http"
+        return f"{scheme}://{host}:{self.port}{route_prefix.rstrip('/')}"
 
 
 # Set by the signal handler: other code may swallow its KeyboardInterrupt, or raise another exception because of it.
@@ -82,6 +88,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         file = load_serve_file(arguments.config)
         address = Address(arguments.host or file.http_options.host, arguments.port or file.http_options.port)
+        if arguments.allow_anonymous:
+            file = _with_everyone(file)
         file.application.args.check_address(address.host)
         address.check()
         return _serve(arguments.ray_address, arguments.dashboard, address, file, progress)
@@ -112,6 +120,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--host", help="address to listen on (default: the file's http_options.host)")
     parser.add_argument("--port", type=_port, help="port to listen on (default: the file's http_options.port)")
     parser.add_argument(
+        "--allow-anonymous",
+        action="store_true",
+        help="let everyone who reaches the port use the service without an API key, on any address",
+    )
+    parser.add_argument(
         "--ray-address",
         default="auto",
         help="auto: the reachable Ray cluster, otherwise a new local Ray; local: a new local Ray; "
@@ -124,6 +137,31 @@ def _parser() -> argparse.ArgumentParser:
         help="start Ray without its dashboard, which takes seconds at the start and 200 MB of memory",
     )
     return parser
+
+
+def _check_certificate(path: str | None) -> None:
+    """Raises StartError if the file of TLS_CERTIFICATE cannot be used, or if no HAProxy is there to use it."""
+    if not path:
+        return
+    if haproxy.find() is None or os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "0":
+        raise StartError(f"{TLS_CERTIFICATE} needs HAProxy, which Ray Serve does not have or does not use here")
+    try:
+        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(path)
+    except OSError as error:
+        raise StartError(
+            f"{TLS_CERTIFICATE}: {path} is no PEM file with a certificate and its private key: {error}"
+        ) from None
+
+
+def _with_everyone(file: ServeFile) -> ServeFile:
+    """The file with `auth: {allow_anonymous: true}`. Raises StartError if it demands keys."""
+    application = file.application
+    if application.args.checks_keys:
+        raise StartError(
+            "--allow-anonymous contradicts `auth` of the file, which demands API keys; leave one of them out"
+        )
+    args = application.args.model_copy(update={"auth": AuthOptions(allow_anonymous=True)})
+    return file.model_copy(update={"applications": (application.model_copy(update={"args": args}),)})
 
 
 def _port(text: str) -> int:

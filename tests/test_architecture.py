@@ -59,6 +59,7 @@ RULES: dict[str, set[str]] = {
     "progress.py": set(),
     "deploy.py": {"ray", "serve_app.config", "serve_app.progress", "serve_app.serve_file"},
     "cli.py": {"ray", "serve_app.app", "serve_app.config", "serve_app.deployments.cluster", "serve_app.readiness"}
+    | {"serve_app.deployments.haproxy"}
     | {"serve_app.progress", "serve_app.serve_file"},
     "__main__.py": {"serve_app.cli"},
     "__init__.py": set(),

@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Receive, Scope as AsgiScope, Send
 from serve_app.api.error_handlers import ErrorHandlers
 from serve_app.api.telemetry import ServiceTelemetry
 from serve_app.core.tenants import Authenticator, CredentialsRefused, Identity, Scope
-from serve_app.errors import Forbidden, ServeAppError, Unauthorized
+from serve_app.errors import InvalidApiKey, PermissionDenied, ServeAppError
 
 
 class Public(Enum):
@@ -106,7 +106,7 @@ class Authenticate:
         await self.app(scope, receive, send)
 
     async def _identity(self, scope: AsgiScope) -> Identity:
-        """Raises Unauthorized, Forbidden, NotReady."""
+        """Raises InvalidApiKey, PermissionDenied, NotReady."""
         needed = policy_of(self._routes, scope)
         try:
             identity = await self._authenticator.authenticate(credentials_of(Headers(scope=scope)))
@@ -114,7 +114,7 @@ class Authenticate:
             if needed is PUBLIC:
                 return NOBODY
             self._telemetry.auth_refused(error.reason)
-            raise Unauthorized(error.message) from None
+            raise InvalidApiKey(error.message) from None
         except ServeAppError:
             if needed is PUBLIC:
                 return NOBODY
@@ -122,7 +122,7 @@ class Authenticate:
             raise
         if isinstance(needed, Scope) and needed not in identity.scopes:
             self._telemetry.auth_refused("scope")
-            raise Forbidden(f"The key does not have the scope '{needed}', which this path needs.")
+            raise PermissionDenied(f"The key does not have the scope '{needed}', which this path needs.")
         return identity
 
 

@@ -32,9 +32,14 @@ def room_of(deployment: Deployment, slots: int | None, ready: int, ingresses: in
     """
     ongoing = deployment.max_ongoing_requests
     slots = min(ongoing, slots or ongoing)
-    places = min(ongoing, slots + -(-slots // _SLOTS_PER_SPARE))
+    places = places_of_replica(slots, ongoing)
 
     def share(of_replica: int) -> int:
         return -(-max(1, ready) * of_replica // max(1, ingresses))
 
     return Room(share(slots), share(places), share(ongoing) + deployment.max_queued_requests)
+
+
+def places_of_replica(slots: int, ongoing: int) -> int:
+    """The requests that a replica with so many slots gets at most, if it takes `ongoing`."""
+    return min(ongoing, slots + -(-slots // _SLOTS_PER_SPARE))

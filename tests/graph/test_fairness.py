@@ -14,7 +14,7 @@ from serve_app.database import open_database
 from serve_app.database_config import DatabaseOptions
 from serve_app.tenants.store import NewKey, TenantStore
 from tests.graph.overload import Tally, keep_busy, percentile, send, shown
-from tests.graph.service import Config, Service, http_client, model_config
+from tests.graph.service import Service, http_client, model_config
 
 pytestmark = [pytest.mark.ray, pytest.mark.long]
 
@@ -43,8 +43,7 @@ def tenants(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         engine={"max_running": 16},
         deployment={"max_ongoing_requests": 64, "max_queued_requests": 256},
     )
-    sections: Config = {"auth": {}, "database": {"url": url}}
-    with Service([toy], ingress={"num_replicas": request.param}, sections=sections) as service:
+    with Service([toy], ingress={"num_replicas": request.param}, auth={}, database={"url": url}) as service:
         service.wait_until_ready()
         yield TenantService(service, keys)
 

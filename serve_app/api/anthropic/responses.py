@@ -10,15 +10,15 @@ from serve_app.api.responses import ErrorFormat, exact
 from serve_app.errors import (
     BodyTooLarge,
     DeadlineExceeded,
-    Forbidden,
+    InvalidApiKey,
     ModelNotFound,
     NotFound,
     NotReady,
+    PermissionDenied,
     PromptTooLong,
     QueueFull,
     RequestTimeout,
     ServeAppError,
-    Unauthorized,
 )
 
 StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use", "model_context_window_exceeded"]
@@ -201,8 +201,8 @@ class Ping(TypedDict):
 MessageEvent = MessageStart | BlockStart | BlockDelta | BlockStop | MessageDelta | MessageStop | Ping | AnthropicError
 
 _ERROR_TYPES: dict[type[ServeAppError], AnthropicErrorType] = {
-    Unauthorized: "authentication_error",
-    Forbidden: "permission_error",
+    InvalidApiKey: "authentication_error",
+    PermissionDenied: "permission_error",
     ModelNotFound: "not_found_error",
     NotFound: "not_found_error",
     RequestTimeout: "timeout_error",
