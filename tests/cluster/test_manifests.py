@@ -409,10 +409,14 @@ def test_the_service_account_has_the_cloud_identity(cloud: str, annotations: dic
     assert has_label == (cloud == "azure")
 
 
-def test_disabled_addons_are_not_rendered() -> None:
+def test_disabled_addons_are_not_rendered(tmp_path: Path) -> None:
+    config = read_config(CONFIG)
+    config["applications"][0]["args"]["auth"] = {"allow_anonymous": True}
+    file = tmp_path / "serve.yaml"
+    file.write_text(yaml.safe_dump(config))
     addons = {"network_policy": False, "disruption_budget": False, "prometheus": False, "dcgm_exporter": False}
     spec = changed("aws", addons=addons)
-    files = render.manifests(spec, CATALOGUE, CONFIG)
+    files = render.manifests(spec, CATALOGUE, file)
     kinds = {each["kind"] for each in yaml.safe_load_all(files["namespace.yaml"])}
     assert kinds == {"Namespace", "ServiceAccount", "Service", "StatefulSet", "StorageClass"}
     assert [chart.release for chart in charts(spec)] == [
