@@ -151,7 +151,7 @@ class Ingress:
         telemetry, name = self._telemetry, model.name
         resumed, arrived = partial(telemetry.resumed, name), partial(self._arrived, name)
         woke = partial(telemetry.woke, name)
-        return ModelChain(
+        chain = ModelChain(
             model,
             remote,
             telemetry.meter,
@@ -162,6 +162,8 @@ class Ingress:
             self._access.tenants,
             telemetry.queue_meter(name),
         )
+        telemetry.watch_queue(name, lambda: chain.engine.load(name).waiting)
+        return chain
 
     def _arrived(self, model: str) -> None:
         """A request has arrived. The autoscaler learns of it at once if the model has no replica."""

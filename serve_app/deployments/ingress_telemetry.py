@@ -51,6 +51,10 @@ class IngressTelemetry:
         """Count an answer that goes on at another replica."""
         self._metrics.resumed(model)
 
+    def watch_queue(self, model: str, waiting: Callable[[], int]) -> None:
+        """Show the number of waiting requests of a model."""
+        self._metrics.queues.watch(model, waiting)
+
     def queue_meter(self, model: str) -> ModelQueueMeter:
         """Measures the queue of a model."""
         return self._metrics.queues.of_model(model)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Collection
 from typing import get_args
 
-from prometheus_client import CollectorRegistry, Counter, Summary
+from prometheus_client import CollectorRegistry, Counter, Gauge, Summary
 from prometheus_client.metrics_core import Metric
 
 from serve_app.core.queue_meter import RefusalReason
@@ -20,7 +20,7 @@ class QueueSeries:
     without keys.
     """
 
-    def __init__(self, replica: str, models: Iterable[str]) -> None:
+    def __init__(self, replica: str, models: Collection[str]) -> None:
         self._replica = replica
         self._registry = registry = CollectorRegistry()
         refusals = Counter(
@@ -41,10 +41,22 @@ class QueueSeries:
             ("model", "tenant", "replica"),
             registry=registry,
         )
+        self._waiting = Gauge(
+            "serve_app_waiting_requests",
+            "Requests that wait at the ingress for a place at a replica.",
+            ("model", "replica"),
+            registry=registry,
+        )
+        for model in models:
+            self._waiting.labels(model, replica)
         self._tenants: set[str] = set()
 
     def of_model(self, model: str) -> ModelQueueMeter:
         return ModelQueueMeter(self, model)
+
+    def watch(self, model: str, waiting: Callable[[], int]) -> None:
+        """Show the number of waiting requests of a model."""
+        self._waiting.labels(model, self._replica).set_function(waiting)
 
     def families(self) -> list[Metric]:
         return list(self._registry.collect())
