@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from dataclasses import replace
 
 from serve_app.core.engine import Engine, EngineLoad
 from serve_app.core.events import Chunk
@@ -70,7 +71,7 @@ class Admission(Stage):
         began, generated, finished = time.monotonic(), 0, False
         cost = self._estimates.prompt(request)
         try:
-            async with aclosing(begun_in_time(self.inner.generate(request), request)) as chunks:
+            async with aclosing(begun_in_time(self.inner.generate(_among_others(request)), request)) as chunks:
                 async for chunk in chunks:
                     generated += len(chunk.events)
                     cost = chunk.prompt_tokens - chunk.cached_tokens + OUTPUT_COST * generated
@@ -188,3 +189,8 @@ class Admission(Stage):
         share = _SMOOTHING if self._mean_cost else 1.0
         self._mean_s += share * (seconds - self._mean_s)
         self._mean_cost += share * (cost - self._mean_cost)
+
+
+def _among_others(request: GenerationRequest) -> GenerationRequest:
+    """The request as an engine gets it, which knows no tenants: none can go before the requests of others there."""
+    return replace(request, priority=0) if request.tenant and request.priority < 0 else request

@@ -236,6 +236,14 @@ async def test_an_answer_that_has_not_begun_in_time_is_ended() -> None:
     assert [one.finished async for one in slow] == [False, True], "the deadline is that of the first token only"
 
 
+async def test_a_tenant_cannot_go_before_others_in_the_engine() -> None:
+    gate = Gate(places=9, waiting=1)
+    for name, tenant, priority in [("a", "light", -5), ("b", "light", 5), ("c", "", -5)]:
+        await gate.send(name, priority, tenant=tenant)
+        await gate.end(name)
+    assert [one.priority for one in gate.engine.requests] == [0, 5, -5]
+
+
 async def test_queries_are_bounded_apart_from_generations() -> None:
     gate = Gate(places=1, waiting=1)
     gate.engine.query_gate = asyncio.Event()
