@@ -27,12 +27,14 @@ def room_of(deployment: Deployment, slots: int | None, ready: int, ingresses: in
     """The share that one of the `ingresses` has of `ready` replicas, each of which runs `slots` sequences, if known.
 
     A replica gets few requests more than it has slots. The others of its `max_ongoing_requests` wait at the ingress,
-    because the order in which a replica serves them is not fair to tenants. There is room for one replica also when
-    none is ready, for the first requests after a start.
+    because the order in which a replica serves them is not fair to tenants. If Ray Serve sizes the deployment by its
+    requests, replicas get all of them, because Ray counts those at replicas only. There is room for one replica also
+    when none is ready, for the first requests after a start.
     """
     ongoing = deployment.max_ongoing_requests
     slots = min(ongoing, slots or ongoing)
-    places = places_of_replica(slots, ongoing)
+    scaling = deployment.autoscaling
+    places = places_of_replica(slots, ongoing) if scaling is None or scaling.by_work else ongoing
 
     def share(of_replica: int) -> int:
         return -(-max(1, ready) * of_replica // max(1, ingresses))
