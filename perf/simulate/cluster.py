@@ -112,8 +112,9 @@ class Cluster:
     @property
     def _places(self) -> int:
         """As `room_of` of the product: the ready replicas have so many places."""
-        profile = self._job.profile
-        return self._replicas * places_of_replica(min(profile.slots, profile.max_ongoing), profile.max_ongoing)
+        profile, ongoing = self._job.profile, self._job.profile.max_ongoing
+        by_work = self._job.strategy.scaler == "work"
+        return self._replicas * (places_of_replica(min(profile.slots, ongoing), ongoing) if by_work else ongoing)
 
     @property
     def _replicas(self) -> int:
