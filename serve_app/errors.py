@@ -142,5 +142,11 @@ def internal_error(error: BaseException, request_id: str) -> InternalError:
     return InternalError(f"The service failed on this request. Quote request {request_id} when you report the failure.")
 
 
-def deadline_exceeded(timeout_s: float) -> DeadlineExceeded:
-    return DeadlineExceeded(f"The request was not finished after {timeout_s:.0f} s.")
+def deadline_exceeded(timeout_s: float, what: str = "was not finished") -> DeadlineExceeded:
+    """The error of a request that `what` by the end of its time, such as `was not finished`."""
+    return DeadlineExceeded(f"The request {what} after {rounded_s(timeout_s)} s.")
+
+
+def rounded_s(seconds: float) -> str:
+    """Seconds for a message: whole ones from 10 s on."""
+    return f"{seconds:.0f}" if seconds >= 10 else f"{max(0.0, seconds):.2g}"

@@ -211,7 +211,7 @@ BLACK_BOX = {"aiohttp", "jinja2", "numpy", "prometheus_client", "psutil", "pydan
 def test_load_tests_do_not_import_the_service(path: Path) -> None:
     names = imports(path.read_text())
     if path.parent.name == "simulate":  # it simulates the decisions of the service by its own functions
-        decisions = {"serve_app.core", "serve_app.gateway.routing_table"}
+        decisions = {"serve_app.core", "serve_app.gateway.room", "serve_app.gateway.routing_table"}
         assert outside(names, {"perf", *BLACK_BOX, *decisions}) == set()
     elif path.name == "locustfile.py":  # Locust runs it
         assert outside(names, {"perf", "locust", "gevent"}) == set()

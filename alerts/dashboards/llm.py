@@ -223,6 +223,37 @@ FIRST_TOKEN = (
         "s",
         quantiles("serve_app_decode_seconds"),
     ),
+    Panel(
+        "Wait for a place by tenant",
+        "Mean time that requests waited at the ingress. Tenants that send more than their share wait, the others do "
+        "not.",
+        "s",
+        (
+            (
+                ratio(
+                    per_second("serve_app_tenant_queue_seconds_sum", ("tenant",)),
+                    per_second("serve_app_tenant_queue_seconds_count", ("tenant",)),
+                ),
+                "{{tenant}}",
+            ),
+        ),
+    ),
+    Panel(
+        "Started requests by tenant",
+        "Requests that got a place at a replica. While requests wait, the tokens of tenants are in the proportion of "
+        "their weights.",
+        "reqps",
+        ((per_second("serve_app_tenant_queue_seconds_count", ("tenant",)), "{{tenant}}"),),
+        stacked=True,
+    ),
+    Panel(
+        "Requests refused by the queue",
+        "'full' and 'dropped': more requests than the queue takes. 'late': the deadlines of clients are shorter than "
+        "the wait.",
+        "reqps",
+        ((per_second("serve_app_queue_refusals_total", ("reason",)), "{{reason}}"),),
+        stacked=True,
+    ),
 )
 
 TOKENS = (

@@ -159,7 +159,20 @@ class Ingress:
         telemetry, name = self._telemetry, model.name
         resumed, arrived = partial(telemetry.resumed, name), partial(self._arrived, name)
         woke = partial(telemetry.woke, name)
-        return ModelChain(model, remote, telemetry.meter, woke, resumed, arrived, self._cache, self._shared_quotas)
+        chain = ModelChain(
+            model,
+            remote,
+            telemetry.meter,
+            woke,
+            resumed,
+            arrived,
+            self._cache,
+            self._shared_quotas,
+            self._access.tenants,
+            telemetry.queue_meter(name),
+        )
+        telemetry.watch_queue(name, lambda: chain.engine.load(name).waiting)
+        return chain
 
     def _arrived(self, model: str) -> None:
         """A request has arrived. The autoscaler learns of it at once if the model has no replica."""
@@ -232,8 +245,9 @@ class Ingress:
             routed = routed_replicas(self._handles[model.name])
             status = state.status(model, routed)
             if status is not None:
-                self._chains[model.name].update(status, state.ready(model.name, routed), state.ingresses)
-                self._telemetry.set_status(status, state.ready(model.name, routed))
+                ready = state.ready(model.name, routed)
+                self._chains[model.name].update(status, ready, state.ingresses, state.slots(model.name))
+                self._telemetry.set_status(status, ready)
 
 
 def open_quotas(config: AppConfig, ingress: str, telemetry: IngressTelemetry) -> IngressQuotas | None:

@@ -18,6 +18,7 @@ from serve_app.telemetry.experiment_metrics import ExperimentSeries
 from serve_app.telemetry.exposition import exposition
 from serve_app.telemetry.meter import IngressMetrics, Meter
 from serve_app.telemetry.metrics import CacheSeries, QuotaSeries, ages, metrics_complete, states
+from serve_app.telemetry.queue_metrics import ModelQueueMeter
 
 if TYPE_CHECKING:
     from serve_app.deployments.heartbeats import Reporter
@@ -49,6 +50,14 @@ class IngressTelemetry:
     def resumed(self, model: str) -> None:
         """Count an answer that goes on at another replica."""
         self._metrics.resumed(model)
+
+    def watch_queue(self, model: str, waiting: Callable[[], int]) -> None:
+        """Show the number of waiting requests of a model."""
+        self._metrics.queues.watch(model, waiting)
+
+    def queue_meter(self, model: str) -> ModelQueueMeter:
+        """Measures the queue of a model."""
+        return self._metrics.queues.of_model(model)
 
     @property
     def cache(self) -> CacheSeries:

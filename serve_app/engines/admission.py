@@ -13,13 +13,7 @@ from serve_app.core.requests import GenerationRequest, Prompt
 from serve_app.engines.stream import TokenStream
 from serve_app.engines.text.prompt_details import prompt_details
 from serve_app.engines.text.protocol import AnswerPlan, Text
-from serve_app.errors import (
-    DeadlineExceeded,
-    InternalError,
-    InvalidRequest,
-    PromptTooLong,
-    ServeAppError,
-)
+from serve_app.errors import DeadlineExceeded, InternalError, InvalidRequest, PromptTooLong, ServeAppError, rounded_s
 
 logger = logging.getLogger(__name__)
 
@@ -132,8 +126,8 @@ def _expired(request: GenerationRequest, now: float) -> ServeAppError | None:
     if now < request.deadline:
         return None
     return DeadlineExceeded(
-        f"the request waited for its whole time limit of {request.timeout_s:.0f} s before the model received it; "
-        "try again when the service is less busy"
+        f"the request waited for its whole time limit of {rounded_s(request.timeout_s)} s before the model received "
+        "it; try again when the service is less busy"
     )
 
 

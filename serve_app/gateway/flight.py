@@ -19,7 +19,7 @@ from serve_app.gateway.answers import AnswerEncoder, replayed
 class Flight:
     """Computes the answer to `request` in a task of its own, for the request itself and for equal ones.
 
-    A follower gets the chunks so far at once and the others as they come; its own deadline ends only its own answer.
+    A follower gets the chunks so far at once and the others as they come; its own deadlines end only its own answer.
     The computation is cancelled when its last follower has left. Its own deadline is late enough for requests that
     arrive while it runs: one `timeout_s` after that of `request`. The chunks are kept until the flight ends, which
     takes no more memory than a stream with a client that does not read.
@@ -52,7 +52,8 @@ class Flight:
     async def compute(self, engine: Engine) -> bytes | None:
         """Compute the answer. Returns it encoded; None if it is incomplete, failed, or is too large to store."""
         try:
-            async with aclosing(engine.generate(replace(self._request, deadline=self._deadline))) as chunks:
+            request = replace(self._request, deadline=self._deadline, first_token_deadline=None)
+            async with aclosing(engine.generate(request)) as chunks:
                 async for chunk in chunks:
                     self._chunks.append(chunk)
                     self._encoder.add(chunk)
@@ -82,18 +83,19 @@ class Flight:
                     yield self._for(request, chunk, sent, offset_s, joined_s)
                 if self._ended:
                     break
-                await self._growth(request)
+                await self._growth(request, sent)
             if self._error is not None:
                 raise _copied(self._error)
         finally:
             await self._leave()
 
-    async def _growth(self, request: GenerationRequest) -> None:
+    async def _growth(self, request: GenerationRequest, sent: int) -> None:
+        deadline = request.deadline if sent else request.starts_by
         try:
-            async with asyncio.timeout(request.deadline - time.monotonic()):
+            async with asyncio.timeout(deadline - time.monotonic()):
                 await self._grown.wait()
         except TimeoutError:
-            raise deadline_exceeded(request.timeout_s) from None
+            raise deadline_exceeded(deadline - request.arrived) from None
 
     async def _leave(self) -> None:
         """The last follower ends the computation, and leaves when it has ended."""

@@ -22,6 +22,7 @@ from serve_app.telemetry.metrics import (
     RequestSeries,
 )
 from serve_app.telemetry.process import ProcessMetrics
+from serve_app.telemetry.queue_metrics import QueueSeries
 
 
 class IngressMetrics:
@@ -34,12 +35,13 @@ class IngressMetrics:
         self._series = {model: RequestSeries(model, replica) for model in models}
         self._gen_ai = GenAiSeries(replica) if opentelemetry else None
         self.experiments = ExperimentSeries(replica, models)
+        self.queues = QueueSeries(replica, models)
         self._process = ProcessMetrics("", replica)
 
     def families(self, lag_s: float) -> list[Metric]:
         """All metric families. `lag_s` is the delay of the event loop in seconds."""
         families = [*self._process.families(lag_s), *self.http.families(), *self.cache.families()]
-        families += [*self.quotas.families(), *self.experiments.families()]
+        families += [*self.queues.families(), *self.quotas.families(), *self.experiments.families()]
         for series in self._series.values():
             families += series.families()
         return families + (self._gen_ai.families() if self._gen_ai else [])
