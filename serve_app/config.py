@@ -22,6 +22,7 @@ from serve_app.engine_config import (
     Speculative,
     VllmOptions,
 )
+from serve_app.jobs_config import BatchOptions, IdempotencyOptions
 from serve_app.lora_config import NAME_PATTERN, Lora, LoraAdapter, valid_name
 from serve_app.section import Section
 
@@ -30,6 +31,7 @@ __all__ = [
     "AppConfig",
     "AutoOptions",
     "Autoscaling",
+    "BatchOptions",
     "Batching",
     "CacheOptions",
     "ConfigError",
@@ -37,6 +39,7 @@ __all__ = [
     "DatabaseOptions",
     "Deployment",
     "EngineOptions",
+    "IdempotencyOptions",
     "Ingress",
     "Limits",
     "Lora",
@@ -365,7 +368,7 @@ class Telemetry(Section):
 class AppConfig(Section):
     """The `args` of serve_config.yaml. The first model serves the requests that name no model.
 
-    `response_cache: null` switches the cache off.
+    `response_cache: null` switches the cache off, `batches: null` switches batch jobs off.
     """
 
     models: Annotated[tuple[Model, ...], Field(min_length=1)]
@@ -375,6 +378,8 @@ class AppConfig(Section):
     responses: StoredResponses = StoredResponses()
     response_cache: CacheOptions | None = None
     database: DatabaseOptions = DatabaseOptions()
+    batches: BatchOptions | None = None
+    idempotency: IdempotencyOptions = IdempotencyOptions()
     telemetry: Telemetry = Telemetry()
 
     @model_validator(mode="after")

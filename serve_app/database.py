@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Engine, MetaData, create_engine, event
+from sqlalchemy import Connection, Engine, MetaData, create_engine, event
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.pool import ConnectionPoolEntry
 
@@ -33,6 +35,19 @@ def open_database(options: DatabaseOptions) -> Engine:
         )
     metadata.create_all(engine)
     return engine
+
+
+@contextmanager
+def writing(database: Engine) -> Iterator[Connection]:
+    """A transaction that reads before it writes. Raises sqlalchemy.exc.SQLAlchemyError.
+
+    SQLite takes its lock at the beginning: a transaction that takes it later fails if another one has written since
+    its first read.
+    """
+    with database.begin() as connection:
+        if database.dialect.name == "sqlite":
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+        yield connection
 
 
 def database_url(options: DatabaseOptions) -> URL:

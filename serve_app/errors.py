@@ -4,6 +4,7 @@ ServeAppError
 ├── InvalidRequest            422  a field of the request is wrong; `param` names it
 ├── PromptTooLong             422  the prompt does not fit into the model's context
 ├── PreviousResponseNotFound  422  the response that the request continues is not stored
+├── IdempotencyKeyReused      422  another request has used the same idempotency key
 ├── ModelNotFound             404  the service has no model of this name
 ├── NotFound                  404  the path or the object does not exist, or the model does not offer the path
 ├── MethodNotAllowed          405  the path exists, but not with this method
@@ -68,6 +69,10 @@ class PromptTooLong(ServeAppError):
 
 class PreviousResponseNotFound(ServeAppError):
     status, code = 422, "previous_response_not_found"
+
+
+class IdempotencyKeyReused(ServeAppError):
+    status, code = 422, "idempotency_key_reused"
 
 
 class ModelNotFound(ServeAppError):

@@ -21,11 +21,15 @@ from serve_app.api.context import RequestContext, configured_adapters, keep
 from serve_app.api.cors import AllowOrigins
 from serve_app.api.error_handlers import ErrorHandlers
 from serve_app.api.experiments import ExperimentRoutes, Experiments, NoExperiments
+from serve_app.api.idempotency import Idempotency
 from serve_app.api.middleware import BodyLimits, CacheHeader, CallMetrics, CatchAll, OnePath, RequestId
 from serve_app.api.native.routes import NativeRoutes
 from serve_app.api.openai.embeddings import EmbeddingRoutes
 from serve_app.api.openai.lora import LoraRoutes
 from serve_app.api.openai.routes import OpenAIRoutes
+from serve_app.api.openai_batches.batches import BatchRoutes
+from serve_app.api.openai_batches.files import FileRoutes
+from serve_app.api.openai_batches.service import BatchService, disabled
 from serve_app.api.openai_responses.routes import ResponsesRoutes
 from serve_app.api.operator import OperatorRoutes
 from serve_app.api.telemetry import ServiceTelemetry
@@ -35,6 +39,10 @@ from serve_app.config import AppConfig
 from serve_app.core.adapters import AdapterDirectory
 from serve_app.core.engine import Engine
 from serve_app.errors import ServeAppError
+from serve_app.jobs.answers import AnswerMemory, AnswerStore
+
+# The fields and separators of an upload, beside its file.
+_FIELD_BYTES = 65_536
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 DocumentEndpoint = Callable[[Request, object], Awaitable[Response]]
@@ -49,18 +57,24 @@ def create_app(
     adapters: AdapterDirectory | None = None,
     publish: Callable[[], Awaitable[None]] = keep,
     experiments: Experiments | None = None,
+    batches: BatchService | None = None,
+    answers: AnswerStore | None = None,
 ) -> Starlette:
     """The application over an engine. `clock` returns monotonic seconds; `around` is the outermost middleware.
 
     The default of `adapters` are those of the configuration; `publish` is awaited after each change of them. Without
-    `experiments` every name is that of a model or an adapter.
+    `experiments` every name is that of a model or an adapter, without `batches` there are no files and
+    batches. `answers` are kept by idempotency keys; the default is in the memory of this process.
     """
     handlers = ErrorHandlers(telemetry)
     directory = configured_adapters(config) if adapters is None else adapters
     app = Starlette(
-        routes=_routes(
-            RequestContext(engine, telemetry, config, clock, directory, publish, experiments or NoExperiments())
-        ),
+        routes=[
+            *_routes(
+                RequestContext(engine, telemetry, config, clock, directory, publish, experiments or NoExperiments())
+            ),
+            *_batch_routes(batches),
+        ],
         middleware=[
             *around,
             Middleware(RequestId, clock=clock),
@@ -69,13 +83,30 @@ def create_app(
             *([Middleware(AllowOrigins, cors=config.cors)] if config.cors.allow_origins else []),
             *([Middleware(CacheHeader)] if config.response_cache is not None else []),
             Middleware(CatchAll, handlers=handlers),
-            Middleware(BodyLimits, limits=config.limits),
+            Middleware(BodyLimits, limits=config.limits, max_file_bytes=_max_upload_bytes(batches)),
             Middleware(DecodeBody, limits=config.limits),
+            *(
+                [
+                    Middleware(
+                        Idempotency,
+                        store=answers or AnswerMemory(config.idempotency, clock, telemetry.answers_kept),
+                        handlers=handlers,
+                        telemetry=telemetry,
+                    )
+                ]
+                if config.idempotency.max_kept
+                else []
+            ),
         ],
         exception_handlers={ServeAppError: handlers.known, HTTPException: handlers.routing},
     )
     app.router.redirect_slashes = False  # OnePath has removed a slash at the end
     return app
+
+
+def _max_upload_bytes(batches: BatchService | None) -> int:
+    """The size of the body of an upload: the file, with room for the fields and the lines between the parts."""
+    return batches.options.max_file_bytes + _FIELD_BYTES if batches is not None else 0
 
 
 def _routes(context: RequestContext) -> list[Route]:
@@ -133,6 +164,22 @@ def _routes(context: RequestContext) -> list[Route]:
         _get("/docs/{file}", reference.file),
         Route("/", root, methods=["GET", "POST"]),
         _get("/playground/{file}", playground.file),
+    ]
+
+
+def _batch_routes(service: BatchService | None) -> list[Route]:
+    if service is None:
+        paths = ("/v1/files", "/v1/files/{id}", "/v1/files/{id}/content", "/v1/batches", "/v1/batches/{id}")
+        both = [Route(path, disabled, methods=["GET", "POST", "DELETE"]) for path in paths]
+        return [*both, Route("/v1/batches/{id}/cancel", disabled, methods=["POST"])]
+    files, batches = FileRoutes(service), BatchRoutes(service)
+    return [
+        Route("/v1/files", files.files, methods=["GET", "POST"]),
+        Route("/v1/files/{id}", files.file, methods=["GET", "DELETE"]),
+        _get("/v1/files/{id}/content", files.content),
+        Route("/v1/batches", batches.batches, methods=["GET", "POST"]),
+        _get("/v1/batches/{id}", batches.batch),
+        Route("/v1/batches/{id}/cancel", batches.cancel, methods=["POST"]),
     ]
 
 

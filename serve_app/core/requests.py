@@ -209,6 +209,8 @@ class GenerationRequest:
     `assignment` is the variant that answers a request for an experiment.
 
     `tenant` and `key` are those of the caller's identity; "" without keys.
+
+    `background` is a line of a batch job: nobody waits for its answer, and its times are no measure of the service.
     """
 
     id: str
@@ -235,6 +237,7 @@ class GenerationRequest:
     assignment: Assignment | None = None
     tenant: str = ""
     key: str = ""
+    background: bool = False
 
     @property
     def served_name(self) -> str:

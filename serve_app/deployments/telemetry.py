@@ -13,6 +13,7 @@ from serve_app.api.app import create_app
 from serve_app.api.context import keep
 from serve_app.api.experiments import Experiments
 from serve_app.api.middleware import OneRequestId
+from serve_app.api.openai_batches.service import BatchService
 from serve_app.api.telemetry import ServiceTelemetry
 from serve_app.config import AppConfig, ConfigError, Telemetry as Settings
 from serve_app.core.adapters import AdapterDirectory
@@ -20,6 +21,7 @@ from serve_app.core.engine import Engine
 from serve_app.core.requests import GenerationRequest
 from serve_app.engines.protocol import ReplicaEngine
 from serve_app.engines.stream import TokenStream
+from serve_app.jobs.answers import AnswerStore
 
 if TYPE_CHECKING:
     from serve_app.telemetry.engine_spans import TracedAdmitter
@@ -66,12 +68,22 @@ class ProcessTelemetry:
         adapters: AdapterDirectory | None = None,
         publish: Callable[[], Awaitable[None]] = keep,
         experiments: Experiments | None = None,
+        batches: BatchService | None = None,
+        answers: AnswerStore | None = None,
     ) -> ASGIApp:
         """The HTTP application, with spans and the JSON access log if they are enabled."""
         from starlette.middleware import Middleware
 
         request_id = Middleware(OneRequestId)
-        make = partial(create_app, config=config, adapters=adapters, publish=publish, experiments=experiments)
+        make = partial(
+            create_app,
+            config=config,
+            adapters=adapters,
+            publish=publish,
+            experiments=experiments,
+            batches=batches,
+            answers=answers,
+        )
         if self._exporter is None and self._settings.log_format == "text":
             return make(engine, telemetry, around=[request_id])
         from opentelemetry.trace import NoOpTracer
