@@ -42,6 +42,7 @@ RULES: dict[str, set[str]] = {
     "cache_config.py": {"pydantic", "serve_app.section"},
     "database_config.py": {"pydantic", "serve_app.section"},
     "database.py": {"sqlalchemy", "serve_app.database_config"},
+    "tenants/": {"sqlalchemy", "serve_app.database", "serve_app.tenants", *BASE},
     "experiment_config.py": {"pydantic", "serve_app.config", "serve_app.lora_config"},
     "experiment_cli.py": {"serve_app.config", "serve_app.serve_file"},
     "config.py": {"pydantic", "serve_app.section", "serve_app.engine_config", "serve_app.lora_config"}
