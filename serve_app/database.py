@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Engine, MetaData, create_engine, event
+from sqlalchemy import Connection, Engine, MetaData, create_engine, event, func, select
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.pool import ConnectionPoolEntry
 
@@ -16,6 +16,8 @@ from serve_app.database_config import PASSWORD_VARIABLE, DatabaseOptions
 
 # The tables of all parts of the service. Each part defines its own with this.
 metadata = MetaData()
+# An arbitrary number: PostgreSQL's name of the lock.
+_TABLES_LOCK = 0x5E12E0
 # Connections of one process: queries are short.
 _CONNECTIONS = 5
 
@@ -33,8 +35,20 @@ def open_database(options: DatabaseOptions) -> Engine:
         engine = create_engine(
             url, pool_size=_CONNECTIONS, max_overflow=0, pool_timeout=options.timeout_s, pool_pre_ping=True
         )
-    metadata.create_all(engine)
+    try:
+        _create_tables(engine)
+    except BaseException:
+        engine.dispose()
+        raise
     return engine
+
+
+def _create_tables(engine: Engine) -> None:
+    """Create the tables that do not exist. Several processes do this at the same time, each waits for the others."""
+    with writing(engine) as connection:
+        if engine.dialect.name == "postgresql":
+            connection.execute(select(func.pg_advisory_xact_lock(_TABLES_LOCK)))
+        metadata.create_all(connection)
 
 
 @contextmanager

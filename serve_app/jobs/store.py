@@ -6,6 +6,7 @@ import asyncio
 import logging
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Concatenate, ParamSpec, TypeVar
 
 from sqlalchemy import Engine
@@ -20,6 +21,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 P = ParamSpec("P")
 
+# Calls that run at the same time. Others wait.
+_THREADS = 4
 # About the time after which a database that was restarted answers.
 _RETRY_S = 5.0
 
@@ -35,11 +38,13 @@ class JobStore:
         self._failed = failed
         self._lock = threading.Lock()
         self._database: Engine | None = None
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="jobs")
 
     async def call(self, function: Callable[Concatenate[Engine, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         """The result of a function of the database. Raises NotReady if the database fails."""
         try:
-            return await asyncio.to_thread(lambda: function(self._open(), *args, **kwargs))
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._threads, lambda: function(self._open(), *args, **kwargs))
         except SQLAlchemyError as error:
             self._failed()
             log.warning("The database of batches failed: %s", str(error).split("\n", 1)[0])
@@ -52,5 +57,7 @@ class JobStore:
             return self._database
 
     async def close(self) -> None:
+        """Wait for the calls that run, and close the connections."""
+        await asyncio.to_thread(self._threads.shutdown)
         if self._database is not None:
-            await asyncio.to_thread(self._database.dispose)
+            self._database.dispose()
