@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
 
-from serve_app import deploy, experiment_cli
+from serve_app import batch_cli, deploy, experiment_cli
 from serve_app.config import ConfigError
 from serve_app.deployments.cluster import Cluster, ClusterError, connect
 from serve_app.progress import Progress
@@ -26,7 +26,7 @@ from serve_app.readiness import waiting_models
 from serve_app.serve_file import ServeFile, load_serve_file
 
 _POLL_INTERVAL_S = 0.2
-_COMMANDS = {"deploy": deploy.main, "experiments": experiment_cli.main}
+_COMMANDS = {"batch": batch_cli.main, "deploy": deploy.main, "experiments": experiment_cli.main}
 
 
 class StartError(Exception):
@@ -62,7 +62,7 @@ _interrupted = threading.Event()
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the service, or another command: `deploy`, `experiments`.
+    """Run the service, or another command: `batch`, `deploy`, `experiments`.
 
     Returns the exit code: 0 after Ctrl-C, 130 after Ctrl-C during the start, 1 after an error.
     """
@@ -97,7 +97,8 @@ def _parser() -> argparse.ArgumentParser:
         "and deploys the configuration file to it. Ctrl-C stops the service and everything that the command started.",
         epilog="Other commands: `python -m serve_app deploy --help` (deploy the file to a cluster that goes on running "
         "and restore the previous configuration if the new one cannot run), `python -m serve_app experiments --help` "
-        "(compare the variants of experiments, check their configuration).",
+        "(compare the variants of experiments, check their configuration), `python -m serve_app batch --help` (run "
+        "many requests at low priority).",
     )
     parser.add_argument("--config", default="serve_config.yaml", help="Ray Serve config file (default: %(default)s)")
     parser.add_argument("--host", help="address to listen on (default: the file's http_options.host)")

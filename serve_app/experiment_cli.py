@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _reports(url: str) -> dict[str, Any]:
     """Raises ReportError."""
-    handlers = [urllib.request.ProxyHandler({})] if _is_loopback(url) else []
+    handlers = [urllib.request.ProxyHandler({})] if is_loopback(url) else []
     try:
         with urllib.request.build_opener(*handlers).open(f"{url}/experiments", timeout=_TIMEOUT_S) as answer:
             found: dict[str, Any] = json.load(answer)
@@ -78,7 +78,7 @@ def _reports(url: str) -> dict[str, Any]:
     return found
 
 
-def _is_loopback(url: str) -> bool:
+def is_loopback(url: str) -> bool:
     """A proxy of the environment cannot reach the loopback interface of this machine."""
     host = urlsplit(url).hostname or ""
     try:
