@@ -23,7 +23,7 @@ from serve_app.jobs.records import OPEN, Batch, Chunk, Fault, Result, Status
 from serve_app.jobs.tables import batches, chunks, results
 
 # The time for which a worker holds what it does not renew. It renews three times in this time.
-LEASE_S = 15.0
+LEASE_S = 10.0
 
 
 def claim_batch(database: Engine, owner: str, now: float) -> Batch | None:

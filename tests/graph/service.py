@@ -79,9 +79,10 @@ def serve_config(
     telemetry: Config | None = None,
     response_cache: Config | None = None,
     experiments: Sequence[Config] | None = None,
+    sections: Config | None = None,
     **limits: Any,
 ) -> Config:
-    """A Ray Serve config file. `ingress` changes the deployment options of the ingress."""
+    """A Ray Serve config file. `ingress` changes the deployment options of the ingress, `sections` are further args."""
     deployment = {**DEPLOYMENT, "max_ongoing_requests": 1024, **(ingress or {})}
     args = {
         "ingress": {"num_cpus": ingress_cpus, "deployment": deployment},
@@ -93,7 +94,7 @@ def serve_config(
         "name": "serve_app",
         "route_prefix": "/",
         "import_path": "serve_app.app:build",
-        "args": {**args, "models": list(models)},
+        "args": {**args, **(sections or {}), "models": list(models)},
     }
     if experiments is not None:
         user_config = {"experiments": list(experiments)}
@@ -129,6 +130,7 @@ class Program:
             **os.environ,
             "PYTHONPATH": str(ROOT),
             "RAY_TMPDIR": str(self.folder),
+            "XDG_STATE_HOME": str(self.folder / "state"),
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(16),
             **environment,

@@ -77,7 +77,10 @@ class Process:
         )
 
     async def ended(self, batch_id: str) -> Batch:
-        return await wait_for(lambda: self.client.batches.retrieve(batch_id), lambda found: found.status in ENDED)
+        found: Batch = await wait_for(
+            lambda: self.client.batches.retrieve(batch_id), lambda found: found.status in ENDED
+        )
+        return found
 
     async def lines(self, file_id: str | None) -> list[Any]:
         if file_id is None:

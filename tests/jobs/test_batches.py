@@ -184,7 +184,7 @@ async def test_a_batch_expires_after_its_window(database_options: DatabaseOption
 
 
 async def test_two_ingresses_share_a_batch_and_do_no_line_twice(database_options: DatabaseOptions) -> None:
-    slow = [0.005, chunk(["ok"])]
+    slow: list[Step] = [0.005, chunk(["ok"])]
     async with (
         process(database_options, ScriptedEngine(lambda request: slow), "ingress-1") as one,
         process(database_options, ScriptedEngine(lambda request: slow), "ingress-2") as two,
