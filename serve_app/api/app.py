@@ -168,18 +168,19 @@ def _routes(context: RequestContext) -> list[Route]:
 
 
 def _batch_routes(service: BatchService | None) -> list[Route]:
-    if service is None:
-        paths = ("/v1/files", "/v1/files/{id}", "/v1/files/{id}/content", "/v1/batches", "/v1/batches/{id}")
-        both = [Route(path, disabled, methods=["GET", "POST", "DELETE"]) for path in paths]
-        return [*both, Route("/v1/batches/{id}/cancel", disabled, methods=["POST"])]
-    files, batches = FileRoutes(service), BatchRoutes(service)
+    """The routes of files and batches. Without batches they answer that the configuration has none."""
+    endpoints: tuple[Endpoint, ...] = (disabled,) * 6
+    if service is not None:
+        files, batches = FileRoutes(service), BatchRoutes(service)
+        endpoints = (files.files, files.file, files.content, batches.batches, batches.batch, batches.cancel)
+    of_files, of_file, of_content, of_batches, of_batch, of_cancel = endpoints
     return [
-        Route("/v1/files", files.files, methods=["GET", "POST"]),
-        Route("/v1/files/{id}", files.file, methods=["GET", "DELETE"]),
-        _get("/v1/files/{id}/content", files.content),
-        Route("/v1/batches", batches.batches, methods=["GET", "POST"]),
-        _get("/v1/batches/{id}", batches.batch),
-        Route("/v1/batches/{id}/cancel", batches.cancel, methods=["POST"]),
+        Route("/v1/files", of_files, methods=["GET", "POST"]),
+        Route("/v1/files/{id}", of_file, methods=["GET", "DELETE"]),
+        _get("/v1/files/{id}/content", of_content),
+        Route("/v1/batches", of_batches, methods=["GET", "POST"]),
+        _get("/v1/batches/{id}", of_batch),
+        Route("/v1/batches/{id}/cancel", of_cancel, methods=["POST"]),
     ]
 
 

@@ -17,7 +17,7 @@ from serve_app.api.operations import OPERATIONS, Operation
 
 Json: TypeAlias = dict[str, Any]
 
-_JSON, _EVENTS = "application/json", "text/event-stream"
+_JSON, _EVENTS, _FORM = "application/json", "text/event-stream", "multipart/form-data"
 _COMPONENTS = "#/components/schemas/"
 
 _ERRORS = {
@@ -32,9 +32,10 @@ _ERRORS = {
 }
 _NO_SUCH_MODEL = "The model does not exist."
 _NO_SUCH_OBJECT = "The object does not exist."
+_NO_DATABASE = "The database cannot be used now."
 _WRONG_PARAMETER = "A parameter is wrong, or the object does not allow the operation."
 # Their bodies name no model that could be an experiment.
-_WITHOUT_MODEL = ("/v1/feedback", "/v1/load_lora_adapter", "/v1/unload_lora_adapter")
+_WITHOUT_MODEL = ("/v1/feedback", "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/files", "/v1/batches")
 _WITH_RETRY_AFTER = (429, 503, OVERLOADED)
 
 
@@ -119,8 +120,9 @@ def _operation(operation: Operation, components: _Components) -> Json:
         "responses": _responses(operation, components),
     }
     if operation.body is not None:
-        content = {"schema": components.any_of(operation.body, "validation"), "example": operation.example}
-        described["requestBody"] = {"required": True, "content": {_JSON: content}}
+        content = {"schema": components.any_of(operation.body, "validation")}
+        content |= {} if operation.example is None else {"example": operation.example}
+        described["requestBody"] = {"required": True, "content": {_FORM if operation.form else _JSON: content}}
     return described
 
 
@@ -175,6 +177,8 @@ def _errors(operation: Operation) -> dict[int, str]:
         errors[404] = _NO_SUCH_OBJECT if operation.path in _WITHOUT_MODEL else _NO_SUCH_MODEL
     if operation.parameters:
         errors |= {400: _WRONG_PARAMETER, 404: _NO_SUCH_OBJECT}
+    if operation.stored:
+        errors |= {404: _NO_SUCH_OBJECT, 503: _NO_DATABASE}
     return dict(sorted(errors.items()))
 
 

@@ -26,6 +26,7 @@ BODIES = POSTS | {"/tokenize": {"prompt": "hi"}, "/detokenize": {"tokens": [1]}}
 GETS = [
     *("/v1/models", "/v1/models/small", "/v1/models/org/large", "/info", "/health", "/ready", "/ping", "/version"),
     *("/load", "/experiments", "/metrics", "/openapi.json", "/docs", "/docs/reference.js", "/", "/playground/app.js"),
+    *("/v1/files", "/v1/files/f1", "/v1/files/f1/content", "/v1/batches", "/v1/batches/b1"),
     *("/v1/responses/resp_1", "/v1/responses/resp_1/input_items", "/tokenizer_info"),
 ]
 JSON = {"content-type": "application/json"}

@@ -6,7 +6,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from serve_app.api.body import read_document
-from serve_app.api.openai_batches.objects import BatchBody, BatchList, batch_object
+from serve_app.api.openai_batches.objects import BatchList, SubmitBody, batch_object
 from serve_app.api.openai_batches.service import BatchService, identity_of, limit_of, unknown_after
 from serve_app.errors import InvalidRequest, NotFound, QueueFull
 from serve_app.jobs import batches, files
@@ -36,7 +36,7 @@ class BatchRoutes:
         return JSONResponse(batch_object(_existing(found, batch_id)))
 
     async def _create(self, http: Request) -> Response:
-        body = BatchBody.parse(await read_document(http))
+        body = SubmitBody.parse(await read_document(http))
         service, identity = self._service, identity_of(http)
         now, file_id = service.clock(), body.input_file_id
         file = await service.store.call(files.find, identity.tenant, file_id, now)

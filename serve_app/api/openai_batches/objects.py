@@ -17,12 +17,13 @@ Endpoint = Literal["/v1/chat/completions", "/v1/completions", "/v1/embeddings", 
 StatusName = Literal[
     "validating", "in_progress", "finalizing", "cancelling", "completed", "failed", "expired", "cancelled"
 ]
+_Lifetime = Annotated[int, Field(ge=3600, le=2_592_000)]
 _MAX_PAIRS = 16
 _Name = Annotated[str, Field(max_length=64)]
 _Value = Annotated[str, Field(max_length=512)]
 
 
-class BatchBody(Body):
+class SubmitBody(Body):
     input_file_id: Annotated[str, Field(min_length=1, max_length=64)]
     """The id of an uploaded file with the purpose `batch`, which has one request in each line."""
     endpoint: Endpoint
@@ -31,6 +32,19 @@ class BatchBody(Body):
     """The time in which the batch ends. Lines that have not been run by then are in the file of errors."""
     metadata: Annotated[dict[_Name, _Value], Field(max_length=_MAX_PAIRS)] | None = None
     """Up to 16 pairs of texts, which are returned with the batch."""
+
+
+class UploadForm(Body):
+    """The fields of an upload, as the document describes them; `upload.py` reads them."""
+
+    file: bytes
+    """The content of the file."""
+    purpose: Literal["batch"]
+    """What the file is for."""
+    expires_after_anchor: Annotated[Literal["created_at"] | None, Field(alias="expires_after[anchor]")] = None
+    """The instant from which `expires_after[seconds]` counts."""
+    expires_after_seconds: Annotated[_Lifetime | None, Field(alias="expires_after[seconds]")] = None
+    """The time after which the file expires. The default is the limit of the configuration."""
 
 
 @exact
