@@ -133,7 +133,8 @@ def test_slashes_too_many_change_nothing(server: Server, path: str, form: str) -
 @pytest.mark.parametrize("path", [path for path in GETS if path != "/docs"])
 def test_slashes_too_many_change_nothing_for_get(server: Server, path: str) -> None:
     plain, _ = server.ask("GET", path)
-    assert plain.status == (404 if "/resp_1" in path else 200)
+    absent = any(part in path for part in ("/resp_1", "/v1/files", "/v1/batches"))
+    assert plain.status == (404 if absent else 200)
     for form in (f"{path}/", f"/{path}", path.replace("/", "//") + "//"):
         answer, _ = server.ask("GET", form)
         assert (answer.status, answer.headers["content-type"]) == (plain.status, plain.headers["content-type"])
