@@ -48,6 +48,14 @@ class _Line:
     def place(self) -> tuple[str, int]:
         return self.chunk.batch_id, self.chunk.number
 
+    @property
+    def model(self) -> object:
+        """The model as the line names it."""
+        body = self.document["body"]
+        assert isinstance(body, dict), "the line has been checked"
+        name = body.get("model")
+        return name if isinstance(name, str) else None
+
 
 class LineQueue:
     """Starts lines while there is room for them, and writes their results.
@@ -79,6 +87,7 @@ class LineQueue:
         self._written: list[tuple[Result, asyncio.Future[None]]] = []
         self._to_write = asyncio.Event()
         self._may_claim = True
+        self._full: set[object] = set()  # the models, as lines name them, that had no room lately
 
     def claim_again(self) -> None:
         """There can be chunks to claim."""
@@ -97,8 +106,6 @@ class LineQueue:
     async def renew(self) -> None:
         """Renew the leases, and stop the lines of chunks that are lost. Raises NotReady."""
         before = {line.place for line in (*self._waiting, *self._running.values())}
-        if not before:
-            return
         lost = before - await self._store.call(journal.renew, self._owner, self._clock())
         self._waiting = [line for line in self._waiting if line.place not in lost]
         for task, line in list(self._running.items()):
@@ -125,14 +132,16 @@ class LineQueue:
                 self._to_write.set()
                 await asyncio.sleep(_PAUSE_S)
                 continue
-            for _, written in some:
+            for result, written in some:
+                self._meter.line("failed" if result.failed else "completed")
                 if not written.done():
                     written.set_result(None)
 
     def _needs_lines(self) -> bool:
         now = asyncio.get_running_loop().time()
         held = {line.place for line in (*self._waiting, *self._running.values())}
-        return len(held) < _MAX_CHUNKS and sum(line.due <= now for line in self._waiting) < self._limit
+        startable = sum(line.due <= now and line.model not in self._full for line in self._waiting)
+        return len(held) < _MAX_CHUNKS and startable < self._limit
 
     async def _take(self, batch: Batch, chunk: Chunk) -> None:
         contents = await self._store.call(lines_of, batch.input_file, chunk)
@@ -146,9 +155,14 @@ class LineQueue:
         """Start the lines that are due and for whose model there is room, the first ones first."""
         now = asyncio.get_running_loop().time()
         later: list[_Line] = []
+        self._full.clear()
         for line in self._waiting:
-            model = self._place_of(line.document) if line.due <= now else None
+            if line.due > now or line.model in self._full:
+                later.append(line)
+                continue
+            model = self._place_of(line.document)
             if model is None:
+                self._full.add(line.model)
                 later.append(line)
                 continue
             self._of_model[model] += 1
@@ -182,7 +196,6 @@ class LineQueue:
         self._written.append((result, written))
         self._to_write.set()
         await written
-        self._meter.line("failed" if answer.failed else "completed")
 
     def _tries_again(self, line: _Line, answer: LineAnswer) -> bool:
         """Whether a line is run again, and when."""

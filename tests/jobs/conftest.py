@@ -16,10 +16,16 @@ def postgres() -> Iterator[PostgresServer]:
     server.close()
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
-def database_options(request: pytest.FixtureRequest, tmp_path: Path) -> DatabaseOptions:
+@pytest.fixture
+def sqlite(tmp_path: Path) -> DatabaseOptions:
+    """An empty database, for what does not depend on its kind."""
+    return DatabaseOptions(url=f"sqlite:///{tmp_path}/jobs.db")
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)])
+def database_options(request: pytest.FixtureRequest, sqlite: DatabaseOptions) -> DatabaseOptions:
     """An empty database of each kind."""
     if request.param == "sqlite":
-        return DatabaseOptions(url=f"sqlite:///{tmp_path}/jobs.db")
+        return sqlite
     server: PostgresServer = request.getfixturevalue("postgres")
     return DatabaseOptions(url=server.create_database())

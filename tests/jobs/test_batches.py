@@ -11,6 +11,7 @@ import pytest
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from serve_app.core.engine import EngineLoad
 from serve_app.core.requests import ChatPrompt, GenerationRequest
 from serve_app.core.tenants import Identity, Scope as KeyScope
 from serve_app.database_config import DatabaseOptions
@@ -55,7 +56,7 @@ async def test_a_batch_answers_each_line_once_in_the_order_of_the_input(database
     ],
 )
 async def test_the_answer_to_a_line_is_that_of_the_endpoint(
-    database_options: DatabaseOptions, endpoint: str, body: dict[str, Any]
+    sqlite: DatabaseOptions, endpoint: str, body: dict[str, Any]
 ) -> None:
     def script(request: GenerationRequest) -> list[Step]:
         if request.embed:
@@ -64,7 +65,7 @@ async def test_the_answer_to_a_line_is_that_of_the_endpoint(
             return [Chunk((), prompt_tokens=3, queue_s=0.0, embedding=(0.6, 0.8))]
         return echo(request)
 
-    async with process(database_options, ScriptedEngine(script)) as one:
+    async with process(sqlite, ScriptedEngine(script)) as one:
         answer = await one.http.post(endpoint, json=body)
         line = {"custom_id": "a", "method": "POST", "url": endpoint, "body": body}
         batch = await one.ended((await one.submit([line], endpoint)).id)
@@ -99,9 +100,9 @@ FAULTS = [
 
 @pytest.mark.parametrize(("line", "code", "param"), FAULTS)
 async def test_an_invalid_line_fails_the_batch_before_any_line_runs(
-    database_options: DatabaseOptions, line: object, code: str, param: str | None
+    sqlite: DatabaseOptions, line: object, code: str, param: str | None
 ) -> None:
-    async with process(database_options) as one:
+    async with process(sqlite) as one:
         batch = await one.ended((await one.submit([chat_line(0), "\n", line])).id)
         assert batch.status == "failed"
         assert batch.errors is not None
@@ -112,8 +113,8 @@ async def test_an_invalid_line_fails_the_batch_before_any_line_runs(
         assert one.engine.requests == []
 
 
-async def test_a_file_with_too_many_lines_or_none_fails_the_batch(database_options: DatabaseOptions) -> None:
-    async with process(database_options, max_lines=3) as one:
+async def test_a_file_with_too_many_lines_or_none_fails_the_batch(sqlite: DatabaseOptions) -> None:
+    async with process(sqlite, max_lines=3) as one:
         for lines, code in (([chat_line(n) for n in range(4)], "too_many_lines"), (["\n\n"], "empty_file")):
             batch = await one.ended((await one.submit(lines)).id)
             assert batch.status == "failed"
@@ -122,7 +123,7 @@ async def test_a_file_with_too_many_lines_or_none_fails_the_batch(database_optio
             assert [fault.code for fault in batch.errors.data] == [code]
 
 
-async def test_a_line_that_was_refused_is_tried_until_it_is_answered(database_options: DatabaseOptions) -> None:
+async def test_a_line_that_was_refused_is_tried_until_it_is_answered(sqlite: DatabaseOptions) -> None:
     """Three tries end with an error that goes away; a fourth line fails three times and is an error in the output."""
     calls: dict[str, int] = {}
 
@@ -135,7 +136,7 @@ async def test_a_line_that_was_refused_is_tried_until_it_is_answered(database_op
             return [errors[text]]
         return [chunk(["ok"])]
 
-    async with process(database_options, ScriptedEngine(script)) as one:
+    async with process(sqlite, ScriptedEngine(script)) as one:
         texts = ("busy", "away", "bad", "good")
         batch = await one.submit(chat_line(number, text) for number, text in enumerate(texts))
         batch = await one.ended(batch.id)
@@ -223,12 +224,36 @@ async def test_lines_of_a_lost_ingress_are_run_by_another_one(database_options: 
         assert [line["custom_id"] for line in found] == [f"line-{number}" for number in range(40)]
 
 
-async def test_few_lines_run_while_other_requests_are_there(database_options: DatabaseOptions) -> None:
+async def test_few_lines_run_while_other_requests_are_there(sqlite: DatabaseOptions) -> None:
     """Half of the free places, and one line while requests wait."""
     engine = ScriptedEngine(lambda request: [0.01, chunk(["ok"])])
-    async with process(database_options, engine, lines_in_flight=64) as one:
+    async with process(sqlite, engine, lines_in_flight=64) as one:
         await one.ended((await one.submit(chat_line(number) for number in range(128))).id)
         assert engine.max_running == 32
+
+
+class _Waited(ScriptedEngine):
+    """An engine for which other requests wait."""
+
+    def load(self, model: str) -> EngineLoad:
+        return EngineLoad(self.running, 3, 64)
+
+
+async def test_one_line_runs_while_other_requests_wait(sqlite: DatabaseOptions) -> None:
+    engine = _Waited(lambda request: [0.01, chunk(["ok"])])
+    async with process(sqlite, engine, lines_in_flight=64) as one:
+        await one.ended((await one.submit(chat_line(number) for number in range(20))).id)
+        assert engine.max_running == 1
+
+
+async def test_a_busy_model_does_not_delay_the_batches_of_another_one(database_options: DatabaseOptions) -> None:
+    def script(request: GenerationRequest) -> list[Step]:
+        return [None] if request.model == "small" else [chunk(["ok"])]
+
+    async with process(database_options, ScriptedEngine(script), lines_in_flight=4) as one:
+        await one.submit(chat_line(number) for number in range(64))
+        other = await one.submit(chat_line(number, model="org/large") for number in range(64))
+        assert (await one.ended(other.id)).status == "completed"
 
 
 class _Tenant:

@@ -82,19 +82,17 @@ PART = b'--x\r\ncontent-disposition: form-data; name="%s"%s\r\n\r\n%s\r\n'
         (FORM, b"--x\r\ncontent-disposition: form-data\r\n\r\n\r\n--x--\r\n"),
     ],
 )
-async def test_a_body_that_is_no_upload_is_refused(
-    database_options: DatabaseOptions, content_type: str, body: bytes
-) -> None:
-    async with process(database_options) as one:
+async def test_a_body_that_is_no_upload_is_refused(sqlite: DatabaseOptions, content_type: str, body: bytes) -> None:
+    async with process(sqlite) as one:
         answer = await one.http.post("/v1/files", content=body, headers={"content-type": content_type})
         assert answer.status_code == 400, answer.text
         assert answer.json()["error"]["message"]
         assert (await one.http.get("/v1/files")).json()["data"] == []
 
 
-async def test_files_have_limits_each_and_in_total(database_options: DatabaseOptions) -> None:
+async def test_files_have_limits_each_and_in_total(sqlite: DatabaseOptions) -> None:
     options: dict[str, Any] = {"max_file_bytes": 100_000, "max_tenant_bytes": 150_000}
-    async with process(database_options, **options) as one:
+    async with process(sqlite, **options) as one:
         with pytest.raises(openai.APIStatusError) as refused:
             await one.upload(["x" * 100_001])
         assert refused.value.status_code == 413

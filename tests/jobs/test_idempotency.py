@@ -57,7 +57,7 @@ async def ingress(
         await store.close()
 
 
-@pytest.fixture(params=["memory", "sqlite", "postgresql"])
+@pytest.fixture(params=["memory", "sqlite", pytest.param("postgresql", marks=pytest.mark.slow)])
 async def one(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Ingress]:
     database = None
     if request.param == "sqlite":
