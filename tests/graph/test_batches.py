@@ -6,7 +6,7 @@ import asyncio
 import json
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -15,8 +15,16 @@ import psutil
 import pytest
 
 from tests.graph.service import Service, http_client, model_config, wait_until
+from tests.postgres_server import PostgresServer
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]
+
+
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[PostgresServer]:
+    server = PostgresServer()
+    yield server
+    server.close()
 
 
 def line(number: int, model: str, tokens: int) -> str:
@@ -106,7 +114,7 @@ async def test_equal_requests_run_once_also_after_the_ingress_is_replaced(
 
 
 @asynccontextmanager
-async def large_service() -> AsyncIterator[tuple[httpx.AsyncClient, Service]]:
+async def large_service(database: dict[str, Any]) -> AsyncIterator[tuple[httpx.AsyncClient, Service]]:
     """HAProxy, two ingresses and a model with two replicas."""
     model = model_config(
         "toy",
@@ -115,7 +123,7 @@ async def large_service() -> AsyncIterator[tuple[httpx.AsyncClient, Service]]:
         engine={"max_running": 32},
         batching={"max_batch_size": 16},
     )
-    sections = {"batches": {"lines_in_flight": 16}}
+    sections = {"batches": {"lines_in_flight": 16}, "database": database}
     with Service([model], ingress={"num_replicas": 2}, sections=sections, max_body_bytes=65_536) as service:
         service.wait_until_ready()
         async with http_client(service) as client:
@@ -124,9 +132,11 @@ async def large_service() -> AsyncIterator[tuple[httpx.AsyncClient, Service]]:
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
-async def test_10000_lines_while_each_process_is_killed_in_turn() -> None:
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+async def test_10000_lines_while_each_process_is_killed_in_turn(kind: str, request: pytest.FixtureRequest) -> None:
     lines, tokens = 10_000, 24
-    async with large_service() as (client, service):
+    database = {} if kind == "sqlite" else {"url": request.getfixturevalue("postgres").create_database()}
+    async with large_service(database) as (client, service):
         began = time.monotonic()
         batch_id = await submit(client, "toy", lines, tokens)
         kills: list[tuple[float, str, Callable[[], list[psutil.Process]]]] = [
