@@ -27,8 +27,6 @@ from serve_app.api.native.routes import NativeRoutes
 from serve_app.api.openai.embeddings import EmbeddingRoutes
 from serve_app.api.openai.lora import LoraRoutes
 from serve_app.api.openai.routes import OpenAIRoutes
-from serve_app.api.openai_batches.batches import BatchRoutes
-from serve_app.api.openai_batches.files import FileRoutes
 from serve_app.api.openai_batches.service import BatchService, disabled
 from serve_app.api.openai_responses.routes import ResponsesRoutes
 from serve_app.api.operator import OperatorRoutes
@@ -171,6 +169,10 @@ def _batch_routes(service: BatchService | None) -> list[Route]:
     """The routes of files and batches. Without batches they answer that the configuration has none."""
     endpoints: tuple[Endpoint, ...] = (disabled,) * 6
     if service is not None:
+        # SQLAlchemy takes 0.2 s to import.
+        from serve_app.api.openai_batches.batches import BatchRoutes
+        from serve_app.api.openai_batches.files import FileRoutes
+
         files, batches = FileRoutes(service), BatchRoutes(service)
         endpoints = (files.files, files.file, files.content, batches.batches, batches.batch, batches.cancel)
     of_files, of_file, of_content, of_batches, of_batch, of_cancel = endpoints

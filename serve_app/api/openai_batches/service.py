@@ -5,14 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from starlette.requests import Request
 
 from serve_app.core.tenants import ANYONE, Identity
 from serve_app.errors import InvalidRequest, NotFound
-from serve_app.jobs.store import JobStore
 from serve_app.jobs_config import BatchOptions
+
+if TYPE_CHECKING:
+    from serve_app.jobs.store import JobStore
 
 
 @dataclass(frozen=True, slots=True)
