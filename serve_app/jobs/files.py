@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, count, islice
 from typing import Any
 
-from sqlalchemy import Engine, Row, and_, delete, func, insert, or_, select, update
+from sqlalchemy import Connection, Engine, Row, and_, delete, func, insert, or_, select, update
 
 from serve_app.database import writing
 from serve_app.jobs.records import OPEN, File
@@ -22,9 +22,19 @@ _COLUMNS = [files.c[name] for name in ("id", "tenant", "purpose", "filename", "s
 
 
 def save(
-    database: Engine, tenant: str, purpose: str, filename: str, content: Iterable[bytes], now: float, expires_at: float
+    database: Engine,
+    tenant: str,
+    purpose: str,
+    filename: str,
+    content: Iterable[bytes],
+    now: float,
+    expires_at: float,
+    visible: bool = True,
 ) -> File:
-    """A new file with this content, which is read in pieces of any size. The file is visible when it is complete."""
+    """A new file with this content, which is read in pieces of any size.
+
+    Callers see the file when its content is complete; if not `visible`, when `show` is called.
+    """
     file_id = f"file-{secrets.token_hex(12)}"
     size, number = 0, count()
     row = {"id": file_id, "tenant": tenant, "purpose": purpose, "filename": filename}
@@ -37,8 +47,19 @@ def save(
         with writing(database) as connection:
             connection.execute(insert(file_parts), rows)
     with writing(database) as connection:
-        connection.execute(update(files).where(files.c.id == file_id).values(size=size, complete=True))
+        connection.execute(update(files).where(files.c.id == file_id).values(size=size, complete=visible))
     return File(file_id, tenant, purpose, filename, size, now, expires_at)
+
+
+def show(connection: Connection, file_ids: Sequence[str]) -> None:
+    """Let callers see files, when the transaction is committed."""
+    connection.execute(update(files).where(files.c.id.in_(file_ids)).values(complete=True))
+
+
+def discard(database: Engine, file_ids: Sequence[str]) -> None:
+    """Delete files that nobody has seen."""
+    with writing(database) as connection:
+        connection.execute(delete(files).where(files.c.id.in_(file_ids), ~files.c.complete))
 
 
 def _parts(content: Iterable[bytes]) -> Iterator[bytes]:

@@ -18,6 +18,7 @@ from sqlalchemy import Connection, Engine, delete, func, insert, or_, select, up
 from sqlalchemy.dialects import postgresql, sqlite
 
 from serve_app.database import writing
+from serve_app.jobs import files
 from serve_app.jobs.batches import batch_of
 from serve_app.jobs.records import OPEN, Batch, Chunk, Fault, Result, Status
 from serve_app.jobs.tables import batches, chunks, results
@@ -191,7 +192,7 @@ def results_of(database: Engine, chunk: Chunk) -> dict[int, Result]:
 def end(
     database: Engine, owner: str, batch: Batch, output: str | None, errors: str | None, failed: int, now: float
 ) -> bool:
-    """End a batch whose files are written, and delete its chunks and results; False if `owner` has lost it.
+    """End a batch whose files are written, show them, and delete its chunks and results; False if `owner` has lost it.
 
     `failed` is the number of lines in the file of errors.
     """
@@ -216,6 +217,7 @@ def end(
         )
         if not changed.rowcount:
             return False
+        files.show(connection, [file_id for file_id in (output, errors) if file_id is not None])
         connection.execute(delete(results).where(results.c.batch_id == batch.id))
         connection.execute(delete(chunks).where(chunks.c.batch_id == batch.id))
         return True

@@ -45,13 +45,11 @@ def finish(database: Engine, owner: str, batch: Batch, parse: Parse, now: float,
         some = files.peeked(lines)
         tenant = batch.identity.tenant
         filename = f"{batch.id}_{name}.jsonl"
-        file = some and files.save(database, tenant, PURPOSE, filename, some, now, expires_at)
+        file = some and files.save(database, tenant, PURPOSE, filename, some, now, expires_at, visible=False)
         written.append(file.id if file else None)
     if journal.end(database, owner, batch, written[0], written[1], failed, now):
         return missing
-    for file_id in written:
-        if file_id is not None:
-            files.remove(database, batch.identity.tenant, file_id, now)
+    files.discard(database, [file_id for file_id in written if file_id is not None])
     return Counter()
 
 

@@ -19,7 +19,7 @@ async def test_a_file_is_read_as_it_was_uploaded(database_options: DatabaseOptio
     content = os.urandom(3 * files.PART_BYTES + 17)
     async with process(database_options) as one:
         file = await one.client.files.create(
-            file=("größe/../x.jsonl", content),
+            file=("größe 文/../x.jsonl", content),
             purpose="batch",
             expires_after={"anchor": "created_at", "seconds": 3600},
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +13,7 @@ from sqlalchemy import Engine, select
 from serve_app.core.tenants import ANYONE
 from serve_app.database import open_database
 from serve_app.database_config import DatabaseOptions
-from serve_app.jobs import batches, journal
+from serve_app.jobs import batches, files, journal, output, tables
 from serve_app.jobs.records import Batch, Chunk, Result, Status
 from serve_app.jobs.tables import results
 
@@ -105,6 +106,25 @@ def test_a_batch_ends_when_all_lines_have_results_and_not_earlier(database: Engi
     assert found is not None
     assert (found.status, found.completed, found.output_file) == (Status.COMPLETED, CHUNKS * LINES, "file-2")
     assert contents(database) == {}
+
+
+def test_the_files_of_a_worker_that_lost_its_batch_are_not_seen(database: Engine) -> None:
+    batch = started(database)
+    while claimed := journal.claim_chunk(database, "w", NOW):
+        journal.write(database, "w", results_of(claimed[1], "x"), NOW)
+    slow = journal.claim_batch(database, "slow", NOW + 1)
+    heir = journal.claim_batch(database, "heir", NOW + journal.LEASE_S + 2)
+    assert slow is not None
+    assert heir is not None
+    for owner, one in (("slow", slow), ("heir", heir), ("slow", slow)):
+        output.finish(database, owner, one, json.loads, NOW, NOW + 100)
+    found = batches.find(database, "", batch.id)
+    assert found is not None
+    (file,) = files.page(database, "", None, None, 10, True, NOW)
+    assert (file.id, found.completed) == (found.output_file, CHUNKS * LINES)
+    assert b"".join(files.read(database, file.id)) == b"x\n" * CHUNKS * LINES
+    with database.connect() as connection:
+        assert len(connection.execute(select(tables.files)).all()) == 1
 
 
 def test_results_that_come_after_a_batch_is_cancelled_are_dropped(database: Engine) -> None:

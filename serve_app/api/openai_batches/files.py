@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
+from urllib.parse import quote
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -46,7 +47,8 @@ class FileRoutes:
     async def content(self, http: Request) -> Response:
         """The content of a file, part by part."""
         found = await self._find(http)
-        headers = {"content-length": str(found.size), "content-disposition": f'attachment; filename="{found.filename}"'}
+        name = quote(found.filename, safe="")  # RFC 6266: a header has no other characters than ASCII
+        headers = {"content-length": str(found.size), "content-disposition": f"attachment; filename*=UTF-8''{name}"}
         return StreamingResponse(self._parts(found), headers=headers, media_type="application/octet-stream")
 
     async def _parts(self, file: File) -> AsyncIterator[bytes]:
