@@ -51,11 +51,11 @@ class BatchLines:
         """Raises InvalidRequest."""
         return parse_document(line)
 
-    def load(self, document: object) -> tuple[str, EngineLoad] | None:
-        """How busy the model of a body is. For an experiment, whose variants have several models, it is unknown."""
-        name = document.get("model") if isinstance(document, dict) else None
+    def load(self, body: object, identity: Identity) -> tuple[str, EngineLoad] | None:
+        """How busy the model of a body is. For an experiment this is the model of its control."""
+        name = body.get("model") if isinstance(body, dict) else None
         try:
-            model = self._context.model(name if isinstance(name, str) else None).name
+            model = self._context.model(name if isinstance(name, str) else None, identity).name
         except ServeAppError:
             return None
         return model, self._context.engine.load(model)

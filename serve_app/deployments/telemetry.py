@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from starlette.types import ASGIApp
 
 from serve_app.api.app import create_app
-from serve_app.api.context import keep
+from serve_app.api.context import Audit, keep, no_audit
 from serve_app.api.experiments import Experiments
 from serve_app.api.middleware import OneRequestId
 from serve_app.api.openai_batches.service import BatchService
@@ -19,6 +19,7 @@ from serve_app.config import AppConfig, ConfigError, Telemetry as Settings
 from serve_app.core.adapters import AdapterDirectory
 from serve_app.core.engine import Engine
 from serve_app.core.requests import GenerationRequest
+from serve_app.core.tenants import Authenticator
 from serve_app.engines.protocol import ReplicaEngine
 from serve_app.engines.stream import TokenStream
 from serve_app.jobs.answers import AnswerStore
@@ -68,6 +69,8 @@ class ProcessTelemetry:
         adapters: AdapterDirectory | None = None,
         publish: Callable[[], Awaitable[None]] = keep,
         experiments: Experiments | None = None,
+        authenticator: Authenticator | None = None,
+        audit: Audit = no_audit,
         batches: BatchService | None = None,
         answers: AnswerStore | None = None,
     ) -> ASGIApp:
@@ -81,6 +84,8 @@ class ProcessTelemetry:
             adapters=adapters,
             publish=publish,
             experiments=experiments,
+            authenticator=authenticator,
+            audit=audit,
             batches=batches,
             answers=answers,
         )

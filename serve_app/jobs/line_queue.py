@@ -160,7 +160,7 @@ class LineQueue:
             if line.due > now or line.model in self._full:
                 later.append(line)
                 continue
-            model = self._place_of(line.document)
+            model = self._place_of(line)
             if model is None:
                 self._full.add(line.model)
                 later.append(line)
@@ -171,9 +171,9 @@ class LineQueue:
             task.add_done_callback(lambda task, model=model: self._ended(task, model))  # type: ignore[misc]
         self._waiting = later
 
-    def _place_of(self, document: dict[str, object]) -> str | None:
+    def _place_of(self, line: _Line) -> str | None:
         """The model of a line if it has room for one more line; "" for a line without a model of the service."""
-        found = self._runner.load(document["body"])
+        found = self._runner.load(line.document["body"], line.batch.identity)
         if found is None:
             return ""
         model, load = found

@@ -35,8 +35,8 @@ class LineRunner(Protocol):
         """The JSON of a line. Raises ServeAppError."""
         ...
 
-    def load(self, document: object) -> tuple[str, EngineLoad] | None:
-        """The model of a line's body, and how busy it is; None if there is no such model."""
+    def load(self, body: object, identity: Identity) -> tuple[str, EngineLoad] | None:
+        """The model of a line's body, and how busy it is; None if there is no such model for the caller."""
         ...
 
     async def answer(self, endpoint: str, body: object, identity: Identity) -> LineAnswer:

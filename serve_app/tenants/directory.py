@@ -9,9 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from sqlalchemy.exc import SQLAlchemyError
-
-from serve_app.core.tenants import Identity, Limits, Tenant
+from serve_app.core.tenants import CredentialsRefused, Identity, Limits, Tenant
 from serve_app.tenants.api_key import NO_KEY, parse_key
 from serve_app.tenants.store import KeyRecord, TenantStore
 
@@ -24,12 +22,12 @@ _NO_LIMITS = Limits()
 _NO_RECORD = KeyRecord("", NO_KEY.digest, "", "", frozenset(), None, _NO_LIMITS, 0.0, revoked=0.0)
 
 
-class KeyRefused(Exception):
-    """The text is no valid key. `reason` is `invalid`, `expired` or `revoked`; the owner of the secret may know it."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
+# The answers to a wrong key. Only the owner of the secret learns that a key has expired or was revoked.
+_MESSAGES = {
+    "invalid": "The API key is not valid.",
+    "expired": "The API key has expired.",
+    "revoked": "The API key was revoked.",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +85,7 @@ class Directory:
         return _NO_LIMITS if record is None else record.limits
 
     def identify(self, text: str) -> Identity:
-        """The identity that a key proves. Raises KeyRefused.
+        """The identity that a key proves. Raises CredentialsRefused.
 
         The work is the same for an unknown id and for a wrong secret, and the comparison takes constant time.
         """
@@ -96,11 +94,11 @@ class Directory:
         record = state.keys.get(given.id, _NO_RECORD)
         matches = hmac.compare_digest(given.digest, record.digest)
         if not matches or record is _NO_RECORD:
-            raise KeyRefused("invalid")
+            raise CredentialsRefused("invalid", _MESSAGES["invalid"])
         now = self._clock()
         reason = record.state(now)
         if reason != "active":
-            raise KeyRefused(reason)
+            raise CredentialsRefused(reason, _MESSAGES[reason])
         self._used[record.id] = now
         return state.identities[record.id]
 
@@ -117,7 +115,7 @@ class Directory:
             number = self._store.revision()
             if number != self._state.revision:
                 self._state = _read(self._store, number)
-        except SQLAlchemyError as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is, the thread must go on
             if not self._failing:
                 log.error("The keys cannot be read; the last state stays. %s", _first_line(error))
             self._failing = True
@@ -131,7 +129,7 @@ class Directory:
         try:
             if used and self._store is not None:
                 self._store.used(used)
-        except SQLAlchemyError as error:
+        except Exception as error:  # noqa: BLE001
             log.warning("The last use of %d keys was not written. %s", len(used), _first_line(error))
 
 

@@ -81,7 +81,10 @@ class TenantStore:
             if known is None and wanted.tenant == DEFAULT_TENANT:
                 _put_tenant(connection, Tenant(DEFAULT_TENANT), is_new=True)
             elif known is None:
-                raise UnknownName(f"tenant {wanted.tenant!r} does not exist")
+                raise UnknownName(
+                    f"tenant {wanted.tenant!r} does not exist; create it with: "
+                    f"python -m serve_app tenants set {wanted.tenant}"
+                )
             key, record = self._insert_key(connection, wanted)
             self._log(connection, "keys.create", record.id, _facts(record))
         return key, record
@@ -237,7 +240,7 @@ def _key(row: Row[Any]) -> KeyRecord:
         row.digest,
         row.tenant,
         row.name,
-        frozenset(map(Scope, row.scopes)),
+        frozenset(map(Scope, set(row.scopes) & set(Scope))),  # a later version of this package may have more
         None if row.models is None else frozenset(row.models),
         _limits(row.limits),
         row.created,

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 import pytest
 from sqlalchemy import Engine
 
-from serve_app.core.tenants import Identity, Limits, Scope, Tenant, Tenants
+from serve_app.core.tenants import CredentialsRefused, Identity, Limits, Scope, Tenant, Tenants
 from serve_app.database import open_database
 from serve_app.database_config import DatabaseOptions
-from serve_app.tenants.directory import Directory, KeyRefused
+from serve_app.tenants.directory import Directory
 from serve_app.tenants.store import NewKey, TenantStore
 from tests.postgres_server import PostgresServer
 
@@ -37,7 +37,7 @@ def reason(directory: Directory, key: str) -> str:
     """Why a key is refused; "" if it is not."""
     try:
         directory.identify(key)
-    except KeyRefused as error:
+    except CredentialsRefused as error:
         return error.reason
     return ""
 

@@ -6,8 +6,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from serve_app.api.body import read_document
+from serve_app.api.experiments import identity_of
 from serve_app.api.openai_batches.objects import BatchList, SubmitBody, batch_object
-from serve_app.api.openai_batches.service import BatchService, identity_of, limit_of, unknown_after
+from serve_app.api.openai_batches.service import BatchService, limit_of, unknown_after
 from serve_app.errors import InvalidRequest, NotFound, QueueFull
 from serve_app.jobs import batches, files
 from serve_app.jobs.records import Batch

@@ -10,8 +10,9 @@ from urllib.parse import quote
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
+from serve_app.api.experiments import identity_of
 from serve_app.api.openai_batches.objects import DeletedFile, FileList, file_object
-from serve_app.api.openai_batches.service import BatchService, identity_of, limit_of, unknown_after
+from serve_app.api.openai_batches.service import BatchService, limit_of, unknown_after
 from serve_app.api.openai_batches.upload import Upload, read_upload
 from serve_app.errors import BodyTooLarge, InvalidRequest, NotFound
 from serve_app.jobs import files

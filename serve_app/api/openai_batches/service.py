@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, NoReturn
 
 from starlette.requests import Request
 
-from serve_app.core.tenants import ANYONE, Identity
 from serve_app.errors import InvalidRequest, NotFound
 from serve_app.jobs_config import BatchOptions
 
@@ -25,12 +24,6 @@ class BatchService:
     options: BatchOptions
     wake: Callable[[], None]
     clock: Callable[[], float] = time.time
-
-
-def identity_of(http: Request) -> Identity:
-    """The caller of a request."""
-    identity: Identity = getattr(http.state, "identity", ANYONE)
-    return identity
 
 
 def limit_of(http: Request, default: int, longest: int) -> int:
