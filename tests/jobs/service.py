@@ -76,10 +76,9 @@ class Process:
             input_file_id=file_id, endpoint=endpoint, completion_window="24h", metadata={"name": "test"}
         )
 
-    async def ended(self, batch_id: str) -> Batch:
-        found: Batch = await wait_for(
-            lambda: self.client.batches.retrieve(batch_id), lambda found: found.status in ENDED
-        )
+    async def ended(self, batch_id: str, tenant: str = "") -> Batch:
+        client = self.client.with_options(default_headers={"x-tenant": tenant})
+        found: Batch = await wait_for(lambda: client.batches.retrieve(batch_id), lambda found: found.status in ENDED)
         return found
 
     async def lines(self, file_id: str | None) -> list[Any]:

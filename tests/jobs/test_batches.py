@@ -279,7 +279,9 @@ async def test_a_tenant_sees_only_its_own_files_and_batches(database_options: Da
         batch = await ours.batches.create(
             input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h"
         )
-        assert [one.id async for one in ours.files.list()] == [file.id]
+        assert (await one.ended(batch.id, "ours")).status == "completed"
+        assert [(line.tenant, line.key) for line in one.engine.requests] == [("ours", "key-of-ours")]
+        assert [one.id async for one in ours.files.list(purpose="batch")] == [file.id]
         assert [one.id async for one in theirs.files.list()] == []
         assert [one.id async for one in theirs.batches.list()] == []
         for ask in (
