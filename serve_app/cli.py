@@ -32,6 +32,7 @@ from serve_app.serve_file import ServeFile, load_serve_file
 _POLL_INTERVAL_S = 0.2
 # The modules of other commands, which are imported when they run: the database takes 0.2 s to import.
 _COMMANDS = {
+    "batch": "serve_app.batch_cli",
     "deploy": "serve_app.deploy",
     "experiments": "serve_app.experiment_cli",
     "keys": "serve_app.keys_cli",
@@ -114,7 +115,8 @@ def _parser() -> argparse.ArgumentParser:
         "and deploys the configuration file to it. Ctrl-C stops the service and everything that the command started.",
         epilog="Other commands: `python -m serve_app deploy --help` (deploy the file to a cluster that goes on running "
         "and restore the previous configuration if the new one cannot run), `python -m serve_app experiments --help` "
-        "(compare the variants of experiments, check their configuration), `python -m serve_app keys --help`, "
+        "(compare the variants of experiments, check their configuration), `python -m serve_app batch --help` (run "
+        "many requests at low priority), `python -m serve_app keys --help`, "
         "`python -m serve_app tenants --help` and `python -m serve_app usage --help` (API keys, the limits of their "
         "owners, and what they have used).",
     )

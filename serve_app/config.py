@@ -23,6 +23,7 @@ from serve_app.engine_config import (
     Speculative,
     VllmOptions,
 )
+from serve_app.jobs_config import BatchOptions, IdempotencyOptions
 from serve_app.lora_config import NAME_PATTERN, Lora, LoraAdapter, valid_name
 from serve_app.quota_config import Price, QuotaOptions
 from serve_app.section import Section
@@ -33,6 +34,7 @@ __all__ = [
     "AuthOptions",
     "AutoOptions",
     "Autoscaling",
+    "BatchOptions",
     "Batching",
     "CacheOptions",
     "ConfigError",
@@ -40,6 +42,7 @@ __all__ = [
     "DatabaseOptions",
     "Deployment",
     "EngineOptions",
+    "IdempotencyOptions",
     "Ingress",
     "Limits",
     "Lora",
@@ -376,7 +379,8 @@ class Telemetry(Section):
 class AppConfig(Section):
     """The `args` of serve_config.yaml. The first model serves the requests that name no model.
 
-    `response_cache: null` switches the cache off; `auth: null` serves everyone on this machine without keys.
+    `response_cache: null` switches the cache off, `batches: null` switches batch jobs off; `auth: null` serves everyone
+    on this machine without keys.
     """
 
     models: Annotated[tuple[Model, ...], Field(min_length=1)]
@@ -388,6 +392,8 @@ class AppConfig(Section):
     auth: AuthOptions | None = None
     database: DatabaseOptions = DatabaseOptions()
     quotas: QuotaOptions = QuotaOptions()
+    batches: BatchOptions | None = None
+    idempotency: IdempotencyOptions = IdempotencyOptions()
     telemetry: Telemetry = Telemetry()
 
     @property

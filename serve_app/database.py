@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Engine, MetaData, create_engine, event
+from sqlalchemy import Connection, Engine, MetaData, create_engine, event, func, select
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from serve_app.database_config import PASSWORD_VARIABLE, DatabaseOptions
 
 # The tables of all parts of the service. Each part defines its own with this.
 metadata = MetaData()
+# An arbitrary number: PostgreSQL's name of the lock.
+_TABLES_LOCK = 0x5E12E0
 # Connections of one process: queries are short.
 _CONNECTIONS = 5
-# SQLite creates one table after the other, and each can be created by another process meanwhile.
-_TRIES = 20
 
 
 def open_database(options: DatabaseOptions) -> Engine:
@@ -34,20 +35,33 @@ def open_database(options: DatabaseOptions) -> Engine:
         engine = create_engine(
             url, pool_size=_CONNECTIONS, max_overflow=0, pool_timeout=options.timeout_s, pool_pre_ping=True
         )
-    _create_tables(engine)
+    try:
+        _create_tables(engine)
+    except BaseException:
+        engine.dispose()
+        raise
     return engine
 
 
 def _create_tables(engine: Engine) -> None:
-    """Create the tables that are missing. Other processes may do so at the same time: then the next try finds them."""
-    for _ in range(_TRIES - 1):
-        try:
-            metadata.create_all(engine)
-            return
-        except DBAPIError as error:
-            if error.connection_invalidated or "exist" not in str(error.orig):  # "already exists", "unique … exists"
-                raise
-    metadata.create_all(engine)
+    """Create the tables that do not exist. Several processes do this at the same time, each waits for the others."""
+    with writing(engine) as connection:
+        if engine.dialect.name == "postgresql":
+            connection.execute(select(func.pg_advisory_xact_lock(_TABLES_LOCK)))
+        metadata.create_all(connection)
+
+
+@contextmanager
+def writing(database: Engine) -> Iterator[Connection]:
+    """A transaction that reads before it writes. Raises sqlalchemy.exc.SQLAlchemyError.
+
+    SQLite takes its lock at the beginning: a transaction that takes it later fails if another one has written since
+    its first read.
+    """
+    with database.begin() as connection:
+        if database.dialect.name == "sqlite":
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+        yield connection
 
 
 def database_url(options: DatabaseOptions) -> URL:

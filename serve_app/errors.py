@@ -6,6 +6,7 @@ ServeAppError
 ├── PreviousResponseNotFound  422  the response that the request continues is not stored
 ├── InvalidApiKey             401  the API key or token is missing or not valid
 ├── PermissionDenied          403  the key does not allow this request
+├── IdempotencyKeyReused      422  another request has used the same idempotency key
 ├── ModelNotFound             404  the service has no model of this name
 ├── NotFound                  404  the path or the object does not exist, or the model does not offer the path
 ├── MethodNotAllowed          405  the path exists, but not with this method
@@ -78,6 +79,10 @@ class PromptTooLong(ServeAppError):
 
 class PreviousResponseNotFound(ServeAppError):
     status, code = 422, "previous_response_not_found"
+
+
+class IdempotencyKeyReused(ServeAppError):
+    status, code = 422, "idempotency_key_reused"
 
 
 class InvalidApiKey(ServeAppError):

@@ -88,7 +88,7 @@ def _key(file: Path | None) -> str:
 def _reports(url: str, key: str) -> dict[str, Any]:
     """Raises ReportError."""
     request = urllib.request.Request(f"{url}/experiments", headers={"authorization": f"Bearer {key}"} if key else {})
-    handlers = [urllib.request.ProxyHandler({})] if _is_loopback(url) else []
+    handlers = [urllib.request.ProxyHandler({})] if is_loopback(url) else []
     try:
         with urllib.request.build_opener(*handlers).open(request, timeout=_TIMEOUT_S) as answer:
             found: dict[str, Any] = json.load(answer)
@@ -97,7 +97,7 @@ def _reports(url: str, key: str) -> dict[str, Any]:
     return found
 
 
-def _is_loopback(url: str) -> bool:
+def is_loopback(url: str) -> bool:
     """A proxy of the environment cannot reach the loopback interface of this machine."""
     host = urlsplit(url).hostname or ""
     try:

@@ -88,7 +88,14 @@ def toy_service(token_log: Path) -> Iterator[Service]:
     ]
     with _running["toy_service"] as running:
         service = running.enter_context(
-            Service(models, response_cache={}, heartbeat_s=0.3, max_body_bytes=65_536, warm_wait_s=30)
+            Service(
+                models,
+                response_cache={},
+                sections={"batches": {}, "idempotency": {"shared": True}},
+                heartbeat_s=0.3,
+                max_body_bytes=65_536,
+                warm_wait_s=30,
+            )
         )
         service.wait_until_ready()
         yield service

@@ -51,11 +51,16 @@ RULES: dict[str, set[str]] = {
     "usage_cli.py": {"sqlalchemy", "serve_app.config", "serve_app.tenants", "serve_app.tenants_cli", *BASE},
     "quota_config.py": {"pydantic", "serve_app.section"},
     "experiment_cli.py": {"serve_app.config", "serve_app.serve_file"},
+    "batch_cli.py": {"tqdm", "serve_app.experiment_cli"},
+    "jobs_config.py": {"pydantic", "serve_app.section"},
+    "jobs/": {"sqlalchemy", "serve_app.jobs", "serve_app.jobs_config", "serve_app.database"}
+    | {"serve_app.database_config", *BASE},
     "tenants_cli.py": {"sqlalchemy", "serve_app.config", "serve_app.database", "serve_app.database_config"}
     | {"serve_app.serve_file", "serve_app.tenants", *BASE},
     "keys_cli.py": {"sqlalchemy", "serve_app.tenants", "serve_app.tenants_cli", *BASE},
     "config.py": {"pydantic", "serve_app.section", "serve_app.engine_config", "serve_app.lora_config"}
-    | {"serve_app.auth_config", "serve_app.cache_config", "serve_app.database_config", "serve_app.quota_config"},
+    | {"serve_app.auth_config", "serve_app.cache_config", "serve_app.database_config", "serve_app.quota_config"}
+    | {"serve_app.jobs_config"},
     "serve_file.py": {"pydantic", "yaml", "serve_app.config", "serve_app.experiment_config"},
     "readiness.py": set(),
     "progress.py": set(),
@@ -67,7 +72,7 @@ RULES: dict[str, set[str]] = {
     "__init__.py": set(),
     "app.py": {"ray", "serve_app.config", "serve_app.deployments", "serve_app.gateway"},
     "api/": {"starlette", "pydantic", "pydantic_core", "typing_extensions", "serve_app.api", "serve_app.config"}
-    | {"serve_app.__version__", *BASE},
+    | {"serve_app.__version__", "serve_app.jobs", "serve_app.jobs_config", *BASE},
     "api/content_coding.py": {"starlette", "backports.zstd", "compression.zstd", "serve_app.config", *BASE},
     "gateway/": {"serve_app.gateway", "serve_app.config", "serve_app.experiment_config", *BASE},
     "gateway/answers.py": {"msgpack", *BASE},
@@ -96,7 +101,7 @@ RULES: dict[str, set[str]] = {
     "telemetry/": {"prometheus_client", "pynvml", "opentelemetry", "starlette", "serve_app.telemetry"}
     | {"serve_app.api.telemetry", "serve_app.config", "serve_app.__version__", *DECIDING_MODULES, *BASE},
     "deployments/": {"ray", "prometheus_client", "starlette", "opentelemetry.trace", "serve_app.deployments"}
-    | {"serve_app.experiment_config"}
+    | {"serve_app.experiment_config", "serve_app.jobs"}
     | {"serve_app.gateway", "serve_app.api", "serve_app.telemetry", "serve_app.config", *DECIDING_MODULES, *BASE},
     "deployments/ingress_quotas.py": {"sqlalchemy", "serve_app.database", "serve_app.tenants", "serve_app.gateway"}
     | {"serve_app.config", "serve_app.telemetry", *BASE},

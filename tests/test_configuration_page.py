@@ -159,6 +159,7 @@ def test_the_examples_are_valid() -> None:
         "auth",
         "auth",
         "quotas",
+        "batches",
         "lora",
         "chat_template",
         "deployments",

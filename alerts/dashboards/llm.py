@@ -728,6 +728,56 @@ EXPERIMENTS = (
     ),
 )
 
+EVERY_REPLICA = 'replica=~".+"'
+JOBS = (
+    Panel(
+        "Batch lines",
+        "Lines of batches per second, by outcome. If most are retried, the service is busy with other requests or a "
+        "model is down.",
+        "ops",
+        ((per_second("serve_app_batch_lines_total", ("outcome",), ""), "{{outcome}}"),),
+        stacked=True,
+    ),
+    Panel(
+        "Open batches",
+        "Batches that have not ended. Every ingress reports the same number.",
+        "short",
+        ((maximum("serve_app_open_batches", ("replica",), EVERY_REPLICA), "{{replica}}"),),
+    ),
+    Panel(
+        "Batches: time without progress",
+        "Longest time since a batch that has not ended made progress. Above the threshold a batch is stuck.",
+        "s",
+        ((maximum("serve_app_batch_silent_seconds", ("replica",), EVERY_REPLICA), "{{replica}}"),),
+        thresholds=(threshold("BatchStuck"),),
+        alerts=("BatchStuck",),
+    ),
+    Panel(
+        "Jobs: errors of the database",
+        "Failed calls to the database of batches and of shared idempotency keys. Above the threshold the database is "
+        "down: batches stand still, other requests do not need it.",
+        "ops",
+        ((per_second("serve_app_job_database_errors_total", ("replica",), ""), "{{replica}}"),),
+        thresholds=(threshold("JobDatabaseFails"),),
+        alerts=("JobDatabaseFails",),
+    ),
+    Panel(
+        "Requests with an idempotency key",
+        "Requests with the header Idempotency-Key per second. If many are replayed, clients retry after time-outs; "
+        "refused ones used a key for two requests.",
+        "reqps",
+        ((per_second("serve_app_idempotent_requests_total", ("outcome",), ""), "{{outcome}}"),),
+        stacked=True,
+    ),
+    Panel(
+        "Idempotency: memory",
+        "Memory of the answers that each replica of the ingress keeps by idempotency keys. The limit is "
+        "`idempotency.max_kept_bytes`; 0 if the database keeps them.",
+        "bytes",
+        ((total("serve_app_idempotent_answers_bytes", ("replica",), ""), "{{replica}}"),),
+    ),
+)
+
 DASHBOARD = Dashboard(
     uid="serve-app-llm",
     title="serve_app: LLM performance",
@@ -742,6 +792,7 @@ DASHBOARD = Dashboard(
         "HTTP": HTTP,
         "Response cache": RESPONSE_CACHE,
         "Limits and usage": LIMITS,
+        "Batches and idempotency keys": JOBS,
         "Engine": ENGINE,
         "Engine: vLLM": VLLM,
         "KV cache and lengths": MEMORY,

@@ -22,11 +22,13 @@ from serve_app.api.context import Audit, RequestContext, configured_adapters, ke
 from serve_app.api.cors import AllowOrigins
 from serve_app.api.error_handlers import ErrorHandlers
 from serve_app.api.experiments import ExperimentRoutes, Experiments, NoExperiments, identity_of
+from serve_app.api.idempotency import Idempotency
 from serve_app.api.middleware import BodyLimits, CacheHeader, CallMetrics, CatchAll, OnePath, RequestId
 from serve_app.api.native.routes import NativeRoutes
 from serve_app.api.openai.embeddings import EmbeddingRoutes
 from serve_app.api.openai.lora import LoraRoutes
 from serve_app.api.openai.routes import OpenAIRoutes
+from serve_app.api.openai_batches.service import BatchService, disabled
 from serve_app.api.openai_responses.routes import ResponsesRoutes
 from serve_app.api.operator import OperatorRoutes
 from serve_app.api.rate_limits import RateLimitHeaders
@@ -40,6 +42,10 @@ from serve_app.core.engine import Engine
 from serve_app.core.tenants import Authenticator
 from serve_app.core.usage import UsageReports
 from serve_app.errors import ServeAppError
+from serve_app.jobs.answers import AnswerMemory, AnswerStore
+
+# The fields and separators of an upload, beside its file.
+_FIELD_BYTES = 65_536
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 DocumentEndpoint = Callable[[Request, object], Awaitable[Response]]
@@ -57,19 +63,23 @@ def create_app(
     authenticator: Authenticator | None = None,
     audit: Audit = no_audit,
     usage: UsageReports | None = None,
+    batches: BatchService | None = None,
+    answers: AnswerStore | None = None,
 ) -> Starlette:
     """The application over an engine. `clock` returns monotonic seconds; `around` is the outermost middleware.
 
     The default of `adapters` are those of the configuration; `publish` is awaited after each change of them. Without
     `experiments` every name is that of a model or an adapter. Without `authenticator` everyone may do everything.
-    `audit` is awaited for each action of an administrator, before its answer. Without `usage` there are no limits.
+    `audit` is awaited for each action of an administrator, before its answer. Without `usage` there are no limits,
+    and without `batches` no files and batches. `answers` are kept by idempotency keys; the default is in the memory of
+    this process.
     """
     handlers = ErrorHandlers(telemetry)
     directory = configured_adapters(config) if adapters is None else adapters
     context = RequestContext(
         engine, telemetry, config, clock, directory, publish, experiments or NoExperiments(), audit=audit
     )
-    routes = _routes(context, usage)
+    routes = [*_routes(context, usage), *_batch_routes(batches)]
     app = Starlette(
         routes=routes,
         middleware=[
@@ -82,13 +92,30 @@ def create_app(
             *([Middleware(RateLimitHeaders)] if usage is not None else []),
             Middleware(CatchAll, handlers=handlers),
             *(_authenticate(authenticator, routes, handlers, telemetry) if authenticator is not None else []),
-            Middleware(BodyLimits, limits=config.limits),
+            Middleware(BodyLimits, limits=config.limits, max_file_bytes=_max_upload_bytes(batches)),
             Middleware(DecodeBody, limits=config.limits),
+            *(
+                [
+                    Middleware(
+                        Idempotency,
+                        store=answers or AnswerMemory(config.idempotency, clock, telemetry.answers_kept),
+                        handlers=handlers,
+                        telemetry=telemetry,
+                    )
+                ]
+                if config.idempotency.max_kept
+                else []
+            ),
         ],
         exception_handlers={ServeAppError: handlers.known, HTTPException: handlers.routing},
     )
     app.router.redirect_slashes = False  # OnePath has removed a slash at the end
     return app
+
+
+def _max_upload_bytes(batches: BatchService | None) -> int:
+    """The size of the body of an upload: the file, with room for the fields and the lines between the parts."""
+    return batches.options.max_file_bytes + _FIELD_BYTES if batches is not None else 0
 
 
 def _authenticate(
@@ -155,6 +182,27 @@ def _routes(context: RequestContext, usage: UsageReports | None) -> list[Route]:
         _get("/docs/{file}", reference.file),
         Route("/", root, methods=["GET", "POST"]),
         _get("/playground/{file}", playground.file),
+    ]
+
+
+def _batch_routes(service: BatchService | None) -> list[Route]:
+    """The routes of files and batches. Without batches they answer that the configuration has none."""
+    endpoints: tuple[Endpoint, ...] = (disabled,) * 6
+    if service is not None:
+        # SQLAlchemy takes 0.2 s to import.
+        from serve_app.api.openai_batches.batches import BatchRoutes
+        from serve_app.api.openai_batches.files import FileRoutes
+
+        files, batches = FileRoutes(service), BatchRoutes(service)
+        endpoints = (files.files, files.file, files.content, batches.batches, batches.batch, batches.cancel)
+    of_files, of_file, of_content, of_batches, of_batch, of_cancel = endpoints
+    return [
+        Route("/v1/files", of_files, methods=["GET", "POST"]),
+        Route("/v1/files/{id}", of_file, methods=["GET", "DELETE"]),
+        _get("/v1/files/{id}/content", of_content),
+        Route("/v1/batches", of_batches, methods=["GET", "POST"]),
+        _get("/v1/batches/{id}", of_batch),
+        Route("/v1/batches/{id}/cancel", of_cancel, methods=["POST"]),
     ]
 
 

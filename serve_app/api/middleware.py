@@ -210,14 +210,16 @@ class _Sender:
 class BodyLimits:
     """Refuses a body that is larger than `max_body_bytes`, or that does not arrive in time.
 
-    The size is that of the `content-length` header, or the number of bytes so far. A body is late if no byte arrives
+    An upload of a file has up to `max_file_bytes`. The size is that of the `content-length` header, or the number of
+    bytes so far. A body is late if no byte arrives
     for `upload_timeout_s`, or if it is not complete after `request_timeout_s`. The error is raised from `receive`, so
     that the route's error handlers answer with it.
     """
 
-    def __init__(self, app: ASGIApp, limits: Limits) -> None:
+    def __init__(self, app: ASGIApp, limits: Limits, max_file_bytes: int = 0) -> None:
         self.app = app
         self.limits = limits
+        self.max_file_bytes = max_file_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -227,32 +229,35 @@ class BodyLimits:
         declared = int(header) if re.fullmatch(r"[0-9]{1,18}", header) else 0
         counted, complete = 0, False
         loop = asyncio.get_running_loop()
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        limit = max(self.limits.max_body_bytes, self.max_file_bytes if path == "/v1/files" else 0)
         deadline = loop.time() + self.limits.request_timeout_s
 
         async def limited_receive() -> Message:
             nonlocal counted, complete
             if complete:
                 return await receive()
-            self._check_size(declared)
+            _check_size(declared, limit)
             try:
                 async with asyncio.timeout_at(min(loop.time() + self.limits.upload_timeout_s, deadline)):
                     message = await receive()
             except TimeoutError:
                 raise self._late() from None
             counted += len(message.get("body", b""))
-            self._check_size(counted)
+            _check_size(counted, limit)
             complete = not message.get("more_body", False)
             return message
 
         await self.app(scope, limited_receive, send)
-
-    def _check_size(self, size: int) -> None:
-        limit = self.limits.max_body_bytes
-        if size > limit:
-            raise BodyTooLarge(f"The body is larger than {limit} bytes. Send a shorter prompt or fewer items.")
 
     def _late(self) -> RequestTimeout:
         return RequestTimeout(
             f"The body did not arrive in time: no byte came for {self.limits.upload_timeout_s:g} s, or it was not "
             f"complete after {self.limits.request_timeout_s:g} s. Send it without pauses."
         )
+
+
+def _check_size(size: int, limit: int) -> None:
+    """Raises BodyTooLarge."""
+    if size > limit:
+        raise BodyTooLarge(f"The body is larger than {limit} bytes. Send a shorter prompt or fewer items.")

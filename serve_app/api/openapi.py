@@ -19,7 +19,7 @@ from serve_app.core.tenants import Scope
 
 Json: TypeAlias = dict[str, Any]
 
-_JSON, _EVENTS = "application/json", "text/event-stream"
+_JSON, _EVENTS, _FORM = "application/json", "text/event-stream", "multipart/form-data"
 _COMPONENTS = "#/components/schemas/"
 
 _ERRORS = {
@@ -36,9 +36,10 @@ _NO_KEY = "The API key is missing or not valid."
 _NO_SCOPE = "The API key does not have the scope of the path."
 _NO_SUCH_MODEL = "The model does not exist."
 _NO_SUCH_OBJECT = "The object does not exist."
+_NO_DATABASE = "The database cannot be used now."
 _WRONG_PARAMETER = "A parameter is wrong, or the object does not allow the operation."
 # Their bodies name no model that could be an experiment.
-_WITHOUT_MODEL = ("/v1/feedback", "/v1/load_lora_adapter", "/v1/unload_lora_adapter")
+_WITHOUT_MODEL = ("/v1/feedback", "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/files", "/v1/batches")
 _WITH_RETRY_AFTER = (429, 503, OVERLOADED)
 
 
@@ -133,8 +134,9 @@ def _operation(operation: Operation, components: _Components) -> Json:
         "responses": _responses(operation, components),
     }
     if operation.body is not None:
-        content = {"schema": components.any_of(operation.body, "validation"), "example": operation.example}
-        described["requestBody"] = {"required": True, "content": {_JSON: content}}
+        content = {"schema": components.any_of(operation.body, "validation")}
+        content |= {} if operation.example is None else {"example": operation.example}
+        described["requestBody"] = {"required": True, "content": {_FORM if operation.form else _JSON: content}}
     return described
 
 
@@ -196,6 +198,8 @@ def _errors(operation: Operation) -> dict[int, str]:
         errors |= {401: _NO_KEY, 403: _NO_SCOPE}
     if operation.parameters:
         errors |= {400: _WRONG_PARAMETER, 404: _NO_SUCH_OBJECT}
+    if operation.stored:
+        errors |= {404: _NO_SUCH_OBJECT, 503: _NO_DATABASE}
     return dict(sorted(errors.items()))
 
 

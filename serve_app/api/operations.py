@@ -23,6 +23,15 @@ from serve_app.api.openai.responses import (
     OpenAIError,
 )
 from serve_app.api.openai.schema import ChatBody, CompletionBody
+from serve_app.api.openai_batches.objects import (
+    BatchList,
+    BatchObject,
+    DeletedFile,
+    FileList,
+    FileObject,
+    SubmitBody,
+    UploadForm,
+)
 from serve_app.api.openai_responses.events import StreamEvent
 from serve_app.api.openai_responses.objects import DeletedResponse, InputItemList, ResponseObject
 from serve_app.api.openai_responses.page import DEFAULT_LIMIT, MAX_LIMIT
@@ -46,7 +55,8 @@ class Operation:
     `body` is the type of the request body, with an `example`. `answer` is the type of a JSON answer, `events` that of
     the data of its events, `done` whether the event [DONE] ends them, `text` the content type of an answer that is no
     JSON. `model_in` is the place beside the body where a model can be named: "query" or "path". `parameters` are the
-    other parameters of the path and of the query, as in the document. `error` is the type of an error, `not_ready` that
+    other parameters of the path and of the query, as in the document. `form` is whether the body is a form with files,
+    `stored` whether the operation needs the database. `error` is the type of an error, `not_ready` that
     of a 503.
     """
 
@@ -62,6 +72,8 @@ class Operation:
     text: str | None = None
     model_in: str | None = None
     parameters: tuple[dict[str, Any], ...] = ()
+    form: bool = False
+    stored: bool = False
     error: Any = NativeError
     not_ready: Any = None
 
@@ -106,6 +118,22 @@ _PAGE = (
         "schema": {"type": "string"},
     },
 )
+_FILE_ID = {**_RESPONSE_ID, "description": "The id of a file."}
+_BATCH_ID = {**_RESPONSE_ID, "description": "The id of a batch."}
+
+
+def _listed(longest: int, default: int) -> dict[str, Any]:
+    schema = {"type": "integer", "minimum": 1, "maximum": longest, "default": default}
+    return {"name": "limit", "in": "query", "description": "The maximum number of objects.", "schema": schema}
+
+
+_PURPOSE = {
+    "name": "purpose",
+    "in": "query",
+    "description": "Only files with this purpose.",
+    "schema": {"type": "string"},
+}
+_SUBMIT = {"input_file_id": "file-1", "endpoint": "/v1/chat/completions", "completion_window": "24h"}
 _NOT_STREAMED = {
     "name": "stream",
     "in": "query",
@@ -184,6 +212,42 @@ OPERATIONS = (
     Operation(
         "post", "/v1/embeddings", OPENAI, "Compute the embeddings of texts", EmbeddingsBody, _EMBED, Embeddings,
         error=OpenAIError,
+    ),
+    Operation(
+        "post", "/v1/files", OPENAI, "Upload a file of requests", UploadForm, answer=FileObject, form=True, stored=True,
+        error=OpenAIError,
+    ),
+    Operation(
+        "get", "/v1/files", OPENAI, "List the files", answer=FileList, stored=True,
+        parameters=(_listed(10_000, 10_000), *_PAGE[1:], _PURPOSE), error=OpenAIError,
+    ),
+    Operation(
+        "get", "/v1/files/{id}", OPENAI, "Describe a file", answer=FileObject, parameters=(_FILE_ID,), stored=True,
+        error=OpenAIError,
+    ),
+    Operation(
+        "delete", "/v1/files/{id}", OPENAI, "Delete a file", answer=DeletedFile, parameters=(_FILE_ID,), stored=True,
+        error=OpenAIError,
+    ),
+    Operation(
+        "get", "/v1/files/{id}/content", OPENAI, "Get the content of a file", text="application/octet-stream",
+        parameters=(_FILE_ID,), stored=True, error=OpenAIError,
+    ),
+    Operation(
+        "post", "/v1/batches", OPENAI, "Submit a batch of requests", SubmitBody, _SUBMIT, BatchObject, stored=True,
+        error=OpenAIError,
+    ),
+    Operation(
+        "get", "/v1/batches", OPENAI, "List the batches, the newest first", answer=BatchList, stored=True,
+        parameters=(_listed(100, 20), _PAGE[2]), error=OpenAIError,
+    ),
+    Operation(
+        "get", "/v1/batches/{id}", OPENAI, "Describe a batch", answer=BatchObject, parameters=(_BATCH_ID,), stored=True,
+        error=OpenAIError,
+    ),
+    Operation(
+        "post", "/v1/batches/{id}/cancel", OPENAI, "Cancel a batch", answer=BatchObject, parameters=(_BATCH_ID,),
+        stored=True, error=OpenAIError,
     ),
     Operation(
         "post", "/v1/messages", ANTHROPIC, "Answer a conversation", MessagesBody, _CHAT, AnthropicMessage,

@@ -31,6 +31,14 @@ class ServiceTelemetry(Protocol):
         """Record the number of stored responses and their size in bytes, and count the ones removed by a limit."""
         ...
 
+    def key_used(self, outcome: str) -> None:
+        """Count a request with an idempotency key: 'executed', 'joined' one that runs, 'replayed', or 'refused'."""
+        ...
+
+    def answers_kept(self, size: int) -> None:
+        """Record the size in bytes of the answers that are kept in memory by idempotency keys."""
+        ...
+
     async def exposition(self) -> bytes:
         """The metrics of the whole service in Prometheus' text format."""
         ...

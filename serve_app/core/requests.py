@@ -211,6 +211,8 @@ class GenerationRequest:
 
     `tenant` and `key` are those of the caller's identity; "" without keys. An engine refuses a prompt with more than
     `prompt_limit` tokens, for which nothing is reserved, with PromptTooLong.
+
+    `background` is a line of a batch job: nobody waits for its answer, and its times are no measure of the service.
     """
 
     id: str
@@ -239,6 +241,7 @@ class GenerationRequest:
     key: str = ""
     prompt_limit: int | None = None
     first_token_deadline: float | None = None
+    background: bool = False
 
     @property
     def prefix_salt(self) -> str:

@@ -26,6 +26,7 @@ from serve_app.deployments.event_receiver import EventReceiver
 from serve_app.deployments.experiments import IngressExperiments
 from serve_app.deployments.heartbeats import Report, Reporter, to_every_replica
 from serve_app.deployments.ingress_telemetry import IngressTelemetry
+from serve_app.deployments.jobs import IngressJobs
 from serve_app.deployments.registry import Heartbeat, ReplicaRegistry
 from serve_app.deployments.remote import RemoteEngine
 from serve_app.deployments.routing import routing_table
@@ -82,6 +83,7 @@ class Ingress:
         self._experiments = IngressExperiments(
             config, self._id, catalog, self._adapters, self._telemetry.experiments, self._ask_ingresses, self._stopped
         )
+        self._jobs = IngressJobs(config, self._id, self._telemetry)
         self._reporter = Reporter(self._report, self._heartbeat, self._telemetry.families)
         self._telemetry.reporter = self._reporter
         with suppress(TimeoutError):
@@ -92,6 +94,7 @@ class Ingress:
         self._update()
         self._updates = asyncio.create_task(self._update_forever())
         self._experiments.start()
+        self._jobs.start(self._experiments.stage, self._adapters, self._experiments)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         app = self._process.app(
@@ -104,6 +107,8 @@ class Ingress:
             self._access.authenticator,
             self._access.audit,
             self._quotas,
+            self._jobs.service,
+            self._jobs.answers,
         )
         return with_disconnects(app)
 
@@ -140,6 +145,7 @@ class Ingress:
     async def __del__(self) -> None:
         self._updates.cancel()
         self._experiments.stop()
+        await self._jobs.stop()
         for chain in self._chains.values():
             chain.stop()
         await self._work.stop()

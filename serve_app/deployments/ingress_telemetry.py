@@ -16,7 +16,8 @@ from serve_app.deployments.registry import ReplicaRegistry
 from serve_app.errors import ServeAppError
 from serve_app.telemetry.experiment_metrics import ExperimentSeries
 from serve_app.telemetry.exposition import exposition
-from serve_app.telemetry.meter import IngressMetrics, Meter
+from serve_app.telemetry.job_metrics import JobSeries
+from serve_app.telemetry.meter import BackgroundMeter, IngressMetrics, Meter
 from serve_app.telemetry.metrics import CacheSeries, QuotaSeries, ages, metrics_complete, states
 from serve_app.telemetry.queue_metrics import ModelQueueMeter
 
@@ -35,13 +36,24 @@ class IngressTelemetry:
         self._registry = registry
         self._models: dict[str, tuple[ModelStatus, int]] = {}
 
-    def meter(self, request: GenerationRequest) -> Meter:
+    def meter(self, request: GenerationRequest) -> Meter | BackgroundMeter:
         return self._metrics.meter(request)
 
     @property
     def experiments(self) -> ExperimentSeries:
         """The metrics of experiments."""
         return self._metrics.experiments
+
+    @property
+    def jobs(self) -> JobSeries:
+        """The metrics of batches."""
+        return self._metrics.jobs
+
+    def key_used(self, outcome: str) -> None:
+        self._metrics.jobs.key_used(outcome)
+
+    def answers_kept(self, size: int) -> None:
+        self._metrics.jobs.answers_kept(size)
 
     def woke(self, model: str, seconds: float) -> None:
         """Record how long a model that was scaled to zero took until it was ready."""

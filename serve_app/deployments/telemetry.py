@@ -13,6 +13,7 @@ from serve_app.api.app import create_app
 from serve_app.api.context import Audit, keep, no_audit
 from serve_app.api.experiments import Experiments
 from serve_app.api.middleware import OneRequestId
+from serve_app.api.openai_batches.service import BatchService
 from serve_app.api.telemetry import ServiceTelemetry
 from serve_app.config import AppConfig, ConfigError, Telemetry as Settings
 from serve_app.core.adapters import AdapterDirectory
@@ -22,6 +23,7 @@ from serve_app.core.tenants import Authenticator
 from serve_app.core.usage import UsageReports
 from serve_app.engines.protocol import ReplicaEngine
 from serve_app.engines.stream import TokenStream
+from serve_app.jobs.answers import AnswerStore
 
 if TYPE_CHECKING:
     from serve_app.telemetry.engine_spans import TracedAdmitter
@@ -71,6 +73,8 @@ class ProcessTelemetry:
         authenticator: Authenticator | None = None,
         audit: Audit = no_audit,
         usage: UsageReports | None = None,
+        batches: BatchService | None = None,
+        answers: AnswerStore | None = None,
     ) -> ASGIApp:
         """The HTTP application, with spans and the JSON access log if they are enabled."""
         from starlette.middleware import Middleware
@@ -85,6 +89,8 @@ class ProcessTelemetry:
             authenticator=authenticator,
             audit=audit,
             usage=usage,
+            batches=batches,
+            answers=answers,
         )
         if self._exporter is None and self._settings.log_format == "text":
             return make(engine, telemetry, around=[request_id])

@@ -20,6 +20,7 @@ NOT_IN_KEY = frozenset(
         "wake_wait_s",
         "group",
         "priority",
+        "background",
         "traceparent",
         "session",
         "cache_control",

@@ -100,7 +100,7 @@ class Experiments(Stage):
 
     def generate(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
         active = None if request.assignment is None else self._state.active.get(request.assignment.experiment)
-        if active is None:
+        if active is None or request.background:  # the times of a line of a batch are no measure of a variant
             return self.inner.generate(request)
         return self._measured(request, active)
 

@@ -270,5 +270,11 @@ class TracedTelemetry:
     def responses_stored(self, count: int, size: int, removed: int) -> None:
         self._telemetry.responses_stored(count, size, removed)
 
+    def key_used(self, outcome: str) -> None:
+        self._telemetry.key_used(outcome)
+
+    def answers_kept(self, size: int) -> None:
+        self._telemetry.answers_kept(size)
+
     async def exposition(self) -> bytes:
         return await self._telemetry.exposition()

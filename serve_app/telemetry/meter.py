@@ -11,6 +11,7 @@ from serve_app.core.events import CANCELLED, Chunk
 from serve_app.core.requests import GenerationRequest
 from serve_app.errors import ServeAppError
 from serve_app.telemetry.experiment_metrics import ExperimentSeries
+from serve_app.telemetry.job_metrics import JobSeries
 from serve_app.telemetry.metrics import (
     FINISHED,
     TPOT_OBJECTIVE_S,
@@ -36,18 +37,21 @@ class IngressMetrics:
         self._gen_ai = GenAiSeries(replica) if opentelemetry else None
         self.experiments = ExperimentSeries(replica, models)
         self.queues = QueueSeries(replica, models)
+        self.jobs = JobSeries(replica)
         self._process = ProcessMetrics("", replica)
 
     def families(self, lag_s: float) -> list[Metric]:
         """All metric families. `lag_s` is the delay of the event loop in seconds."""
         families = [*self._process.families(lag_s), *self.http.families(), *self.cache.families()]
-        families += [*self.queues.families(), *self.quotas.families(), *self.experiments.families()]
+        families += [*self.queues.families(), *self.quotas.families()]
+        families += [*self.experiments.families(), *self.jobs.families()]
         for series in self._series.values():
             families += series.families()
         return families + (self._gen_ai.families() if self._gen_ai else [])
 
-    def meter(self, request: GenerationRequest) -> Meter:
-        return Meter(request, self._series[request.model], self._gen_ai)
+    def meter(self, request: GenerationRequest) -> Meter | BackgroundMeter:
+        series = self._series[request.model]
+        return BackgroundMeter(series) if request.background else Meter(request, series, self._gen_ai)
 
     def woke(self, model: str, seconds: float) -> None:
         """Record how long a model that was scaled to zero took until it was ready."""
@@ -152,3 +156,32 @@ class Meter:
         if self._gen_ai is not None:
             error = "" if complete else self._outcome
             self._gen_ai.ended(request.model, request.operation, error, seconds, self._ttft_s, tpot_s)
+
+
+class BackgroundMeter:
+    """Counts the tokens of a line of a batch.
+
+    Its times and its outcome are no measure of what callers get: a line waits for them, and is tried again.
+    """
+
+    def __init__(self, series: RequestSeries) -> None:
+        self._series = series
+        self._began = False
+        series.active.inc()
+        series.changed = True
+
+    def chunk(self, chunk: Chunk) -> None:
+        if chunk.replayed:
+            return
+        if not self._began:
+            self._began = True
+            self._series.prompt_tokens.inc(chunk.prompt_tokens)
+        self._series.tokens.inc(len(chunk.events))
+        self._series.changed = True
+
+    def failed(self, error: ServeAppError) -> None:
+        """The line is tried again, or its answer is the error."""
+
+    def ended(self) -> None:
+        self._series.active.dec()
+        self._series.changed = True

@@ -161,7 +161,8 @@ class ScriptedEngine:
 class ScriptedTelemetry:
     """Keeps the errors with the model of each, the calls that have ended, and what is stored.
 
-    `stored` is the number of stored responses, and their size in bytes.
+    `stored` is the number of stored responses, and their size in bytes. `keys` are the outcomes of requests with an
+    idempotency key.
     """
 
     errors: list[tuple[ServeAppError, str | None]] = field(default_factory=list)
@@ -170,6 +171,8 @@ class ScriptedTelemetry:
     stored: tuple[int, int] = (0, 0)
     auth_refusals: list[str] = field(default_factory=list)
     removed: int = 0
+    keys: list[str] = field(default_factory=list)
+    kept_bytes: int = 0
 
     def refused(self, error: ServeAppError, model: str | None) -> None:
         self.errors.append((error, model))
@@ -187,6 +190,12 @@ class ScriptedTelemetry:
     def responses_stored(self, count: int, size: int, removed: int) -> None:
         self.stored = (count, size)
         self.removed += removed
+
+    def key_used(self, outcome: str) -> None:
+        self.keys.append(outcome)
+
+    def answers_kept(self, size: int) -> None:
+        self.kept_bytes = size
 
     async def exposition(self) -> bytes:
         return b"up 1\n"

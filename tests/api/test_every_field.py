@@ -300,6 +300,10 @@ SHOWN_IN_TEST_LORA = {
     *(("LoadAdapterBody", field) for field in ("lora_name", "lora_path", "load_inplace", "base_model_name")),
     ("UnloadAdapterBody", "lora_name"),
 }
+SHOWN_IN_TESTS_OF_JOBS = {
+    *(("SubmitBody", field) for field in ("input_file_id", "endpoint", "completion_window", "metadata")),
+    *(("UploadForm", field) for field in ("file", "purpose", "expires_after[anchor]", "expires_after[seconds]")),
+}
 SHOWN_IN_TEST_EXPERIMENTS = {("FeedbackBody", field) for field in ("request_id", "rating", "score", "comment")}
 BASES: dict[str, dict[str, Any]] = {
     **POSTS,
@@ -348,7 +352,7 @@ def test_every_field_has_an_effect() -> None:
         (body, field) for of_bodies in EFFECTS.values() for body, effects in of_bodies.items() for field in effects
     }
     listed |= {("SamplingFields", field) for field in SAMPLING}
-    listed |= SHOWN_IN_TEST_LORA | SHOWN_IN_TEST_EXPERIMENTS
+    listed |= SHOWN_IN_TEST_LORA | SHOWN_IN_TEST_EXPERIMENTS | SHOWN_IN_TESTS_OF_JOBS
     assert listed == {(body.__name__, field) for body in bodies() for field in own_fields(body)}
     assert SAMPLING.keys() == set(SamplingFields.names())
 

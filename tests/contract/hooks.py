@@ -15,7 +15,7 @@ from serve_app.errors import InvalidRequest
 BODIES: dict[tuple[str, str], tuple[type[Body], ...]] = {
     (operation.method, operation.path): get_args(operation.body) or (operation.body,)
     for operation in OPERATIONS
-    if operation.body is not None
+    if operation.body is not None and not operation.form
 }
 
 

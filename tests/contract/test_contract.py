@@ -41,7 +41,11 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     features: Config = {"embeddings": True, "chat_template": "builtin:chatml_tools", "quantization": "int8"}
     variants = [{"name": name, "model": "small"} for name in ("control", "candidate")]
     experiments: list[Config] = [{"name": "split", "unit": "request", "variants": variants}]
-    with Service([model_config("small", str(source), engine=engine, **features)], experiments=experiments) as service:
+    with Service(
+        [model_config("small", str(source), engine=engine, **features)],
+        experiments=experiments,
+        sections={"batches": {}},
+    ) as service:
         service.wait_until_ready()
         yield service
 

@@ -96,13 +96,12 @@ def serve_config(
         "response_cache": response_cache,
         "auth": {"allow_anonymous": True} if auth is None and host != "127.0.0.1" else auth,
         "database": database or {},
-        **(sections or {}),
     }
     application: Config = {
         "name": "serve_app",
         "route_prefix": "/",
         "import_path": "serve_app.app:build",
-        "args": {**args, "models": list(models)},
+        "args": {**args, **(sections or {}), "models": list(models)},
     }
     if experiments is not None:
         user_config = {"experiments": list(experiments)}

@@ -213,3 +213,26 @@ def test_stored_responses_are_measured() -> None:
     found = samples(metrics)
     assert (found["stored_responses"], found["stored_responses_bytes"]) == (2, 4000)
     assert found["removed_responses_total"] == 2
+
+
+@pytest.mark.parametrize("error", [None, QueueFull("full")])
+def test_a_line_of_a_batch_counts_its_tokens_only(error: ServeAppError | None) -> None:
+    line = replace(request(), background=True)
+    chunks = () if error else (chunk(0.1), chunk(0.12, 0.14, end=FinishReason.LENGTH))
+    assert changes(*chunks, error=error, measured=line) == (
+        {} if error else {"prompt_tokens_total": 3, "generated_tokens_total": 3}
+    )
+
+
+def test_jobs_and_idempotency_keys_are_counted() -> None:
+    metrics = IngressMetrics("r", ["m"], False)
+    metrics.jobs.line("completed")
+    metrics.jobs.line("expired", 5)
+    metrics.jobs.unfinished(2, 7.5)
+    metrics.jobs.failed()
+    metrics.jobs.key_used("replayed")
+    metrics.jobs.answers_kept(100)
+    found = samples(metrics)
+    assert (found["batch_lines_total/completed"], found["batch_lines_total/expired"]) == (1, 5)
+    assert (found["open_batches"], found["batch_silent_seconds"], found["job_database_errors_total"]) == (2, 7.5, 1)
+    assert (found["idempotent_requests_total/replayed"], found["idempotent_answers_bytes"]) == (1, 100)

@@ -10,6 +10,7 @@ from serve_app.api.responses import ErrorFormat, exact
 from serve_app.errors import (
     BodyTooLarge,
     DeadlineExceeded,
+    IdempotencyKeyReused,
     InsufficientQuota,
     InvalidApiKey,
     ModelNotFound,
@@ -219,6 +220,8 @@ _ERROR_TYPES: dict[type[ServeAppError], AnthropicErrorType] = {
 
 def anthropic_status(error: ServeAppError) -> int:
     """Anthropic's clients know 400 as the status of a wrong request, and 529 as that of an overloaded service."""
+    if isinstance(error, IdempotencyKeyReused):
+        return error.status
     return {422: 400, 503: OVERLOADED}.get(error.status, error.status)
 
 

@@ -8,7 +8,7 @@ from typing_extensions import TypedDict
 
 from serve_app.api.responses import ErrorFormat, Usage, exact
 from serve_app.core.events import FinishReason
-from serve_app.errors import InsufficientQuota, PromptTooLong, ServeAppError
+from serve_app.errors import IdempotencyKeyReused, InsufficientQuota, PromptTooLong, ServeAppError
 
 ErrorType = Literal[
     "invalid_request_error",
@@ -281,7 +281,7 @@ class Embeddings(TypedDict):
 
 def openai_status(error: ServeAppError) -> int:
     """OpenAI's clients know 400 as the status of a wrong request."""
-    return 400 if error.status == 422 else error.status
+    return 400 if error.status == 422 and not isinstance(error, IdempotencyKeyReused) else error.status
 
 
 def openai_error(error: ServeAppError) -> OpenAIError:
