@@ -37,12 +37,12 @@ serve: $(VENV)/serve.done
 monitor: $(VENV)/serve.done
 	@$(VENV)/bin/python -m alerts monitor $(ARGS)
 
-# Tests that compute run on all cores, beside mypy, which uses one; tests that start services or measure time run alone,
-# one after the other.
+# Tests that compute run on all cores, each worker on its own, beside mypy, which uses one. Tests that start services mostly
+# wait: three workers share the cores, and while tests that measure times run on one, the others stop (tests/workers.py).
 test:
 	@$(MAKE) --no-print-directory -j 2 lint $(CLIENTS)/clients.done
 	@$(MAKE) --no-print-directory -j 2 types compute
-	$(VENV)/bin/python -m pytest -m "not long and not vllm and not ($(QUIET))" $(ARGS)
+	$(VENV)/bin/python -m pytest -n 3 --dist loadgroup --no-loadscope-reorder -m "not long and not vllm and not ($(QUIET))" $(ARGS)
 
 test-long: check $(CLIENTS)/clients.done $(CLIENTS_OPENAI2)/clients.done $(VLLM)/vllm.done
 	$(VENV)/bin/python -m pytest -m "not vllm" $(ARGS)
@@ -50,10 +50,10 @@ test-long: check $(CLIENTS)/clients.done $(CLIENTS_OPENAI2)/clients.done $(VLLM)
 	$(VLLM)/bin/python -m pytest -W default $(WITHOUT_VLLM:%=--ignore=tests/%) -m vllm $(ARGS)
 
 fast: $(VENV)/test.done
-	$(VENV)/bin/python -m pytest -n auto --dist loadscope $(HEAVY:%=--ignore=tests/%) -m "not model and not infra and not long and not vllm and not slow and $(QUIET)" $(ARGS)
+	$(VENV)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(HEAVY:%=--ignore=tests/%) -m "not model and not infra and not long and not vllm and not slow and $(QUIET)" $(ARGS)
 
 compute: $(VENV)/test.done
-	$(VENV)/bin/python -m pytest -n auto --dist loadscope -m "not long and not vllm and $(QUIET)" $(ARGS)
+	$(VENV)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "not long and not vllm and $(QUIET)" $(ARGS)
 
 check: lint types
 
