@@ -50,7 +50,7 @@ test-long: check $(CLIENTS)/clients.done $(CLIENTS_OPENAI2)/clients.done $(VLLM)
 	$(VLLM)/bin/python -m pytest -W default $(WITHOUT_VLLM:%=--ignore=tests/%) -m vllm $(ARGS)
 
 fast: $(VENV)/test.done
-	$(VENV)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(HEAVY:%=--ignore=tests/%) -m "not model and not infra and not long and not vllm and not slow and $(QUIET)" $(ARGS)
+	$(VENV)/bin/python -m pytest -n auto --dist loadscope $(HEAVY:%=--ignore=tests/%) -m "not model and not infra and not long and not vllm and not slow and $(QUIET)" $(ARGS)
 
 compute: $(VENV)/test.done
 	$(VENV)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "not long and not vllm and $(QUIET)" $(ARGS)

@@ -49,7 +49,9 @@ def shared_by(item: pytest.Item) -> list[str]:
 def used(item: pytest.Item) -> set[str]:
     """The fixtures of a test, and the service behind its front."""
     names = set(getattr(item, "fixturenames", ()))
-    return names | {FRONTS[item.callspec.params["front"]]} if "front" in names else names
+    if "front" in names and isinstance(item, pytest.Function):
+        names.add(FRONTS[item.callspec.params["front"]])
+    return names
 
 
 @pytest.fixture(scope="session")

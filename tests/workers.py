@@ -1,7 +1,7 @@
 """A pytest plugin: which tests run at the same time when several workers of pytest-xdist share them.
 
-With `--dist loadgroup`, tests that share a service form a group, which runs on one worker. While tests marked `perf` run
-on one worker, the others wait. Only the stories of tests/alerts, which wait for minutes, run beside all tests.
+With `--dist loadgroup`, tests that share a service form a group, which runs on one worker. While tests marked `perf`
+run, the other workers wait. Only the stories of tests/alerts, which wait for minutes, run beside all tests.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ import pytest
 from filelock import ReadWriteLock
 
 STORIES, PERF = "stories", "perf"
-# The order of groups. Those that take the longest are first, so that no worker has one to itself at the end. A group
-# without a place here is a file, and runs after these.
+# The groups and files that take the longest are first, so that no worker has one to itself at the end.
 FIRST = (
     STORIES,
     "toy_service",
@@ -23,6 +22,17 @@ FIRST = (
     "tests/contract/test_contract.py",
     "traced",
     "shipped_service",
+    "tests/models/test_lora.py",
+    "tests/infra/test_plan.py",
+    "tests/models/test_smollm2.py",
+    "tests/models/test_kernels.py",
+    "tests/models/test_quality.py",
+    "tests/models/test_loader.py",
+    "tests/engines/test_contract.py",
+    "tests/models/test_grammar.py",
+    "tests/cluster/test_ray.py",
+    "tests/infra/test_policy.py",
+    "tests/infra/test_addons.py",
 )
 MEASURED_FIRST = "shipped_service"
 _lock = pytest.StashKey[ReadWriteLock]()
@@ -32,7 +42,7 @@ _alone = pytest.StashKey[bool]()
 def pytest_configure(config: pytest.Config) -> None:
     worker = os.environ.get("PYTEST_XDIST_WORKER", "")
     if grouped(config):
-        config.stash[_lock] = ReadWriteLock(config.cache.mkdir("workers") / "lock.db")  # type: ignore[union-attr]
+        config.stash[_lock] = ReadWriteLock(config.cache.mkdir("workers") / "lock.db")
     elif worker and hasattr(os, "sched_setaffinity"):
         # One core for each worker: the threads of two engines that share two cores wait for each other at each barrier.
         cores = sorted(os.sched_getaffinity(0))
