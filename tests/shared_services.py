@@ -50,7 +50,7 @@ def used(item: pytest.Item) -> set[str]:
     """The fixtures of a test, and the service behind its front."""
     names = set(getattr(item, "fixturenames", ()))
     if "front" in names and isinstance(item, pytest.Function):
-        names.add(FRONTS[item.callspec.params["front"]])
+        names.add(FRONTS[str(item.callspec.params["front"])])
     return names
 
 

@@ -55,7 +55,7 @@ def text(events: list[TokenEvent]) -> str:
 
 
 async def test_answers_equal_generate_alone_and_under_concurrent_load(engine: NativeEngine, folder: Path) -> None:
-    requests = random_requests(10, vocabulary=49152, longest_prompt=90, longest_answer=20, seed=4)
+    requests = random_requests(16, vocabulary=49152, longest_prompt=90, longest_answer=20, seed=4)
     references = reference_answers(folder, requests)
     assert_answers([await generate_greedy(engine, one) for one in requests[:4]], references[:4], requests[:4])
     assert_answers(await generate_concurrently(engine, requests, seed=1), references, requests)
@@ -68,7 +68,7 @@ async def test_answers_equal_generate_alone_and_under_concurrent_load(engine: Na
 )
 async def test_rounded_answers_are_equal_alone_and_under_concurrent_load(dtype: str, quantization: str) -> None:
     config = model_config("builtin:smollm2-135m", max_running=6, max_context=512, max_step_tokens=48)
-    requests = random_requests(8, vocabulary=49152, longest_prompt=90, longest_answer=20, seed=5)
+    requests = random_requests(12, vocabulary=49152, longest_prompt=90, longest_answer=20, seed=5)
     with running(config.model_copy(update={"dtype": dtype, "quantization": quantization})) as engine:
         if dtype == "bfloat16" and not torch.ops.serve_app.has_dot_products():
             pytest.skip("the result of oneDNN for a row depends on the number of rows")
