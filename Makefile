@@ -12,6 +12,8 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 COMPILE := $(VENV)/bin/python -m compileall -q -j 0 -x 'torch/testing|transformers/models' $(VENV)/lib
 ARGS ?=
 QUIET := not ray and not system and not perf
+# How tests that start services share the cores (tests/workers.py). Empty: one after the other.
+SERVICES ?= -n 3 --dist loadgroup --no-loadscope-reorder
 # Modules that import torch, Pulumi or Playwright, or have no test that is fast.
 HEAVY := browser clients contract graph models system alerts/test_dashboards_live.py alerts/test_live.py infra/test_addons.py \
   infra/test_deploy.py infra/test_plan.py infra/test_policy.py engines/native/test_attention.py \
@@ -37,12 +39,16 @@ serve: $(VENV)/serve.done
 monitor: $(VENV)/serve.done
 	@$(VENV)/bin/python -m alerts monitor $(ARGS)
 
-# Tests that compute run on all cores, beside mypy, which uses one; tests that start services or measure time run alone,
-# one after the other.
+# Images for containers often set this variable. Without bytecode, each of the 200 processes that the tests start would
+# compile the service, and each worker of pytest all tests.
+test test-long fast compute: export PYTHONDONTWRITEBYTECODE :=
+
+# Tests that compute run on all cores, each worker on its own, beside mypy, which uses one. Tests that start services mostly
+# wait: three workers share the cores, and while tests that measure times run on one, the others stop (tests/workers.py).
 test:
 	@$(MAKE) --no-print-directory -j 2 lint $(CLIENTS)/clients.done
 	@$(MAKE) --no-print-directory -j 2 types compute
-	$(VENV)/bin/python -m pytest -m "not long and not vllm and not ($(QUIET))" $(ARGS)
+	$(VENV)/bin/python -m pytest $(SERVICES) -m "not long and not vllm and not ($(QUIET))" $(ARGS)
 
 test-long: check $(CLIENTS)/clients.done $(CLIENTS_OPENAI2)/clients.done $(VLLM)/vllm.done
 	$(VENV)/bin/python -m pytest -m "not vllm" $(ARGS)
@@ -53,7 +59,7 @@ fast: $(VENV)/test.done
 	$(VENV)/bin/python -m pytest -n auto --dist loadscope $(HEAVY:%=--ignore=tests/%) -m "not model and not infra and not long and not vllm and not slow and $(QUIET)" $(ARGS)
 
 compute: $(VENV)/test.done
-	$(VENV)/bin/python -m pytest -n auto --dist loadscope -m "not long and not vllm and $(QUIET)" $(ARGS)
+	$(VENV)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "not long and not vllm and $(QUIET)" $(ARGS)
 
 check: lint types
 

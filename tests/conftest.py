@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import gc
-import os
 import signal
 from collections.abc import Iterator
 
 import pytest
+
+pytest_plugins = ["tests.workers"]
 
 # A shell without job control starts its background programs with SIGINT ignored, and every program that the tests start
 # would inherit that: Ctrl-C could not stop them.
@@ -17,11 +18,6 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 def pytest_configure() -> None:
     """Collect no garbage while modules are imported: modules stay, and the search for garbage takes longer."""
     gc.disable()
-    worker = os.environ.get("PYTEST_XDIST_WORKER", "")
-    if worker and hasattr(os, "sched_setaffinity"):
-        # One core for each worker: the threads of two engines that share two cores wait for each other at each barrier.
-        cores = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
 
 
 def pytest_collection_finish() -> None:

@@ -13,13 +13,18 @@ from tests.graph.service import Service, http_client, model_config, zero_scaled_
 from tests.system.service import ToolsService
 
 SHARED = ("toy_service", "tools_service")
+# The service behind each of tests/graph's fronts.
+FRONTS = {"haproxy": "toy_service", "python": "traced"}
 _running = {fixture: ExitStack() for fixture in SHARED}
 _last_users = pytest.StashKey[dict[str, str]]()
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of the embedded model run last, so that it is not there while others measure times."""
-    items.sort(key=lambda item: "tools_service" in shared_by(item))
+    """Tests of one service are a group (workers.py)."""
+    for item in items:
+        for service in {"toy_service", "traced", "tools_service"} & used(item):
+            item.add_marker(pytest.mark.xdist_group(service))
 
 
 @pytest.hookimpl(trylast=True)
@@ -38,7 +43,15 @@ def pytest_runtest_teardown(item: pytest.Item) -> None:
 
 def shared_by(item: pytest.Item) -> list[str]:
     """The shared services that this test uses."""
-    return [fixture for fixture in SHARED if fixture in getattr(item, "fixturenames", ())]
+    return [fixture for fixture in SHARED if fixture in used(item)]
+
+
+def used(item: pytest.Item) -> set[str]:
+    """The fixtures of a test, and the service behind its front."""
+    names = set(getattr(item, "fixturenames", ()))
+    if "front" in names and isinstance(item, pytest.Function):
+        names.add(FRONTS[str(item.callspec.params["front"])])
+    return names
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests import workers
 from tests.alerts.changes import report_changes
 from tests.alerts.live import Background, ModelOutage, ServiceOutage, Story, model_outage, service_outage
 from tests.alerts.watched import Watched, watch_dashboards
@@ -24,9 +25,12 @@ def _needed(item: pytest.Item) -> set[str]:
     return STORIES.keys() & set(getattr(item, "fixturenames", ()))
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that wait for a story run last."""
-    items.sort(key=lambda item: bool(_needed(item)))
+    """Tests that wait for a story are a group (tests/workers.py)."""
+    for item in items:
+        if _needed(item):
+            item.add_marker(pytest.mark.xdist_group(workers.STORIES))
 
 
 @pytest.fixture(scope="session")
@@ -38,8 +42,8 @@ def background(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Background]
 
 @pytest.fixture(scope="session", autouse=True)
 def start_stories(request: pytest.FixtureRequest) -> None:
-    """Start at the first test of this folder. A worker of pytest-xdist does not know which tests it will get, so it
-    starts the stories when a test needs them."""
+    """Start at the first test of this folder. A worker of pytest-xdist may not be the one that gets the tests of the
+    stories, so it starts the stories when a test needs them."""
     if "PYTEST_XDIST_WORKER" not in os.environ:
         _start(request)
 

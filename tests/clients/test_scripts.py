@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -9,7 +10,6 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.graph.service import ROOT
 
@@ -30,9 +30,12 @@ def run_script(environment: str, name: str, url: str) -> dict[str, object]:
 
 def run(command: list[str]) -> dict[str, object]:
     """The JSON object in the last line of the program's output. Fails with the whole output if the program fails."""
+    torch = importlib.util.find_spec("torch")
+    assert torch is not None
+    assert torch.origin is not None
     quiet = {
         "HAYSTACK_TELEMETRY_ENABLED": "False",
-        "TORCH": str(Path(torch.__file__).parents[1]),
+        "TORCH": str(Path(torch.origin).parents[1]),
     }
     ended = subprocess.run(command, capture_output=True, text=True, timeout=240, env={**os.environ, **quiet})
     print(ended.stderr)

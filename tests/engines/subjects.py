@@ -63,7 +63,7 @@ def model(kind: str, **more: Any) -> Model:
         engine |= {"enforce_eager": True, "kv_memory_bytes": 2**29}
     else:
         engine |= {"threads": 1}
-        more |= {"quantization": "none"}
+        more |= {"quantization": "int8"}
     fields: dict[str, Any] = {"name": "m", "source": "builtin:smollm2-135m", "dtype": "float32", **more}
     return Model(**fields, chat_template="builtin:chatml_tools", engine=engine, deployment=DEPLOYMENT)
 

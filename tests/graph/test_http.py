@@ -23,8 +23,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.graph.conftest import Front
 from tests.graph.service import wait_until, wait_until_idle
 
-# `shared` keeps the toy service until the last test that names it.
-pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("toy_service")]
+pytestmark = pytest.mark.ray
 
 TOO_LARGE = b"a" * 3_000_000
 
@@ -245,6 +244,7 @@ async def counts(client: httpx.AsyncClient, model: str) -> tuple[float, float]:
     return cancelled, active
 
 
+@pytest.mark.perf
 @pytest.mark.parametrize("reset", [False, True], ids=["FIN", "RST"])
 async def test_clients_that_leave_while_they_wait_are_cancelled_within_a_second(
     front: Front, front_client: httpx.AsyncClient, reset: bool

@@ -36,6 +36,7 @@ async def cut(client: httpx.AsyncClient, id: str, after: int, timeout_s: float |
     return time.monotonic()
 
 
+@pytest.mark.perf
 @pytest.mark.parametrize("streams", [120, pytest.param(500, marks=pytest.mark.long)])
 async def test_streams_cut_at_random_points_free_their_slots(
     client: httpx.AsyncClient, toy_service: Service, token_log: Path, streams: int
@@ -69,6 +70,7 @@ HEADERS: dict[str, dict[str, str]] = {
 }
 
 
+@pytest.mark.perf
 async def test_a_client_that_does_not_stream_frees_its_slot_too(client: httpx.AsyncClient, token_log: Path) -> None:
     """On each path, and with each header that Ray Serve knows."""
     calls: list[tuple[str, str, dict[str, str]]] = [

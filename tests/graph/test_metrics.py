@@ -164,9 +164,9 @@ async def failing(client: httpx.AsyncClient, counted: ClientCounts) -> None:
         await whole(client, counted, "faulty", prompt, 3, "/generate")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def killed(toy_service: Service) -> Killed:
-    """Kills the replica of the model `victim` at the module's first test."""
+    """Kills the replica of the model `victim`."""
     counter = f'{TOKENS}{{model="victim",replica='
     body = {"model": "victim", "prompt": "x", "max_tokens": 5}
     with httpx.Client(base_url=toy_service.url, timeout=20) as client:
@@ -262,6 +262,7 @@ async def test_counters_match_the_clients_counts(client: httpx.AsyncClient, requ
         raise AssertionError("\n".join(await differences())) from None
 
 
+@pytest.mark.perf
 async def test_quantiles_lie_within_one_bucket_of_the_clients(toy_service: Service) -> None:
     """Times to the first token of `slow`, whose step of 100 ms is much longer than the way between client and model."""
     limits, seen = httpx.Limits(max_connections=4, max_keepalive_connections=4), list[float]()
@@ -323,6 +324,7 @@ async def has_value(client: httpx.AsyncClient, key: Key, value: float) -> bool:
     return (await scrape(client)).get(key) == value
 
 
+@pytest.mark.perf
 @pytest.mark.parametrize("requests", JUNK)
 async def test_made_up_names_create_no_series_and_a_scrape_takes_at_most_100_ms(
     traced: TracedService, requests: int
@@ -362,6 +364,7 @@ async def test_made_up_names_create_no_series_and_a_scrape_takes_at_most_100_ms(
         assert size <= 1_000_000
 
 
+@pytest.mark.perf
 async def test_the_counters_of_a_killed_replica_are_removed_after_35_s(toy_service: Service, killed: Killed) -> None:
     async with http_client(toy_service) as client:
         if time.monotonic() < killed.at + 25:

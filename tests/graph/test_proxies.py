@@ -19,8 +19,7 @@ from tests.graph.service import (
     wait_until_idle,
 )
 
-# `shared` keeps the toy service until the last test that names it.
-pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("toy_service")]
+pytestmark = pytest.mark.ray
 
 
 @pytest.fixture
@@ -57,6 +56,7 @@ async def test_refusals_arrive_unchanged(client: httpx.AsyncClient) -> None:
     assert (lost.status_code, lost.json()["error"]["code"]) == (404, "not_found")
 
 
+@pytest.mark.perf
 async def test_a_full_model_delays_neither_health_nor_the_heartbeat_of_a_stream(client: httpx.AsyncClient) -> None:
     body = {"model": "narrow", "prompt": "abc", "max_tokens": 60}
     queued = asyncio.Event()
@@ -93,6 +93,7 @@ async def test_a_full_model_delays_neither_health_nor_the_heartbeat_of_a_stream(
             assert answer.json()["error"]["code"] == "queue_full"
 
 
+@pytest.mark.perf
 async def test_a_client_that_leaves_before_the_end_frees_its_slot(client: httpx.AsyncClient, front: Front) -> None:
     async def leave(path: str) -> tuple[str, float]:
         prompt: dict[str, Any] = {"prompts": ["a"]} if path == "/generate_batch" else {"prompt": "a"}

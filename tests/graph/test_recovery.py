@@ -100,6 +100,7 @@ async def test_a_connection_that_sends_its_headers_slowly_is_closed_after_10_s(t
 
 
 # Ray replaces HAProxy about 4 s after it was killed on a machine that is idle otherwise.
+@pytest.mark.perf
 @pytest.mark.parametrize("limit_s", [10, pytest.param(5, marks=pytest.mark.long)])
 async def test_haproxy_is_replaced_soon_after_it_is_killed(
     client: httpx.AsyncClient, toy_service: Service, limit_s: float

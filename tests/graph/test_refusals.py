@@ -18,7 +18,7 @@ pytestmark = pytest.mark.ray
 PAUSE_S = 12
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def narrow_used(toy_service: Service) -> float:
     """The monotonic instant at which the model `narrow` had answered one request."""
     answer = httpx.post(toy_service.url + "/generate", json={"model": "narrow", "prompt": "a", "max_tokens": 1})
@@ -84,6 +84,7 @@ async def test_info_leaves_a_model_asleep_and_tokenize_wakes_it(client: httpx.As
     assert answer.json()["tokens"] == [97, 98]
 
 
+@pytest.mark.perf
 async def test_a_full_queue_refuses_requests_also_after_a_pause(client: httpx.AsyncClient, narrow_used: float) -> None:
     """One request runs and three wait."""
     await asyncio.sleep(max(0.0, narrow_used + PAUSE_S - time.monotonic()))

@@ -93,6 +93,7 @@ async def computed(token_log: Path) -> list[str]:
     return [line.split()[1] for line in (await asyncio.to_thread(token_log.read_text)).splitlines()]
 
 
+@pytest.mark.perf
 async def test_the_computation_stops_when_all_clients_have_left(client: httpx.AsyncClient, token_log: Path) -> None:
     body = {"model": "slow", "prompt": "nobody waits for this", "max_tokens": 200, **GREEDY}
     name = {"x-request-id": "all-have-left"}

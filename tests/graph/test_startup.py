@@ -252,6 +252,7 @@ def test_tracing_without_its_packages_ends_the_program_with_the_command_that_ins
             assert "pip install 'serve_app[tracing]'" in service.output().rstrip().splitlines()[-1]
 
 
+@pytest.mark.perf
 def test_a_port_in_use_is_refused_within_10_s() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -263,6 +264,7 @@ def test_a_port_in_use_is_refused_within_10_s() -> None:
     assert seconds < 10
 
 
+@pytest.mark.perf
 def test_a_missing_file_is_refused_within_10_s() -> None:
     output, seconds = refused("--config", "nowhere.yaml")
     assert output.startswith("serve_app: nowhere.yaml: no such file")

@@ -247,4 +247,4 @@ def test_commands_import_only_the_packages_that_they_need() -> None:
 def test_a_plan_takes_a_few_seconds(provider: str, limit_s: float) -> None:
     flags = ["--provider", provider, "--instance-type", TYPES[provider], "--json"]
     run("-m", "infra_pulumi", "plan", *flags)  # the first run writes bytecode
-    assert min(run("-m", "infra_pulumi", "plan", *flags)[1] for _ in range(3)) <= limit_s
+    assert any(run("-m", "infra_pulumi", "plan", *flags)[1] <= limit_s for _ in range(3))

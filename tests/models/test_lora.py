@@ -297,10 +297,14 @@ def test_a_copy_for_vllm_fits_the_model_and_never_changes(small: Adapted, tmp_pa
 
 @pytest.fixture(scope="module")
 def embedded(tmp_path_factory: pytest.TempPathFactory) -> Adapted:
+    """The embedded model with two adapters. The tiny models have one of each kind."""
     folder = tmp_path_factory.mktemp("embedded")
     requests = random_requests(2, vocabulary=49152, longest_prompt=60, longest_answer=12, seed=4)
     return adapted(
-        convert_gguf(builtin_gguf(), print), folder, [replace(one, cancel_after=None) for one in requests], list(KINDS)
+        convert_gguf(builtin_gguf(), print),
+        folder,
+        [replace(one, cancel_after=None) for one in requests],
+        ["all", "attention"],
     )
 
 

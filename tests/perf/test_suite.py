@@ -25,7 +25,9 @@ from perf.results import SCHEMA_FILE, Run, schema
 from perf.suite import main
 from tests.perf.mock_host import MockHost
 
-pytestmark = pytest.mark.perf
+# Tests whose results depend on times.
+measures = pytest.mark.perf
+pytestmark = pytest.mark.slow
 
 
 @dataclass
@@ -86,6 +88,7 @@ def test_schema_file_matches_the_types() -> None:
     assert json.loads(SCHEMA_FILE.read_text()) == schema(), "write perf.results.schema() to results.schema.json"
 
 
+@measures
 @pytest.mark.usefixtures("awake")
 def test_quick_run_measures_the_known_times(mock: MockHost, tmp_path: Path) -> None:
     url = mock(ttft_s=0.03, itl_s=0.005, slots=16)
@@ -123,12 +126,14 @@ def test_quick_run_measures_the_known_times(mock: MockHost, tmp_path: Path) -> N
     }
 
 
+@measures
 def test_queue_is_named_as_the_limit(mock: MockHost, tmp_path: Path) -> None:
     url = mock(ttft_s=0.03, itl_s=0.005, slots=4)
     run = measured(tmp_path, url, "--only concurrency --concurrency 1 4 16 --max-tokens 8 --num-requests 8 --warmup 4")
     assert any(sentence.startswith("The queue was the limit") for sentence in run.verdict.sentences), run.verdict
 
 
+@measures
 def test_search_reports_the_highest_load(mock: MockHost, tmp_path: Path) -> None:
     """Four slots carry four streams. test_search.py checks the precision, also of rates, in virtual time."""
     url = mock(ttft_s=0.02, itl_s=0.01, slots=4)
@@ -145,6 +150,7 @@ def test_search_reports_the_highest_load(mock: MockHost, tmp_path: Path) -> None
     assert any("The highest load that meets ttft_p95<45ms is" in sentence for sentence in run.verdict.sentences)
 
 
+@measures
 @pytest.mark.long
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("of", ["rate", "concurrency"])
@@ -169,6 +175,7 @@ def test_failed_requests_fail_the_run_and_are_counted_by_kind(mock: MockHost, tm
     assert "requests failed: " in run.verdict.reasons[0]
 
 
+@measures
 def test_missed_objective_fails_the_run(mock: MockHost, tmp_path: Path) -> None:
     line = "--only streaming --slo 'ttft_p95<50ms' --num-requests 5 --max-tokens 2"
     run = measured(tmp_path, mock(ttft_s=0.08), line)
@@ -179,6 +186,7 @@ def test_missed_objective_fails_the_run(mock: MockHost, tmp_path: Path) -> None:
     assert "ttft_p95 is " in run.verdict.reasons[0]
 
 
+@measures
 def test_client_that_cannot_keep_up_is_reported(mock: MockHost, tmp_path: Path) -> None:
     """400 requests in 40 ms: a trace ends with its last request, without a cool-down at this rate."""
     trace = tmp_path / "trace.jsonl"
@@ -191,12 +199,14 @@ def test_client_that_cannot_keep_up_is_reported(mock: MockHost, tmp_path: Path) 
     assert "perf.calibrate" in outcome.run.verdict.recommendations[0]
 
 
+@measures
 def test_burst_does_not_lower_the_achieved_rate(mock: MockHost, tmp_path: Path) -> None:
     line = "--only rate --rate 40 --arrival burst --burst-size 20 --duration 2s --max-tokens 2 --warmup 20"
     (stage,) = measured(tmp_path, mock(ttft_s=0.01, itl_s=0.001), line).stages
     assert stage.client.achieved_rate == pytest.approx(1, abs=0.02)
 
 
+@measures
 def test_window_without_a_request_fails_the_run(mock: MockHost, tmp_path: Path) -> None:
     line = "--only rate --rate 0.9 --arrival constant --warmup 1 --duration 0.1s --max-tokens 2"
     run = measured(tmp_path, mock(ttft_s=0.01, itl_s=0.001), line)
@@ -234,6 +244,7 @@ def test_run_survives_a_restart_of_the_server(tmp_path: Path) -> None:
     assert concurrency.client > 0
 
 
+@measures
 def test_open_loop_has_its_rate_and_loop(mock: MockHost, tmp_path: Path) -> None:
     line = "--only streaming,rate --rate 40 80 --duration 1s --max-tokens 4 --warmup 5"
     run = measured(tmp_path, mock(ttft_s=0.01, itl_s=0.001), line)
@@ -248,6 +259,7 @@ def test_open_loop_has_its_rate_and_loop(mock: MockHost, tmp_path: Path) -> None
         assert stage.client.achieved_rate == pytest.approx(1, abs=0.02)
 
 
+@measures
 def test_trace_is_replayed_at_its_times(mock: MockHost, tmp_path: Path) -> None:
     trace = tmp_path / "trace.jsonl"
     times = range(0, 1000, 50)
@@ -264,6 +276,7 @@ def test_trace_is_replayed_at_its_times(mock: MockHost, tmp_path: Path) -> None:
     assert stage.prompt_tokens == sum(line["input_length"] for line in lines)
 
 
+@measures
 @pytest.mark.long
 @pytest.mark.parametrize("api", ["openai", "tgi"])
 def test_other_apis_run_the_same_scenarios(mock: MockHost, api: str, tmp_path: Path) -> None:
@@ -337,6 +350,7 @@ def test_server_that_rejects_the_first_request_is_reported(mock: MockHost, tmp_p
     assert "as configured" in outcome.stderr
 
 
+@measures
 def test_baseline_fails_the_run_as_compare_does(mock: MockHost, tmp_path: Path) -> None:
     """Twice the TTFT fails the run; without a common stage it fails too."""
     line = "--only streaming --num-requests 30 --max-tokens 4 --warmup 4"
