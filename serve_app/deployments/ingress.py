@@ -24,6 +24,7 @@ from serve_app.core.queries import ModelState
 from serve_app.deployments.event_receiver import EventReceiver
 from serve_app.deployments.experiments import IngressExperiments
 from serve_app.deployments.heartbeats import Report, Reporter, to_every_replica
+from serve_app.deployments.http_protocol import LIMITS
 from serve_app.deployments.ingress_telemetry import IngressTelemetry
 from serve_app.deployments.registry import Heartbeat, ReplicaRegistry
 from serve_app.deployments.remote import RemoteEngine
@@ -64,6 +65,9 @@ class Ingress:
         self._receiver = EventReceiver(ray.util.get_node_ip_address())
         await self._receiver.start()
         self._telemetry = IngressTelemetry(config, self._id, self._registry)
+        LIMITS.max_body_bytes = config.limits.max_body_bytes
+        LIMITS.stalled_client_s = config.limits.stalled_client_s
+        LIMITS.refused = partial(self._telemetry.refused, model=None)
         self._cache = open_cache(config.response_cache, self._telemetry.cache) if config.response_cache else None
         self._handles = {model.name: handle for model, handle in zip(config.models, handles, strict=True)}
         self._remotes: list[RemoteEngine] = []

@@ -1,0 +1,161 @@
+"""Requests made to harm the service, through both of Ray Serve's proxies: control headers, junk, and stalled clients."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import socket
+import string
+import time
+from contextlib import ExitStack
+
+import httpx
+import psutil
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.graph.conftest import Front
+from tests.graph.service import PROXIES, Service, http_client, model_config, wait_until, wait_until_idle
+from tests.graph.test_http import connect, received_until, request
+
+# `shared` keeps the toy service until the last test that names it.
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("toy_service")]
+
+# A header, and whether Ray Serve would act on it: end the request, not notice its end, or fail.
+CONTROL = {
+    "short time limit": b"x-request-timeout-seconds: 0.001",
+    "no time limit": b"x-request-timeout-seconds: nan",
+    "time limit not UTF-8": b"x-request-timeout-seconds: \xff",
+    "no cancellation": b"x-request-disconnect-disabled: ?1",
+    "cancellation not UTF-8": b"x-request-disconnect-disabled: \xff",
+    "model": b"serve_multiplexed_model_id: other",
+    "model with hyphens": b"Serve-Multiplexed-Model-Id: other",
+    "model not UTF-8": b"serve_multiplexed_model_id: \xff",
+    "replica": b"x-serve-router-replica: other",
+    "session not UTF-8": b"x-session-id: \xff",
+    "session with underscores": b"X_Session_Id: \xff",
+    "id not UTF-8": b"x-request-id: \xff",
+    "trace not UTF-8": b"traceparent: \xff",
+    "state of trace not UTF-8": b"tracestate: \xff",
+}
+
+
+@pytest.mark.parametrize("header", CONTROL.values(), ids=CONTROL)
+def test_headers_that_control_ray_change_nothing(front: Front, header: bytes) -> None:
+    head, body = request("/generate", {"model": front.model, "prompt": "abc", "max_tokens": 3})
+    with connect(front) as connection:
+        connection.sendall(head.replace(b"Host: x", b"Host: x\r\n" + header) + body)
+        answer = received_until(connection, b"}")
+    assert answer.startswith(b"HTTP/1.1 200 "), answer
+    assert b'"text":"abc"' in answer
+
+
+def junk(rng: random.Random) -> str:
+    return "".join(rng.choices(string.ascii_letters + string.digits + "-_./", k=rng.randint(1, 40)))
+
+
+async def send_junk(client: httpx.AsyncClient, count: int) -> None:
+    """Requests with paths, models, methods, keys and user agents that occur once."""
+    rng = random.Random(5)
+    concurrent = asyncio.Semaphore(16)
+
+    async def one() -> None:
+        headers = {"authorization": f"Bearer {junk(rng)}", "user-agent": junk(rng), "x-request-id": junk(rng)}
+        body = {"model": junk(rng), "prompt": "a", "max_tokens": 1, "user": junk(rng)}
+        async with concurrent:
+            if rng.random() < 0.5:
+                answer = await client.request(rng.choice(["GET", "POST", "JUNK"]), f"/{junk(rng)}", headers=headers)
+            else:
+                answer = await client.post("/generate", json=body, headers=headers)
+        assert answer.status_code in (404, 405), answer.text
+
+    await asyncio.gather(*(one() for _ in range(count)))
+
+
+async def series(client: httpx.AsyncClient) -> set[tuple[str, ...]]:
+    """The name and the labels of each series."""
+    families = text_string_to_metric_families((await client.get("/metrics")).text)
+    return {(sample.name, *sorted(sample.labels.values())) for family in families for sample in family.samples}
+
+
+async def check_junk(client: httpx.AsyncClient, count: int) -> None:
+    await send_junk(client, 20)  # makes the series of the route `other`
+    before = await series(client)
+    await send_junk(client, count)
+    await asyncio.sleep(2.5)  # two reports of each process
+    assert await series(client) - before == set()
+    times, size = [], 0
+    for _ in range(20):
+        began = time.monotonic()
+        size = len((await client.get("/metrics")).content)
+        times.append(time.monotonic() - began)
+    print(f"{count} requests: {len(before)} series, {size} bytes, scrape at most {max(times) * 1000:.0f} ms")
+    assert size < 1_000_000
+
+
+async def test_junk_makes_no_series(client: httpx.AsyncClient) -> None:
+    await check_junk(client, 300)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+async def test_20000_requests_of_junk_make_no_series(client: httpx.AsyncClient) -> None:
+    await check_junk(client, 20_000)
+
+
+STALLED, SHARE_BYTES = 50, 1_000_000
+# The longest answer: 16,000 tokens, and about 4 MB of events.
+FAST = model_config(
+    "fast",
+    "builtin:toy?step_ms=2",
+    engine={"max_running": 64, "max_context": 16_384},
+    batching={"max_batch_size": 64},
+    deployment={"max_ongoing_requests": 64},
+)
+
+
+def resident(service: Service) -> dict[int, int]:
+    """The resident bytes of the service's processes."""
+    return {process.pid: process.memory_info().rss for process in service.descendants() if process.is_running()}
+
+
+async def first_tokens(client: httpx.AsyncClient, count: int) -> list[float]:
+    """The TTFT of requests that are sent one after the other."""
+    times = []
+    for _ in range(count):
+        began = time.monotonic()
+        body = {"model": "fast", "prompt": "abc", "max_tokens": 3}
+        async with client.stream("POST", "/generate_stream", json=body) as answer:
+            assert await anext(answer.aiter_bytes())
+            times.append(time.monotonic() - began)
+            await answer.aread() if not answer.is_stream_consumed else None
+    return times
+
+
+@pytest.mark.long
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("proxy", PROXIES)
+async def test_50_clients_that_never_read_hold_little_memory_and_delay_no_one(proxy: str) -> None:
+    with ExitStack() as running:
+        service = running.enter_context(Service([FAST], environment=PROXIES[proxy], stalled_client_s=8, heartbeat_s=1))
+        service.wait_until_ready()
+        client = await running.enter_async_context(http_client(service)) if False else http_client(service)
+        alone = await first_tokens(client, 20)
+        before = resident(service)
+        head, body = request("/generate_stream", {"model": "fast", "prompt": "abc", "max_tokens": 16_000})
+        stalled = [running.enter_context(socket.create_connection(("127.0.0.1", service.port))) for _ in range(STALLED)]
+        for connection in stalled:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.sendall(head + body)
+        beside: list[float] = []
+        most = 0
+        end = time.monotonic() + 20
+        while time.monotonic() < end:
+            beside += await first_tokens(client, 2)
+            now = resident(service)
+            most = max(most, sum(now.values()) - sum(before.get(pid, rss) for pid, rss in now.items()))
+        print(f"{proxy}: {most / STALLED / 1e6:.2f} MB for each stalled client, "
+              f"TTFT p50 {sorted(alone)[10] * 1000:.1f} ms alone, {sorted(beside)[len(beside) // 2] * 1000:.1f} ms beside")
+        await wait_until_idle(client, "fast")
+        await client.aclose()
+    assert most / STALLED < SHARE_BYTES
