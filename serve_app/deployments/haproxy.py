@@ -9,7 +9,6 @@ replaces itself by HAProxy.
 from __future__ import annotations
 
 import ctypes
-import json
 import math
 import os
 import random
@@ -34,11 +33,6 @@ _PORTS = range(20_000, 30_000)
 _PR_SET_PDEATHSIG = 1
 # The time in which a client must send its headers. Ray has no option for it.
 _HEADERS = "timeout http-request 10s"
-# HAProxy's own refusals, as the clients of every dialect read an error. By default their body is HTML.
-_ERRORS = {
-    400: ("malformed_http", "The request is not valid HTTP/1.1, or its headers have more than 15 kB."),
-    408: ("request_timeout", "The headers did not arrive within 10 s. Send them without pauses."),
-}
 
 
 def find() -> str | None:
@@ -96,18 +90,10 @@ def _restricted(part: str, enabled: Container[str]) -> str:
         if re.match(beginning, part):
             return re.sub(r"(?m)^( +bind )[^:\n]*:", r"\g<1>127.0.0.1:", part) if variable in enabled else ""
     if part.startswith("frontend http_frontend\n"):
-        lines = [_HEADERS, *(_error_line(status, *error) for status, error in _ERRORS.items()), _STAMP]
-        added = "".join(f"\\g<1>{line}\n" for line in lines)
-        return re.sub(r"(?m)^( +)bind .*\n", rf"\g<0>{added}", part, count=1)
+        return re.sub(r"(?m)^( +)bind .*\n", rf"\g<0>\g<1>{_HEADERS}\n\g<1>{_STAMP}\n", part, count=1)
     if part.startswith("global\n") and _LOG not in enabled:
         return re.sub(r"(?m)^ +log .*\n", "", part)
     return part
-
-
-def _error_line(status: int, code: str, message: str) -> str:
-    error = {"type": "invalid_request_error", "code": code, "message": message, "param": None}
-    body = json.dumps({"type": "error", "error": error}, separators=(",", ":"))
-    return f"http-error status {status} content-type application/json string '{body}'"
 
 
 def _free_port() -> int:
