@@ -246,7 +246,6 @@ def test_a_body_within_the_limit_is_not_touched(server: Server) -> None:
     assert b"read 150000" in server.exchange(request, b"a" * 150_000)
 
 
-
 def test_a_client_that_takes_nothing_of_its_answer_is_disconnected(server: Server) -> None:
     with server.connect() as connection:
         connection.sendall(get("/large"))

@@ -10,12 +10,11 @@ import time
 from contextlib import ExitStack
 
 import httpx
-import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.graph.conftest import Front
-from tests.graph.service import PROXIES, Service, http_client, model_config, wait_until, wait_until_idle
+from tests.graph.service import PROXIES, Service, http_client, model_config, wait_until_idle
 from tests.graph.test_http import connect, received_until, request
 
 # `shared` keeps the toy service until the last test that names it.
@@ -154,8 +153,10 @@ async def test_50_clients_that_never_read_hold_little_memory_and_delay_no_one(pr
             beside += await first_tokens(client, 2)
             now = resident(service)
             most = max(most, sum(now.values()) - sum(before.get(pid, rss) for pid, rss in now.items()))
-        print(f"{proxy}: {most / STALLED / 1e6:.2f} MB for each stalled client, "
-              f"TTFT p50 {sorted(alone)[10] * 1000:.1f} ms alone, {sorted(beside)[len(beside) // 2] * 1000:.1f} ms beside")
+        print(
+            f"{proxy}: {most / STALLED / 1e6:.2f} MB for each stalled client, "
+            f"TTFT p50 {sorted(alone)[10] * 1000:.1f} ms alone, {sorted(beside)[len(beside) // 2] * 1000:.1f} ms beside"
+        )
         await wait_until_idle(client, "fast")
         await client.aclose()
     assert most / STALLED < SHARE_BYTES
