@@ -291,8 +291,7 @@ async def test_a_receive_after_the_refusal_is_a_disconnect() -> None:
     seen: list[str] = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        for _ in range(3):
-            seen.append((await receive())["type"])
+        seen.extend([(await receive())["type"] for _ in range(3)])
         await send({"type": "http.response.start", "status": 499})
 
     async def receive() -> Message:

@@ -57,8 +57,8 @@ def check_code(folder: Path, trusted: bool) -> None:
     for key, value in [] if trusted else _members(settings):
         if _IMPLEMENTATION.fullmatch(key) and any("/" in text for text in _texts(value)):
             raise SourceError(
-                f"{folder}/config.json: {key} names code of another repository, which is not run; remove the key, or set "
-                "trust_remote_code: true if you trust that code"
+                f"{folder}/config.json: {key} names code of another repository, which is not run; remove the key, or "
+                "set trust_remote_code: true if you trust that code"
             )
 
 
@@ -75,13 +75,9 @@ def _members(settings: object) -> Iterator[tuple[str, object]]:
 
 
 def _texts(value: object) -> list[str]:
-    return (
-        [value]
-        if isinstance(value, str)
-        else [text for text in value.values() if isinstance(text, str)]
-        if isinstance(value, dict)
-        else []
-    )
+    """A text, or the texts of an object with one for each part of the model."""
+    values = value.values() if isinstance(value, dict) else [value]
+    return [text for text in values if isinstance(text, str)]
 
 
 def check_not_pointer(file: Path) -> None:

@@ -39,8 +39,8 @@ def resolve(config: Model, report: Report) -> str:
         )
     if config.trust_remote_code and config.revision is None:
         raise SourceError(
-            f"{config.source}: trust_remote_code: true needs `revision`, because the code on the hub can change; set it "
-            "to the commit whose code you have read"
+            f"{config.source}: trust_remote_code: true needs `revision`, because the code on the hub can change; set "
+            "it to the commit whose code you have read"
         )
     folder = _download(config, report)
     check_folder(Path(folder))
