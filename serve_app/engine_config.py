@@ -125,9 +125,7 @@ class VllmOptions(EngineOptions):
     @classmethod
     def _check_options(cls, options: dict[str, Any]) -> dict[str, Any]:
         if options.get("load_format") in _PICKLED:
-            raise ValueError(
-                "load_format would load pickled weights, which can contain code; convert them to safetensors"
-            )
+            raise ValueError("load_format loads pickled weights, which can contain code; convert them to safetensors")
         for name in options:
             if name in _SET_BY_KEYS:
                 raise ValueError(f"{name} is set by the key {_SET_BY_KEYS[name]} of the model; remove it here")

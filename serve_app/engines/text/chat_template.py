@@ -27,7 +27,7 @@ from serve_app.errors import InvalidRequest, ServeAppError
 logger = logging.getLogger(__name__)
 
 _MESSAGES = "messages"
-# A template renders 1 MB of messages in 20 ms. Its loops can nest, so that a hostile one would never end.
+# Loops of a template can nest, so that a hostile one would never end.
 _RENDER_S = 5.0
 # Above the text of the largest body with `limits.max_body_bytes` of 16 MB. A template can repeat its messages.
 _MAX_CHARACTERS = 32_000_000
