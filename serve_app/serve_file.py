@@ -112,7 +112,7 @@ def load_deploy_file(path: str | Path) -> dict[str, Any]:
     file = _validated(path, _without_ray_keys(document, ""))
     try:
         # Without the key, Ray listens on all addresses.
-        host = (document.get("http_options") or {}).get("host", "0.0.0.0")
+        host = (document.get("http_options") or {}).get("host", "0.0.0.0")  # noqa: S104
         file.application.args.check_address(host)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
