@@ -10,6 +10,10 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 # Bytecode on all cores; pip uses one. The excluded folders have modules for newer interpreters, and models of which one
 # is used.
 COMPILE := $(VENV)/bin/python -m compileall -q -j 0 -x 'torch/testing|transformers/models' $(VENV)/lib
+# Tools that check the dependencies; their own dependencies are not the service's.
+AUDIT := .venv-audit
+# requirements-dev.lock includes requirements.lock. PyPI does not know the build of torch in requirements-vllm.lock.
+AUDITED := requirements-dev.lock requirements-infra.lock requirements-vllm-cuda.lock
 ARGS ?=
 QUIET := not ray and not system and not perf
 # How tests that start services share the cores (tests/workers.py). Empty: one after the other.
@@ -20,7 +24,7 @@ HEAVY := browser clients contract graph models system alerts/test_dashboards_liv
   engines/native/test_sampler.py
 # The environment with vLLM has no packages for these.
 WITHOUT_VLLM := alerts browser clients cluster infra
-.PHONY: help serve monitor test test-long fast compute check lint types format clean
+.PHONY: help serve monitor test test-long fast compute check lint types format audit sbom clean
 
 help:
 	@echo "make serve [ARGS='--port 8123']  run the service on this machine; Ctrl-C stops it"
@@ -30,7 +34,9 @@ help:
 	@echo "make fast                        the tests that need no Ray, Pulumi, model weights or browser: 20 seconds"
 	@echo "make check                       format, lint and types only"
 	@echo "make format                      format the code and apply ruff's fixes"
-	@echo "make clean                       remove $(VENV), $(CLIENTS), $(CLIENTS_OPENAI2) and $(VLLM)"
+	@echo "make audit                       look up the pinned packages in PyPI's list of vulnerabilities; needs https://pypi.org"
+	@echo "make sbom                        write sbom.cdx.json, the software bill of materials (CycloneDX)"
+	@echo "make clean                       remove $(VENV), $(CLIENTS), $(CLIENTS_OPENAI2), $(AUDIT) and $(VLLM)"
 	@echo "PYTHON=python3.12 make ...       choose the interpreter (3.11 or newer)"
 
 serve: $(VENV)/serve.done
@@ -46,7 +52,7 @@ test test-long fast compute: export PYTHONDONTWRITEBYTECODE :=
 # Tests that compute run on all cores, each worker on its own, beside mypy, which uses one. Tests that start services mostly
 # wait: three workers share the cores, and while tests that measure times run on one, the others stop (tests/workers.py).
 test:
-	@$(MAKE) --no-print-directory -j 2 lint $(CLIENTS)/clients.done
+	@$(MAKE) --no-print-directory -j 2 lint $(CLIENTS)/clients.done $(AUDIT)/clients.done
 	@$(MAKE) --no-print-directory -j 2 types compute
 	$(VENV)/bin/python -m pytest $(SERVICES) -m "not long and not vllm and not ($(QUIET))" $(ARGS)
 
@@ -74,8 +80,14 @@ format: $(VENV)/test.done
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
+audit: $(AUDIT)/clients.done
+	$(AUDIT)/bin/pip-audit --strict --disable-pip --no-deps --progress-spinner off $(AUDITED:%=-r %)
+
+sbom: $(AUDIT)/clients.done
+	$(AUDIT)/bin/cyclonedx-py requirements requirements.lock --pyproject pyproject.toml --output-reproducible --validate -o sbom.cdx.json
+
 clean:
-	rm -rf $(VENV) $(CLIENTS) $(CLIENTS_OPENAI2) $(VLLM)
+	rm -rf $(VENV) $(CLIENTS) $(CLIENTS_OPENAI2) $(AUDIT) $(VLLM)
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
@@ -100,6 +112,7 @@ $(VENV)/test.done: requirements-dev.lock requirements-infra.lock $(VENV)/serve.d
 
 $(CLIENTS)/clients.done: requirements-clients.lock
 $(CLIENTS_OPENAI2)/clients.done: requirements-clients-openai2.lock
+$(AUDIT)/clients.done: requirements-audit.lock
 # Without dependencies, because the lock is complete. Without bytecode: the tests import a small part of the modules.
 %/clients.done:
 	$(PYTHON) -m venv $*

@@ -178,8 +178,10 @@ class Store:
         return self._rows("ORDER BY starts_at, fingerprint", ())
 
     def _rows(self, which: str, values: tuple[object, ...]) -> Iterator[Row]:
+        """The rows that a clause of this class selects."""
         columns = "fingerprint, labels, starts_at, ends_at, first_notification, last_notification"
-        for fingerprint, labels, *instants in self._database.execute(f"SELECT {columns} FROM alerts {which}", values):
+        query = f"SELECT {columns} FROM alerts {which}"  # noqa: S608 (both parts are constants)
+        for fingerprint, labels, *instants in self._database.execute(query, values):
             yield Row(fingerprint, json.loads(labels), *instants)
 
 

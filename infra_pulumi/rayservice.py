@@ -196,7 +196,7 @@ def _head(spec: ClusterSpec, config: Object, image: str) -> Object:
         "enableIngress": False,
         # The operator deploys through the dashboard's port at the pod's address. The port needs the token, has no
         # ingress, and the network policy allows only the operator.
-        "rayStartParams": {"dashboard-host": "0.0.0.0", "num-cpus": "0", **_object_store()},
+        "rayStartParams": {"dashboard-host": "0.0.0.0", "num-cpus": "0", **_object_store()},  # noqa: S104
         "template": {
             "metadata": {
                 "labels": _pod_labels("head"),

@@ -151,7 +151,7 @@ def cluster_config(spec: ClusterSpec, catalogue: Catalogue, config: Object) -> O
     API keys would be in a file of one pod.
     """
     config = deepcopy(config)
-    config["http_options"] = {**(config.get("http_options") or {}), "host": "0.0.0.0"}
+    config["http_options"] = {**(config.get("http_options") or {}), "host": "0.0.0.0"}  # noqa: S104 (within a pod)
     nodes = [
         (pool.max, pod_resources.pod_size(spec, catalogue, index).gpus) for index, pool in enumerate(spec.gpu_pools)
     ]

@@ -65,7 +65,7 @@ class Address:
 
     def url(self, route_prefix: str) -> str:
         """The service's URL for clients on this machine."""
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)  # noqa: S104
         host = f"[{host}]" if ":" in host else host
         scheme = "https" if os.environ.get(TLS_CERTIFICATE) else "http"
         return f"{scheme}://{host}:{self.port}{route_prefix.rstrip('/')}"

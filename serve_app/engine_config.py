@@ -84,6 +84,8 @@ _SET_BY_KEYS = {
     "max_cpu_loras": "lora.max_loaded",
     "max_lora_rank": "lora.max_rank",
 }
+# Values of `load_format` with which vLLM loads pickled weights, which can contain code.
+_PICKLED = frozenset({"auto", "hf", "npcache", "pt"})
 # Those that the adapter needs as it sets them.
 _FIXED = frozenset(
     {
@@ -122,6 +124,8 @@ class VllmOptions(EngineOptions):
     @field_validator("options")
     @classmethod
     def _check_options(cls, options: dict[str, Any]) -> dict[str, Any]:
+        if options.get("load_format") in _PICKLED:
+            raise ValueError("load_format loads pickled weights, which can contain code; convert them to safetensors")
         for name in options:
             if name in _SET_BY_KEYS:
                 raise ValueError(f"{name} is set by the key {_SET_BY_KEYS[name]} of the model; remove it here")

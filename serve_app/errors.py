@@ -9,10 +9,13 @@ ServeAppError
 ├── IdempotencyKeyReused      422  another request has used the same idempotency key
 ├── ModelNotFound             404  the service has no model of this name
 ├── NotFound                  404  the path or the object does not exist, or the model does not offer the path
+├── MalformedHttp             400  the request is not HTTP
 ├── MethodNotAllowed          405  the path exists, but not with this method
 ├── RequestTimeout            408  the body of the request did not arrive in time
 ├── BodyTooLarge              413  the body is larger than the limit
+├── UriTooLong                414  the path and the query are longer than the limit
 ├── UnsupportedEncoding       415  the body is compressed in a way that the service cannot decode
+├── HeadersTooLarge           431  the headers are more, or larger, than the limits
 ├── QueueFull                 429  as many requests wait as the model takes
 ├── RateLimitExceeded         429  the key or its tenant has reached a limit a minute, or its concurrent requests
 ├── InsufficientQuota         429  the key or its tenant has used up a budget of a day or a month
@@ -101,6 +104,10 @@ class NotFound(ServeAppError):
     status, code = 404, "not_found"
 
 
+class MalformedHttp(ServeAppError):
+    status, code = 400, "malformed_http"
+
+
 class MethodNotAllowed(ServeAppError):
     status, code = 405, "method_not_allowed"
 
@@ -113,8 +120,16 @@ class BodyTooLarge(ServeAppError):
     status, code = 413, "body_too_large"
 
 
+class UriTooLong(ServeAppError):
+    status, code = 414, "uri_too_long"
+
+
 class UnsupportedEncoding(ServeAppError):
     status, code = 415, "unsupported_encoding"
+
+
+class HeadersTooLarge(ServeAppError):
+    status, code = 431, "headers_too_large"
 
 
 class QueueFull(ServeAppError):

@@ -112,7 +112,7 @@ def load_deploy_file(path: str | Path) -> dict[str, Any]:
     file = _validated(path, _without_ray_keys(document, ""))
     try:
         # Without the key, Ray listens on all addresses.
-        host = (document.get("http_options") or {}).get("host", "0.0.0.0")
+        host = (document.get("http_options") or {}).get("host", "0.0.0.0")  # noqa: S104
         file.application.args.check_address(host)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
@@ -152,7 +152,7 @@ def _validated(path: str | Path, document: dict[str, Any]) -> ServeFile:
 def _read(path: str | Path) -> object:
     """Raises ConfigError."""
     try:
-        return yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
+        return yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)  # noqa: S506 (a yaml.SafeLoader)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; pass --config with the path of a serve_config.yaml") from None
     except yaml.MarkedYAMLError as error:

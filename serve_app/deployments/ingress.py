@@ -25,6 +25,7 @@ from serve_app.deployments.access import SERVICE, Access
 from serve_app.deployments.event_receiver import EventReceiver
 from serve_app.deployments.experiments import IngressExperiments
 from serve_app.deployments.heartbeats import Report, Reporter, to_every_replica
+from serve_app.deployments.http_protocol import LIMITS
 from serve_app.deployments.ingress_telemetry import IngressTelemetry
 from serve_app.deployments.jobs import IngressJobs
 from serve_app.deployments.registry import Heartbeat, ReplicaRegistry
@@ -69,6 +70,9 @@ class Ingress:
         self._receiver = EventReceiver(ray.util.get_node_ip_address())
         await self._receiver.start()
         self._telemetry = IngressTelemetry(config, self._id, self._registry)
+        LIMITS.max_body_bytes = config.limits.max_body_bytes
+        LIMITS.stalled_client_s = config.limits.stalled_client_s
+        LIMITS.refused = partial(self._telemetry.refused, model=None)
         self._access = Access(config, self._telemetry)
         await self._access.start()
         self._quotas = open_quotas(config, self._id, self._telemetry)

@@ -12,6 +12,8 @@ from tests.graph.service import PROXIES, Config, Service, http_client, model_con
 
 DEADLINE_S = 3
 EXPORTS_SOON = {"OTEL_BSP_SCHEDULE_DELAY": "200", "OTEL_EXPORTER_OTLP_HEADERS": "x-key=secret"}
+# Secrets of the service, which no output may have.
+SECRETS = {"SERVE_APP_DATABASE_PASSWORD": "hush-database", "SERVE_APP_RESPONSE_CACHE_PASSWORD": "hush-cache"}
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -63,7 +65,7 @@ def traced(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TracedService]:
         tracing = {"endpoint": collector.endpoint, "sampling_ratio": 1}
         with Service(
             models,
-            environment={**EXPORTS_SOON, **PROXIES["python"]},
+            environment={**EXPORTS_SOON, **SECRETS, **PROXIES["python"]},
             experiments=[EXPERIMENT],
             telemetry={"tracing": tracing, "log_format": "json", "opentelemetry_metrics": True},
             request_timeout_s=DEADLINE_S,

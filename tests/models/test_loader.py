@@ -221,6 +221,27 @@ def test_the_code_of_a_model_is_not_run_unless_trusted(folder: Path, tmp_path: P
     assert not marker.exists()
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("_attn_implementation_internal", "someone/kernel"),  # CVE-2026-4372
+        ("attn_implementation", "someone/kernel"),
+        ("_attn_implementation", {"text_config": "someone/kernel"}),
+        ("_experts_implementation_internal", "someone/kernel@main"),
+    ],
+)
+def test_code_of_another_repository_is_not_run_unless_trusted(folder: Path, key: str, value: object) -> None:
+    document = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(document | {"text_config": {key: value}}))
+    assert f"config.json: {key} names code of another repository" in refusal(folder)
+    (folder / "config.json").write_text(json.dumps(document | {"_attn_implementation_internal": "sdpa"}))
+    load(config(folder), print)
+
+
+def test_code_on_the_hub_needs_a_pinned_revision() -> None:
+    assert "trust_remote_code: true needs `revision`" in refusal("someone/model", trust_remote_code=True)
+
+
 def test_an_encoder_is_refused(tmp_path: Path) -> None:
     small = BertConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=257)
     BertModel(small).save_pretrained(tmp_path)

@@ -19,7 +19,7 @@ from serve_app.errors import InvalidRequest
 _RESERVED = sorted(
     {"conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize", "padding"}
     | {"continue_final_message", "sanitize_control_tokens", "truncation", "max_length", "return_tensors", "return_dict"}
-    | {"return_assistant_tokens_mask", "tokenizer_kwargs"}
+    | {"return_assistant_tokens_mask", "tokenizer_kwargs", "conversations", "self", "raise_exception", "strftime_now"}
 )
 
 

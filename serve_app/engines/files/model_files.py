@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from serve_app.engines.files.disk_cache import safetensors_fault
@@ -12,6 +14,9 @@ _INDEX = "model.safetensors.index.json"
 _POINTER = b"version https://git-lfs.github.com/spec/"
 # Files beside the weights that a model is loaded from, and that repositories keep in Git LFS when they are large.
 _TEXT_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
+# Keys of config.json that name the implementation of a layer. A value with a slash is a repository on the model hub,
+# whose code transformers loads (CVE-2026-4372 did so without trust_remote_code).
+_IMPLEMENTATION = re.compile(r"_?\w+_implementation(_internal)?")
 
 
 class SourceError(Exception):
@@ -37,6 +42,42 @@ def check_folder(folder: Path) -> None:
         check_not_pointer(file)
         if fault := safetensors_fault(file):
             raise SourceError(f"{file} {fault}; copy or download the file again")
+
+
+def check_code(folder: Path, trusted: bool) -> None:
+    """Raises SourceError if config.json names code of another repository, unless the model's code is `trusted`.
+
+    `auto_map`, which names code in the folder itself, passes: transformers has an implementation of its own for many
+    such models, and refuses the others without running their code.
+    """
+    try:
+        settings = json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return  # the loader reports it
+    for key, value in [] if trusted else _members(settings):
+        if _IMPLEMENTATION.fullmatch(key) and any("/" in text for text in _texts(value)):
+            raise SourceError(
+                f"{folder}/config.json: {key} names code of another repository, which is not run; remove the key, or "
+                "set trust_remote_code: true if you trust that code"
+            )
+
+
+def _members(settings: object) -> Iterator[tuple[str, object]]:
+    """The members of all objects in JSON data."""
+    remaining = [settings]
+    while remaining:
+        match remaining.pop():
+            case dict() as members:
+                yield from members.items()
+                remaining += members.values()
+            case list() as items:
+                remaining += items
+
+
+def _texts(value: object) -> list[str]:
+    """A text, or the texts of an object with one for each part of the model."""
+    values = value.values() if isinstance(value, dict) else [value]
+    return [text for text in values if isinstance(text, str)]
 
 
 def check_not_pointer(file: Path) -> None:

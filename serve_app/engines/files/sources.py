@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from serve_app.config import Model
 from serve_app.engines.files.disk_cache import Report
 from serve_app.engines.files.known_conversions import known_conversion
-from serve_app.engines.files.model_files import SourceError, check_folder
+from serve_app.engines.files.model_files import SourceError, check_code, check_folder
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -29,6 +29,7 @@ def resolve(config: Model, report: Report) -> str:
         return _converted(path, report)
     if path.is_dir():
         check_folder(path)
+        check_code(path, config.trust_remote_code)
         return str(path)
     if path.exists():
         raise SourceError(f"{path} is neither a folder nor a .gguf file; set source to the folder of the model's files")
@@ -36,8 +37,14 @@ def resolve(config: Model, report: Report) -> str:
         raise SourceError(
             f"{config.source} does not exist; a source is builtin:smollm2-135m, a folder, a .gguf file or a hub id"
         )
+    if config.trust_remote_code and config.revision is None:
+        raise SourceError(
+            f"{config.source}: trust_remote_code: true needs `revision`, because the code on the hub can change; set "
+            "it to the commit whose code you have read"
+        )
     folder = _download(config, report)
     check_folder(Path(folder))
+    check_code(Path(folder), config.trust_remote_code)
     return folder
 
 

@@ -13,6 +13,7 @@ import jinja2
 
 from serve_app.core.requests import ChatMessage, ChatPrompt
 from serve_app.engines.text.reasoning_format import ReasoningFormat, detect_reasoning
+from serve_app.engines.text.time_limit import TimeLimit, TookTooLong
 from serve_app.engines.text.tool_format import (
     MarkerTokens,
     MessageStyle,
@@ -21,11 +22,15 @@ from serve_app.engines.text.tool_format import (
     wants_content_parts,
 )
 from serve_app.engines.text.tool_use import NO_TOOL_SUPPORT
-from serve_app.errors import InternalError, InvalidRequest, ServeAppError
+from serve_app.errors import InvalidRequest, ServeAppError
 
 logger = logging.getLogger(__name__)
 
 _MESSAGES = "messages"
+# Loops of a template can nest, so that a hostile one would never end.
+_RENDER_S = 5.0
+# Above the text of the largest body with `limits.max_body_bytes` of 16 MB. A template can repeat its messages.
+_MAX_CHARACTERS = 32_000_000
 
 
 class ChatTemplate:
@@ -59,10 +64,15 @@ class ChatTemplate:
             return self._encode_or_render(prompt)
         except jinja2.TemplateError as error:
             return InvalidRequest(f"the model's chat template refuses these messages: {error}", param=_MESSAGES)
-        except Exception:
-            # A template is foreign code. Its error must not fail the other prompts of the batch.
-            logger.exception("the chat template failed")
-            return InternalError("the model's chat template failed on these messages", param=_MESSAGES)
+        except TookTooLong:
+            logger.warning("the chat template ran for longer than %g s", _RENDER_S)
+            return InvalidRequest("the model's chat template takes too long for these messages", param=_MESSAGES)
+        except Exception as error:
+            # A template is foreign code, and fails on values of other types than it expects. Its error must not fail
+            # the other prompts of the batch.
+            logger.warning("the chat template failed", exc_info=True)
+            message = f"the model's chat template failed on these messages: {type(error).__name__}"
+            return InvalidRequest(message, param=_MESSAGES)
 
     def _encode_or_render(self, prompt: ChatPrompt) -> str | list[int] | ServeAppError:
         messages: Any = [self._style.message(self._with_known_role(message)) for message in prompt.messages]
@@ -72,7 +82,12 @@ class ChatTemplate:
         if marked:
             messages, tools, variables = map(self._marked, (messages, tools, variables))
         try:
-            text = self._rendered(messages, tools, variables, prompt)
+            with TimeLimit(_RENDER_S):
+                text = self._rendered(messages, tools, variables, prompt)
+            if len(text) > _MAX_CHARACTERS:
+                return InvalidRequest(
+                    "the model's chat template makes too long a text of these messages", param=_MESSAGES
+                )
             return self._encode_marked(text) if marked else text
         except ValueError as error:  # the library's, for an answer that cannot be continued, or a token without a text
             return InvalidRequest(f"the model's chat template cannot use these messages: {error}", param=_MESSAGES)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Iterable
+from fractions import Fraction
 from functools import cached_property, lru_cache
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
@@ -22,6 +24,12 @@ _CACHED_GRAMMARS = 160
 # Rules, or references of a JSON schema. llguidance follows a chain of them recursively: a chain of about 2,000
 # overflows the thread's stack, which ends the process (measured with 1.9.1: 1,000 work, 3,000 do not).
 _MAX_DEFINITIONS = 500
+# Properties of one object that a JSON schema does not require. llguidance's work is their square: 500 take 30 ms of
+# processor time, 2,000 take 0.4 s, and 5,000 take 3 s.
+_MAX_OPTIONAL = 500
+# llguidance builds an automaton with as many states as the least common multiple of the values of `multipleOf`, within
+# none of its limits: 9,973 take 30 ms, 99,991 take 0.7 s, and 999,983 take 12 s.
+_MAX_MULTIPLE = 10_000
 # At most half of llguidance's defaults. With these limits the slowest mask of grammars made to be slow took 48 ms.
 # llguidance's documentation states 1 to 2 kB of memory for each lexer state.
 _LIMITS = LLParserLimits(step_lexer_fuel=100_000, step_max_items=20_000, max_lexer_states=50_000, verbose_errors=False)
@@ -92,7 +100,7 @@ class GrammarCompiler:
             return self._trie
         try:
             source = _source(grammar)
-        except _TooManyDefinitions as error:
+        except _TooMuch as error:
             return str(error)
         except (TypeError, ValueError, RecursionError) as error:
             return f"the grammar ({grammar.kind}) cannot be read: {error}"
@@ -137,9 +145,9 @@ class _CompiledGrammar:
             return _matcher(self.tokenizer, self._source)
 
 
-class _TooManyDefinitions(Exception):
-    def __init__(self, count: int) -> None:
-        super().__init__(f"the grammar has {count} rules or references; at most {_MAX_DEFINITIONS} are allowed")
+class _TooMuch(Exception):
+    def __init__(self, count: int, what: str, most: int) -> None:
+        super().__init__(f"the grammar has {count} {what}; at most {most} are allowed")
 
 
 def _matcher(tokenizer: LLTokenizer, source: str) -> LLMatcher:
@@ -153,7 +161,7 @@ def _error_text(matcher: LLMatcher) -> str:
 def _source(grammar: Grammar) -> str:
     """The grammar in llguidance's own form.
 
-    Raises ValueError, TypeError or RecursionError if its text does not fit its kind, and _TooManyDefinitions.
+    Raises ValueError, TypeError or RecursionError if its text does not fit its kind, and _TooMuch.
     """
     match grammar.kind:
         case "json_object":
@@ -179,13 +187,13 @@ def _choices(text: str) -> list[str]:
 
 def _check_definitions(count: int) -> None:
     if count > _MAX_DEFINITIONS:
-        raise _TooManyDefinitions(count)
+        raise _TooMuch(count, "rules or references", _MAX_DEFINITIONS)
 
 
 def _lark_definitions(text: str) -> int:
     """The number of rules, counted as lines with a colon, and of references in the schemas after `%json`.
 
-    Raises ValueError or RecursionError if a schema is not JSON.
+    Raises ValueError or RecursionError if a schema is not JSON, and _TooMuch for its optional properties.
     """
     count = 0
     while (position := text.find("%json")) >= 0:
@@ -201,13 +209,33 @@ def _rules(text: str) -> int:
 
 
 def _references(schema: object) -> int:
-    """The number of `$ref` members."""
-    count, remaining = 0, [schema]
+    """The number of `$ref` members. Raises _TooMuch for other parts that take llguidance much time."""
+    count, multiples, remaining = 0, list[Fraction](), [schema]
     while remaining:
         match remaining.pop():
             case dict() as section:
                 count += "$ref" in section
+                _check_optional(section)
+                multiple = section.get("multipleOf")
+                if isinstance(multiple, (int, float)) and multiple > 0:
+                    multiples.append(Fraction(str(multiple)))
                 remaining += section.values()
             case list() as members:
                 remaining += members
+    _check_multiples(multiples)
     return count
+
+
+def _check_multiples(multiples: list[Fraction]) -> None:
+    unit = math.lcm(*(each.denominator for each in multiples))
+    common = math.lcm(*(int(each * unit) for each in multiples))
+    if common > _MAX_MULTIPLE:
+        raise _TooMuch(common, "as the least common multiple of its values of multipleOf", _MAX_MULTIPLE)
+
+
+def _check_optional(section: dict[str, object]) -> None:
+    properties, required = section.get("properties"), section.get("required")
+    if isinstance(properties, dict):
+        optional = len(properties) - (len(required) if isinstance(required, list) else 0)
+        if optional > _MAX_OPTIONAL:
+            raise _TooMuch(optional, "optional properties in one object", _MAX_OPTIONAL)

@@ -46,7 +46,7 @@ def engine_args(model: Model, options: VllmOptions, folder: str) -> AsyncEngineA
     if unknown:
         raise SourceError(f"engine.options: vLLM has no argument {', '.join(unknown)}")
     share = min(1.0, model.resources.num_gpus or 1.0)
-    more: dict[str, Any] = dict(options.options)
+    more: dict[str, Any] = {"load_format": "safetensors", **options.options}
     if options.speculative is not None:
         chosen = options.speculative
         named = {} if chosen.model is None else {"model": chosen.model}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import threading
+import time
 
 import jsonschema
 import pytest
@@ -87,6 +89,11 @@ def test_each_kind_of_grammar_constrains_the_answer(
     assert not acceptance(text, grammar, wrong)
 
 
+@pytest.mark.parametrize("values", [(0.01,), (5, 10, 100), (0.00007,), (0.5, 12), (9973,)])
+def test_usual_multiples_are_allowed(text: HFText, values: tuple[float, ...]) -> None:
+    assert isinstance(text.constraint(Grammar("json_schema", multiples(*values)), False), Constraint)
+
+
 def test_choice_may_be_a_prefix_of_another_choice(text: HFText) -> None:
     grammar = Grammar("choice", '["a", "ab"]')
     assert [acceptance(text, grammar, answer) for answer in ("a", "ab", "abb")] == [True, True, None]
@@ -147,6 +154,58 @@ def references(count: int) -> str:
     return json.dumps(document, separators=(",", ":"))
 
 
+def optional(count: int) -> str:
+    """A JSON schema of an object with properties that are not required."""
+    return json.dumps({"type": "object", "properties": {f"p{number}": {} for number in range(count)}})
+
+
+def alternatives(levels: int) -> dict[str, object]:
+    return {"anyOf": [alternatives(levels - 1)] * 10} if levels else {"type": "integer"}
+
+
+def multiples(*values: float) -> str:
+    return json.dumps({"allOf": [{"type": "number", "multipleOf": value} for value in values]})
+
+
+# Sources of at most 65,536 characters that are slow to compile, or to compute the first mask of.
+SLOW = {
+    "optional properties": Grammar("json_schema", optional(500)),
+    "objects with optional properties": Grammar("json_schema", json.dumps({"allOf": [json.loads(optional(400))] * 9})),
+    "nested repetitions": Grammar("regex", "((a{1,100}){1,100}){1,100}"),
+    "a long repetition": Grammar("regex", ".{1,60000}"),
+    "classes of Unicode": Grammar("regex", r"(\p{L}{1,500}\p{N}){1,50}"),
+    "ambiguous regex": Grammar("regex", "(a|aa|aaa|aaaa)*" * 200),
+    "ambiguous rules": Grammar("lark", 'start: s\ns: s s | "a" | '),
+    "optional texts": Grammar("lark", "start: " + " ".join(f'"x{number}"?' for number in range(5000))),
+    "alternatives": Grammar("json_schema", json.dumps(alternatives(3))),
+    "multiples": Grammar("json_schema", '{"type": "integer", "multipleOf": 9973, "maximum": 1000000000000000}'),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("grammar", SLOW.values(), ids=SLOW)
+def test_a_hostile_grammar_takes_little_time_and_other_threads_go_on(text: HFText, grammar: Grammar) -> None:
+    """At most 1.5 s of processor time, and the interpreter lock is never held for long."""
+    ended, pauses = threading.Event(), [0.0]
+
+    def measure_pauses() -> None:
+        last = time.perf_counter()
+        while not ended.wait(0.001):
+            pauses.append(time.perf_counter() - last)
+            last = time.perf_counter()
+
+    text.constraint(Grammar("json_object"), False)  # builds the tables
+    thread = threading.Thread(target=measure_pauses)
+    thread.start()
+    began = time.process_time()
+    text.constraint(grammar, False)
+    seconds = time.process_time() - began
+    ended.set()
+    thread.join()
+    assert seconds < 1.5
+    assert max(pauses) < 0.5
+
+
 @pytest.mark.parametrize(
     ("grammar", "message"),
     [
@@ -167,6 +226,14 @@ def references(count: int) -> str:
         (Grammar("lark", chain("R{}: R{}", "start: R0", 5000)), "has 5001 rules or references; at most 500 are"),
         (Grammar("json_schema", references(1500)), "has 1501 rules or references; at most 500 are allowed"),
         (Grammar("lark", f"start: %json {references(1500)}\n"), "has 1502 rules or references; at most 500 are"),
+        (Grammar("json_schema", optional(501)), "has 501 optional properties in one object; at most 500 are allowed"),
+        (Grammar("json_schema", multiples(999_983)), "has 999983 as the least common multiple"),
+        (
+            Grammar("json_schema", multiples(97, 89, 83)),
+            "has 716539 as the least common multiple",
+        ),
+        (Grammar("json_schema", multiples(0.007, 1009)), "has 7063000 as the least common multiple"),
+        (Grammar("lark", f"start: %json {optional(5000)}\n"), "has 5000 optional properties in one object; at most"),
     ],
     ids=lambda value: value[:40] if isinstance(value, str) else value.kind,
 )

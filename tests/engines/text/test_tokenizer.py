@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -20,8 +21,9 @@ from serve_app.core.requests import (
     ToolCall,
 )
 from serve_app.engines.text.prompt_details import prompt_details
+from serve_app.engines.text.time_limit import TimeLimit
 from serve_app.engines.text.tokenizer import HFText, StreamDecoder
-from serve_app.errors import InternalError, InvalidRequest
+from serve_app.errors import InternalError, InvalidRequest, ServeAppError
 
 from .chat_templates import QWEN
 from .sample_tokenizers import (
@@ -145,10 +147,12 @@ def test_messages_that_the_template_refuses_are_an_invalid_request(template: str
 # Failures of one prompt
 
 
-def assert_fails_alone(text: HFText, bad: Prompt, good: Prompt, message: str) -> None:
-    """`bad` ends with an InternalError, and the prompts around it are encoded."""
+def assert_fails_alone(
+    text: HFText, bad: Prompt, good: Prompt, message: str, kind: type[ServeAppError] = InternalError
+) -> None:
+    """`bad` ends with an error, and the prompts around it are encoded."""
     before, failed, after = text.encode([good, bad, good])
-    assert isinstance(failed, InternalError)
+    assert type(failed) is kind
     assert str(failed) == message
     assert before == after == encoded(text, good)
 
@@ -187,14 +191,49 @@ def test_failure_of_the_tokenizer_fails_only_its_prompt(make_text: Any, bad: str
 
 def test_failure_of_the_chat_template_fails_only_its_prompt() -> None:
     text = text_with_template("{{ messages[0].content + 1 }}")
-    message = "the model's chat template failed on these messages"
-    assert_fails_alone(text, chat("Hello"), TextPrompt("good"), message)
+    message = "the model's chat template failed on these messages: TypeError"
+    assert_fails_alone(text, chat("Hello"), TextPrompt("good"), message, InvalidRequest)
+
+
+NESTED = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+# Each renders to nothing for the samples with which the forms of a template are detected.
+HOSTILE_TEMPLATES = {
+    "endless": (f"{{% if messages[0].content == 'Hello' %}}{NESTED}{{% endif %}}", "takes too long for these messages"),
+    "long": (
+        "{% if messages[0].content == 'Hello' %}{{ 'a' * 40000000 }}{% endif %}",
+        "makes too long a text of these",
+    ),
+    "code": (
+        "{% if messages[0].content == 'Hello' %}{{ ''.__class__.__mro__[1].__subclasses__() }}{% endif %}",
+        "refuses these messages: access to attribute '__class__'",
+    ),
+    "change": ("{% if messages[0].content == 'Hello' %}{{ messages.append(1) }}{% endif %}", "refuses these messages"),
+}
+
+
+@pytest.mark.parametrize(("source", "message"), HOSTILE_TEMPLATES.values(), ids=HOSTILE_TEMPLATES)
+def test_a_hostile_template_is_bounded(monkeypatch: pytest.MonkeyPatch, source: str, message: str) -> None:
+    monkeypatch.setattr("serve_app.engines.text.chat_template._RENDER_S", 0.2)
+    text = text_with_template(source)
+    began = time.monotonic()
+    (failed,) = text.encode([chat("Hello")])
+    assert isinstance(failed, InvalidRequest)
+    assert message in str(failed)
+    assert time.monotonic() - began < 5
+    assert not isinstance(text.encode([TextPrompt("good")])[0], ServeAppError)
+
+
+def test_a_limit_that_is_not_reached_interrupts_nothing() -> None:
+    for _ in range(200):
+        with TimeLimit(0.0005):
+            pass
+    sum(range(100_000))  # an exception that came late would be raised here
 
 
 def test_tool_call_without_json_arguments_fails_only_its_prompt() -> None:
     bad = ChatPrompt((ChatMessage("assistant", "", tool_calls=(ToolCall("id", "f", "{"),)),))
-    message = "the model's chat template failed on these messages"
-    assert_fails_alone(text_with_template(QWEN), bad, TextPrompt("good"), message)
+    message = "the model's chat template failed on these messages: JSONDecodeError"
+    assert_fails_alone(text_with_template(QWEN), bad, TextPrompt("good"), message, InvalidRequest)
 
 
 def test_panic_of_the_decoder_is_raised_as_an_exception() -> None:
