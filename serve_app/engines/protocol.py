@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Seq
+from collections.abc import Mapping, Sequence as Seq
 from dataclasses import dataclass
 from typing import Protocol
 
 from serve_app.core.queries import A, Query
+from serve_app.engines.native.failure import Cause
 from serve_app.engines.stream import TokenStream
 from serve_app.errors import ServeAppError
 
@@ -46,14 +47,16 @@ class StepStats(EngineStats):
 
     `decode_rows` of the rows were computed for decoding sequences. `busy_s` is the time of all steps from plan to
     commit, of which `planning_s` passed before the model ran. `delivery_s` is the time after the steps in which their
-    results were sent to the streams.
+    results were sent to the streams. `failed_passes` are the forward passes and cache operations that failed, and
+    `failed_sequences` the sequences that ended because the model could not compute them, both by cause.
     """
 
     decode_rows: int
     busy_s: float
     planning_s: float
     delivery_s: float
-    failed_steps: int
+    failed_passes: Mapping[Cause, int]
+    failed_sequences: Mapping[Cause, int]
 
 
 class ReplicaEngine(Protocol):

@@ -14,6 +14,7 @@ from serve_app.config import NativeOptions
 from serve_app.core.events import Logprobs, TextToken, TokenLogprob
 from serve_app.core.queries import AddedToken, TokenizerInfo
 from serve_app.core.requests import Adapter, ChatPrompt, GenerationRequest, Prompt, TextPrompt, TokenPrompt
+from serve_app.engines.native.kv_cache import CacheOp
 from serve_app.engines.native.sequence import Advance, Outcome, Sampled, Sequence, Step
 from serve_app.engines.text.protocol import AnswerPlan
 from serve_app.errors import InvalidRequest, NotFound, ServeAppError
@@ -123,6 +124,12 @@ class ToyRunner:
             return blake2b(text.encode(), digest_size=16).hexdigest(), int(text)
         except (OSError, ValueError):
             raise NotFound(f"{adapter.source} has no file shift with a number.", param="lora_path") from None
+
+    def apply(self, op: CacheOp) -> None:
+        """The toy holds no keys and values."""
+
+    def free_memory(self) -> None:
+        """The toy allocates none."""
 
     def run(self, step: Step) -> list[Outcome]:
         if self._step_s:
