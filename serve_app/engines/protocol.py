@@ -4,16 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence as Seq
 from dataclasses import dataclass
-from typing import Protocol
+from enum import StrEnum
+from typing import NamedTuple, Protocol
 
 from serve_app.core.queries import A, Query
-from serve_app.engines.native.failure import Cause
 from serve_app.engines.stream import TokenStream
 from serve_app.errors import ServeAppError
 
 
 class EngineStalled(Exception):
     """The engine cannot serve any more; the replica should be replaced."""
+
+
+class Cause(StrEnum):
+    """Why the model failed. `memory`: an allocation failed; `not_finite`: NaN or infinite numbers; `error`: another
+    exception."""
+
+    MEMORY = "memory"
+    NOT_FINITE = "not_finite"
+    ERROR = "error"
+
+
+class Work(NamedTuple):
+    """A forward pass that runs now: its number, and the time in seconds after which it has hung."""
+
+    number: int
+    limit_s: float
 
 
 @dataclass(frozen=True, slots=True)

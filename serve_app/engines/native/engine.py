@@ -17,13 +17,13 @@ from serve_app.core.requests import Adapter
 from serve_app.engines.adapters import AdapterCache
 from serve_app.engines.admission import UNREADABLE, Prepared, guarded, prepare
 from serve_app.engines.ending import stopping_error
-from serve_app.engines.native.failure import Cause, Failure, failure
+from serve_app.engines.native.failure import Failure, failure
 from serve_app.engines.native.isolation import StepResult, compute
 from serve_app.engines.native.kv_cache import KVCache
 from serve_app.engines.native.scheduler import Result, Scheduler
 from serve_app.engines.native.sequence import Runner, Sequence, Step
 from serve_app.engines.native.step_time import StepTimeModel
-from serve_app.engines.protocol import EngineStalled, StepStats
+from serve_app.engines.protocol import Cause, EngineStalled, StepStats, Work
 from serve_app.engines.stream import Token, TokenStream, wake_all
 from serve_app.engines.text.queries import answer
 from serve_app.errors import ServeAppError
@@ -37,8 +37,8 @@ class NativeEngine:
     """Continuous batching over one Runner.
 
     The engine's own thread calls `make_runner`, because torch's thread pools belong to the thread that first used
-    them, and `watch`, with every step that was computed and its seconds. All other methods may be called from any thread
-    once `start` has returned; `stop` may be called at any time.
+    them, and `watch`, with every step that was computed and its seconds. All other methods may be called from any
+    thread once `start` has returned; `stop` may be called at any time.
     """
 
     def __init__(
@@ -62,6 +62,7 @@ class NativeEngine:
         self._step_started: float | None = None
         self._pass: tuple[int, int] | None = None  # the number of the current forward pass, and its rows
         self._passes = 0
+        self._step_times = StepTimeModel()
         self._failures_in_a_row = 0
         self._counts = dict.fromkeys(("steps", "rows", "decode_rows", "generated_tokens"), 0)
         self._failed_passes, self._failed_sequences = Counter[Cause](), Counter[Cause]()
@@ -123,6 +124,14 @@ class NativeEngine:
         started = self._step_started
         return 0.0 if started is None else self._clock() - started
 
+    def work(self) -> Work | None:
+        """The forward pass that runs now; None between steps."""
+        current = self._pass
+        if current is None:
+            return None
+        number, rows = current
+        return Work(number, self._step_times.limit(rows, self._config.step_timeout_s))
+
     @property
     def kind(self) -> str:
         """How steps are computed: `fused`, `transformers` or `toy`."""
@@ -175,7 +184,7 @@ class NativeEngine:
     def _main(self) -> None:
         try:
             self._runner = self._make_runner()
-            self._scheduler = _scheduler(self._runner, self._config)
+            self._scheduler = _scheduler(self._runner, self._config, self._step_times)
         except BaseException as error:  # noqa: BLE001 - start() raises it to its caller
             self._load_error = error
             return
@@ -277,12 +286,12 @@ class NativeEngine:
         self._fail_streams([(sequence, stopping_error()) for sequence in (*new, *self._scheduler.drain())])
 
 
-def _scheduler(runner: Runner, config: NativeOptions) -> Scheduler:
+def _scheduler(runner: Runner, config: NativeOptions, step_times: StepTimeModel) -> Scheduler:
     return Scheduler(
         KVCache(runner.slots, runner.kv_tokens),
         config.max_step_tokens,
         config.max_waiting,
-        StepTimeModel(),
+        step_times,
         config.draft_tokens,
         config.prefix_cache,
     )

@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import StrEnum
 
+from serve_app.engines.protocol import Cause
 from serve_app.errors import InternalError, ServeAppError
 
 # Parts of the messages of RuntimeErrors that mean a failed allocation: of PyTorch's CPU allocator, of the C++ standard
 # library and of cuBLAS. torch.OutOfMemoryError is found by its name, because this module does not import torch.
 _MEMORY_TEXTS = ("DefaultCPUAllocator", "std::bad_alloc", "ALLOC_FAILED")
-
-
-class Cause(StrEnum):
-    """`memory`: an allocation failed; `not_finite`: NaN or infinite numbers; `error`: any other exception."""
-
-    MEMORY = "memory"
-    NOT_FINITE = "not_finite"
-    ERROR = "error"
 
 
 @dataclass(frozen=True, slots=True)

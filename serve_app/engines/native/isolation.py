@@ -6,15 +6,28 @@ import logging
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
-from serve_app.engines.native.failure import Cause, cause_of
+from serve_app.engines.native.failure import cause_of
 from serve_app.engines.native.kv_cache import CacheOp, Copy
-from serve_app.engines.native.sequence import Advance, Outcome, Runner, Sequence, Step
+from serve_app.engines.native.sequence import Advance, Outcome, Sequence, Step
+from serve_app.engines.protocol import Cause
 
 logger = logging.getLogger(__name__)
 
-# The most forward passes of one step. It suffices to find every failing sequence among 32: 2 * 32 - 1 passes.
-MAX_PASSES = 64
+# The most forward passes of one step. It suffices to find every failing sequence among 32: 63 passes, of which 32 are
+# of one sequence and repeated.
+MAX_PASSES = 96
+
+
+class Passes(Protocol):
+    """The part of a Runner that computes."""
+
+    def apply(self, op: CacheOp) -> None: ...
+
+    def run(self, step: Step) -> list[Outcome]: ...
+
+    def free_memory(self) -> None: ...
 
 
 @dataclass(slots=True)
@@ -33,7 +46,7 @@ class StepResult:
     failures: Counter[Cause] = field(default_factory=Counter)
 
 
-def compute(runner: Runner, step: Step, begin_pass: Callable[[int], None]) -> StepResult:
+def compute(runner: Passes, step: Step, begin_pass: Callable[[int], None]) -> StepResult:
     """Execute the cache operations of a step, then compute its advances.
 
     When the forward pass fails, each half of the advances is computed alone, and so on, until the advances are known
@@ -47,11 +60,11 @@ def compute(runner: Runner, step: Step, begin_pass: Callable[[int], None]) -> St
     missing = _execute_ops(runner, step.cache_ops, result)
     advances = tuple(advance for advance in step.advances if advance.sequence.slot not in missing)
     if advances:
-        _Isolation(runner, begin_pass, result).compute(advances, again=len(advances) == 1)
+        _Isolation(runner, begin_pass, result).compute(advances)
     return result
 
 
-def _execute_ops(runner: Runner, ops: tuple[CacheOp, ...], result: StepResult) -> set[int]:
+def _execute_ops(runner: Passes, ops: tuple[CacheOp, ...], result: StepResult) -> set[int]:
     """Execute the operations one by one. Returns the slots that lack the content of a failed copy."""
     for op in ops:
         try:
@@ -66,25 +79,25 @@ def _execute_ops(runner: Runner, ops: tuple[CacheOp, ...], result: StepResult) -
 
 
 class _Isolation:
-    def __init__(self, runner: Runner, begin_pass: Callable[[int], None], result: StepResult) -> None:
+    def __init__(self, runner: Passes, begin_pass: Callable[[int], None], result: StepResult) -> None:
         self._runner = runner
         self._begin_pass = begin_pass
         self._result = result
         self._passes = 0
 
-    def compute(self, advances: tuple[Advance, ...], again: bool = False) -> None:
-        """Compute the advances, or as many of them as possible. `again` repeats a pass of one sequence that failed."""
+    def compute(self, advances: tuple[Advance, ...], repeated: bool = False) -> None:
+        """Compute the advances, or as many of them as possible. `repeated`: the same pass has failed before."""
         cause = self._failed_pass(advances)
         if cause is None:
             return
-        parts = _parts(advances, cause, again)
+        parts = _parts(advances, cause, repeated)
         if not parts or self._passes >= MAX_PASSES:
             self._result.failed += [(advance.sequence, cause) for advance in advances]
             return
         if cause is Cause.MEMORY:
             self._runner.free_memory()
         for part in parts:
-            self.compute(part)
+            self.compute(part, repeated=part == advances)
 
     def _failed_pass(self, advances: tuple[Advance, ...]) -> Cause | None:
         """Run one forward pass; the cause if it failed. Frees the exception, which holds the tensors of the pass."""
@@ -111,7 +124,7 @@ class _Isolation:
         return None
 
 
-def _parts(advances: tuple[Advance, ...], cause: Cause, again: bool) -> list[tuple[Advance, ...]]:
+def _parts(advances: tuple[Advance, ...], cause: Cause, repeated: bool) -> list[tuple[Advance, ...]]:
     """The advances to compute instead of these, which failed together; none if nothing smaller is left to try."""
     if len(advances) > 1:
         middle = len(advances) // 2
@@ -121,4 +134,4 @@ def _parts(advances: tuple[Advance, ...], cause: Cause, again: bool) -> list[tup
         return [(Advance(advance.sequence, advance.count),)]
     if cause is Cause.MEMORY and advance.count > 1:
         return [(Advance(advance.sequence, advance.count // 2),)]
-    return [advances] if again else []
+    return [] if repeated else [advances]

@@ -126,7 +126,7 @@ class TorchRunner:
         """See Runner."""
         gc.collect()
         return_memory()
-        if torch.cuda.is_initialized():
+        if self._caches[0].keys.device.type == "cuda":
             torch.cuda.empty_cache()
 
     @torch.inference_mode()

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 
 from serve_app.core.events import Logprobs, TokenLogprob
-from serve_app.engines.native.failure import Cause, Failure, failure
+from serve_app.engines.native.failure import Failure, failure
 from serve_app.engines.native.sequence import Sampled, Sequence
+from serve_app.engines.protocol import Cause
 from serve_app.errors import ServeAppError
 
 logger = logging.getLogger(__name__)
@@ -37,7 +38,8 @@ def sample(
 ) -> list[Sampled | ServeAppError | Failure]:
     """One token for each row of `[R, V]` logits, or why there is none: an error of its grammar, or a failure.
 
-    A row without a finite maximum fails: NaN, infinity, or minus infinity for every token that may follow. Row i is the distribution of the token at `ahead[i]` positions after the next one of `sequences[i]`, by default 0.
+    A row without a finite maximum fails: NaN, infinity, or minus infinity for every token that may follow. Row i is the
+    distribution of the token at `ahead[i]` positions after the next one of `sequences[i]`, by default 0.
     """
     ahead = ahead or [0] * len(sequences)
     adjusted, failed = _adjust(logits, sequences)
@@ -106,9 +108,7 @@ def _argmax(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return largest.values, largest.indices
 
 
-def _adjust(
-    logits: torch.Tensor, sequences: list[Sequence]
-) -> tuple[torch.Tensor, dict[int, ServeAppError | Failure]]:
+def _adjust(logits: torch.Tensor, sequences: list[Sequence]) -> tuple[torch.Tensor, dict[int, ServeAppError | Failure]]:
     """Logits after biases, penalties, min_tokens and grammars, and the errors of the rows that have no token.
 
     Copies the logits only when a row needs an adjustment.

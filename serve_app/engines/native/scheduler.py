@@ -8,10 +8,11 @@ from collections.abc import Iterator, Sequence as Seq
 from dataclasses import dataclass
 
 from serve_app.engines.ending import expired_error
-from serve_app.engines.native.failure import Cause, Failure, failure
+from serve_app.engines.native.failure import Failure, failure
 from serve_app.engines.native.kv_cache import BLOCK, CacheOp, Copy, KVCache
 from serve_app.engines.native.sequence import Advance, Outcome, Sequence, Step
 from serve_app.engines.native.step_time import StepTimeModel
+from serve_app.engines.protocol import Cause
 from serve_app.engines.stream import Embedding, Token
 from serve_app.errors import QueueFull, ServeAppError
 

@@ -13,8 +13,9 @@ from serve_app.core.events import Logprobs
 from serve_app.core.requests import Adapter, SamplingParams
 from serve_app.engines.ending import Ending
 from serve_app.engines.native.drafts import Drafter
-from serve_app.engines.native.failure import Cause, Failure, failure
+from serve_app.engines.native.failure import Failure, failure
 from serve_app.engines.native.kv_cache import CacheOp
+from serve_app.engines.protocol import Cause
 from serve_app.engines.stream import Embedding, Token, TokenStream
 from serve_app.engines.text.protocol import Constraint, Text
 from serve_app.errors import ServeAppError
@@ -69,9 +70,10 @@ class Sequence:
 
     `tokens` is the prompt followed by the answer. The keys and values of the first `computed` tokens are in slot
     `slot`; while the sequence decodes, only its last token is not computed. `arrival` counts sequences in the order
-    of their arrival. `copies` is false after a failed copy of computed tokens from another slot. The chunks of a `long_prompt` are limited to bound the delay of running sequences. `readout`
-    collects what the request wants to know of its prompt. A sequence that `embeds` ends with its prompt. Computed
-    tokens are shared only with sequences of the same `salt`, which includes the content of the LoRA adapter.
+    of their arrival. `copies` is false after a failed copy of computed tokens from another slot. The chunks of a
+    `long_prompt` are limited to bound the delay of running sequences. `readout` collects what the request wants to know
+    of its prompt. A sequence that `embeds` ends with its prompt. Computed tokens are shared only with sequences of the
+    same `salt`, which includes the content of the LoRA adapter.
     """
 
     __slots__ = (

@@ -13,9 +13,10 @@ import torch
 
 from serve_app.core.events import TokenLogprob
 from serve_app.core.requests import SamplingParams
-from serve_app.engines.native.failure import Cause, Failure
+from serve_app.engines.native.failure import Failure
 from serve_app.engines.native.sampler import prompt_logprobs, sample, uniform
 from serve_app.engines.native.sequence import Sequence
+from serve_app.engines.protocol import Cause
 from tests.engines.native.helpers import Panic, describe, request, sequence, sequences, tokens_of
 
 pytestmark = pytest.mark.model

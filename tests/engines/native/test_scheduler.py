@@ -9,12 +9,13 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from serve_app.config import NativeOptions
 from serve_app.core.requests import SamplingParams
-from serve_app.engines.native.failure import Cause, Failure, failure
+from serve_app.engines.native.failure import Failure, failure
 from serve_app.engines.native.isolation import MAX_PASSES, compute
 from serve_app.engines.native.kv_cache import BLOCK, Copy, KVCache, Trim
 from serve_app.engines.native.scheduler import Result, Scheduler, _priority
 from serve_app.engines.native.sequence import Sampled, Sequence, Step
 from serve_app.engines.native.step_time import StepTimeModel
+from serve_app.engines.protocol import Cause
 from serve_app.engines.stream import Embedding, Token
 from serve_app.engines.toy import ToyRunner
 from serve_app.errors import DeadlineExceeded, QueueFull
@@ -533,7 +534,7 @@ SLOTS, ROWS, QUEUE, BLOCKS = 3, 5, 4, 5
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-    """Any order of arrivals, steps, faults of the model and cancellations, with little memory and many common prefixes."""
+    """Any order of arrivals, steps, faults and cancellations, with little memory and many common prefixes."""
 
     prefix_cache = True
 
