@@ -189,6 +189,8 @@ class ModelReplica:
         logger.critical("%s: %s; this process ends. Stacks of its threads:\n%s", self._model.name, reason, stacks())
         self._steps.hung()
         last = self._reporter.stop(Heartbeat(self._id, self._model.name, "", leaving=True))
+        for handler in logger.handlers:
+            handler.flush()  # Ray Serve's handler buffers lines
         with suppress(Exception):  # the loop may hang too
             asyncio.run_coroutine_threadsafe(last, loop).result(_LAST_REPORT_S)
         os._exit(1)

@@ -98,7 +98,7 @@ def _self_test(model: PreTrainedModel, context: int, embeddings: bool) -> SelfTe
     if not output.logits.amax(-1).isfinite().all():
         dtype = str(model.dtype).removeprefix("torch.")
         raise SourceError(
-            f"{type(model).__name__} computes NaN or infinite numbers with dtype {dtype}; set dtype: float32 or bfloat16"
+            f"{type(model).__name__} computes NaN or infinite numbers with dtype {dtype}; set dtype: float32"
         )
     return SelfTest(tokens, output.logits[0, -1])
 
