@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from shutil import disk_usage
 
 import httpx
 import pytest
 
 from tests.graph.service import Service, http_client, metric_totals, model_config, wait_until
 from tests.graph.streams import Call, Json, native, running
+from tests.small_disk import fill, small_disk
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
@@ -94,3 +97,31 @@ async def test_the_streams_of_a_hanging_replica_go_on_within_15_s_and_it_is_repl
         print(f"longest gap {gap:.1f} s, replaced after {seconds:.1f} s")
         assert gap <= 15
         assert seconds <= 45
+
+
+@pytest.mark.long
+async def test_a_full_disk_interrupts_no_request() -> None:
+    """Ray's folder, with the logs and sockets of all processes, is on a file system without space."""
+    with (
+        tempfile.TemporaryDirectory(prefix="fd") as parent,  # a short path, because it is a part of those of sockets
+        small_disk(Path(parent) / "d", "256m") as disk,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr(tempfile, "tempdir", str(disk))
+        models = [model_config("toy", "builtin:toy?step_ms=20&fails_on=bad")]
+        with Service(models, telemetry={"log_format": "json"}) as service:
+            service.wait_until_ready()
+            async with http_client(service) as client:
+                calls = [Call("/generate_stream", body("toy", prompt, 200), native) for prompt in "abcdefgh"]
+                tasks = await running(client, calls, events=3)
+                filler = await asyncio.to_thread(fill, disk)
+                for call, (text, reason, _) in zip(calls, await asyncio.gather(*tasks), strict=True):
+                    assert (text, reason) == (call.body["prompt"] * 200, "length")
+                for number in range(40):
+                    failing = number % 4 == 0  # its stack is logged
+                    answer = await client.post("/generate", json=body("toy", "bad" if failing else "abc", 3))
+                    assert answer.status_code == (500 if failing else 200), answer.text
+                assert disk_usage(disk).free == 0
+                await asyncio.to_thread(filler.unlink)
+                answer = await client.post("/generate", json=body("toy", "abc", 3))
+                assert answer.json()["text"] == "abc"
