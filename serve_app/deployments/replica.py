@@ -156,8 +156,13 @@ class ModelReplica:
         return await loop.run_in_executor(self._admission_thread, self._admitter.admit, streams)
 
     async def check_health(self) -> None:
-        """Raises EngineStalled if the engine has ended, fails or does not finish a step. Ray replaces the replica."""
+        """Raises EngineStalled if the engine has ended, fails or, without a watchdog, does not finish a step.
+
+        Ray replaces the replica.
+        """
         self._engine.check()
+        if self._watchdog is not None:
+            return
         age, limit = self._engine.step_age(), self._model.deployment.health_check_timeout_s
         if age > limit:
             raise EngineStalled(f"a step has been running for {age:.0f} s, longer than {limit:.0f} s")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import tempfile
 import time
 from collections.abc import Iterator
@@ -62,27 +63,29 @@ async def test_a_replica_whose_engine_hangs_is_replaced_and_its_stream_goes_on(
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Service, Path]]:
-    """Two replicas with the default limits, and the file that lets one hang."""
+    """Two replicas with the limits of the shipped configuration, and the file that lets one hang."""
     file = tmp_path_factory.mktemp("pair") / "hang"
-    two = {"num_replicas": 2, "max_ongoing_requests": 32}
+    two = {"num_replicas": 2, "max_ongoing_requests": 32, "health_check_period_s": 5, "health_check_timeout_s": 10}
     with Service([model_config("toy", f"builtin:toy?step_ms=20&hangs_if={file}", two)]) as service:
         service.wait_until_ready()
         yield service, file
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("content", ["", "lock"])
+@pytest.mark.parametrize("fault", ["step waits", "step holds the lock", "process stopped"])
 async def test_the_streams_of_a_hanging_replica_go_on_within_15_s_and_it_is_replaced_within_45_s(
-    pair: tuple[Service, Path], content: str
+    pair: tuple[Service, Path], fault: str
 ) -> None:
-    """By default, if the step waits for ever, and if native code holds the interpreter's lock."""
     service, file = pair
     async with http_client(service) as client:
         before = service.find("model-toy")
         calls = [Call("/generate_stream", body("toy", prompt, 400), native) for prompt in "abcdefghijklmnop"]
         tasks = await running(client, calls, events=3)
         began = time.monotonic()
-        file.write_text(content)
+        if fault == "process stopped":
+            before[0].send_signal(signal.SIGSTOP)
+        else:
+            file.write_text("lock" if fault == "step holds the lock" else "")
         for call, (text, reason, _) in zip(calls, await asyncio.gather(*tasks), strict=True):
             assert (text, reason) == (call.body["prompt"] * 400, "length")
         gap = max(call.longest_gap for call in calls)
@@ -94,7 +97,7 @@ async def test_the_streams_of_a_hanging_replica_go_on_within_15_s_and_it_is_repl
 
         await wait_until(replaced, seconds=60)
         seconds = time.monotonic() - began
-        print(f"longest gap {gap:.1f} s, replaced after {seconds:.1f} s")
+        print(f"{fault}: longest gap {gap:.1f} s, replaced after {seconds:.1f} s")
         assert gap <= 15
         assert seconds <= 45
 
