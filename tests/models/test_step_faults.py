@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -26,7 +28,7 @@ from tests.models.concurrent_load import (
     stream_of,
 )
 
-pytestmark = pytest.mark.model
+pytestmark = [pytest.mark.model, pytest.mark.timeout(240)]
 
 REQUESTS = [
     GreedyRequest(one.prompt, one.max_tokens)
@@ -35,8 +37,10 @@ REQUESTS = [
 
 
 @contextmanager
-def running(quantization: str, wrap: Callable[[TorchRunner], None] = lambda runner: None) -> Iterator[NativeEngine]:
-    model = model_config("builtin:smollm2-135m", threads=1, max_running=6, max_context=128)
+def running(
+    quantization: str, wrap: Callable[[TorchRunner], None] = lambda runner: None, context: int = 128
+) -> Iterator[NativeEngine]:
+    model = model_config("builtin:smollm2-135m", threads=1, max_running=6, max_context=context)
     model = model.model_copy(update={"quantization": quantization})
 
     def make() -> TorchRunner:
@@ -114,3 +118,50 @@ async def test_a_sequence_with_nan_fails_alone_and_its_keys_are_not_shared() -> 
         stream = stream_of(TokenPrompt((*prompt, poison)), params)
         await admit(engine, stream)
         assert len(await read(stream)) == 8
+
+
+# Computes a prompt of 250 tokens, whose log probabilities need 49 MB of logits, beside a short request: with 35 MB more
+# than the process has, and with all memory. Prints the tokens, the number of log probabilities and the failed passes.
+LIMITED = """
+import asyncio, psutil, resource
+from dataclasses import replace
+from serve_app.core.requests import SamplingParams, TokenPrompt
+from tests.models.concurrent_load import admit, generate, stream_of
+from tests.models.test_step_faults import running
+
+LONG = TokenPrompt(tuple(range(1000, 1250)))
+PARAMS = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
+
+async def answers(engine):
+    streams = [stream_of(LONG, replace(PARAMS, prompt_logprobs=0)), stream_of(TokenPrompt((5, 6, 7)), PARAMS)]
+    await admit(engine, *streams)
+    texts = []
+    for stream in streams:
+        stream_events = []
+        async for chunk in stream.chunks(0.0):
+            stream_events += [event.token_id for event in chunk.events]
+            if chunk.prompt is not None and chunk.prompt.logprobs:
+                texts.append(len(chunk.prompt.logprobs))
+        texts.append(stream_events)
+        stream.close()
+    return texts
+
+async def main():
+    with running("int8", context=512) as engine:
+        await generate(engine, TokenPrompt((1, 2, 3)), PARAMS)
+        size = psutil.Process().memory_info().vms
+        resource.setrlimit(resource.RLIMIT_AS, (size + 35 * 2**20, resource.RLIM_INFINITY))
+        found = await answers(engine)
+        stats = engine.stats()
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        expected = await answers(engine)
+        print(expected == found, expected[0], dict(stats.failed_sequences), stats.failed_passes.get("memory", 0) > 0)
+
+asyncio.run(main())
+"""
+
+
+def test_a_step_for_which_memory_does_not_suffice_is_computed_in_parts() -> None:
+    done = subprocess.run([sys.executable, "-c", LIMITED], capture_output=True, text=True, timeout=200, check=False)
+    assert done.stdout == "True 249 {} True\n", done.stderr[-3000:]
+    assert "DefaultCPUAllocator" in done.stderr

@@ -24,7 +24,7 @@ from serve_app.engines.native.scheduler import Result, Scheduler
 from serve_app.engines.native.sequence import Runner, Sequence, Step
 from serve_app.engines.native.step_time import StepTimeModel
 from serve_app.engines.protocol import Cause, EngineStalled, StepStats, Work
-from serve_app.engines.stream import Token, TokenStream, wake_all
+from serve_app.engines.stream import Embedding, Token, TokenStream, wake_all
 from serve_app.engines.text.queries import answer
 from serve_app.errors import ServeAppError
 
@@ -252,13 +252,13 @@ class NativeEngine:
 
     def _deliver(self, results: Seq[tuple[Sequence, Result]]) -> None:
         for sequence, result in results:
-            if isinstance(result, Failure):
+            if isinstance(result, Token | Embedding):
+                sequence.stream.put(result)
+            elif isinstance(result, Failure):
                 self._failed_sequences[result.cause] += 1
                 sequence.stream.fail(result.error)
-            elif isinstance(result, ServeAppError):
-                sequence.stream.fail(result)
             else:
-                sequence.stream.put(result)
+                sequence.stream.fail(result)
         wake_all(sequence.stream for sequence, _ in results)
 
     def _count(self, step: Step, generated: int, seconds: float, undisturbed: bool) -> None:

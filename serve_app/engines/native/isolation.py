@@ -58,7 +58,9 @@ def compute(runner: Passes, step: Step, begin_pass: Callable[[int], None]) -> St
     """
     result = StepResult()
     missing = _execute_ops(runner, step.cache_ops, result)
-    advances = tuple(advance for advance in step.advances if advance.sequence.slot not in missing)
+    advances = step.advances
+    if missing:
+        advances = tuple(advance for advance in advances if advance.sequence.slot not in missing)
     if advances:
         _Isolation(runner, begin_pass, result).compute(advances)
     return result
@@ -119,8 +121,10 @@ class _Isolation:
             cause = cause_of(error)
             result.failures[cause] += 1
             return cause
-        result.step = Step(result.step.advances + advances)
-        result.outcomes += outcomes
+        if result.step.advances:
+            result.step, result.outcomes = Step(result.step.advances + advances), result.outcomes + outcomes
+        else:
+            result.step, result.outcomes = step, outcomes
         return None
 
 

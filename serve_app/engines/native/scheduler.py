@@ -142,8 +142,19 @@ class Scheduler:
         remaining = iter(outcomes)
         results: list[tuple[Sequence, Result]] = []
         for advance in step.advances:
-            outcome = next(remaining) if advance.samples else None
-            results += [(advance.sequence, result) for result in self._commit(advance, outcome, now)]
+            sequence, completes = advance.sequence, advance.completes
+            try:
+                sequence.computed += advance.count
+                if completes and sequence.embeds:
+                    results.append((sequence, self._embed(sequence)))
+                elif completes:
+                    results += [(sequence, result) for result in self._accept(advance, next(remaining), now)]
+            except (KeyboardInterrupt, SystemExit):
+                raise
+            except BaseException:  # a panic of a Rust extension is a BaseException
+                logger.exception("the result of request %s cannot be used", sequence.stream.request.id)
+                self.fail([sequence])
+                results.append((sequence, failure(Cause.ERROR)))
         assert next(remaining, None) is None, "the runner sampled for more sequences than the step has"
         return results
 
@@ -268,21 +279,6 @@ class Scheduler:
             return self._max_step_tokens
         rows = self._step_times.max_rows(len(self._running)) or self._max_step_tokens
         return min(self._max_step_tokens, max(rows, decoding + _MIN_CHUNK))
-
-    def _commit(self, advance: Advance, outcome: Outcome | None, now: float) -> list[Result]:
-        """Apply one advance, with its outcome if it samples."""
-        sequence, embeds = advance.sequence, advance.completes and advance.sequence.embeds
-        try:
-            sequence.computed += advance.count
-            if embeds:
-                return [self._embed(sequence)]
-            return [] if outcome is None else list(self._accept(advance, outcome, now))
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException:  # a panic of a Rust extension is a BaseException
-            logger.exception("the result of request %s cannot be used", sequence.stream.request.id)
-            self.fail([sequence])
-            return [failure(Cause.ERROR)]
 
     def _embed(self, sequence: Sequence) -> Embedding | Failure:
         vector = sequence.embedding()

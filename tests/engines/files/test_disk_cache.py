@@ -215,9 +215,13 @@ def write_folder(part: Path) -> None:
     (part / "second").write_bytes(bytes(200_000))
 
 
+def write_file(part: Path) -> None:
+    part.write_bytes(bytes(200_000))
+
+
 @pytest.mark.parametrize("kind", ["folder", "file"])
 def test_on_a_full_disk_there_is_no_entry_and_the_error_says_what_to_do(kind: str, disk: Path) -> None:
-    made = Work(write_folder if kind == "folder" else lambda part: part.write_bytes(bytes(200_000)), "making", "makes")
+    made = Work(write_folder if kind == "folder" else write_file, "making", "makes")
     cached = cached_folder if kind == "folder" else cached_file
     target = disk / "entry"
     filler = fill(disk)
