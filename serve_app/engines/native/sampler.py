@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from functools import partial
+from math import isfinite
 from typing import TypeVar
 
 import numpy as np
@@ -44,17 +45,18 @@ def sample(
     ahead = ahead or [0] * len(sequences)
     adjusted, failed = _adjust(logits, sequences)
     largest, ids = _argmax(adjusted)
-    tokens, finite = ids.tolist(), largest.isfinite().tolist()
+    tokens, maxima = ids.tolist(), largest.tolist()
     drawn = [row for row, sequence in enumerate(sequences) if sequence.params.temperature > 0]
     if drawn:
         rows = adjusted.float() if len(drawn) == len(sequences) else adjusted[drawn].float()
         for row, token in zip(drawn, _draw(rows, [(sequences[row], ahead[row]) for row in drawn]), strict=True):
             tokens[row] = token
-    for row, good in enumerate(finite):
-        if not good:
+    for row, maximum in enumerate(maxima):
+        if not isfinite(maximum):
             failed.setdefault(row, failure(Cause.NOT_FINITE))
     return [
-        failed.get(row) or _sampled(logits[row], token, s, describe)
+        failed.get(row)
+        or (Sampled(token) if s.params.logprobs is None else _with_logprobs(logits[row], token, s, describe))
         for row, (token, s) in enumerate(zip(tokens, sequences, strict=True))
     ]
 
@@ -250,9 +252,7 @@ def _first_above(weights: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
     return found.clamp(max=weights.shape[1] - 1)  # NaN weights of one row must not fail the step of all rows
 
 
-def _sampled(row: torch.Tensor, token: int, sequence: Sequence, describe: Describe) -> Sampled | Failure:
-    if sequence.params.logprobs is None:
-        return Sampled(token)
+def _with_logprobs(row: torch.Tensor, token: int, sequence: Sequence, describe: Describe) -> Sampled | Failure:
     return _or_failure(sequence, lambda: Sampled(token, _logprobs(row, token, sequence, describe)))
 
 
