@@ -25,6 +25,11 @@ ALLOWED = {
     "serve_app/engines/native/packed_files.py": "the age in days of files, by their times of change",
     "serve_app/gateway/cache_key.py": "the date, which a chat template can write into a prompt",
     "serve_app/gateway/experiment_state.py": "the dates between which an experiment gets more of its traffic",
+    "serve_app/keys_cli.py": "the state of a key, which expires at a date",
+    "serve_app/tenants/audit_log.py": "when an action was taken",
+    "serve_app/tenants/directory.py": "the dates at which keys expire",
+    "serve_app/tenants/store.py": "the dates of keys",
+    "serve_app/tenants/tokens.py": "the dates at which tokens expire",
     "serve_app/telemetry/engine_spans.py": "the wall-clock time of instants of the monotonic clock, read once",
     "serve_app/telemetry/span_clock.py": "the wall-clock time at which a span begins",
 }

@@ -55,7 +55,7 @@ def test_only_the_port_of_the_service_stays_and_no_log() -> None:
 )
 def test_a_part_that_a_user_enables_stays_on_loopback(variable: str, line: str) -> None:
     assert line not in haproxy.restricted(WRITTEN, {}).splitlines()
-    assert line in haproxy.restricted(WRITTEN, {variable}).splitlines()
+    assert line in haproxy.restricted(WRITTEN, {variable: "1"}).splitlines()
 
 
 def test_the_program_that_ray_runs_restricts_the_file_and_replaces_itself_by_haproxy(tmp_path: Path) -> None:
