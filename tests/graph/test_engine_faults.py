@@ -63,7 +63,7 @@ async def test_a_replica_whose_engine_hangs_is_replaced_and_its_stream_goes_on(
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Service, Path]]:
-    """Two replicas with the limits of the shipped configuration, and the file that lets one hang."""
+    """Two replicas, and the file that lets one hang. Health checks take a third of the shipped limit at most."""
     file = tmp_path_factory.mktemp("pair") / "hang"
     two = {"num_replicas": 2, "max_ongoing_requests": 32, "health_check_period_s": 5, "health_check_timeout_s": 10}
     with Service([model_config("toy", f"builtin:toy?step_ms=20&hangs_if={file}", two)]) as service:
