@@ -78,6 +78,12 @@ def toy_service(token_log: Path, hang_file: Path) -> Iterator[Service]:
         ),
         model_config("single", "builtin:toy?step_ms=20", engine={"max_running": 1}),
         model_config(
+            "busy",
+            "builtin:toy?step_ms=20",
+            deployment={"max_ongoing_requests": 16, "max_queued_requests": 8},
+            engine={"max_running": 8},
+        ),
+        model_config(
             "victim",
             f"builtin:toy?step_ms=50&fails_on=bad&nan_on=nan&hangs_if={hang_file}",
             engine={"max_running": 16, "step_timeout_s": 3},
