@@ -31,7 +31,8 @@ class NativeOptions(EngineOptions):
     `max_step_tokens` is the limit of rows in one forward pass: a longer prompt is prefilled in chunks between decode
     steps. `draft_tokens` is the number of tokens that speculative decoding proposes while few sequences run; 0 switches
     it off. With `cache_weights` the packed weights of a model on CPU are kept in the cache folder: later starts map
-    them, and all replicas of a node share their memory.
+    them, and all replicas of a node share their memory. A step that takes longer than `step_timeout_s`, and 5 times as
+    long as expected, has hung: the replica's process ends, and Ray starts another.
     """
 
     kind: Literal["native"] = "native"
@@ -41,6 +42,7 @@ class NativeOptions(EngineOptions):
     kv_memory_bytes: int | None = Field(None, ge=1)
     threads: int | None = Field(None, ge=1)
     cache_weights: bool = True
+    step_timeout_s: float = Field(10, ge=1)
 
 
 class Speculative(Section):

@@ -61,7 +61,13 @@ def token_log(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def toy_service(token_log: Path) -> Iterator[Service]:
+def hang_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A replica of the model `victim` hangs when this file exists, and removes it."""
+    return tmp_path_factory.mktemp("victim") / "hang"
+
+
+@pytest.fixture(scope="session")
+def toy_service(token_log: Path, hang_file: Path) -> Iterator[Service]:
     """HAProxy, one ingress with a response cache, and a model for each kind of test.
 
     Most requests of tests are sampled without a seed, so that their answers are not from the cache.
@@ -92,8 +98,8 @@ def toy_service(token_log: Path) -> Iterator[Service]:
         ),
         model_config(
             "victim",
-            "builtin:toy?step_ms=50",
-            engine={"max_running": 16},
+            f"builtin:toy?step_ms=50&fails_on=bad&nan_on=nan&hangs_if={hang_file}",
+            engine={"max_running": 16, "step_timeout_s": 3},
             batching={"max_batch_size": 16, "batch_wait_timeout_s": 0.5},
         ),
         zero_scaled_model_config("sleepy", "builtin:toy?load_s=1", downscale_to_zero_delay_s=1),

@@ -26,7 +26,18 @@ SDK = {"opentelemetry.sdk", "opentelemetry.exporter"}
 BASE = {"serve_app.core", "serve_app.errors"}
 
 # The half of the native engine that decides. Everything else in that folder computes, and needs torch.
-DECIDING = {"__init__", "drafts", "engine", "kv_cache", "rows", "scheduler", "sequence", "step_time"}
+DECIDING = {
+    "__init__",
+    "drafts",
+    "engine",
+    "failure",
+    "isolation",
+    "kv_cache",
+    "rows",
+    "scheduler",
+    "sequence",
+    "step_time",
+}
 # What all engines share.
 SHARED_NAMES = ("adapters", "admission", "ending", "protocol", "stream")
 SHARED = {f"serve_app.engines.{name}" for name in SHARED_NAMES}

@@ -62,6 +62,7 @@ OWN_BOUNDS: dict[str, dict[str, list[float]]] = {
         "kv_memory_fraction": [0, 0.96],
         "kv_memory_bytes": [0],
         "threads": [0],
+        "step_timeout_s": [0.9],
     },
     "vllm": {
         "max_running": [0, 4097],

@@ -507,11 +507,19 @@ ENGINE = (
         maximum=1,
     ),
     Panel(
-        "Failed steps",
-        "Forward passes that raised an exception. All sequences in them failed. Check the log of the replica.",
+        "Failures of the model",
+        "Per second: forward passes that failed and were repeated with fewer sequences, sequences that the model could "
+        "not compute, and engines that hung. Check the log of the replica.",
         "ops",
-        ((per_second("serve_app_engine_failed_steps_total", ("model", "replica")), "{{model}} {{replica}}"),),
-        alerts=("EngineStepsFail",),
+        (
+            (per_second("serve_app_engine_failed_steps_total", ("model", "cause")), "{{model}} passes: {{cause}}"),
+            (
+                per_second("serve_app_engine_failed_sequences_total", ("model", "cause")),
+                "{{model}} sequences: {{cause}}",
+            ),
+            (per_second("serve_app_engine_hangs_total"), "{{model}} hangs"),
+        ),
+        alerts=("EngineStepsFail", "EngineSequencesFail", "EngineHung"),
     ),
     Panel(
         "Age of the current step",

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from importlib.util import find_spec
@@ -31,6 +33,7 @@ from serve_app.engines.native.sequence import Runner
 from serve_app.engines.protocol import EngineStalled, ReplicaEngine
 from serve_app.engines.stream import TokenStream
 from serve_app.engines.toy import ToyRunner
+from serve_app.engines.watchdog import Watchdog, stacks
 from serve_app.errors import NotReady, ServeAppError
 from serve_app.telemetry import libraries
 from serve_app.telemetry.load_phases import LoadPhases
@@ -47,6 +50,8 @@ _QUERY_THREADS = 2
 _FULL_REPORT = 15
 # The time from Ray Serve's decision until the process of a replica runs its constructor.
 _PROCESS_START_S = 3.0
+# The limit of the last report of a replica whose engine hangs.
+_LAST_REPORT_S = 1.5
 # The time over which the tokens that the prefix cache saved are counted.
 _CACHE_SPAN_S = 300.0
 
@@ -76,6 +81,7 @@ class ModelReplica:
         self._query_threads = ThreadPoolExecutor(_QUERY_THREADS, "query")
         self._admit.set_max_batch_size(model.batching.max_batch_size)
         self._streams: set[TokenStream] = set()
+        self._watchdog: Watchdog | None = None
         self._engine = _make_engine(model, self._report, self._steps)
         self._reports, self._reported_version = 0, 0
         self._prompt_speed, self._answer_speed = Throughput(), Throughput()
@@ -86,6 +92,7 @@ class ModelReplica:
         except BaseException as error:
             await self._reporter.stop(Heartbeat(self._id, model.name, f"{type(error).__name__}: {error}", failed=True))
             raise
+        self._watchdog = self._make_watchdog()
         self._prefixes = PrefixRecord(self._engine.stats().kv_tokens)
         self._report(READY)
         self._metrics = EngineMetrics(model.name, self._id, self._engine, self._phases.seconds)
@@ -149,8 +156,13 @@ class ModelReplica:
         return await loop.run_in_executor(self._admission_thread, self._admitter.admit, streams)
 
     async def check_health(self) -> None:
-        """Raises EngineStalled if the engine has ended, fails or does not finish a step. Ray replaces the replica."""
+        """Raises EngineStalled if the engine has ended, fails or, without a watchdog, does not finish a step.
+
+        Ray replaces the replica.
+        """
         self._engine.check()
+        if self._watchdog is not None:
+            return
         age, limit = self._engine.step_age(), self._model.deployment.health_check_timeout_s
         if age > limit:
             raise EngineStalled(f"a step has been running for {age:.0f} s, longer than {limit:.0f} s")
@@ -166,8 +178,32 @@ class ModelReplica:
         """The engine's counters, for tests and inspection."""
         return asdict(self._engine.stats())
 
+    def _make_watchdog(self) -> Watchdog | None:
+        """A started watchdog; None for vLLM, whose processes `check_health` watches."""
+        if not isinstance(self._engine, NativeEngine):
+            return None
+        watchdog = Watchdog(self._engine.work, partial(self._end_process, asyncio.get_running_loop()))
+        watchdog.start()
+        return watchdog
+
+    def _end_process(self, loop: asyncio.AbstractEventLoop, reason: str) -> None:
+        """End this process, whose engine hangs: its threads cannot be ended alone. Called on the watchdog's thread.
+
+        The ingress continues the requests at another replica, and Ray replaces this one.
+        """
+        logger.critical("%s: %s; this process ends. Stacks of its threads:\n%s", self._model.name, reason, stacks())
+        self._steps.hung()
+        last = self._reporter.stop(Heartbeat(self._id, self._model.name, "", leaving=True))
+        for handler in logger.handlers:
+            handler.flush()  # Ray Serve's handler buffers lines
+        with suppress(Exception):  # the loop may hang too
+            asyncio.run_coroutine_threadsafe(last, loop).result(_LAST_REPORT_S)
+        os._exit(1)
+
     async def __del__(self) -> None:
         await asyncio.to_thread(self._engine.stop)
+        if self._watchdog is not None:
+            self._watchdog.stop()
         self._events.stop()
         await self._reporter.stop(Heartbeat(self._id, self._model.name, "", leaving=True))
         await asyncio.to_thread(self._telemetry.stop)

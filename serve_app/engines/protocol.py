@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Seq
+from collections.abc import Mapping, Sequence as Seq
 from dataclasses import dataclass
-from typing import Protocol
+from enum import StrEnum
+from typing import NamedTuple, Protocol
 
 from serve_app.core.queries import A, Query
 from serve_app.engines.stream import TokenStream
@@ -13,6 +14,22 @@ from serve_app.errors import ServeAppError
 
 class EngineStalled(Exception):
     """The engine cannot serve any more; the replica should be replaced."""
+
+
+class Cause(StrEnum):
+    """Why the model failed. `memory`: an allocation failed; `not_finite`: NaN or infinite numbers; `error`: another
+    exception."""
+
+    MEMORY = "memory"
+    NOT_FINITE = "not_finite"
+    ERROR = "error"
+
+
+class Work(NamedTuple):
+    """A forward pass that runs now: its number, and the time in seconds after which it has hung."""
+
+    number: int
+    limit_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,14 +63,16 @@ class StepStats(EngineStats):
 
     `decode_rows` of the rows were computed for decoding sequences. `busy_s` is the time of all steps from plan to
     commit, of which `planning_s` passed before the model ran. `delivery_s` is the time after the steps in which their
-    results were sent to the streams.
+    results were sent to the streams. `failed_passes` are the forward passes and cache operations that failed, and
+    `failed_sequences` the sequences that ended because the model could not compute them, both by cause.
     """
 
     decode_rows: int
     busy_s: float
     planning_s: float
     delivery_s: float
-    failed_steps: int
+    failed_passes: Mapping[Cause, int]
+    failed_sequences: Mapping[Cause, int]
 
 
 class ReplicaEngine(Protocol):

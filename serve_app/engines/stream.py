@@ -227,4 +227,9 @@ def wake_all(streams: Iterable[TokenStream]) -> None:
 
 def _wake_each(streams: list[TokenStream]) -> None:
     for stream in streams:
-        stream.wake()
+        try:
+            stream.wake()
+        except Exception:
+            # The consumer of one stream must not keep other streams of the step from waking.
+            logger.exception("the consumer of request %s failed", stream.request.id)
+            stream.close()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import threading
 import time
 from codecs import getincrementaldecoder
 from collections.abc import Sequence as Seq
@@ -14,7 +16,10 @@ from serve_app.config import NativeOptions
 from serve_app.core.events import Logprobs, TextToken, TokenLogprob
 from serve_app.core.queries import AddedToken, TokenizerInfo
 from serve_app.core.requests import Adapter, ChatPrompt, GenerationRequest, Prompt, TextPrompt, TokenPrompt
+from serve_app.engines.native.failure import failure
+from serve_app.engines.native.kv_cache import CacheOp
 from serve_app.engines.native.sequence import Advance, Outcome, Sampled, Sequence, Step
+from serve_app.engines.protocol import Cause
 from serve_app.engines.text.protocol import AnswerPlan
 from serve_app.errors import InvalidRequest, NotFound, ServeAppError
 
@@ -91,11 +96,20 @@ class ToyRunner:
     prompt has probability 1. An embedding is the number of tokens with each remainder modulo 4.
 
     With `log`, the toy appends a line to that file for each token: monotonic seconds and the request's id. A step with
-    a prompt that begins with `fails_on` fails.
+    a prompt that begins with `fails_on` fails, and a prompt that begins with `nan_on` gives no finite numbers. A step
+    hangs if the file `hangs_if` exists, which it deletes, so that one replica hangs; it holds the interpreter's lock if
+    the file has the content "lock".
     """
 
     def __init__(
-        self, config: NativeOptions, step_ms: float = 0, load_s: float = 0, log: str | None = None, fails_on: str = ""
+        self,
+        config: NativeOptions,
+        step_ms: float = 0,
+        load_s: float = 0,
+        log: str | None = None,
+        fails_on: str = "",
+        nan_on: str = "",
+        hangs_if: str | None = None,
     ) -> None:
         time.sleep(load_s)
         self.kind = "toy"
@@ -106,7 +120,8 @@ class ToyRunner:
         self.kv_tokens = config.kv_memory_bytes or self.slots * self.context
         self.text = ToyText()
         self._step_s = step_ms / 1e3
-        self._fails_on = list(fails_on.encode())
+        self._fails_on, self._nan_on = list(fails_on.encode()), list(nan_on.encode())
+        self._hangs_if = None if hangs_if is None else Path(hangs_if)
         self._log = None if log is None else open(log, "a", buffering=1)  # noqa: SIM115 (open until the process ends)
 
     @classmethod
@@ -114,7 +129,8 @@ class ToyRunner:
         """From `builtin:toy`, or with options: `builtin:toy?step_ms=5&load_s=2&log=/tmp/tokens`."""
         options = dict(parse_qsl(urlsplit(source).query))
         step_ms, load_s = (float(options.get(name, 0)) for name in ("step_ms", "load_s"))
-        return cls(config, step_ms, load_s, options.get("log"), options.get("fails_on", ""))
+        faults = (options.get("fails_on", ""), options.get("nan_on", ""), options.get("hangs_if"))
+        return cls(config, step_ms, load_s, options.get("log"), *faults)
 
     def load_adapter(self, adapter: Adapter) -> tuple[str, object]:
         """The file `shift` in an adapter's folder has a number, which is added to every token of an answer."""
@@ -124,17 +140,22 @@ class ToyRunner:
         except (OSError, ValueError):
             raise NotFound(f"{adapter.source} has no file shift with a number.", param="lora_path") from None
 
+    def apply(self, op: CacheOp) -> None:
+        """The toy holds no keys and values."""
+
+    def free_memory(self) -> None:
+        """The toy allocates none."""
+
     def run(self, step: Step) -> list[Outcome]:
         if self._step_s:
             time.sleep(self._step_s)
-        if self._fails_on and any(self._fails(advance.sequence) for advance in step.advances):
+        if self._hangs_if is not None:
+            _hang(self._hangs_if)
+        if any(_begins(advance.sequence, self._fails_on) for advance in step.advances):
             raise RuntimeError("the toy model fails on this prompt")
         for advance in step.advances:
             self._read_out(advance)
         return [self._outcome(advance) for advance in step.advances if advance.samples]
-
-    def _fails(self, sequence: Sequence) -> bool:
-        return sequence.tokens[: len(self._fails_on)] == self._fails_on
 
     def _read_out(self, advance: Advance) -> None:
         sequence, readout, rows = advance.sequence, advance.sequence.readout, advance.readout_rows
@@ -151,6 +172,8 @@ class ToyRunner:
 
     def _outcome(self, advance: Advance) -> Outcome:
         sequence, sampled = advance.sequence, []
+        if _begins(sequence, self._nan_on):
+            return failure(Cause.NOT_FINITE)
         shift = 0 if sequence.adapter is None else cast("int", sequence.adapter.weights)
         for ahead in range(1 + len(advance.drafts)):
             token = sequence.tokens[(sequence.generated + ahead) % sequence.prompt_len] + shift
@@ -158,3 +181,19 @@ class ToyRunner:
             if self._log is not None:
                 self._log.write(f"{time.monotonic():.6f} {sequence.stream.request.id}\n")
         return tuple(sampled)
+
+
+def _begins(sequence: Sequence, text: list[int]) -> bool:
+    return bool(text) and sequence.tokens[: len(text)] == text
+
+
+def _hang(file: Path) -> None:
+    """Hang for ever if the file exists; of several processes only one."""
+    try:
+        held = file.read_text().strip() == "lock"
+        file.unlink()
+    except FileNotFoundError:
+        return
+    if held:
+        ctypes.PyDLL(None).sleep(ctypes.c_uint(1_000_000))  # a PyDLL does not release the interpreter's lock
+    threading.Event().wait()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import replace
@@ -16,6 +15,7 @@ from serve_app.core.engine import Engine
 from serve_app.core.events import CANCELLED, EMBEDDED, Chunk
 from serve_app.core.requests import ChatMessage, ChatPrompt, GenerationRequest, TextPrompt
 from serve_app.errors import InternalError, ServeAppError
+from serve_app.telemetry.span_clock import SpanClock
 
 # The maximum number of characters of a prompt, and of an answer, in a span.
 MAX_CONTENT = 16_384
@@ -47,7 +47,8 @@ class _Generation:
     """The spans of one request until `end`. `request` is the request with the span as its `traceparent`."""
 
     def __init__(self, tracer: Tracer, request: GenerationRequest, capture: bool) -> None:
-        self._began = time.time_ns()
+        self._clock = SpanClock()
+        self._began = self._clock.began
         operation = request.operation
         self._span = tracer.start_span(
             f"{operation} {request.model}", attributes=_attributes(request, operation), start_time=self._began
@@ -66,7 +67,7 @@ class _Generation:
 
     def add(self, chunk: Chunk) -> None:
         if self._queue is not None:
-            now = time.time_ns()
+            now = self._clock.now()
             self._queue.end(min(max(self._began, chunk.began_ns), now))  # the clock of another machine can differ
             self._queue = None
             self._span.set_attribute("gen_ai.response.time_to_first_chunk", (now - self._began) / 1e9)
@@ -85,7 +86,7 @@ class _Generation:
 
     def end(self) -> None:
         """End the spans. It does not await anything, so that they end before the span of the call."""
-        now, span, last = time.time_ns(), self._span, self._last
+        now, span, last = self._clock.now(), self._span, self._last
         if self._queue is not None:
             self._queue.end(now)
         finished = last is not None and last.finished

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-import time
 from collections.abc import AsyncGenerator
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -36,6 +35,7 @@ from serve_app.core.queries import A, ModelStatus, Query
 from serve_app.core.requests import GenerationRequest
 from serve_app.errors import InternalError, ServeAppError
 from serve_app.telemetry.generation_spans import traced
+from serve_app.telemetry.span_clock import SpanClock
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +112,8 @@ class Observe:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        began, headers = time.time_ns(), Headers(scope=scope)
+        clock, headers = SpanClock(), Headers(scope=scope)
+        began = clock.began
         parent = W3C.extract({name: headers[name] for name in W3C.fields if name in headers}, Context())
         arrived = arrival(headers.get("x-request-start", ""), began)
         proxy = None
@@ -134,7 +135,7 @@ class Observe:
             call.error, call.fault = call.error or InternalError.code, True
             raise
         finally:
-            ended = time.time_ns()
+            ended = clock.now()
             _end(call, ended)
             if proxy is not None:
                 proxy.end(ended)

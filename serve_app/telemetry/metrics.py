@@ -26,7 +26,7 @@ from serve_app.core.http import HttpCall
 from serve_app.core.queries import ModelState
 from serve_app.core.tenants import REASONS, Limits
 from serve_app.engines.native.sequence import Step
-from serve_app.engines.protocol import ReplicaEngine, StepStats
+from serve_app.engines.protocol import Cause, ReplicaEngine, StepStats
 from serve_app.errors import ServeAppError
 
 # They would add a second series for every counter, with its creation time.
@@ -61,6 +61,14 @@ CODES = ("internal_error", *(kind.code for kind in ServeAppError.__subclasses__(
 OUTCOMES = (*sorted(FINISHED), CANCELLED, *dict.fromkeys(CODES))
 
 _RUNNER_INFO = "How the engine computes its steps, by kind: fused, transformers, toy or vllm; the value is always 1."
+_FAILED_STEPS = (
+    "Forward passes that failed, by cause: memory (an allocation failed), not_finite or error. A failed pass is "
+    "repeated with fewer sequences."
+)
+_FAILED_SEQUENCES = (
+    "Sequences that ended because the model could not compute them, by cause: memory, not_finite (NaN or infinite "
+    "numbers) or error."
+)
 _METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 _MODEL = ("model", "replica")
 
@@ -444,11 +452,19 @@ class StepSeries(_Series):
             buckets=_STEP,
             registry=self._registry,
         )
+        self.hangs = self._counter(
+            "engine_hangs", "Times that the watchdog ended the process of a replica whose engine made no progress."
+        )
         phases = ("prefill", "decode", "mixed")
         self._seconds = {phase: seconds.labels(model, replica, phase) for phase in phases}
 
+    def hung(self) -> None:
+        """Count a hang of the engine."""
+        self.hangs.inc()
+        self.changed = True
+
     def observe(self, step: Step, seconds: float) -> None:
-        """Record a step that succeeded, and its duration."""
+        """Record a step that was computed, and its duration."""
         self._size.observe(len(step.advances))
         self._tokens.observe(step.rows)
         decoding = sum(advance.count == 1 for advance in step.advances)
@@ -521,13 +537,25 @@ class EngineMetrics:
             counter = CounterMetricFamily(f"serve_app_{name}", text, labels=_MODEL)
             counter.add_metric(self._labels, value)
             families.append(counter)
+        return [*families, *(self._failures(stats) if isinstance(stats, StepStats) else ())]
+
+    def _failures(self, stats: StepStats) -> list[Metric]:
+        counts = {
+            "engine_failed_steps": (_FAILED_STEPS, stats.failed_passes),
+            "engine_failed_sequences": (_FAILED_SEQUENCES, stats.failed_sequences),
+        }
+        families: list[Metric] = []
+        for name, (text, by_cause) in counts.items():
+            counter = CounterMetricFamily(f"serve_app_{name}", text, labels=(*_MODEL, "cause"))
+            for cause in Cause:
+                counter.add_metric([*self._labels, cause.value], by_cause.get(cause, 0))
+            families.append(counter)
         return families
 
 
 def _step_counters(stats: StepStats) -> dict[str, tuple[str, float]]:
     """The counters of an engine that runs its steps itself."""
     return {
-        "engine_failed_steps": ("Engine steps that failed.", stats.failed_steps),
         "engine_decode_rows": (
             "Tokens computed for decoding sequences in engine steps, including drafts.",
             stats.decode_rows,

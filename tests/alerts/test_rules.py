@@ -118,7 +118,8 @@ def families() -> list[Metric]:
     ingress.experiments.set_state("e", {"control": 0.9, "b": 0.1}, stopped=False)
     ingress.http.ended(HttpCall("/generate", "POST", 200, 0.1, 10, 20))
     ingress.queues.of_model("m").started("t", 0.1)
-    stats = StepStats(**dict.fromkeys((field.name for field in dataclasses.fields(StepStats)), 1))
+    numbers: dict[str, Any] = dict.fromkeys((field.name for field in dataclasses.fields(StepStats)), 1)
+    stats = StepStats(**{**numbers, "failed_passes": {}, "failed_sequences": {}})
     facts = {"kind": "toy", "quantization": "none", "step_age": lambda: 0.0}
     engine = cast(NativeEngine, SimpleNamespace(stats=lambda: stats, **facts))
     of_all = [*states([("m", ModelState.READY, 1)]), *ages([("m", "r1", 0.5)]), metrics_complete(True)]

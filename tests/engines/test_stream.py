@@ -389,3 +389,17 @@ def test_streams_of_a_closed_event_loop_are_closed() -> None:
     orphaned = streams([request(), request()])
     wake_all(orphaned)
     assert [stream.closed for stream in orphaned] == [True, True]
+
+
+async def test_a_consumer_that_fails_does_not_keep_other_streams_from_waking() -> None:
+    failing, other = open_stream(), open_stream()
+
+    def fail() -> None:
+        raise OSError("the connection is closed")
+
+    failing.on_wake = fail
+    for stream in (failing, other):
+        stream.put(token("a", FinishReason.LENGTH))
+    wake_all([failing, other])
+    assert (await read(other)).text == "a"
+    assert failing.closed

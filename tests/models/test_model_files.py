@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from serve_app.engines.files.__main__ import main
 from serve_app.engines.files.model_files import SourceError
 from serve_app.engines.native.loader import load
+from serve_app.engines.native.preparation import prepare_from_files
 from tests.models import tiny
 from tests.models.concurrent_load import model_config
 
@@ -111,3 +114,33 @@ def test_the_command_prints_the_absolute_folder_or_the_reason(
     assert main(["./absent"]) == 1
     printed = capsys.readouterr()
     assert (printed.out, "./absent does not exist" in printed.err) == ("", True)
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+@pytest.mark.parametrize(
+    ("tensor", "value"),
+    [("model.layers.1.self_attn.k_proj.weight", math.nan), ("model.layers.0.mlp.down_proj.weight", math.inf)],
+)
+def test_weights_that_are_not_finite_are_named(tmp_path: Path, tensor: str, value: float, quantization: str) -> None:
+    folder = tiny.save("llama", tmp_path / "model")
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    tensors[tensor][3, 5] = value
+    save_file(tensors, file, {"format": "pt"})
+    model = model_config(folder).model_copy(update={"quantization": quantization})
+    with pytest.raises(SourceError) as error:
+        prepare_from_files(model, str(folder), lambda stage: None)
+    message = f"{folder} has NaN or infinite weights in {tensor}; copy or download its files again"
+    assert str(error.value) == message
+
+
+def test_a_model_that_overflows_its_dtype_is_refused(tmp_path: Path) -> None:
+    folder = tiny.save("llama", tmp_path / "model")
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.0.mlp.down_proj.weight"] *= 1e4
+    tensors["model.layers.0.mlp.up_proj.weight"] *= 1e4
+    save_file(tensors, file, {"format": "pt"})
+    model = model_config(folder).model_copy(update={"dtype": "float16"})
+    with pytest.raises(SourceError, match="with dtype float16; set dtype: float32"):
+        prepare_from_files(model, str(folder), lambda stage: None)

@@ -23,6 +23,7 @@ from serve_app.engines.native.rows import span
 from serve_app.engines.native.runner import TorchRunner
 from tests.models import tiny
 from tests.models.concurrent_load import model_config
+from tests.small_disk import fill, small_disk
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(120)]
 
@@ -197,3 +198,25 @@ def test_tensors_that_share_memory_are_stored_once_and_begin_at_cache_lines(tmp_
     assert all(linear.weight.data_ptr() % 64 == 0 for linear in weights.linears)
     assert size >= sum(linear.weight.nbytes for layer in weights.layers for linear in layer.linears)
     assert facts.context == 256
+
+
+def test_on_a_full_disk_the_model_runs_from_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = small(tiny.save("llama", tmp_path / "m", tiny.FUSED))
+    expected = logits(start(model)[0])
+    with small_disk(tmp_path / "disk", "1m") as disk:
+        own = disk / "serve_app"
+        own.mkdir()
+        (own / "kernels").symlink_to((cache.parent / "kernels").resolve())
+        monkeypatch.setenv("XDG_CACHE_HOME", str(disk))
+        filler = fill(disk)
+        runner, _ = start(model)
+        assert torch.equal(logits(runner), expected)
+        assert runner.kind == "fused"
+        assert "the packed weights are not stored" in caplog.text
+        assert "free space there, or set XDG_CACHE_HOME" in caplog.text
+        filler.unlink()
+        assert [path for path in own.rglob("*.bin") if "kernels" not in str(path)] == []
+        assert torch.equal(logits(start(model)[0]), expected)
+        assert len(list(own.glob("packed/*/weights.bin"))) == 1

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +26,9 @@ Report = Callable[[str], None]
 _MANIFEST = "manifest.json"
 _FIRST_REPORT_S, _REPORT_INTERVAL_S = 1.0, 10.0
 _ADVICE = "make it writable, or set XDG_CACHE_HOME to another folder"
+_FREE_SPACE = "free space there, or set XDG_CACHE_HOME to a folder on another disk"
+# A disk with less free space is full.
+_FULL_BYTES = 2**20
 
 
 class CacheError(Exception):
@@ -86,11 +91,11 @@ def cached_file(target: Path, work: Work, report: Report) -> Path:
 
 def require_space(folder: Path, needed_bytes: int, purpose: str) -> None:
     """Raises CacheError when less than `needed_bytes` are free on the file system of `folder`."""
-    free = shutil.disk_usage(folder).free
+    free = _free(folder)
     if free < needed_bytes:
         raise CacheError(
             f"{purpose} needs {needed_bytes / 1e6:,.0f} MB in {folder}, where {free / 1e6:,.0f} MB are free; "
-            f"free space there, or set XDG_CACHE_HOME to a folder on another disk"
+            f"{_FREE_SPACE}"
         )
 
 
@@ -102,7 +107,8 @@ def _cached(
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise CacheError(f"the cache folder {target.parent} cannot be made: {error.strerror}; {_ADVICE}") from error
+        advice = _advice(error, target.parent)
+        raise CacheError(f"the cache folder {target.parent} cannot be made: {error.strerror}; {advice}") from error
     with locked(Path(f"{target}.lock"), work.other, work.lock_timeout_s, report):
         fault = find_fault(target) if target.exists() else "it does not exist"
         if fault is None:
@@ -127,11 +133,31 @@ def _make(target: Path, make: Callable[[Path], None]) -> None:
     delete(part)  # the rest of a process that was killed
     try:
         make(part)
+        _sync(part)
         part.replace(target)
     except OSError as error:
-        raise CacheError(f"the cache entry {target} cannot be made: {error.strerror or error}; {_ADVICE}") from error
+        advice = _advice(error, target.parent)
+        raise CacheError(f"the cache entry {target} cannot be made: {error.strerror or error}; {advice}") from error
     finally:
         delete(part)
+
+
+def _sync(part: Path) -> None:
+    """Wait until the disk has the content of the files: a full disk can be reported late, and a machine can crash."""
+    for file in [part, *part.rglob("*")]:
+        if file.is_file():
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
+
+
+def _advice(error: OSError, folder: Path) -> str:
+    """What to change after an error below `folder`. numpy's error of a short write has no number."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT) or (error.errno is None and _free(folder) < _FULL_BYTES)
+    return _FREE_SPACE if full else _ADVICE
+
+
+def _free(folder: Path) -> int:
+    return shutil.disk_usage(folder).free
 
 
 def delete(path: Path) -> None:
@@ -162,7 +188,8 @@ def locked(path: Path, other: str, timeout_s: float, report: Report) -> Iterator
             report(f"waiting for {what}, {waited:.0f} s so far")
             pause = min(_REPORT_INTERVAL_S, timeout_s - waited)
     except (OSError, NotImplementedError) as error:  # filelock raises the latter where there are no file locks
-        raise CacheError(f"the lock file {path} cannot be used: {error}; {_ADVICE}") from error
+        advice = _advice(error, path.parent) if isinstance(error, OSError) else _ADVICE
+        raise CacheError(f"the lock file {path} cannot be used: {error}; {advice}") from error
     try:
         yield
     finally:

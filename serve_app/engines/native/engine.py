@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence as Seq
 from dataclasses import asdict
 from functools import partial
@@ -16,14 +17,16 @@ from serve_app.core.requests import Adapter
 from serve_app.engines.adapters import AdapterCache
 from serve_app.engines.admission import UNREADABLE, Prepared, guarded, prepare
 from serve_app.engines.ending import stopping_error
+from serve_app.engines.native.failure import Failure, failure
+from serve_app.engines.native.isolation import StepResult, compute
 from serve_app.engines.native.kv_cache import KVCache
-from serve_app.engines.native.scheduler import Scheduler
+from serve_app.engines.native.scheduler import Result, Scheduler
 from serve_app.engines.native.sequence import Runner, Sequence, Step
 from serve_app.engines.native.step_time import StepTimeModel
-from serve_app.engines.protocol import EngineStalled, StepStats
-from serve_app.engines.stream import Embedding, TokenStream, wake_all
+from serve_app.engines.protocol import Cause, EngineStalled, StepStats, Work
+from serve_app.engines.stream import Embedding, Token, TokenStream, wake_all
 from serve_app.engines.text.queries import answer
-from serve_app.errors import InternalError, ServeAppError
+from serve_app.errors import ServeAppError
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +37,8 @@ class NativeEngine:
     """Continuous batching over one Runner.
 
     The engine's own thread calls `make_runner`, because torch's thread pools belong to the thread that first used
-    them, and `watch`, with every step that succeeded and its seconds. All other methods may be called from any thread
-    once `start` has returned; `stop` may be called at any time.
+    them, and `watch`, with every step that was computed and its seconds. All other methods may be called from any
+    thread once `start` has returned; `stop` may be called at any time.
     """
 
     def __init__(
@@ -57,8 +60,12 @@ class NativeEngine:
         self._loaded = threading.Event()
         self._load_error: BaseException | None = None
         self._step_started: float | None = None
+        self._pass: tuple[int, int] | None = None  # the number of the current forward pass, and its rows
+        self._passes = 0
+        self._step_times = StepTimeModel()
         self._failures_in_a_row = 0
-        self._counts = dict.fromkeys(("steps", "rows", "decode_rows", "generated_tokens", "failed_steps"), 0)
+        self._counts = dict.fromkeys(("steps", "rows", "decode_rows", "generated_tokens"), 0)
+        self._failed_passes, self._failed_sequences = Counter[Cause](), Counter[Cause]()
         self._seconds = dict.fromkeys(("busy_s", "planning_s", "delivery_s"), 0.0)
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
 
@@ -117,6 +124,14 @@ class NativeEngine:
         started = self._step_started
         return 0.0 if started is None else self._clock() - started
 
+    def work(self) -> Work | None:
+        """The forward pass that runs now; None between steps."""
+        current = self._pass
+        if current is None:
+            return None
+        number, rows = current
+        return Work(number, self._step_times.limit(rows, self._config.step_timeout_s))
+
     @property
     def kind(self) -> str:
         """How steps are computed: `fused`, `transformers` or `toy`."""
@@ -139,6 +154,8 @@ class NativeEngine:
             busy_s=self._seconds["busy_s"],
             planning_s=self._seconds["planning_s"],
             delivery_s=self._seconds["delivery_s"],
+            failed_passes=dict(self._failed_passes),
+            failed_sequences=dict(self._failed_sequences),
             **self._counts,
         )
 
@@ -167,7 +184,7 @@ class NativeEngine:
     def _main(self) -> None:
         try:
             self._runner = self._make_runner()
-            self._scheduler = _scheduler(self._runner, self._config)
+            self._scheduler = _scheduler(self._runner, self._config, self._step_times)
         except BaseException as error:  # noqa: BLE001 - start() raises it to its caller
             self._load_error = error
             return
@@ -195,45 +212,60 @@ class NativeEngine:
         return not stopping
 
     def _step(self) -> None:
-        """Remove ended sequences, plan a step, run it, commit it and send its results to the streams."""
+        """Remove ended sequences, plan a step, compute it, commit it and send its results to the streams."""
         now = self._clock()
-        self._fail_streams(self._scheduler.remove_ended(now))
-        step = self._scheduler.plan(now)
-        if not step.advances:
-            return
         self._step_started = now
-        planned = self._clock()
+        self._begin_pass(0)
         try:
-            outcomes = self._runner.run(step)
-            done = self._clock()
-            results = self._scheduler.commit(step, outcomes, done)
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException:
-            logger.exception("step of %d rows failed", step.rows)
-            self._fail_step(step)
-            return
+            self._fail_streams(self._scheduler.remove_ended(now))
+            step = self._scheduler.plan(now)
+            if step.advances:
+                self._compute(step, now)
         finally:
-            self._step_started = None
-        for sequence, result in results:
-            if isinstance(result, ServeAppError):
-                sequence.stream.fail(result)
-            else:
-                sequence.stream.put(result)
-        wake_all(sequence.stream for sequence, _ in results)
-        self._count(step, sum(not isinstance(result, Embedding) for _, result in results), done - now)
-        self._seconds["planning_s"] += planned - now
+            self._step_started = self._pass = None
+
+    def _compute(self, step: Step, began: float) -> None:
+        planned = self._clock()
+        computed = compute(self._runner, step, self._begin_pass)
+        done = self._clock()
+        results = self._scheduler.commit(computed.step, computed.outcomes, done)
+        if computed.failures:
+            results += self._handle_failures(computed)
+        self._deliver(results)
+        if computed.step.advances:
+            generated = sum(isinstance(result, Token) for _, result in results)
+            self._count(computed.step, generated, done - began, undisturbed=not computed.failures)
+        self._seconds["planning_s"] += planned - began
         self._seconds["delivery_s"] += self._clock() - done
 
-    def _fail_step(self, step: Step) -> None:
-        self._failures_in_a_row += 1
-        self._counts["failed_steps"] += 1
-        error = InternalError("the model failed on this step; the request was ended")
-        self._fail_streams([(sequence, error) for sequence in self._scheduler.fail(step)])
+    def _begin_pass(self, rows: int) -> None:
+        self._passes += 1
+        self._pass = self._passes, rows
 
-    def _count(self, step: Step, generated: int, seconds: float) -> None:
+    def _handle_failures(self, computed: StepResult) -> list[tuple[Sequence, Result]]:
+        """Remove the sequences that cannot be computed; their failures."""
+        self._failed_passes += computed.failures
+        self._failures_in_a_row = 0 if computed.step.advances else self._failures_in_a_row + 1
+        self._scheduler.undo(computed.undone)
+        self._scheduler.fail([sequence for sequence, _ in computed.failed])
+        return [(sequence, failure(cause)) for sequence, cause in computed.failed]
+
+    def _deliver(self, results: Seq[tuple[Sequence, Result]]) -> None:
+        for sequence, result in results:
+            if isinstance(result, Token | Embedding):
+                sequence.stream.put(result)
+            elif isinstance(result, Failure):
+                self._failed_sequences[result.cause] += 1
+                sequence.stream.fail(result.error)
+            else:
+                sequence.stream.fail(result)
+        wake_all(sequence.stream for sequence, _ in results)
+
+    def _count(self, step: Step, generated: int, seconds: float, undisturbed: bool) -> None:
+        """Count a step that was computed, at least in part. The time of an `undisturbed` one is learned."""
         self._failures_in_a_row = 0
-        self._scheduler.record(step, seconds)
+        if undisturbed:
+            self._scheduler.record(step, seconds)
         self._counts["steps"] += 1
         self._counts["rows"] += step.rows
         self._counts["decode_rows"] += sum(advance.rows for advance in step.advances if advance.count == 1)
@@ -254,12 +286,12 @@ class NativeEngine:
         self._fail_streams([(sequence, stopping_error()) for sequence in (*new, *self._scheduler.drain())])
 
 
-def _scheduler(runner: Runner, config: NativeOptions) -> Scheduler:
+def _scheduler(runner: Runner, config: NativeOptions, step_times: StepTimeModel) -> Scheduler:
     return Scheduler(
         KVCache(runner.slots, runner.kv_tokens),
         config.max_step_tokens,
         config.max_waiting,
-        StepTimeModel(),
+        step_times,
         config.draft_tokens,
         config.prefix_cache,
     )

@@ -18,6 +18,7 @@ from serve_app.engines.files.sources import resolve
 from serve_app.engines.files.text import configured_ends, explain, load_text
 from serve_app.engines.native.device import choose_device, choose_dtype
 from serve_app.engines.native.machine import return_memory
+from serve_app.engines.native.threads import one_thread
 from serve_app.engines.text.tokenizer import HFText
 
 
@@ -64,12 +65,31 @@ def load(config: Model, report: Report, folder: str | None = None) -> Loaded:
     except Exception as error:  # a parser may raise any exception for a damaged file
         raise SourceError(explain(config, error)) from error
     check_missing_weights(loading, model, config.source)
+    check_finite_weights(model, config.source)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     ends = configured_ends(model.generation_config, config.source)
     text = load_text(config, folder, vocabulary, ends)
     model.eval()
     return_memory()
     return Loaded(model, text, _longest_context(model), ends)
+
+
+@torch.inference_mode()
+def check_finite_weights(model: PreTrainedModel, source: str) -> None:
+    """Raises SourceError for weights that are NaN or infinite. An attention kernel can hide them from the logits.
+
+    A sum is finite if all its terms are, unless it overflows, so that few tensors are checked value by value. On one
+    thread the sums take as long as reading the weights; on a busy machine threads would wait for each other.
+    """
+    floats = [(name, weight) for name, weight in model.named_parameters() if weight.is_floating_point()]
+    with one_thread():
+        suspect = [(name, weight) for name, weight in floats if not weight.sum(dtype=torch.float32).isfinite()]
+    bad = [name for name, weight in suspect if not weight.isfinite().all()]
+    if bad:
+        more = f" and {len(bad) - 3} more tensors" if len(bad) > 3 else ""
+        raise SourceError(
+            f"{source} has NaN or infinite weights in {', '.join(bad[:3])}{more}; copy or download its files again"
+        )
 
 
 def quantized_by_bitsandbytes(quantization: str, dtype: torch.dtype | str) -> BitsAndBytesConfig:

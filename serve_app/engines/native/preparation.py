@@ -83,7 +83,10 @@ def _choose_quantization(
 
 
 def _self_test(model: PreTrainedModel, context: int, embeddings: bool) -> SelfTest:
-    """A few tokens, and the logits of the unmodified model after them. Call it before the weights are changed."""
+    """A few tokens, and the logits of the unmodified model after them. Call it before the weights are changed.
+
+    Raises SourceError if the model computes no finite numbers.
+    """
     vocabulary = model.get_input_embeddings().weight.shape[0]
     tokens = tuple((i + 1) * 7919 % vocabulary for i in range(min(SELF_TEST_TOKENS, context)))
     ids = torch.tensor([tokens], device=model.device)
@@ -91,6 +94,11 @@ def _self_test(model: PreTrainedModel, context: int, embeddings: bool) -> SelfTe
     if embeddings and not output.hidden_states:
         raise SourceError(
             f"{type(model).__name__} does not return hidden states, which embeddings need; set embeddings: false"
+        )
+    if not output.logits.amax(-1).isfinite().all():
+        dtype = str(model.dtype).removeprefix("torch.")
+        raise SourceError(
+            f"{type(model).__name__} computes NaN or infinite numbers with dtype {dtype}; set dtype: float32"
         )
     return SelfTest(tokens, output.logits[0, -1])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 from itertools import islice, takewhile
@@ -15,10 +16,11 @@ from serve_app.engines.files.disk_cache import Report
 from serve_app.engines.files.sources import resolve
 from serve_app.engines.native import kernels, packed_files
 from serve_app.engines.native.attention import LayerCache
+from serve_app.engines.native.failure import Failure
 from serve_app.engines.native.forward import ForwardPass
 from serve_app.engines.native.fused import FusedModel
 from serve_app.engines.native.fused_weights import FusedWeights
-from serve_app.engines.native.kv_cache import BLOCK
+from serve_app.engines.native.kv_cache import BLOCK, CacheOp
 from serve_app.engines.native.machine import available_bytes, kv_tokens_that_fit, return_memory, usable_cores
 from serve_app.engines.native.prepared import ModelFacts, Prepared
 from serve_app.engines.native.quantization import Quantization
@@ -115,10 +117,20 @@ class TorchRunner:
             return files.digest, self._model.make_adapter(files)
 
     @torch.inference_mode()
+    def apply(self, op: CacheOp) -> None:
+        """See Runner."""
+        for cache in self._caches:
+            cache.apply(op)
+
+    def free_memory(self) -> None:
+        """See Runner."""
+        gc.collect()
+        return_memory()
+        if self._caches[0].keys.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    @torch.inference_mode()
     def run(self, step: Step) -> list[Outcome]:
-        for command in step.cache_ops:
-            for cache in self._caches:
-                cache.apply(command)
         rows = rows_of(step)
         logits, hidden = self._model.forward(rows)
         computed = time.perf_counter()
@@ -178,7 +190,7 @@ class TorchRunner:
         return [LayerCache(self.slots, s.heads, length, s.key_dim, s.value_dim, dtype, s.device) for s in shapes]
 
 
-def _outcome(sampled: list[Sampled | ServeAppError]) -> Outcome:
+def _outcome(sampled: list[Sampled | ServeAppError | Failure]) -> Outcome:
     """All tokens before the first error; the error if it comes first."""
     tokens = tuple(takewhile(lambda one: isinstance(one, Sampled), sampled))
     return tokens or sampled[0]  # type: ignore[return-value]

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from functools import partial
+from math import isfinite
+from typing import TypeVar
 
 import numpy as np
 import torch
 
 from serve_app.core.events import Logprobs, TokenLogprob
+from serve_app.engines.native.failure import Failure, failure
 from serve_app.engines.native.sequence import Sampled, Sequence
-from serve_app.errors import InternalError, ServeAppError
+from serve_app.engines.protocol import Cause
+from serve_app.errors import ServeAppError
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 CANDIDATES = 256
 _MASK = 2**64 - 1
@@ -26,28 +36,27 @@ def sample(
     sequences: list[Sequence],
     describe: Describe,
     ahead: list[int] | None = None,
-) -> list[Sampled | ServeAppError]:
-    """One token for each row of `[R, V]` logits, or an error for a row that holds NaN or whose grammar fails.
+) -> list[Sampled | ServeAppError | Failure]:
+    """One token for each row of `[R, V]` logits, or why there is none: an error of its grammar, or a failure.
 
-    Row i is the distribution of the token at `ahead[i]` positions after the next one of `sequences[i]`, by default 0.
+    A row without a finite maximum fails: NaN, infinity, or minus infinity for every token that may follow. Row i is the
+    distribution of the token at `ahead[i]` positions after the next one of `sequences[i]`, by default 0.
     """
     ahead = ahead or [0] * len(sequences)
     adjusted, failed = _adjust(logits, sequences)
     largest, ids = _argmax(adjusted)
-    tokens, with_nan = ids.tolist(), largest.isnan().tolist()
+    tokens, maxima = ids.tolist(), largest.tolist()
     drawn = [row for row, sequence in enumerate(sequences) if sequence.params.temperature > 0]
     if drawn:
         rows = adjusted.float() if len(drawn) == len(sequences) else adjusted[drawn].float()
         for row, token in zip(drawn, _draw(rows, [(sequences[row], ahead[row]) for row in drawn]), strict=True):
             tokens[row] = token
-    for row, nan in enumerate(with_nan):
-        if nan:
-            failed[row] = InternalError(
-                "the model computed NaN for this request; the precision of the model may not suffice for this text"
-            )
+    for row, maximum in enumerate(maxima):
+        if not isfinite(maximum):
+            failed.setdefault(row, failure(Cause.NOT_FINITE))
     return [
         failed.get(row)
-        or Sampled(token, None if s.params.logprobs is None else _logprobs(logits[row], token, s, describe))
+        or (Sampled(token) if s.params.logprobs is None else _with_logprobs(logits[row], token, s, describe))
         for row, (token, s) in enumerate(zip(tokens, sequences, strict=True))
     ]
 
@@ -56,6 +65,7 @@ def prompt_logprobs(logits: torch.Tensor, tokens: list[int], alternatives: int, 
     """Log probability and rank of each of the R prompt tokens by the logits `[R, V]` of the positions before them.
 
     Processes 64 rows at a time: for 2,000 rows and a vocabulary of 128,000 each float32 copy would take a gigabyte.
+    Raises FloatingPointError for NaN.
     """
     parts = [slice(first, first + _ROWS) for first in range(0, len(tokens), _ROWS)]
     return [
@@ -66,6 +76,8 @@ def prompt_logprobs(logits: torch.Tensor, tokens: list[int], alternatives: int, 
 def _prompt_logprobs(logits: torch.Tensor, tokens: list[int], alternatives: int, describe: Describe) -> list[Logprobs]:
     logprobs = logits.float().log_softmax(-1)
     chosen = logprobs.gather(1, torch.tensor(tokens, device=logits.device)[:, None])
+    if chosen.isnan().any():
+        raise FloatingPointError("the log probabilities of a prompt are NaN")
     ranks = (logprobs > chosen).sum(-1) + 1
     values, ids = logprobs.topk(min(alternatives, logits.shape[1]))
     return [
@@ -98,20 +110,19 @@ def _argmax(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return largest.values, largest.indices
 
 
-def _adjust(logits: torch.Tensor, sequences: list[Sequence]) -> tuple[torch.Tensor, dict[int, ServeAppError]]:
-    """Logits after biases, penalties, min_tokens and grammars, and the errors of the rows whose grammar fails.
+def _adjust(logits: torch.Tensor, sequences: list[Sequence]) -> tuple[torch.Tensor, dict[int, ServeAppError | Failure]]:
+    """Logits after biases, penalties, min_tokens and grammars, and the errors of the rows that have no token.
 
     Copies the logits only when a row needs an adjustment.
     """
-    failed: dict[int, ServeAppError] = {}
+    failed: dict[int, ServeAppError | Failure] = {}
     adjusted_rows = [(row, s) for row, s in enumerate(sequences) if _needs_adjustment(s)]
     if not adjusted_rows:
         return logits, failed
     logits = logits.to(torch.float32, copy=True)
     _bias(logits, adjusted_rows)
     for row, sequence in adjusted_rows:
-        _adjust_row(logits[row], sequence)
-        error = _constrain(logits[row], sequence)
+        error = _or_failure(sequence, partial(_adjust_row, logits[row], sequence))
         if error is not None:
             failed[row] = error
     return logits, failed
@@ -131,7 +142,13 @@ def _bias(logits: torch.Tensor, adjusted_rows: list[tuple[int, Sequence]]) -> No
         logits.index_put_((rows, tokens), values.to(logits.dtype), accumulate=True)
 
 
-def _adjust_row(row: torch.Tensor, sequence: Sequence) -> None:
+def _adjust_row(row: torch.Tensor, sequence: Sequence) -> ServeAppError | None:
+    """Apply penalties, min_tokens and the grammar in place; returns the grammar's error."""
+    _penalize(row, sequence)
+    return _constrain(row, sequence)
+
+
+def _penalize(row: torch.Tensor, sequence: Sequence) -> None:
     """Apply penalties and min_tokens in place.
 
     The repetition penalty applies to tokens of prompt and answer (Keskar et al. 2019, CTRL), the presence and frequency
@@ -233,6 +250,21 @@ def _first_above(weights: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
     cumulative = weights.cumsum(-1)
     found = torch.searchsorted(cumulative, (draws * cumulative[:, -1])[:, None], right=True)[:, 0]
     return found.clamp(max=weights.shape[1] - 1)  # NaN weights of one row must not fail the step of all rows
+
+
+def _with_logprobs(row: torch.Tensor, token: int, sequence: Sequence, describe: Describe) -> Sampled | Failure:
+    return _or_failure(sequence, lambda: Sampled(token, _logprobs(row, token, sequence, describe)))
+
+
+def _or_failure(sequence: Sequence, work: Callable[[], T]) -> T | Failure:
+    """The result of work for one sequence. An exception fails only this one."""
+    try:
+        return work()
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException:  # a panic of a Rust extension is a BaseException
+        logger.exception("sampling for request %s failed", sequence.stream.request.id)
+        return failure(Cause.ERROR)
 
 
 def _logprobs(row: torch.Tensor, token: int, sequence: Sequence, describe: Describe) -> Logprobs:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from bisect import insort
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence as Seq
 from dataclasses import dataclass
 
 from serve_app.engines.ending import expired_error
-from serve_app.engines.native.kv_cache import BLOCK, Copy, KVCache
+from serve_app.engines.native.failure import Failure, failure
+from serve_app.engines.native.kv_cache import BLOCK, CacheOp, Copy, KVCache
 from serve_app.engines.native.sequence import Advance, Outcome, Sequence, Step
 from serve_app.engines.native.step_time import StepTimeModel
+from serve_app.engines.protocol import Cause
 from serve_app.engines.stream import Embedding, Token
 from serve_app.errors import QueueFull, ServeAppError
 
+logger = logging.getLogger(__name__)
+
 # What a step, or the end of a sequence, sends to its stream.
-Result = Token | Embedding | ServeAppError
+Result = Token | Embedding | ServeAppError | Failure
 # With more rows a step takes longer, and drafts would cost more than they save.
 _MAX_DRAFT_ROWS = 8
 # A long prompt advances by at least this many tokens a step, however short the step has to be.
@@ -130,17 +135,26 @@ class Scheduler:
         return Step(tuple(advances), self._kv_cache.take_ops())
 
     def commit(self, step: Step, outcomes: list[Outcome], now: float) -> list[tuple[Sequence, Result]]:
-        """Apply the outcomes of a step and return the results for each stream. Ended sequences free their slot."""
+        """Apply the outcomes of a step, one for each advance that samples, and return the results for each stream.
+
+        Ended sequences free their slot. An exception of one sequence, for example of its grammar, fails only this one.
+        """
         remaining = iter(outcomes)
         results: list[tuple[Sequence, Result]] = []
         for advance in step.advances:
             sequence, completes = advance.sequence, advance.completes
-            sequence.computed += advance.count
-            if completes and sequence.embeds:
-                self._release(sequence)
-                results.append((sequence, sequence.embedding()))
-            elif completes:
-                results += [(sequence, result) for result in self._accept(advance, next(remaining), now)]
+            try:
+                sequence.computed += advance.count
+                if completes and sequence.embeds:
+                    results.append((sequence, self._embed(sequence)))
+                elif completes:
+                    results += [(sequence, result) for result in self._accept(advance, next(remaining), now)]
+            except (KeyboardInterrupt, SystemExit):
+                raise
+            except BaseException:  # a panic of a Rust extension is a BaseException
+                logger.exception("the result of request %s cannot be used", sequence.stream.request.id)
+                self.fail([sequence])
+                results.append((sequence, failure(Cause.ERROR)))
         assert next(remaining, None) is None, "the runner sampled for more sequences than the step has"
         return results
 
@@ -149,20 +163,23 @@ class Scheduler:
         if self._step_times is not None:
             self._step_times.record(step.rows, seconds)
 
-    def fail(self, step: Step) -> list[Sequence]:
-        """Remove and return the sequences of a step that could not be run or committed.
-
-        They include sequences that ended in this step, and those into whose slot the step was to copy. The content of
-        all their slots is unknown and is discarded.
-        """
-        members = [advance.sequence for advance in step.advances]
-        targets = {op.target for op in step.cache_ops if isinstance(op, Copy)}
-        members += [s for s in self._running if s.slot in targets and s not in members]
-        for sequence in members:
+    def fail(self, sequences: Seq[Sequence]) -> None:
+        """Remove sequences that cannot be computed. The content of their slots is unknown and is discarded."""
+        for sequence in sequences:
             if sequence.slot is not None:
                 self._release(sequence, keep=False)
-        self._kv_cache.restore_trims(step.cache_ops)
-        return members
+
+    def undo(self, ops: Seq[CacheOp]) -> None:
+        """Take back cache operations that failed.
+
+        A sequence whose slot lacks copied content is computed again in its turn, without copies. Memory that was not
+        freed is freed before the next step.
+        """
+        targets = {op.target for op in ops if isinstance(op, Copy)}
+        for sequence in [s for s in self._running if s.slot in targets]:
+            sequence.copies = False
+            self._requeue(sequence)
+        self._kv_cache.restore_trims(ops)
 
     def drain(self) -> list[Sequence]:
         """Remove and return all sequences, when the engine stops."""
@@ -189,11 +206,15 @@ class Scheduler:
                 self._preempt(max(self._running, key=_priority))
 
     def _preempt(self, sequence: Sequence) -> None:
+        self._requeue(sequence)
+        self._memory_full = True
+        self.counts.preemptions += 1
+
+    def _requeue(self, sequence: Sequence) -> None:
+        """Take the slot of a sequence, which is computed again in its turn."""
         self._release(sequence, keep=False)
         sequence.computed = 0
         insort(self._waiting, sequence, key=_priority)
-        self._memory_full = True
-        self.counts.preemptions += 1
 
     def _admit(self) -> None:
         """Give slots to waiting sequences while there are slots and memory.
@@ -206,7 +227,7 @@ class Scheduler:
                 return
             if self._waits_for_prefill(sequence):
                 continue
-            allocated = self._kv_cache.allocate(sequence.tokens, self._salt(sequence), reuse=not sequence.needs_readout)
+            allocated = self._kv_cache.allocate(sequence.tokens, self._salt(sequence), reuse=sequence.may_copy)
             if allocated is None:
                 return
             self._waiting.remove(sequence)
@@ -225,7 +246,7 @@ class Scheduler:
         prompt.
         """
         salt, length = self._salt(sequence), sequence.prompt_len
-        if salt is None or sequence.needs_readout:
+        if salt is None or not sequence.may_copy:
             return False
         same = any(
             not other.generated
@@ -259,11 +280,17 @@ class Scheduler:
         rows = self._step_times.max_rows(len(self._running)) or self._max_step_tokens
         return min(self._max_step_tokens, max(rows, decoding + _MIN_CHUNK))
 
-    def _accept(self, advance: Advance, outcome: Outcome, now: float) -> Iterator[Token | ServeAppError]:
+    def _embed(self, sequence: Sequence) -> Embedding | Failure:
+        vector = sequence.embedding()
+        self._release(sequence, keep=isinstance(vector, Embedding))
+        return vector
+
+    def _accept(self, advance: Advance, outcome: Outcome, now: float) -> Iterator[Token | ServeAppError | Failure]:
         """The tokens of one sequence in this step, up to the first draft that is wrong."""
         sequence = advance.sequence
-        if isinstance(outcome, ServeAppError):
-            self._release(sequence)
+        if isinstance(outcome, ServeAppError | Failure):
+            # Keys and values with NaN must not be shared.
+            self._release(sequence, keep=not isinstance(outcome, Failure))
             yield outcome
             return
         accepted = 0

@@ -13,10 +13,12 @@ from serve_app.core.events import Logprobs
 from serve_app.core.requests import Adapter, SamplingParams
 from serve_app.engines.ending import Ending
 from serve_app.engines.native.drafts import Drafter
+from serve_app.engines.native.failure import Failure, failure
 from serve_app.engines.native.kv_cache import CacheOp
+from serve_app.engines.protocol import Cause
 from serve_app.engines.stream import Embedding, Token, TokenStream
 from serve_app.engines.text.protocol import Constraint, Text
-from serve_app.errors import InternalError, ServeAppError
+from serve_app.errors import ServeAppError
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +57,11 @@ class PromptReadout:
         self._sums = tuple(map(sum, zip(self._sums, sums, strict=True))) if self._sums else tuple(sums)
         self.collected += rows
 
-    def embedding(self) -> tuple[float, ...] | ServeAppError:
+    def embedding(self) -> tuple[float, ...] | Failure:
         """The mean of all hidden states, scaled to length 1. States that are all 0, as of padding tokens, give 0."""
         length = math.hypot(*self._sums)
         if not length < math.inf:
-            return InternalError("the model computed no numbers for this text; it may be too unusual for its precision")
+            return failure(Cause.NOT_FINITE)
         return tuple(array("f", (value / (length or 1.0) for value in self._sums)))
 
 
@@ -68,15 +70,17 @@ class Sequence:
 
     `tokens` is the prompt followed by the answer. The keys and values of the first `computed` tokens are in slot
     `slot`; while the sequence decodes, only its last token is not computed. `arrival` counts sequences in the order
-    of their arrival. The chunks of a `long_prompt` are limited to bound the delay of running sequences. `readout`
-    collects what the request wants to know of its prompt. A sequence that `embeds` ends with its prompt. Computed
-    tokens are shared only with sequences of the same `salt`, which includes the content of the LoRA adapter.
+    of their arrival. `copies` is false after a failed copy of computed tokens from another slot. The chunks of a
+    `long_prompt` are limited to bound the delay of running sequences. `readout` collects what the request wants to know
+    of its prompt. A sequence that `embeds` ends with its prompt. Computed tokens are shared only with sequences of the
+    same `salt`, which includes the content of the LoRA adapter.
     """
 
     __slots__ = (
         "adapter",
         "arrival",
         "computed",
+        "copies",
         "deadline",
         "drafter",
         "embeds",
@@ -111,6 +115,7 @@ class Sequence:
         self.embeds = stream.request.embed
         self.readout = self._make_readout()
         self.computed = 0
+        self.copies = True
         self.long_prompt = False
         self.arrival = 0
         self.drafter = Drafter()
@@ -148,6 +153,11 @@ class Sequence:
         """Whether rows of the prompt still have to be collected, so that they cannot come from the prefix cache."""
         return self.readout is not None and not self.readout.complete
 
+    @property
+    def may_copy(self) -> bool:
+        """Whether the sequence may take computed tokens from the prefix cache."""
+        return self.copies and not self.needs_readout
+
     def propose_drafts(self, count: int) -> tuple[int, ...]:
         """At most `count` draft tokens; none if the choice of a token depends on the answer so far."""
         p = self.params
@@ -170,11 +180,11 @@ class Sequence:
         elapsed_s = now - self.stream.arrived
         return Token(sampled.token_id, elapsed_s, reason, sampled.logprobs, complete, prompt_logprobs)
 
-    def embedding(self) -> Embedding | ServeAppError:
+    def embedding(self) -> Embedding | Failure:
         """The embedding of the prompt, once all of it is computed."""
         assert self.readout is not None
         vector = self.readout.embedding()
-        return vector if isinstance(vector, ServeAppError) else Embedding(vector)
+        return vector if isinstance(vector, Failure) else Embedding(vector)
 
     def _make_readout(self) -> PromptReadout | None:
         if self.embeds:
@@ -226,7 +236,7 @@ class Advance:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One forward pass: decoding sequences by slot, then prompt chunks. The runner executes `cache_ops` before it."""
+    """One forward pass: decoding sequences by slot, then prompt chunks. `cache_ops` are executed before it."""
 
     advances: tuple[Advance, ...]
     cache_ops: tuple[CacheOp, ...] = ()
@@ -236,8 +246,9 @@ class Step:
         return sum(advance.rows for advance in self.advances)
 
 
-# The result of a step for one sequence: a token, and one more for each draft that may be accepted; or an error.
-Outcome = tuple[Sampled, ...] | ServeAppError
+# The result of a step for one sequence: a token, and one more for each draft that may be accepted; an error of the
+# request, such as that of its grammar; or a failure of the model.
+Outcome = tuple[Sampled, ...] | ServeAppError | Failure
 
 
 class Runner(Protocol):
@@ -278,9 +289,18 @@ class Runner(Protocol):
         """Read a LoRA adapter: the digest of its files, and its weights. Called on any thread. Raises ServeAppError."""
         ...
 
-    def run(self, step: Step) -> list[Outcome]:
-        """Execute the cache operations, then one forward pass; one outcome for each advance that samples, in order.
+    def apply(self, op: CacheOp) -> None:
+        """Execute one cache operation."""
+        ...
 
-        Adds the `readout_rows` of each advance to the readout of its sequence.
+    def run(self, step: Step) -> list[Outcome]:
+        """One forward pass for the advances of a step; one outcome for each advance that samples, in order.
+
+        Adds the `readout_rows` of each advance to the readout of its sequence. Can be repeated with any part of the
+        advances after an exception.
         """
+        ...
+
+    def free_memory(self) -> None:
+        """Give memory that is not in use back to the device, after an allocation failed."""
         ...

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 # A step with a chunk of a long prompt may take this many times as long as one without it. The documented bound is 2.
 MAX_SLOWDOWN = 1.9
+# A step hangs if it takes this many times as long as expected: other programs can take most of the processor.
+_HANG_FACTOR = 5
+_FIRST_STEP_S = 60.0
+_LONGEST_STEP_S = 600.0
 # Weight of the newest step in the moving averages.
 _NEWEST = 0.2
 
@@ -36,6 +40,19 @@ class StepTimeModel:
             return max(below)[1] if below else min(above)[1]
         (low, low_s), (high, high_s) = max(below), min(above)
         return low_s + (high_s - low_s) * (rows - low) / (high - low)
+
+    def limit(self, rows: int, least_s: float) -> float:
+        """Seconds after which a step of `rows` has hung: at least `least_s`. May be called from another thread.
+
+        A step may take _HANG_FACTOR times as long as predicted, which for more rows than any step before grows with the
+        rows. The first step may take longer, because it can read weights from a disk.
+        """
+        groups = list(self._groups.values())
+        if not groups:
+            return max(least_s, _FIRST_STEP_S)
+        most_rows, most_s = max(groups)
+        expected_s = most_s * max(1.0, rows / most_rows) if rows > 0 else 0.0
+        return max(least_s, min(_HANG_FACTOR * expected_s, _LONGEST_STEP_S))
 
     def max_rows(self, usual_rows: int) -> int | None:
         """The most rows that take at most MAX_SLOWDOWN times as long as `usual_rows`; None before the first record."""

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -23,6 +23,7 @@ from serve_app.engines.files.disk_cache import (
     require_space,
     safetensors_fault,
 )
+from tests.small_disk import fill, small_disk
 
 # A process that makes the folder argv[1] in argv[2] seconds.
 PROGRAM = """
@@ -200,3 +201,46 @@ def test_too_little_space_is_an_error_with_both_numbers(tmp_path: Path) -> None:
         require_space(tmp_path, 10**18, "the conversion")
     assert str(error.value).startswith(f"the conversion needs 1,000,000,000,000 MB in {tmp_path}, where ")
     assert " MB are free; free space there, or set XDG_CACHE_HOME" in str(error.value)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    with small_disk(tmp_path / "disk", "256k") as folder:
+        yield folder
+
+
+def write_folder(part: Path) -> None:
+    part.mkdir()
+    (part / "first").write_bytes(bytes(1000))
+    (part / "second").write_bytes(bytes(200_000))
+
+
+def write_file(part: Path) -> None:
+    part.write_bytes(bytes(200_000))
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_on_a_full_disk_there_is_no_entry_and_the_error_says_what_to_do(kind: str, disk: Path) -> None:
+    made = Work(write_folder if kind == "folder" else write_file, "making", "makes")
+    cached = cached_folder if kind == "folder" else cached_file
+    target = disk / "entry"
+    filler = fill(disk)
+    with pytest.raises(CacheError) as error:
+        cached(target, made, lambda stage: None)
+    assert "No space left on device; free space there, or set XDG_CACHE_HOME to a folder on another disk" in str(
+        error.value
+    )
+    assert {path.name for path in disk.iterdir()} <= {"filler", "entry.lock", "entry.sha256"}
+    filler.unlink()
+    assert cached(target, made, lambda stage: None) == target
+
+
+def test_a_disk_that_becomes_full_while_an_entry_is_made_leaves_no_part_of_it(disk: Path) -> None:
+    def make(part: Path) -> None:
+        write_folder(part)
+        fill(disk)
+        (part / "third").write_bytes(bytes(100_000))
+
+    with pytest.raises(CacheError, match="free space"):
+        cached_folder(disk / "entry", Work(make, "making", "makes"), lambda stage: None)
+    assert {path.name for path in disk.iterdir()} == {"filler", "entry.lock"}

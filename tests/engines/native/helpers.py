@@ -13,7 +13,7 @@ from serve_app.config import NativeOptions
 from serve_app.core.events import Chunk, Delta, FinishReason, Logprobs, TokenEvent, TokenLogprob, ToolCallDelta
 from serve_app.core.requests import GenerationRequest, SamplingParams, TextPrompt, TokenPrompt
 from serve_app.engines.native.engine import NativeEngine
-from serve_app.engines.native.kv_cache import BLOCK, Copy
+from serve_app.engines.native.kv_cache import BLOCK, CacheOp, Copy
 from serve_app.engines.native.sequence import Advance, Outcome, Runner, Sampled, Sequence, Step
 from serve_app.engines.stream import Embedding, Token, TokenStream
 from serve_app.engines.toy import ToyRunner, ToyText
@@ -168,13 +168,17 @@ class FakeCacheRunner:
     def __init__(self, slots: int) -> None:
         self._cache: list[dict[int, int]] = [{} for _ in range(slots)]
 
+    def apply(self, op: CacheOp) -> None:
+        if isinstance(op, Copy):
+            source = self._cache[op.source]
+            self._cache[op.target] |= {position: source[position] for position in range(op.count)}
+        else:
+            self._cache[op.slot] = {p: token for p, token in self._cache[op.slot].items() if p < op.keep}
+
     def run(self, step: Step) -> list[Outcome]:
+        """Also executes the cache operations of a step that comes from the scheduler without an engine."""
         for op in step.cache_ops:
-            if isinstance(op, Copy):
-                source = self._cache[op.source]
-                self._cache[op.target] |= {position: source[position] for position in range(op.count)}
-            else:
-                self._cache[op.slot] = {p: token for p, token in self._cache[op.slot].items() if p < op.keep}
+            self.apply(op)
         return [outcome for advance in step.advances for outcome in self._advance(advance)]
 
     def within(self, blocks: Seq[int]) -> bool:
@@ -201,6 +205,49 @@ class FakeCacheRunner:
         else:
             tokens = [TokenLogprob(sequence.tokens[row + 1], "", row + 1) for row in rows]
             readout.add_logprobs([Logprobs(token, ()) for token in tokens])
+
+
+@dataclass
+class Faults:
+    """What fails in a FaultyCacheRunner: these sequences, passes of more rows, the next passes, the next operations."""
+
+    poisoned: set[Sequence] = field(default_factory=set)
+    max_rows: int = 10**9
+    passes: int = 0
+    ops: int = 0
+
+
+class FaultyCacheRunner(FakeCacheRunner):
+    """Fails as `faults` say. A failing pass has computed half of its advances; a failing copy leaves wrong content."""
+
+    def __init__(self, slots: int) -> None:
+        super().__init__(slots)
+        self.faults = Faults()
+        self.passes: list[int] = []
+
+    def apply(self, op: CacheOp) -> None:
+        if self.faults.ops:
+            self.faults.ops -= 1
+            if isinstance(op, Copy):
+                self._cache[op.target] = dict.fromkeys(range(op.count), 0)
+            raise RuntimeError("scripted")
+        super().apply(op)
+
+    def run(self, step: Step) -> list[Outcome]:
+        self.passes.append(step.rows)
+        faults = self.faults
+        fails_all, faults.passes = faults.passes > 0, max(0, faults.passes - 1)
+        if step.rows > faults.max_rows:
+            error: BaseException = RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        elif fails_all or any(advance.sequence in faults.poisoned for advance in step.advances):
+            error = Panic("scripted")
+        else:
+            return super().run(step)
+        super().run(Step(step.advances[: len(step.advances) // 2]))
+        raise error
+
+    def free_memory(self) -> None:
+        self.faults.max_rows += self.faults.max_rows < 1
 
 
 class SteppedRunner(ToyRunner):

@@ -29,9 +29,10 @@ from serve_app.core.requests import (
 )
 from serve_app.engines.native import kv_cache
 from serve_app.engines.native.engine import NativeEngine
+from serve_app.engines.native.failure import failure
 from serve_app.engines.native.kv_cache import BLOCK
 from serve_app.engines.native.sequence import Outcome, Sampled, Step
-from serve_app.engines.protocol import EngineStalled
+from serve_app.engines.protocol import Cause, EngineStalled
 from serve_app.engines.toy import END, ToyRunner
 from serve_app.errors import (
     DeadlineExceeded,
@@ -254,7 +255,7 @@ async def test_stats_count_steps_rows_and_tokens() -> None:
         wait_until(partial(idle, engine))
         wait_until(lambda: engine.stats().generated_tokens == 4)
         stats = engine.stats()
-    assert (stats.steps, stats.rows, stats.decode_rows, stats.failed_steps) == (3, 7, 3, 0)
+    assert (stats.steps, stats.rows, stats.decode_rows, stats.failed_passes) == (3, 7, 3, {})
     assert stats.busy_s == 2
 
 
@@ -368,16 +369,57 @@ async def test_streams_of_a_closed_event_loop_are_cancelled() -> None:
 # Failures of the model
 
 
-async def test_a_failed_step_ends_only_its_own_requests() -> None:
-    with running(partial(FaultyRunner, script=[OOPS]), max_running=2, max_step_tokens=3) as engine:
-        failed, unaffected = admit(engine, limited_request("abcdef", 2), limited_request("xyz", 4))
-        answers = [await read(failed), await read(unaffected)]
+async def test_a_request_that_fails_every_step_ends_and_the_others_continue() -> None:
+    with running(partial(ToyRunner, fails_on="bad"), max_running=3) as engine:
+        members = admit(engine, limited_request("abc", 4), limited_request("bad", 4), limited_request("xyz", 4))
+        answers = [await read(stream) for stream in members]
         engine.check()
-        assert engine.stats().failed_steps == 1
-    assert isinstance(answers[0].error, InternalError)
-    assert "scripted" not in answers[0].error.message
-    assert answers[1].text == "xyzx"
-    assert (failed.terminal_events, unaffected.terminal_events) == (1, 1)
+        assert engine.stats().failed_passes == {Cause.ERROR: 4}, "of 3 requests, of 2, and twice of 1"
+        assert engine.stats().failed_sequences == {Cause.ERROR: 1}
+    assert [answer.text for answer in answers] == ["abca", "", "xyzx"]
+    assert isinstance(answers[1].error, InternalError)
+    assert "fails on" not in answers[1].error.message
+    assert [stream.terminal_events for stream in members] == [1, 1, 1]
+
+
+async def test_a_pass_that_fails_once_fails_no_request() -> None:
+    with running(partial(FaultyRunner, script=[OOPS, None, MemoryError()])) as engine:
+        assert (await generate(engine, limited_request("abc", 4))).text == "abca"
+        assert engine.stats().failed_passes == {Cause.ERROR: 1, Cause.MEMORY: 1}
+        assert engine.stats().failed_sequences == {}
+
+
+class SmallMemory(ToyRunner):
+    """Has memory for passes of at most `most` rows."""
+
+    def __init__(self, config: NativeOptions, most: int) -> None:
+        super().__init__(config)
+        self._most = most
+
+    def run(self, step: Step) -> list[Outcome]:
+        if step.rows > self._most:
+            raise RuntimeError(
+                "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"
+            )
+        return super().run(step)
+
+
+@pytest.mark.parametrize("most", [1, 2, 7])
+async def test_when_memory_is_full_steps_are_computed_in_smaller_passes(most: int) -> None:
+    with running(partial(SmallMemory, most=most), max_running=4, draft_tokens=4) as engine:
+        members = admit(engine, *(limited_request(text * 5, 9) for text in ("abcab", "xyzxy", "mnopq")))
+        answers = [await read(stream) for stream in members]
+        assert engine.stats().failed_sequences == {}
+        assert set(engine.stats().failed_passes) == {Cause.MEMORY}
+    assert [answer.text for answer in answers] == ["abcababca", "xyzxyxyzx", "mnopqmnop"]
+
+
+async def test_a_request_that_memory_does_not_suffice_for_gets_an_error() -> None:
+    with running(partial(SmallMemory, most=0)) as engine:
+        answer = await generate(engine, limited_request("abc", 4))
+        assert engine.stats().failed_sequences == {Cause.MEMORY: 1}
+    assert isinstance(answer.error, InternalError)
+    assert "memory of this replica" in answer.error.message
 
 
 class Miscounting(ToyRunner):
@@ -395,7 +437,7 @@ class Miscounting(ToyRunner):
 
 
 async def test_a_panic_of_a_native_extension_fails_only_its_step() -> None:
-    with running(partial(FaultyRunner, script=[Panic("scripted")])) as engine:
+    with running(partial(FaultyRunner, script=[Panic("scripted")] * 2)) as engine:
         failed = await generate(engine, limited_request("a", 1))
         assert (await generate(engine, limited_request("b", 1))).text == "b"
         engine.check()
@@ -403,12 +445,12 @@ async def test_a_panic_of_a_native_extension_fails_only_its_step() -> None:
 
 
 class MissingToken(ToyRunner):
-    """Returns an error in place of the third token of sequences with max_tokens 9."""
+    """Computes NaN in place of the third token of sequences with max_tokens 9."""
 
     def run(self, step: Step) -> list[Outcome]:
         sampling = [advance.sequence for advance in step.advances if advance.samples]
         return [
-            InternalError("no numbers") if sequence.max_tokens == 9 and sequence.generated == 2 else outcome
+            failure(Cause.NOT_FINITE) if sequence.max_tokens == 9 and sequence.generated == 2 else outcome
             for sequence, outcome in zip(sampling, super().run(step), strict=True)
         ]
 
@@ -421,22 +463,22 @@ async def test_a_sequence_without_a_token_fails_and_the_others_continue() -> Non
         assert (complete.text, complete.error) == ("cdcdc", None)
         assert (failing.terminal_events, healthy.terminal_events) == (1, 1)
         wait_until(lambda: engine.stats().running == 0)
-        assert engine.stats().failed_steps == 0
+        assert engine.stats().failed_passes == {}
+        assert engine.stats().failed_sequences == {Cause.NOT_FINITE: 1}
 
 
 @pytest.mark.parametrize("extra", [-1, 1])
-async def test_a_step_with_the_wrong_number_of_tokens_fails(extra: int) -> None:
-    """A request whose answer this step completed gets an error as well."""
+async def test_a_request_for_which_the_runner_returns_the_wrong_number_of_tokens_fails(extra: int) -> None:
     with running(partial(Miscounting, extra=extra)) as engine:
         members = admit(engine, limited_request("a", 1), limited_request("b", 9))
         answers = [await read(stream) for stream in members]
         assert (await generate(engine, limited_request("c", 1))).text == "c"
-    assert [type(answer.error) for answer in answers] == [InternalError, InternalError]
+    assert [type(answer.error) for answer in answers] == [type(None), InternalError]
     assert [stream.terminal_events for stream in members] == [1, 1]
 
 
 async def test_consecutive_failed_steps_make_the_engine_unhealthy() -> None:
-    with running(partial(FaultyRunner, script=[OOPS] * 3)) as engine:
+    with running(partial(FaultyRunner, script=[OOPS] * 6)) as engine:
         for _ in range(3):
             engine.check()
             answer = await generate(engine, request())
@@ -448,11 +490,11 @@ async def test_consecutive_failed_steps_make_the_engine_unhealthy() -> None:
 
 
 async def test_a_successful_step_resets_the_failure_count() -> None:
-    with running(partial(FaultyRunner, script=[OOPS, OOPS, None, OOPS, OOPS])) as engine:
+    with running(partial(FaultyRunner, script=[*[OOPS] * 4, None, *[OOPS] * 4])) as engine:
         for _ in range(5):
             await generate(engine, limited_request("a", 1))
         engine.check()
-        assert engine.stats().failed_steps == 4
+        assert engine.stats().failed_sequences == {Cause.ERROR: 4}
 
 
 async def test_every_request_to_a_failing_model_ends_exactly_once() -> None:
@@ -466,7 +508,9 @@ async def test_every_request_to_a_failing_model_ends_exactly_once() -> None:
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 async def test_when_the_thread_dies_all_requests_end_and_new_ones_are_refused() -> None:
-    with running(partial(FaultyRunner, script=[None, SystemError(), KeyboardInterrupt()]), max_running=1) as engine:
+    with running(
+        partial(FaultyRunner, script=[None, *[SystemError()] * 2, KeyboardInterrupt()]), max_running=1
+    ) as engine:
         assert (await generate(engine, limited_request("a", 1))).text == "a"
         all_streams = admit(engine, *(request() for _ in range(3)))
         answers = [await read(stream) for stream in all_streams]

@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 
+from serve_app.core.events import TokenLogprob
 from serve_app.core.requests import SamplingParams
+from serve_app.engines.native.failure import Failure
 from serve_app.engines.native.sampler import prompt_logprobs, sample, uniform
 from serve_app.engines.native.sequence import Sequence
-from serve_app.errors import InternalError
-from tests.engines.native.helpers import describe, request, sequence, sequences, tokens_of
+from serve_app.engines.protocol import Cause
+from tests.engines.native.helpers import Panic, describe, request, sequence, sequences, tokens_of
 
 pytestmark = pytest.mark.model
 
@@ -181,14 +183,36 @@ def test_a_draw_does_not_depend_on_other_rows_or_the_row_number(spread: float, d
         assert chosen(logits[order], [batch[i] for i in order]) == [alone[i] for i in order]
 
 
-@pytest.mark.parametrize("filters", [{}, {"top_k": 5}])
-def test_a_row_with_nan_is_an_error_and_does_not_change_other_rows(filters: dict[str, Any]) -> None:
-    logits, batch = noise(3, 400), seeded(3, replace(WARM, **filters))
+@pytest.mark.parametrize("params", [WARM, replace(WARM, top_k=5), SamplingParams(), SamplingParams(min_tokens=5)])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_row_without_finite_logits_fails_and_does_not_change_other_rows(bad: float, params: SamplingParams) -> None:
+    logits, batch = noise(3, 400), seeded(3, params)
     expected = sample(logits, batch, describe)
-    logits[1, 7] = torch.nan
+    logits[1, slice(None) if bad == -math.inf else 7] = bad
     outcomes = sample(logits, batch, describe)
     assert (outcomes[0], outcomes[2]) == (expected[0], expected[2])
-    assert isinstance(outcomes[1], InternalError)
+    assert isinstance(outcomes[1], Failure)
+    assert outcomes[1].cause is Cause.NOT_FINITE
+
+
+class Panicking:
+    """A constraint that fails as a panic of a Rust extension."""
+
+    def allowed(self) -> bytes:
+        raise Panic
+
+
+def test_an_exception_of_a_grammar_or_of_logprobs_fails_only_its_row() -> None:
+    def fails_on_logprobs(token: int, logprob: float) -> TokenLogprob:
+        raise ValueError("scripted")
+
+    logits, batch = noise(3, 400), seeded(3, WARM)
+    expected = sample(logits, batch, describe)
+    batch[0].ending = replace(batch[0].ending, constraint=Panicking())  # type: ignore[arg-type]
+    batch[2].params = replace(batch[2].params, logprobs=1)
+    outcomes = sample(logits, batch, fails_on_logprobs)
+    assert outcomes[1] == expected[1]
+    assert [one.cause for one in (outcomes[0], outcomes[2]) if isinstance(one, Failure)] == [Cause.ERROR] * 2
 
 
 def test_the_same_seed_repeats_an_answer_and_another_seed_changes_it() -> None:
@@ -370,3 +394,8 @@ def test_prompt_logprobs_are_log_softmax_and_rank() -> None:
         assert [one.logprob for one in returned.top] == pytest.approx(
             [logprobs[one.token_id].item() for one in returned.top]
         )
+
+
+def test_prompt_logprobs_of_nan_are_an_error() -> None:
+    with pytest.raises(FloatingPointError):
+        prompt_logprobs(torch.full((1, 4), math.nan), [1], 0, describe)

@@ -9,15 +9,18 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from serve_app.config import NativeOptions
 from serve_app.core.requests import SamplingParams
-from serve_app.engines.native.kv_cache import BLOCK, KVCache
+from serve_app.engines.native.failure import Failure, failure
+from serve_app.engines.native.isolation import MAX_PASSES, compute
+from serve_app.engines.native.kv_cache import BLOCK, Copy, KVCache, Trim
 from serve_app.engines.native.scheduler import Result, Scheduler, _priority
 from serve_app.engines.native.sequence import Sampled, Sequence, Step
 from serve_app.engines.native.step_time import StepTimeModel
+from serve_app.engines.protocol import Cause
 from serve_app.engines.stream import Embedding, Token
 from serve_app.engines.toy import ToyRunner
-from serve_app.errors import DeadlineExceeded, InternalError, QueueFull
+from serve_app.errors import DeadlineExceeded, QueueFull
 
-from .helpers import FakeCacheRunner, next_token, request, sequence, sequences
+from .helpers import FakeCacheRunner, Faults, FaultyCacheRunner, Panic, next_token, request, sequence, sequences
 
 RUNNER = ToyRunner(NativeOptions())
 MIN_CHUNK = 16
@@ -208,16 +211,52 @@ def test_expired_sequences_are_removed_with_an_error() -> None:
     assert [advance.sequence for advance in scheduler.plan(0).advances] == [remaining]
 
 
-def test_a_failed_step_removes_its_sequences_and_those_that_ended_in_it() -> None:
+def test_a_failed_sequence_frees_its_slot_and_the_others_continue() -> None:
     scheduler = scheduler_of(2, 64, 8)
     ended, broken, later = make("a", 1), make("b", 9), make("c", 1)
     add(scheduler, ended, broken, later)
     step = scheduler.plan(0)
-    with pytest.raises(StopIteration):
-        scheduler.commit(step, [(Sampled(1),)], 0)
-    assert scheduler.fail(step) == [ended, broken]
+    scheduler.commit(Step(step.advances[:1]), [(Sampled(1),)], 0)
+    scheduler.fail([ended, broken])
     scheduler.check()
     assert [advance.sequence for advance in scheduler.plan(0).advances] == [later]
+
+
+def test_the_tokens_of_a_failed_sequence_are_not_shared() -> None:
+    """Its keys and values may hold NaN."""
+    scheduler, runner = scheduler_of(2, 256, 8), FakeCacheRunner(2)
+    poisoned, same = answers_to("a" * 100, 9, 2)
+    add(scheduler, poisoned)
+    step = scheduler.plan(0)
+    runner.run(step)
+    ((_, result),) = scheduler.commit(step, [failure(Cause.NOT_FINITE)], 0)
+    assert isinstance(result, Failure)
+    add(scheduler, same)
+    assert scheduler.plan(0).rows == 100
+    scheduler.check()
+
+
+class FailingEnding:
+    """Raises at the end of a grammar, as a panic of a Rust extension."""
+
+    max_tokens = 9
+    end_ids = frozenset[int]()
+    constraint = None
+
+    def reason(self, token_id: int, generated: int) -> tuple[None, bool]:
+        raise Panic
+
+
+def test_an_exception_when_a_token_is_accepted_fails_only_its_sequence() -> None:
+    scheduler = scheduler_of(2, 64, 8)
+    broken, healthy = make("a", 9), make("b", 9)
+    broken.ending = FailingEnding()  # type: ignore[assignment]
+    add(scheduler, broken, healthy)
+    (_, failed), (_, token) = scheduler.commit(scheduler.plan(0), [(Sampled(1),), (Sampled(2),)], 0)
+    assert isinstance(failed, Failure)
+    assert isinstance(token, Token)
+    scheduler.check()
+    assert [advance.sequence for advance in scheduler.plan(0).advances] == [healthy]
 
 
 def test_more_outcomes_than_sampling_sequences_are_an_error() -> None:
@@ -394,7 +433,7 @@ def test_when_the_sequence_that_computes_a_prompt_ends_the_next_one_computes_it(
         first.stream.close()
         scheduler.remove_ended(0)
     elif end == "failed":
-        scheduler.fail(scheduler.plan(0))
+        scheduler.fail([first])
     else:
         first.deadline = 1.0
         scheduler.remove_ended(2.0)
@@ -472,14 +511,14 @@ def test_an_embedding_of_one_token_ends_with_its_prompt_and_has_no_drafts() -> N
 @pytest.mark.parametrize(
     ("sums", "expected"),
     [
-        ([math.nan, 1.0], InternalError),
-        ([math.inf, 1.0], InternalError),
+        ([math.nan, 1.0], Failure),
+        ([math.inf, 1.0], Failure),
         ([0.0, 0.0], Embedding((0.0, 0.0))),
         ([0.0, -5.0], Embedding((0.0, -1.0))),
     ],
 )
 def test_an_embedding_without_numbers_is_an_error_and_one_of_zeros_is_zeros(
-    sums: list[float], expected: Embedding | type[InternalError]
+    sums: list[float], expected: Embedding | type[Failure]
 ) -> None:
     scheduler = scheduler_of(1, 64, 4)
     add(scheduler, added := with_readout("abc", embed=True))
@@ -495,7 +534,7 @@ SLOTS, ROWS, QUEUE, BLOCKS = 3, 5, 4, 5
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-    """Any order of arrivals, steps, failures and cancellations, with little memory and many common prefixes."""
+    """Any order of arrivals, steps, faults and cancellations, with little memory and many common prefixes."""
 
     prefix_cache = True
 
@@ -510,9 +549,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             draft_tokens=3,
             prefix_cache=self.prefix_cache,
         )
-        self.runner = FakeCacheRunner(SLOTS)
+        self.runner = FaultyCacheRunner(SLOTS)
         self.now = 0.0
-        self.failed = False
+        self.trims_failed = False
         self.accepted: list[Sequence] = []
         self.terminal_events: dict[Sequence, int] = {}
 
@@ -549,12 +588,26 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def step(self, wait: float) -> None:
         self.now += wait
-        self.failed = False
+        faults = self.runner.faults
         for late, _ in self.scheduler.remove_ended(self.now):
             assert self.now >= late.deadline
             self.terminal_events[late] += 1
         step = self.plan()
-        for done, event in self.scheduler.commit(step, self.runner.run(step), self.now):
+        self.runner.passes.clear()
+        done_step = compute(self.runner, step, lambda rows: None)
+        assert len(self.runner.passes) <= MAX_PASSES
+        lacking = {op.target for op in done_step.undone if isinstance(op, Copy)}
+        self.trims_failed = any(isinstance(op, Trim) for op in done_step.undone)
+        failed = [s for s, _ in done_step.failed]
+        computable = {advance.sequence for advance in step.advances if advance.sequence.slot not in lacking}
+        assert {*failed} == faults.poisoned & computable, "only the sequences that cause failures fail"
+        results = self.scheduler.commit(done_step.step, done_step.outcomes, self.now)
+        self.scheduler.undo(done_step.undone)
+        self.scheduler.fail(failed)
+        for broken in failed:
+            self.terminal_events[broken] += 1
+        self.runner.faults = Faults(faults.poisoned)
+        for done, event in results:
             prompt = done.tokens[: done.prompt_len]
             if isinstance(event, Embedding):
                 length = math.hypot(sum(prompt), len(prompt))
@@ -573,11 +626,15 @@ class SchedulerMachine(RuleBasedStateMachine):
             answer = range(s.prompt_len, len(s.tokens))
             assert all(s.tokens[n] == next_token(s.tokens[:n]) for n in answer), "wrong token"
 
-    @rule()
-    def fail(self) -> None:
-        self.failed = True
-        for ended in self.scheduler.fail(self.plan()):
-            self.terminal_events[ended] += 1
+    @rule(choice=st.integers(0, 99))
+    def poison(self, choice: int) -> None:
+        if self.accepted:
+            self.runner.faults.poisoned.add(self.accepted[choice % len(self.accepted)])
+
+    @rule(faults=st.builds(Faults, max_rows=st.integers(0, ROWS), passes=st.integers(0, 1), ops=st.integers(0, 3)))
+    def fail_next_step(self, faults: Faults) -> None:
+        self.runner.faults = replace(faults, poisoned=self.runner.faults.poisoned)
+        self.step(0.0)
 
     @rule(choice=st.integers(0, 99))
     def cancel(self, choice: int) -> None:
@@ -615,7 +672,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler.check()
         assert self.scheduler.running <= SLOTS
         assert self.scheduler.waiting <= QUEUE + SLOTS
-        if not self.failed:  # the trims of a failed step run with the next step
+        if not self.trims_failed:  # they run with the next step
             assert self.runner.within([slot.written for slot in self.scheduler._kv_cache._slots])
 
     def teardown(self) -> None:

@@ -52,3 +52,17 @@ def test_the_slowdown_stays_in_its_bound_where_every_row_costs_the_same(usual: i
     assert rows is not None
     assert usual < rows
     assert cost(rows) <= 1.05 * MAX_SLOWDOWN * cost(usual)
+
+
+def test_the_limit_of_a_step_follows_the_expected_time() -> None:
+    times = StepTimeModel()
+    assert times.limit(4, 10) == 60, "the first step"
+    times.record(4, 0.1)
+    assert times.limit(4, 10) == 10
+    times.record(64, 4.0)
+    assert times.limit(4, 10) == 20, "a step of fewer rows may take as long as any step before"
+    assert times.limit(64, 10) == 20
+    assert times.limit(256, 10) == 80
+    assert times.limit(1024, 10) == 320
+    assert times.limit(100_000, 10) == 600
+    assert times.limit(0, 10) == 10, "no forward pass runs"
