@@ -1,4 +1,4 @@
-"""Samples of all processes of a service: memory, descriptors and threads over time, and what must be left at the end."""
+"""Samples of the processes of a service: memory, descriptors, threads over time; and what must be left at the end."""
 
 from __future__ import annotations
 
@@ -162,5 +162,3 @@ async def actors_again(program: Program, before: dict[str, int], seconds: float 
         await wait_until(same, seconds=seconds, every_s=0.5)
     except AssertionError:
         raise AssertionError(f"actors now: {actors(program)}; before: {before}") from None
-
-

@@ -33,16 +33,14 @@ class Stack:
 
 
 @contextmanager
-def stack(folder: Path, ingresses: int, real: bool) -> Iterator[Stack]:
-    """Two replicas of the model `toy`, and with `real` one of the embedded model, behind HAProxy.
+def stack(folder: Path, ingresses: int, traced: float = 0.1) -> Iterator[Stack]:
+    """Two replicas of the model `toy` behind HAProxy.
 
-    A tenth of the requests is traced, greedy answers are kept in Redis, and Prometheus reads the metrics.
+    The share `traced` of the requests is traced, greedy answers are kept in Redis, and Prometheus reads the metrics.
     """
     models = [
         model_config("toy", "builtin:toy?step_ms=10", TOY, engine={"max_running": 128}, batching={"max_batch_size": 16})
     ]
-    if real:
-        models.append(model_config("real", "builtin:smollm2-135m", engine={"threads": 1}))
     with ExitStack() as closing:
         collector = closing.enter_context(Collector(keep=False))
         redis = RedisServer(folder)
@@ -52,7 +50,7 @@ def stack(folder: Path, ingresses: int, real: bool) -> Iterator[Stack]:
                 models,
                 environment=faults.clock(folder),
                 ingress={"num_replicas": ingresses},
-                telemetry={"tracing": {"endpoint": collector.endpoint, "sampling_ratio": 0.1}},
+                telemetry={"tracing": {"endpoint": collector.endpoint, "sampling_ratio": traced}},
                 response_cache={"url": redis.url, "timeout_s": 0.2},
                 heartbeat_s=1,
                 stalled_client_s=5,
@@ -80,4 +78,3 @@ def prometheus(folder: Path, service: Service) -> Iterator[psutil.Process]:
             yield psutil.Process(process.pid)
         finally:
             process.kill()
-
