@@ -31,6 +31,15 @@ class Process:
     threads: list[int] = field(default_factory=list)
 
 
+@dataclass
+class Tasks:
+    """The tasks of one event loop over time."""
+
+    name: str
+    times: list[float] = field(default_factory=list)
+    counts: list[float] = field(default_factory=list)
+
+
 def name_of(command: Sequence[str]) -> str | None:
     """`Ingress` or `model-toy` for a replica, else the name of its program; None for a process without a command."""
     if not command:
@@ -51,6 +60,7 @@ class Census:
     def __init__(self, program: Program, client: httpx.AsyncClient, every_s: float = 2.0) -> None:
         self.processes: dict[psutil.Process, Process] = {}
         self.lags_s: list[float] = []
+        self.tasks: dict[str, Tasks] = {}
         self._program = program
         self._client = client
         self._every_s = every_s
@@ -69,8 +79,22 @@ class Census:
         while True:
             await asyncio.to_thread(self.sample)
             with suppress(httpx.TransportError, httpx.HTTPStatusError):
-                self.lags_s += await event_loop_lags(self._client)
+                await self._sample_loops()
             await asyncio.sleep(self._every_s)
+
+    async def _sample_loops(self) -> None:
+        """The newest delay of each event loop, and its tasks."""
+        text = (await self._client.get("/metrics")).raise_for_status().text
+        at = time.monotonic() - self.began
+        for family in text_string_to_metric_families(text):
+            for one in family.samples:
+                if one.name == "serve_app_event_loop_lag_seconds":
+                    self.lags_s.append(one.value)
+                elif one.name == "serve_app_event_loop_tasks":
+                    name = f"model-{one.labels['model']}" if one.labels["model"] else "Ingress"
+                    found = self.tasks.setdefault(one.labels["replica"], Tasks(name))
+                    found.times.append(at)
+                    found.counts.append(one.value)
 
     def sample(self) -> None:
         program = psutil.Process(self._program.process.pid)
@@ -95,15 +119,6 @@ class Census:
         found.rss_mb.append(values[0])
         found.descriptors.append(values[1])
         found.threads.append(values[2])
-
-
-async def event_loop_lags(client: httpx.AsyncClient) -> list[float]:
-    """The newest delay of the event loop of each process in seconds."""
-    text = (await client.get("/metrics")).raise_for_status().text
-    families = text_string_to_metric_families(text)
-    return [
-        one.value for family in families for one in family.samples if one.name == "serve_app_event_loop_lag_seconds"
-    ]
 
 
 def slope(times: Sequence[float], values: Sequence[float], after_s: float) -> float | None:

@@ -7,7 +7,7 @@ import json
 import random
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -204,7 +204,9 @@ class Load:
             return whole(self._client, self._random.choice(["ab", "abc", "abcd"]), tokens)
         return self._stream(self._client, self._random.randrange(6), tokens)
 
-    def _stream(self, client: httpx.AsyncClient, dialect: int, tokens: int, leave: int | None = None) -> Any:
+    def _stream(
+        self, client: httpx.AsyncClient, dialect: int, tokens: int, leave: int | None = None
+    ) -> Coroutine[Any, Any, Outcome]:
         call = toy_calls(tokens)[dialect]
         return stream(client, call, self._expected[call.path, tokens], leave)
 

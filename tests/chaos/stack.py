@@ -72,8 +72,8 @@ def prometheus(folder: Path, service: Service) -> Iterator[psutil.Process]:
     file.write_text(yaml.safe_dump({"scrape_configs": jobs}))
     options = [f"--config.file={file}", f"--storage.tsdb.path={folder / 'metrics'}"]
     listen = f"--web.listen-address=127.0.0.1:{free_port()}"
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen([binary, *options, listen], **quiet) as process:
+    nowhere = subprocess.DEVNULL
+    with subprocess.Popen([binary, *options, listen], stdout=nowhere, stderr=nowhere) as process:
         try:
             yield psutil.Process(process.pid)
         finally:

@@ -69,8 +69,9 @@ class Counter:
 @contextmanager
 def started(environment: dict[str, str] | None = None) -> Iterator[Counter]:
     command = [sys.executable, "-c", PROGRAM]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen(command, text=True, env={**os.environ, **(environment or {})}, **pipes) as program:
+    variables = {**os.environ, **(environment or {})}
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, text=True, env=variables, stdin=pipe, stdout=pipe) as program:
         try:
             yield Counter(program)
         finally:

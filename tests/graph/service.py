@@ -323,6 +323,17 @@ def tokens_after(log: Path, cuts: dict[str, float]) -> dict[str, int]:
     return extra
 
 
+def last_token_after(log: Path, cuts: dict[str, float]) -> dict[str, float]:
+    """How many seconds after its client left the engine computed the last token of each request id; 0 if none."""
+    seconds = dict.fromkeys(cuts, 0.0)
+    for line in log.read_text().splitlines():
+        at, name = line.split()
+        name = name.split("_")[0]
+        if name in cuts:
+            seconds[name] = max(seconds[name], float(at) - cuts[name])
+    return seconds
+
+
 async def model_status(client: httpx.AsyncClient, name: str) -> dict[str, Any]:
     models: Iterable[dict[str, Any]] = (await client.get("/ready")).json()["models"]
     return next(model for model in models if model["name"] == name)
