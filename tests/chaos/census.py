@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -40,12 +41,19 @@ class Tasks:
     counts: list[float] = field(default_factory=list)
 
 
+def _number(found: Sequence[Process | Tasks]) -> None:
+    for name, count in Counter(one.name for one in found).items():
+        same = [one for one in found if one.name == name]
+        for number, one in enumerate(same if count > 1 else [], 1):
+            one.name = f"{name} {number}"
+
+
 def name_of(command: Sequence[str]) -> str | None:
     """`Ingress` or `model-toy` for a replica, else the name of its program; None for a process without a command."""
     if not command:
         return None
-    if found := re.search(r"ray::SERVE_REPLICA::[^#]*#([^#]+)#", command[0]):
-        return found[1]
+    if found := re.search(r"ServeReplica:\w+:([\w-]+)|ray::SERVE_REPLICA::\w+#([\w-]+)#", command[0]):
+        return found[1] or found[2]
     if command[0].startswith("ray::"):
         return command[0].split(".")[0]
     if "-m" in command:
@@ -71,9 +79,12 @@ class Census:
         return self
 
     async def __aexit__(self, *error: object) -> None:
+        """Number the processes that have the same name."""
         self._task.cancel()
         with suppress(asyncio.CancelledError):
             await self._task
+        _number(list(self.processes.values()))
+        _number(list(self.tasks.values()))
 
     async def _sample_until_cancelled(self) -> None:
         while True:

@@ -36,13 +36,17 @@ path { fill: none; stroke-width: 1.5 } .grid { stroke: #ddd } .base { stroke: #5
 
 @dataclass(frozen=True)
 class Check:
-    """A figure with its limit, both in `unit`. `judged` is False if the run was too short for it."""
+    """A figure with its limit, both in `unit`. `judged` is False if the run was too short for it.
+
+    A figure of a process has the process's name and a name that it shares with those of other processes.
+    """
 
     name: str
     value: float
     limit: float
     unit: str
     judged: bool = True
+    process: str = ""
 
     @property
     def held(self) -> bool:
@@ -93,8 +97,20 @@ class Figures:
         if self.faults:
             parts += [*_columns(_FAULT_HEAD, map(_fault_row, self.faults)), ""]
             parts += [f"{one.name}: {reason}" for one in self.faults for reason in one.reasons[:3]]
-        parts += [*_columns(_CHECK_HEAD, map(_check_row, self.checks)), ""]
+        parts += [*_columns(_CHECK_HEAD, [_check_row(one) for one in self.checks if not one.process]), ""]
+        parts += [*self._by_process(), ""]
         return "\n".join(parts)
+
+    def _by_process(self) -> list[str]:
+        """A line for each process. A figure above its limit has a star, in parentheses if it is not judged."""
+        of_process = [one for one in self.checks if one.process]
+        names = dict.fromkeys(one.name for one in of_process)
+        rows: dict[str, dict[str, str]] = {}
+        for one in of_process:
+            mark = "" if one.value <= one.limit else " *" if one.judged else " (*)"
+            rows.setdefault(one.process, {})[one.name] = f"{one.value:.2f}{mark}"
+        cells = [[process, *(row.get(name, "") for name in names)] for process, row in rows.items()]
+        return _columns(["process", *names], cells) if rows else []
 
     def write(self, folder: Path) -> None:
         """figures.json, processes.csv, requests.csv and report.html with the curves."""
@@ -172,16 +188,17 @@ def of_processes(processes: Iterable[Process], seconds: float, warm_s: float) ->
             continue
         per_min = slope(one.times, one.rss_mb, warm_s)
         if per_min is not None:
-            checks.append(Check(f"memory of {one.name}", per_min, MEMORY_MB_PER_MIN, "MB/min", judged))
-        checks.append(Check(f"descriptors of {one.name}", growth(one.times, one.descriptors, warm_s), FLAT, "more"))
-        checks.append(Check(f"threads of {one.name}", growth(one.times, one.threads, warm_s), FLAT, "more"))
+            checks.append(Check("memory MB/min", per_min, MEMORY_MB_PER_MIN, "MB/min", judged, one.name))
+        more = growth(one.times, one.descriptors, warm_s), growth(one.times, one.threads, warm_s)
+        checks.append(Check("descriptors more", more[0], FLAT, "", process=one.name))
+        checks.append(Check("threads more", more[1], FLAT, "", process=one.name))
     return checks
 
 
 def of_loops(loops: Iterable[Tasks], seconds: float, warm_s: float) -> list[Check]:
     """The growth of the tasks of each event loop that ran to the end."""
     lasting = [one for one in loops if one.times[0] <= warm_s and one.times[-1] >= seconds - 10]
-    return [Check(f"tasks of {one.name}", growth(one.times, one.counts, warm_s), FLAT, "more") for one in lasting]
+    return [Check("tasks more", growth(one.times, one.counts, warm_s), FLAT, "", process=one.name) for one in lasting]
 
 
 def drift(outcomes: Iterable[Outcome], began: float, seconds: float, warm_s: float) -> Check | None:

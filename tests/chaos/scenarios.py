@@ -46,7 +46,7 @@ def _stop(text: str, seconds: float) -> Inject:
 
 async def _hang(stack: Stack, link: Link) -> None:
     """A thread of a model replica that is not the first one stands still for 8 s."""
-    replica = stack.service.find("model-toy")[0]
+    replica = stack.service.find(":model-toy")[0]
     busiest = max(replica.threads()[1:], key=lambda thread: thread.user_time + thread.system_time)
     with faults.hung(busiest.id):
         await asyncio.sleep(8)
@@ -54,7 +54,7 @@ async def _hang(stack: Stack, link: Link) -> None:
 
 async def _out_of_memory(stack: Stack, link: Link) -> None:
     """A replica gets no memory for 5 s. It may end; if it is alive it goes on."""
-    with suppress(psutil.NoSuchProcess), faults.out_of_memory(stack.service.find("model-toy")[0]):
+    with suppress(psutil.NoSuchProcess), faults.out_of_memory(stack.service.find(":model-toy")[0]):
         await asyncio.sleep(5)
 
 
@@ -111,11 +111,11 @@ async def _network_is_cut(stack: Stack, link: Link) -> None:
 
 
 SCENARIOS = (
-    Scenario("kill a model replica", _kill("model-toy")),
-    Scenario("stop a model replica for 15 s", _stop("model-toy", 15)),
+    Scenario("kill a model replica", _kill(":model-toy")),
+    Scenario("stop a model replica for 15 s", _stop(":model-toy", 15)),
     Scenario("hang a thread of a model replica for 8 s", _hang),
     Scenario("no memory for a model replica", _out_of_memory),
-    Scenario("kill an ingress", _kill("#Ingress"), cuts=True),
+    Scenario("kill an ingress", _kill(":Ingress"), cuts=True),
     Scenario("kill HAProxy", _kill("haproxy.cfg", last=True), cuts=True),
     Scenario("kill HAProxyManager", _kill("ray::HAProxyManager"), cuts=True),
     Scenario("kill Ray's own proxy", _kill("ray::ProxyActor")),

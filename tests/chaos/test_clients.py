@@ -61,7 +61,7 @@ def wide() -> Iterator[Service]:
 @pytest.mark.timeout(300)
 async def test_50_clients_that_never_read_hold_at_most_1_mb_each_and_delay_nobody(wide: Service) -> None:
     """Each asks for 10 MB. All are disconnected after `limits.stalled_client_s`."""
-    watched = [*wide.find("#Ingress"), *wide.find("model-wide"), wide.haproxy()]
+    watched = [*wide.find(":Ingress"), *wide.find(":model-wide"), wide.haproxy()]
     before_s, during_s = Times(), Times()
     async with http_client(wide) as client, AsyncExitStack() as stack:
         await short_calls(client, "other", 50, Times())

@@ -116,8 +116,9 @@ def test_a_stream_ends_once_with_its_end_or_with_one_error() -> None:
 @pytest.mark.parametrize(
     ("command", "name"),
     [
-        (["ray::SERVE_REPLICA::serve_app#Ingress#52pq:ServeReplica"], "Ingress"),
-        (["ray::SERVE_REPLICA::serve_app#model-toy#q8mq:ServeReplica:x"], "model-toy"),
+        (["ray::SERVE_REPLICA::serve_app#Ingress#52pq"], "Ingress"),
+        (["ray::SERVE_REPLICA::serve_app#model-toy#q8mq:ServeReplica:serve_app:model-toy.__init__"], "model-toy"),
+        (["ray::ServeReplica:serve_app:Ingress"], "Ingress"),
         (["ray::ServeController.listen_for_change"], "ray::ServeController"),
         (["/x/python", "-u", "/x/ray/dashboard/agent.py", "--a"], "agent.py"),
         (["/x/python", "-m", "serve_app", "--config", "x"], "serve_app"),
