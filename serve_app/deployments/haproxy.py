@@ -2,8 +2,8 @@
 
 Ray Serve writes HAProxy's configuration and starts a new HAProxy at every change. The configuration has ports for
 metrics and statistics and a log, which no option of Ray disables. Therefore Ray runs this file instead of HAProxy: it
-removes these parts, limits the time for the headers of a request, adds the time of arrival to every request, and
-replaces itself by HAProxy.
+removes these parts, limits the time for the headers of a request, adds the time of arrival to every request, lets
+HAProxy repeat requests whose ingress was lost, and replaces itself by HAProxy.
 """
 
 from __future__ import annotations
@@ -33,6 +33,21 @@ _PORTS = range(20_000, 30_000)
 _PR_SET_PDEATHSIG = 1
 # The time in which a client must send its headers. Ray has no option for it.
 _HEADERS = "timeout http-request 10s"
+# HAProxy repeats a request at another ingress if the first one ended without an answer, which no client then notices:
+# the system accepts connections for a killed process until the last of its threads has ended, up to a second later.
+# Three ingresses at most get a request, because it may have ended them.
+_REPEAT = "retry-on conn-failure empty-response\n    retries 2"
+_REPEAT_VARIABLE = "RAY_SERVE_HAPROXY_RETRY_ON"
+# These requests only compute an answer. Others may change something, which must not happen twice.
+_ANSWERS = "/generate /v1/completions /v1/chat/completions /v1/messages /v1/responses /v1/embeddings /tokenize"
+_REPEATABLE = (
+    # HAProxy can repeat a request only if it has all of it before it connects, in its buffer of 16 kB. A client that
+    # sends `Expect` waits for the ingress before it sends its body.
+    "http-request wait-for-body time 10s if { req.body_size le 15000 } !{ req.hdr(expect) -m found }",
+    f"http-request disable-l7-retry if !METH_GET !{{ path_beg {_ANSWERS} }} !{{ path / }}",
+    # The service knows a key from the first attempt.
+    "http-request disable-l7-retry if { req.hdr(idempotency-key) -m found }",
+)
 
 
 def find() -> str | None:
@@ -79,10 +94,11 @@ def environment(binary: str, folder: Path, longest_s: float) -> dict[str, str]:
 
 def restricted(configuration: str, enabled: Container[str]) -> str:
     """The configuration without ports and logs other than the service's. Parts whose variable is in `enabled` stay on
-    loopback. The part of the service limits the time for headers and adds the time of arrival to every request.
+    loopback. The part of the service limits the time for headers, adds the time of arrival to every request, and
+    repeats requests as described above, unless the user has chosen what HAProxy repeats.
     """
     parts = re.split(r"(?m)^(?=\w)", configuration)
-    return "".join(part for part in (_restricted(part, enabled) for part in parts))
+    return "".join(_restricted(part, enabled) for part in parts)
 
 
 def _restricted(part: str, enabled: Container[str]) -> str:
@@ -90,7 +106,11 @@ def _restricted(part: str, enabled: Container[str]) -> str:
         if re.match(beginning, part):
             return re.sub(r"(?m)^( +bind )[^:\n]*:", r"\g<1>127.0.0.1:", part) if variable in enabled else ""
     if part.startswith("frontend http_frontend\n"):
-        return re.sub(r"(?m)^( +)bind .*\n", rf"\g<0>\g<1>{_HEADERS}\n\g<1>{_STAMP}\n", part, count=1)
+        repeats = () if _REPEAT_VARIABLE in enabled else _REPEATABLE
+        added = "".join(f"    {line}\n" for line in (_HEADERS, *repeats, _STAMP))
+        return re.sub(r"(?m)^ +bind .*\n", rf"\g<0>{added}", part, count=1)
+    if part.startswith("defaults\n") and _REPEAT_VARIABLE not in enabled:
+        return re.sub(r"(?m)^ +retry-on .*$", f"    {_REPEAT}", part)
     if part.startswith("global\n") and _LOG not in enabled:
         return re.sub(r"(?m)^ +log .*\n", "", part)
     return part

@@ -138,7 +138,7 @@ class Figures:
     def _html(self) -> str:
         seconds = Axis("seconds from the start")
         charts = [
-            lines(title, series, seconds, Axis(label), mode="lines")
+            f"<h2>{title}</h2>{lines(title, series, seconds, Axis(label), mode='lines')}"
             for title, series, label in (
                 ("Memory by process", self._curves("rss_mb"), "resident MB"),
                 ("Growth of memory after the warm-up", self._growth(), "MB"),

@@ -193,7 +193,11 @@ class Load:
             task.add_done_callback(self._requests.discard)
 
     async def _note(self, request: Awaitable[Outcome]) -> None:
-        self.outcomes.append(await request)
+        began = time.monotonic()
+        try:
+            self.outcomes.append(await request)
+        except OSError as error:  # a faulty client whose connection was refused or reset
+            self.outcomes.append(Outcome("faulty client", "broken", began, time.monotonic(), detail=repr(error)))
 
     def _draw(self) -> Awaitable[Outcome]:
         if self._random.random() < self._share:
