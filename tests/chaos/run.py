@@ -112,7 +112,7 @@ async def chaos(stack: Stack, options: Options, scenarios: Sequence[Scenario] = 
 
 
 async def _inject(scenario: Scenario, stack: Stack, link: Link, census: Census) -> Fault:
-    """Let one fault happen, and wait until the service answers and all of its actors run."""
+    """Let one fault happen, and wait until the service answers and its actors run, or `_RECOVERED_S` are over."""
     before, began = actors(stack.service), time.monotonic()
     await scenario.inject(stack, link)
     ended = time.monotonic()
@@ -125,8 +125,14 @@ async def _inject(scenario: Scenario, stack: Stack, link: Link, census: Census) 
                 return False
             return good and actors(stack.service) == before
 
-        await wait_until(well, seconds=_RECOVERED_S, every_s=0.2)
+        try:
+            await wait_until(well, seconds=_RECOVERED_S, every_s=0.2)
+        except AssertionError:
+            print(f"{scenario.name}: not recovered. Actors before: {before}; now: {actors(stack.service)}", flush=True)
     recovered = time.monotonic() - census.began
+    print(
+        f"{began - census.began:6.1f} s: {scenario.name}, recovered {time.monotonic() - began:.1f} s later", flush=True
+    )
     return Fault(scenario.name, began - census.began, ended - census.began, recovered, scenario.cuts)
 
 
