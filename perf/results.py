@@ -208,6 +208,9 @@ class Target(ResultModel):
     model: str | None
     server: str = Field(description="Server software, identified by its metrics.")
     on_this_machine: bool
+    quantization: str | None = Field(
+        default=None, description="Quantization of the weights, as the server reports it at /info; None: unknown."
+    )
     fixed_length: bool = Field(
         description="Whether requests set ignore_eos, so that all responses have the same length."
     )

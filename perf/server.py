@@ -7,7 +7,7 @@ import json
 import re
 import socket
 from dataclasses import dataclass, field
-from urllib.parse import urlsplit
+from urllib.parse import urlencode, urlsplit
 
 import aiohttp
 import psutil
@@ -149,6 +149,16 @@ async def identify(client: Client, url: str) -> ServerInfo:
         raise Unreachable(f"{url} requires an API key ({status}); give its file with --api-key-file")
     counters = await read(client)
     return ServerInfo(counters.names.server if counters is not None else "unknown", _models(text), counters)
+
+
+async def quantization(client: Client, model: str | None) -> str | None:
+    """The quantization of the model's weights, as `/info` has it; None if the server does not report it."""
+    try:
+        status, text = await client.get("/info" if model is None else f"/info?{urlencode({'model': model})}")
+        found = json.loads(text)["quantization"] if status == 200 else None
+    except (OSError, TimeoutError, aiohttp.ClientError, ValueError, LookupError, TypeError):
+        return None
+    return found if isinstance(found, str) else None
 
 
 def _models(text: str) -> list[str]:

@@ -23,7 +23,7 @@ from perf.scenarios import ScenarioRunner
 from perf.server import Unreachable
 from perf.settings import Settings, settings
 from perf.table import table
-from perf.verdict import verdict
+from perf.verdict import Tuning, verdict
 from perf.workload import Request
 
 TOOL = "serve_app perf.suite"
@@ -99,7 +99,7 @@ async def measure(chosen: Settings, command: list[str], key: str | None) -> Run:
         tokens=runner.tokens,
         find_max=runner.find_max,
         batch_advice=runner.batch_advice,
-        verdict=verdict(stages, runner.tokens, runner.find_max, runner.batch_advice, target.server == "serve_app"),
+        verdict=verdict(stages, runner.tokens, runner.find_max, runner.batch_advice, _tuning(target)),
     )
     return run if chosen.instance_type is None else with_cost(run, chosen.instance_type)
 
@@ -146,6 +146,10 @@ def _with_sentences(run: Run, *sentences: str) -> Run:
     return run.model_copy(update={"verdict": run.verdict.model_copy(update=update)})
 
 
+def _tuning(target: Target) -> Tuning:
+    return Tuning(target.server == "serve_app", target.quantization)
+
+
 async def prepare(client: Client, chosen: Settings) -> Target:
     """Identifies the server and checks that it accepts the requests of the run. Raises Unreachable."""
     info = await server.identify(client, chosen.url)
@@ -162,12 +166,14 @@ async def prepare(client: Client, chosen: Settings) -> Target:
         raise Unreachable(
             f"{chosen.url}: the first request of the {chosen.api} API failed with {record.error}: {record.detail}"
         )
+    model = dialect.model or (info.models[0] if info.models else None)
     return Target(
         url=chosen.url,
         api=chosen.api,
-        model=dialect.model or (info.models[0] if info.models else None),
+        model=model,
         server=info.name,
         on_this_machine=server.is_local(chosen.url),
+        quantization=await server.quantization(client, model),
         fixed_length=dialect.fixed_length,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from perf.exits import Exit
 from perf.results import BatchAdvice, FindMax, Stage, Tokens, Verdict
@@ -13,6 +14,16 @@ _GROWTH = 0.10
 # The queue is the limit if the increase of TTFT is more than this share of it.
 _QUEUE_SHARE = 0.5
 _LAG_MS = 10.0
+# Prompts are the limit if they are more than this share of the rows that the engine computed. A row is one token of a
+# prompt or one decoded token, and costs the same computation.
+_PREFILL_SHARE = 0.5
+
+
+class Tuning(NamedTuple):
+    """What recommendations may name: options of serve_app, and the present quantization; None is unknown."""
+
+    is_serve_app: bool = True
+    quantization: str | None = None
 
 
 def verdict(
@@ -20,9 +31,8 @@ def verdict(
     tokens: Sequence[Tokens],
     find_max: FindMax | None,
     batch_advice: BatchAdvice | None,
-    is_serve_app: bool = True,
+    tuning: Tuning = Tuning(),  # noqa: B008 - immutable
 ) -> Verdict:
-    """With `is_serve_app`, recommendations name options of serve_app."""
     loads = [stage for stage in stages if stage.scenario != "find-max"]
     streams = [stage for stage in loads if stage.scenario == "concurrency"]
     limited = [f"{_name(stage)}: {why}" for stage in loads for why in stage.client.limited]
@@ -43,7 +53,7 @@ def verdict(
         *_batches(loads),
         *_token_counts(tokens),
     ]
-    advice, limit = _limit(streams, tokens, is_serve_app)
+    advice, limit = _limit(streams, tokens, tuning)
     recommendations = [*advice, *_batch_size(batch_advice), *_unsteady(loads), *_loop_lag(loads)]
     if limited:
         sentences.insert(0, "CLIENT-LIMITED: some metrics describe the client, not the server.")
@@ -145,8 +155,8 @@ def _token_counts(tokens: Sequence[Tokens]) -> list[str]:
     ]
 
 
-def _limit(streams: Sequence[Stage], tokens: Sequence[Tokens], is_serve_app: bool) -> tuple[list[str], str]:
-    """Recommendations, and a sentence on the limit: memory, queue, compute, or none yet."""
+def _limit(streams: Sequence[Stage], tokens: Sequence[Tokens], tuning: Tuning) -> tuple[list[str], str]:
+    """Recommendations, and a sentence on the limit: memory, queue, prompts, compute, or none yet."""
     good = [stage for stage in streams if stage.finished]
     if len(good) < 2:
         return [], ""
@@ -156,7 +166,7 @@ def _limit(streams: Sequence[Stage], tokens: Sequence[Tokens], is_serve_app: boo
         return (
             [
                 "Raise engine.kv_memory_fraction, lower engine.max_running or max_context, or add memory."
-                if is_serve_app
+                if tuning.is_serve_app
                 else "Give the KV cache more memory, or run fewer sequences at a time."
             ],
             f"Memory was the limit: {counted['preemptions']:.0f} sequences were preempted for lack of KV cache memory.",
@@ -172,15 +182,38 @@ def _limit(streams: Sequence[Stage], tokens: Sequence[Tokens], is_serve_app: boo
         return (
             [
                 "Raise engine.max_running if memory allows, or add replicas."
-                if is_serve_app
+                if tuning.is_serve_app
                 else "Let the server run more sequences at a time if memory allows, or add replicas."
             ],
             f"The queue was the limit: with {last.name}, requests waited for a slot while TPOT stayed the same.",
         )
-    return (
-        [f"Try {'quantization: int8' if is_serve_app else 'quantization'}, faster hardware or more replicas."],
-        f"Compute was the limit: {last.name} made {growth:+.0%} tokens per second compared with {before.name}.",
-    )
+    slower = f"{last.name} made {growth:+.0%} tokens per second compared with {before.name}"
+    prefill = _prefill_share(counted)
+    if prefill > _PREFILL_SHARE:
+        return (
+            [
+                "More streams do not help. Send shorter prompts, or let prompts begin alike so that the prefix cache "
+                f"is used. {_faster(tuning)}"
+            ],
+            f"The computation of prompts was the limit: {slower}, and {prefill:.0%} of what the engine computed were "
+            "tokens of prompts.",
+        )
+    return [_faster(tuning)], f"Compute was the limit: {slower}."
+
+
+def _prefill_share(counted: dict[str, float]) -> float:
+    """The share of prompt tokens in the computed rows; 0 if the server does not count rows."""
+    rows = counted.get("rows", 0.0)
+    computed = counted.get("prompt_tokens", 0.0) - counted.get("cached_prompt_tokens", 0.0)
+    return min(1.0, computed / rows) if rows else 0.0
+
+
+def _faster(tuning: Tuning) -> str:
+    """How the same work takes less time, without what the server does already."""
+    others = "faster hardware or more replicas"
+    if tuning.quantization in (None, "none", "", "auto"):
+        return f"Try {'quantization: int8' if tuning.is_serve_app else 'quantization'}, {others}."
+    return f"The weights are {tuning.quantization} already: try {others}."
 
 
 def _is_queued(last: Stage, before: Stage) -> bool:

@@ -12,7 +12,7 @@ from perf.records import Record
 from perf.results import Load, Stage, Tokens
 from perf.slo import Slo
 from perf.stages import load
-from perf.verdict import verdict
+from perf.verdict import Tuning, verdict
 
 
 def response(due: float, ttft_s: float, tpot_s: float, tokens: int) -> Record:
@@ -48,6 +48,20 @@ def counted(client: int, server: int | None, **metrics: float) -> Tokens:
         ((8, 0.1, 0.01), (32, 1.1, 0.01), {}, "The queue was the limit", "engine.max_running"),
         # Four times the streams, each with a quarter of the speed.
         ((8, 0.1, 0.01), (32, 0.4, 0.04), {}, "Compute was the limit", "quantization: int8"),
+        (
+            (8, 0.1, 0.01),
+            (32, 0.4, 0.04),
+            {"rows": 100.0, "prompt_tokens": 90.0, "cached_prompt_tokens": 50.0},
+            "Compute was the limit",
+            "quantization: int8",
+        ),
+        (
+            (8, 0.1, 0.01),
+            (32, 0.4, 0.04),
+            {"rows": 100.0, "prompt_tokens": 90.0, "cached_prompt_tokens": 10.0},
+            "The computation of prompts was the limit",
+            "shorter prompts",
+        ),
         ((8, 0.1, 0.01), (32, 0.11, 0.011), {}, "No limit was reached", "--concurrency 64 128"),
         ((8, 0.1, 0.01), (32, 0.4, 0.04), {"preemptions": 3.0}, "Memory was the limit: 3", "kv_memory_fraction"),
     ],
@@ -63,6 +77,20 @@ def test_limit_is_named_with_a_recommendation(
     assert [text for text in result.sentences if text.startswith(sentence)], result.sentences
     assert [text for text in result.recommendations if advice in text], result.recommendations
     assert result.exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("tuning", "advice"),
+    [
+        (Tuning(quantization="none"), "Try quantization: int8, faster hardware or more replicas."),
+        (Tuning(quantization=None), "Try quantization: int8, faster hardware or more replicas."),
+        (Tuning(quantization="int8"), "The weights are int8 already: try faster hardware or more replicas."),
+        (Tuning(is_serve_app=False), "Try quantization, faster hardware or more replicas."),
+    ],
+)
+def test_what_the_server_does_already_is_not_recommended(tuning: Tuning, advice: str) -> None:
+    result = verdict([level(8, 0.1, 0.01), level(32, 0.4, 0.04)], [], None, None, tuning)
+    assert advice in result.recommendations
 
 
 def test_objective_is_reported_up_to_the_load_that_meets_it() -> None:
