@@ -87,7 +87,9 @@ def proxied(tmp_path: Path) -> Iterator[Proxied]:
     file.write_text(haproxy.restricted(CONFIGURATION.format(port=port, ports=ports), {}))
     commands = [[sys.executable, "-c", SERVER, str(one), str(log)] for one in ports]
     with ExitStack() as stack:
-        found = [stack.enter_context(subprocess.Popen(command)) for command in [*commands, [binary, "-dS", "-f", file]]]
+        found = [
+            stack.enter_context(subprocess.Popen(command)) for command in [*commands, [binary, "-dS", "-f", str(file)]]
+        ]
         stack.callback(lambda: [one.kill() for one in found])
         proxied = Proxied(f"http://127.0.0.1:{port}", ports, found[:2], log)
         asyncio.run(both_answer(proxied))

@@ -260,6 +260,7 @@ async def test_a_killed_haproxy_breaks_its_own_connections_only(
 ) -> None:
     """The other node's HAProxy serves on. HAProxy ends with the process that manages it. It is back after a while."""
     process = await wait_until(lambda: only(nodes.front, name))
+    assert process is not None
     calls = toy_calls(250)
     expected = await undisturbed(client, 250)
     async with client_of(nodes.front) as other:
