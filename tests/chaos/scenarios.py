@@ -63,17 +63,16 @@ async def _slow_disk(stack: Stack, link: Link) -> None:
         await asyncio.sleep(10)
 
 
-async def _clock_back(stack: Stack, link: Link) -> None:
-    faults.jump(stack.folder, -3600)
-    await asyncio.sleep(5)
+def _clock(seconds: int) -> Inject:
+    """The clock jumps, and 5 s later it jumps back to the true time."""
 
+    async def inject(stack: Stack, link: Link) -> None:
+        faults.jump(stack.folder, seconds)
+        await asyncio.sleep(5)
+        faults.jump(stack.folder, 0)
+        await asyncio.sleep(2)
 
-async def _clock_on(stack: Stack, link: Link) -> None:
-    """From one hour back to two hours ahead, and then to the true time."""
-    faults.jump(stack.folder, 7200)
-    await asyncio.sleep(5)
-    faults.jump(stack.folder, 0)
-    await asyncio.sleep(2)
+    return inject
 
 
 async def _collector_hangs(stack: Stack, link: Link) -> None:
@@ -121,8 +120,8 @@ SCENARIOS = (
     Scenario("kill Ray's own proxy", _kill("ray::ProxyActor")),
     Scenario("kill the controller", _kill("ray::ServeController")),
     Scenario("the disk is busy for 10 s", _slow_disk),
-    Scenario("the clock goes back by 1 h", _clock_back),
-    Scenario("the clock goes ahead by 3 h", _clock_on),
+    Scenario("the clock is 1 h late for 5 s", _clock(-3600)),
+    Scenario("the clock is 2 h ahead for 5 s", _clock(7200)),
     Scenario("the tracing backend hangs for 10 s", _collector_hangs),
     Scenario("Redis hangs for 8 s", _redis_hangs),
     Scenario("Redis is gone for 8 s", _redis_is_gone),
