@@ -99,7 +99,7 @@ async def _prometheus_hangs(stack: Stack, link: Link) -> None:
 
 
 async def _network_stalls(stack: Stack, link: Link) -> None:
-    """Nothing passes for 3 s on the connections of the clients behind the link; then all of it does."""
+    """Nothing passes for 3 s on the connections of the client behind the link; then all of it does."""
     link.drop()
     await asyncio.sleep(3)
     link.restore()
@@ -126,6 +126,6 @@ SCENARIOS = (
     Scenario("Redis hangs for 8 s", _redis_hangs),
     Scenario("Redis is gone for 8 s", _redis_is_gone),
     Scenario("Prometheus hangs for 8 s", _prometheus_hangs),
-    Scenario("the network of a tenth of the clients stalls for 3 s", _network_stalls),
-    Scenario("the network of a tenth of the clients is cut", _network_is_cut, cuts=True),
+    Scenario("the network of one client stalls for 3 s", _network_stalls),
+    Scenario("the network of one client is cut", _network_is_cut, cuts=True),
 )
