@@ -15,7 +15,7 @@ from tests.graph.service import http_client
 
 pytestmark = [pytest.mark.ray, pytest.mark.long, pytest.mark.timeout(400)]
 
-ROUNDS, CALLS = 6, 150
+ROUNDS, CALLS = 4, 100
 # In each comparison the two sides differ by this much without a fault, on a machine that other programs use.
 NOISE = 0.15
 

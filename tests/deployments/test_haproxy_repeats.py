@@ -90,7 +90,8 @@ def proxied(tmp_path: Path) -> Iterator[Proxied]:
         found = [
             stack.enter_context(subprocess.Popen(command)) for command in [*commands, [binary, "-dS", "-f", str(file)]]
         ]
-        stack.callback(lambda: [one.kill() for one in found])
+        for one in found:
+            stack.callback(one.kill)
         proxied = Proxied(f"http://127.0.0.1:{port}", ports, found[:2], log)
         asyncio.run(both_answer(proxied))
         yield proxied
