@@ -69,6 +69,7 @@ class Census:
         self.processes: dict[psutil.Process, Process] = {}
         self.lags_s: list[float] = []
         self.tasks: dict[str, Tasks] = {}
+        self.left: list[str] = []
         self._program = program
         self._client = client
         self._every_s = every_s
@@ -85,6 +86,14 @@ class Census:
             await self._task
         _number(list(self.processes.values()))
         _number(list(self.tasks.values()))
+
+    async def settle(self, before: dict[str, int]) -> None:
+        """Wait until the service is idle and has the actors of `before`. `left` says what is not so in the end."""
+        for waiting in (wait_until_all_idle(self._client), actors_again(self._program, before)):
+            try:
+                await waiting
+            except AssertionError as error:
+                self.left.append(str(error))
 
     async def _sample_until_cancelled(self) -> None:
         while True:

@@ -40,13 +40,13 @@ class RawClient:
         """At most `count` bytes; none at the end. Raises ConnectionError."""
         return await asyncio.get_running_loop().sock_recv(self._socket, count)
 
-    async def read_slowly(self, bytes_per_s: float) -> int:
-        """Read to the end of the connection; returns the number of bytes."""
-        total, part = 0, max(1, int(bytes_per_s / 10))
+    async def read_slowly(self, bytes_per_s: float) -> bytes:
+        """Read to the end of the connection."""
+        content, part = b"", max(1, int(bytes_per_s / 10))
         while found := await self.read(part):
-            total += len(found)
+            content += found
             await asyncio.sleep(0.1)
-        return total
+        return content
 
     def crash(self) -> None:
         """Reset the connection, as the system of a client does that has crashed."""

@@ -14,7 +14,7 @@ import httpx
 import numpy as np
 
 from tests.chaos import figures
-from tests.chaos.census import Census, actors, actors_again, wait_until_all_idle
+from tests.chaos.census import Census, actors
 from tests.chaos.figures import Check, Fault, Figures
 from tests.chaos.load import Load, Outcome, stream, undisturbed
 from tests.chaos.network import Link
@@ -41,16 +41,16 @@ class Options:
 
 @asynccontextmanager
 async def loaded(stack: Stack, options: Options) -> AsyncIterator[tuple[Load, Link, Census]]:
-    """The load, its link and the census while they run, over a service that is warm."""
-    async with http_client(stack.service) as client, Link(stack.service.port) as link:
+    """The load, the link of one client and the census while they run, over a service that is warm."""
+    port = stack.service.port
+    async with http_client(stack.service) as client, Link(port) as link, Link(port) as faulty:
         expected = await undisturbed(client)
         running = actors(stack.service)
-        load = Load(client, link, stack.service.port, expected, options.per_s, options.share, options.seed)
+        load = Load(client, faulty, port, expected, options.per_s, options.share, options.seed)
         async with Census(stack.service, client) as census:
             async with load, behind(link, expected, load):
                 yield load, link, census
-            await wait_until_all_idle(client)
-            await actors_again(stack.service, running)
+            await census.settle(running)
             await asyncio.sleep(5)  # samples of the idle service
 
 
@@ -152,11 +152,13 @@ def _figures(name: str, stack: Stack, options: Options, load: Load, census: Cens
     checks = [
         Check("requests without an end", load.hung, 0, "requests"),
         Check("wrong answers", len(wrong), 0, "requests"),
+        Check("requests, KV blocks or actors left at the end", len(census.left), 0, "kinds"),
         Check("event-loop delay p99", lag, figures.LAG_P99_S, "s"),
     ]
     if not faults:
         lost = sum(one.kind in LOST for one in load.outcomes)
         checks.append(Check("requests lost", lost, 0, "requests"))
+    print(*census.left, sep="\n")
     for one in [one for one in load.outcomes if one.kind in LOST][:10]:
         print(f"{one.kind}: {one.name} at {one.began - census.began:.1f} s: {one.detail[:300]}")
     seconds, processes = time.monotonic() - census.began, list(census.processes.values())

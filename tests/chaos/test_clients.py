@@ -36,15 +36,15 @@ async def test_clients_that_crash_and_read_slowly_leave_nothing_behind(
             await asyncio.sleep(seconds)
             raw.crash()
 
-    async def read() -> int:
+    async def read() -> bytes:
         headers = {"connection": "close"}
         async with RawClient(toy_service.port, "/generate_stream", body("toy", 60), headers) as raw:
             return await raw.read_slowly(8_000)
 
     crashes = asyncio.gather(*(crash(rng.random()) for _ in range(12)))
-    totals = await asyncio.gather(*(read() for _ in range(4)))
+    answers = await asyncio.gather(*(read() for _ in range(4)))
     await crashes
-    assert min(totals) > 3_000
+    assert all(answer.count(b'"finished":true') == 1 for answer in answers)
     await wait_until_idle(client, "toy")
 
 
