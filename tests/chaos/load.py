@@ -234,9 +234,9 @@ class Load:
         began = time.monotonic()
         async with RawClient(self._port, "/generate_stream", body, {"connection": "close"}) as client:
             content = await client.read_slowly(2_000 + 18_000 * at)
-        whole = content.count(b'"finished":true') == 1
+        complete = content.count(b'"finished":true') == 1
         detail = f"{len(content)} bytes"
-        return Outcome("reads slowly", "answered" if whole else "broken", began, time.monotonic(), detail=detail)
+        return Outcome("reads slowly", "answered" if complete else "broken", began, time.monotonic(), detail=detail)
 
     async def sends_garbage(self, at: float) -> Outcome:
         """The body is no JSON, or no request."""
