@@ -25,6 +25,8 @@ LENGTHS = (6, 20, 60)
 # The statuses that docs/api.md names for a valid request: the model is full, has no replica, or the time is over.
 REFUSALS = {429: "queue_full", 503: "not_ready", 504: "deadline_exceeded"}
 _LONGEST_S = 120
+# The argument of a fault is a random number from 0 to 1.
+Fault = Callable[["Load", float], Awaitable["Outcome"]]
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,7 @@ class Load:
     """Requests that arrive at random, `per_s` each second on average, until the context is left.
 
     `share` of them have a fault of a client or of the network. The order is that of `seed`. `expected` are the answers
-    of an undisturbed run, by path and length.
+    of an undisturbed run, by path and length. `faults` are all by default.
     """
 
     def __init__(
@@ -158,11 +160,14 @@ class Load:
         per_s: float,
         share: float,
         seed: int,
+        model: str = "toy",
+        faults: Sequence[Fault] | None = None,
     ) -> None:
         self.outcomes: list[Outcome] = []
         self.hung = 0
         self._client, self._link, self._port, self._expected = client, link, port, expected
-        self._per_s, self._share = per_s, share
+        self._per_s, self._share, self._model = per_s, share, model
+        self._faults = FAULTS if faults is None else faults
         self._random = random.Random(seed)
         self._requests: set[asyncio.Task[None]] = set()
 
@@ -201,20 +206,20 @@ class Load:
 
     def _draw(self) -> Awaitable[Outcome]:
         if self._random.random() < self._share:
-            fault = self._random.choice(FAULTS)
+            fault = self._random.choice(self._faults)
             return fault(self, self._random.random())
         tokens = self._random.choice(LENGTHS)
         if self._random.random() < 0.2:
-            return whole(self._client, self._random.choice(["ab", "abc", "abcd"]), tokens)
+            return whole(self._client, self._random.choice(["ab", "abc", "abcd"]), tokens, self._model)
         return self._stream(self._client, self._random.randrange(6), tokens)
 
     def _stream(
         self, client: httpx.AsyncClient, dialect: int, tokens: int, leave: int | None = None
     ) -> Coroutine[Any, Any, Outcome]:
-        call = toy_calls(tokens)[dialect]
+        call = toy_calls(tokens, self._model)[dialect]
         return stream(client, call, self._expected[call.path, tokens], leave)
 
-    # The faults. `at` is a random number from 0 to 1.
+    # The faults.
 
     async def disconnects(self, at: float) -> Outcome:
         """The client closes its connection within the first 20 events."""
@@ -230,7 +235,7 @@ class Load:
 
     async def reads_slowly(self, at: float) -> Outcome:
         """The client reads 2 to 20 kB/s of an answer of 15 kB to its end."""
-        body = {"model": "toy", "prompt": "abc", "max_tokens": 100}
+        body = {"model": self._model, "prompt": "abc", "max_tokens": 100}
         began = time.monotonic()
         async with RawClient(self._port, "/generate_stream", body, {"connection": "close"}) as client:
             content = await client.read_slowly(2_000 + 18_000 * at)
@@ -263,7 +268,7 @@ class Load:
 
     async def _raw(self, name: str, fields: Json, seconds: float) -> Outcome:
         began = time.monotonic()
-        body = {"model": "toy", "prompt": "abc", **fields}
+        body = {"model": self._model, "prompt": "abc", **fields}
         async with RawClient(self._port, "/generate_stream", body) as client:
             await asyncio.sleep(seconds)
             client.crash()
@@ -276,7 +281,7 @@ class Load:
         return Outcome(name, kind, found.began, found.ended, None, 0.0, found.detail)
 
 
-FAULTS: Sequence[Callable[[Load, float], Awaitable[Outcome]]] = (
+FAULTS: Sequence[Fault] = (
     Load.disconnects,
     Load.crashes,
     Load.never_reads,
@@ -286,7 +291,7 @@ FAULTS: Sequence[Callable[[Load, float], Awaitable[Outcome]]] = (
 )
 
 
-async def undisturbed(client: httpx.AsyncClient) -> dict[tuple[str, int], Any]:
+async def undisturbed(client: httpx.AsyncClient, model: str = "toy") -> dict[tuple[str, int], Any]:
     """The answers to the calls of all dialects and lengths, one after the other, by path and length."""
-    calls = [(call, tokens) for tokens in LENGTHS for call in toy_calls(tokens)]
+    calls = [(call, tokens) for tokens in LENGTHS for call in toy_calls(tokens, model)]
     return {(call.path, tokens): await call.run(client) for call, tokens in calls}
