@@ -43,7 +43,7 @@ _ANSWERS = "/generate /v1/completions /v1/chat/completions /v1/messages /v1/resp
 _REPEATABLE = (
     # HAProxy can repeat a request only if it has all of it before it connects, in its buffer of 16 kB. A client that
     # sends `Expect` waits for the ingress before it sends its body.
-    "http-request wait-for-body time 10s if { req.body_size le 15000 } !{ req.hdr(expect) -m found }",
+    "http-request wait-for-body time 10s if { req.hdr_val(content-length) 1:15000 } !{ req.hdr(expect) -m found }",
     f"http-request disable-l7-retry if !METH_GET !{{ path_beg {_ANSWERS} }} !{{ path / }}",
     # The service knows a key from the first attempt.
     "http-request disable-l7-retry if { req.hdr(idempotency-key) -m found }",

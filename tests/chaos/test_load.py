@@ -22,8 +22,7 @@ QUICK = (Load.disconnects, Load.crashes, Load.reads_slowly, Load.sends_garbage, 
 
 async def test_every_request_of_a_mixed_load_ends_once_and_nothing_is_left() -> None:
     """120 requests, a third of them with a fault: no slot, no block of the KV cache and no task stays in use."""
-    options = {"max_running": 64, "max_context": 1024}
-    with running(partial(ToyRunner, step_ms=2), **options) as native:
+    with running(partial(ToyRunner, step_ms=2), max_running=64, max_context=1024) as native:
         async with (
             served(ToyEngine(native=native), ScriptedTelemetry()) as url,
             httpx.AsyncClient(base_url=url) as client,
