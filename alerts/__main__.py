@@ -103,6 +103,7 @@ def parser() -> argparse.ArgumentParser:
         "monitor", help="run everything on this machine", description=MONITOR, formatter_class=raw
     )
     one.add_argument("--url", default="http://127.0.0.1:8000", help="address of the service (%(default)s)")
+    one.add_argument("--key-file", type=Path, help="file with an API key of the service, with the scope metrics")
     one.add_argument("--settings", type=Path, help=f"send notifications: a YAML file like {EXAMPLE}")
     one.add_argument("--data", type=Path, default=Path(".monitor"), help="folder, created if missing (%(default)s)")
     one.add_argument("--ray-metrics", type=Path, help="path of Ray's prom_metrics_service_discovery.json")

@@ -41,6 +41,7 @@ class Options:
     prometheus_port: int
     alertmanager_port: int
     history_port: int
+    key_file: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -191,6 +192,7 @@ def _write(options: Options, plan: Plan, settings: Settings | None, service: tup
         scheme=scheme,
         path=path,
         header="Written by `python -m alerts monitor` at every start.",
+        service_key=None if options.key_file is None else str(options.key_file.absolute()),
     )
     prometheus.write(targets, plan.folder)
     webhook = Webhook(url=f"http://{plan.history}/webhook", token_file=plan.token)

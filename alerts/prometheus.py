@@ -27,7 +27,8 @@ class Targets:
     `rules` is a glob pattern, `history_token` the path of a file with the bearer token of the alert history. Both may
     be relative to the folder of the configuration. `ray_file` is the path of Ray's service discovery file; None means
     discovery by Kubernetes. `loopback` replaces loopback addresses in that file, for a Prometheus that runs in a
-    container.
+    container. `service_key` is the path of a file with an API key of the
+    service.
     """
 
     service: str
@@ -40,6 +41,7 @@ class Targets:
     loopback: str | None = None
     scheme: str = "http"
     path: str = "/metrics"
+    service_key: str | None = None
     header: str = _HEADER
     notes: tuple[str, ...] = ()
 
@@ -57,8 +59,10 @@ CONFIGS = {
         notes=(
             "For a container next to a service on the same machine, whose name is host.docker.internal. Mount /tmp/ray",
             "at the same path, because Ray's file there is a symbolic link. On Linux a container cannot reach a",
-            "program that listens on loopback: use make serve ARGS='--host 0.0.0.0' and ray start --head.",
-            "Put rules/ and secrets/history_token next to this file.",
+            "program that listens on loopback: use make serve ARGS='--host 0.0.0.0 --allow-anonymous', and",
+            "ray start --head.",
+            "Put rules/ and secrets/history_token next to this file. A service with keys needs one with the scope",
+            "metrics: write it to a file, and authorization: {credentials_file: FILE} into its job.",
         ),
     ),
     "prometheus-kubernetes.yml": Targets(
@@ -69,7 +73,8 @@ CONFIGS = {
         history_token=_SECRET,
         notes=(
             "For a pod in the namespace of the RayService serve-app. It needs permission to list, get and watch pods.",
-            "Put rules/ next to this file.",
+            "Put rules/ next to this file. A service with keys needs one with the scope metrics: write it to a file,",
+            "and authorization: {credentials_file: FILE} into its job.",
         ),
     ),
 }

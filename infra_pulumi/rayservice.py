@@ -24,6 +24,7 @@ DRAIN = "/opt/serve_app/drain"
 TOKEN_SECRET = "serve-app-ray-token"  # key auth_token
 REDIS = "serve-app-redis"  # the service, and the secret with key password
 MODEL_SECRET = "serve-app-models"  # optional: key hf_token
+DATABASE_SECRET = "serve-app-database"  # optional: key password
 RAY_POD = {"serve-app/ray": "true"}  # on head, workers and the cleanup job; network policies select it
 SERVICE_ACCOUNT = "serve-app"  # the workers' account, for access to a bucket of weights
 
@@ -87,8 +88,10 @@ def environment(longest_s: int) -> list[Object]:
         "RAY_worker_niceness": "0",
     }
     token = {"secretKeyRef": {"name": MODEL_SECRET, "key": "hf_token", "optional": True}}
+    password = {"secretKeyRef": {"name": DATABASE_SECRET, "key": "password", "optional": True}}
     return [{"name": name, "value": value} for name, value in variables.items()] + [
-        {"name": "HF_TOKEN", "valueFrom": token}
+        {"name": "HF_TOKEN", "valueFrom": token},
+        {"name": "SERVE_APP_DATABASE_PASSWORD", "valueFrom": password},
     ]
 
 

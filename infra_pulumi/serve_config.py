@@ -7,6 +7,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -16,6 +17,7 @@ from infra_pulumi.catalogue import Catalogue
 from infra_pulumi.spec import ClusterSpec, Fault, SpecError
 
 Object = dict[str, Any]
+_POSTGRESQL = 5432
 
 
 class _Section(BaseModel):
@@ -138,13 +140,15 @@ def cluster_config(spec: ClusterSpec, catalogue: Catalogue, config: Object) -> O
     """The config for the cluster. It differs from the file in these values:
 
     - HTTP listens on all addresses of a pod, because other pods connect to the pod's address.
+    - Without `auth` everyone who reaches the port may use the service, and the network policy decides who does.
     - An ingress that reserves no CPU reserves one. It then runs on a worker, because Ray's head has no CPU to give; an
       ingress on the head would end with the head.
     - A model that reserves no GPU reserves one, or with vLLM all GPUs of a replica, unless it has `device: cpu`.
     - `device: auto` becomes `cuda`, so that a missing or old driver is an error instead of a slow replica on the CPU.
     - A model with at most one replica may have as many replicas as the pools have GPUs for.
 
-    Raises SpecError if a model reserves more GPUs than a node has.
+    Raises SpecError if a model reserves more GPUs than a node has, if nothing decides who may use the service, and if
+    API keys would be in a file of one pod.
     """
     config = deepcopy(config)
     config["http_options"] = {**(config.get("http_options") or {}), "host": "0.0.0.0"}
@@ -152,11 +156,39 @@ def cluster_config(spec: ClusterSpec, catalogue: Catalogue, config: Object) -> O
         (pool.max, pod_resources.pod_size(spec, catalogue, index).gpus) for index, pool in enumerate(spec.gpu_pools)
     ]
     for service in (application["args"] for application in config["applications"]):
+        _set_auth(spec, service)
         ingress = service.get("ingress") or {}
         service["ingress"] = {**ingress, "num_cpus": ingress.get("num_cpus") or 1}
         for model in service["models"]:
             _reserve_gpus(model, nodes)
     return config
+
+
+def _set_auth(spec: ClusterSpec, service: Object) -> None:
+    if service.get("auth") is None:
+        if not spec.addons.network_policy:
+            raise SpecError(
+                [
+                    Fault(
+                        "serve.config",
+                        "without addons.network_policy every pod of the cluster reaches the service: set `auth` in the "
+                        "config (docs/configuration.md)",
+                    )
+                ]
+            )
+        service["auth"] = {"allow_anonymous": True}
+    elif not service["auth"].get("allow_anonymous") and not (service.get("database") or {}).get("url"):
+        message = (
+            "`auth` needs `database.url`: without it the API keys are in a file of one pod and are lost with the pod"
+        )
+        raise SpecError([Fault("serve.config", message)])
+
+
+def database_port(config: Object) -> int | None:
+    """The port of the database that the config names; None without one. PostgreSQL's port is 5432."""
+    urls = [(application["args"].get("database") or {}).get("url") for application in config["applications"]]
+    found = next((urlsplit(url) for url in urls if url), None)
+    return None if found is None or not found.hostname else found.port or _POSTGRESQL
 
 
 def _reserve_gpus(model: Object, nodes: list[tuple[int, int]]) -> None:

@@ -9,24 +9,34 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import signal
 import socket
+import ssl
 import sys
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from types import FrameType
 
-from serve_app import deploy, experiment_cli
-from serve_app.config import ConfigError
+from serve_app.config import AuthOptions, ConfigError
+from serve_app.deployments import haproxy
 from serve_app.deployments.cluster import Cluster, ClusterError, connect
+from serve_app.deployments.haproxy import TLS_CERTIFICATE
 from serve_app.progress import Progress
 from serve_app.readiness import waiting_models
 from serve_app.serve_file import ServeFile, load_serve_file
 
 _POLL_INTERVAL_S = 0.2
-_COMMANDS = {"deploy": deploy.main, "experiments": experiment_cli.main}
+# The modules of other commands, which are imported when they run: the database takes 0.2 s to import.
+_COMMANDS = {
+    "deploy": "serve_app.deploy",
+    "experiments": "serve_app.experiment_cli",
+    "keys": "serve_app.keys_cli",
+    "tenants": "serve_app.tenants_cli",
+}
 
 
 class StartError(Exception):
@@ -42,6 +52,7 @@ class Address:
 
     def check(self) -> None:
         """Raises StartError if the address cannot be bound. Ray's own error would not give the reason."""
+        _check_certificate(os.environ.get(TLS_CERTIFICATE))
         try:
             family, kind, _, _, address = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)[0]
             with socket.socket(family, kind) as probe:
@@ -54,7 +65,8 @@ class Address:
         """The service's URL for clients on this machine."""
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
         host = f"[{host}]" if ":" in host else host
-        return f"http://{host}:{self.port}{route_prefix.rstrip('/')}"
+        scheme = "https" if os.environ.get(TLS_CERTIFICATE) else "http"
+        return f"{scheme}://{host}:{self.port}{route_prefix.rstrip('/')}"
 
 
 # Set by the signal handler: other code may swallow its KeyboardInterrupt, or raise another exception because of it.
@@ -62,19 +74,23 @@ _interrupted = threading.Event()
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the service, or another command: `deploy`, `experiments`.
+    """Run the service, or another command.
 
     Returns the exit code: 0 after Ctrl-C, 130 after Ctrl-C during the start, 1 after an error.
     """
     words = sys.argv[1:] if argv is None else argv
     if words and words[0] in _COMMANDS:
-        return _COMMANDS[words[0]](words[1:])
+        code: int = import_module(_COMMANDS[words[0]]).main(words[1:])
+        return code
     arguments = _parser().parse_args(words)
     _on_signals(_interrupt)
     progress = Progress()
     try:
         file = load_serve_file(arguments.config)
         address = Address(arguments.host or file.http_options.host, arguments.port or file.http_options.port)
+        if arguments.allow_anonymous:
+            file = _with_everyone(file)
+        file.application.args.check_address(address.host)
         address.check()
         return _serve(arguments.ray_address, arguments.dashboard, address, file, progress)
     except KeyboardInterrupt:
@@ -97,11 +113,17 @@ def _parser() -> argparse.ArgumentParser:
         "and deploys the configuration file to it. Ctrl-C stops the service and everything that the command started.",
         epilog="Other commands: `python -m serve_app deploy --help` (deploy the file to a cluster that goes on running "
         "and restore the previous configuration if the new one cannot run), `python -m serve_app experiments --help` "
-        "(compare the variants of experiments, check their configuration).",
+        "(compare the variants of experiments, check their configuration), `python -m serve_app keys --help` and "
+        "`python -m serve_app tenants --help` (API keys, and the limits of their owners).",
     )
     parser.add_argument("--config", default="serve_config.yaml", help="Ray Serve config file (default: %(default)s)")
     parser.add_argument("--host", help="address to listen on (default: the file's http_options.host)")
     parser.add_argument("--port", type=_port, help="port to listen on (default: the file's http_options.port)")
+    parser.add_argument(
+        "--allow-anonymous",
+        action="store_true",
+        help="let everyone who reaches the port use the service without an API key, on any address",
+    )
     parser.add_argument(
         "--ray-address",
         default="auto",
@@ -115,6 +137,31 @@ def _parser() -> argparse.ArgumentParser:
         help="start Ray without its dashboard, which takes seconds at the start and 200 MB of memory",
     )
     return parser
+
+
+def _check_certificate(path: str | None) -> None:
+    """Raises StartError if the file of TLS_CERTIFICATE cannot be used, or if no HAProxy is there to use it."""
+    if not path:
+        return
+    if haproxy.find() is None or os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "0":
+        raise StartError(f"{TLS_CERTIFICATE} needs HAProxy, which Ray Serve does not have or does not use here")
+    try:
+        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(path)
+    except OSError as error:
+        raise StartError(
+            f"{TLS_CERTIFICATE}: {path} is no PEM file with a certificate and its private key: {error}"
+        ) from None
+
+
+def _with_everyone(file: ServeFile) -> ServeFile:
+    """The file with `auth: {allow_anonymous: true}`. Raises StartError if it demands keys."""
+    application = file.application
+    if application.args.checks_keys:
+        raise StartError(
+            "--allow-anonymous contradicts `auth` of the file, which demands API keys; leave one of them out"
+        )
+    args = application.args.model_copy(update={"auth": AuthOptions(allow_anonymous=True)})
+    return file.model_copy(update={"applications": (application.model_copy(update={"args": args}),)})
 
 
 def _port(text: str) -> int:
@@ -226,14 +273,18 @@ def _banner(url: str, file: ServeFile, cluster: Cluster) -> str:
     }
     token = " (needs the token in ~/.ray/auth_token)" if cluster.asks_for_token else ""
     dashboard = f"   Ray dashboard: http://{cluster.dashboard}{token}" if cluster.dashboard else ""
+    checks_keys = file.application.args.checks_keys
+    key = "API keys: `python -m serve_app keys create`; the commands below take one from SERVE_APP_API_KEY\n"
     return (
         f"\nserve_app answers on {url}   (Ctrl-C stops it)\n"
         f"Models: {', '.join(models)}{dashboard}\n"
         f"Playground, in a browser: {url}/\n"
-        f"\nStream tokens:\n  {_curl(url + '/generate_stream', stream)}\n"
-        f"\nChat:\n  {_curl(url + '/v1/chat/completions', chat)}\n"
+        f"{key if checks_keys else ''}"
+        f"\nStream tokens:\n  {_curl(url + '/generate_stream', stream, checks_keys)}\n"
+        f"\nChat:\n  {_curl(url + '/v1/chat/completions', chat, checks_keys)}\n"
     )
 
 
-def _curl(url: str, body: dict[str, object]) -> str:
-    return f"curl -N {url} -H 'content-type: application/json' -d '{json.dumps(body)}'"
+def _curl(url: str, body: dict[str, object], with_key: bool) -> str:
+    key = ' -H "x-api-key: $SERVE_APP_API_KEY"' if with_key else ""
+    return f"curl -N {url} -H 'content-type: application/json'{key} -d '{json.dumps(body)}'"

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from serve_app.auth_config import AuthOptions, is_loopback
 from serve_app.cache_config import CacheOptions
 from serve_app.database_config import DatabaseOptions
 from serve_app.engine_config import (
@@ -28,6 +29,7 @@ from serve_app.section import Section
 __all__ = [
     "KINDS",
     "AppConfig",
+    "AuthOptions",
     "AutoOptions",
     "Autoscaling",
     "Batching",
@@ -55,6 +57,7 @@ __all__ = [
     "check_template",
     "deployment_name",
     "describe",
+    "is_loopback",
     "template_path",
     "valid_name",
 ]
@@ -365,7 +368,7 @@ class Telemetry(Section):
 class AppConfig(Section):
     """The `args` of serve_config.yaml. The first model serves the requests that name no model.
 
-    `response_cache: null` switches the cache off.
+    `response_cache: null` switches the cache off; `auth: null` serves everyone on this machine without keys.
     """
 
     models: Annotated[tuple[Model, ...], Field(min_length=1)]
@@ -374,8 +377,22 @@ class AppConfig(Section):
     cors: Cors = Cors()
     responses: StoredResponses = StoredResponses()
     response_cache: CacheOptions | None = None
+    auth: AuthOptions | None = None
     database: DatabaseOptions = DatabaseOptions()
     telemetry: Telemetry = Telemetry()
+
+    @property
+    def checks_keys(self) -> bool:
+        return self.auth is not None and not self.auth.allow_anonymous
+
+    def check_address(self, host: str) -> None:
+        """Raises ConfigError if the service must not listen on this address: strangers could use it."""
+        if self.auth is None and not is_loopback(host):
+            raise ConfigError(
+                f"the service would listen on {host} without authentication. Set `auth: {{}}` to demand API keys "
+                '(docs/operations.md, "Keys and tenants"), or `auth: {allow_anonymous: true}` if everyone who reaches '
+                "the port may use the service; or listen on 127.0.0.1."
+            )
 
     @model_validator(mode="after")
     def _check_names(self) -> AppConfig:

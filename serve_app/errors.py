@@ -4,6 +4,8 @@ ServeAppError
 ├── InvalidRequest            422  a field of the request is wrong; `param` names it
 ├── PromptTooLong             422  the prompt does not fit into the model's context
 ├── PreviousResponseNotFound  422  the response that the request continues is not stored
+├── InvalidApiKey             401  the API key or token is missing or not valid
+├── PermissionDenied          403  the key does not allow this request
 ├── ModelNotFound             404  the service has no model of this name
 ├── NotFound                  404  the path or the object does not exist, or the model does not offer the path
 ├── MethodNotAllowed          405  the path exists, but not with this method
@@ -68,6 +70,14 @@ class PromptTooLong(ServeAppError):
 
 class PreviousResponseNotFound(ServeAppError):
     status, code = 422, "previous_response_not_found"
+
+
+class InvalidApiKey(ServeAppError):
+    status, code = 401, "invalid_api_key"
+
+
+class PermissionDenied(ServeAppError):
+    status, code = 403, "permission_denied"
 
 
 class ModelNotFound(ServeAppError):

@@ -6,11 +6,13 @@ import argparse
 import http.client
 import ipaddress
 import json
+import os
 import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -18,6 +20,7 @@ from serve_app.config import ConfigError
 from serve_app.serve_file import load_serve_file
 
 _TIMEOUT_S = 10.0
+_KEY_VARIABLE = "SERVE_APP_API_KEY"
 # Title, unit and digits of each metric of a report. Times are in milliseconds, shares in percent.
 _METRICS = {
     "ttft": ("TTFT mean", "ms", 1000.0),
@@ -42,7 +45,7 @@ def main(argv: list[str]) -> int:
             names = [experiment.name for one in options for experiment in one.user_config.experiments]
             print(f"{arguments.config}: valid; experiments: {', '.join(names) or 'none'}")
             return 0
-        reports = _reports(arguments.url.rstrip("/"))
+        reports = _reports(arguments.url.rstrip("/"), _key(arguments.key_file))
     except (ConfigError, ReportError) as error:
         print(f"serve_app: {error}", file=sys.stderr)
         return 1
@@ -61,17 +64,33 @@ def _parser() -> argparse.ArgumentParser:
         "as often as you like.",
     )
     report.add_argument("--url", default="http://127.0.0.1:8000", help="the service (default: %(default)s)")
+    report.add_argument(
+        "--key-file",
+        type=Path,
+        help="file with an API key with the scope admin (default: the environment's SERVE_APP_API_KEY)",
+    )
     report.add_argument("--format", choices=("table", "json"), default="table", help="default: %(default)s")
     check = commands.add_parser("check", help="check a config file and its experiments before it is deployed")
     check.add_argument("--config", default="serve_config.yaml", help="Ray Serve config file (default: %(default)s)")
     return parser
 
 
-def _reports(url: str) -> dict[str, Any]:
+def _key(file: Path | None) -> str:
+    """The API key for a service that demands one, or "". Raises ReportError."""
+    if file is None:
+        return os.environ.get(_KEY_VARIABLE, "")
+    try:
+        return file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ReportError(f"--key-file {file}: {error}") from None
+
+
+def _reports(url: str, key: str) -> dict[str, Any]:
     """Raises ReportError."""
+    request = urllib.request.Request(f"{url}/experiments", headers={"authorization": f"Bearer {key}"} if key else {})
     handlers = [urllib.request.ProxyHandler({})] if _is_loopback(url) else []
     try:
-        with urllib.request.build_opener(*handlers).open(f"{url}/experiments", timeout=_TIMEOUT_S) as answer:
+        with urllib.request.build_opener(*handlers).open(request, timeout=_TIMEOUT_S) as answer:
             found: dict[str, Any] = json.load(answer)
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise ReportError(f"{url}/experiments gave no report: {error}; set the address with --url") from None

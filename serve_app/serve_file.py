@@ -109,7 +109,13 @@ def load_deploy_file(path: str | Path) -> dict[str, Any]:
     Raises ConfigError, with every fault and its place. Ray checks the keys that are its own.
     """
     document = _read_application(path)
-    _validated(path, _without_ray_keys(document, ""))
+    file = _validated(path, _without_ray_keys(document, ""))
+    try:
+        # Without the key, Ray listens on all addresses.
+        host = (document.get("http_options") or {}).get("host", "0.0.0.0")
+        file.application.args.check_address(host)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
     return document
 
 

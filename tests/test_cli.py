@@ -107,7 +107,7 @@ def test_a_port_in_use_is_refused(refusal: Callable[..., str], option: bool, tmp
 
 
 def test_an_address_of_another_machine_is_refused(refusal: Callable[..., str]) -> None:
-    message = refusal("--config", str(SHIPPED), "--host", "192.0.2.1", "--port", str(free_port()))
+    message = refusal("--config", str(SHIPPED), "--host", "192.0.2.1", "--port", str(free_port()), "--allow-anonymous")
     assert message.startswith("cannot listen on 192.0.2.1:")
 
 

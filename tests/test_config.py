@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from serve_app.config import (
     KINDS,
     AppConfig,
+    ConfigError,
     Model,
     NativeOptions,
     Section,
@@ -92,6 +93,10 @@ BOUNDS: dict[str, list[float]] = {
     "response_cache.max_answer_bytes": [1023],
     "response_cache.ttl_s": [0],
     "response_cache.timeout_s": [0, 1.1],
+    "auth.refresh_s": [0, 61],
+    "auth.max_stale_s": [59],
+    "auth.oidc.leeway_s": [-0.1, 301],
+    "auth.oidc.refresh_s": [0.9, 86_401],
     "database.timeout_s": [0, 61],
     "telemetry.tracing.sampling_ratio": [-0.1, 1.1],
     "models.0.sampling_defaults.temperature": [-0.1, 2.1],
@@ -110,6 +115,10 @@ BOUNDS: dict[str, list[float]] = {
 SECTIONS = sorted({path.rpartition(".")[0] for path in BOUNDS} | {"", "models.0"})
 
 
+# Keys without which a section is not valid.
+REQUIRED = {"oidc": {"issuer": "https://i/", "audience": "a", "jwks_url": "https://i/keys"}}
+
+
 def with_value(path: str, value: object) -> dict[str, Any]:
     """Valid args but for the value at `path`, in which `engine[vllm]` is a section `engine` with `kind: vllm`."""
     document = app_args()
@@ -117,7 +126,8 @@ def with_value(path: str, value: object) -> dict[str, Any]:
     section: Any = document
     for part in parents:
         name, _, kind = part.rstrip("]").partition("[")
-        section = section[int(name)] if name.isdigit() else section.setdefault(name, {"kind": kind} if kind else {})
+        empty = {"kind": kind} if kind else dict(REQUIRED.get(name, {}))
+        section = section[int(name)] if name.isdigit() else section.setdefault(name, empty)
     section[last] = value
     return document
 
@@ -303,6 +313,32 @@ def test_a_password_in_the_configuration_is_refused_and_not_repeated(key: str, u
     message = fault(with_value(key, url))
     assert message.startswith(f"{key}: the URL has a password; set it in the environment variable ")
     assert "s3cret" not in message
+
+
+@pytest.mark.parametrize("url", ["http://login.example.com/keys", "http://127.0.0.1.example.com/", "ftp://i/", "x"])
+def test_the_keys_of_an_identity_provider_come_by_https(url: str) -> None:
+    assert fault(with_value("auth.oidc.jwks_url", url)).startswith("auth.oidc.jwks_url: ")
+    AppConfig(**with_value("auth.oidc.jwks_url", "http://127.0.0.1:8080/keys"))
+
+
+@pytest.mark.parametrize("name", ["none", "HS256", "rs256"])
+def test_algorithms_that_do_not_prove_the_provider_are_refused(name: str) -> None:
+    assert fault(with_value("auth.oidc.algorithms", [name])).startswith("auth.oidc.algorithms.0: ")
+
+
+def test_everyone_and_tokens_exclude_each_other() -> None:
+    message = fault({**app_args(), "auth": {"allow_anonymous": True, "oidc": REQUIRED["oidc"]}})
+    assert message.startswith("auth: allow_anonymous serves requests without any token")
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.com", "", "localhost.example.com"])
+def test_a_service_without_keys_listens_on_loopback_only(host: str) -> None:
+    with pytest.raises(ConfigError, match=r"without authentication\. Set `auth: {}` to demand API keys"):
+        AppConfig(**app_args()).check_address(host)
+    for auth in ({}, {"allow_anonymous": True}):
+        AppConfig(**app_args(), auth=auth).check_address(host)
+    for loopback in ("127.0.0.1", "127.1.2.3", "::1", "localhost"):
+        AppConfig(**app_args()).check_address(loopback)
 
 
 @pytest.mark.parametrize("endpoint", ["", "localhost:4318", "http://", "grpc://localhost:4317", "http:///v1/traces"])

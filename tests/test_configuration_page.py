@@ -57,7 +57,8 @@ def type_of(annotation: Any) -> str:
         *others, last = dict.fromkeys(type_of(kind) for kind in members(annotation))
         return f"{', '.join(others)} or {last}" if others else last
     if get_origin(annotation) is tuple:
-        return "list of strings" if get_args(annotation)[0] is str else "list of sections"
+        of_sections = isinstance(get_args(annotation)[0], type) and issubclass(get_args(annotation)[0], Section)
+        return "list of sections" if of_sections else "list of strings"
     kind = get_origin(annotation) or annotation
     return TYPES.get(kind) or "section"
 
@@ -151,7 +152,7 @@ def test_links_to_other_pages_have_a_target(page: str) -> None:
 
 def test_the_examples_are_valid() -> None:
     blocks = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)]
-    keys = ["cors", "response_cache", "lora", "chat_template", "deployments", "models", "deployment"]
+    keys = ["cors", "response_cache", "auth", "auth", "lora", "chat_template", "deployments", "models", "deployment"]
     assert [list(block) for block in blocks] == [[key] for key in keys]
     (with_experiments,) = (block for block in blocks if "deployments" in block)
     blocks.remove(with_experiments)

@@ -300,6 +300,30 @@ HTTP = (
         quantiles("serve_app_http_request_seconds", ROUTE, "", ("0.5", "0.99")),
     ),
     Panel(
+        "Calls refused because of their key",
+        "HTTP calls that got status 401 or 403, or 503 because the keys cannot be read, by reason. Many `invalid` "
+        "calls mean a client with a wrong key, or somebody who guesses keys.",
+        "reqps",
+        ((per_second("serve_app_auth_refusals_total", ("reason",), ""), "{{reason}}"),),
+        alerts=("KeysCannotBeRead",),
+        stacked=True,
+    ),
+    Panel(
+        "Age of the API keys",
+        "Time since each replica of the ingress last read the keys from the database. A revoked key is refused only "
+        "after the next time.",
+        "s",
+        (("max by (replica) (serve_app_keys_age_seconds)", "{{replica}}"),),
+        thresholds=(threshold("KeysCannotBeRead"),),
+        alerts=("KeysCannotBeRead",),
+    ),
+    Panel(
+        "HTTP calls in progress",
+        "HTTP calls that have arrived and have not ended, in each replica of the ingress.",
+        "short",
+        ((total("serve_app_http_open_requests", ("replica",), ""), "{{replica}}"),),
+    ),
+    Panel(
         "Stored responses",
         "Responses of OpenAI's Responses API that each replica of the ingress keeps. The limit is "
         "`responses.max_stored`.",

@@ -15,12 +15,13 @@ from starlette.routing import Route
 
 from serve_app.api import pages
 from serve_app.api.anthropic.routes import AnthropicRoutes
+from serve_app.api.auth import Authenticate
 from serve_app.api.body import read_document
 from serve_app.api.content_coding import DecodeBody
-from serve_app.api.context import RequestContext, configured_adapters, keep
+from serve_app.api.context import Audit, RequestContext, configured_adapters, keep, no_audit
 from serve_app.api.cors import AllowOrigins
 from serve_app.api.error_handlers import ErrorHandlers
-from serve_app.api.experiments import ExperimentRoutes, Experiments, NoExperiments
+from serve_app.api.experiments import ExperimentRoutes, Experiments, NoExperiments, identity_of
 from serve_app.api.middleware import BodyLimits, CacheHeader, CallMetrics, CatchAll, OnePath, RequestId
 from serve_app.api.native.routes import NativeRoutes
 from serve_app.api.openai.embeddings import EmbeddingRoutes
@@ -34,6 +35,7 @@ from serve_app.api.tokens.routes import TokenRoutes
 from serve_app.config import AppConfig
 from serve_app.core.adapters import AdapterDirectory
 from serve_app.core.engine import Engine
+from serve_app.core.tenants import Authenticator
 from serve_app.errors import ServeAppError
 
 Endpoint = Callable[[Request], Awaitable[Response]]
@@ -49,18 +51,23 @@ def create_app(
     adapters: AdapterDirectory | None = None,
     publish: Callable[[], Awaitable[None]] = keep,
     experiments: Experiments | None = None,
+    authenticator: Authenticator | None = None,
+    audit: Audit = no_audit,
 ) -> Starlette:
     """The application over an engine. `clock` returns monotonic seconds; `around` is the outermost middleware.
 
     The default of `adapters` are those of the configuration; `publish` is awaited after each change of them. Without
-    `experiments` every name is that of a model or an adapter.
+    `experiments` every name is that of a model or an adapter. Without `authenticator` everyone may do everything.
+    `audit` is awaited for each action of an administrator, before its answer.
     """
     handlers = ErrorHandlers(telemetry)
     directory = configured_adapters(config) if adapters is None else adapters
+    context = RequestContext(
+        engine, telemetry, config, clock, directory, publish, experiments or NoExperiments(), audit=audit
+    )
+    routes = _routes(context)
     app = Starlette(
-        routes=_routes(
-            RequestContext(engine, telemetry, config, clock, directory, publish, experiments or NoExperiments())
-        ),
+        routes=routes,
         middleware=[
             *around,
             Middleware(RequestId, clock=clock),
@@ -69,6 +76,7 @@ def create_app(
             *([Middleware(AllowOrigins, cors=config.cors)] if config.cors.allow_origins else []),
             *([Middleware(CacheHeader)] if config.response_cache is not None else []),
             Middleware(CatchAll, handlers=handlers),
+            *(_authenticate(authenticator, routes, handlers, telemetry) if authenticator is not None else []),
             Middleware(BodyLimits, limits=config.limits),
             Middleware(DecodeBody, limits=config.limits),
         ],
@@ -76,6 +84,14 @@ def create_app(
     )
     app.router.redirect_slashes = False  # OnePath has removed a slash at the end
     return app
+
+
+def _authenticate(
+    authenticator: Authenticator, routes: list[Route], handlers: ErrorHandlers, telemetry: ServiceTelemetry
+) -> list[Middleware]:
+    return [
+        Middleware(Authenticate, authenticator=authenticator, routes=routes, handlers=handlers, telemetry=telemetry)
+    ]
 
 
 def _routes(context: RequestContext) -> list[Route]:
@@ -87,7 +103,7 @@ def _routes(context: RequestContext) -> list[Route]:
     playground, reference = pages.playground(), pages.reference()
 
     async def document(http: Request) -> Response:
-        file = await asyncio.to_thread(pages.document, context.served_names())
+        file = await asyncio.to_thread(pages.document, context.served_names(identity_of(http)))
         return await file.answer(http)
 
     async def docs(http: Request) -> Response:

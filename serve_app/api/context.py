@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 from uuid import uuid4
 
 from starlette.requests import Request
 
-from serve_app.api.experiments import VARIANT_HEADER, Experiments, NoExperiments, caller_of, session_of
+from serve_app.api.experiments import VARIANT_HEADER, Experiments, NoExperiments, caller_of, identity_of, session_of
 from serve_app.api.generation import until_disconnect
 from serve_app.api.telemetry import ServiceTelemetry
 from serve_app.config import AppConfig, Limits, Model, SamplingDefaults
@@ -17,6 +18,7 @@ from serve_app.core.engine import Engine
 from serve_app.core.experiments import Caller, Choice
 from serve_app.core.queries import A, GetModelInfo, ModelInfo, Query
 from serve_app.core.requests import Adapter, CacheControl, ChatPrompt, GenerationRequest, Prompt, SamplingParams
+from serve_app.core.tenants import Identity
 from serve_app.errors import InvalidRequest, ModelNotFound
 
 # Clients of Text Generation Inference send these names, which it ignores; an empty name is no name in vLLM.
@@ -57,15 +59,23 @@ class Served:
         return replace(prompt, template=self.choice.template)
 
 
+# Records an action of an administrator: who, what, on what, with which details.
+Audit = Callable[[Identity, str, str, dict[str, Any]], Awaitable[None]]
+
+
 async def keep() -> None:
     """No other process has to know."""
+
+
+async def no_audit(identity: Identity, action: str, target: str, details: dict[str, Any]) -> None:
+    """Keep no record."""
 
 
 @dataclass(frozen=True, slots=True)
 class RequestContext:
     """`clock` returns monotonic seconds. `known` holds the facts of each model that was loaded once.
 
-    `publish` passes changes of the `adapters` on to the other ingresses.
+    `publish` passes changes of the `adapters` on to the other ingresses. `audit` records the actions of administrators.
     """
 
     engine: Engine
@@ -76,39 +86,46 @@ class RequestContext:
     publish: Callable[[], Awaitable[None]] = keep
     experiments: Experiments = field(default_factory=NoExperiments)
     known: dict[str, ModelInfo] = field(default_factory=dict)
+    audit: Audit = no_audit
 
     @property
     def limits(self) -> Limits:
         return self.config.limits
 
-    def served_names(self) -> tuple[str, ...]:
-        """The names of all models, adapters and experiments."""
+    def served_names(self, identity: Identity) -> tuple[str, ...]:
+        """The names of the models, adapters and experiments that the caller may use."""
         listed = [one.adapter.name for one in self.adapters.all()]
         models = [model.name for model in self.config.models]
-        return tuple(dict.fromkeys((*models, *listed, *self.experiments.names())))
+        names = dict.fromkeys((*models, *listed, *self.experiments.names()))
+        return tuple(name for name in names if _may_use(identity, name))
 
     def model_of_body(self, http: Request, name: str | None, user: str = "") -> Served:
         """The model that a body names; for a name that stands for any model, the first one.
 
         Raises ModelNotFound, and InvalidRequest if the call asks for a variant that does not exist.
         """
-        return self.model(self._chosen(name), caller_of(http, user))
+        return self.model(self._chosen(name), identity_of(http), caller_of(http, user))
 
-    def model(self, name: str | None, caller: Caller = _UNKNOWN) -> Served:
+    def model(self, name: str | None, identity: Identity, caller: Caller = _UNKNOWN) -> Served:
         """The named model or adapter, or the variant of the named experiment for a caller.
 
-        None is the name of the first model of the configuration. Raises ModelNotFound, and InvalidRequest if the
-        caller asks for a variant that does not exist.
+        None is the name of the first model of the configuration that the caller may use. Raises ModelNotFound, also
+        for a model that the caller may not use, and InvalidRequest if the caller asks for a variant that does not
+        exist.
         """
-        name = self.config.models[0].name if name is None else name
+        if name is None:
+            models = [model.name for model in self.config.models]
+            name = next((one for one in models if _may_use(identity, one)), models[0])
+        if not _may_use(identity, name):
+            raise self._unknown(name, identity)
         choice = self.experiments.choose(name, caller)
         if choice is not None:
-            return replace(self._model(choice.adapter or choice.model), choice=choice)
+            return replace(self._model(choice.adapter or choice.model, identity), choice=choice)
         if caller.variant:
             raise InvalidRequest(f"Model {name[:128]!r} has no variants. Leave out '{VARIANT_HEADER}'.", VARIANT_HEADER)
-        return self._model(name)
+        return self._model(name, identity)
 
-    def _model(self, name: str) -> Served:
+    def _model(self, name: str, identity: Identity) -> Served:
         """Raises ModelNotFound."""
         models = self.config.models
         listed = self.adapters.find(name)
@@ -116,9 +133,14 @@ class RequestContext:
         for model in models:
             if model.name == wanted:
                 return Served(model, None if listed is None else listed.adapter)
-        known = ", ".join(dict.fromkeys((*(model.name for model in models), *self.experiments.names())))
+        raise self._unknown(name, identity)
+
+    def _unknown(self, name: str, identity: Identity) -> ModelNotFound:
+        """The same error for a model that does not exist and for one that the caller may not use."""
+        names = dict.fromkeys((*(model.name for model in self.config.models), *self.experiments.names()))
+        known = ", ".join(one for one in names if _may_use(identity, one)) or "none"
         adapters = " GET /v1/models lists the LoRA adapters." if self.adapters.all() else ""
-        raise ModelNotFound(f"Model {name[:128]!r} does not exist. Known models: {known}.{adapters}", param="model")
+        return ModelNotFound(f"Model {name[:128]!r} does not exist. Known models: {known}.{adapters}", param="model")
 
     def model_of(self, http: Request, name: str | None, user: str = "") -> Served:
         """The model that the body of a call names, for the user that it names.
@@ -136,7 +158,7 @@ class RequestContext:
         """The model that the body names, else that of `?model=`. Both must exist. Raises as `model_of`."""
         chosen, of_query = self._chosen(name), http.query_params.get("model")
         if of_query is not None:
-            self.model(of_query)
+            self.model(of_query, identity_of(http))
         return self.model_of(http, of_query if chosen is None else chosen)
 
     def _chosen(self, name: str | None) -> str | None:
@@ -157,9 +179,9 @@ class RequestContext:
     ) -> GenerationRequest:
         """A whole answer waits for a sleeping model for a limited time; a stream reports that it waits."""
         wake_wait_s = None if stream else self.limits.warm_wait_s
-        choice = served.choice
+        choice, identity = served.choice, identity_of(http)
         assignment = None if choice is None else choice.assignment
-        self.experiments.called(http.state.request_id, served.name, assignment)
+        self.experiments.called(http.state.request_id, served.name, assignment, identity.tenant)
         return GenerationRequest(
             id,
             served.name,
@@ -172,6 +194,8 @@ class RequestContext:
             session=session_of(http),
             assignment=assignment,
             cache_control=_cache_control(http),
+            tenant=identity.tenant,
+            key=identity.key,
         )
 
     async def query(self, http: Request, model: str, query: Query[A]) -> A:
@@ -185,6 +209,11 @@ class RequestContext:
             deadline = min(self.clock() + self.limits.warm_wait_s, deadline)
             self.known[model] = await self.engine.query(model, GetModelInfo(), deadline)
         return self.known[model]
+
+
+def _may_use(identity: Identity, name: str) -> bool:
+    """Whether the caller may use the model, adapter or experiment; each is allowed by its own name."""
+    return identity.models is None or name in identity.models
 
 
 def configured_adapters(config: AppConfig) -> AdapterDirectory:

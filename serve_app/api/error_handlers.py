@@ -12,7 +12,14 @@ from serve_app.api.openai.responses import OPENAI_ERRORS
 from serve_app.api.responses import ErrorFormat, retry_headers
 from serve_app.api.telemetry import ServiceTelemetry
 from serve_app.api.tgi.responses import TGI_ERRORS
-from serve_app.errors import MethodNotAllowed, NotFound, RequestTimeout, ServeAppError, internal_error
+from serve_app.errors import (
+    InvalidApiKey,
+    MethodNotAllowed,
+    NotFound,
+    RequestTimeout,
+    ServeAppError,
+    internal_error,
+)
 
 # The formats by the beginning of the path. The first beginning that matches decides.
 _FORMATS = {"/v1/messages": ANTHROPIC_ERRORS, "/v1": OPENAI_ERRORS}
@@ -68,6 +75,8 @@ def _headers(error: ServeAppError) -> dict[str, str]:
     headers: dict[str, str] = {}
     if error.retry_after_s is not None:
         headers |= retry_headers(error.retry_after_s)
+    if isinstance(error, InvalidApiKey):  # RFC 6750, section 3
+        headers["www-authenticate"] = 'Bearer realm="serve_app"'
     if isinstance(error, RequestTimeout):  # the rest of the body can still come, and is no request
         headers["connection"] = "close"
     return headers

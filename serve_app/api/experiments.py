@@ -14,6 +14,7 @@ from typing_extensions import TypedDict
 from serve_app.api.responses import exact
 from serve_app.api.schema import Body
 from serve_app.core.experiments import Assignment, Caller, Choice, Feedback, Reports
+from serve_app.core.tenants import ANYONE, Identity
 from serve_app.errors import InvalidRequest, NotFound
 
 SESSION_HEADER, VARIANT_HEADER = "x-session-id", "x-variant"
@@ -31,7 +32,7 @@ class Experiments(Protocol):
         """The variant for a caller; None if there is no experiment of this name. Raises InvalidRequest."""
         ...
 
-    def called(self, request_id: str, model: str, assignment: Assignment | None) -> None:
+    def called(self, request_id: str, model: str, assignment: Assignment | None, tenant: str = "") -> None:
         """Remember a call, for feedback."""
         ...
 
@@ -53,7 +54,7 @@ class NoExperiments:
     def choose(self, name: str, caller: Caller) -> Choice | None:
         return None
 
-    def called(self, request_id: str, model: str, assignment: Assignment | None) -> None:
+    def called(self, request_id: str, model: str, assignment: Assignment | None, tenant: str = "") -> None:
         pass
 
     async def take_feedback(self, feedback: Feedback) -> bool:
@@ -73,12 +74,12 @@ class FeedbackBody(Body):
     comment: Annotated[str, Field(max_length=2000)] = ""
     """Written to the log with the request's id."""
 
-    def to_feedback(self) -> Feedback:
+    def to_feedback(self, tenant: str) -> Feedback:
         """Raises InvalidRequest without a rating or a score, or with both."""
         if (self.rating is None) == (self.score is None):
             raise InvalidRequest("Send either 'rating' or 'score'.", param="rating")
         score = self.score if self.score is not None else float(self.rating == "up")
-        return Feedback(self.request_id, score, self.comment)
+        return Feedback(self.request_id, score, self.comment, tenant)
 
 
 @exact
@@ -94,7 +95,7 @@ class ExperimentRoutes:
         self._experiments = experiments
 
     async def feedback(self, http: Request, document: object) -> Response:
-        feedback = FeedbackBody.parse(document).to_feedback()
+        feedback = FeedbackBody.parse(document).to_feedback(identity_of(http).tenant)
         if not await self._experiments.take_feedback(feedback):
             raise NotFound(
                 f"Request {feedback.request_id} is not known. The service remembers the latest requests of a day.",
@@ -119,11 +120,11 @@ def user_of(body: Body) -> str:
 
 
 def caller_of(http: Request, user: str) -> Caller:
-    """What a call says about its caller. Of the API key only a digest is kept."""
+    """What a call says about its caller. Of a key that the service does not check only a digest is kept."""
     headers = http.headers
     key = headers.get("authorization") or headers.get("x-api-key") or ""
     return Caller(
-        key=blake2b(key.encode(), digest_size=16).hexdigest() if key else "",
+        key=identity_of(http).key or (blake2b(key.encode(), digest_size=16).hexdigest() if key else ""),
         user=user,
         session=session_of(http),
         request=http.state.request_id,
@@ -132,5 +133,12 @@ def caller_of(http: Request, user: str) -> Caller:
 
 
 def session_of(http: Request) -> str:
-    """Requests with the same session go to the same replica, as far as its load allows."""
-    return http.headers.get(SESSION_HEADER, "")[:_LONGEST]
+    """Requests with the same session go to the same replica, as far as its load allows. Tenants share no sessions."""
+    session, tenant = http.headers.get(SESSION_HEADER, "")[:_LONGEST], identity_of(http).tenant
+    return f"{tenant}\0{session}" if session and tenant else session
+
+
+def identity_of(http: Request) -> Identity:
+    """Who sends a call. A service without keys serves everyone."""
+    identity: Identity = getattr(http.state, "identity", ANYONE)
+    return identity

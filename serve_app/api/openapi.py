@@ -11,9 +11,11 @@ from pydantic.json_schema import JsonSchemaMode, JsonSchemaValue
 
 from serve_app import __version__
 from serve_app.api.anthropic.responses import OVERLOADED, AnthropicError
+from serve_app.api.auth import POLICIES, PUBLIC, Public
 from serve_app.api.context import PLACEHOLDERS
 from serve_app.api.openai.responses import OpenAIError
 from serve_app.api.operations import OPERATIONS, Operation
+from serve_app.core.tenants import Scope
 
 Json: TypeAlias = dict[str, Any]
 
@@ -30,6 +32,8 @@ _ERRORS = {
     503: "No replica of the model can answer yet.",
     504: "The request used up its time.",
 }
+_NO_KEY = "The API key is missing or not valid."
+_NO_SCOPE = "The API key does not have the scope of the path."
 _NO_SUCH_MODEL = "The model does not exist."
 _NO_SUCH_OBJECT = "The object does not exist."
 _WRONG_PARAMETER = "A parameter is wrong, or the object does not allow the operation."
@@ -53,9 +57,16 @@ def document(names: Sequence[str]) -> Json:
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
         },
         "paths": paths,
-        "components": {"schemas": components.schemas, "headers": _HEADERS},
+        "components": {"schemas": components.schemas, "headers": _HEADERS, "securitySchemes": _SECURITY_SCHEMES},
     }
 
+
+# A service without keys ignores these headers, therefore a call without them ({}) is described too.
+_SECURITY_SCHEMES = {
+    "bearer": {"type": "http", "scheme": "bearer", "description": "An API key, or a token of the identity provider."},
+    "apiKey": {"type": "apiKey", "in": "header", "name": "x-api-key", "description": "An API key."},
+}
+_SECURITY: list[Json] = [{"bearer": []}, {"apiKey": []}, {}]
 
 _HEADERS = {
     "X-Request-Id": {
@@ -83,9 +94,11 @@ class _Components:
 
     def __init__(self, names: Sequence[str]) -> None:
         self.schemas: Json = {}
-        self.model_names: Json = {"type": "string", "enum": list(names)}
+        # A caller without a key gets no names.
+        self.model_names: Json = {"type": "string", "enum": list(names)} if names else {"type": "string"}
         # Each name once: a model of the configuration can have the name of a placeholder.
-        self._names_of_bodies: Json = {"type": "string", "enum": list(dict.fromkeys([*names, *PLACEHOLDERS]))}
+        names_of_bodies = list(dict.fromkeys([*names, *PLACEHOLDERS]))
+        self._names_of_bodies: Json = {**self.model_names, "enum": names_of_bodies} if names else {"type": "string"}
 
     def any_of(self, types: Any, mode: JsonSchemaMode) -> JsonSchemaValue:
         """The schema of a type or of a union, as references."""
@@ -115,6 +128,7 @@ def _operation(operation: Operation, components: _Components) -> Json:
         "operationId": operation.id,
         "tags": [operation.tag],
         "summary": operation.summary,
+        "security": [{}] if _needed(operation) is PUBLIC else _SECURITY,
         "parameters": _parameters(operation, components),
         "responses": _responses(operation, components),
     }
@@ -122,6 +136,11 @@ def _operation(operation: Operation, components: _Components) -> Json:
         content = {"schema": components.any_of(operation.body, "validation"), "example": operation.example}
         described["requestBody"] = {"required": True, "content": {_JSON: content}}
     return described
+
+
+def _needed(operation: Operation) -> Scope | Public:
+    path = operation.path.replace("/v1/models/{id}", "/v1/models/{id:path}")
+    return POLICIES[f"{operation.method.upper()} {path}"]
 
 
 def _parameters(operation: Operation, components: _Components) -> list[Json]:
@@ -173,6 +192,8 @@ def _errors(operation: Operation) -> dict[int, str]:
         errors[OVERLOADED] = errors.pop(503)
     if operation.body is not None or operation.model_in:
         errors[404] = _NO_SUCH_OBJECT if operation.path in _WITHOUT_MODEL else _NO_SUCH_MODEL
+    if _needed(operation) is not PUBLIC:
+        errors |= {401: _NO_KEY, 403: _NO_SCOPE}
     if operation.parameters:
         errors |= {400: _WRONG_PARAMETER, 404: _NO_SUCH_OBJECT}
     return dict(sorted(errors.items()))

@@ -12,6 +12,7 @@ from serve_app import __version__
 from serve_app.api.context import RequestContext
 from serve_app.api.responses import exact, retry_headers
 from serve_app.core.queries import ModelState, ModelStatus
+from serve_app.core.tenants import ANYONE
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -66,7 +67,7 @@ class OperatorRoutes:
         """
         names = [model.name for model in self._context.config.models]
         if "model" in http.query_params:
-            names = [self._context.model(http.query_params["model"]).name]
+            names = [self._context.model(http.query_params["model"], ANYONE).name]
         statuses = [self._context.engine.health(name) for name in names]
         ready = any(status.state in (ModelState.READY, ModelState.ASLEEP) for status in statuses)
         body: Readiness = {"status": "ready" if ready else "not ready", "models": [_readiness(one) for one in statuses]}

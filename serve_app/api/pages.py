@@ -96,7 +96,7 @@ def reference() -> Folder:
     return Folder([*_pages(REFERENCE), *(static / name for name in SWAGGER_FILES)], REFERENCE_POLICY)
 
 
-@lru_cache(2)
+@lru_cache(16)  # keys can allow different models
 def document(names: tuple[str, ...]) -> File:
     """The OpenAPI document of a service with these models and adapters. The first call for them takes 0.2 s."""
     return File(json.dumps(openapi.document(names)).encode(), ".json")

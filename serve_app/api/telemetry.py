@@ -15,6 +15,10 @@ class ServiceTelemetry(Protocol):
         """Count an error that a caller got. `model` is None if the request named no existing model."""
         ...
 
+    def auth_refused(self, reason: str) -> None:
+        """Count a call that was refused for one of `core.tenants.REASONS`."""
+        ...
+
     def call_began(self) -> None:
         """Count an HTTP call that has begun."""
         ...

@@ -47,11 +47,12 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Feedback:
-    """What a caller thinks of the answers to a call: a score from 0 (bad) to 1 (good)."""
+    """What a caller thinks of the answers to a call of its tenant: a score from 0 (bad) to 1 (good)."""
 
     request_id: str
     score: float
     comment: str = ""
+    tenant: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -181,7 +181,7 @@ class GenerationRequest:
     a batch call spends from the same deadline; RemoteEngine converts both to the clock of the receiving process.
     `wake_wait_s` bounds the wait for a model that is scaled to zero, in seconds; None waits until the deadline.
 
-    Requests share the computed beginning of their prompts only if their `cache_salt` is equal.
+    Requests share the computed beginning of their prompts only if their tenant and their `cache_salt` are equal.
 
     Requests for several answers to one prompt have the same unique `group` and differ in `index`, which counts from 0:
     the prompt is computed once for all of them, and answer i is sampled with seed + i, as a separate request with that
@@ -235,6 +235,15 @@ class GenerationRequest:
     assignment: Assignment | None = None
     tenant: str = ""
     key: str = ""
+
+    @property
+    def prefix_salt(self) -> str:
+        """Texts that differ if two requests must not share the computed beginning of their prompts.
+
+        The time to the first token tells whether a prompt was computed before, so that a tenant could otherwise guess
+        the prompts of another one. Without tenant it is the caller's own salt. No tenant has NUL in its name.
+        """
+        return f"{self.tenant}\0{self.cache_salt}" if self.tenant else self.cache_salt
 
     @property
     def served_name(self) -> str:

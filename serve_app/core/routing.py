@@ -51,15 +51,15 @@ def routing_key(request: GenerationRequest) -> RoutingKey:
     """The key of a request. Prompts with equal digests up to a block have equal beginnings.
 
     The digests are of the prompt as the caller sent it and not of its tokens, so that an ingress needs no tokenizer.
-    They depend on what decides whether two requests may share a computed beginning: the LoRA adapter and `cache_salt`.
-    A request that reads its prompt has none, because it computes all of the prompt.
+    They depend on what decides whether two requests may share a computed beginning: the LoRA adapter, the tenant and
+    `cache_salt`. A request that reads its prompt has none, because it computes all of the prompt.
     """
     pieces = list(_pieces(request))
     size = sum(map(len, pieces))
     digests = array("Q")
     if request.params.prompt_logprobs is None and not request.embed:
         adapter = "" if request.adapter is None else request.adapter.digest
-        salt = f"{request.weights_name}\0{adapter}\0{request.cache_salt}"
+        salt = f"{request.weights_name}\0{adapter}\0{request.prefix_salt}"
         digest = blake2b(salt.encode(errors="surrogatepass"), digest_size=_DIGEST_BYTES).digest()
         for block in islice(_blocks(pieces), MAX_BLOCKS):
             digest = blake2b(block, digest_size=_DIGEST_BYTES, key=digest).digest()

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
+
+# Names of tenants are in logs, in headers, and in salts, which NUL divides.
+_TENANT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,127}")
+
+
+def is_tenant_name(text: str) -> bool:
+    return _TENANT_NAME.fullmatch(text) is not None
 
 
 class Scope(StrEnum):
@@ -65,3 +73,38 @@ class Tenants(Protocol):
     def key_limits(self, key: str) -> Limits:
         """The limits of a key by its public id; no limits if the id is not known, or ""."""
         ...
+
+
+class CredentialsRefused(Exception):
+    """A key or token is not valid. `reason` is one of REASONS, for the metrics; `message` is for the caller."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(reason, message)
+        self.reason = reason
+        self.message = message
+
+
+# Why a call is refused: no key; several different ones; an unknown id or a wrong secret; a key that was valid; a token
+# that is not valid; a key without the scope of the route; the keys cannot be read.
+REASONS = ("missing", "conflict", "invalid", "expired", "revoked", "token", "scope", "unavailable")
+
+
+class Authenticator(Protocol):
+    """Knows the valid keys and tokens."""
+
+    async def authenticate(self, credentials: str) -> Identity:
+        """The identity that a key or token proves. Raises CredentialsRefused, and NotReady if it cannot be checked."""
+        ...
+
+
+class NoTenants:
+    """The tenants of a service without keys: all have the defaults."""
+
+    def tenant(self, name: str) -> Tenant:
+        return Tenant(name)
+
+    def key_limits(self, key: str) -> Limits:
+        return _NO_LIMITS
+
+
+_NO_LIMITS = Limits()

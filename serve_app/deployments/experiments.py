@@ -25,6 +25,12 @@ _CHECK_INTERVAL_S = 2.0
 _ASK_TIMEOUT_S = 2.0
 
 Ask = Callable[[str, object], Awaitable[list[Any]]]
+# Receives the name of an experiment that its guards have stopped, and the reason.
+Stopped = Callable[[str, str], Awaitable[None]]
+
+
+async def _tell_nobody(experiment: str, reason: str) -> None:
+    """The stop is only logged."""
 
 
 class IngressExperiments:
@@ -41,11 +47,13 @@ class IngressExperiments:
         adapters: AdapterDirectory,
         series: ExperimentSeries,
         ask: Ask,
+        stopped: Stopped = _tell_nobody,
     ) -> None:
         self._config = config
         self._adapters = adapters
         self._series = series
         self._ask = ask
+        self._stopped = stopped
         self._received: dict[str, object] | None = None
         self.state = ExperimentState(ingress)
         self.stage = Experiments(catalog, self.state, series, adapters.find)
@@ -108,8 +116,8 @@ class IngressExperiments:
     def choose(self, name: str, caller: Caller) -> Choice | None:
         return self.stage.choose(name, caller)
 
-    def called(self, request_id: str, model: str, assignment: Assignment | None) -> None:
-        self.stage.called(request_id, model, assignment)
+    def called(self, request_id: str, model: str, assignment: Assignment | None, tenant: str = "") -> None:
+        self.stage.called(request_id, model, assignment, tenant)
 
     async def take_feedback(self, feedback: Feedback) -> bool:
         """Count feedback here, or at the ingress that has answered the call."""
@@ -151,6 +159,7 @@ class IngressExperiments:
             stop = None if worse is None else self.state.stop(active, *worse)
             if stop is not None:
                 logger.warning("%s", _sentence(stop))
+                await self._stopped(stop.experiment, f"variant {stop.variant}: {stop.reason}")
         self._show()
 
     def _show(self) -> None:

@@ -2,8 +2,9 @@
 
 Ray Serve writes HAProxy's configuration and starts a new HAProxy at every change. The configuration has ports for
 metrics and statistics and a log, which no option of Ray disables. Therefore Ray runs this file instead of HAProxy: it
-removes these parts, limits the time for the headers of a request, adds the time of arrival to every request, lets
-HAProxy repeat requests whose ingress was lost, and replaces itself by HAProxy.
+removes these parts, limits the time for the headers of a request, adds the time of arrival to every request, encrypts
+the connections of clients if there is a certificate, lets HAProxy repeat requests whose ingress was lost, and replaces
+itself by HAProxy.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import shlex
 import signal
 import socket
 import sys
-from collections.abc import Container
+from collections.abc import Mapping
 from pathlib import Path
 
 # Parts of the configuration, by their first line, and the environment variable with which a user enables each.
@@ -26,6 +27,10 @@ _PARTS = {
     r"listen stats\n": "RAY_SERVE_HAPROXY_STATS_PORT",
 }
 _LOG = "RAY_SERVE_HAPROXY_LOG_TARGET"
+# The environment variable with the path of a PEM file: the certificate, those of its authorities, and the private key.
+TLS_CERTIFICATE = "SERVE_APP_TLS_CERTIFICATE"
+# HTTP/1.1 only: the tests of disconnects and of slow clients are about it.
+_TLS = "ssl-min-ver TLSv1.2 alpn http/1.1"
 # Replaces the client's header by microseconds since 1970: the start of the span `proxy` of a trace.
 _STAMP = "http-request set-header X-Request-Start t=%[date(0,us)]"
 # Ray uses these ports neither for workers nor for replicas.
@@ -92,28 +97,36 @@ def environment(binary: str, folder: Path, longest_s: float) -> dict[str, str]:
     }
 
 
-def restricted(configuration: str, enabled: Container[str]) -> str:
-    """The configuration without ports and logs other than the service's. Parts whose variable is in `enabled` stay on
-    loopback. The part of the service limits the time for headers, adds the time of arrival to every request, and
-    repeats requests as described above, unless the user has chosen what HAProxy repeats.
+def restricted(configuration: str, variables: Mapping[str, str]) -> str:
+    """The configuration without ports and logs other than the service's. Parts whose variable is set stay on loopback.
+
+    The part of the service limits the time for headers, adds the time of arrival to every request, speaks TLS if
+    TLS_CERTIFICATE is set, and repeats requests as described above, unless the user has chosen what HAProxy repeats.
     """
     parts = re.split(r"(?m)^(?=\w)", configuration)
-    return "".join(_restricted(part, enabled) for part in parts)
+    return "".join(_restricted(part, variables) for part in parts)
 
 
-def _restricted(part: str, enabled: Container[str]) -> str:
+def _restricted(part: str, variables: Mapping[str, str]) -> str:
     for beginning, variable in _PARTS.items():
         if re.match(beginning, part):
-            return re.sub(r"(?m)^( +bind )[^:\n]*:", r"\g<1>127.0.0.1:", part) if variable in enabled else ""
+            return re.sub(r"(?m)^( +bind )[^:\n]*:", r"\g<1>127.0.0.1:", part) if variables.get(variable) else ""
     if part.startswith("frontend http_frontend\n"):
-        repeats = () if _REPEAT_VARIABLE in enabled else _REPEATABLE
-        added = "".join(f"    {line}\n" for line in (_HEADERS, *repeats, _STAMP))
-        return re.sub(r"(?m)^ +bind .*\n", rf"\g<0>{added}", part, count=1)
-    if part.startswith("defaults\n") and _REPEAT_VARIABLE not in enabled:
+        return re.sub(r"(?m)^( +)(bind .*)\n", lambda line: _frontend(line, variables), part, count=1)
+    if part.startswith("defaults\n") and not variables.get(_REPEAT_VARIABLE):
         return re.sub(r"(?m)^ +retry-on .*$", f"    {_REPEAT}", part)
-    if part.startswith("global\n") and _LOG not in enabled:
+    if part.startswith("global\n") and not variables.get(_LOG):
         return re.sub(r"(?m)^ +log .*\n", "", part)
     return part
+
+
+def _frontend(bind: re.Match[str], variables: Mapping[str, str]) -> str:
+    """The line of the service's address, with TLS if there is a certificate, and the rules after it."""
+    indent, line = bind[1], bind[2]
+    if certificate := variables.get(TLS_CERTIFICATE):
+        line = f'{line} ssl crt "{certificate}" {_TLS}'
+    repeatable = () if variables.get(_REPEAT_VARIABLE) else _REPEATABLE
+    return "".join(f"{indent}{one}\n" for one in (line, _HEADERS, *repeatable, _STAMP))
 
 
 def _free_port() -> int:

@@ -21,6 +21,7 @@ from serve_app.config import AppConfig, Model
 from serve_app.core.adapters import AdapterChange
 from serve_app.core.experiments import Feedback
 from serve_app.core.queries import ModelState
+from serve_app.deployments.access import SERVICE, Access
 from serve_app.deployments.event_receiver import EventReceiver
 from serve_app.deployments.experiments import IngressExperiments
 from serve_app.deployments.heartbeats import Report, Reporter, to_every_replica
@@ -64,6 +65,8 @@ class Ingress:
         self._receiver = EventReceiver(ray.util.get_node_ip_address())
         await self._receiver.start()
         self._telemetry = IngressTelemetry(config, self._id, self._registry)
+        self._access = Access(config, self._telemetry)
+        await self._access.start()
         self._cache = open_cache(config.response_cache, self._telemetry.cache) if config.response_cache else None
         self._handles = {model.name: handle for model, handle in zip(config.models, handles, strict=True)}
         self._remotes: list[RemoteEngine] = []
@@ -72,7 +75,7 @@ class Ingress:
         self._work = WorkReporter(context.app_name, self._id, config.models, self._report_of)
         catalog = Catalog({name: chain.engine for name, chain in self._chains.items()})
         self._experiments = IngressExperiments(
-            config, self._id, catalog, self._adapters, self._telemetry.experiments, self._ask_ingresses
+            config, self._id, catalog, self._adapters, self._telemetry.experiments, self._ask_ingresses, self._stopped
         )
         self._reporter = Reporter(self._report, self._heartbeat, self._telemetry.families)
         self._telemetry.reporter = self._reporter
@@ -93,6 +96,8 @@ class Ingress:
             self._adapters,
             self._reporter.send,
             self._experiments,
+            self._access.authenticator,
+            self._access.audit,
         )
         return with_disconnects(app)
 
@@ -136,6 +141,7 @@ class Ingress:
             await self._cache.store.close()
         await self._reporter.stop(Heartbeat(self._id, "", "", leaving=True))
         self._receiver.stop()
+        await self._access.stop()
         await asyncio.to_thread(self._process.stop)
 
     def _chain(self, model: Model) -> ModelChain:
@@ -183,6 +189,10 @@ class Ingress:
         calls = self._ingresses.broadcast(method, argument)
         found = await calls.results_async(timeout_s=_FIRST_REPORTS_S, return_exceptions=True)
         return [one for one in found if not isinstance(one, BaseException)]
+
+    async def _stopped(self, experiment: str, reason: str) -> None:
+        """An experiment was stopped by its guards."""
+        await self._access.audit(SERVICE, "experiments.stop", experiment, {"reason": reason})
 
     def _heartbeat(self) -> Heartbeat:
         return Heartbeat(self._id, "", "", adapters=self._adapters.changes)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from prometheus_client.metrics_core import Metric
@@ -62,6 +64,13 @@ class IngressTelemetry:
 
     def refused(self, error: ServeAppError, model: str | None) -> None:
         self._metrics.http.refused(error.code, model or "")
+
+    def auth_refused(self, reason: str) -> None:
+        self._metrics.http.auth_refused(reason)
+
+    def watch_keys(self, age_s: Callable[[], float | None]) -> None:
+        """Show the age of the API keys, None for keys that were never read."""
+        self._metrics.http.keys_age.set_function(lambda: math.inf if (age := age_s()) is None else age)
 
     def call_began(self) -> None:
         self._metrics.http.open.inc()

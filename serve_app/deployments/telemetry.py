@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from starlette.types import ASGIApp
 
 from serve_app.api.app import create_app
-from serve_app.api.context import keep
+from serve_app.api.context import Audit, keep, no_audit
 from serve_app.api.experiments import Experiments
 from serve_app.api.middleware import OneRequestId
 from serve_app.api.telemetry import ServiceTelemetry
@@ -18,6 +18,7 @@ from serve_app.config import AppConfig, ConfigError, Telemetry as Settings
 from serve_app.core.adapters import AdapterDirectory
 from serve_app.core.engine import Engine
 from serve_app.core.requests import GenerationRequest
+from serve_app.core.tenants import Authenticator
 from serve_app.engines.protocol import ReplicaEngine
 from serve_app.engines.stream import TokenStream
 
@@ -66,12 +67,22 @@ class ProcessTelemetry:
         adapters: AdapterDirectory | None = None,
         publish: Callable[[], Awaitable[None]] = keep,
         experiments: Experiments | None = None,
+        authenticator: Authenticator | None = None,
+        audit: Audit = no_audit,
     ) -> ASGIApp:
         """The HTTP application, with spans and the JSON access log if they are enabled."""
         from starlette.middleware import Middleware
 
         request_id = Middleware(OneRequestId)
-        make = partial(create_app, config=config, adapters=adapters, publish=publish, experiments=experiments)
+        make = partial(
+            create_app,
+            config=config,
+            adapters=adapters,
+            publish=publish,
+            experiments=experiments,
+            authenticator=authenticator,
+            audit=audit,
+        )
         if self._exporter is None and self._settings.log_format == "text":
             return make(engine, telemetry, around=[request_id])
         from opentelemetry.trace import NoOpTracer

@@ -76,14 +76,14 @@ class Experiments(Stage):
         variant = variant_at(experiment, share, place(name, unit))
         return choice_of(active, variant, cluster_of(name, unit) if is_counted(experiment, share, unit) else None)
 
-    def called(self, request_id: str, model: str, assignment: Assignment | None) -> None:
+    def called(self, request_id: str, model: str, assignment: Assignment | None, tenant: str = "") -> None:
         """Remember a call, for feedback."""
         active = None if assignment is None else self._state.active.get(assignment.experiment)
-        self._calls.add(request_id, model, assignment, "" if active is None else active.identity)
+        self._calls.add((tenant, request_id), model, assignment, "" if active is None else active.identity)
 
     def take_feedback(self, feedback: Feedback) -> bool:
         """Count feedback on a call of this ingress; False if it does not know the call. A later score replaces it."""
-        call = self._calls.find(feedback.request_id)
+        call = self._calls.find((feedback.tenant, feedback.request_id))
         if call is None:
             return False
         assignment, earlier = call.assignment, call.score

@@ -25,22 +25,22 @@ class AnsweredCall:
 
 
 class AnsweredCalls:
-    """The latest MAX_CALLS calls by their request id, for KEEP_S seconds."""
+    """The latest MAX_CALLS calls by their tenant and request id, for KEEP_S seconds."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._calls: OrderedDict[str, AnsweredCall] = OrderedDict()
+        self._calls: OrderedDict[tuple[str, str], AnsweredCall] = OrderedDict()
 
-    def add(self, request_id: str, model: str, assignment: Assignment | None, identity: str) -> None:
-        """Remember a call. Of two calls with one id the later counts."""
-        self._calls[request_id] = AnsweredCall(self._clock(), model, assignment, identity)
-        self._calls.move_to_end(request_id)
+    def add(self, call: tuple[str, str], model: str, assignment: Assignment | None, identity: str) -> None:
+        """Remember a call by its tenant and request id. Of two with one id the later counts."""
+        self._calls[call] = AnsweredCall(self._clock(), model, assignment, identity)
+        self._calls.move_to_end(call)
         while len(self._calls) > MAX_CALLS or self._is_old(next(iter(self._calls.values()))):
             self._calls.popitem(last=False)
 
-    def find(self, request_id: str) -> AnsweredCall | None:
-        call = self._calls.get(request_id)
-        return None if call is None or self._is_old(call) else call
+    def find(self, call: tuple[str, str]) -> AnsweredCall | None:
+        found = self._calls.get(call)
+        return None if found is None or self._is_old(found) else found
 
     def _is_old(self, call: AnsweredCall) -> bool:
         return call.at < self._clock() - KEEP_S

@@ -1,11 +1,15 @@
 import { Failure } from "./failure.js";
+import { askForKey, keyHeader } from "./key.js";
 import { events } from "./stream.js";
 
 const BASE = new URL("..", import.meta.url); // the service may have a route prefix
 
 async function call(path, options) {
   try {
-    return await fetch(new URL(path, BASE), options);
+    const headers = { ...options?.headers, ...keyHeader() };
+    const response = await fetch(new URL(path, BASE), { ...options, headers });
+    if (response.status === 401) askForKey();
+    return response;
   } catch (error) {
     throw options?.signal?.aborted ? error : new Failure("unreachable");
   }

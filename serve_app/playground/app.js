@@ -1,5 +1,6 @@
 import { Chat } from "./chat.js";
 import { Compare } from "./compare.js";
+import { watchKey } from "./key.js";
 import { watch } from "./odds.js";
 import { Status } from "./status.js";
 import { load, save } from "./store.js";
@@ -52,7 +53,9 @@ WIDE.addEventListener("change", openSettings);
 watch();
 route();
 openSettings();
-new Status(document.getElementById("status"), (models) => {
+const status = new Status(document.getElementById("status"), (models) => {
   chat.settings.offer(models);
   compare.offer(models);
-}).watch();
+});
+watchKey(() => status.watch());
+status.watch();

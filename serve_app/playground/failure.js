@@ -5,6 +5,8 @@ const WORDS = {
   invalid_request: ["The service refused a setting.", "Change the setting and try again."],
   context_length_exceeded: ["The conversation is longer than the model's context.", "Start a new conversation, or send a shorter message."],
   body_too_large: ["The request is larger than the service accepts.", "Start a new conversation, or send a shorter message."],
+  invalid_api_key: ["The service needs a valid API key.", "Enter a key at the top of the page and try again."],
+  permission_denied: ["The API key does not allow this.", "Enter another key at the top of the page and try again."],
   model_not_found: ["The service does not have this model any more.", "Choose another model and try again."],
   queue_full: ["The model is busy.", "The queue of the model is full. Try again."],
   not_ready: ["The model is not ready.", "The line at the top shows its progress. Try again when it is ready."],
@@ -20,6 +22,7 @@ export class Failure extends Error {
   constructor(code, message = "", { param = null, retryAfter = null } = {}) {
     super(message);
     const [title, advice] = WORDS[code] ?? WORDS.unknown;
+    this.code = code;
     this.title = title;
     this.advice = retryAfter ? `${advice} The service expects to be able to answer in ${retryAfter} s.` : advice;
     this.param = param;

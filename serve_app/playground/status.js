@@ -25,8 +25,8 @@ export class Status {
       const missing = all.filter(({ parent, state }) => !parent && (state === "loading" || state === "failed"));
       this._show(missing.length ? "waiting" : "ready", missing.map(sentence).join("; ") || "Ready");
       return !missing.length;
-    } catch {
-      this._show("away", "The service does not answer");
+    } catch (error) {
+      this._show("away", error.code === "invalid_api_key" ? "The service needs an API key" : "The service does not answer");
       return false;
     }
   }

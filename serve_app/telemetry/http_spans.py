@@ -258,6 +258,9 @@ class TracedTelemetry:
             call.error, call.fault = error.code, error.status >= 500
         self._telemetry.refused(error, model)
 
+    def auth_refused(self, reason: str) -> None:
+        self._telemetry.auth_refused(reason)
+
     def call_began(self) -> None:
         self._telemetry.call_began()
 

@@ -22,6 +22,7 @@ from serve_app.core.cache_status import CacheStatus
 from serve_app.core.events import CANCELLED, EMBEDDED, FinishReason
 from serve_app.core.http import HttpCall
 from serve_app.core.queries import ModelState
+from serve_app.core.tenants import REASONS
 from serve_app.engines.native.sequence import Step
 from serve_app.engines.protocol import ReplicaEngine, StepStats
 from serve_app.errors import ServeAppError
@@ -179,6 +180,21 @@ class HttpSeries:
         for model in ("", *self._models):
             for code in CODES:
                 self._errors.labels(model, replica, code)
+        self._auth_refusals = Counter(
+            "serve_app_auth_refusals",
+            "HTTP calls that were refused because of their API key or token, by reason.",
+            ("replica", "reason"),
+            registry=registry,
+        )
+        for reason in REASONS:
+            self._auth_refusals.labels(replica, reason)
+        self.keys_age = Gauge(
+            "serve_app_keys_age_seconds",
+            "Time since the process last knew that its API keys are those of the database; 0 without keys, infinite if "
+            "they were never read.",
+            ("replica",),
+            registry=registry,
+        ).labels(replica)
         self._calls = Counter(
             "serve_app_http_requests",
             "HTTP calls that have ended, by status class, for example 2xx. The class 'left' means that the client "
@@ -229,6 +245,10 @@ class HttpSeries:
     def refused(self, code: str, model: str) -> None:
         """Count an error. A model that is not configured is counted as ""."""
         self._errors.labels(model if model in self._models else "", self._replica, code).inc()
+
+    def auth_refused(self, reason: str) -> None:
+        """Count a call that was refused for one of REASONS."""
+        self._auth_refusals.labels(self._replica, reason).inc()
 
     def ended(self, call: HttpCall) -> None:
         method = call.method if call.method in _METHODS else "other"

@@ -336,7 +336,7 @@ def test_every_outcome_is_classified() -> None:
     assert set(slo.BAD.split("|")) == failures
     # These errors occur before there is a request to a model.
     before = {"body_too_large", "method_not_allowed", "model_not_found", "not_found", "previous_response_not_found"}
-    before |= {"request_timeout", "unsupported_encoding"}
+    before |= {"request_timeout", "unsupported_encoding", "invalid_api_key", "permission_denied"}
     assert set(slo.NOT_COUNTED.split("|")) == {kind.code for kind in kinds} - failures - before | {"cancelled"}
     assert not FINISHED & {*slo.BAD.split("|"), *slo.NOT_COUNTED.split("|")}
     symptoms = (ALERTS / "rules/symptoms.yml").read_text()

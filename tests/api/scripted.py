@@ -168,10 +168,14 @@ class ScriptedTelemetry:
     calls: list[HttpCall] = field(default_factory=list)
     open_calls: int = 0
     stored: tuple[int, int] = (0, 0)
+    auth_refusals: list[str] = field(default_factory=list)
     removed: int = 0
 
     def refused(self, error: ServeAppError, model: str | None) -> None:
         self.errors.append((error, model))
+
+    def auth_refused(self, reason: str) -> None:
+        self.auth_refusals.append(reason)
 
     def call_began(self) -> None:
         self.open_calls += 1

@@ -11,14 +11,17 @@ from typing import Any
 import uvicorn
 
 from serve_app.api.app import create_app
+from serve_app.core.tenants import Authenticator
 
 from .scripted import ScriptedEngine, ScriptedTelemetry, app_config
 
 
 @asynccontextmanager
-async def served(engine: ScriptedEngine, telemetry: ScriptedTelemetry, **limits: Any) -> AsyncIterator[str]:
+async def served(
+    engine: ScriptedEngine, telemetry: ScriptedTelemetry, authenticator: Authenticator | None = None, **limits: Any
+) -> AsyncIterator[str]:
     """The URL of the application."""
-    app = create_app(engine, telemetry, app_config(**limits))
+    app = create_app(engine, telemetry, app_config(**limits), authenticator=authenticator)
     config = uvicorn.Config(app, log_level="critical", ws="none", lifespan="off", timeout_graceful_shutdown=0)
     server = uvicorn.Server(config)
     with socket.create_server(("127.0.0.1", 0)) as listening:

@@ -41,8 +41,11 @@ def references(part: object) -> set[str]:
 
 async def test_every_schema_is_referenced_and_every_reference_has_a_schema(client: httpx.AsyncClient) -> None:
     found = (await client.get("/openapi.json")).json()
+    schemes = found["components"].pop("securitySchemes")
     components = {f"#/components/{kind}/{name}" for kind, parts in found["components"].items() for name in parts}
     assert references(found) == components
+    operations = [one for path in found["paths"].values() for one in path.values()]
+    assert {name for one in operations for demand in one["security"] for name in demand} == set(schemes)
 
 
 async def test_the_document_lists_the_models_and_adapters(client: httpx.AsyncClient) -> None:

@@ -14,6 +14,7 @@ from playwright.async_api import Browser, async_playwright
 
 from serve_app.api.app import create_app
 from serve_app.config import Cors
+from serve_app.core.tenants import Authenticator
 from tests.api.scripted import ScriptedEngine, ScriptedTelemetry, app_config
 from tests.browser.playground import Playground
 from tests.graph.service import Service, free_port, wait_until
@@ -53,10 +54,12 @@ def engine() -> ScriptedEngine:
 
 
 @asynccontextmanager
-async def served(engine: ScriptedEngine, port: int, cors: Cors | None = None) -> AsyncIterator[None]:
+async def served(
+    engine: ScriptedEngine, port: int, cors: Cors | None = None, authenticator: Authenticator | None = None
+) -> AsyncIterator[None]:
     """The HTTP application over the engine at a port. It sends a heartbeat after 50 ms without a token."""
     settings = app_config(heartbeat_s=0.05).model_copy(update={"cors": cors or Cors()})
-    app = create_app(engine, ScriptedTelemetry(), settings)
+    app = create_app(engine, ScriptedTelemetry(), settings, authenticator=authenticator)
     config = uvicorn.Config(
         app, port=port, log_level="critical", ws="none", lifespan="off", timeout_graceful_shutdown=0
     )

@@ -19,7 +19,7 @@ from infra_pulumi.__main__ import main
 from infra_pulumi.charts import charts
 from infra_pulumi.objects import network_policies, service_account
 from infra_pulumi.rayservice import POD_START_S, RAY_POD, rayservice
-from infra_pulumi.serve_config import cluster_config, longest_request_s, read_config
+from infra_pulumi.serve_config import cluster_config, database_port, longest_request_s, read_config
 from infra_pulumi.spec import POOL_LABEL, SpecError
 from tests.cluster.helpers import (
     CATALOGUE,
@@ -133,6 +133,7 @@ def test_the_rendered_config_differs_from_the_file_only_where_a_cluster_needs_it
     expected["http_options"]["host"] = "0.0.0.0"
     args = expected["applications"][0]["args"]
     args["ingress"]["num_cpus"] = 1
+    args["auth"] = {"allow_anonymous": True}
     (model,) = args["models"]
     assert model["device"] == "auto"
     model["device"] = "cuda"
@@ -140,6 +141,33 @@ def test_the_rendered_config_differs_from_the_file_only_where_a_cluster_needs_it
     model["deployment"]["autoscaling"]["max_replicas"] = description(cloud).gpu_pools[0].max
     assert yaml.safe_load(service(cloud)["spec"]["serveConfigV2"]) == expected
     assert documents(cloud, "ray-up/serve.yaml") == [expected]
+
+
+def test_a_config_for_a_cluster_says_who_may_use_the_service() -> None:
+    config, spec = read_config(CONFIG), description("aws")
+    args = config["applications"][0]["args"]
+    exposed = spec.model_copy(update={"addons": spec.addons.model_copy(update={"network_policy": False})})
+    with pytest.raises(SpecError, match="every pod of the cluster reaches the service"):
+        cluster_config(exposed, CATALOGUE, config)
+    args["auth"] = {}
+    with pytest.raises(SpecError, match=r"`auth` needs `database\.url`"):
+        cluster_config(spec, CATALOGUE, config)
+    args["database"] = {"url": "postgresql+psycopg://serve@db/serve"}
+    for one in (spec, exposed):
+        assert cluster_config(one, CATALOGUE, config)["applications"][0]["args"]["auth"] == {}
+
+
+@pytest.mark.parametrize(
+    ("url", "ports"),
+    [(None, [443]), ("postgresql+psycopg://me@db/serve", [443, 5432]), ("postgresql://db:6000/serve", [443, 6000])],
+)
+def test_pods_reach_the_database_of_the_config(url: str | None, ports: list[int]) -> None:
+    config = read_config(CONFIG)
+    config["applications"][0]["args"]["database"] = {"url": url}
+    policies = network_policies(description("aws"), database_port(config))
+    (policy,) = (one for one in policies if one["metadata"]["name"] == "serve-app")
+    (rule,) = (one for one in policy["spec"]["egress"] if "except" in str(one))
+    assert [port["port"] for port in rule["ports"]] == ports
 
 
 @pytest.mark.parametrize(("num_cpus", "reserved"), [(None, 1), (0, 1), (0.5, 0.5), (2, 2)])
@@ -381,10 +409,14 @@ def test_the_service_account_has_the_cloud_identity(cloud: str, annotations: dic
     assert has_label == (cloud == "azure")
 
 
-def test_disabled_addons_are_not_rendered() -> None:
+def test_disabled_addons_are_not_rendered(tmp_path: Path) -> None:
+    config = read_config(CONFIG)
+    config["applications"][0]["args"]["auth"] = {"allow_anonymous": True}
+    file = tmp_path / "serve.yaml"
+    file.write_text(yaml.safe_dump(config))
     addons = {"network_policy": False, "disruption_budget": False, "prometheus": False, "dcgm_exporter": False}
     spec = changed("aws", addons=addons)
-    files = render.manifests(spec, CATALOGUE, CONFIG)
+    files = render.manifests(spec, CATALOGUE, file)
     kinds = {each["kind"] for each in yaml.safe_load_all(files["namespace.yaml"])}
     assert kinds == {"Namespace", "ServiceAccount", "Service", "StatefulSet", "StorageClass"}
     assert [chart.release for chart in charts(spec)] == [

@@ -131,8 +131,8 @@ def test_ray_reads_every_environment_variable_of_the_manifests() -> None:
     read = "\n".join(path.read_text(encoding="utf-8") for path in sources)
     variables = {each["name"] for each in environment(600)}
     variables |= {each["name"] for each in service("aws")["spec"]["rayClusterConfig"]["autoscalerOptions"]["env"]}
-    # The raylet, which is not Python, reads the first one, and the model hub the others.
-    variables -= {"RAY_worker_niceness", "HF_TOKEN", "HF_HUB_DISABLE_TELEMETRY"}
+    # The raylet, which is not Python, reads the first one, the model hub and the service the others.
+    variables -= {"RAY_worker_niceness", "HF_TOKEN", "HF_HUB_DISABLE_TELEMETRY", "SERVE_APP_DATABASE_PASSWORD"}
     assert len(variables) > 6
     assert [name for name in sorted(variables) if f'"{name}"' not in read] == []
 

@@ -42,7 +42,7 @@ def test_only_the_port_of_the_service_stays_and_no_log() -> None:
         end = expected.index(after) if after else len(expected)
         expected = expected[: expected.index(first)] + expected[end:]
     expected = expected.replace("    bind *:8000\n", f"    bind *:8000\n    {HEADERS}\n    {STAMP}\n")
-    assert haproxy.restricted(WRITTEN, {"RAY_SERVE_HAPROXY_RETRY_ON"}) == expected
+    assert haproxy.restricted(WRITTEN, {"RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure"}) == expected
     assert [line.strip() for line in expected.splitlines() if "bind" in line] == ["bind *:8000"]
 
 
@@ -56,7 +56,7 @@ def test_only_the_port_of_the_service_stays_and_no_log() -> None:
 )
 def test_a_part_that_a_user_enables_stays_on_loopback(variable: str, line: str) -> None:
     assert line not in haproxy.restricted(WRITTEN, {}).splitlines()
-    assert line in haproxy.restricted(WRITTEN, {variable}).splitlines()
+    assert line in haproxy.restricted(WRITTEN, {variable: "1"}).splitlines()
 
 
 def test_the_program_that_ray_runs_restricts_the_file_and_replaces_itself_by_haproxy(tmp_path: Path) -> None:

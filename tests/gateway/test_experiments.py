@@ -505,11 +505,11 @@ def test_the_memory_for_feedback_is_bounded_in_number_and_age() -> None:
     now = [0.0]
     calls = AnsweredCalls(lambda: now[0])
     for number in range(MAX_CALLS + 5):
-        calls.add(str(number), "m", None, "")
-    assert (calls.find("4"), calls.find("5") is None) == (None, False)
+        calls.add(("", str(number)), "m", None, "")
+    assert (calls.find(("", "4")), calls.find(("", "5")) is None) == (None, False)
     now[0] = KEEP_S + 1
-    assert calls.find("5") is None
-    calls.add("new", "m", None, "")
+    assert calls.find(("", "5")) is None
+    calls.add(("", "new"), "m", None, "")
     assert len(calls._calls) == 1
 
 

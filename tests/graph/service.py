@@ -79,15 +79,22 @@ def serve_config(
     telemetry: Config | None = None,
     response_cache: Config | None = None,
     experiments: Sequence[Config] | None = None,
+    auth: Config | None = None,
+    database: Config | None = None,
     **limits: Any,
 ) -> Config:
-    """A Ray Serve config file. `ingress` changes the deployment options of the ingress."""
+    """A Ray Serve config file. `ingress` changes the deployment options of the ingress.
+
+    Without `auth` everyone may use the service, on any address.
+    """
     deployment = {**DEPLOYMENT, "max_ongoing_requests": 1024, **(ingress or {})}
     args = {
         "ingress": {"num_cpus": ingress_cpus, "deployment": deployment},
         "limits": limits,
         "telemetry": telemetry or {},
         "response_cache": response_cache,
+        "auth": {"allow_anonymous": True} if auth is None and host != "127.0.0.1" else auth,
+        "database": database or {},
     }
     application: Config = {
         "name": "serve_app",
@@ -129,6 +136,7 @@ class Program:
             **os.environ,
             "PYTHONPATH": str(ROOT),
             "RAY_TMPDIR": str(self.folder),
+            "XDG_STATE_HOME": str(self.folder),
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(16),
             **environment,

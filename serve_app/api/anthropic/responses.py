@@ -10,9 +10,11 @@ from serve_app.api.responses import ErrorFormat, exact
 from serve_app.errors import (
     BodyTooLarge,
     DeadlineExceeded,
+    InvalidApiKey,
     ModelNotFound,
     NotFound,
     NotReady,
+    PermissionDenied,
     PromptTooLong,
     QueueFull,
     RequestTimeout,
@@ -22,6 +24,8 @@ from serve_app.errors import (
 StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use", "model_context_window_exceeded"]
 AnthropicErrorType = Literal[
     "invalid_request_error",
+    "authentication_error",
+    "permission_error",
     "not_found_error",
     "request_too_large",
     "rate_limit_error",
@@ -197,6 +201,8 @@ class Ping(TypedDict):
 MessageEvent = MessageStart | BlockStart | BlockDelta | BlockStop | MessageDelta | MessageStop | Ping | AnthropicError
 
 _ERROR_TYPES: dict[type[ServeAppError], AnthropicErrorType] = {
+    InvalidApiKey: "authentication_error",
+    PermissionDenied: "permission_error",
     ModelNotFound: "not_found_error",
     NotFound: "not_found_error",
     RequestTimeout: "timeout_error",

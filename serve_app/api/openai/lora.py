@@ -8,6 +8,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
 from serve_app.api.context import RequestContext
+from serve_app.api.experiments import identity_of
 from serve_app.api.schema import Body
 from serve_app.config import Model, valid_name
 from serve_app.core.adapters import MAX_CHANGES, ListedAdapter
@@ -56,6 +57,8 @@ class LoraRoutes:
             digest = await self._context.query(http, model.name, LoadAdapter(adapter))
             self._context.adapters.load(model.name, Adapter(adapter.name, adapter.source, adapter.revision, digest))
             await self._context.publish()
+            details = {"model": model.name, "source": body.lora_path, "digest": digest}
+            await self._context.audit(identity_of(http), "adapters.load", adapter.name, details)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
     async def unload(self, http: Request, document: object) -> Response:
@@ -68,6 +71,7 @@ class LoraRoutes:
             self._check_changeable(listed)
             self._context.adapters.unload(name)
             await self._context.publish()
+            await self._context.audit(identity_of(http), "adapters.unload", name, {"model": listed.model})
         return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
 
     def _check_enabled(self) -> None:

@@ -10,7 +10,10 @@ from serve_app.api.responses import ErrorFormat, Usage, exact
 from serve_app.core.events import FinishReason
 from serve_app.errors import PromptTooLong, ServeAppError
 
-ErrorType = Literal["invalid_request_error", "rate_limit_error", "server_error"]
+ErrorType = Literal[
+    "invalid_request_error", "authentication_error", "permission_error", "rate_limit_error", "server_error"
+]
+_ERROR_TYPES: dict[int, ErrorType] = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 ChatFinishReason = Literal["stop", "length", "tool_calls", "function_call"]
 # The stop string or the stop token id of the request that ended the answer.
 StopReason = str | int | None
@@ -279,9 +282,8 @@ def openai_status(error: ServeAppError) -> int:
 def openai_error(error: ServeAppError) -> OpenAIError:
     """A prompt that is too long has OpenAI's code, by which agents know that they must shorten a conversation."""
     code = "context_length_exceeded" if isinstance(error, PromptTooLong) else error.code
-    kind: ErrorType = "server_error" if error.status >= 500 else "invalid_request_error"
-    if error.status == 429:
-        kind = "rate_limit_error"
+    default: ErrorType = "server_error" if error.status >= 500 else "invalid_request_error"
+    kind = _ERROR_TYPES.get(error.status, default)
     return {"error": {"message": error.message, "type": kind, "param": error.param, "code": code}}
 
 

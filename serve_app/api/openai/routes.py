@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, Response
 
 from serve_app.api.choices import best_of_each, fork, with_logprobs
 from serve_app.api.context import RequestContext, Served, generation_id
-from serve_app.api.experiments import user_of
+from serve_app.api.experiments import identity_of, user_of
 from serve_app.api.generation import collect, run_in_parallel, until_disconnect
 from serve_app.api.openai.chat_encoder import ChatEncoder
 from serve_app.api.openai.completion_encoder import CompletionEncoder
@@ -39,12 +39,13 @@ class OpenAIRoutes:
 
     async def models(self, http: Request) -> Response:
         context = self._context
-        cards = [self._card(context.model(name)) for name in context.served_names()]
+        identity = identity_of(http)
+        cards = [self._card(context.model(name, identity)) for name in context.served_names(identity)]
         body: ModelList = {"object": "list", "data": cards}
         return JSONResponse(body)
 
     async def model(self, http: Request) -> Response:
-        return JSONResponse(self._card(self._context.model(http.path_params["id"])))
+        return JSONResponse(self._card(self._context.model(http.path_params["id"], identity_of(http))))
 
     async def _answer(self, http: Request, body: CompletionBody | ChatBody, encoding: type[OpenAIEncoder]) -> Response:
         context, call_id = self._context, generation_id(http)

@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from serve_app.api.context import RequestContext, Served, generation_id
-from serve_app.api.experiments import user_of
+from serve_app.api.experiments import identity_of, user_of
 from serve_app.api.generation import collect, until_disconnect
 from serve_app.api.openai.routes import log_user
 from serve_app.api.openai_responses.conversation import Item
@@ -40,11 +40,12 @@ class ResponsesRoutes:
         body = ResponsesBody.parse(document)
         context = self._context
         model = context.model_of(http, body.model, user_of(body))
-        earlier = self._conversation(body.previous_response_id)
-        given = tuple(body.items(earlier, self._store.item))
+        tenant = identity_of(http).tenant
+        earlier = self._conversation(body.previous_response_id, tenant)
+        given = tuple(body.items(earlier, partial(self._store.item, tenant=tenant)))
         request = await self._request(http, model, body, [*earlier, *given])
         stored = body.store and self._store.enabled
-        keep = partial(self._keep, earlier, given) if stored else _forget
+        keep = partial(self._keep, tenant, earlier, given) if stored else _forget
         encoder = ResponseEncoder(new_id("resp"), request, body.echo(request.params, stored), keep)
         if body.stream:
             return EventStream(context, [request], encoder)
@@ -53,22 +54,21 @@ class ResponsesRoutes:
 
     async def stored(self, http: Request) -> Response:
         """Read or delete a stored response."""
-        response_id = http.path_params["id"]
         if http.method == "DELETE":
-            return self._delete(response_id)
+            return self._delete(http)
         if http.query_params.get("stream", "false").lower() not in ("false", "0"):
             raise InvalidRequest("A stored response cannot be streamed. Leave 'stream' out.", param="stream")
-        return Response(self._find(response_id).body, media_type="application/json")
+        return Response(self._find(http).body, media_type="application/json")
 
     async def cancel(self, http: Request) -> Response:
-        self._find(http.path_params["id"])
+        self._find(http)
         raise InvalidRequest(
             # OpenAI's words, by which clients recognize this error.
             "Cannot cancel a synchronous response. Close the connection of its request instead."
         )
 
     async def input_items(self, http: Request) -> Response:
-        return JSONResponse(page_of(self._find(http.path_params["id"]).read, http.query_params))
+        return JSONResponse(page_of(self._find(http).read, http.query_params))
 
     async def _request(
         self, http: Request, model: Served, body: ResponsesBody, items: Sequence[Item]
@@ -97,11 +97,11 @@ class ResponsesRoutes:
         limit = info.context - room_for_answer(info.context, body.max_output_tokens)
         return body.to_prompt(await shorten(items, limit, tokens))
 
-    def _conversation(self, response_id: str | None) -> tuple[Item, ...]:
+    def _conversation(self, response_id: str | None, tenant: str) -> tuple[Item, ...]:
         """The conversation of a stored response; empty for None. Raises PreviousResponseNotFound."""
         if response_id is None:
             return ()
-        found = self._store.get(response_id)
+        found = self._store.get(response_id, tenant)
         if found is None:
             raise PreviousResponseNotFound(
                 f"Previous response with id '{response_id[:128]}' not found. Responses expire, and each process of the "
@@ -110,23 +110,25 @@ class ResponsesRoutes:
             )
         return found.conversation
 
-    def _find(self, response_id: str) -> StoredResponse:
-        """Raises NotFound."""
-        found = self._store.get(response_id)
+    def _find(self, http: Request) -> StoredResponse:
+        """The stored response of the caller's tenant that the path names. Raises NotFound."""
+        response_id = http.path_params["id"]
+        found = self._store.get(response_id, identity_of(http).tenant)
         if found is None:
             raise _not_found(response_id)
         return found
 
-    def _delete(self, response_id: str) -> Response:
+    def _delete(self, http: Request) -> Response:
         """Raises NotFound."""
-        if not self._store.delete(response_id):
+        response_id = http.path_params["id"]
+        if not self._store.delete(response_id, identity_of(http).tenant):
             raise _not_found(response_id)
         body: DeletedResponse = {"id": response_id, "object": "response", "deleted": True}
         return JSONResponse(body)
 
-    def _keep(self, earlier: tuple[Item, ...], given: tuple[Item, ...], response: ResponseObject) -> None:
+    def _keep(self, tenant: str, earlier: tuple[Item, ...], given: tuple[Item, ...], response: ResponseObject) -> None:
         body = json.dumps(response, ensure_ascii=False, separators=(",", ":")).encode()
-        self._store.put(StoredResponse(response["id"], body, earlier, given, to_items(response["output"])))
+        self._store.put(StoredResponse(response["id"], body, earlier, given, to_items(response["output"]), tenant))
 
 
 def _forget(response: ResponseObject) -> None:

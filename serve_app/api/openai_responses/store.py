@@ -12,13 +12,14 @@ from serve_app.config import StoredResponses
 
 @dataclass(frozen=True, slots=True)
 class StoredResponse:
-    """A response as JSON, and its conversation: `earlier` items, those of the request's `input`, and the `output`."""
+    """A response of a tenant as JSON, and its conversation: `earlier` items, those of the `input`, and the `output`."""
 
     id: str
     body: bytes
     earlier: tuple[Item, ...]
     input: tuple[Item, ...]
     output: tuple[Item, ...]
+    tenant: str = ""
 
     @property
     def read(self) -> tuple[Item, ...]:
@@ -57,7 +58,8 @@ class ResponseStore:
         self._clock = clock
         self._report = report
         self._entries: OrderedDict[str, _Entry] = OrderedDict()  # the most recently used one is the last
-        self._owners: dict[str, str] = {}  # the response of each item that is not an earlier one, by the item's id
+        # The response of each item that is not an earlier one, by tenant and item: callers choose ids of input.
+        self._owners: dict[tuple[str, str], str] = {}
         self._size = 0
 
     @property
@@ -70,29 +72,29 @@ class ResponseStore:
         if not self.enabled or size > self._limits.max_stored_bytes:
             return
         self._entries[response.id] = _Entry(response, size, self._clock())
-        self._owners |= {item.id: response.id for item in (*response.input, *response.output)}
+        self._owners |= {(response.tenant, item.id): response.id for item in (*response.input, *response.output)}
         self._size += size
         self._remove_excess()
 
-    def get(self, response_id: str) -> StoredResponse | None:
-        """The stored response, which counts as a use."""
+    def get(self, response_id: str, tenant: str) -> StoredResponse | None:
+        """The stored response of the tenant, which counts as a use; None for that of another tenant."""
         self._remove_excess()
         entry = self._entries.get(response_id)
-        if entry is None:
+        if entry is None or entry.response.tenant != tenant:
             return None
         entry.used = self._clock()
         self._entries.move_to_end(response_id)
         return entry.response
 
-    def item(self, item_id: str) -> Item | None:
-        """The item of a stored response, which counts as a use of the response."""
-        response = self.get(self._owners.get(item_id, ""))
+    def item(self, item_id: str, tenant: str) -> Item | None:
+        """The item of a stored response of the tenant, which counts as a use of the response."""
+        response = self.get(self._owners.get((tenant, item_id), ""), tenant)
         items = () if response is None else (*response.input, *response.output)
         return next((item for item in items if item.id == item_id), None)
 
-    def delete(self, response_id: str) -> bool:
-        """Whether the response was stored."""
-        found = response_id in self._entries
+    def delete(self, response_id: str, tenant: str) -> bool:
+        """Whether the response was stored for the tenant."""
+        found = self.get(response_id, tenant) is not None
         if found:
             self._remove(response_id)
         self._remove_excess()
@@ -114,5 +116,6 @@ class ResponseStore:
         entry = self._entries.pop(response_id)
         self._size -= entry.size
         for item in (*entry.response.input, *entry.response.output):
-            if self._owners.get(item.id) == response_id:
-                del self._owners[item.id]
+            owned = (entry.response.tenant, item.id)
+            if self._owners.get(owned) == response_id:
+                del self._owners[owned]

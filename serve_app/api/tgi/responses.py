@@ -10,10 +10,14 @@ from serve_app.api.responses import ErrorFormat, exact
 from serve_app.errors import ServeAppError
 
 TgiFinishReason = Literal["length", "eos_token", "stop_sequence"]
-TgiErrorType = Literal["overloaded", "incomplete_generation", "generation", "validation"]
+TgiErrorType = Literal[
+    "overloaded", "incomplete_generation", "generation", "validation", "authentication", "permission"
+]
 
 # An error of any other status is a fault of the request.
 _ERROR_TYPES: dict[int, TgiErrorType] = {
+    401: "authentication",
+    403: "permission",
     429: "overloaded",
     503: "overloaded",
     504: "incomplete_generation",

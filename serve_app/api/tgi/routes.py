@@ -15,6 +15,7 @@ from serve_app import __version__
 from serve_app.api.body import read_document
 from serve_app.api.choices import fork
 from serve_app.api.context import RequestContext, generation_id
+from serve_app.api.experiments import identity_of
 from serve_app.api.generation import collect, run_in_parallel, until_disconnect
 from serve_app.api.sampling import MAX_ANSWERS
 from serve_app.api.stream import EventStream
@@ -60,7 +61,7 @@ class TgiRoutes:
 
     async def info(self, http: Request) -> Response:
         """Wakes no model: the values that only a loaded model knows are null until it was loaded once."""
-        model = self._context.model(http.query_params.get("model"))
+        model = self._context.model(http.query_params.get("model"), identity_of(http))
         known = await self._known(http, model.name)
         info = _info(model.model, known, self._context.limits.max_batch_items)
         return JSONResponse({**info, "model_id": model.served_name})

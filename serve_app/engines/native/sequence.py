@@ -184,7 +184,7 @@ class Sequence:
 
 def _salt(stream: TokenStream) -> str:
     """Different for any two pairs of an adapter's content, or none, and the caller's salt."""
-    salt = stream.request.cache_salt
+    salt = stream.request.prefix_salt
     if stream.adapter is not None:
         return f"{stream.adapter.digest}\0{salt}"
     return f"\0{salt}" if "\0" in salt else salt

@@ -129,7 +129,7 @@ class Client:
         `ends` are the tokens with which the model ends an answer. `id` must be unique.
         """
         request = one.stream.request
-        prompt = tokens_input([*one.prompt, *request.resumed], cache_salt=request.cache_salt or None)
+        prompt = tokens_input([*one.prompt, *request.resumed], cache_salt=request.prefix_salt or None)
         params = sampling_params(request, one.plan.params, ending, ends)
         lora = None if one.stream.adapter is None else await self._lora_request(one.stream.adapter.weights)
         generated = self._engine.generate(prompt, params, id, lora_request=lora, priority=request.priority)
