@@ -24,13 +24,15 @@ HEAVY := browser clients contract graph models system alerts/test_dashboards_liv
   engines/native/test_sampler.py
 # The environment with vLLM has no packages for these.
 WITHOUT_VLLM := alerts browser clients cluster infra
-.PHONY: help serve monitor test test-long fast compute check lint types format audit sbom clean
+.PHONY: help serve monitor test test-long chaos soak fast compute check lint types format audit sbom clean
 
 help:
 	@echo "make serve [ARGS='--port 8123']  run the service on this machine; Ctrl-C stops it"
 	@echo "make monitor                     Prometheus, Alertmanager and the alert history next to the service; Ctrl-C stops them"
 	@echo "make test  [ARGS='-k stream']    format, lint, types and the tests: 22 minutes on 2 cores"
 	@echo "make test-long                   every test, also those that only a release needs, such as vLLM's; needs Node.js with npm, and redis-server"
+	@echo "make chaos [ARGS='--seed 7']     every fault of tests/chaos under load: what fails, and how soon the service recovers"
+	@echo "make soak  [ARGS='--minutes 5']  30 minutes of load with faulty clients: memory, descriptors and latency over time"
 	@echo "make fast                        the tests that need no Ray, Pulumi, model weights or browser: 20 seconds"
 	@echo "make check                       format, lint and types only"
 	@echo "make format                      format the code and apply ruff's fixes"
@@ -60,6 +62,14 @@ test-long: check $(CLIENTS)/clients.done $(CLIENTS_OPENAI2)/clients.done $(VLLM)
 	$(VENV)/bin/python -m pytest -m "not vllm" $(ARGS)
 	# Warnings are no errors here, because vLLM and torch call functions that are deprecated.
 	$(VLLM)/bin/python -m pytest -W default $(WITHOUT_VLLM:%=--ignore=tests/%) -m vllm $(ARGS)
+
+# Both print the figures as tables, write them to .chaos/, and end with status 1 if a limit does not hold.
+chaos: $(VENV)/test.done
+	$(VENV)/bin/python -m pytest -q -s -m "ray" tests/chaos tests/graph/test_leaving.py tests/graph/test_nodes.py
+	$(VENV)/bin/python -m tests.chaos chaos $(ARGS)
+
+soak: $(VENV)/test.done
+	$(VENV)/bin/python -m tests.chaos soak $(ARGS)
 
 fast: $(VENV)/test.done
 	$(VENV)/bin/python -m pytest -n auto --dist loadscope $(HEAVY:%=--ignore=tests/%) -m "not model and not infra and not long and not vllm and not slow and $(QUIET)" $(ARGS)

@@ -40,9 +40,13 @@ class Span:
 
 
 class Collector:
-    """Listens on a free port of 127.0.0.1 within its context. `raw` has all exports, `headers` the last ones."""
+    """Listens on a free port of 127.0.0.1 within its context. `raw` has all exports, `headers` the last ones.
 
-    def __init__(self) -> None:
+    Without `keep` it only counts the exports.
+    """
+
+    def __init__(self, keep: bool = True) -> None:
+        self._keep = keep
         self._lock = threading.Lock()
         self._spans: list[Span] = []
         self.exports = 0
@@ -69,6 +73,10 @@ class Collector:
     def stall(self) -> None:
         """Accept exports from now on without answering them."""
         self._answers.clear()
+
+    def resume(self) -> None:
+        """Answer exports again. Those that wait are not stored."""
+        self._answers.set()
 
     def spans(self) -> list[Span]:
         with self._lock:
@@ -102,10 +110,11 @@ class Collector:
             for span in scope.spans
         ]
         with self._lock:
-            self._spans += found
             self.exports += 1
-            self.raw += plain
             self.headers = headers
+            if self._keep:
+                self._spans += found
+                self.raw += plain
         response: bytes = ExportTraceServiceResponse().SerializeToString()
         return response
 

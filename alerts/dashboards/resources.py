@@ -342,6 +342,13 @@ PROCESSES = (
         ((maximum("serve_app_event_loop_lag_seconds", REPLICA), REPLICA_LEGEND),),
     ),
     Panel(
+        "Tasks of the event loop",
+        "Tasks that have not ended in each process. They follow the number of open requests. Tasks that only rise are "
+        "a leak.",
+        "short",
+        ((maximum("serve_app_event_loop_tasks", REPLICA), REPLICA_LEGEND),),
+    ),
+    Panel(
         "Age of the metrics",
         "Age of the newest metrics that each process has sent. After 5 s without metrics a process is removed, and "
         "its lines end.",
@@ -354,6 +361,7 @@ PROCESSES = (
         "s",
         ((f"time() - {maximum('process_start_time_seconds', REPLICA)}", REPLICA_LEGEND),),
         alerts=("ReplicasFlap",),
+        width=12,
     ),
     Panel(
         "Metrics are complete",
@@ -363,6 +371,7 @@ PROCESSES = (
         (("max(serve_app_metrics_complete)", "complete"),),
         "states",
         value_names=YES_NO,
+        width=12,
     ),
     Panel(
         "Versions",
@@ -370,6 +379,7 @@ PROCESSES = (
         "short",
         (("max by (version, python, ray, torch, transformers) (serve_app_build_info)", ""),),
         "table",
+        width=12,
     ),
     Panel(
         "Runners",
@@ -378,6 +388,7 @@ PROCESSES = (
         "short",
         ((f"max by (model, replica, kind, quantization) (serve_app_runner_info{{{MODEL}}})", ""),),
         "table",
+        width=12,
     ),
 )
 

@@ -3,7 +3,8 @@
 Ray Serve writes HAProxy's configuration and starts a new HAProxy at every change. The configuration has ports for
 metrics and statistics and a log, which no option of Ray disables. Therefore Ray runs this file instead of HAProxy: it
 removes these parts, limits the time for the headers of a request, adds the time of arrival to every request, encrypts
-the connections of clients if there is a certificate, and replaces itself by HAProxy.
+the connections of clients if there is a certificate, lets HAProxy repeat requests whose ingress was lost, and replaces
+itself by HAProxy.
 """
 
 from __future__ import annotations
@@ -37,6 +38,21 @@ _PORTS = range(20_000, 30_000)
 _PR_SET_PDEATHSIG = 1
 # The time in which a client must send its headers. Ray has no option for it.
 _HEADERS = "timeout http-request 10s"
+# HAProxy repeats a request at another ingress if the first one ended without an answer, which no client then notices:
+# the system accepts connections for a killed process until the last of its threads has ended, up to a second later.
+# Three ingresses at most get a request, because it may have ended them.
+_REPEAT = "retry-on conn-failure empty-response\n    retries 2"
+_REPEAT_VARIABLE = "RAY_SERVE_HAPROXY_RETRY_ON"
+# These requests only compute an answer. Others may change something, which must not happen twice.
+_ANSWERS = "/generate /v1/completions /v1/chat/completions /v1/messages /v1/responses /v1/embeddings /tokenize"
+_REPEATABLE = (
+    # HAProxy can repeat a request only if it has all of it before it connects, in its buffer of 16 kB. A client that
+    # sends `Expect` waits for the ingress before it sends its body.
+    "http-request wait-for-body time 10s if { req.hdr_val(content-length) 1:15000 } !{ req.hdr(expect) -m found }",
+    f"http-request disable-l7-retry if !METH_GET !{{ path_beg {_ANSWERS} }} !{{ path / }}",
+    # The service knows a key from the first attempt.
+    "http-request disable-l7-retry if { req.hdr(idempotency-key) -m found }",
+)
 
 
 def find() -> str | None:
@@ -84,11 +100,11 @@ def environment(binary: str, folder: Path, longest_s: float) -> dict[str, str]:
 def restricted(configuration: str, variables: Mapping[str, str]) -> str:
     """The configuration without ports and logs other than the service's. Parts whose variable is set stay on loopback.
 
-    The part of the service limits the time for headers, adds the time of arrival to every request, and speaks TLS if
-    TLS_CERTIFICATE is set.
+    The part of the service limits the time for headers, adds the time of arrival to every request, speaks TLS if
+    TLS_CERTIFICATE is set, and repeats requests as described above, unless the user has chosen what HAProxy repeats.
     """
     parts = re.split(r"(?m)^(?=\w)", configuration)
-    return "".join(part for part in (_restricted(part, variables) for part in parts))
+    return "".join(_restricted(part, variables) for part in parts)
 
 
 def _restricted(part: str, variables: Mapping[str, str]) -> str:
@@ -96,20 +112,21 @@ def _restricted(part: str, variables: Mapping[str, str]) -> str:
         if re.match(beginning, part):
             return re.sub(r"(?m)^( +bind )[^:\n]*:", r"\g<1>127.0.0.1:", part) if variables.get(variable) else ""
     if part.startswith("frontend http_frontend\n"):
-        return re.sub(
-            r"(?m)^( +)(bind .*)\n", lambda line: _frontend(line, variables.get(TLS_CERTIFICATE)), part, count=1
-        )
+        return re.sub(r"(?m)^( +)(bind .*)\n", lambda line: _frontend(line, variables), part, count=1)
+    if part.startswith("defaults\n") and not variables.get(_REPEAT_VARIABLE):
+        return re.sub(r"(?m)^ +retry-on .*$", f"    {_REPEAT}", part)
     if part.startswith("global\n") and not variables.get(_LOG):
         return re.sub(r"(?m)^ +log .*\n", "", part)
     return part
 
 
-def _frontend(bind: re.Match[str], certificate: str | None) -> str:
+def _frontend(bind: re.Match[str], variables: Mapping[str, str]) -> str:
     """The line of the service's address, with TLS if there is a certificate, and the rules after it."""
     indent, line = bind[1], bind[2]
-    if certificate:
+    if certificate := variables.get(TLS_CERTIFICATE):
         line = f'{line} ssl crt "{certificate}" {_TLS}'
-    return "".join(f"{indent}{one}\n" for one in (line, _HEADERS, _STAMP))
+    repeatable = () if variables.get(_REPEAT_VARIABLE) else _REPEATABLE
+    return "".join(f"{indent}{one}\n" for one in (line, _HEADERS, *repeatable, _STAMP))
 
 
 def _free_port() -> int:

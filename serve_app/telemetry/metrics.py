@@ -600,6 +600,12 @@ def build(model: str, replica: str) -> Metric:
     return family
 
 
+def loop_tasks(model: str, replica: str, count: int) -> Metric:
+    family = _gauge("event_loop_tasks", "Tasks of a process's event loop that have not ended.", _MODEL)
+    family.add_metric([model, replica], count)
+    return family
+
+
 def lag(model: str, replica: str, seconds: float) -> Metric:
     text = "Delay of a process's event loop when it sent its latest report."
     family = _gauge("event_loop_lag_seconds", text, _MODEL)

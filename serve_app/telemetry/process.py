@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import socket
@@ -14,7 +15,7 @@ from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 
-from serve_app.telemetry.metrics import build, gpu, lag
+from serve_app.telemetry.metrics import build, gpu, lag, loop_tasks
 
 logger = logging.getLogger("ray.serve")
 
@@ -32,13 +33,22 @@ class ProcessMetrics:
         self._gpus = Gpus(model, replica)
 
     def families(self, lag_s: float) -> list[Metric]:
-        """All metric families. `lag_s` is the delay of the event loop in seconds."""
+        """All metric families. `lag_s` is the delay of the event loop in seconds, in which this is called."""
         families = [self._labelled(family) for family in self._process.collect()]
-        return [*families, self._build, lag(**self._labels, seconds=lag_s), *self._gpus.families()]
+        loop = [lag(**self._labels, seconds=lag_s), loop_tasks(**self._labels, count=_tasks())]
+        return [*families, self._build, *loop, *self._gpus.families()]
 
     def _labelled(self, family: Metric) -> Metric:
         family.samples = [sample._replace(labels=self._labels) for sample in family.samples]
         return family
+
+
+def _tasks() -> int:
+    """The tasks of the running event loop; 0 without one."""
+    try:
+        return len(asyncio.all_tasks())
+    except RuntimeError:
+        return 0
 
 
 class Gpus:

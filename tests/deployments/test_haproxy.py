@@ -17,6 +17,7 @@ WRITTEN = """global
 defaults
     mode http
     log global
+    retry-on conn-failure
 frontend prometheus
     bind :9101
     mode http
@@ -41,7 +42,7 @@ def test_only_the_port_of_the_service_stays_and_no_log() -> None:
         end = expected.index(after) if after else len(expected)
         expected = expected[: expected.index(first)] + expected[end:]
     expected = expected.replace("    bind *:8000\n", f"    bind *:8000\n    {HEADERS}\n    {STAMP}\n")
-    assert haproxy.restricted(WRITTEN, {}) == expected
+    assert haproxy.restricted(WRITTEN, {"RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure"}) == expected
     assert [line.strip() for line in expected.splitlines() if "bind" in line] == ["bind *:8000"]
 
 

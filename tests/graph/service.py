@@ -207,14 +207,27 @@ class Program:
 
 
 def kill(processes: Sequence[psutil.Process]) -> None:
-    """Kill the processes and wait until they have ended: until then they accept connections."""
+    """Kill the processes and wait until they have ended: until then the system accepts connections for them."""
     for process in processes:
         with suppress(psutil.NoSuchProcess):
             process.kill()
     end = time.monotonic() + 10
-    while any(_command_line(process) is not None for process in processes):
+    while any(_has_threads(process) for process in processes):
         assert time.monotonic() < end, processes
         time.sleep(0.005)
+
+
+def _has_threads(process: psutil.Process) -> bool:
+    """Whether any thread of the process still runs.
+
+    The first thread of a killed process is a zombie at once. The others hold the sockets of the process until they have
+    ended too: up to 40 ms later on a busy machine, while the system frees the memory.
+    """
+    try:
+        threads = process.num_threads()
+        return process.is_running() and (process.status() != psutil.STATUS_ZOMBIE or threads > 1)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _command_line(process: psutil.Process) -> str | None:
@@ -317,6 +330,17 @@ def tokens_after(log: Path, cuts: dict[str, float]) -> dict[str, int]:
         if name in cuts and float(at) > cuts[name]:
             extra[name] += 1
     return extra
+
+
+def last_token_after(log: Path, cuts: dict[str, float]) -> dict[str, float]:
+    """How many seconds after its client left the engine computed the last token of each request id; 0 if none."""
+    seconds = dict.fromkeys(cuts, 0.0)
+    for line in log.read_text().splitlines():
+        at, name = line.split()
+        name = name.split("_")[0]
+        if name in cuts:
+            seconds[name] = max(seconds[name], float(at) - cuts[name])
+    return seconds
 
 
 async def model_status(client: httpx.AsyncClient, name: str) -> dict[str, Any]:

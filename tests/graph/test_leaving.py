@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.graph.service import Service, logged_requests, stream_lines, tokens_after, wait_until_idle
+from tests.graph.service import Service, last_token_after, logged_requests, stream_lines, tokens_after, wait_until_idle
 
 pytestmark = pytest.mark.ray
 
@@ -56,9 +56,13 @@ async def test_streams_cut_at_random_points_free_their_slots(
     cuts = dict(await asyncio.gather(*(one(i) for i in range(streams))))
     await wait_until_idle(client, "slow")
     extra = tokens_after(token_log, cuts).values()
+    freed_s = sorted(last_token_after(token_log, cuts).values())
+    p99_s = freed_s[int(0.99 * (streams - 1))]
     print(f"tokens computed after a cut: {sum(extra) / streams:.2f} on average, {max(extra)} at most")
+    print(f"last token after a cut: {freed_s[streams // 2]:.3f} s p50, {p99_s:.3f} s p99, {freed_s[-1]:.3f} s at most")
     assert len(extra) == streams
     assert max(extra) <= 2
+    assert p99_s <= 0.5
     errors = [line for line in toy_service.log() if f"cut{streams}-" in line and "ERROR" in line]
     assert errors == [], "a client that leaves is no error"
 

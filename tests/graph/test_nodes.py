@@ -99,6 +99,8 @@ async def wait_until_complete(nodes: Nodes) -> None:
     """Wait until both proxies answer, both ingresses run and each model has its replicas."""
 
     async def complete() -> bool:
+        if nodes.head.process.poll() is not None and time.monotonic() < end:
+            nodes.replace_head()  # a new head ends if it has not started in 30 s, which happens on a busy machine
         for node in (nodes.head, nodes.front, *nodes.models):
             assert node.process.poll() is None, node.output()
         for node in (nodes.head, nodes.front):
@@ -109,6 +111,7 @@ async def wait_until_complete(nodes: Nodes) -> None:
         ready = [totals.get(("ready_replicas", model)) for model in ("toy", "quick")]
         return ready == [2, 1] and len(nodes.find(":Ingress")) == 2
 
+    end = time.monotonic() + READY_S / 2
     await wait_until(complete, seconds=READY_S, every_s=0.5)
 
 
@@ -229,7 +232,7 @@ async def test_a_killed_ingress_ends_its_own_streams_only(nodes: Nodes, client: 
     print(f"{len(broken)} of {len(calls)} streams broke, the last event came {late:.2f} s after; {short.summary}")
     assert 6 <= len(broken) <= 18, "about half of the connections of each proxy went to this ingress"
     assert late <= 1
-    assert all(failure.began <= killed for failure in short.failures), short.failures
+    assert not short.failures, "HAProxy sends calls without an answer to the other ingress"
 
 
 async def test_the_controller_and_rays_own_proxy_are_not_needed_to_serve(
@@ -256,7 +259,8 @@ async def test_a_killed_haproxy_breaks_its_own_connections_only(
     nodes: Nodes, client: httpx.AsyncClient, name: str
 ) -> None:
     """The other node's HAProxy serves on. HAProxy ends with the process that manages it. It is back after a while."""
-    (process,) = nodes.front.find(name)
+    process = await wait_until(lambda: only(nodes.front, name))
+    assert process is not None
     calls = toy_calls(250)
     expected = await undisturbed(client, 250)
     async with client_of(nodes.front) as other:
@@ -290,12 +294,17 @@ async def test_a_lost_head_costs_its_own_connections_only(nodes: Nodes, client: 
         broken = [isinstance(answer, httpx.RemoteProtocolError) for answer in found]
         for call, answer, wanted, cut in zip(calls, found, expected, broken, strict=True):
             assert cut or answer == wanted, (call.body, answer)
-        late = [failure for failure in short.failures if failure.began > killed]
-        assert not late, [f"{failure.began - killed:.3f} s: {failure.reason}" for failure in late]
+        assert not short.failures, [f"{one.began - killed:.3f} s: {one.reason}" for one in short.failures]
         assert 2 <= sum(broken) <= 10
         await wait_until_complete(nodes)
         seconds = time.monotonic() - killed
         print(f"{sum(broken)} of {len(calls)} streams broke; complete after {seconds:.1f} s; {short.summary}")
+
+
+async def only(node: Node, text: str) -> psutil.Process | None:
+    """The process, once there is one: after a change of its configuration an older HAProxy ends its requests."""
+    found = node.find(text)
+    return found[0] if len(found) == 1 else None
 
 
 async def answers(client: httpx.AsyncClient) -> bool:

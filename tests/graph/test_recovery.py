@@ -122,7 +122,8 @@ async def test_a_killed_ingress_is_replaced_and_the_model_replicas_serve_on(
     """The replicas open new connections for events to the new ingress, and stop the requests of the old one."""
     replicas = toy_service.find(":model-toy") + toy_service.find(":model-slow")
     (ingress,) = toy_service.find(":Ingress")
-    abandoned = asyncio.create_task(client.post("/generate", json=body("slow", 1000)))
+    # HAProxy may find the new ingress for it: the answer takes 100 s, its client waits for 20 s.
+    abandoned = asyncio.create_task(client.post("/generate", json=body("slow", 1000), timeout=20))
     await wait_until(lambda: running(client, "slow"))
     ingress.kill()
     with pytest.raises(httpx.HTTPError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import subprocess
@@ -57,7 +58,16 @@ def test_a_process_reports_its_resources_and_versions() -> None:
     assert 'serve_app_event_loop_lag_seconds{model="m",replica="r"} 0.25' in text
     assert 'serve_app_build_info{model="m",python="3.' in text
     assert 'ray="2.60.0"' in text
+    assert 'serve_app_event_loop_tasks{model="m",replica="r"} 0.0' in text, "no event loop runs"
     assert "gpu" not in text
+
+
+async def test_a_process_reports_the_tasks_of_its_event_loop() -> None:
+    others = [asyncio.create_task(asyncio.sleep(10)) for _ in range(3)]
+    text = exposition([], ProcessMetrics("m", "r").families(0.25)).decode()
+    assert 'serve_app_event_loop_tasks{model="m",replica="r"} 4.0' in text, "with this test"
+    for task in others:
+        task.cancel()
 
 
 @pytest.fixture(scope="module")
