@@ -273,14 +273,18 @@ def _banner(url: str, file: ServeFile, cluster: Cluster) -> str:
     }
     token = " (needs the token in ~/.ray/auth_token)" if cluster.asks_for_token else ""
     dashboard = f"   Ray dashboard: http://{cluster.dashboard}{token}" if cluster.dashboard else ""
+    checks_keys = file.application.args.checks_keys
+    key = "API keys: `python -m serve_app keys create`; the commands below take one from SERVE_APP_API_KEY\n"
     return (
         f"\nserve_app answers on {url}   (Ctrl-C stops it)\n"
         f"Models: {', '.join(models)}{dashboard}\n"
         f"Playground, in a browser: {url}/\n"
-        f"\nStream tokens:\n  {_curl(url + '/generate_stream', stream)}\n"
-        f"\nChat:\n  {_curl(url + '/v1/chat/completions', chat)}\n"
+        f"{key if checks_keys else ''}"
+        f"\nStream tokens:\n  {_curl(url + '/generate_stream', stream, checks_keys)}\n"
+        f"\nChat:\n  {_curl(url + '/v1/chat/completions', chat, checks_keys)}\n"
     )
 
 
-def _curl(url: str, body: dict[str, object]) -> str:
-    return f"curl -N {url} -H 'content-type: application/json' -d '{json.dumps(body)}'"
+def _curl(url: str, body: dict[str, object], with_key: bool) -> str:
+    key = ' -H "x-api-key: $SERVE_APP_API_KEY"' if with_key else ""
+    return f"curl -N {url} -H 'content-type: application/json'{key} -d '{json.dumps(body)}'"

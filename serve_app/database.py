@@ -8,6 +8,7 @@ from typing import Any
 
 from sqlalchemy import Engine, MetaData, create_engine, event
 from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from serve_app.database_config import PASSWORD_VARIABLE, DatabaseOptions
@@ -16,6 +17,8 @@ from serve_app.database_config import PASSWORD_VARIABLE, DatabaseOptions
 metadata = MetaData()
 # Connections of one process: queries are short.
 _CONNECTIONS = 5
+# SQLite creates one table after the other, and each can be created by another process meanwhile.
+_TRIES = 20
 
 
 def open_database(options: DatabaseOptions) -> Engine:
@@ -31,8 +34,20 @@ def open_database(options: DatabaseOptions) -> Engine:
         engine = create_engine(
             url, pool_size=_CONNECTIONS, max_overflow=0, pool_timeout=options.timeout_s, pool_pre_ping=True
         )
-    metadata.create_all(engine)
+    _create_tables(engine)
     return engine
+
+
+def _create_tables(engine: Engine) -> None:
+    """Create the tables that are missing. Other processes may do so at the same time: then the next try finds them."""
+    for _ in range(_TRIES - 1):
+        try:
+            metadata.create_all(engine)
+            return
+        except DBAPIError as error:
+            if error.connection_invalidated or "exist" not in str(error.orig):  # "already exists", "unique … exists"
+                raise
+    metadata.create_all(engine)
 
 
 def database_url(options: DatabaseOptions) -> URL:

@@ -111,7 +111,9 @@ def load_deploy_file(path: str | Path) -> dict[str, Any]:
     document = _read_application(path)
     file = _validated(path, _without_ray_keys(document, ""))
     try:
-        file.application.args.check_address(file.http_options.host)
+        # Without the key, Ray listens on all addresses.
+        host = (document.get("http_options") or {}).get("host", "0.0.0.0")
+        file.application.args.check_address(host)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     return document

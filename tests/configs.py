@@ -32,7 +32,7 @@ def copied(document: Any) -> Any:
 def serve_document(**application: Any) -> dict[str, Any]:
     """A Ray Serve config with one application, which has the given keys besides the usual ones."""
     usual = {"name": "serve_app", "route_prefix": "/", "import_path": "serve_app.app:build", "args": app_args()}
-    return {"applications": [{**usual, **application}]}
+    return {"http_options": {"host": "127.0.0.1"}, "applications": [{**usual, **application}]}
 
 
 def gpu_examples() -> list[list[dict[str, Any]]]:

@@ -310,3 +310,28 @@ def test_a_file_to_deploy_may_set_options_of_the_deployment_of_a_model(tmp_path:
         "applications.0", "deployments", [{"name": "model-toy", "num_replicas": 3}, {"name": "Ingress"}]
     )
     assert load_deploy_file(written(tmp_path, document)) == document
+
+
+@pytest.mark.parametrize(
+    ("options", "auth", "accepted"),
+    [
+        ({}, None, False),  # Ray listens on all addresses
+        ({"host": "0.0.0.0"}, None, False),
+        ({"host": "127.0.0.1"}, None, True),
+        ({"host": "0.0.0.0"}, {}, True),
+        ({}, {"allow_anonymous": True}, True),
+    ],
+)
+def test_a_file_to_deploy_says_who_may_use_the_service(
+    tmp_path: Path, options: dict[str, Any], auth: Any, accepted: bool
+) -> None:
+    document = serve_document()
+    document["http_options"] = options
+    document["applications"][0]["args"]["auth"] = auth
+    path = tmp_path / "serve.yaml"
+    path.write_text(yaml.safe_dump(document))
+    if accepted:
+        assert load_deploy_file(path) == document
+    else:
+        with pytest.raises(ConfigError, match=r"serve\.yaml: the service would listen on 0\.0\.0\.0 without"):
+            load_deploy_file(path)

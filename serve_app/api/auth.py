@@ -107,7 +107,9 @@ class Authenticate:
 
     async def _identity(self, scope: AsgiScope) -> Identity:
         """Raises InvalidApiKey, PermissionDenied, NotReady."""
-        needed = policy_of(self._routes, scope)
+        route = route_of(self._routes, scope)
+        needed = policy_of(route, scope["method"])
+        scope["route"] = route  # a refused call is counted under its route too
         try:
             identity = await self._authenticator.authenticate(credentials_of(Headers(scope=scope)))
         except CredentialsRefused as error:
@@ -126,13 +128,16 @@ class Authenticate:
         return identity
 
 
-def policy_of(routes: Sequence[Route], scope: AsgiScope) -> Scope | Public | None:
-    """What a call needs; None is any valid key, for a path or a method that does not exist."""
-    for route in routes:
-        if route.matches(scope)[0] is Match.FULL:
-            method = "GET" if scope["method"] == "HEAD" else scope["method"]
-            return POLICIES.get(f"{method} {route.path}", Scope.ADMIN)
-    return None
+def route_of(routes: Sequence[Route], scope: AsgiScope) -> Route | None:
+    """The route that answers a call; None for a path or a method that does not exist."""
+    return next((route for route in routes if route.matches(scope)[0] is Match.FULL), None)
+
+
+def policy_of(route: Route | None, method: str) -> Scope | Public | None:
+    """What a call needs; None is any valid key."""
+    if route is None:
+        return None
+    return POLICIES.get(f"{'GET' if method == 'HEAD' else method} {route.path}", Scope.ADMIN)
 
 
 def credentials_of(headers: Headers) -> str:

@@ -1,20 +1,22 @@
-"""Who may use an ingress: its API keys, the address that it listens on, and the audit log."""
+"""Who may use an ingress: its API keys, the address that it listens on, and the audit log.
+
+The packages of the database and of tokens are imported when they are needed: a service without keys starts sooner.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from typing import Any
-
-from sqlalchemy import Engine
-from sqlalchemy.exc import SQLAlchemyError
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
 
 from serve_app.config import AppConfig
 from serve_app.core.tenants import Identity, NoTenants, Tenants
-from serve_app.database import open_database
-from serve_app.deployments.ingress_telemetry import IngressTelemetry
-from serve_app.tenants.audit_log import record_action
-from serve_app.tenants.authenticator import KeyAuthenticator
+
+if TYPE_CHECKING:
+    from sqlalchemy import Engine
+
+    from serve_app.tenants.authenticator import KeyAuthenticator
 
 logger = logging.getLogger("ray.serve")
 
@@ -22,17 +24,26 @@ logger = logging.getLogger("ray.serve")
 SERVICE = Identity("", "service", frozenset())
 # The actor of a call without a key.
 _ANYONE = "anyone"
+_CONTROLLER_TIMEOUT_S = 10.0
+
+
+class WatchesKeys(Protocol):
+    """A telemetry that shows the age of the API keys."""
+
+    def watch_keys(self, age_s: Callable[[], float | None]) -> None: ...
 
 
 class Access:
     """The keys and tenants of one ingress. Without `auth` everyone may do everything, but only on this machine."""
 
-    def __init__(self, config: AppConfig, telemetry: IngressTelemetry) -> None:
+    def __init__(self, config: AppConfig, telemetry: WatchesKeys) -> None:
         self._config = config
         self._database: Engine | None = None
         self.authenticator: KeyAuthenticator | None = None
         self.tenants: Tenants = NoTenants()
         if config.auth is not None and config.checks_keys:
+            from serve_app.tenants.authenticator import KeyAuthenticator
+
             self.authenticator = KeyAuthenticator(config.auth, config.database)
             self.tenants = self.authenticator.directory
             telemetry.watch_keys(self.authenticator.directory.age_s)
@@ -42,7 +53,10 @@ class Access:
 
         `serve deploy` takes files that no program of this package has checked.
         """
-        self._config.check_address(await asyncio.to_thread(_listening_host))
+        if self._config.auth is None:
+            host = await _listening_host()
+            if host is not None:
+                self._config.check_address(host)
         if self.authenticator is not None:
             await asyncio.to_thread(self.authenticator.start)
 
@@ -58,20 +72,26 @@ class Access:
         The action has happened: if the database cannot be written, the log line alone has it.
         """
         actor = identity.key or _ANYONE
-        logger.info("Audit: %s %r by %s: %s", action, target, actor, details)
         try:
             await asyncio.to_thread(self._record, actor, action, target, details)
-        except SQLAlchemyError:
-            logger.exception("The audit log cannot be written.")
+        except Exception:
+            logger.exception("Audit: %s %r by %s: %s. The database has no entry.", action, target, actor, details)
 
     def _record(self, *about: Any) -> None:
+        from serve_app.database import open_database
+        from serve_app.tenants.audit_log import record_action
+
         if self._database is None:
             self._database = open_database(self._config.database)
         record_action(self._database, *about)
 
 
-def _listening_host() -> str:
-    """The address on which Ray Serve's proxies listen; Ray has no public interface for it."""
-    from ray.serve.context import _get_global_client
+async def _listening_host() -> str | None:
+    """The address on which Ray Serve's proxies listen; None if none runs. Ray has no public interface for it."""
+    import ray
+    from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 
-    return str(_get_global_client().http_config.host)
+    controller = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+    async with asyncio.timeout(_CONTROLLER_TIMEOUT_S):
+        options = await controller.get_http_config.remote()
+    return None if options.host is None else str(options.host)

@@ -9,8 +9,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from sqlalchemy.exc import SQLAlchemyError
-
 from serve_app.core.tenants import CredentialsRefused, Identity, Limits, Tenant
 from serve_app.tenants.api_key import NO_KEY, parse_key
 from serve_app.tenants.store import KeyRecord, TenantStore
@@ -117,7 +115,7 @@ class Directory:
             number = self._store.revision()
             if number != self._state.revision:
                 self._state = _read(self._store, number)
-        except SQLAlchemyError as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is, the thread must go on
             if not self._failing:
                 log.error("The keys cannot be read; the last state stays. %s", _first_line(error))
             self._failing = True
@@ -131,7 +129,7 @@ class Directory:
         try:
             if used and self._store is not None:
                 self._store.used(used)
-        except SQLAlchemyError as error:
+        except Exception as error:  # noqa: BLE001
             log.warning("The last use of %d keys was not written. %s", len(used), _first_line(error))
 
 

@@ -240,7 +240,7 @@ def _key(row: Row[Any]) -> KeyRecord:
         row.digest,
         row.tenant,
         row.name,
-        frozenset(map(Scope, row.scopes)),
+        frozenset(map(Scope, set(row.scopes) & set(Scope))),  # a later version of this package may have more
         None if row.models is None else frozenset(row.models),
         _limits(row.limits),
         row.created,

@@ -142,7 +142,7 @@ class Tokens:
         self._asked_at = time.monotonic()
         try:
             keys = _read_keys(self._options)
-        except (OSError, ValueError, RecursionError) as error:
+        except Exception as error:  # noqa: BLE001 - the provider can answer anything, and the thread must go on
             if not self._failing:
                 log.error("The keys at %s cannot be read; the last ones stay. %s", self._options.jwks_url, error)
             self._failing = True
@@ -154,7 +154,7 @@ class Tokens:
 
 
 def _read_keys(options: Oidc) -> dict[str, _PublicKey]:
-    """The usable keys of a JWKS by their ids. Raises OSError, ValueError, RecursionError."""
+    """The usable keys of a JWKS by their ids. Raises any exception if the answer cannot be used."""
     with urllib.request.urlopen(options.jwks_url, timeout=_FETCH_TIMEOUT_S) as answer:
         text = answer.read(_LARGEST_JWKS + 1)
     if len(text) > _LARGEST_JWKS:

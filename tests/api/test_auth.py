@@ -291,6 +291,16 @@ async def test_the_owner_learns_why_a_key_is_refused(client: httpx.AsyncClient, 
     assert service.telemetry.auth_refusals == [key]
 
 
+async def test_a_refused_call_is_counted_under_its_route(client: httpx.AsyncClient, service: Service) -> None:
+    service.telemetry.calls.clear()
+    await client.get("/v1/models/org/large")
+    await client.get("/nothing")
+    await client.get("/v1/models", headers=bearer(service.keys.all))
+    await client.get("/nothing", headers=bearer(service.keys.all))
+    found = [(call.route, call.status) for call in service.telemetry.calls]
+    assert found == [("/v1/models/{id:path}", 401), ("other", 401), ("/v1/models", 200), ("other", 404)]
+
+
 async def test_a_key_in_both_headers_must_agree(client: httpx.AsyncClient, service: Service) -> None:
     keys = service.keys
     for headers, status in (

@@ -53,6 +53,9 @@ class TracedApp:
     def spans(self, name: str) -> Sequence[ReadableSpan]:
         return [span for span in self._exporter.get_finished_spans() if span.name == name]
 
+    def all_spans(self) -> Sequence[ReadableSpan]:
+        return self._exporter.get_finished_spans()
+
     def span(self, name: str) -> ReadableSpan:
         (span,) = self.spans(name)
         return span
@@ -268,3 +271,16 @@ async def test_a_call_has_a_log_line_without_tracing(
     line: dict[str, Any] = record.__dict__["fields"]
     assert line.pop("duration_ms") > 0
     assert line == {"method": "POST", "route": "/generate", "status": 422, "error": "invalid_request"}
+
+
+async def test_keys_are_in_no_span_and_no_log_line(caplog: pytest.LogCaptureFixture) -> None:
+    traced = TracedApp(capture=True)
+    secret = "sk-serve-0123456789ab-CANARY"
+    with caplog.at_level(logging.DEBUG):
+        for header in ("authorization", "x-api-key"):
+            await traced.call("/generate", {"prompt": "hi"}, **{header: f"Bearer {secret}"})
+            await traced.call("/generate", {"prompt": 3}, **{header: secret})
+    spans = traced.spans("POST /generate")
+    assert len(spans) == 4
+    shown = caplog.text + "".join(span.to_json() for span in traced.all_spans())
+    assert "CANARY" not in shown

@@ -32,15 +32,25 @@ class Group:
     def __init__(self) -> None:
         self.members: list[IngressExperiments] = []
         self.fails = False
+        self.stopped: list[tuple[str, str]] = []
 
     def add(self) -> IngressExperiments:
         series = ExperimentSeries(f"i{len(self.members)}", ["small"])
         adapters = AdapterDirectory({})
         made = IngressExperiments(
-            app_config(), f"i{len(self.members)}", ScriptedEngine(), adapters, series, lambda *call: self.ask(*call)
+            app_config(),
+            f"i{len(self.members)}",
+            ScriptedEngine(),
+            adapters,
+            series,
+            lambda *call: self.ask(*call),
+            self._note_stop,
         )
         self.members.append(made)
         return made
+
+    async def _note_stop(self, *about: str) -> None:
+        self.stopped.append((about[0], about[1]))
 
     async def ask(self, method: str, argument: Any) -> list[Any]:
         if self.fails:
@@ -107,6 +117,8 @@ async def test_a_stop_reaches_the_others_and_is_logged(log: pytest.LogCaptureFix
     await first._check()
     assert "(reported by another ingress)" in log.text
     assert first.state.stops == second.state.stops
+    assert [name for name, _ in group.stopped] == ["chat"], "by one ingress"
+    assert group.stopped[0][1].startswith("variant b: error_rate is 1")
     assert [one.stopped[:2] for one in (await first.reports()).experiments] == ["b:"]
 
 
@@ -118,6 +130,7 @@ async def test_feedback_goes_to_the_ingress_that_knows_the_call(log: pytest.LogC
     first.called("call", "org/large", Assignment("chat", "b", 3))
     assert await second.take_feedback(Feedback("call", 1.0, "Fine.\nReally."))
     assert not await second.take_feedback(Feedback("nobody", 1.0, "Fine."))
+    assert not await second.take_feedback(Feedback("call", 1.0, "Fine.", tenant="other"))
     assert r"Feedback on request call: score 1, 'Fine.\nReally.'." in log.text
     (report,) = (await second.reports()).experiments
     assert report.variants[1].metrics["feedback"].value == 1.0

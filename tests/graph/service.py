@@ -136,6 +136,7 @@ class Program:
             **os.environ,
             "PYTHONPATH": str(ROOT),
             "RAY_TMPDIR": str(self.folder),
+            "XDG_STATE_HOME": str(self.folder),
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(16),
             **environment,

@@ -57,7 +57,7 @@ async def stream(client: httpx.AsyncClient, model: str, tokens: int = 100) -> tu
     body = {"model": model, "prompt": "x" * 100, "max_tokens": tokens, "ignore_eos": True}
     began, first, beats, count = time.monotonic(), 0.0, 0, 0
     async with client.stream("POST", "/generate_stream", json=body) as response:
-        assert response.status_code == 200
+        assert response.status_code == 200, await response.aread()
         async for line in response.aiter_lines():
             if line.startswith(":") and not first:
                 beats += 1

@@ -20,8 +20,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.long, pytest.mark.timeout(900)]
 SECONDS = 600.0
 # A replica computes 8 requests together, 25 tokens per second each: 4 requests of 50 tokens per second.
 SLOTS, TOKENS = 8, 50
-# A burst of four times the usual traffic for 20 s in every two minutes.
-USUAL, BURST, BURST_S, PERIOD_S = 1.5, 8.0, 20.0, 120.0
+# A burst for 20 s in every three minutes. One replica computes the usual traffic, also by Ray Serve's default target.
+USUAL, BURST, BURST_S, PERIOD_S = 0.5, 8.0, 20.0, 180.0
 # What Ray Serve documents as the defaults of its AutoscalingConfig.
 RAYS_DEFAULTS = {
     "target_ongoing_requests": 2,
@@ -49,7 +49,8 @@ def scaled(name: str, **scaling: float) -> Config:
 @pytest.fixture(scope="module")
 def service() -> Iterator[Service]:
     models = [scaled("work", target_ttft_s=2, downscale_delay_s=60), scaled("ray", **RAYS_DEFAULTS)]
-    with Service(models) as service:
+    ingress = {"max_ongoing_requests": 2000, "max_queued_requests": 100}
+    with Service(models, ingress=ingress) as service:
         service.wait_until_ready()
         yield service
 
@@ -70,7 +71,8 @@ class Observed:
 
     def __init__(self) -> None:
         self.first: list[float] = []
-        self.replicas: list[int] = []
+        self.failures: list[str] = []
+        self.replicas = [1]
 
     @property
     def p95(self) -> float:
@@ -89,14 +91,19 @@ async def observe(client: httpx.AsyncClient, models: dict[str, Observed], second
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         for name, one in models.items():
-            one.replicas.append(max(0, await replicas(client, name)))
+            found = await replicas(client, name)
+            one.replicas.append(one.replicas[-1] if found < 0 else found)
         await asyncio.sleep(1)
 
 
 async def send(client: httpx.AsyncClient, name: str, one: Observed, at: float, began: float) -> None:
     await asyncio.sleep(at - (time.monotonic() - began))
-    _, first, _ = await stream(client, name, TOKENS)
-    one.first.append(first)
+    try:
+        _, first, _ = await stream(client, name, TOKENS)
+    except (AssertionError, httpx.HTTPError) as error:
+        one.failures.append(f"{at:.1f} s: {error!r}")
+    else:
+        one.first.append(first)
 
 
 async def test_first_tokens_come_in_half_the_time_at_no_more_replica_seconds(service: Service) -> None:
@@ -117,7 +124,7 @@ async def test_first_tokens_come_in_half_the_time_at_no_more_replica_seconds(ser
             f"p95 {one.p95:.2f} s, replica-seconds {sum(one.replicas)}, "
             f"changes of direction {one.changes_of_direction(60)}"
         )
-    assert len(work.first) == len(ray.first) == len(instants)
+    assert (work.failures, ray.failures) == ([], [])
     assert work.p95 <= ray.p95 / 2
     assert sum(work.replicas) <= sum(ray.replicas)
     assert work.changes_of_direction(60) == 0

@@ -148,3 +148,22 @@ def test_changes_of_several_processes_do_not_lose_each_other(
         other.close()
     assert len(store.list_keys("acme")) == 20
     assert store.revision() == 21
+
+
+def test_several_processes_create_the_tables_at_once(database_options: DatabaseOptions) -> None:
+    """Each with its own engine, as the ingresses of a new cluster."""
+    barrier, failures = threading.Barrier(8), []
+
+    def create() -> None:
+        barrier.wait(10)
+        try:
+            TenantStore(open_database(database_options)).close()
+        except Exception as error:  # noqa: BLE001 - reported by the assertion
+            failures.append(error)
+
+    threads = [threading.Thread(target=create) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert failures == []

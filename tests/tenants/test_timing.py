@@ -86,6 +86,7 @@ class Calls:
         self.status = message.get("status", self.status)
 
 
+@pytest.mark.long
 async def test_an_unknown_id_takes_as_long_as_a_wrong_secret(
     authenticator: KeyAuthenticator, keys: list[ApiKey]
 ) -> None:

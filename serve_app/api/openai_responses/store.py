@@ -58,7 +58,8 @@ class ResponseStore:
         self._clock = clock
         self._report = report
         self._entries: OrderedDict[str, _Entry] = OrderedDict()  # the most recently used one is the last
-        self._owners: dict[str, str] = {}  # the response of each item that is not an earlier one, by the item's id
+        # The response of each item that is not an earlier one, by tenant and item: callers choose ids of input.
+        self._owners: dict[tuple[str, str], str] = {}
         self._size = 0
 
     @property
@@ -71,7 +72,7 @@ class ResponseStore:
         if not self.enabled or size > self._limits.max_stored_bytes:
             return
         self._entries[response.id] = _Entry(response, size, self._clock())
-        self._owners |= {item.id: response.id for item in (*response.input, *response.output)}
+        self._owners |= {(response.tenant, item.id): response.id for item in (*response.input, *response.output)}
         self._size += size
         self._remove_excess()
 
@@ -87,7 +88,7 @@ class ResponseStore:
 
     def item(self, item_id: str, tenant: str) -> Item | None:
         """The item of a stored response of the tenant, which counts as a use of the response."""
-        response = self.get(self._owners.get(item_id, ""), tenant)
+        response = self.get(self._owners.get((tenant, item_id), ""), tenant)
         items = () if response is None else (*response.input, *response.output)
         return next((item for item in items if item.id == item_id), None)
 
@@ -115,5 +116,6 @@ class ResponseStore:
         entry = self._entries.pop(response_id)
         self._size -= entry.size
         for item in (*entry.response.input, *entry.response.output):
-            if self._owners.get(item.id) == response_id:
-                del self._owners[item.id]
+            owned = (entry.response.tenant, item.id)
+            if self._owners.get(owned) == response_id:
+                del self._owners[owned]
