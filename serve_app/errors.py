@@ -13,7 +13,9 @@ ServeAppError
 ├── BodyTooLarge              413  the body is larger than the limit
 ├── UnsupportedEncoding       415  the body is compressed in a way that the service cannot decode
 ├── QueueFull                 429  as many requests wait as the model takes
-├── NotReady                  503  no replica of the model can answer yet
+├── RateLimitExceeded         429  the key or its tenant has reached a limit a minute, or its concurrent requests
+├── InsufficientQuota         429  the key or its tenant has used up a budget of a day or a month
+├── NotReady                  503  no replica of the model can answer yet, or the server of the limits is away
 ├── DeadlineExceeded          504  the request used up its time
 └── InternalError             500  a fault of the service; the caller gets the request id only
 """
@@ -50,7 +52,11 @@ class InvalidRequest(ServeAppError):
 
 
 class PromptTooLong(ServeAppError):
-    """`tokens` is the number of tokens of the prompt, and `maximum` the largest possible one; None if unknown."""
+    """`tokens` is the number of tokens of the prompt, and `maximum` the largest possible one; None if unknown.
+
+    With `over_reservation` the prompt has more tokens than its `prompt_limit`. No caller gets such an error: the
+    gateway reserves `tokens`, and sends the request again.
+    """
 
     status, code = 422, "prompt_too_long"
 
@@ -61,11 +67,13 @@ class PromptTooLong(ServeAppError):
         retry_after_s: float | None = None,
         tokens: int | None = None,
         maximum: int | None = None,
+        over_reservation: bool = False,
     ) -> None:
         super().__init__(message, param, retry_after_s)
-        self.args = (*self.args, tokens, maximum)
+        self.args = (*self.args, tokens, maximum, over_reservation)
         self.tokens = tokens
         self.maximum = maximum
+        self.over_reservation = over_reservation
 
 
 class PreviousResponseNotFound(ServeAppError):
@@ -106,6 +114,14 @@ class UnsupportedEncoding(ServeAppError):
 
 class QueueFull(ServeAppError):
     status, code = 429, "queue_full"
+
+
+class RateLimitExceeded(ServeAppError):
+    status, code = 429, "rate_limit_exceeded"
+
+
+class InsufficientQuota(ServeAppError):
+    status, code = 429, "insufficient_quota"
 
 
 class NotReady(ServeAppError):

@@ -48,12 +48,14 @@ RULES: dict[str, set[str]] = {
     | {"serve_app.tenants", *BASE},
     "tenants/tokens.py": {"jwt", "serve_app.auth_config", "serve_app.tenants", *BASE},
     "experiment_config.py": {"pydantic", "serve_app.config", "serve_app.lora_config"},
+    "usage_cli.py": {"sqlalchemy", "serve_app.config", "serve_app.tenants", "serve_app.tenants_cli", *BASE},
+    "quota_config.py": {"pydantic", "serve_app.section"},
     "experiment_cli.py": {"serve_app.config", "serve_app.serve_file"},
     "tenants_cli.py": {"sqlalchemy", "serve_app.config", "serve_app.database", "serve_app.database_config"}
     | {"serve_app.serve_file", "serve_app.tenants", *BASE},
     "keys_cli.py": {"sqlalchemy", "serve_app.tenants", "serve_app.tenants_cli", *BASE},
     "config.py": {"pydantic", "serve_app.section", "serve_app.engine_config", "serve_app.lora_config"}
-    | {"serve_app.auth_config", "serve_app.cache_config", "serve_app.database_config"},
+    | {"serve_app.auth_config", "serve_app.cache_config", "serve_app.database_config", "serve_app.quota_config"},
     "serve_file.py": {"pydantic", "yaml", "serve_app.config", "serve_app.experiment_config"},
     "readiness.py": set(),
     "progress.py": set(),
@@ -70,7 +72,10 @@ RULES: dict[str, set[str]] = {
     "gateway/": {"serve_app.gateway", "serve_app.config", "serve_app.experiment_config", *BASE},
     "gateway/answers.py": {"msgpack", *BASE},
     "gateway/cache_key.py": {"serve_app.config", "serve_app.__version__", *BASE},
-    "gateway/redis_store.py": {"redis", "serve_app.cache_config"},
+    "gateway/redis_link.py": {"redis"},
+    "gateway/redis_store.py": {"serve_app.cache_config", "serve_app.gateway"},
+    "gateway/redis_counters.py": {"serve_app.quota_config", "serve_app.gateway"},
+    "gateway/redis_scripts.py": set(),
     "engines/": {"serve_app.engines", "serve_app.config", *BASE},
     **{f"engines/{name}.py": {*SHARED, "serve_app.engines.text", *BASE} for name in SHARED_NAMES},
     "engines/text/": {"serve_app.engines.text", *BASE},
@@ -93,6 +98,8 @@ RULES: dict[str, set[str]] = {
     "deployments/": {"ray", "prometheus_client", "starlette", "opentelemetry.trace", "serve_app.deployments"}
     | {"serve_app.experiment_config"}
     | {"serve_app.gateway", "serve_app.api", "serve_app.telemetry", "serve_app.config", *DECIDING_MODULES, *BASE},
+    "deployments/ingress_quotas.py": {"sqlalchemy", "serve_app.database", "serve_app.tenants", "serve_app.gateway"}
+    | {"serve_app.config", "serve_app.telemetry", *BASE},
     "deployments/access.py": {"ray", "sqlalchemy", "serve_app.config", "serve_app.database", "serve_app.deployments"}
     | {"serve_app.tenants", *BASE},
     "deployments/cluster.py": {"ray", "serve_app.deployments", "serve_app.engines.vllm.shared_memory"},

@@ -404,6 +404,55 @@ RESPONSE_CACHE = (
     ),
 )
 
+LIMITS = (
+    Panel(
+        "Limits: refused requests by limit",
+        "Requests that were refused because of a limit of their key or tenant. 'unavailable': the server that counts "
+        "the limits did not answer.",
+        "reqps",
+        ((per_second("serve_app_quota_refusals_total", ("limit",), ""), "{{limit}}"),),
+        stacked=True,
+    ),
+    Panel(
+        "Limits: refused requests by owner",
+        "The same requests by whose limit it was. Many refusals by the limits of tenants: raise them, or ask the "
+        "tenant to spread its load.",
+        "reqps",
+        ((per_second("serve_app_quota_refusals_total", ("subject",), ""), "{{subject}}"),),
+        stacked=True,
+    ),
+    Panel(
+        "Limits: budgets nearly used",
+        "Budgets of keys and tenants of which at least 90 % are used. `GET /v1/usage` shows whose they are.",
+        "short",
+        ((maximum("serve_app_budgets_nearly_used", ("period",), ""), "{{period}}"),),
+        alerts=("BudgetNearlyUsed",),
+    ),
+    Panel(
+        "Limits: errors of the server",
+        "Failed calls to the server that counts for all ingresses. Above the threshold it is down or too slow, and "
+        "requests of keys with limits are refused, or each ingress counts for itself (`quotas.when_unavailable`).",
+        "ops",
+        ((per_second("serve_app_quota_store_errors_total", ("replica",), ""), "{{replica}}"),),
+        thresholds=(threshold("QuotaStoreFails"),),
+        alerts=("QuotaStoreFails",),
+    ),
+    Panel(
+        "Usage that waits for the database",
+        "Finished requests whose usage could not be written yet. It is lost if the ingress ends before the database "
+        "is back.",
+        "short",
+        ((total("serve_app_usage_unwritten_requests", ("replica",), ""), "{{replica}}"),),
+        alerts=("UsageNotWritten",),
+    ),
+    Panel(
+        "Usage that was lost",
+        "Finished requests whose usage is not kept, because too many rows waited for the database.",
+        "ops",
+        ((per_second("serve_app_usage_lost_requests_total", ("replica",), ""), "{{replica}}"),),
+    ),
+)
+
 ENGINE = (
     Panel(
         "Batch size",
@@ -692,6 +741,7 @@ DASHBOARD = Dashboard(
         "Experiments": EXPERIMENTS,
         "HTTP": HTTP,
         "Response cache": RESPONSE_CACHE,
+        "Limits and usage": LIMITS,
         "Engine": ENGINE,
         "Engine: vLLM": VLLM,
         "KV cache and lengths": MEMORY,

@@ -29,13 +29,16 @@ from serve_app.api.openai.lora import LoraRoutes
 from serve_app.api.openai.routes import OpenAIRoutes
 from serve_app.api.openai_responses.routes import ResponsesRoutes
 from serve_app.api.operator import OperatorRoutes
+from serve_app.api.rate_limits import RateLimitHeaders
 from serve_app.api.telemetry import ServiceTelemetry
 from serve_app.api.tgi.routes import TgiRoutes, is_tgi
 from serve_app.api.tokens.routes import TokenRoutes
+from serve_app.api.usage import UsageRoutes
 from serve_app.config import AppConfig
 from serve_app.core.adapters import AdapterDirectory
 from serve_app.core.engine import Engine
 from serve_app.core.tenants import Authenticator
+from serve_app.core.usage import UsageReports
 from serve_app.errors import ServeAppError
 
 Endpoint = Callable[[Request], Awaitable[Response]]
@@ -53,19 +56,20 @@ def create_app(
     experiments: Experiments | None = None,
     authenticator: Authenticator | None = None,
     audit: Audit = no_audit,
+    usage: UsageReports | None = None,
 ) -> Starlette:
     """The application over an engine. `clock` returns monotonic seconds; `around` is the outermost middleware.
 
     The default of `adapters` are those of the configuration; `publish` is awaited after each change of them. Without
     `experiments` every name is that of a model or an adapter. Without `authenticator` everyone may do everything.
-    `audit` is awaited for each action of an administrator, before its answer.
+    `audit` is awaited for each action of an administrator, before its answer. Without `usage` there are no limits.
     """
     handlers = ErrorHandlers(telemetry)
     directory = configured_adapters(config) if adapters is None else adapters
     context = RequestContext(
         engine, telemetry, config, clock, directory, publish, experiments or NoExperiments(), audit=audit
     )
-    routes = _routes(context)
+    routes = _routes(context, usage)
     app = Starlette(
         routes=routes,
         middleware=[
@@ -75,6 +79,7 @@ def create_app(
             Middleware(CallMetrics, telemetry=telemetry),
             *([Middleware(AllowOrigins, cors=config.cors)] if config.cors.allow_origins else []),
             *([Middleware(CacheHeader)] if config.response_cache is not None else []),
+            *([Middleware(RateLimitHeaders)] if usage is not None else []),
             Middleware(CatchAll, handlers=handlers),
             *(_authenticate(authenticator, routes, handlers, telemetry) if authenticator is not None else []),
             Middleware(BodyLimits, limits=config.limits),
@@ -94,7 +99,7 @@ def _authenticate(
     ]
 
 
-def _routes(context: RequestContext) -> list[Route]:
+def _routes(context: RequestContext, usage: UsageReports | None) -> list[Route]:
     native, openai, tgi = NativeRoutes(context), OpenAIRoutes(context), TgiRoutes(context)
     anthropic = AnthropicRoutes(context)
     tokens, embeddings, operator = TokenRoutes(context), EmbeddingRoutes(context), OperatorRoutes(context)
@@ -132,6 +137,7 @@ def _routes(context: RequestContext) -> list[Route]:
         _post("/v1/unload_lora_adapter", lora.unload),
         _post("/v1/feedback", experiments.feedback),
         _get("/experiments", experiments.reports),
+        _get("/v1/usage", UsageRoutes(usage).usage),
         _get("/v1/models", openai.models),
         _get("/v1/models/{id:path}", openai.model),
         _post("/tokenize", tokens.tokenize, tokens.tokenize_inputs),

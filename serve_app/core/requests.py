@@ -209,7 +209,8 @@ class GenerationRequest:
     `cache_control` is for the response cache.
     `assignment` is the variant that answers a request for an experiment.
 
-    `tenant` and `key` are those of the caller's identity; "" without keys.
+    `tenant` and `key` are those of the caller's identity; "" without keys. An engine refuses a prompt with more than
+    `prompt_limit` tokens, for which nothing is reserved, with PromptTooLong.
     """
 
     id: str
@@ -236,6 +237,7 @@ class GenerationRequest:
     assignment: Assignment | None = None
     tenant: str = ""
     key: str = ""
+    prompt_limit: int | None = None
     first_token_deadline: float | None = None
 
     @property

@@ -17,7 +17,7 @@ from serve_app.errors import ServeAppError
 from serve_app.telemetry.experiment_metrics import ExperimentSeries
 from serve_app.telemetry.exposition import exposition
 from serve_app.telemetry.meter import IngressMetrics, Meter
-from serve_app.telemetry.metrics import CacheSeries, ages, metrics_complete, states
+from serve_app.telemetry.metrics import CacheSeries, QuotaSeries, ages, metrics_complete, states
 from serve_app.telemetry.queue_metrics import ModelQueueMeter
 
 if TYPE_CHECKING:
@@ -63,6 +63,11 @@ class IngressTelemetry:
     def cache(self) -> CacheSeries:
         """Measures the response cache."""
         return self._metrics.cache
+
+    @property
+    def quotas(self) -> QuotaSeries:
+        """Measures the limits of keys and tenants, and their usage."""
+        return self._metrics.quotas
 
     def set_status(self, status: ModelStatus, ready: int) -> None:
         """Keep the latest state of a model and the number of its ready replicas."""

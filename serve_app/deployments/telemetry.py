@@ -19,6 +19,7 @@ from serve_app.core.adapters import AdapterDirectory
 from serve_app.core.engine import Engine
 from serve_app.core.requests import GenerationRequest
 from serve_app.core.tenants import Authenticator
+from serve_app.core.usage import UsageReports
 from serve_app.engines.protocol import ReplicaEngine
 from serve_app.engines.stream import TokenStream
 
@@ -69,6 +70,7 @@ class ProcessTelemetry:
         experiments: Experiments | None = None,
         authenticator: Authenticator | None = None,
         audit: Audit = no_audit,
+        usage: UsageReports | None = None,
     ) -> ASGIApp:
         """The HTTP application, with spans and the JSON access log if they are enabled."""
         from starlette.middleware import Middleware
@@ -82,6 +84,7 @@ class ProcessTelemetry:
             experiments=experiments,
             authenticator=authenticator,
             audit=audit,
+            usage=usage,
         )
         if self._exporter is None and self._settings.log_format == "text":
             return make(engine, telemetry, around=[request_id])

@@ -15,9 +15,11 @@ from serve_app.gateway.admission import Admission
 from serve_app.gateway.estimates import Estimates
 from serve_app.gateway.failover import Failover
 from serve_app.gateway.outcome import Outcome, RequestMeter
+from serve_app.gateway.quota import Quota
 from serve_app.gateway.readiness import Readiness
 from serve_app.gateway.response_cache import ResponseCache, SharedCache
 from serve_app.gateway.room import room_of
+from serve_app.gateway.shared_quotas import SharedQuotas
 from serve_app.gateway.workload import Workload
 
 
@@ -26,8 +28,8 @@ class ModelChain:
 
     `meter` measures a request; `woke` receives the seconds that a model took to wake; `resumed` is called when the
     answer of a lost replica goes on at another one; `arrived` is called when a request arrives that must be computed.
-    Without `cache` every answer is computed. `tenants` knows the weights of tenants; without it all have the same.
-    `queue_meter` measures the queue.
+    Without `cache` every answer is computed, and without `quotas` there are no limits. `tenants` knows the weights of
+    tenants; without it all have the same. `queue_meter` measures the queue.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class ModelChain:
         resumed: Callable[[], None],
         arrived: Callable[[], None] = lambda: None,
         cache: SharedCache | None = None,
+        quotas: SharedQuotas | None = None,
         tenants: Tenants | None = None,
         queue_meter: QueueMeter | None = None,
     ) -> None:
@@ -58,7 +61,8 @@ class ModelChain:
         self._readiness = Readiness(self._admission, model, held, woke)
         self._workload = Workload(self._readiness, arrived, estimates)
         self._cache = None if cache is None else ResponseCache(self._workload, model, cache)
-        self.engine: Engine = Outcome(self._cache or self._workload, meter)
+        computed = self._cache or self._workload
+        self.engine: Engine = Outcome(computed if quotas is None else Quota(computed, model, quotas), meter)
 
     def update(self, status: ModelStatus, ready: int, ingresses: int, slots: int | None = None) -> None:
         """Take in the model's state, its ready replicas with their `slots`, and the number of ingresses."""

@@ -23,6 +23,9 @@ class Flight:
     The computation is cancelled when its last follower has left. Its own deadline is late enough for requests that
     arrive while it runs: one `timeout_s` after that of `request`. The chunks are kept until the flight ends, which
     takes no more memory than a stream with a client that does not read.
+
+    Each chunk counts as computed for the first follower that takes it, and as replayed for the others, so that metrics
+    and limits count it once.
     """
 
     def __init__(self, request: GenerationRequest, max_bytes: int) -> None:
@@ -30,6 +33,7 @@ class Flight:
         self._deadline = request.deadline + request.timeout_s
         self._encoder = AnswerEncoder(max_bytes)
         self._chunks: list[Chunk] = []
+        self._charged = 0
         self._followers = 0
         self._ended = self._abandoned = False
         self._error: Exception | None = None
@@ -76,7 +80,7 @@ class Flight:
                 while sent < len(self._chunks):
                     chunk = self._chunks[sent]
                     sent += 1
-                    yield chunk if request is self._request else replayed(chunk, offset_s, joined_s)
+                    yield self._for(request, chunk, sent, offset_s, joined_s)
                 if self._ended:
                     break
                 await self._growth(request, sent)
@@ -101,6 +105,13 @@ class Flight:
             self._abandoned = True
             self._task.cancel()
             await asyncio.wait([self._task])
+
+    def _for(self, request: GenerationRequest, chunk: Chunk, sent: int, offset_s: float, joined_s: float) -> Chunk:
+        """The chunk number `sent` for a follower. It counts as computed for the first one that takes it."""
+        first = sent > self._charged
+        self._charged = max(self._charged, sent)
+        own = chunk if request is self._request else replayed(chunk, offset_s, joined_s)
+        return own if own.replayed is not first else replace(own, replayed=not first)
 
     def _wake(self) -> None:
         self._grown.set()

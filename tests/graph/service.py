@@ -81,9 +81,10 @@ def serve_config(
     experiments: Sequence[Config] | None = None,
     auth: Config | None = None,
     database: Config | None = None,
+    sections: Config | None = None,
     **limits: Any,
 ) -> Config:
-    """A Ray Serve config file. `ingress` changes the deployment options of the ingress.
+    """A Ray Serve config file. `ingress` changes the deployment options of the ingress; `sections` are further args.
 
     Without `auth` everyone may use the service, on any address.
     """
@@ -95,6 +96,7 @@ def serve_config(
         "response_cache": response_cache,
         "auth": {"allow_anonymous": True} if auth is None and host != "127.0.0.1" else auth,
         "database": database or {},
+        **(sections or {}),
     }
     application: Config = {
         "name": "serve_app",

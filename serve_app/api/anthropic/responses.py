@@ -10,6 +10,7 @@ from serve_app.api.responses import ErrorFormat, exact
 from serve_app.errors import (
     BodyTooLarge,
     DeadlineExceeded,
+    InsufficientQuota,
     InvalidApiKey,
     ModelNotFound,
     NotFound,
@@ -17,6 +18,7 @@ from serve_app.errors import (
     PermissionDenied,
     PromptTooLong,
     QueueFull,
+    RateLimitExceeded,
     RequestTimeout,
     ServeAppError,
 )
@@ -208,6 +210,8 @@ _ERROR_TYPES: dict[type[ServeAppError], AnthropicErrorType] = {
     RequestTimeout: "timeout_error",
     BodyTooLarge: "request_too_large",
     QueueFull: "rate_limit_error",
+    RateLimitExceeded: "rate_limit_error",
+    InsufficientQuota: "rate_limit_error",
     NotReady: "overloaded_error",
     DeadlineExceeded: "timeout_error",
 }
