@@ -29,7 +29,6 @@ QUERIES_WAITING = 64
 OUTPUT_COST = 2.0
 # Weight of the newest answer in the mean speed of a place.
 _SMOOTHING = 0.1
-
 # A request waits if the expected wait is at most this share of its time, because the speed of a model varies.
 _WAIT_SHARE = 0.8
 
