@@ -18,8 +18,8 @@ DASHBOARDS_URL = "http://localhost:3000/d"
 
 # Outcomes that count as bad: errors with a status of 500 or above, and requests rejected because of a full queue.
 BAD = "deadline_exceeded|internal_error|not_ready|queue_full"
-# Outcomes that do not count: the client disconnected, or the request was invalid.
-NOT_COUNTED = "cancelled|invalid_request|prompt_too_long"
+# Outcomes that do not count: the client disconnected, the request was invalid, or it was over the limits of its key.
+NOT_COUNTED = "cancelled|insufficient_quota|invalid_request|prompt_too_long|rate_limit_exceeded"
 
 SECONDS = {"1h": 3600, "6h": 21600, "1d": 86400, "3d": 259200}
 WINDOWS = ("5m", "30m", "1h", "2h", "6h", "1d", "3d")

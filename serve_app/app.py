@@ -47,9 +47,9 @@ def build_with(config: AppConfig, user_config: dict[str, Any] | None) -> Applica
 def _model(model: Model, config: AppConfig) -> Any:
     """The gateway enforces the bounds of generations and queries. Ray's bounds are higher, so that they never apply."""
     options = _serve_options(model.deployment, lambda scaling: model_autoscaling(model, scaling))
-    ingresses = _most_replicas(config.ingress.deployment)
+    ingresses = config.ingress.deployment.most_replicas
     options["max_ongoing_requests"] += ingresses * QUERIES_RUNNING + _SPARE
-    options["max_queued_requests"] += _most_replicas(model.deployment) * options["max_ongoing_requests"]
+    options["max_queued_requests"] += model.deployment.most_replicas * options["max_ongoing_requests"]
     return ModelReplica.options(  # type: ignore[attr-defined]
         name=deployment_name(model.name),
         max_constructor_retry_count=_CONSTRUCTOR_TRIES,
@@ -58,10 +58,6 @@ def _model(model: Model, config: AppConfig) -> Any:
         **_resource_options(model),
         **options,
     )
-
-
-def _most_replicas(deployment: Deployment) -> int:
-    return deployment.autoscaling.max_replicas if deployment.autoscaling else deployment.num_replicas or 1
 
 
 def _serve_options(deployment: Deployment, configured: Callable[[Autoscaling], dict[str, Any]]) -> dict[str, Any]:

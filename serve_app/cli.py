@@ -37,6 +37,7 @@ _COMMANDS = {
     "experiments": "serve_app.experiment_cli",
     "keys": "serve_app.keys_cli",
     "tenants": "serve_app.tenants_cli",
+    "usage": "serve_app.usage_cli",
 }
 
 
@@ -115,8 +116,8 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Other commands: `python -m serve_app deploy --help` (deploy the file to a cluster that goes on running "
         "and restore the previous configuration if the new one cannot run), `python -m serve_app experiments --help` "
         "(compare the variants of experiments, check their configuration), `python -m serve_app batch --help` (run "
-        "many requests at low priority), `python -m serve_app keys --help` and `python -m serve_app tenants --help` "
-        "(API keys, and the limits of their owners).",
+        "many requests at low priority), `python -m serve_app keys --help`, `python -m serve_app tenants --help` and "
+        "`python -m serve_app usage --help` (API keys, the limits of their owners, and what they have used).",
     )
     parser.add_argument("--config", default="serve_config.yaml", help="Ray Serve config file (default: %(default)s)")
     parser.add_argument("--host", help="address to listen on (default: the file's http_options.host)")

@@ -25,6 +25,7 @@ from serve_app.engine_config import (
 )
 from serve_app.jobs_config import BatchOptions, IdempotencyOptions
 from serve_app.lora_config import NAME_PATTERN, Lora, LoraAdapter, valid_name
+from serve_app.quota_config import Price, QuotaOptions
 from serve_app.section import Section
 
 __all__ = [
@@ -48,6 +49,8 @@ __all__ = [
     "LoraAdapter",
     "Model",
     "NativeOptions",
+    "Price",
+    "QuotaOptions",
     "Resources",
     "SamplingDefaults",
     "Section",
@@ -149,6 +152,10 @@ class Deployment(Section):
         return self
 
     @property
+    def most_replicas(self) -> int:
+        return self.autoscaling.max_replicas if self.autoscaling else self.num_replicas or 1
+
+    @property
     def scales_to_zero(self) -> bool:
         scaling = self.autoscaling
         return scaling is not None and scaling.min_replicas == 0 and scaling.min_idle == 0
@@ -208,6 +215,7 @@ class Model(Section):
     batching: Batching = Batching()
     engine: AnyEngine = NativeOptions()
     lora: Lora | None = None
+    price: Price = Price()
     deployment: Deployment
 
     @field_validator("chat_template")
@@ -385,6 +393,7 @@ class AppConfig(Section):
     database: DatabaseOptions = DatabaseOptions()
     batches: BatchOptions | None = None
     idempotency: IdempotencyOptions = IdempotencyOptions()
+    quotas: QuotaOptions = QuotaOptions()
     telemetry: Telemetry = Telemetry()
 
     @property

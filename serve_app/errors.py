@@ -14,7 +14,9 @@ ServeAppError
 ├── BodyTooLarge              413  the body is larger than the limit
 ├── UnsupportedEncoding       415  the body is compressed in a way that the service cannot decode
 ├── QueueFull                 429  as many requests wait as the model takes
-├── NotReady                  503  no replica of the model can answer yet
+├── RateLimitExceeded         429  the key or its tenant has reached a limit a minute, or its concurrent requests
+├── InsufficientQuota         429  the key or its tenant has used up a budget of a day or a month
+├── NotReady                  503  no replica of the model can answer yet, or the server of the limits is away
 ├── DeadlineExceeded          504  the request used up its time
 └── InternalError             500  a fault of the service; the caller gets the request id only
 """
@@ -51,7 +53,11 @@ class InvalidRequest(ServeAppError):
 
 
 class PromptTooLong(ServeAppError):
-    """`tokens` is the number of tokens of the prompt, and `maximum` the largest possible one; None if unknown."""
+    """`tokens` is the number of tokens of the prompt, and `maximum` the largest possible one; None if unknown.
+
+    With `over_reservation` the prompt has more tokens than its `prompt_limit`. No caller gets such an error: the
+    gateway reserves `tokens`, and sends the request again.
+    """
 
     status, code = 422, "prompt_too_long"
 
@@ -62,11 +68,13 @@ class PromptTooLong(ServeAppError):
         retry_after_s: float | None = None,
         tokens: int | None = None,
         maximum: int | None = None,
+        over_reservation: bool = False,
     ) -> None:
         super().__init__(message, param, retry_after_s)
-        self.args = (*self.args, tokens, maximum)
+        self.args = (*self.args, tokens, maximum, over_reservation)
         self.tokens = tokens
         self.maximum = maximum
+        self.over_reservation = over_reservation
 
 
 class PreviousResponseNotFound(ServeAppError):
@@ -113,6 +121,14 @@ class QueueFull(ServeAppError):
     status, code = 429, "queue_full"
 
 
+class RateLimitExceeded(ServeAppError):
+    status, code = 429, "rate_limit_exceeded"
+
+
+class InsufficientQuota(ServeAppError):
+    status, code = 429, "insufficient_quota"
+
+
 class NotReady(ServeAppError):
     status, code = 503, "not_ready"
 
@@ -131,5 +147,11 @@ def internal_error(error: BaseException, request_id: str) -> InternalError:
     return InternalError(f"The service failed on this request. Quote request {request_id} when you report the failure.")
 
 
-def deadline_exceeded(timeout_s: float) -> DeadlineExceeded:
-    return DeadlineExceeded(f"The request was not finished after {timeout_s:.0f} s.")
+def deadline_exceeded(timeout_s: float, what: str = "was not finished") -> DeadlineExceeded:
+    """The error of a request that `what` by the end of its time, such as `was not finished`."""
+    return DeadlineExceeded(f"The request {what} after {rounded_s(timeout_s)} s.")
+
+
+def rounded_s(seconds: float) -> str:
+    """Seconds for a message: whole ones from 10 s on."""
+    return f"{seconds:.0f}" if seconds >= 10 else f"{max(0.0, seconds):.2g}"

@@ -72,6 +72,12 @@ def toy_service(token_log: Path) -> Iterator[Service]:
         ),
         model_config("single", "builtin:toy?step_ms=20", engine={"max_running": 1}),
         model_config(
+            "busy",
+            "builtin:toy?step_ms=20",
+            deployment={"max_ongoing_requests": 16, "max_queued_requests": 8},
+            engine={"max_running": 8},
+        ),
+        model_config(
             "victim",
             "builtin:toy?step_ms=50",
             engine={"max_running": 16},

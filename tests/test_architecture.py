@@ -48,6 +48,8 @@ RULES: dict[str, set[str]] = {
     | {"serve_app.tenants", *BASE},
     "tenants/tokens.py": {"jwt", "serve_app.auth_config", "serve_app.tenants", *BASE},
     "experiment_config.py": {"pydantic", "serve_app.config", "serve_app.lora_config"},
+    "usage_cli.py": {"sqlalchemy", "serve_app.config", "serve_app.tenants", "serve_app.tenants_cli", *BASE},
+    "quota_config.py": {"pydantic", "serve_app.section"},
     "experiment_cli.py": {"serve_app.config", "serve_app.serve_file"},
     "batch_cli.py": {"tqdm", "serve_app.experiment_cli"},
     "jobs_config.py": {"pydantic", "serve_app.section"},
@@ -57,7 +59,8 @@ RULES: dict[str, set[str]] = {
     | {"serve_app.serve_file", "serve_app.tenants", *BASE},
     "keys_cli.py": {"sqlalchemy", "serve_app.tenants", "serve_app.tenants_cli", *BASE},
     "config.py": {"pydantic", "serve_app.section", "serve_app.engine_config", "serve_app.lora_config"}
-    | {"serve_app.auth_config", "serve_app.cache_config", "serve_app.database_config", "serve_app.jobs_config"},
+    | {"serve_app.auth_config", "serve_app.cache_config", "serve_app.database_config", "serve_app.jobs_config"}
+    | {"serve_app.quota_config"},
     "serve_file.py": {"pydantic", "yaml", "serve_app.config", "serve_app.experiment_config"},
     "readiness.py": set(),
     "progress.py": set(),
@@ -74,7 +77,10 @@ RULES: dict[str, set[str]] = {
     "gateway/": {"serve_app.gateway", "serve_app.config", "serve_app.experiment_config", *BASE},
     "gateway/answers.py": {"msgpack", *BASE},
     "gateway/cache_key.py": {"serve_app.config", "serve_app.__version__", *BASE},
-    "gateway/redis_store.py": {"redis", "serve_app.cache_config"},
+    "gateway/redis_link.py": {"redis"},
+    "gateway/redis_store.py": {"serve_app.cache_config", "serve_app.gateway"},
+    "gateway/redis_counters.py": {"serve_app.quota_config", "serve_app.gateway"},
+    "gateway/redis_scripts.py": set(),
     "engines/": {"serve_app.engines", "serve_app.config", *BASE},
     **{f"engines/{name}.py": {*SHARED, "serve_app.engines.text", *BASE} for name in SHARED_NAMES},
     "engines/text/": {"serve_app.engines.text", *BASE},
@@ -97,6 +103,8 @@ RULES: dict[str, set[str]] = {
     "deployments/": {"ray", "prometheus_client", "starlette", "opentelemetry.trace", "serve_app.deployments"}
     | {"serve_app.experiment_config", "serve_app.jobs"}
     | {"serve_app.gateway", "serve_app.api", "serve_app.telemetry", "serve_app.config", *DECIDING_MODULES, *BASE},
+    "deployments/ingress_quotas.py": {"sqlalchemy", "serve_app.database", "serve_app.tenants", "serve_app.gateway"}
+    | {"serve_app.config", "serve_app.telemetry", *BASE},
     "deployments/access.py": {"ray", "sqlalchemy", "serve_app.config", "serve_app.database", "serve_app.deployments"}
     | {"serve_app.tenants", *BASE},
     "deployments/cluster.py": {"ray", "serve_app.deployments", "serve_app.engines.vllm.shared_memory"},
@@ -208,7 +216,7 @@ BLACK_BOX = {"aiohttp", "jinja2", "numpy", "prometheus_client", "psutil", "pydan
 def test_load_tests_do_not_import_the_service(path: Path) -> None:
     names = imports(path.read_text())
     if path.parent.name == "simulate":  # it simulates the decisions of the service by its own functions
-        decisions = {"serve_app.core", "serve_app.gateway.routing_table"}
+        decisions = {"serve_app.core", "serve_app.gateway.room", "serve_app.gateway.routing_table"}
         assert outside(names, {"perf", *BLACK_BOX, *decisions}) == set()
     elif path.name == "locustfile.py":  # Locust runs it
         assert outside(names, {"perf", "locust", "gevent"}) == set()

@@ -152,8 +152,20 @@ def test_links_to_other_pages_have_a_target(page: str) -> None:
 
 def test_the_examples_are_valid() -> None:
     blocks = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)]
-    keys = ["cors", "response_cache", "auth", "auth", "batches", "lora", "chat_template", "deployments", "models"]
-    keys.append("deployment")
+    keys = [
+        "price",
+        "cors",
+        "response_cache",
+        "auth",
+        "auth",
+        "batches",
+        "quotas",
+        "lora",
+        "chat_template",
+        "deployments",
+        "models",
+        "deployment",
+    ]
     assert [list(block) for block in blocks] == [[key] for key in keys]
     (with_experiments,) = (block for block in blocks if "deployments" in block)
     blocks.remove(with_experiments)

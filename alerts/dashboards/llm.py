@@ -223,6 +223,37 @@ FIRST_TOKEN = (
         "s",
         quantiles("serve_app_decode_seconds"),
     ),
+    Panel(
+        "Wait for a place by tenant",
+        "Mean time that requests waited at the ingress. Tenants that send more than their share wait, the others do "
+        "not.",
+        "s",
+        (
+            (
+                ratio(
+                    per_second("serve_app_tenant_queue_seconds_sum", ("tenant",)),
+                    per_second("serve_app_tenant_queue_seconds_count", ("tenant",)),
+                ),
+                "{{tenant}}",
+            ),
+        ),
+    ),
+    Panel(
+        "Started requests by tenant",
+        "Requests that got a place at a replica. While requests wait, the tokens of tenants are in the proportion of "
+        "their weights.",
+        "reqps",
+        ((per_second("serve_app_tenant_queue_seconds_count", ("tenant",)), "{{tenant}}"),),
+        stacked=True,
+    ),
+    Panel(
+        "Requests refused by the queue",
+        "'full' and 'dropped': more requests than the queue takes. 'late': the deadlines of clients are shorter than "
+        "the wait.",
+        "reqps",
+        ((per_second("serve_app_queue_refusals_total", ("reason",)), "{{reason}}"),),
+        stacked=True,
+    ),
 )
 
 TOKENS = (
@@ -370,6 +401,55 @@ RESPONSE_CACHE = (
         ((per_second("serve_app_response_cache_errors_total", ("replica",), ""), "{{replica}}"),),
         thresholds=(threshold("ResponseCacheFails"),),
         alerts=("ResponseCacheFails",),
+    ),
+)
+
+LIMITS = (
+    Panel(
+        "Limits: refused requests by limit",
+        "Requests that were refused because of a limit of their key or tenant. 'unavailable': the server that counts "
+        "the limits did not answer.",
+        "reqps",
+        ((per_second("serve_app_quota_refusals_total", ("limit",), ""), "{{limit}}"),),
+        stacked=True,
+    ),
+    Panel(
+        "Limits: refused requests by owner",
+        "The same requests by whose limit it was. Many refusals by the limits of tenants: raise them, or ask the "
+        "tenant to spread its load.",
+        "reqps",
+        ((per_second("serve_app_quota_refusals_total", ("subject",), ""), "{{subject}}"),),
+        stacked=True,
+    ),
+    Panel(
+        "Limits: budgets nearly used",
+        "Budgets of keys and tenants of which at least 90 % are used. `GET /v1/usage` shows whose they are.",
+        "short",
+        ((maximum("serve_app_budgets_nearly_used", ("period",), ""), "{{period}}"),),
+        alerts=("BudgetNearlyUsed",),
+    ),
+    Panel(
+        "Limits: errors of the server",
+        "Failed calls to the server that counts for all ingresses. Above the threshold it is down or too slow, and "
+        "requests of keys with limits are refused, or each ingress counts for itself (`quotas.when_unavailable`).",
+        "ops",
+        ((per_second("serve_app_quota_store_errors_total", ("replica",), ""), "{{replica}}"),),
+        thresholds=(threshold("QuotaStoreFails"),),
+        alerts=("QuotaStoreFails",),
+    ),
+    Panel(
+        "Usage that waits for the database",
+        "Finished requests whose usage could not be written yet. It is lost if the ingress ends before the database "
+        "is back.",
+        "short",
+        ((total("serve_app_usage_unwritten_requests", ("replica",), ""), "{{replica}}"),),
+        alerts=("UsageNotWritten",),
+    ),
+    Panel(
+        "Usage that was lost",
+        "Finished requests whose usage is not kept, because too many rows waited for the database.",
+        "ops",
+        ((per_second("serve_app_usage_lost_requests_total", ("replica",), ""), "{{replica}}"),),
     ),
 )
 
@@ -712,6 +792,7 @@ DASHBOARD = Dashboard(
         "HTTP": HTTP,
         "Response cache": RESPONSE_CACHE,
         "Batches and idempotency keys": JOBS,
+        "Limits and usage": LIMITS,
         "Engine": ENGINE,
         "Engine: vLLM": VLLM,
         "KV cache and lengths": MEMORY,

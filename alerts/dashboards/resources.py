@@ -136,8 +136,8 @@ LOAD = (
     ),
     Panel(
         "Queue",
-        "Sequences that wait for a slot, and slots. If as many wait as there are slots for minutes, the last one "
-        "waits as long as a whole response takes.",
+        "Requests that wait at the ingresses or in the engines, and slots. If as many wait as there are slots for "
+        "minutes, the last one waits as long as a whole response takes.",
         "short",
         (
             (f"serve_app:queue_depth:sum{{{MODEL}}}", "{{model}} waiting"),

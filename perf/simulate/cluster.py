@@ -21,6 +21,7 @@ from perf.simulate.settings import Job
 from perf.simulate.traffic import Trace
 from perf.simulate.workload import Workload
 from serve_app.core.scaling import Demand
+from serve_app.gateway.room import places_of_replica
 
 # As in the product: two decisions a second, and one report of each replica.
 DECISION_S, HEARTBEAT_S = 0.5, 1.0
@@ -89,7 +90,8 @@ class Cluster:
     # Requests
 
     def _arrive(self, number: int, now: float) -> None:
-        trace, block = self._trace, self._job.profile.block_tokens
+        trace, profile = self._trace, self._job.profile
+        block = profile.block_tokens
         prompt, answer = int(trace.prompt[number]), int(trace.answer[number])
         session = f"session-{trace.session[number]}" if trace.named[number] else ""
         digests = trace.digests(number, prompt, block)
@@ -102,18 +104,24 @@ class Cluster:
         if not self._queue and self._admitted < self._places:
             self._admitted += 1
             self._send(request, now)
-        elif len(self._queue) < self._job.fleet.max_queued:
+        elif len(self._queue) < self._job.fleet.max_queued + self._replicas * profile.max_ongoing - self._places:
             self._queue.append(request)
         else:
             self._fail(request, "refused", now)
 
     @property
     def _places(self) -> int:
-        """As ModelChain.update: the ready replicas have so many places."""
-        return max(1, len(self.fleet.ready)) * self._job.profile.max_ongoing
+        """As `room_of` of the product: the ready replicas have so many places."""
+        profile, ongoing = self._job.profile, self._job.profile.max_ongoing
+        by_work = self._job.strategy.scaler == "work"
+        return self._replicas * (places_of_replica(min(profile.slots, ongoing), ongoing) if by_work else ongoing)
+
+    @property
+    def _replicas(self) -> int:
+        return max(1, len(self.fleet.ready))
 
     def _admit(self, now: float) -> None:
-        """Let waiting requests through, as Admission does: the first that arrived goes first."""
+        """Let waiting requests through, as Admission does for one tenant: the first that arrived goes first."""
         while self._queue and self._admitted < self._places:
             request = self._queue.popleft()
             if now - request.arrived >= self._job.fleet.timeout_s:

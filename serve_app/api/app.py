@@ -31,13 +31,16 @@ from serve_app.api.openai.routes import OpenAIRoutes
 from serve_app.api.openai_batches.service import BatchService, disabled
 from serve_app.api.openai_responses.routes import ResponsesRoutes
 from serve_app.api.operator import OperatorRoutes
+from serve_app.api.rate_limits import RateLimitHeaders
 from serve_app.api.telemetry import ServiceTelemetry
 from serve_app.api.tgi.routes import TgiRoutes, is_tgi
 from serve_app.api.tokens.routes import TokenRoutes
+from serve_app.api.usage import UsageRoutes
 from serve_app.config import AppConfig
 from serve_app.core.adapters import AdapterDirectory
 from serve_app.core.engine import Engine
 from serve_app.core.tenants import Authenticator
+from serve_app.core.usage import UsageReports
 from serve_app.errors import ServeAppError
 from serve_app.jobs.answers import AnswerMemory, AnswerStore
 
@@ -59,6 +62,7 @@ def create_app(
     experiments: Experiments | None = None,
     authenticator: Authenticator | None = None,
     audit: Audit = no_audit,
+    usage: UsageReports | None = None,
     batches: BatchService | None = None,
     answers: AnswerStore | None = None,
 ) -> Starlette:
@@ -66,15 +70,16 @@ def create_app(
 
     The default of `adapters` are those of the configuration; `publish` is awaited after each change of them. Without
     `experiments` every name is that of a model or an adapter. Without `authenticator` everyone may do everything.
-    `audit` is awaited for each action of an administrator, before its answer. Without `batches` there are no files and
-    batches. `answers` are kept by idempotency keys; the default is in the memory of this process.
+    `audit` is awaited for each action of an administrator, before its answer. Without `usage` there are no limits,
+    without `batches` no files and batches. `answers` are kept by idempotency keys; the default is in the memory of this
+    process.
     """
     handlers = ErrorHandlers(telemetry)
     directory = configured_adapters(config) if adapters is None else adapters
     context = RequestContext(
         engine, telemetry, config, clock, directory, publish, experiments or NoExperiments(), audit=audit
     )
-    routes = [*_routes(context), *_batch_routes(batches)]
+    routes = [*_routes(context, usage), *_batch_routes(batches)]
     app = Starlette(
         routes=routes,
         middleware=[
@@ -84,6 +89,7 @@ def create_app(
             Middleware(CallMetrics, telemetry=telemetry),
             *([Middleware(AllowOrigins, cors=config.cors)] if config.cors.allow_origins else []),
             *([Middleware(CacheHeader)] if config.response_cache is not None else []),
+            *([Middleware(RateLimitHeaders)] if usage is not None else []),
             Middleware(CatchAll, handlers=handlers),
             *(_authenticate(authenticator, routes, handlers, telemetry) if authenticator is not None else []),
             Middleware(BodyLimits, limits=config.limits, max_file_bytes=_max_upload_bytes(batches)),
@@ -120,7 +126,7 @@ def _authenticate(
     ]
 
 
-def _routes(context: RequestContext) -> list[Route]:
+def _routes(context: RequestContext, usage: UsageReports | None) -> list[Route]:
     native, openai, tgi = NativeRoutes(context), OpenAIRoutes(context), TgiRoutes(context)
     anthropic = AnthropicRoutes(context)
     tokens, embeddings, operator = TokenRoutes(context), EmbeddingRoutes(context), OperatorRoutes(context)
@@ -158,6 +164,7 @@ def _routes(context: RequestContext) -> list[Route]:
         _post("/v1/unload_lora_adapter", lora.unload),
         _post("/v1/feedback", experiments.feedback),
         _get("/experiments", experiments.reports),
+        _get("/v1/usage", UsageRoutes(usage).usage),
         _get("/v1/models", openai.models),
         _get("/v1/models/{id:path}", openai.model),
         _post("/tokenize", tokens.tokenize, tokens.tokenize_inputs),

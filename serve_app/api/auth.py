@@ -28,9 +28,9 @@ class Public(Enum):
 
 PUBLIC = Public.PUBLIC
 
-# The scope that each route needs, by method and path. A test fails for a route that is not here. Of the pages only the
-# OpenAPI document has data: without a key it names no models.
-POLICIES: dict[str, Scope | Public] = {
+# The scope that each route needs, by method and path; None is any valid key. A test fails for a route that is not here.
+# Of the pages only the OpenAPI document has data: without a key it names no models.
+POLICIES: dict[str, Scope | Public | None] = {
     "GET /health": PUBLIC,
     "GET /ready": PUBLIC,
     "GET /ping": PUBLIC,
@@ -68,6 +68,7 @@ POLICIES: dict[str, Scope | Public] = {
     "POST /v1/messages": Scope.INFERENCE,
     "POST /v1/messages/count_tokens": Scope.INFERENCE,
     "POST /v1/feedback": Scope.INFERENCE,
+    "GET /v1/usage": None,
     "GET /v1/models": Scope.INFERENCE,
     "GET /v1/models/{id:path}": Scope.INFERENCE,
     "POST /tokenize": Scope.INFERENCE,

@@ -12,6 +12,7 @@ from starlette.requests import Request
 from serve_app.api.experiments import VARIANT_HEADER, Experiments, NoExperiments, caller_of, identity_of, session_of
 from serve_app.api.generation import until_disconnect
 from serve_app.api.telemetry import ServiceTelemetry
+from serve_app.api.timeouts import FIRST_TOKEN_TIMEOUT, REQUEST_TIMEOUT, timeout_s
 from serve_app.config import AppConfig, Limits, Model, SamplingDefaults
 from serve_app.core.adapters import AdapterDirectory
 from serve_app.core.engine import Engine
@@ -170,14 +171,22 @@ class RequestContext:
         return None if self.adapters.find(name) is None else name
 
     def deadline(self, http: Request) -> float:
-        """The instant by which every part of this call must have ended, on `clock`."""
+        """The instant by which every part of this call must have ended, on `clock`.
+
+        The client can make it earlier, not later. Raises InvalidRequest.
+        """
         arrived: float = http.state.arrived
-        return arrived + self.limits.request_timeout_s
+        longest = self.limits.request_timeout_s
+        return arrived + min(longest, timeout_s(http, REQUEST_TIMEOUT) or longest)
 
     def request(
         self, http: Request, id: str, served: Served, prompt: Prompt, params: SamplingParams, stream: bool
     ) -> GenerationRequest:
-        """A whole answer waits for a sleeping model for a limited time; a stream reports that it waits."""
+        """A whole answer waits for a sleeping model for a limited time; a stream reports that it waits.
+
+        Raises InvalidRequest if a header of the call is wrong.
+        """
+        first_token_s = timeout_s(http, FIRST_TOKEN_TIMEOUT)
         wake_wait_s = None if stream else self.limits.warm_wait_s
         choice, identity = served.choice, identity_of(http)
         assignment = None if choice is None else choice.assignment
@@ -190,6 +199,7 @@ class RequestContext:
             self.clock(),
             self.deadline(http),
             wake_wait_s=wake_wait_s,
+            first_token_deadline=None if first_token_s is None else http.state.arrived + first_token_s,
             adapter=served.adapter,
             session=session_of(http),
             assignment=assignment,

@@ -14,7 +14,7 @@ from starlette.types import Receive
 from serve_app.api.completion import CompletionState
 from serve_app.core.engine import Engine
 from serve_app.core.requests import GenerationRequest
-from serve_app.errors import DeadlineExceeded
+from serve_app.errors import DeadlineExceeded, rounded_s
 
 T = TypeVar("T")
 
@@ -26,7 +26,8 @@ def begin(request: GenerationRequest, now: float) -> GenerationRequest:
     """The request, which arrives at the engine `now`. Raises DeadlineExceeded if its call has no time left."""
     if now >= request.deadline:
         raise DeadlineExceeded(
-            f"The request was not finished after {request.timeout_s:.0f} s. Send fewer prompts or ask for fewer tokens."
+            f"The request was not finished after {rounded_s(request.timeout_s)} s. "
+            "Send fewer prompts or ask for fewer tokens."
         )
     return replace(request, arrived=now)
 

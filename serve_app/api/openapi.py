@@ -27,9 +27,9 @@ _ERRORS = {
     413: "The body is larger than the limit.",
     415: "The body is compressed, but not with gzip or zstd.",
     422: "The body is not JSON, or a field is unknown, wrong, out of range, or contradicts the model or another field.",
-    429: "As many requests wait as the model takes.",
+    429: "As many requests wait as the model takes, or a limit of the key or its tenant is reached.",
     500: "The service failed. Its log has the cause under the request id.",
-    503: "No replica of the model can answer yet.",
+    503: "No replica of the model can answer yet, or the limits cannot be checked.",
     504: "The request used up its time.",
 }
 _NO_KEY = "The API key is missing or not valid."
@@ -140,7 +140,7 @@ def _operation(operation: Operation, components: _Components) -> Json:
     return described
 
 
-def _needed(operation: Operation) -> Scope | Public:
+def _needed(operation: Operation) -> Scope | Public | None:
     path = operation.path.replace("/v1/models/{id}", "/v1/models/{id:path}")
     return POLICIES[f"{operation.method.upper()} {path}"]
 

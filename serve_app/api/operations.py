@@ -41,6 +41,7 @@ from serve_app.api.tgi.responses import TgiAnswer, TgiError, TgiEvent, TgiInfo
 from serve_app.api.tgi.schema import TgiBody
 from serve_app.api.tokens.responses import DetokenizedText, TgiTextToken, TokenizerFacts, Tokens
 from serve_app.api.tokens.schema import DetokenizeBody, TokenizeBody, TokenizeInputsBody
+from serve_app.api.usage import UsageReport
 from serve_app.core.experiments import Reports
 
 NATIVE, OPENAI, ANTHROPIC = "Native", "OpenAI", "Anthropic"
@@ -139,6 +140,33 @@ _NOT_STREAMED = {
     "description": "A stored response cannot be streamed.",
     "schema": {"type": "boolean", "const": False},
 }
+
+_INSTANT: dict[str, Any] = {"type": "string", "examples": ["2026-11-30", "2026-11-30T12:00:00Z", "1796040000"]}
+_USAGE: tuple[dict[str, Any], ...] = (
+    {
+        "name": "from",
+        "in": "query",
+        "description": "The first instant, by whole hours: a date, or seconds since 1970. The default is this month.",
+        "schema": _INSTANT,
+    },
+    {"name": "to", "in": "query", "description": "The instant after the last one.", "schema": _INSTANT},
+    {
+        "name": "group_by",
+        "in": "query",
+        "description": "A list with commas of hour, day, month, tenant, key and model.",
+        "schema": {"type": "string", "default": "day"},
+    },
+    *(
+        {"name": name, "in": "query", "description": f"Only this {name}.", "schema": {"type": "string"}}
+        for name in ("tenant", "key", "model")
+    ),
+    {
+        "name": "format",
+        "in": "query",
+        "description": "The form of the answer. Without it the header `accept` decides.",
+        "schema": {"type": "string", "enum": ["json", "csv"], "default": "json"},
+    },
+)
 
 OPERATIONS = (
     Operation(
@@ -244,6 +272,10 @@ OPERATIONS = (
     Operation(
         "get", "/experiments", OPERATION, "The reports of the experiments: the variants compared with their control",
         answer=Reports,
+    ),
+    Operation(
+        "get", "/v1/usage", OPERATION, "The tokens and the cost of the caller's tenant, or with the scope admin of all",
+        answer=UsageReport, text="text/csv", parameters=_USAGE, error=OpenAIError,
     ),
     Operation("get", "/v1/models", OPENAI, "List the models", answer=ModelList, error=OpenAIError),
     Operation("get", "/v1/models/{id}", OPENAI, "Get one model", answer=ModelCard, model_in="path", error=OpenAIError),

@@ -179,6 +179,7 @@ class GenerationRequest:
 
     `arrived` and `deadline` are instants of this process's monotonic clock, in seconds. Every stage and every item of
     a batch call spends from the same deadline; RemoteEngine converts both to the clock of the receiving process.
+    `first_token_deadline` is the instant by which the answer must have begun, if the caller set one.
     `wake_wait_s` bounds the wait for a model that is scaled to zero, in seconds; None waits until the deadline.
 
     Requests share the computed beginning of their prompts only if their tenant and their `cache_salt` are equal.
@@ -208,7 +209,8 @@ class GenerationRequest:
     `cache_control` is for the response cache.
     `assignment` is the variant that answers a request for an experiment.
 
-    `tenant` and `key` are those of the caller's identity; "" without keys.
+    `tenant` and `key` are those of the caller's identity; "" without keys. An engine refuses a prompt with more than
+    `prompt_limit` tokens, for which nothing is reserved, with PromptTooLong.
 
     `background` is a line of a batch job: nobody waits for its answer, and its times are no measure of the service.
     """
@@ -237,6 +239,8 @@ class GenerationRequest:
     assignment: Assignment | None = None
     tenant: str = ""
     key: str = ""
+    prompt_limit: int | None = None
+    first_token_deadline: float | None = None
     background: bool = False
 
     @property
@@ -266,6 +270,11 @@ class GenerationRequest:
         if self.embed:
             return "embeddings"
         return "chat" if isinstance(self.prompt, ChatPrompt) else "text_completion"
+
+    @property
+    def starts_by(self) -> float:
+        """The instant by which the answer must have begun."""
+        return self.deadline if self.first_token_deadline is None else min(self.deadline, self.first_token_deadline)
 
     @property
     def timeout_s(self) -> float:

@@ -38,13 +38,15 @@ class ReplicaLoad:
     """What a replica computes: the number of running sequences, and the prompt tokens of the requests that wait.
 
     `digests` are those of the prompts in its KV cache, as an array of unsigned 64-bit numbers; None if they have not
-    changed since its last report. `speed` is what the replica has shown, for the autoscaler.
+    changed since its last report. `speed` is what the replica has shown, for the autoscaler. `slots` is the number of
+    sequences that it can run; 0 if it is not known.
     """
 
     running: int = 0
     waiting_tokens: int = 0
     digests: bytes | None = None
     speed: ReplicaSpeed = NO_SPEED
+    slots: int = 0
 
 
 def routing_key(request: GenerationRequest) -> RoutingKey:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Collection
 from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import serve
@@ -39,6 +39,9 @@ from serve_app.gateway.experiment_state import Changes
 from serve_app.gateway.response_cache import open_cache
 from serve_app.telemetry.exposition import MetricsSnapshot
 
+if TYPE_CHECKING:
+    from serve_app.deployments.ingress_quotas import IngressQuotas
+
 logger = logging.getLogger("ray.serve")
 
 # The time for which a new ingress waits for the reports of running replicas before it serves.
@@ -68,6 +71,8 @@ class Ingress:
         self._telemetry = IngressTelemetry(config, self._id, self._registry)
         self._access = Access(config, self._telemetry)
         await self._access.start()
+        self._quotas = open_quotas(config, self._id, self._telemetry)
+        self._shared_quotas = await self._quotas.start(self._access.tenants) if self._quotas else None
         self._cache = open_cache(config.response_cache, self._telemetry.cache) if config.response_cache else None
         self._handles = {model.name: handle for model, handle in zip(config.models, handles, strict=True)}
         self._remotes: list[RemoteEngine] = []
@@ -101,6 +106,7 @@ class Ingress:
             self._experiments,
             self._access.authenticator,
             self._access.audit,
+            self._quotas,
             self._jobs.service,
             self._jobs.answers,
         )
@@ -147,6 +153,8 @@ class Ingress:
             await self._cache.store.close()
         await self._reporter.stop(Heartbeat(self._id, "", "", leaving=True))
         self._receiver.stop()
+        if self._quotas is not None:
+            await self._quotas.stop()
         await self._access.stop()
         await asyncio.to_thread(self._process.stop)
 
@@ -157,7 +165,20 @@ class Ingress:
         telemetry, name = self._telemetry, model.name
         resumed, arrived = partial(telemetry.resumed, name), partial(self._arrived, name)
         woke = partial(telemetry.woke, name)
-        return ModelChain(model, remote, telemetry.meter, woke, resumed, arrived, self._cache)
+        chain = ModelChain(
+            model,
+            remote,
+            telemetry.meter,
+            woke,
+            resumed,
+            arrived,
+            self._cache,
+            self._shared_quotas,
+            self._access.tenants,
+            telemetry.queue_meter(name),
+        )
+        telemetry.watch_queue(name, lambda: chain.engine.load(name).waiting)
+        return chain
 
     def _arrived(self, model: str) -> None:
         """A request has arrived. The autoscaler learns of it at once if the model has no replica."""
@@ -230,8 +251,18 @@ class Ingress:
             routed = routed_replicas(self._handles[model.name])
             status = state.status(model, routed)
             if status is not None:
-                self._chains[model.name].update(status, state.ready(model.name, routed), state.ingresses)
-                self._telemetry.set_status(status, state.ready(model.name, routed))
+                ready = state.ready(model.name, routed)
+                self._chains[model.name].update(status, ready, state.ingresses, state.slots(model.name))
+                self._telemetry.set_status(status, ready)
+
+
+def open_quotas(config: AppConfig, ingress: str, telemetry: IngressTelemetry) -> IngressQuotas | None:
+    """The limits and the usage of keys; None without keys, when the package of the database is not imported."""
+    if not config.checks_keys:
+        return None
+    from serve_app.deployments.ingress_quotas import IngressQuotas
+
+    return IngressQuotas(config, ingress, telemetry.quotas)
 
 
 def routed_replicas(handle: DeploymentHandle) -> Collection[str] | None:

@@ -18,7 +18,8 @@ from serve_app.telemetry.experiment_metrics import ExperimentSeries
 from serve_app.telemetry.exposition import exposition
 from serve_app.telemetry.job_metrics import JobSeries
 from serve_app.telemetry.meter import BackgroundMeter, IngressMetrics, Meter
-from serve_app.telemetry.metrics import CacheSeries, ages, metrics_complete, states
+from serve_app.telemetry.metrics import CacheSeries, QuotaSeries, ages, metrics_complete, states
+from serve_app.telemetry.queue_metrics import ModelQueueMeter
 
 if TYPE_CHECKING:
     from serve_app.deployments.heartbeats import Reporter
@@ -62,10 +63,23 @@ class IngressTelemetry:
         """Count an answer that goes on at another replica."""
         self._metrics.resumed(model)
 
+    def watch_queue(self, model: str, waiting: Callable[[], int]) -> None:
+        """Show the number of waiting requests of a model."""
+        self._metrics.queues.watch(model, waiting)
+
+    def queue_meter(self, model: str) -> ModelQueueMeter:
+        """Measures the queue of a model."""
+        return self._metrics.queues.of_model(model)
+
     @property
     def cache(self) -> CacheSeries:
         """Measures the response cache."""
         return self._metrics.cache
+
+    @property
+    def quotas(self) -> QuotaSeries:
+        """Measures the limits of keys and tenants, and their usage."""
+        return self._metrics.quotas
 
     def set_status(self, status: ModelStatus, ready: int) -> None:
         """Keep the latest state of a model and the number of its ready replicas."""

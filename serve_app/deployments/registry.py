@@ -82,6 +82,11 @@ class RegistrySnapshot:
             return len(set(routed) - self.lost)
         return sum(heartbeat.model == model and not heartbeat.stage for heartbeat in self.heartbeats)
 
+    def slots(self, model: str) -> int | None:
+        """The number of sequences that each replica of the model can run; None before one has reported it."""
+        loads = (heartbeat.load for heartbeat in self.heartbeats if heartbeat.model == model)
+        return min((load.slots for load in loads if load is not None and load.slots), default=None)
+
     def status(self, model: Model, routed: Collection[str] | None = None) -> ModelStatus | None:
         """The model's state; None while the registry cannot know it. `routed`: see `ready`."""
         if self.ready(model.name, routed):

@@ -25,8 +25,9 @@ from serve_app.gateway.routing_table import RoutingTable
 
 logger = logging.getLogger("ray.serve")
 
-# A replica ends a request at the deadline. If it does not, the ingress does so after this additional time.
-_GRACE_S = 5.0
+# A replica ends a request at the deadline, with the number of its tokens in the message. If a step takes longer than
+# this additional time, the ingress ends the request.
+_GRACE_S = 0.1
 # The result of a Ray call can arrive before the last events, because events have their own connection.
 _LAST_EVENTS_S = 5.0
 # Replicas report once a second. The requests of a replica that has not reported for this time are ended.

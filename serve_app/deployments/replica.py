@@ -190,7 +190,8 @@ class ModelReplica:
         changed = version != self._reported_version or self._reports % _FULL_REPORT == 0
         self._reported_version, self._reports = version, self._reports + 1
         running = len(self._streams) - len(waiting)
-        return ReplicaLoad(running, sum(waiting), self._prefixes.digests() if changed else None, self._speed())
+        digests = self._prefixes.digests() if changed else None
+        return ReplicaLoad(running, sum(waiting), digests, self._speed(), self._engine.stats().slots)
 
     def _speed(self) -> ReplicaSpeed:
         now, stats = time.monotonic(), self._engine.stats()

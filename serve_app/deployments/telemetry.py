@@ -20,6 +20,7 @@ from serve_app.core.adapters import AdapterDirectory
 from serve_app.core.engine import Engine
 from serve_app.core.requests import GenerationRequest
 from serve_app.core.tenants import Authenticator
+from serve_app.core.usage import UsageReports
 from serve_app.engines.protocol import ReplicaEngine
 from serve_app.engines.stream import TokenStream
 from serve_app.jobs.answers import AnswerStore
@@ -71,6 +72,7 @@ class ProcessTelemetry:
         experiments: Experiments | None = None,
         authenticator: Authenticator | None = None,
         audit: Audit = no_audit,
+        usage: UsageReports | None = None,
         batches: BatchService | None = None,
         answers: AnswerStore | None = None,
     ) -> ASGIApp:
@@ -86,6 +88,7 @@ class ProcessTelemetry:
             experiments=experiments,
             authenticator=authenticator,
             audit=audit,
+            usage=usage,
             batches=batches,
             answers=answers,
         )

@@ -65,8 +65,11 @@ def decode(packed: Packed, offset_s: float = 0.0) -> Item:
 
 
 def outgoing(request: GenerationRequest, now: float) -> GenerationRequest:
-    """The request with instants relative to `now`, for a process whose clock has another origin."""
-    return replace(request, arrived=request.arrived - now, deadline=request.deadline - now)
+    """The request with instants relative to `now`, for a process whose clock has another origin.
+
+    Without the deadline of the first token, which the ingress watches.
+    """
+    return replace(request, arrived=request.arrived - now, deadline=request.deadline - now, first_token_deadline=None)
 
 
 def incoming(request: GenerationRequest, now: float) -> GenerationRequest:

@@ -13,7 +13,7 @@ from serve_app.core.requests import GenerationRequest, Prompt
 from serve_app.engines.stream import TokenStream
 from serve_app.engines.text.prompt_details import prompt_details
 from serve_app.engines.text.protocol import AnswerPlan, Text
-from serve_app.errors import DeadlineExceeded, InternalError, InvalidRequest, PromptTooLong, ServeAppError
+from serve_app.errors import DeadlineExceeded, InternalError, InvalidRequest, PromptTooLong, ServeAppError, rounded_s
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +96,7 @@ def _prepare(stream: TokenStream, ids: list[int], text: Text, context: int) -> P
         return kept
     refusal = (
         _too_long(len(kept), context)
+        or _over_reservation(len(kept), request.prompt_limit)
         or _invalid_bias(request.params.logit_bias, text.vocabulary)
         or _too_many_logprobs(len(kept), request.params.prompt_logprobs)
     )
@@ -125,8 +126,8 @@ def _expired(request: GenerationRequest, now: float) -> ServeAppError | None:
     if now < request.deadline:
         return None
     return DeadlineExceeded(
-        f"the request waited for its whole time limit of {request.timeout_s:.0f} s before the model received it; "
-        "try again when the service is less busy"
+        f"the request waited for its whole time limit of {rounded_s(request.timeout_s)} s before the model received "
+        "it; try again when the service is less busy"
     )
 
 
@@ -152,6 +153,13 @@ def _too_many_logprobs(tokens: int, alternatives: int | None) -> ServeAppError |
         + (f"ask for at most {most}" if most >= 0 else f"shorten the prompt to at most {MAX_PROMPT_LOGPROBS} tokens"),
         param="prompt_logprobs",
     )
+
+
+def _over_reservation(tokens: int, limit: int | None) -> PromptTooLong | None:
+    if limit is None or tokens <= limit:
+        return None
+    message = f"the prompt has {tokens} tokens, and {limit} are reserved"
+    return PromptTooLong(message, param="prompt", tokens=tokens, maximum=limit, over_reservation=True)
 
 
 def _too_long(tokens: int, context: int) -> ServeAppError | None:

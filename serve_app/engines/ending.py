@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from serve_app.core.events import FinishReason
 from serve_app.core.requests import GenerationRequest, SamplingParams
 from serve_app.engines.text.protocol import Constraint
-from serve_app.errors import DeadlineExceeded, InternalError, NotReady
+from serve_app.errors import DeadlineExceeded, InternalError, NotReady, rounded_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +63,8 @@ class Ending:
 def expired_error(request: GenerationRequest, generated: int) -> DeadlineExceeded:
     """The error of a request whose deadline passed after `generated` tokens."""
     return DeadlineExceeded(
-        f"the request was not finished after {request.timeout_s:.0f} s ({generated} tokens); ask for fewer tokens or "
-        "try when the service is less busy"
+        f"the request was not finished after {rounded_s(request.timeout_s)} s ({generated} tokens); ask for fewer "
+        "tokens or try when the service is less busy"
     )
 
 

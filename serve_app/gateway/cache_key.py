@@ -26,11 +26,12 @@ NOT_IN_KEY = frozenset(
         "cache_control",
         "assignment",
         "key",
+        "prompt_limit",
     }
 )
 # The options of a model that do not change its answers. The defaults for sampling are in the requests, and so is the
 # adapter.
-NOT_IN_IDENTITY = frozenset({"deployment", "batching", "sampling_defaults", "lora"})
+NOT_IN_IDENTITY = frozenset({"deployment", "batching", "sampling_defaults", "lora", "price"})
 
 
 def is_deterministic(request: GenerationRequest) -> bool:

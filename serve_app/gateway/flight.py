@@ -19,10 +19,13 @@ from serve_app.gateway.answers import AnswerEncoder, replayed
 class Flight:
     """Computes the answer to `request` in a task of its own, for the request itself and for equal ones.
 
-    A follower gets the chunks so far at once and the others as they come; its own deadline ends only its own answer.
+    A follower gets the chunks so far at once and the others as they come; its own deadlines end only its own answer.
     The computation is cancelled when its last follower has left. Its own deadline is late enough for requests that
     arrive while it runs: one `timeout_s` after that of `request`. The chunks are kept until the flight ends, which
     takes no more memory than a stream with a client that does not read.
+
+    Each chunk counts as computed for the first follower that takes it, and as replayed for the others, so that metrics
+    and limits count it once.
     """
 
     def __init__(self, request: GenerationRequest, max_bytes: int) -> None:
@@ -30,6 +33,7 @@ class Flight:
         self._deadline = request.deadline + request.timeout_s
         self._encoder = AnswerEncoder(max_bytes)
         self._chunks: list[Chunk] = []
+        self._charged = 0
         self._followers = 0
         self._ended = self._abandoned = False
         self._error: Exception | None = None
@@ -48,7 +52,8 @@ class Flight:
     async def compute(self, engine: Engine) -> bytes | None:
         """Compute the answer. Returns it encoded; None if it is incomplete, failed, or is too large to store."""
         try:
-            async with aclosing(engine.generate(replace(self._request, deadline=self._deadline))) as chunks:
+            request = replace(self._request, deadline=self._deadline, first_token_deadline=None)
+            async with aclosing(engine.generate(request)) as chunks:
                 async for chunk in chunks:
                     self._chunks.append(chunk)
                     self._encoder.add(chunk)
@@ -75,21 +80,22 @@ class Flight:
                 while sent < len(self._chunks):
                     chunk = self._chunks[sent]
                     sent += 1
-                    yield chunk if request is self._request else replayed(chunk, offset_s, joined_s)
+                    yield self._for(request, chunk, sent, offset_s, joined_s)
                 if self._ended:
                     break
-                await self._growth(request)
+                await self._growth(request, sent)
             if self._error is not None:
                 raise _copied(self._error)
         finally:
             await self._leave()
 
-    async def _growth(self, request: GenerationRequest) -> None:
+    async def _growth(self, request: GenerationRequest, sent: int) -> None:
+        deadline = request.deadline if sent else request.starts_by
         try:
-            async with asyncio.timeout(request.deadline - time.monotonic()):
+            async with asyncio.timeout(deadline - time.monotonic()):
                 await self._grown.wait()
         except TimeoutError:
-            raise deadline_exceeded(request.timeout_s) from None
+            raise deadline_exceeded(deadline - request.arrived) from None
 
     async def _leave(self) -> None:
         """The last follower ends the computation, and leaves when it has ended."""
@@ -99,6 +105,13 @@ class Flight:
             self._abandoned = True
             self._task.cancel()
             await asyncio.wait([self._task])
+
+    def _for(self, request: GenerationRequest, chunk: Chunk, sent: int, offset_s: float, joined_s: float) -> Chunk:
+        """The chunk number `sent` for a follower. It counts as computed for the first one that takes it."""
+        first = sent > self._charged
+        self._charged = max(self._charged, sent)
+        own = chunk if request is self._request else replayed(chunk, offset_s, joined_s)
+        return own if own.replayed is not first else replace(own, replayed=not first)
 
     def _wake(self) -> None:
         self._grown.set()

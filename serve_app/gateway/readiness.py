@@ -53,7 +53,7 @@ class Readiness(Stage):
         self._usual_start_s = _USUAL_START_S
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
-        await self._await_ready(request.deadline, request.wake_wait_s)
+        await self._await_ready(request.starts_by, request.wake_wait_s)
         async with aclosing(self.inner.generate(request)) as chunks:
             async for chunk in chunks:
                 yield chunk

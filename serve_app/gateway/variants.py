@@ -67,6 +67,8 @@ def mirrored(request: GenerationRequest, own: Choice, choice: Choice, adapter: A
         priority=LOWEST_PRIORITY,
         traceparent="",
         cache_control="no-store",
+        tenant="",
+        key="",
     )
 
 

@@ -9,6 +9,8 @@ const WORDS = {
   permission_denied: ["The API key does not allow this.", "Enter another key at the top of the page and try again."],
   model_not_found: ["The service does not have this model any more.", "Choose another model and try again."],
   queue_full: ["The model is busy.", "The queue of the model is full. Try again."],
+  rate_limit_exceeded: ["The limit of this key is reached.", "Wait a moment and try again."],
+  insufficient_quota: ["The budget of this key is used up.", "Ask the operator of the service for a higher budget."],
   not_ready: ["The model is not ready.", "The line at the top shows its progress. Try again when it is ready."],
   deadline_exceeded: ["The answer took too long.", "Lower max tokens, or try again when the service is less busy."],
   internal_error: ["The service failed.", "Try again. If it fails again, report the message to the operator of the service."],

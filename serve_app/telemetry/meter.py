@@ -19,9 +19,11 @@ from serve_app.telemetry.metrics import (
     CacheSeries,
     GenAiSeries,
     HttpSeries,
+    QuotaSeries,
     RequestSeries,
 )
 from serve_app.telemetry.process import ProcessMetrics
+from serve_app.telemetry.queue_metrics import QueueSeries
 
 
 class IngressMetrics:
@@ -30,16 +32,19 @@ class IngressMetrics:
     def __init__(self, replica: str, models: Collection[str], opentelemetry: bool) -> None:
         self.http = HttpSeries(replica, models)
         self.cache = CacheSeries(replica, models)
+        self.quotas = QuotaSeries(replica)
         self._series = {model: RequestSeries(model, replica) for model in models}
         self._gen_ai = GenAiSeries(replica) if opentelemetry else None
         self.experiments = ExperimentSeries(replica, models)
         self.jobs = JobSeries(replica)
+        self.queues = QueueSeries(replica, models)
         self._process = ProcessMetrics("", replica)
 
     def families(self, lag_s: float) -> list[Metric]:
         """All metric families. `lag_s` is the delay of the event loop in seconds."""
         families = [*self._process.families(lag_s), *self.http.families(), *self.cache.families()]
-        families += [*self.experiments.families(), *self.jobs.families()]
+        families += [*self.queues.families(), *self.quotas.families(), *self.experiments.families()]
+        families += self.jobs.families()
         for series in self._series.values():
             families += series.families()
         return families + (self._gen_ai.families() if self._gen_ai else [])
@@ -127,7 +132,7 @@ class Meter:
             if chunk.events:
                 series.ttft.observe(chunk.events[0].elapsed_s)
                 series.prefill.observe(chunk.events[0].elapsed_s - chunk.queue_s)
-        elif chunk.events:
+        elif chunk.events and self._sent_at:
             series.itl.observe(now - self._sent_at)
         self._sent_at = now
         series.tokens.inc(len(chunk.events))

@@ -10,7 +10,9 @@ value 0, before its first request, because Prometheus sees no increase in a coun
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
@@ -22,7 +24,7 @@ from serve_app.core.cache_status import CacheStatus
 from serve_app.core.events import CANCELLED, EMBEDDED, FinishReason
 from serve_app.core.http import HttpCall
 from serve_app.core.queries import ModelState
-from serve_app.core.tenants import REASONS
+from serve_app.core.tenants import REASONS, Limits
 from serve_app.engines.native.sequence import Step
 from serve_app.engines.protocol import ReplicaEngine, StepStats
 from serve_app.errors import ServeAppError
@@ -308,6 +310,75 @@ class CacheSeries:
     def failed(self) -> None:
         """Count an error of the server that keeps the answers."""
         self._errors.inc()
+
+
+class QuotaSeries:
+    """The limits of keys and tenants at one ingress, and their usage. No label has the name of a key or a tenant."""
+
+    def __init__(self, replica: str) -> None:
+        self._registry = registry = CollectorRegistry()
+        refusals = Counter(
+            "serve_app_quota_refusals",
+            "Requests that a limit refused, by the limit and by whose limit it is, 'key' or 'tenant'; 'store' and "
+            "'unavailable' if the server of the limits did not answer.",
+            ("replica", "subject", "limit"),
+            registry=registry,
+        )
+        pairs = [(subject, field.name) for subject in ("key", "tenant") for field in fields(Limits)]
+        self._refusals = {pair: refusals.labels(replica, *pair) for pair in (*pairs, ("store", "unavailable"))}
+        self._errors = Counter(
+            "serve_app_quota_store_errors",
+            "Failed calls to the server that counts for all ingresses; once a second while it is down.",
+            ("replica",),
+            registry=registry,
+        ).labels(replica)
+        self._near = Gauge(
+            "serve_app_budgets_nearly_used",
+            "Budgets of keys and tenants of which at least 90 % are used or reserved, by period. Each process counts "
+            "the budgets that its requests have checked.",
+            ("replica", "period"),
+            registry=registry,
+        )
+        for period in ("day", "month"):
+            self._near.labels(replica, period)
+        self._replica = replica
+        self._unwritten = Gauge(
+            "serve_app_usage_unwritten_requests",
+            "Finished requests whose usage could not be written to the database yet; 0 while the database can be "
+            "written.",
+            ("replica",),
+            registry=registry,
+        ).labels(replica)
+        self._lost = Counter(
+            "serve_app_usage_lost_requests",
+            "Finished requests whose usage is not kept, because too many rows waited for the database.",
+            ("replica",),
+            registry=registry,
+        ).labels(replica)
+
+    def families(self) -> list[Metric]:
+        return list(self._registry.collect())
+
+    def refused(self, subject: str, kind: str) -> None:
+        """Count a request that was refused. `subject` is "key" or "tenant", and `kind` names the limit."""
+        self._refusals[subject, kind].inc()
+
+    def store_failed(self) -> None:
+        """Count an error of the server that counts for all ingresses."""
+        self._errors.inc()
+
+    def watch_budgets(self, count: Callable[[str], int]) -> None:
+        """Show the number of budgets of a period, "day" or "month", that are nearly used."""
+        for period in ("day", "month"):
+            self._near.labels(self._replica, period).set_function(partial(count, period))
+
+    def unwritten(self, requests: int) -> None:
+        """So many requests could not be written to the database yet."""
+        self._unwritten.set(requests)
+
+    def lost(self, requests: int) -> None:
+        """Count requests whose usage is not kept."""
+        self._lost.inc(requests)
 
 
 class GenAiSeries:

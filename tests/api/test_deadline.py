@@ -125,3 +125,52 @@ async def test_a_query_after_an_answer_has_the_rest_of_the_time(
     await client.post(path, json={"inputs": "a", "parameters": {"details": True}})
     assert engine.queries == [("small", GetModelInfo())]
     assert engine.deadlines == [began + TIMEOUT_S]
+
+
+async def test_a_client_can_shorten_its_time_and_not_lengthen_it(
+    client: httpx.AsyncClient, engine: ScriptedEngine, clock: Clock
+) -> None:
+    times = {"2500": 2.5, "0.5": 0.0005, "600001": TIMEOUT_S, "999999999999": TIMEOUT_S}
+    for given in times:
+        answer = await client.post("/v1/completions", json={"prompt": "a"}, headers={"x-request-timeout-ms": given})
+        assert answer.status_code == 200
+    assert [round(request.deadline - clock.now, 6) for request in engine.requests] == list(times.values())
+    assert {request.first_token_deadline for request in engine.requests} == {None}
+
+
+async def test_a_client_can_limit_the_time_to_the_first_token(
+    client: httpx.AsyncClient, engine: ScriptedEngine, clock: Clock
+) -> None:
+    for given in ("1500", "600001"):
+        await client.post("/generate", json={"prompt": "a"}, headers={"x-first-token-timeout-ms": given})
+    assert [request.starts_by - clock.now for request in engine.requests] == [1.5, TIMEOUT_S]
+    assert {request.deadline for request in engine.requests} == {clock.now + TIMEOUT_S}
+
+
+@pytest.mark.parametrize("header", ["x-request-timeout-ms", "x-first-token-timeout-ms"])
+@pytest.mark.parametrize("given", ["0", "-1", "nan", "inf", "1e3", "", "2 s", "1,2", "٣", "9" * 13, "0.0"])
+@pytest.mark.parametrize("path", ["/generate", "/v1/completions", "/v1/messages"])
+async def test_a_time_that_is_no_positive_number_is_refused(
+    client: httpx.AsyncClient, engine: ScriptedEngine, path: str, header: str, given: str
+) -> None:
+    body: dict[str, Any] = {"prompt": "a"}
+    if path == "/v1/messages":
+        body = {"model": "small", "max_tokens": 1, "messages": [{"role": "user", "content": "a"}]}
+    answer = await client.post(path, json=body, headers=[(header.encode(), given.encode())])
+    assert answer.status_code == (422 if path == "/generate" else 400)
+    assert "milliseconds above 0" in answer.json()["error"]["message"]
+    assert engine.requests == []
+
+
+async def test_the_time_given_twice_is_refused(client: httpx.AsyncClient, engine: ScriptedEngine) -> None:
+    headers = [("x-request-timeout-ms", "500"), ("x-request-timeout-ms", "0")]
+    answer = await client.post("/generate", json={"prompt": "a"}, headers=headers)
+    assert (answer.status_code, error_of(answer)["code"], engine.requests) == (422, "invalid_request", [])
+
+
+async def test_the_header_of_ray_serve_does_not_change_the_time(
+    client: httpx.AsyncClient, engine: ScriptedEngine, clock: Clock
+) -> None:
+    for given in ("0", "-1", "nan", "1000000"):
+        await client.post("/generate", json={"prompt": "a"}, headers={"x-request-timeout-seconds": given})
+    assert {request.deadline for request in engine.requests} == {clock.now + TIMEOUT_S}

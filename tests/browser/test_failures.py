@@ -12,7 +12,15 @@ from playwright.async_api import Browser, expect
 
 from serve_app.core.queries import ModelState, ModelStatus
 from serve_app.core.requests import GenerationRequest
-from serve_app.errors import DeadlineExceeded, InternalError, InvalidRequest, NotReady, QueueFull
+from serve_app.errors import (
+    DeadlineExceeded,
+    InsufficientQuota,
+    InternalError,
+    InvalidRequest,
+    NotReady,
+    QueueFull,
+    RateLimitExceeded,
+)
 from tests.api.scripted import BEAT, ScriptedEngine, Step, chunk
 from tests.browser.conftest import served
 from tests.browser.playground import Playground
@@ -30,6 +38,8 @@ async def failed(scripted: Playground) -> str:
 FAILURES: list[tuple[Exception, list[str]]] = [
     (NotReady("small is being loaded", retry_after_s=7), ["not ready", "is being loaded", "7 s"]),
     (QueueFull("as many wait as it takes", retry_after_s=3), ["busy", "as many wait", "3 s"]),
+    (RateLimitExceeded("60 requests per minute", retry_after_s=9), ["limit of this key", "60 requests", "9 s"]),
+    (InsufficientQuota("dollars per month"), ["budget of this key", "dollars per month"]),
     (DeadlineExceeded("not finished after 600 s"), ["too long", "600 s", "Lower max tokens"]),
     (InternalError("quote request abc"), ["failed", "quote request abc"]),
     (InvalidRequest("seed is odd", param="seed"), ["refused a setting", "seed is odd"]),

@@ -114,6 +114,19 @@ async def test_a_prompt_that_is_too_long_fits_when_truncated() -> None:
     assert outcomes[4].param == "truncate_prompt_tokens"
 
 
+async def test_a_prompt_over_its_reservation_is_refused_with_its_length() -> None:
+    made = open_streams(*(replace(request("abcde"), prompt_limit=limit) for limit in (4, 5, 6, None)))
+    with running(max_context=16) as engine:
+        over, *fitting = engine.admit(made)
+    assert isinstance(over, PromptTooLong)
+    assert (over.tokens, over.maximum, over.over_reservation) == (5, 4, True)
+    assert fitting == [None] * 3
+    with running(max_context=16) as engine:
+        (too_long,) = engine.admit(open_streams(replace(request("a" * 20), prompt_limit=2)))
+    assert isinstance(too_long, PromptTooLong)
+    assert not too_long.over_reservation, "no reservation helps"
+
+
 async def test_an_invalid_logit_bias_is_refused() -> None:
     biases = [((END, 1.0),), ((END + 1, 1.0),), ((3, 1.0), (-1, 1.0)), ((3, math.nan),), ()]
     made = open_streams(*(request(params=SamplingParams(max_tokens=1, logit_bias=bias)) for bias in biases))

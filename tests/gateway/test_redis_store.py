@@ -17,7 +17,7 @@ from redis.asyncio import Redis
 from serve_app.cache_config import PASSWORD_VARIABLE
 from serve_app.config import CacheOptions
 from serve_app.core.cache_status import CacheStatus
-from serve_app.gateway import redis_store
+from serve_app.gateway import redis_link
 from serve_app.gateway.redis_store import RedisStore
 from serve_app.gateway.response_cache import ResponseCache, open_cache
 from tests.gateway.scripted import LAST, ScriptedEngine, chunk, model
@@ -117,7 +117,7 @@ async def test_calls_that_are_cancelled_mix_up_no_answers(server: RedisServer) -
 async def test_a_server_that_is_killed_costs_nothing_and_is_used_again_when_it_is_back(
     server: RedisServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(redis_store, "PING_PAUSE_S", 0.05)
+    monkeypatch.setattr(redis_link, "PING_PAUSE_S", 0.05)
     caplog.set_level(logging.INFO)
     async with opened(server.url) as (store, failures):
         await store.put(KEY, b"answer")
@@ -131,7 +131,7 @@ async def test_a_server_that_is_killed_costs_nothing_and_is_used_again_when_it_i
         await until(lambda: failures.count >= 4)  # PINGs go on
         assert sum("requests go on without it" in line for line in caplog.messages) == 1
         server.start()
-        await until(lambda: store._pinging is None)
+        await until(lambda: not store._link.fails)
         await store.put(KEY, b"new")
         assert await store.get(KEY) == b"new"
         assert sum("answers again" in line for line in caplog.messages) == 1
@@ -140,7 +140,7 @@ async def test_a_server_that_is_killed_costs_nothing_and_is_used_again_when_it_i
 async def test_a_server_that_hangs_delays_one_round_of_requests_and_no_other(
     server: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(redis_store, "PING_PAUSE_S", 0.05)
+    monkeypatch.setattr(redis_link, "PING_PAUSE_S", 0.05)
     async with opened(server.url, SHORT_S) as (store, failures):
         await store.put(KEY, b"answer")
         server.send(signal.SIGSTOP)

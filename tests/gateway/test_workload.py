@@ -87,7 +87,7 @@ async def test_the_usual_length_and_the_computed_share_of_prompts_are_learned() 
 
 async def test_rates_are_those_of_arrivals() -> None:
     now = [0.0]
-    stage = Workload(ScriptedEngine(), lambda: None, lambda: now[0])
+    stage = Workload(ScriptedEngine(), lambda: None, clock=lambda: now[0])
     for second in range(200):
         now[0] = float(second)
         await consume(stage, prompted("x" * 400, max_tokens=50))

@@ -36,7 +36,7 @@ class TracedService:
 
 
 def traced_model_config() -> Config:
-    """8 sequences run, 8 requests wait in the engine and 8 at the ingress."""
+    """8 sequences run, one request waits in the engine and 15 at the ingress."""
     return model_config(
         "only",
         "builtin:toy?step_ms=10",

@@ -84,7 +84,7 @@ def serve_config(
     sections: Config | None = None,
     **limits: Any,
 ) -> Config:
-    """A Ray Serve config file. `ingress` changes the deployment options of the ingress, `sections` are further args.
+    """A Ray Serve config file. `ingress` changes the deployment options of the ingress; `sections` are further args.
 
     Without `auth` everyone may use the service, on any address.
     """
@@ -96,12 +96,13 @@ def serve_config(
         "response_cache": response_cache,
         "auth": {"allow_anonymous": True} if auth is None and host != "127.0.0.1" else auth,
         "database": database or {},
+        **(sections or {}),
     }
     application: Config = {
         "name": "serve_app",
         "route_prefix": "/",
         "import_path": "serve_app.app:build",
-        "args": {**args, **(sections or {}), "models": list(models)},
+        "args": {**args, "models": list(models)},
     }
     if experiments is not None:
         user_config = {"experiments": list(experiments)}

@@ -11,6 +11,7 @@ from serve_app.errors import (
     BodyTooLarge,
     DeadlineExceeded,
     IdempotencyKeyReused,
+    InsufficientQuota,
     InvalidApiKey,
     ModelNotFound,
     NotFound,
@@ -18,6 +19,7 @@ from serve_app.errors import (
     PermissionDenied,
     PromptTooLong,
     QueueFull,
+    RateLimitExceeded,
     RequestTimeout,
     ServeAppError,
 )
@@ -209,6 +211,8 @@ _ERROR_TYPES: dict[type[ServeAppError], AnthropicErrorType] = {
     RequestTimeout: "timeout_error",
     BodyTooLarge: "request_too_large",
     QueueFull: "rate_limit_error",
+    RateLimitExceeded: "rate_limit_error",
+    InsufficientQuota: "rate_limit_error",
     NotReady: "overloaded_error",
     DeadlineExceeded: "timeout_error",
 }

@@ -8,10 +8,15 @@ from typing_extensions import TypedDict
 
 from serve_app.api.responses import ErrorFormat, Usage, exact
 from serve_app.core.events import FinishReason
-from serve_app.errors import IdempotencyKeyReused, PromptTooLong, ServeAppError
+from serve_app.errors import IdempotencyKeyReused, InsufficientQuota, PromptTooLong, ServeAppError
 
 ErrorType = Literal[
-    "invalid_request_error", "authentication_error", "permission_error", "rate_limit_error", "server_error"
+    "invalid_request_error",
+    "authentication_error",
+    "permission_error",
+    "rate_limit_error",
+    "insufficient_quota",
+    "server_error",
 ]
 _ERROR_TYPES: dict[int, ErrorType] = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 ChatFinishReason = Literal["stop", "length", "tool_calls", "function_call"]
@@ -284,6 +289,8 @@ def openai_error(error: ServeAppError) -> OpenAIError:
     code = "context_length_exceeded" if isinstance(error, PromptTooLong) else error.code
     default: ErrorType = "server_error" if error.status >= 500 else "invalid_request_error"
     kind = _ERROR_TYPES.get(error.status, default)
+    if isinstance(error, InsufficientQuota):
+        kind = "insufficient_quota"
     return {"error": {"message": error.message, "type": kind, "param": error.param, "code": code}}
 
 
