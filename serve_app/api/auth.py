@@ -79,7 +79,7 @@ POLICIES: dict[str, Scope | Public | None] = {
 }
 
 # The caller of a public route without a valid key.
-NOBODY = Identity("", "", frozenset(), frozenset())
+UNIDENTIFIED = Identity("", "", frozenset(), frozenset())
 
 
 class Authenticate:
@@ -124,12 +124,12 @@ class Authenticate:
             identity = await self._authenticator.authenticate(credentials_of(Headers(scope=scope)))
         except CredentialsRefused as error:
             if needed is PUBLIC:
-                return NOBODY
+                return UNIDENTIFIED
             self._telemetry.auth_refused(error.reason)
             raise InvalidApiKey(error.message) from None
         except ServeAppError:
             if needed is PUBLIC:
-                return NOBODY
+                return UNIDENTIFIED
             self._telemetry.auth_refused("unavailable")
             raise
         if isinstance(needed, Scope) and needed not in identity.scopes:

@@ -90,7 +90,7 @@ class Idempotency:
     def _ended(self, place: Place, task: asyncio.Task[KeptAnswer]) -> None:
         del self._flights[place]
         if not task.cancelled():
-            task.exception()  # if all clients have left, asyncio would log that nobody took it
+            task.exception()  # if all clients have left, asyncio would log that it was not retrieved
 
     async def _run(self, scope: Scope, place: Place, fingerprint: bytes, body: bytes) -> KeptAnswer:
         """The answer of the store, or of the application. Raises ServeAppError, and what the application raises."""

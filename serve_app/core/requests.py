@@ -212,7 +212,7 @@ class GenerationRequest:
     `tenant` and `key` are those of the caller's identity; "" without keys. An engine refuses a prompt with more than
     `prompt_limit` tokens, for which nothing is reserved, with PromptTooLong.
 
-    `background` is a line of a batch job: nobody waits for its answer, and its times are no measure of the service.
+    `background` is a line of a batch job: no client waits for its answer, and its times are no measure of the service.
     """
 
     id: str

@@ -57,7 +57,7 @@ def show(connection: Connection, file_ids: Sequence[str]) -> None:
 
 
 def discard(database: Engine, file_ids: Sequence[str]) -> None:
-    """Delete files that nobody has seen."""
+    """Delete files that no client has seen."""
     with writing(database) as connection:
         connection.execute(delete(files).where(files.c.id.in_(file_ids), ~files.c.complete))
 

@@ -6,7 +6,7 @@ from sqlalchemy import BigInteger, Boolean, Column, Double, ForeignKey, Index, I
 
 from serve_app.database import metadata
 
-# Instants are seconds since the epoch. A lease ends at `lease_until`; it is 0 if nobody has it.
+# Instants are seconds since the epoch. A lease ends at `lease_until`; it is 0 without a holder.
 _ID = String(64)
 _NAME = String(256)
 
