@@ -65,7 +65,7 @@ test-long: check $(CLIENTS)/clients.done $(CLIENTS_OPENAI2)/clients.done $(VLLM)
 
 # Both print the figures as tables, write them to .chaos/, and end with status 1 if a limit does not hold.
 chaos: $(VENV)/test.done
-	$(VENV)/bin/python -m pytest -q -s -m "ray" tests/chaos tests/graph/test_leaving.py tests/graph/test_nodes.py
+	$(VENV)/bin/python -m pytest -q -s -m "ray and not vllm" tests/chaos tests/graph/test_leaving.py tests/graph/test_nodes.py
 	$(VENV)/bin/python -m tests.chaos chaos $(ARGS)
 
 soak: $(VENV)/test.done

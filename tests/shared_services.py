@@ -13,6 +13,7 @@ from tests.graph.service import Service, http_client, model_config, zero_scaled_
 from tests.system.service import ToolsService
 
 SHARED = ("toy_service", "tools_service")
+GROUPS = ("traced", "toy_service", "tools_service")
 # The service behind each of tests/graph's fronts.
 FRONTS = {"haproxy": "toy_service", "python": "traced"}
 _running = {fixture: ExitStack() for fixture in SHARED}
@@ -23,8 +24,9 @@ _last_users = pytest.StashKey[dict[str, str]]()
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests of one service are a group (workers.py)."""
     for item in items:
-        for service in {"toy_service", "traced", "tools_service"} & used(item):
-            item.add_marker(pytest.mark.xdist_group(service))
+        found = [service for service in GROUPS if service in used(item)]
+        if found:  # every worker must choose the same one
+            item.add_marker(pytest.mark.xdist_group(found[0]))
 
 
 @pytest.hookimpl(trylast=True)

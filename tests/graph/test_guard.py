@@ -18,7 +18,7 @@ from tests.graph.service import PROXIES, Service, http_client, model_config, wai
 from tests.graph.test_http import connect, received_until, request
 
 # `shared` keeps the toy service until the last test that names it.
-pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("toy_service")]
+pytestmark = pytest.mark.ray
 
 # A header, and whether Ray Serve would act on it: end the request, not notice its end, or fail.
 CONTROL = {
