@@ -16,8 +16,6 @@ AUDIT := .venv-audit
 AUDITED := requirements-dev.lock requirements-infra.lock requirements-vllm-cuda.lock
 ARGS ?=
 QUIET := not ray and not system and not perf
-# How tests that start services share the cores (tests/workers.py). Empty: one after the other.
-SERVICES ?= -n 3 --dist loadgroup --no-loadscope-reorder
 # Modules that import torch, Pulumi or Playwright, or have no test that is fast.
 HEAVY := browser clients contract graph models system alerts/test_dashboards_live.py alerts/test_live.py infra/test_addons.py \
   infra/test_deploy.py infra/test_plan.py infra/test_policy.py engines/native/test_attention.py \
@@ -51,12 +49,12 @@ monitor: $(VENV)/serve.done
 # compile the service, and each worker of pytest all tests.
 test test-long fast compute: export PYTHONDONTWRITEBYTECODE :=
 
-# Tests that compute run on all cores, each worker on its own, beside mypy, which uses one. Tests that start services mostly
-# wait: three workers share the cores, and while tests that measure times run on one, the others stop (tests/workers.py).
+# Tests that compute run on all cores, beside mypy, which uses one; tests that start services or measure time run alone,
+# one after the other.
 test:
 	@$(MAKE) --no-print-directory -j 2 lint $(CLIENTS)/clients.done $(AUDIT)/clients.done
 	@$(MAKE) --no-print-directory -j 2 types compute
-	$(VENV)/bin/python -m pytest $(SERVICES) -m "not long and not vllm and not ($(QUIET))" $(ARGS)
+	$(VENV)/bin/python -m pytest -m "not long and not vllm and not ($(QUIET))" $(ARGS)
 
 test-long: check $(CLIENTS)/clients.done $(CLIENTS_OPENAI2)/clients.done $(VLLM)/vllm.done
 	$(VENV)/bin/python -m pytest -m "not vllm" $(ARGS)
