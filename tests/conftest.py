@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-pytest_plugins = ["tests.workers"]
+pytest_plugins = ["tests.order"]
 
 # A shell without job control starts its background programs with SIGINT ignored, and every program that the tests start
 # would inherit that: Ctrl-C could not stop them.

@@ -22,7 +22,7 @@ _last_users = pytest.StashKey[dict[str, str]]()
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of one service are a group (workers.py)."""
+    """Tests of one service are a group (order.py)."""
     for item in items:
         found = [service for service in GROUPS if service in used(item)]
         if found:  # every worker must choose the same one

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests import workers
+from tests import order
 from tests.alerts.changes import report_changes
 from tests.alerts.live import Background, ModelOutage, ServiceOutage, Story, model_outage, service_outage
 from tests.alerts.watched import Watched, watch_dashboards
@@ -27,10 +27,10 @@ def _needed(item: pytest.Item) -> set[str]:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that wait for a story are a group (tests/workers.py)."""
+    """Tests that wait for a story are a group (tests/order.py)."""
     for item in items:
         if _needed(item):
-            item.add_marker(pytest.mark.xdist_group(workers.STORIES))
+            item.add_marker(pytest.mark.xdist_group(order.STORIES))
 
 
 @pytest.fixture(scope="session")

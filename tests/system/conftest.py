@@ -16,7 +16,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of the shipped configuration are a group (tests/workers.py)."""
+    """Tests of the shipped configuration are a group (tests/order.py)."""
     for item in items:
         if item.path.is_relative_to(FOLDER) and "service" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.xdist_group("shipped_service"))
