@@ -46,7 +46,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def place(item: pytest.Item) -> tuple[int, bool]:
-    """Tests of one group are together. The group of a test without a mark is its file, or that of the measured times."""
+    """Tests of one group are together. The group of a test without a mark is its file, or PERF."""
     mark, perf = item.get_closest_marker("xdist_group"), item.get_closest_marker("perf") is not None
     name = str(mark.args[0]) if mark is not None else PERF if perf else item.nodeid.partition("::")[0]
     return ORDER.index(name if name in ORDER else None), perf != (name == MEASURED_FIRST)
