@@ -67,7 +67,7 @@ async def send(
                 return
             if first:
                 tally.ttft_s.append(time.monotonic() - began)
-                tally.service_ttft_s.append(event["elapsed_ms"] / 1e3)
+                tally.service_ttft_s.append(event["metrics"]["ttft_ms"] / 1e3)
             first = False
             tally.tokens += "token" in event
             finished = finished or event.get("finish_reason") is not None

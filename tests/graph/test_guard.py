@@ -60,7 +60,7 @@ async def send_junk(client: httpx.AsyncClient, count: int, seed: int) -> None:
 
     async def one() -> None:
         headers = {"authorization": f"Bearer {junk(rng)}", "user-agent": junk(rng), "x-request-id": junk(rng)}
-        body = {"model": junk(rng), "prompt": "a", "max_tokens": 1, "user": junk(rng)}
+        body = {"model": junk(rng), "prompt": "a", "max_tokens": 1}
         async with concurrent:
             if rng.random() < 0.5:
                 answer = await client.request(rng.choice(["GET", "POST", "PURGE"]), f"/x{junk(rng)}", headers=headers)

@@ -21,7 +21,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.graph.conftest import Front
-from tests.graph.service import wait_until, wait_until_idle
+from tests.graph.service import metric_totals, wait_until, wait_until_idle
 
 pytestmark = pytest.mark.ray
 
@@ -254,22 +254,30 @@ async def counts(client: httpx.AsyncClient, model: str) -> tuple[float, float]:
 async def test_clients_that_leave_while_they_wait_are_cancelled_within_a_second(
     front: Front, front_client: httpx.AsyncClient, reset: bool
 ) -> None:
-    """One request runs, and 39 wait: streams and others."""
+    """One request runs, and the others wait: streams and others. Those that would wait for too long are refused."""
 
-    async def all_wait() -> bool:
-        return (await counts(front_client, front.single))[1] == 40
+    async def active_and_refused() -> tuple[float, float]:
+        totals = await metric_totals(front_client)
+        return totals["active_requests", front.single], totals.get(("queue_refusals_total", front.single), 0.0)
+
+    async def all_arrived() -> bool:
+        active, refused = await active_and_refused()
+        return active + refused - refused_before == 40
 
     async def all_cancelled() -> bool:
-        return (await counts(front_client, front.single))[0] >= before + 39
+        return (await counts(front_client, front.single))[0] >= before + waiting
 
     async def idle() -> bool:
         return (await counts(front_client, front.single))[1] == 0
 
     before, _ = await counts(front_client, front.single)
+    _, refused_before = await active_and_refused()
     body = {"model": front.single, "prompt": "abc", "max_tokens": 140}
     paths = ["/generate_stream", "/generate", "/v1/completions"]
     first, *others = open_requests(front, [(paths[i % 3], body) for i in range(40)])
-    await wait_until(all_wait, every_s=0.02)
+    await wait_until(all_arrived, every_s=0.02)
+    waiting = (await active_and_refused())[0] - 1
+    assert waiting >= 2
     for connection in others:
         leave(connection, reset)
     began = time.monotonic()
@@ -277,6 +285,6 @@ async def test_clients_that_leave_while_they_wait_are_cancelled_within_a_second(
     seconds = time.monotonic() - began
     leave(first, reset)
     await wait_until(idle, every_s=0.02)
-    print(f"{front.proxy}: 39 cancelled after {seconds:.2f} s")
+    print(f"{front.proxy}: {waiting:.0f} cancelled after {seconds:.2f} s")
     assert seconds < 1
     await wait_until_idle(front_client, front.single)

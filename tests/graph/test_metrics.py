@@ -167,18 +167,23 @@ async def failing(client: httpx.AsyncClient, counted: ClientCounts) -> None:
 @pytest.fixture(scope="session")
 def killed(toy_service: Service) -> Killed:
     """Kills the replica of the model `victim`."""
-    counter = f'{TOKENS}{{model="victim",replica='
     body = {"model": "victim", "prompt": "x", "max_tokens": 5}
     with httpx.Client(base_url=toy_service.url, timeout=20) as client:
+        before = victims(client)  # replicas that earlier tests killed are on the page for a while
         assert client.post("/generate", json=body).status_code == 200
         end = time.monotonic() + 10
-        while not (lines := [line for line in page(client) if line.startswith(counter) and not line.endswith(" 0.0")]):
+        while not (lines := [line for line in victims(client) - before if not line.endswith(" 0.0")]):
             assert time.monotonic() < end, "the replica did not report its tokens"
             time.sleep(0.1)
     (process,) = toy_service.find("ServeReplica:serve_app:model-victim")
     process.kill()
     (line,) = lines
     return Killed(line.split('replica="')[1].split('"')[0], line, time.monotonic())
+
+
+def victims(client: httpx.Client) -> set[str]:
+    """The lines with the tokens of the replicas of `victim`."""
+    return {line for line in page(client) if line.startswith(f'{TOKENS}{{model="victim",replica=')}
 
 
 def page(client: httpx.Client) -> list[str]:
