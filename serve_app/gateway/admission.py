@@ -30,7 +30,7 @@ OUTPUT_COST = 2.0
 # Weight of the newest answer in the mean speed of a place.
 _SMOOTHING = 0.1
 # A request waits if the expected wait is at most this share of its time, because the speed of a model varies.
-_WAIT_SHARE = 0.8
+_WAIT_SHARE = 0.75
 
 _Place = Ticket[asyncio.Future[None]]
 
@@ -62,6 +62,7 @@ class Admission(Stage):
         self._meter = meter
         self._queue: FairQueue[asyncio.Future[None]] = FairQueue(weight)
         self._mean_s = self._mean_cost = 0.0  # of a finished request in its place; 0 before the first
+        self._mean_first_s = 0.0  # from the place to the first token
         self._queries = asyncio.Semaphore(QUERIES_RUNNING)
         self._queries_waiting = 0
 
@@ -72,6 +73,8 @@ class Admission(Stage):
         try:
             async with aclosing(begun_in_time(self.inner.generate(_among_others(request)), request)) as chunks:
                 async for chunk in chunks:
+                    if not generated:
+                        self._mean_first_s += _SMOOTHING * (time.monotonic() - began - self._mean_first_s)
                     generated += len(chunk.events)
                     cost = chunk.prompt_tokens - chunk.cached_tokens + OUTPUT_COST * generated
                     self._queue.charge(place, cost)
@@ -148,7 +151,7 @@ class Admission(Stage):
         if not len(self._queue) and self._queue.running < self._room.slots:
             return
         remaining = request.starts_by - now
-        wait_s = self._wait_s(request.tenant, now, request.priority)
+        wait_s = self._wait_s(request.tenant, now, request.priority) + self._mean_first_s
         if wait_s > _WAIT_SHARE * remaining:
             self._meter.refused("late")
             raise QueueFull(

@@ -83,17 +83,26 @@ async def offer(
     headers: Mapping[str, str] | None = None,
     limit_s: float = 60.0,
 ) -> Tally:
-    """Send requests at random times (a Poisson process) for a while, whatever becomes of the earlier ones."""
+    """Send requests at random times (a Poisson process) for a while, whatever becomes of the earlier ones.
+
+    If `max_tokens` of the body is a range, each request gets a number of it.
+    """
     draw, tally, tasks = random.Random(5), Tally(), set[asyncio.Task[None]]()
     at = began = time.monotonic()
     while (at := at + draw.expovariate(per_second)) < began + seconds:
         await asyncio.sleep(max(0.0, at - time.monotonic()))
-        tasks.add(asyncio.create_task(send(client, body, tally, headers)))
+        tasks.add(asyncio.create_task(send(client, drawn(body, draw), tally, headers)))
     done, hanging = await asyncio.wait(tasks, timeout=limit_s)
     for task in hanging:
         task.cancel()
     tally.wrong += ["hangs"] * len(hanging) + [repr(task.exception()) for task in done if task.exception()]
     return tally
+
+
+def drawn(body: Mapping[str, Any], draw: random.Random) -> Mapping[str, Any]:
+    """The body with one number of tokens, if it has a range of them."""
+    tokens = body["max_tokens"]
+    return {**body, "max_tokens": draw.choice(tokens)} if isinstance(tokens, range) else body
 
 
 async def keep_busy(
@@ -105,11 +114,11 @@ async def keep_busy(
     tally: Tally | None = None,
 ) -> Tally:
     """Send requests one after the other in each of `parallel` tasks. Counts them in `tally` while they run."""
-    tally, end = tally or Tally(), time.monotonic() + seconds
+    tally, end, draw = tally or Tally(), time.monotonic() + seconds, random.Random(6)
 
     async def repeat() -> None:
         while time.monotonic() < end:
-            await send(client, body, tally, headers)
+            await send(client, drawn(body, draw), tally, headers)
 
     await asyncio.gather(*(repeat() for _ in range(parallel)))
     return tally

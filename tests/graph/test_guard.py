@@ -79,6 +79,7 @@ async def series(client: httpx.AsyncClient) -> set[tuple[str, ...]]:
 
 async def check_junk(client: httpx.AsyncClient, count: int) -> None:
     await send_junk(client, 50, seed=1)  # makes the series of the route `other`
+    await series(client)  # makes the series of the route /metrics
     before = await series(client)
     await send_junk(client, count, seed=2)
     await asyncio.sleep(2.5)  # two reports of each process

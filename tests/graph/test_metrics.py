@@ -344,6 +344,7 @@ async def test_made_up_names_create_no_series_and_a_scrape_takes_at_most_100_ms(
             await client.post(path, json={"model": "junk", "prompt": "x"})
             await client.post(path, json={"model": "junk", "messages": [{"role": "user", "content": "x"}]})
         await client.get("/v1/models/junk")
+        await scrape(client)  # makes the series of the route /metrics
         before = set(await scrape(client))
 
         async def junk(worker: int) -> None:

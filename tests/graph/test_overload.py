@@ -47,8 +47,11 @@ async def test_overload_keeps_the_throughput_and_refuses_the_rest_at_once(
 async def test_with_a_time_for_the_first_token_the_excess_is_refused_so_that_the_rest_keeps_it(
     client: httpx.AsyncClient,
 ) -> None:
-    """The model `toy` queues 128 requests, for 0.75 s more each 8: without the time, most would wait for seconds."""
-    body, target_s = {"model": "toy", "prompt": "abc", "max_tokens": 80}, 1.5
+    """The model `toy` queues 128 requests, for 0.8 s more each 16: without the time, most would wait for seconds.
+
+    Answers of different lengths, because those of equal length end all at the same time.
+    """
+    body, target_s = {"model": "toy", "prompt": "abc", "max_tokens": range(20, 141)}, 1.5
     await keep_busy(client, body, 20, 2)
     headers = {"x-first-token-timeout-ms": f"{target_s * 1000:.0f}"}
     tally = await offer(client, body, TIMES * 16 / 0.9, 4, headers)
