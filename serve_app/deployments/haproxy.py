@@ -40,8 +40,8 @@ _PR_SET_PDEATHSIG = 1
 _HEADERS = "timeout http-request 10s"
 # HAProxy repeats a request at another ingress if the first one ended without an answer, which no client then notices:
 # the system accepts connections for a killed process until the last of its threads has ended, up to a second later.
-# Three ingresses at most get a request, because it may have ended them.
-_REPEAT = "retry-on conn-failure empty-response\n    retries 2"
+# HAProxy tries four times at most, as without this change: an ingress that has ended is a target for up to a second.
+_REPEAT = "retry-on conn-failure empty-response"
 _REPEAT_VARIABLE = "RAY_SERVE_HAPROXY_RETRY_ON"
 # These requests only compute an answer. Others may change something, which must not happen twice.
 _ANSWERS = "/generate /v1/completions /v1/chat/completions /v1/messages /v1/responses /v1/embeddings /tokenize"
