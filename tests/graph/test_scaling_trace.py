@@ -29,6 +29,8 @@ RAYS_DEFAULTS = {
     "downscale_delay_s": 600,
     "look_back_period_s": 30,
 }
+# Replicas stay for 60 s after they were needed, of which their start takes up to 20 s on a busy machine.
+WITHIN_S = 40
 
 
 def scaled(name: str, **scaling: float) -> Config:
@@ -122,9 +124,9 @@ async def test_first_tokens_come_in_half_the_time_at_no_more_replica_seconds(ser
         print(
             f"{name}: {len(one.first)} requests, first token p50 {statistics.median(one.first):.2f} s, "
             f"p95 {one.p95:.2f} s, replica-seconds {sum(one.replicas)}, "
-            f"changes of direction {one.changes_of_direction(60)}"
+            f"changes of direction {one.changes_of_direction(WITHIN_S)}"
         )
     assert (work.failures, ray.failures) == ([], [])
     assert work.p95 <= ray.p95 / 2
     assert sum(work.replicas) <= sum(ray.replicas)
-    assert work.changes_of_direction(60) == 0
+    assert work.changes_of_direction(WITHIN_S) == 0
