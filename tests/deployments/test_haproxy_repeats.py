@@ -150,7 +150,7 @@ async def test_other_open_requests_are_not_repeated(proxied: Proxied) -> None:
         )
     ]
     for statuses in await asyncio.gather(*kinds):
-        assert statuses.count(200) == 4
+        assert {0, 200} <= set(statuses), "HAProxy divides the requests between both servers"
     for path in ("/v1/batches", "/generate/a", "/generate/b"):
         assert sum(proxied.got(port).count(path) for port in proxied.ports) == 8
 
