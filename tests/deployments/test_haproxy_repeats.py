@@ -150,7 +150,8 @@ async def test_other_open_requests_are_not_repeated(proxied: Proxied) -> None:
         )
     ]
     for statuses in await asyncio.gather(*kinds):
-        assert {0, 200} <= set(statuses), "HAProxy divides the requests between both servers"
+        assert {0, 502} & set(statuses), "HAProxy divides the requests between both servers"
+        assert 200 in statuses
     for path in ("/v1/batches", "/generate/a", "/generate/b"):
         assert sum(proxied.got(port).count(path) for port in proxied.ports) == 8
 
