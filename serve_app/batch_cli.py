@@ -21,7 +21,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from serve_app.experiment_cli import is_loopback
+from serve_app.direct import opener
 
 # The environment variable with the API key.
 KEY_VARIABLE = "SERVE_APP_API_KEY"
@@ -229,8 +229,7 @@ class Service:
     def __init__(self, url: str, key: str) -> None:
         self.url = url
         self._key = key
-        handlers = [urllib.request.ProxyHandler({})] if is_loopback(url) else []
-        self._opener = urllib.request.build_opener(*handlers)
+        self._opener = opener(url)
 
     def batch(self, batch_id: str) -> dict[str, Any]:
         return self.ask("GET", f"/v1/batches/{_quoted(batch_id)}")

@@ -82,6 +82,11 @@ def state_dir() -> Path:
     return (root if root.is_absolute() else Path.home() / ".local/state") / "serve_app"
 
 
+def first_line(error: Exception) -> str:
+    """The reason of an error of the database. The lines after it are the statement and its parameters."""
+    return (str(error).strip().splitlines() or [repr(error)])[0]
+
+
 def _prepare_sqlite(connection: Any, _entry: ConnectionPoolEntry) -> None:
     """Readers do not block the writer (WAL), and each commit is on the disk before it returns."""
     cursor = connection.cursor()

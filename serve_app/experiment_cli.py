@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import http.client
-import ipaddress
 import json
 import os
 import sys
@@ -14,9 +13,9 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from serve_app.config import ConfigError
+from serve_app.direct import opener
 from serve_app.serve_file import load_serve_file
 
 _TIMEOUT_S = 10.0
@@ -88,22 +87,12 @@ def _key(file: Path | None) -> str:
 def _reports(url: str, key: str) -> dict[str, Any]:
     """Raises ReportError."""
     request = urllib.request.Request(f"{url}/experiments", headers={"authorization": f"Bearer {key}"} if key else {})  # noqa: S310 (an http URL)
-    handlers = [urllib.request.ProxyHandler({})] if is_loopback(url) else []
     try:
-        with urllib.request.build_opener(*handlers).open(request, timeout=_TIMEOUT_S) as answer:
+        with opener(url).open(request, timeout=_TIMEOUT_S) as answer:
             found: dict[str, Any] = json.load(answer)
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise ReportError(f"{url}/experiments gave no report: {error}; set the address with --url") from None
     return found
-
-
-def is_loopback(url: str) -> bool:
-    """A proxy of the environment cannot reach the loopback interface of this machine."""
-    host = urlsplit(url).hostname or ""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _table(reports: dict[str, Any]) -> Iterator[str]:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from typing import Literal
-from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
-from serve_app.section import Section
+from serve_app.section import Section, without_password
 
 # The environment variable with the password of the server at `url`.
 PASSWORD_VARIABLE = "SERVE_APP_QUOTAS_PASSWORD"
@@ -63,7 +62,4 @@ class QuotaOptions(Section):
     @field_validator("url")
     @classmethod
     def _check_password(cls, url: str | None) -> str | None:
-        """Ray shows the configuration in its dashboard and in its logs."""
-        if url is not None and (urlsplit(url).password is not None or "password=" in urlsplit(url).query):
-            raise ValueError(f"the URL has a password; set it in the environment variable {PASSWORD_VARIABLE}")
-        return url
+        return without_password(url, PASSWORD_VARIABLE)

@@ -18,7 +18,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from serve_app.config import ConfigError
 from serve_app.core.tenants import Limits, Tenant, is_tenant_name
-from serve_app.database import open_database
+from serve_app.database import first_line, open_database
 from serve_app.database_config import DatabaseOptions
 from serve_app.serve_file import load_serve_file
 from serve_app.tenants.store import TenantStore, UnknownName, to_json
@@ -100,7 +100,7 @@ def run(arguments: argparse.Namespace, command: Command) -> int:
         print(f"serve_app: {error}", file=sys.stderr)
         return 1
     except SQLAlchemyError as error:
-        print(f"serve_app: the database cannot be used: {str(error).splitlines()[0]}", file=sys.stderr)
+        print(f"serve_app: the database cannot be used: {first_line(error)}", file=sys.stderr)
         return 1
     return 0
 

@@ -50,3 +50,12 @@ class RedisServer:
     def kill(self) -> None:
         self._process.kill()
         self._process.wait(timeout=10)
+
+
+class Failures:
+    """Counts the failures that the code under test reports."""
+
+    count = 0
+
+    def __call__(self) -> None:
+        self.count += 1

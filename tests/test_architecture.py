@@ -61,8 +61,9 @@ RULES: dict[str, set[str]] = {
     "experiment_config.py": {"pydantic", "serve_app.config", "serve_app.lora_config"},
     "usage_cli.py": {"sqlalchemy", "serve_app.config", "serve_app.tenants", "serve_app.tenants_cli", *BASE},
     "quota_config.py": {"pydantic", "serve_app.section"},
-    "experiment_cli.py": {"serve_app.config", "serve_app.serve_file"},
-    "batch_cli.py": {"tqdm", "serve_app.experiment_cli"},
+    "direct.py": {"serve_app.auth_config"},
+    "experiment_cli.py": {"serve_app.config", "serve_app.direct", "serve_app.serve_file"},
+    "batch_cli.py": {"tqdm", "serve_app.direct"},
     "jobs_config.py": {"pydantic", "serve_app.section"},
     "jobs/": {"sqlalchemy", "serve_app.jobs", "serve_app.jobs_config", "serve_app.database"}
     | {"serve_app.database_config", *BASE},

@@ -333,7 +333,7 @@ HTTP = (
     Panel(
         "Calls refused because of their key",
         "HTTP calls that got status 401 or 403, or 503 because the keys cannot be read, by reason. Many `invalid` "
-        "calls mean a client with a wrong key, or somebody who guesses keys.",
+        "calls mean a client with a wrong key, or an attacker who guesses keys.",
         "reqps",
         ((per_second("serve_app_auth_refusals_total", ("reason",), ""), "{{reason}}"),),
         alerts=("KeysCannotBeRead",),

@@ -11,7 +11,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from serve_app.config import AppConfig
 from serve_app.core.tenants import Tenants
 from serve_app.core.usage import UsageQuery
-from serve_app.database import open_database
+from serve_app.database import first_line, open_database
 from serve_app.errors import NotReady
 from serve_app.gateway.near_budgets import NearBudgets
 from serve_app.gateway.shared_quotas import SharedQuotas, open_counters
@@ -56,7 +56,7 @@ class IngressQuotas:
         try:
             return await asyncio.to_thread(lambda: self._open_reader().report(query))
         except SQLAlchemyError as error:
-            logger.warning("The usage cannot be read from the database. %s", str(error).splitlines()[0])
+            logger.warning("The usage cannot be read from the database. %s", first_line(error))
             raise NotReady("The usage cannot be read now. Try again later.", retry_after_s=5) from None
 
     async def stop(self) -> None:

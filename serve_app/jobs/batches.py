@@ -82,7 +82,7 @@ def cancel(database: Engine, tenant: str, batch_id: str, now: float) -> Batch | 
         connection.execute(
             update(batches)
             .where(batches.c.id == batch_id, batches.c.tenant == tenant, batches.c.status.in_(possible))
-            # Whoever holds the batch, to validate it, loses it.
+            # The process that holds the batch, to validate it, loses it.
             .values(status=Status.CANCELLING, cancelling_at=now, progress_at=now, owner="", lease_until=0.0)
         )
     return find(database, tenant, batch_id)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from serve_app.core.tenants import CredentialsRefused, Identity, Limits, Tenant
+from serve_app.database import first_line
 from serve_app.tenants.api_key import NO_KEY, parse_key
 from serve_app.tenants.store import KeyRecord, TenantStore
 
@@ -117,7 +118,7 @@ class Directory:
                 self._state = _read(self._store, number)
         except Exception as error:  # noqa: BLE001 - whatever it is, the thread must go on
             if not self._failing:
-                log.error("The keys cannot be read; the last state stays. %s", _first_line(error))
+                log.error("The keys cannot be read; the last state stays. %s", first_line(error))
             self._failing = True
             return
         if self._failing:
@@ -130,7 +131,7 @@ class Directory:
             if used and self._store is not None:
                 self._store.used(used)
         except Exception as error:  # noqa: BLE001
-            log.warning("The last use of %d keys was not written. %s", len(used), _first_line(error))
+            log.warning("The last use of %d keys was not written. %s", len(used), first_line(error))
 
 
 def _read(store: TenantStore, number: int) -> _State:
@@ -138,7 +139,3 @@ def _read(store: TenantStore, number: int) -> _State:
     keys = {record.id: record for record in store.list_keys()}
     identities = {key: Identity(one.tenant, key, one.scopes, one.models) for key, one in keys.items()}
     return _State(number, {tenant.name: tenant for tenant in store.list_tenants()}, keys, identities)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [repr(error)])[0]

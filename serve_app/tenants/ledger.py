@@ -11,6 +11,7 @@ from typing import Protocol
 from sqlalchemy.exc import SQLAlchemyError
 
 from serve_app.core.usage import Usage
+from serve_app.database import first_line
 from serve_app.tenants.usage_store import HOUR_S, LONGEST_NAME, Place, Sums, UsageStore
 
 log = logging.getLogger(__name__)
@@ -93,7 +94,7 @@ class Ledger:
         except SQLAlchemyError as error:
             self._put_back(rows)
             if not self._failing:
-                log.error("The usage cannot be written to the database; it waits. %s", _first_line(error))
+                log.error("The usage cannot be written to the database; it waits. %s", first_line(error))
             self._failing = True
         else:
             if self._failing:
@@ -128,7 +129,3 @@ class Ledger:
 def _name(text: str) -> str:
     """A name as every database can store it. PostgreSQL refuses longer texts than the column, and NUL."""
     return text[:LONGEST_NAME].replace("\0", "")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [repr(error)])[0]

@@ -5,20 +5,17 @@ from __future__ import annotations
 import http.client
 import json
 import socket
-import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 
 import openai
 import pytest
-import uvicorn
 from starlette.routing import Route
-from starlette.types import ASGIApp
 
 from serve_app import __version__
 from serve_app.api.app import create_app
-from serve_app.deployments.http_server import middlewares
+from tests.http_thread import serving
 
 from .scripted import BEAT, POSTS, ScriptedEngine, ScriptedTelemetry, app_config, check_error, chunk, echo
 
@@ -56,20 +53,9 @@ class Server:
 
     @contextmanager
     def running(self) -> Iterator[Server]:
-        app: ASGIApp = create_app(self.engine, self.telemetry, app_config(heartbeat_s=0.05))
-        for middleware in middlewares():
-            app = middleware.cls(app, *middleware.args, **middleware.kwargs)
-        config = uvicorn.Config(app, log_level="critical", ws="none", lifespan="off", timeout_graceful_shutdown=0)
-        server = uvicorn.Server(config)
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            self.port = listener.getsockname()[1]
-            thread = threading.Thread(target=server.run, args=([listener],))
-            thread.start()
-            try:
-                yield self
-            finally:
-                server.should_exit = True
-                thread.join(10)
+        app = create_app(self.engine, self.telemetry, app_config(heartbeat_s=0.05))
+        with serving(app, ws="none") as self.port:
+            yield self
 
     @contextmanager
     def connected(self) -> Iterator[http.client.HTTPConnection]:

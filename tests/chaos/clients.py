@@ -1,4 +1,4 @@
-"""Clients that harm: they never read, read slowly, crash, or send what nobody can read."""
+"""Clients that harm: they never read, read slowly, crash, or send what cannot be read."""
 
 from __future__ import annotations
 

@@ -5,20 +5,19 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 import pytest
-import uvicorn
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from serve_app.deployments import http_protocol
 from serve_app.deployments.http_protocol import MAX_HEADER_BYTES, MAX_HEADERS, MAX_URI_BYTES
-from serve_app.deployments.http_server import BodyCap, middlewares
+from serve_app.deployments.http_server import BodyCap
 from serve_app.errors import ServeAppError
+from tests.http_thread import serving
 
 PART = b"x" * 65_536
 
@@ -54,20 +53,8 @@ class Server:
 
     @contextmanager
     def running(self) -> Iterator[Server]:
-        app: ASGIApp = self.app
-        for middleware in middlewares():
-            app = middleware.cls(app, *middleware.args, **middleware.kwargs)
-        config = uvicorn.Config(app, log_level="critical", lifespan="off", timeout_graceful_shutdown=0)
-        server = uvicorn.Server(config)
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            self.port = listener.getsockname()[1]
-            thread = threading.Thread(target=server.run, args=([listener],))
-            thread.start()
-            try:
-                yield self
-            finally:
-                server.should_exit = True
-                thread.join(10)
+        with serving(self.app) as self.port:
+            yield self
 
     def connect(self) -> socket.socket:
         return socket.create_connection(("127.0.0.1", self.port), timeout=10)

@@ -6,7 +6,7 @@ import asyncio
 import random
 import signal
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,7 +21,7 @@ from serve_app.gateway import redis_link
 from serve_app.gateway.counters import PARTS, Counter, CountersUnavailable, Kind, MemoryCounters, Reservation, period_of
 from serve_app.gateway.redis_counters import RedisCounters
 from serve_app.quota_config import PASSWORD_VARIABLE
-from tests.redis_server import RedisServer
+from tests.redis_server import Failures, RedisServer
 
 pytestmark = pytest.mark.slow
 
@@ -31,20 +31,6 @@ TOKENS = Counter("key:k", Kind.TOKENS_PER_MINUTE, 1)
 BUDGET = Counter("tenant:t", Kind.TOKENS_PER_MONTH, 1000, MONTH)
 PLACES = Counter("key:k", Kind.CONCURRENT_REQUESTS, 2)
 ALL = (BUDGET, PLACES)
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[RedisServer]:
-    server = RedisServer(tmp_path)
-    yield server
-    server.kill()
-
-
-class Failures:
-    count = 0
-
-    def __call__(self) -> None:
-        self.count += 1
 
 
 @asynccontextmanager

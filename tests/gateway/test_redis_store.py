@@ -6,7 +6,7 @@ import asyncio
 import logging
 import signal
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from serve_app.gateway.redis_store import RedisStore
 from serve_app.gateway.response_cache import ResponseCache, open_cache
 from tests.gateway.scripted import LAST, ScriptedEngine, chunk, model
 from tests.gateway.test_response_cache import HIT, MISS, KeptCacheMeter, greedy, texts
-from tests.redis_server import RedisServer
+from tests.redis_server import Failures, RedisServer
 
 pytestmark = pytest.mark.slow
 
@@ -31,20 +31,6 @@ KEY, OTHER = b"k" * 32, b"o" * 32
 LONG_S, SHORT_S = 1.0, 0.2
 # Room for a machine whose cores are busy.
 ROOM_S = 2.0
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[RedisServer]:
-    server = RedisServer(tmp_path)
-    yield server
-    server.kill()
-
-
-class Failures:
-    count = 0
-
-    def __call__(self) -> None:
-        self.count += 1
 
 
 @asynccontextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,12 +50,18 @@ def model_config(source: str | Path, **engine: int) -> Model:
 
 
 @contextmanager
-def running(model: Model, kv_tokens: int | None = None) -> Iterator[NativeEngine]:
-    """An engine; `kv_tokens` replaces the number of tokens that the configured memory holds."""
+def running(
+    model: Model, kv_tokens: int | None = None, change: Callable[[TorchRunner], None] = lambda runner: None
+) -> Iterator[NativeEngine]:
+    """An engine; `kv_tokens` replaces the number of tokens that the configured memory holds.
+
+    `change` is called with its runner before the engine uses it.
+    """
 
     def make() -> TorchRunner:
         runner = TorchRunner.from_config(model, lambda stage: None)
         runner.kv_tokens = kv_tokens or runner.kv_tokens
+        change(runner)
         return runner
 
     engine = NativeEngine(make, model.native_options)

@@ -5,14 +5,12 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 import pytest
 import torch
 
+from serve_app.config import Model
 from serve_app.core.requests import SamplingParams, TokenPrompt
-from serve_app.engines.native.engine import NativeEngine
 from serve_app.engines.native.fused import FusedModel
 from serve_app.engines.native.runner import TorchRunner
 from serve_app.engines.native.sequence import Outcome, Step
@@ -25,6 +23,7 @@ from tests.models.concurrent_load import (
     model_config,
     random_requests,
     read,
+    running,
     stream_of,
 )
 
@@ -36,24 +35,9 @@ REQUESTS = [
 ]
 
 
-@contextmanager
-def running(
-    quantization: str, wrap: Callable[[TorchRunner], None] = lambda runner: None, context: int = 128
-) -> Iterator[NativeEngine]:
+def int8_model(context: int = 128) -> Model:
     model = model_config("builtin:smollm2-135m", threads=1, max_running=6, max_context=context)
-    model = model.model_copy(update={"quantization": quantization})
-
-    def make() -> TorchRunner:
-        runner = TorchRunner.from_config(model, lambda stage: None)
-        wrap(runner)
-        return runner
-
-    engine = NativeEngine(make, model.native_options)
-    engine.start()
-    try:
-        yield engine
-    finally:
-        engine.stop()
+    return model.model_copy(update={"quantization": "int8"})
 
 
 def failing_often(runner: TorchRunner) -> None:
@@ -75,9 +59,9 @@ def failing_often(runner: TorchRunner) -> None:
 
 async def test_repeated_passes_compute_the_same_tokens() -> None:
     """With int8 an answer does not depend on the rows that are computed with it, and so not on the passes."""
-    with running("int8") as engine:
+    with running(int8_model()) as engine:
         expected = await generate_at_once(engine, REQUESTS)
-    with running("int8", failing_often) as engine:
+    with running(int8_model(), change=failing_often) as engine:
         answers = await generate_at_once(engine, REQUESTS)
         stats = engine.stats()
     assert answers == expected
@@ -105,7 +89,7 @@ async def test_a_sequence_with_nan_fails_alone_and_its_keys_are_not_shared() -> 
         forward.forward = spoiled  # type: ignore[method-assign]
 
     params = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
-    with running("int8", spoil) as engine:
+    with running(int8_model(), change=spoil) as engine:
         streams = [stream_of(TokenPrompt(tokens), params) for tokens in (prompt, (*prompt, poison))]
         await admit(engine, *streams)
         healthy, failed = await asyncio.gather(*map(read, streams), return_exceptions=True)
@@ -126,8 +110,8 @@ LIMITED = """
 import asyncio, psutil, resource
 from dataclasses import replace
 from serve_app.core.requests import SamplingParams, TokenPrompt
-from tests.models.concurrent_load import admit, generate, stream_of
-from tests.models.test_step_faults import running
+from tests.models.concurrent_load import admit, generate, running, stream_of
+from tests.models.test_step_faults import int8_model
 
 LONG = TokenPrompt(tuple(range(1000, 1250)))
 PARAMS = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
@@ -147,7 +131,7 @@ async def answers(engine):
     return texts
 
 async def main():
-    with running("int8", context=512) as engine:
+    with running(int8_model(512)) as engine:
         await generate(engine, TokenPrompt((1, 2, 3)), PARAMS)
         size = psutil.Process().memory_info().vms
         resource.setrlimit(resource.RLIMIT_AS, (size + 35 * 2**20, resource.RLIM_INFINITY))
