@@ -41,11 +41,17 @@ class Inbox:
     offset_s: float | None = None
     connection: asyncio.Transport | None = None
     closed: bool = False
+    lost: bool = False
     _filled: asyncio.Event = field(default_factory=asyncio.Event)
 
     def put(self, item: wire.Item) -> None:
         self.items.append(item)
         self._filled.set()
+
+    def lose(self) -> None:
+        """End the stream with an error, because its replica was lost."""
+        self.lost = True
+        self.put(replica_lost())
 
     def take_in(self, packed: wire.Packed, connection: asyncio.Transport) -> None:
         """Decode an item and add it. The first token sets the offset between the replica's times and ours."""
@@ -103,7 +109,7 @@ class EventReceiver:
     def lost(self, connection: asyncio.Transport) -> None:
         for inbox in self._inboxes.values():
             if inbox.connection is connection:
-                inbox.put(replica_lost())
+                inbox.lose()
 
 
 def replica_lost() -> NotReady:

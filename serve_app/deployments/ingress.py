@@ -138,7 +138,7 @@ class Ingress:
         self._registry.take(heartbeat, metrics)
         self._adapters.merge(heartbeat.adapters)
         if heartbeat.leaving or heartbeat.failed:
-            routing_table(heartbeat.model).remove(heartbeat.replica)
+            routing_table(heartbeat.model).left(heartbeat.replica, time.monotonic())
         elif heartbeat.load is not None:
             routing_table(heartbeat.model).report(heartbeat.replica, heartbeat.load, time.monotonic())
 

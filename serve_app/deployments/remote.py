@@ -67,8 +67,8 @@ class RemoteEngine:
             while not ended:
                 item = await inbox.get()
                 if isinstance(item, ServeAppError):
-                    if isinstance(item, NotReady):
-                        self._table.lost(number)
+                    if isinstance(item, NotReady) and (replica := self._table.assigned(number)):
+                        (self._table.lost if inbox.lost else self._table.avoid)(replica, time.monotonic())
                     raise item
                 if not began:
                     self._table.began(number)
@@ -108,7 +108,7 @@ class RemoteEngine:
             replica = self._table.assigned(number)
             if replica and self._table.silent(replica, now, HANG_S):
                 hang.add(replica)
-                inbox.put(replica_lost())
+                inbox.lose()
         self._table.prune(now)
         for replica in hang:
             logger.error("the replica %s has not reported for %.0f s; its requests go on elsewhere", replica, HANG_S)
@@ -120,6 +120,7 @@ class RemoteEngine:
         except (asyncio.CancelledError, TaskCancelledError):
             return  # `generate` has ended, or Ray cancelled the call because the client left
         except Exception as error:  # noqa: BLE001 - any exception of Ray ends the request
+            inbox.lost = _is_loss(error)
             inbox.put(self._mapped(error, id))
             return
         if not inbox.closed:
@@ -135,8 +136,13 @@ class RemoteEngine:
             return QueueFull(f"The queue of {self._model} is full. Try again later.", None, 1.0)
         if isinstance(error, DeploymentUnavailableError):
             return NotReady(f"{self._model} is not available: its deployment failed.", retry_after_s=30)
-        if isinstance(error, RayError) and not isinstance(error, RayTaskError):
+        if _is_loss(error):
             logger.error("the replica with request %s was lost: %s", id, error)
             return replica_lost()
         logger.error("the replica failed on request %s", id, exc_info=error)
         return InternalError("The model failed on this request.")
+
+
+def _is_loss(error: Exception) -> bool:
+    """Whether Ray could not reach the replica, in contrast to an exception that the replica raised."""
+    return isinstance(error, RayError) and not isinstance(error, RayTaskError)

@@ -44,6 +44,11 @@ class TableRouter(FIFOMixin, RequestRouter):
             pending_request.routing_context.should_backoff = True  # before the replicas are compared once more
         return [[by_id[replica]] for replica in chosen]
 
+    def on_replica_actor_unavailable(self, replica_id: ReplicaID) -> None:
+        """A call of the replica failed, but Ray does not know yet whether it has died."""
+        super().on_replica_actor_unavailable(replica_id)
+        table_of(self._deployment_id.name).lost(replica_id.unique_id, time.monotonic())
+
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: ReplicaResult) -> None:
         """The replica has accepted the request; it is another one if the best one was full."""
         table, routed = table_of(self._deployment_id.name), _routed(pending_request)

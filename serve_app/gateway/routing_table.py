@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from array import array
 from collections.abc import Collection, Sequence
@@ -21,6 +22,8 @@ _OTHERS = 4
 _SESSION_TOKENS = 1024.0
 # A replica from which nothing was heard for this time gets requests only if no other replica is left.
 SILENCE_S = 5.0
+# A report that arrives so soon after the loss of its replica may have been sent before it.
+LATE_REPORT_S = 3.0
 _GONE_S = 120.0
 
 
@@ -33,7 +36,7 @@ class _Replica:
     reported: set[object] = field(default_factory=set)
     digests: set[int] = field(default_factory=set)
     heard: float | None = None
-    lost: bool = False  # until its next report
+    lost_at: float = -math.inf  # -inf: not lost; inf: it has sent its last report
 
     @property
     def cost(self) -> float:
@@ -42,6 +45,14 @@ class _Replica:
 
     def silent(self, now: float, seconds: float) -> bool:
         return self.heard is not None and now - self.heard > seconds
+
+    @property
+    def lost(self) -> bool:
+        return self.lost_at > -math.inf
+
+    def lost_recently(self, now: float) -> bool:
+        """Whether a report is not yet a sign that the replica is still there."""
+        return now - self.lost_at < LATE_REPORT_S
 
 
 _UNKNOWN = _Replica()  # only read
@@ -67,7 +78,9 @@ class RoutingTable:
         """Take in a replica's report. A request that was sent before its last report is part of this one."""
         with self._lock:
             known = self._replicas.setdefault(replica, _Replica())
-            known.load, known.heard, known.lost = load, now, False
+            known.load, known.heard = load, now
+            if not known.lost_recently(now):
+                known.lost_at = -math.inf
             for request in known.reported:
                 known.sent.pop(request, None)
             known.reported = set(known.sent)
@@ -77,21 +90,25 @@ class RoutingTable:
                 self._hold(replica, found - known.digests)
                 known.digests = found
 
-    def remove(self, replica: str) -> None:
+    def left(self, replica: str, now: float) -> None:
+        """Note the last report of a replica. It gets no more requests, although Ray may still know it."""
         with self._lock:
-            known = self._replicas.pop(replica, None)
-            if known is not None:
-                self._drop(replica, known.digests)
+            known = self._replicas.setdefault(replica, _Replica())
+            self._drop(replica, known.digests)
+            self._replicas[replica] = _Replica(heard=now, lost_at=math.inf)
 
     def prune(self, now: float) -> None:
         """Forget the replicas that have not reported for so long that they are gone."""
         with self._lock:
             gone = [name for name, known in self._replicas.items() if known.silent(now, _GONE_S)]
-        for replica in gone:
-            self.remove(replica)
+            for replica in gone:
+                self._drop(replica, self._replicas.pop(replica).digests)
 
     def choose(self, replicas: Sequence[str], key: RoutingKey, now: float) -> list[str]:
-        """The replicas among `replicas` that suit a request best, the best first; at most a few."""
+        """The replicas among `replicas` that suit a request best, the best first; at most a few.
+
+        Empty if all of them were lost a moment ago, which Ray has not noticed yet.
+        """
         with self._lock:
             usable = self._usable(replicas, now)
             matched = self._matched(key.digests, set(usable))
@@ -124,12 +141,15 @@ class RoutingTable:
             known.digests |= new
             self._hold(replica, new)
 
-    def lost(self, request: object) -> None:
-        """Note that the replica of a request was lost. It gets no more requests until it reports again."""
+    def lost(self, replica: str, now: float) -> None:
+        """Note that a replica was lost. It gets no more requests until it reports again."""
         with self._lock:
-            known = self._replicas.get(self._assigned.get(request, ""))
-            if known is not None:
-                known.lost = True
+            known = self._replicas.setdefault(replica, _Replica(heard=now))
+            known.lost_at = max(known.lost_at, now)
+
+    def avoid(self, replica: str, now: float) -> None:
+        """Note that a replica refused a request. It gets requests only if no other is left, until its next report."""
+        self.lost(replica, now - LATE_REPORT_S)
 
     def began(self, request: object) -> None:
         """Note that a request has its first token: its prompt is computed."""
@@ -164,7 +184,7 @@ class RoutingTable:
 
     def _usable(self, replicas: Sequence[str], now: float) -> list[str]:
         usable = [replica for replica in replicas if not self._is_avoided(replica, now)]
-        return usable or list(replicas)
+        return usable or [one for one in replicas if not self._replicas.get(one, _UNKNOWN).lost_recently(now)]
 
     def _forget(self, request: object) -> None:
         replica = self._assigned.pop(request, "")

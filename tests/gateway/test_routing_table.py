@@ -10,7 +10,7 @@ from collections import Counter
 import pytest
 
 from serve_app.core.routing import ReplicaLoad, RoutingKey
-from serve_app.gateway.routing_table import RUNNING_TOKENS, SILENCE_S, RoutingTable
+from serve_app.gateway.routing_table import LATE_REPORT_S, RUNNING_TOKENS, SILENCE_S, RoutingTable
 
 REPLICAS = ["a", "b", "c", "d"]
 
@@ -122,7 +122,7 @@ def test_a_report_replaces_the_known_beginnings_and_one_without_them_keeps_them(
     routes.report("b", load(0, 0, 9), 0.0)
     routes.report("c", load(0, 0, 1), 0.0)
     assert routes.choose(REPLICAS, key(1, 2, 3), 0.0)[0] == "c"
-    routes.remove("c")
+    routes.left("c", 0.0)
     assert not routes._holders.get(1)
 
 
@@ -138,25 +138,53 @@ def test_a_session_stays_at_its_replica_until_that_is_much_busier() -> None:
     assert routes.choose(REPLICAS, key(session="7"), 0.0)[0] != homes["7"]
 
 
-def test_a_silent_or_lost_replica_is_avoided_until_it_reports_again() -> None:
+def chosen(routes: RoutingTable, replicas: list[str], now: float) -> set[str]:
+    return {replica for _ in range(50) for replica in routes.choose(replicas, key(), now)}
+
+
+def test_a_silent_or_refusing_replica_is_avoided_until_it_reports_again() -> None:
     routes = table(now=0.0)
     late = SILENCE_S + 1
     for name in "bcd":
         routes.report(name, ReplicaLoad(), late)
     assert routes.silent("a", late, SILENCE_S)
     assert routes.avoided("a", late)
-    assert "a" not in {replica for _ in range(50) for replica in routes.choose(REPLICAS, key(), late)}
+    assert "a" not in chosen(routes, REPLICAS, late)
     assert routes.choose(["a"], key(), late) == ["a"], "it is the only one left"
     routes.report("a", ReplicaLoad(), late)
-    send(routes, "a", 1, key())
-    routes.lost(1)
+    routes.avoid("a", late)
     routes.prune(late)
-    assert routes.avoided("a", late), "it is still known to be lost"
+    assert routes.avoided("a", late), "its refusal is still known"
     assert not routes.silent("a", late, SILENCE_S), "the other requests that it serves are not ended"
-    assert "a" not in {replica for _ in range(50) for replica in routes.choose(REPLICAS, key(), late)}
+    assert "a" not in chosen(routes, REPLICAS, late)
+    assert routes.choose(["a"], key(), late) == ["a"]
     routes.report("a", ReplicaLoad(), late)
     assert not routes.avoided("a", late)
     routes.prune(late + 1000)
+    assert not routes._replicas
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_lost_replica_gets_no_request_until_it_reports_again(known: bool) -> None:
+    """Ray does not know yet that it has died, and a report from before its death may still arrive."""
+    routes = table() if known else RoutingTable()
+    routes.lost("a", 10.0)
+    routes.report("a", ReplicaLoad(), 10.5)
+    assert "a" not in chosen(routes, REPLICAS, 11.0)
+    assert routes.choose(["a"], key(), 11.0) == []
+    assert routes.choose(["a"], key(), 10.0 + LATE_REPORT_S) == ["a"], "nothing reports while the hub is away"
+    routes.report("a", ReplicaLoad(), 10.0 + LATE_REPORT_S)
+    assert "a" in chosen(routes, REPLICAS, 10.0 + LATE_REPORT_S)
+
+
+def test_a_replica_that_has_left_gets_no_request() -> None:
+    """Without the record it would seem idle, so that the requests of a lost replica would go there again."""
+    routes = table(a=load(3, 0, 1), b=load(20), c=load(20), d=load(20))
+    routes.left("a", 1.0)
+    routes.avoid("a", 1.0)
+    assert "a" not in chosen(routes, REPLICAS, 1.0)
+    assert routes.choose(["a"], key(), 60.0) == []
+    routes.prune(500.0)
     assert not routes._replicas
 
 
