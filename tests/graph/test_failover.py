@@ -21,9 +21,11 @@ TWO = {"num_replicas": 2, "max_ongoing_requests": 32}
 
 @pytest.fixture(scope="module")
 def pair() -> Iterator[Service]:
-    """Two replicas of the embedded model, and two of the toy."""
+    """Two replicas of the embedded model, each with room for all 36 answers, and two of the toy."""
+    room = {**TWO, "max_ongoing_requests": 48}
+    engine = {"threads": 1, "max_running": 48}
     models = [
-        model_config("real", "builtin:smollm2-135m", TWO, engine={"threads": 1}, chat_template="builtin:chatml_tools"),
+        model_config("real", "builtin:smollm2-135m", room, engine=engine, chat_template="builtin:chatml_tools"),
         model_config("toy", "builtin:toy?step_ms=20", TWO),
     ]
     with Service(models) as service:
@@ -49,8 +51,10 @@ async def test_32_streams_of_all_dialects_survive_the_death_of_one_of_two_replic
         disturbed = await asyncio.gather(*tasks)
         for call, expected, found in zip(requests, undisturbed, disturbed, strict=True):
             assert found == expected, call.body
-        extra = sorted(call.longest_gap - gap for call, gap in zip(requests, usual, strict=True))
-        print("pauses of the 32 streams:", [round(gap, 2) for gap in extra])
+        # The 22 tokens that begin a tool call make no event: the pace of all streams, not a pause, decides about that gap.
+        gaps = [(call, gap) for call, gap in zip(requests, usual, strict=True) if "tools" not in call.body]
+        extra = sorted(call.longest_gap - gap for call, gap in gaps)
+        print(f"pauses of {len(extra)} streams:", [round(gap, 2) for gap in extra])
         assert await resumed(client, "real") - before >= 8
         assert extra[-1] <= 3
 
