@@ -166,7 +166,7 @@ class Cluster:
             self._workload.began(request)
             self._router.began(request)
         for request in ended:
-            self._router.ended(request, lost=False)
+            self._router.ended(request)
             self._workload.ended(request)
             self._admitted -= 1
             request.digests = request.after = _NO_DIGESTS  # a long simulation has millions of them
@@ -174,7 +174,7 @@ class Cluster:
         if ended:
             self._admit(now)
             if self.fleet.end_if_idle(replica, now):
-                self._router.removed(replica.name)
+                self._router.removed(replica.name, now)
 
     def _fail(self, request: Request, error: str, now: float) -> None:
         request.error, request.ended = error, now
@@ -225,7 +225,7 @@ class Cluster:
         replica.lose(now)
         self.fleet.remove(replica, now)
         for request in replica.abandon():
-            self._router.ended(request, lost=True)
+            self._router.ended(request)
             if self._job.strategy.resumes and request.attempts < len(_PAUSES_S):
                 self.outcome.resumed += 1
                 self._at(now + _PAUSES_S[request.attempts], self._send, request)
@@ -233,14 +233,14 @@ class Cluster:
             else:
                 self._admitted -= 1
                 self._fail(request, "lost", now)
-        self._router.removed(replica.name)
+        self._router.removed(replica.name, now)
         self.fleet.start(now)
         self._admit(now)
 
     def _drain(self, replica: Replica, now: float) -> None:
         self.fleet.drain(replica, now)
         if replica.name not in self.fleet.speeds:
-            self._router.removed(replica.name)
+            self._router.removed(replica.name, now)
 
     # Scaling
 

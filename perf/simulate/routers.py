@@ -28,11 +28,11 @@ class RequestRouter(Protocol):
 
     def sent(self, replica: str, request: Request) -> None: ...
     def began(self, request: Request) -> None: ...
-    def ended(self, request: Request, lost: bool) -> None: ...
+    def ended(self, request: Request) -> None: ...
     def report(self, replica: Replica, speed: ReplicaSpeed, now: float) -> None:
         """A replica reports its load, once per second."""
 
-    def removed(self, replica: str) -> None: ...
+    def removed(self, replica: str, now: float) -> None: ...
 
 
 class Plain:
@@ -44,9 +44,9 @@ class Plain:
 
     def sent(self, replica: str, request: Request) -> None: ...
     def began(self, request: Request) -> None: ...
-    def ended(self, request: Request, lost: bool) -> None: ...
+    def ended(self, request: Request) -> None: ...
     def report(self, replica: Replica, speed: ReplicaSpeed, now: float) -> None: ...
-    def removed(self, replica: str) -> None: ...
+    def removed(self, replica: str, now: float) -> None: ...
 
 
 class RoundRobin(Plain):
@@ -109,9 +109,7 @@ class Table:
     def began(self, request: Request) -> None:
         self._table.began(request.number)
 
-    def ended(self, request: Request, lost: bool) -> None:
-        if lost:
-            self._table.lost(request.number)
+    def ended(self, request: Request) -> None:
         self._table.ended(request.number)
         if request.began is not None and request.replica in self._records:
             self._records[request.replica].add(request.digests, request.prompt)
@@ -127,8 +125,8 @@ class Table:
         digests = record.digests() if changed else None
         self._table.report(replica.name, ReplicaLoad(running, replica.waiting_tokens, digests, speed), now)
 
-    def removed(self, replica: str) -> None:
-        self._table.remove(replica)
+    def removed(self, replica: str, now: float) -> None:
+        self._table.left(replica, now)
         self._records.pop(replica, None)
         self._reported.pop(replica, None)
 

@@ -14,8 +14,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from multiprocessing.pool import Pool
 from multiprocessing.sharedctypes import SynchronizedArray
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from perf.simulate.cluster import Cluster
 from perf.simulate.results import Simulation, summary
@@ -26,6 +27,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _POLL_S = 0.1
+_CONTEXT = multiprocessing.get_context("spawn")
 _shares: SynchronizedArray[float]
 
 
@@ -34,9 +36,8 @@ def run_all(jobs: Sequence[Job], processes: int, progress: Callable[[list[float]
 
     Raises KeyboardInterrupt; the processes have ended then.
     """
-    context = multiprocessing.get_context("spawn")
-    shares = context.Array("d", len(jobs))
-    with _equal_hashes(), context.Pool(min(processes, len(jobs)), _begin, (shares,)) as pool:
+    shares = _CONTEXT.Array("d", len(jobs))
+    with _pool(min(processes, len(jobs)), _begin, (shares,)) as pool:
         running = pool.starmap_async(_run, list(enumerate(jobs)), chunksize=1)
         while not running.ready():
             progress(shares[:])
@@ -46,13 +47,31 @@ def run_all(jobs: Sequence[Job], processes: int, progress: Callable[[list[float]
 
 def run_apart(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
     """The result of a function in such a process."""
-    with _equal_hashes(), multiprocessing.get_context("spawn").Pool(1, _ignore_interrupts) as pool:
+    with _pool(1) as pool:
         return pool.apply(function, args, kwargs)
 
 
 def run_one(job: Job, progress: Callable[[float], None] = lambda _: None) -> Simulation:
     trace = _trace(job.traffic, job.seed)
     return summary(job, Cluster(job, trace, lambda now: progress(now / trace.seconds)).run())
+
+
+@contextmanager
+def _pool(
+    processes: int, initializer: Callable[..., None] | None = None, arguments: tuple[Any, ...] = ()
+) -> Iterator[Pool]:
+    """New processes with equal hashes of strings, which Ctrl-C does not interrupt: this process ends them.
+
+    A process inherits the mask of signals, so that no signal arrives between its start and its first line of Python.
+    """
+    with _equal_hashes():
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            pool = _CONTEXT.Pool(processes, initializer, arguments)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        with pool:
+            yield pool
 
 
 @contextmanager
@@ -73,11 +92,6 @@ def _begin(shares: SynchronizedArray[float]) -> None:
     _shares = shares
     # A pass over millions of requests would take seconds, within the decision that it interrupts. There are no cycles.
     gc.disable()
-    _ignore_interrupts()
-
-
-def _ignore_interrupts() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
 
 
 def _run(number: int, job: Job) -> Simulation:

@@ -51,7 +51,7 @@ async def test_32_streams_of_all_dialects_survive_the_death_of_one_of_two_replic
         disturbed = await asyncio.gather(*tasks)
         for call, expected, found in zip(requests, undisturbed, disturbed, strict=True):
             assert found == expected, call.body
-        # The 22 tokens that begin a tool call make no event: the pace of all streams, not a pause, decides about that gap.
+        # The 22 tokens that begin a tool call make no event: that gap depends on the pace of all streams.
         gaps = [(call, gap) for call, gap in zip(requests, usual, strict=True) if "tools" not in call.body]
         extra = sorted(call.longest_gap - gap for call, gap in gaps)
         print(f"pauses of {len(extra)} streams:", [round(gap, 2) for gap in extra])
