@@ -145,13 +145,16 @@ async def test_a_killed_ingress_gives_its_reservations_back(limited: Limited) ->
             response = await client.post("/v1/completions", json={"model": "toy", "prompt": "x", "max_tokens": 1})
             return response.status_code == 200
 
-        await wait_until(admitted)  # the ingresses know the new key
-
         async def stream() -> None:
-            async with client.stream("POST", "/v1/completions", json=body) as response:
-                assert response.status_code == 200
-                async for _ in stream_lines(response):
-                    pass
+            """Begins once an ingress knows the new key, and while no call of `admitted` has the place."""
+
+            async def begun() -> bool:
+                async with client.stream("POST", "/v1/completions", json=body) as response:
+                    async for _ in stream_lines(response):
+                        pass
+                    return response.status_code == 200
+
+            await wait_until(begun)
 
         streams = [asyncio.create_task(stream()) for _ in range(4)]
 
