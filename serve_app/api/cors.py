@@ -6,11 +6,16 @@ from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from serve_app.api.rate_limits import ANTHROPIC_NAMES, OPENAI_NAMES
 from serve_app.config import Cors
 
 _METHODS = ("GET", "HEAD", "POST")
 # Beside these headers, a page can read only `content-type` and a few others.
-_EXPOSED = ("x-request-id", "request-id", "x-variant", "retry-after", "retry-after-ms", "x-cache")
+_EXPOSED = (
+    *("x-request-id", "request-id", "x-variant", "retry-after", "retry-after-ms", "x-cache"),
+    *OPENAI_NAMES,
+    *ANTHROPIC_NAMES,
+)
 
 
 class AllowOrigins(CORSMiddleware):

@@ -15,6 +15,7 @@ from serve_app.api.auth import POLICIES, PUBLIC, Public
 from serve_app.api.context import PLACEHOLDERS
 from serve_app.api.openai.responses import OpenAIError
 from serve_app.api.operations import OPERATIONS, Operation
+from serve_app.api.rate_limits import ANTHROPIC_NAMES, OPENAI_NAMES
 from serve_app.core.tenants import Scope
 
 Json: TypeAlias = dict[str, Any]
@@ -40,6 +41,8 @@ _NO_DATABASE = "The database cannot be used now."
 _WRONG_PARAMETER = "A parameter is wrong, or the object does not allow the operation."
 # Their bodies name no model that could be an experiment.
 _WITHOUT_MODEL = ("/v1/feedback", "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/files", "/v1/batches")
+# Their requests compute no tokens, so that no limit a minute is checked.
+_WITHOUT_LIMITS = ("/tokenize", "/detokenize", "/v1/messages/count_tokens")
 _WITH_RETRY_AFTER = (429, 503, OVERLOADED)
 
 
@@ -69,6 +72,15 @@ _SECURITY_SCHEMES = {
 }
 _SECURITY: list[Json] = [{"bearer": []}, {"apiKey": []}, {}]
 
+
+def _limit_header(name: str) -> Json:
+    """Without a limit a minute, or before it is checked, a response does not have the header."""
+    if "reset" in name:
+        return {"description": "The time until the whole limit is available again.", "schema": {"type": "string"}}
+    what = "What remains of the limit." if "remaining" in name else "The limit of the key a minute."
+    return {"description": what, "schema": {"type": "integer", "minimum": 0}}
+
+
 _HEADERS = {
     "X-Request-Id": {
         "description": "The client's own `x-request-id` if it is safe in a log line, else a new id.",
@@ -87,6 +99,7 @@ _HEADERS = {
         "description": "The same time in milliseconds, for OpenAI's clients.",
         "schema": {"type": "integer", "minimum": 1},
     },
+    **{name: _limit_header(name) for name in (*OPENAI_NAMES, *ANTHROPIC_NAMES)},
 }
 
 
@@ -170,6 +183,10 @@ def _responses(operation: Operation, components: _Components) -> Json:
     if operation.body is not None and operation.path not in _WITHOUT_MODEL:
         for response in responses.values():
             response["headers"] |= _references(["X-Variant"])
+        if operation.path not in _WITHOUT_LIMITS:
+            names = ANTHROPIC_NAMES if operation.error is AnthropicError else OPENAI_NAMES
+            for status in ("200", "429"):
+                responses[status]["headers"] |= _references(names)
     if operation.not_ready is not None:
         schema = {_JSON: {"schema": components.any_of(operation.not_ready, "serialization")}}
         responses["503"] = _response(_ERRORS[503], schema, retry_after=True)

@@ -11,6 +11,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serve_app.core.quotas import CallQuota, RateLimit, current_call
 
 _ANTHROPIC = "/v1/messages"
+_PARTS = ("limit", "remaining", "reset")
+OPENAI_NAMES = tuple(f"x-ratelimit-{part}-{kind}" for kind in ("requests", "tokens") for part in _PARTS)
+ANTHROPIC_NAMES = tuple(
+    f"anthropic-ratelimit-{kind}-{part}"
+    for kind in ("requests", "tokens", "input-tokens", "output-tokens")
+    for part in _PARTS
+)
 
 
 class RateLimitHeaders:

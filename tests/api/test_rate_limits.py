@@ -184,3 +184,13 @@ async def test_several_answers_are_one_request() -> None:
         assert len(answer.json()["results"]) == 3
         answer = await client.post("/v1/chat/completions", json=CHAT)
         assert answer.headers["x-ratelimit-remaining-requests"] == "2"
+
+
+@pytest.mark.parametrize("path", ["/generate", "/v1/chat/completions", "/v1/messages"])
+async def test_the_document_describes_the_headers(path: str) -> None:
+    async with limited(Limits(requests_per_minute=10, tokens_per_minute=1000)) as client:
+        answer = await client.post(path, json=GENERATE if path == "/generate" else CHAT)
+        described = (await client.get("/openapi.json")).json()["paths"][path]["post"]["responses"]["200"]["headers"]
+    assert {name for name in answer.headers if "ratelimit" in name} == {
+        name for name in described if "ratelimit" in name
+    }
