@@ -185,8 +185,8 @@ def _responses(operation: Operation, components: _Components) -> Json:
             response["headers"] |= _references(["X-Variant"])
         if operation.path not in _WITHOUT_LIMITS:
             names = ANTHROPIC_NAMES if operation.error is AnthropicError else OPENAI_NAMES
-            for status in ("200", "429"):
-                responses[status]["headers"] |= _references(names)
+            for limited in ("200", "429"):
+                responses[limited]["headers"] |= _references(names)
     if operation.not_ready is not None:
         schema = {_JSON: {"schema": components.any_of(operation.not_ready, "serialization")}}
         responses["503"] = _response(_ERRORS[503], schema, retry_after=True)

@@ -15,7 +15,8 @@ from serve_app.core.quotas import CallQuota, RateLimit
 
 from .scripted import POSTS, ScriptedEngine, ScriptedTelemetry, app_config, chunk, error_of
 
-LIMITS = CallQuota(*[RateLimit(limit=3, remaining=2, reset_s=1.0)] * 2)
+RATE = RateLimit(limit=3, remaining=2, reset_s=1.0)
+LIMITS = CallQuota(requests=RATE, tokens=RATE)
 PAGE = "http://localhost:5173"
 STRANGER = "https://evil.example"
 # OpenAI's JavaScript client sends headers of its own.
