@@ -15,6 +15,7 @@ AUDIT := .venv-audit
 # requirements-dev.lock includes requirements.lock. PyPI does not know the build of torch in requirements-vllm.lock.
 AUDITED := requirements-dev.lock requirements-infra.lock requirements-vllm-cuda.lock
 ARGS ?=
+QUICK := not long and not ci and not vllm
 QUIET := not ray and not system and not perf
 # Modules that import torch, Pulumi or Playwright, or have no test that is fast.
 HEAVY := browser clients contract graph models system alerts/test_dashboards_live.py alerts/test_live.py infra/test_addons.py \
@@ -22,12 +23,13 @@ HEAVY := browser clients contract graph models system alerts/test_dashboards_liv
   engines/native/test_sampler.py
 # The environment with vLLM has no packages for these.
 WITHOUT_VLLM := alerts browser clients cluster infra
-.PHONY: help serve monitor test test-long chaos soak fast compute check lint types format audit sbom clean
+.PHONY: help serve monitor test test-ci test-long chaos soak fast compute check lint types format audit sbom clean
 
 help:
 	@echo "make serve [ARGS='--port 8123']  run the service on this machine; Ctrl-C stops it"
 	@echo "make monitor                     Prometheus, Alertmanager and the alert history next to the service; Ctrl-C stops them"
 	@echo "make test  [ARGS='-k stream']    format, lint, types and the tests: 27 minutes on 2 cores"
+	@echo "make test-ci                     the tests that take longer, which have to pass as well before anything lands: 14 minutes"
 	@echo "make test-long                   every test, also those that only a release needs, such as vLLM's; needs Node.js with npm, and redis-server"
 	@echo "make chaos [ARGS='--seed 7']     every fault of tests/chaos under load: what fails, and how soon the service recovers"
 	@echo "make soak  [ARGS='--minutes 5']  30 minutes of load with faulty clients: memory, descriptors and latency over time"
@@ -47,14 +49,18 @@ monitor: $(VENV)/serve.done
 
 # Images for containers often set this variable. Without bytecode, each of the 200 processes that the tests start would
 # compile the service, and each worker of pytest all tests.
-test test-long fast compute: export PYTHONDONTWRITEBYTECODE :=
+test test-ci test-long fast compute: export PYTHONDONTWRITEBYTECODE :=
 
 # Tests that compute run on all cores, beside mypy, which uses one; tests that start services or measure time run alone,
 # one after the other.
 test:
 	@$(MAKE) --no-print-directory -j 2 lint $(CLIENTS)/clients.done $(AUDIT)/clients.done
 	@$(MAKE) --no-print-directory -j 2 types compute
-	$(VENV)/bin/python -m pytest -m "not long and not vllm and not ($(QUIET))" $(ARGS)
+	$(VENV)/bin/python -m pytest -m "$(QUICK) and not ($(QUIET))" $(ARGS)
+
+# Tests that take longer than `make test` has. .ci/run runs both.
+test-ci: $(VENV)/test.done $(AUDIT)/clients.done
+	$(VENV)/bin/python -m pytest -m "ci and not vllm" $(ARGS)
 
 test-long: check $(CLIENTS)/clients.done $(CLIENTS_OPENAI2)/clients.done $(VLLM)/vllm.done
 	$(VENV)/bin/python -m pytest -m "not vllm" $(ARGS)
@@ -70,10 +76,10 @@ soak: $(VENV)/test.done
 	$(VENV)/bin/python -m tests.chaos soak $(ARGS)
 
 fast: $(VENV)/test.done
-	$(VENV)/bin/python -m pytest -n auto --dist loadscope $(HEAVY:%=--ignore=tests/%) -m "not model and not infra and not long and not vllm and not slow and $(QUIET)" $(ARGS)
+	$(VENV)/bin/python -m pytest -n auto --dist loadscope $(HEAVY:%=--ignore=tests/%) -m "not model and not infra and not slow and $(QUICK) and $(QUIET)" $(ARGS)
 
 compute: $(VENV)/test.done
-	$(VENV)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "not long and not vllm and $(QUIET)" $(ARGS)
+	$(VENV)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "$(QUICK) and $(QUIET)" $(ARGS)
 
 check: lint types
 

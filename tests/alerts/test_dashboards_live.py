@@ -15,7 +15,7 @@ from tests.alerts.test_dashboards import DASHBOARDS, UNUSED, Query, all_queries,
 from tests.alerts.test_rules import BY_NAME, exported
 from tests.alerts.watched import DRILL_S, Watched
 
-pytestmark = [pytest.mark.system, pytest.mark.timeout(720)]
+pytestmark = [pytest.mark.system, pytest.mark.ci, pytest.mark.timeout(720)]
 
 
 def queries_with_data() -> list[Query]:

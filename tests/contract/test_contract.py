@@ -62,6 +62,7 @@ def check(run: Run) -> None:
     assert run.returncode == 0, run.stdout[-20_000:] + run.stderr[-2_000:]
 
 
+@pytest.mark.ci
 @pytest.mark.timeout(600)
 def test_the_service_follows_its_document(service: Service, tmp_path: Path) -> None:
     config = tmp_path / "quick.toml"

@@ -13,7 +13,7 @@ import pytest
 
 from tests.graph.service import Service, http_client, model_config, wait_until
 
-pytestmark = [pytest.mark.ray, pytest.mark.long, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.ray, pytest.mark.ci, pytest.mark.timeout(180)]
 
 # So many requests, each by a connection of its own, reach both ingresses and both replicas.
 MANY = 40

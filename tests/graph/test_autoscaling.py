@@ -11,7 +11,7 @@ import pytest
 
 from tests.graph.service import Config, Service, model_config, model_state, wait_until
 
-pytestmark = [pytest.mark.ray, pytest.mark.long, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.ray, pytest.mark.ci, pytest.mark.timeout(180)]
 
 SLOTS, LOAD_S, IDLE_S = 8, 1.0, 2.0
 # The processes of three replicas start on two cores.

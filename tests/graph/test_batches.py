@@ -88,6 +88,7 @@ def kill(processes: list[psutil.Process]) -> None:
     psutil.wait_procs(processes, timeout=10)
 
 
+@pytest.mark.ci
 async def test_no_line_is_lost_or_repeated_when_a_replica_and_the_ingress_are_killed(
     client: httpx.AsyncClient, toy_service: Service
 ) -> None:

@@ -26,12 +26,15 @@ from tests.graph.service import (
     wait_until,
 )
 
-pytestmark = [pytest.mark.ray, pytest.mark.long, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
 PATIENT: Config = {"graceful_shutdown_timeout_s": 60}
 
 
-@pytest.fixture(scope="module", params=["haproxy", "python"])
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param("haproxy", marks=pytest.mark.ci), pytest.param("python", marks=pytest.mark.long)],
+)
 def head(request: pytest.FixtureRequest) -> Iterator[Head]:
     """A node with two GPUs that do not exist; one of them has the label A10G. The two heads differ in their proxy."""
     options = ("--num-cpus=4", "--num-gpus=2", '--resources={"accelerator_type:A10G": 1}')

@@ -71,8 +71,14 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Service, Pa
         yield service, file
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("fault", ["step waits", "step holds the lock", "process stopped"])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        pytest.param("step waits", marks=pytest.mark.ci),
+        pytest.param("step holds the lock", marks=pytest.mark.ci),
+        pytest.param("process stopped", marks=pytest.mark.long),
+    ],
+)
 async def test_the_streams_of_a_hanging_replica_go_on_within_15_s_and_it_is_replaced_within_45_s(
     pair: tuple[Service, Path], fault: str
 ) -> None:

@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.graph.cluster import Head, node_environment
 from tests.graph.service import Config, model_config, wait_until
 
-pytestmark = [pytest.mark.ray, pytest.mark.long, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.ray, pytest.mark.ci, pytest.mark.timeout(240)]
 
 MODELS = [
     model_config("plain", "builtin:toy?step_ms=1"),

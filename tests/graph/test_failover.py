@@ -14,7 +14,7 @@ import pytest
 from tests.graph.service import Service, http_client, metric_totals, model_config, wait_until
 from tests.graph.streams import Call, Json, native, real_calls, running
 
-pytestmark = [pytest.mark.ray, pytest.mark.long, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.ray, pytest.mark.ci, pytest.mark.timeout(400)]
 
 TWO = {"num_replicas": 2, "max_ongoing_requests": 32}
 

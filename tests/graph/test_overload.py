@@ -20,7 +20,9 @@ BODY = {"model": "busy", "prompt": "abc", "max_tokens": TOKENS}
 TIMES = 5
 
 
-@pytest.mark.parametrize("seconds", [pytest.param(6, id="short"), pytest.param(60, id="long", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "seconds", [pytest.param(6, id="short", marks=pytest.mark.ci), pytest.param(60, id="long", marks=pytest.mark.long)]
+)
 async def test_overload_keeps_the_throughput_and_refuses_the_rest_at_once(
     client: httpx.AsyncClient, toy_service: Service, seconds: float
 ) -> None:
@@ -44,6 +46,7 @@ async def test_overload_keeps_the_throughput_and_refuses_the_rest_at_once(
     await wait_until_idle(client, "busy")
 
 
+@pytest.mark.ci
 async def test_with_a_time_for_the_first_token_the_excess_is_refused_so_that_the_rest_keeps_it(
     client: httpx.AsyncClient,
 ) -> None:

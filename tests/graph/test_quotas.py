@@ -18,7 +18,7 @@ from serve_app.tenants.store import NewKey, TenantStore
 from tests.graph.service import Service, kill, metric_totals, model_config, stream_lines, wait_until, wait_until_idle
 from tests.redis_server import RedisServer
 
-pytestmark = [pytest.mark.ray, pytest.mark.long]
+pytestmark = [pytest.mark.ray, pytest.mark.ci]
 
 BUDGET = 20_000
 PRICE = {"input_per_million": 1, "cached_input_per_million": 0.5, "output_per_million": 3}

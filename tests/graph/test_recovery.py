@@ -53,7 +53,7 @@ async def streams(client: httpx.AsyncClient, model: str, count: int, tokens: int
     await asyncio.gather(*tasks)
 
 
-@pytest.mark.long
+@pytest.mark.ci
 async def test_the_streams_of_a_killed_replica_go_on_at_the_replica_that_replaces_it(
     client: httpx.AsyncClient, toy_service: Service
 ) -> None:
@@ -76,7 +76,7 @@ async def test_the_streams_of_a_killed_replica_go_on_at_the_replica_that_replace
     assert resumed in (8, 9), "the streams, and the other request if it was sent to the killed replica"
 
 
-@pytest.mark.long
+@pytest.mark.ci
 async def test_a_connection_that_sends_its_headers_slowly_is_closed_after_10_s(toy_service: Service) -> None:
     """One byte per second. HAProxy's `timeout http-request` counts from the first byte."""
 

@@ -140,7 +140,7 @@ async def test_the_first_token_of_a_hit_takes_2_ms(client: httpx.AsyncClient) ->
     assert statistics.median(inside) <= 2
 
 
-@pytest.mark.long
+@pytest.mark.ci
 async def test_two_ingresses_share_a_redis_server_and_need_none(tmp_path: Path) -> None:
     redis = RedisServer(tmp_path)
     models = [model_config("toy", "builtin:toy?step_ms=10", engine={"max_running": 16})]

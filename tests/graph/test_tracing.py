@@ -404,7 +404,7 @@ async def send_all(service: Service, count: int, headers: dict[str, str] | None 
         return list(await asyncio.gather(*requests))
 
 
-@pytest.mark.long
+@pytest.mark.ci
 async def test_a_share_of_requests_is_traced_with_content_and_a_stalled_collector_delays_none() -> None:
     """Behind HAProxy, which states when each request arrived."""
     environment = {**EXPORTS_SOON, "OTEL_BSP_MAX_QUEUE_SIZE": "256", "OTEL_BSP_MAX_EXPORT_BATCH_SIZE": "64"}

@@ -98,6 +98,7 @@ def test_a_later_start_maps_the_same_weights(quantization: str, dtype: str, tmp_
     assert "loading weights" not in mapping
 
 
+@pytest.mark.ci
 def test_a_start_from_the_cache_imports_no_models_of_transformers(tmp_path: Path) -> None:
     folder = tiny.save("llama", tmp_path / "m", tiny.FUSED)
     settings = json.loads((folder / "tokenizer_config.json").read_text())

@@ -51,6 +51,7 @@ def has_difference(comparison: Comparison) -> bool:
 FEW_RESAMPLES = 400
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("repeats", [1, 5])
 def test_equal_runs_differ_in_at_most_5_percent_of_comparisons(repeats: int) -> None:
     pairs = [
@@ -62,6 +63,7 @@ def test_equal_runs_differ_in_at_most_5_percent_of_comparisons(repeats: int) -> 
     assert sum(map(has_difference, pairs)) <= 10
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(("repeats", "count"), [(3, 180), (5, 200)])
 def test_drift_between_repeats_is_not_a_regression(repeats: int, count: int) -> None:
     pairs = [

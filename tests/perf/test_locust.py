@@ -26,7 +26,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-pytestmark = pytest.mark.perf
+pytestmark = [pytest.mark.perf, pytest.mark.ci]
 
 LOCUSTFILE = Path(__file__).parents[2] / "perf/locustfile.py"
 FIRST_S, GAP_S, TOKENS = 0.05, 0.01, 8
