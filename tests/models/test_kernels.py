@@ -14,7 +14,9 @@ import torch
 from serve_app.engines.files.disk_cache import CacheError
 from serve_app.engines.native import kernels
 from serve_app.engines.native.fused import FusedModel
+from serve_app.engines.native.isa import LEVELS, environment
 from serve_app.engines.native.linear import DotProductLinear, Int8DotProductLinear
+from serve_app.engines.native.machine import processor_flags
 from serve_app.engines.native.quantization import Quantization
 from serve_app.engines.native.rows import Rows
 from serve_app.engines.native.runner import TorchRunner
@@ -47,13 +49,6 @@ ROW_COUNTS = [0, 1, 2, 5, 8, 15, 64, 131]
 WIDTHS = [(16, 32), (19, 48), (48, 64), (80, 96), (208, 576)]
 
 
-@pytest.fixture
-def dot_products() -> None:
-    if not torch.ops.serve_app.has_dot_products():
-        pytest.skip("this processor has no dot products of bytes and bfloat16")
-
-
-@pytest.mark.usefixtures("dot_products")
 @pytest.mark.parametrize("rows", ROW_COUNTS)
 @pytest.mark.parametrize(("outputs", "inputs"), WIDTHS)
 @pytest.mark.parametrize("biased", [True, False])
@@ -70,7 +65,6 @@ def test_bfloat16_dot_products_equal_a_matrix_product(rows: int, outputs: int, i
     )
 
 
-@pytest.mark.usefixtures("dot_products")
 @pytest.mark.parametrize("rows", ROW_COUNTS)
 @pytest.mark.parametrize(("outputs", "inputs"), WIDTHS)
 @pytest.mark.parametrize("biased", [True, False])
@@ -85,6 +79,36 @@ def test_int8_dot_products_are_exact_for_integers(rows: int, outputs: int, input
     assert y.shape == (rows, outputs)
     assert rows == 0 or close(y, x.double() @ weight.double().T + (bias.double() if bias is not None else 0))
     assert torch.equal(y, torch.cat([y[:0], *(layer(row[None]) for row in x)])), "a row must not depend on other rows"
+
+
+@pytest.mark.ci
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("level", LEVELS)
+def test_products_are_right_on_every_lesser_processor(level: str, tmp_path: Path) -> None:
+    """The tests of this file on the products, in a process that is held to this level."""
+    if not set(LEVELS[level].flags) <= processor_flags():
+        pytest.skip(f"this processor does not have {level}")
+    cached = {"XDG_CACHE_HOME": str(tmp_path), **environment(level)}
+    command = [sys.executable, "-m", "pytest", "-q", "-k", "dot_products", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(command, env={**os.environ, **cached}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert "skipped" not in done.stdout
+    assert list(tmp_path.rglob("*.so")), "compiled for the level"
+
+
+ARM = [("armv8-a", "no dot products"), ("armv8.2-a+dotprod", "dot products of bytes")]
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("march", [march for march, _ in ARM], ids=[name for _, name in ARM])
+def test_lines_are_right_on_arm(march: str, tmp_path: Path) -> None:
+    """A program that compares the lines of dots.h with a plain loop, under QEMU: no Arm processor is needed."""
+    program, source = tmp_path / "lines", Path(__file__).with_name("dots_check.cpp")
+    include = [f"-I{Path(torch.__file__).parent / 'include'}", f"-I{Path(kernels.__file__).parent}"]
+    compiler = ["aarch64-linux-gnu-g++", "-std=c++20", "-O3", f"-march={march}", "-static"]
+    subprocess.run([*compiler, *include, str(source), "-o", str(program)], check=True)
+    done = subprocess.run(["qemu-aarch64", "-cpu", "max", str(program)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "0 of 192 values are wrong\n")
 
 
 def test_weights_that_do_not_fit_into_strips_are_refused() -> None:

@@ -335,10 +335,22 @@ def test_only_a_replica_that_reserved_a_gpu_uses_it() -> None:
     assert "torch finds no GPU" in refusal("builtin:smollm2-135m", device="cuda", resources=Resources(num_gpus=1))
 
 
-def test_the_dtype_is_the_configured_one_or_depends_on_the_processor() -> None:
-    assert choose_dtype("float16", CPU) == torch.float16
-    assert choose_dtype("auto", CPU) == (torch.bfloat16 if cpu_multiplies_bfloat16() else torch.float32)
-    assert choose_dtype("auto", torch.device("cuda")) == "auto"
+def test_the_dtype_is_the_configured_one_or_depends_on_processor_and_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    assert choose_dtype("float16", CPU, tmp_path) == torch.float16
+    assert choose_dtype("auto", torch.device("cuda"), tmp_path) == "auto"
+    assert choose_dtype("auto", CPU, tmp_path) == torch.bfloat16
+    monkeypatch.setenv("SERVE_APP_ISA", "avx2")
+    assert not cpu_multiplies_bfloat16()
+    assert choose_dtype("auto", CPU, tmp_path) == torch.bfloat16, "the fused path widens bfloat16 in registers"
+    monkeypatch.setenv("SERVE_APP_NATIVE_KERNELS", "0")
+    assert choose_dtype("auto", CPU, tmp_path) == torch.float32
+    monkeypatch.delenv("SERVE_APP_NATIVE_KERNELS")
+    for content in ('{"model_type": "gpt2"}', "[]", "{"):
+        (tmp_path / "config.json").write_text(content)
+        assert choose_dtype("auto", CPU, tmp_path) == torch.float32
 
 
 LONG_ROPE = {

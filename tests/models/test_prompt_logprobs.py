@@ -177,7 +177,7 @@ async def test_quantized_prompt_results_are_close_and_independent_of_load(
     vectors = torch.stack([vector for _, vector in alone])
     cosine = torch.cosine_similarity(vectors, torch.stack(embeddings), dim=-1)
     assert cosine.min() > MIN_COSINE[quantization], cosine
-    own = quantization != "none" or (dtype == "bfloat16" and torch.ops.serve_app.has_dot_products())
+    own = quantization != "none" or dtype == "bfloat16"
     for prompt, wanted, (first, _), again in zip(requested, logprobs, alone, together, strict=True):
         assert len(first) == len(wanted) == len(prompt) - 1
         if own and family in tiny.FUSED:
@@ -211,8 +211,6 @@ def test_rows_of_one_step_get_the_same_results_with_either_int8_layer(
 ) -> None:
     """Rows to sample, rows for prompt log probabilities and rows for embeddings are separated after the last layer."""
     assert kernels.available(print), "this test needs a C++ compiler"
-    if layer is Int8DotProductLinear and not torch.ops.serve_app.has_dot_products():
-        pytest.skip("this processor has no dot products of bytes and bfloat16")
     config = model_config(tiny.save("qwen3", tmp_path, tiny.FUSED), max_running=4, max_context=64)
     loaded = load(config, lambda stage: None)
     weights = fused_weights(loaded.model, [None] * 3, "int8", lambda weight, bias, **_: layer(weight, bias))

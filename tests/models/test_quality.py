@@ -141,12 +141,11 @@ every_quantized = pytest.mark.parametrize(
 
 def test_pack_chooses_the_fastest_layer_of_the_processor() -> None:
     assert kernels.available(lambda stage: None)
-    dots = torch.ops.serve_app.has_dot_products()
     for outputs in (48, 20):
         weight = torch.randn(outputs, 64)
-        assert type(pack(weight, None, "int8")) is (Int8DotProductLinear if dots else FbgemmInt8Linear)
-        assert not dots or type(pack(weight.bfloat16(), None, "none")) is DotProductLinear
-    assert type(pack(torch.randn(16, 40), None, "int8")) is FbgemmInt8Linear
+        assert type(pack(weight, None, "int8")) is Int8DotProductLinear
+        assert type(pack(weight.bfloat16(), None, "none")) is DotProductLinear
+    assert type(pack(torch.randn(16, 42), None, "int8")) is FbgemmInt8Linear
 
 
 @every_quantized

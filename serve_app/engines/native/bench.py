@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import itertools
 import json
+import os
 import random
 import statistics
 import sys
@@ -25,6 +26,7 @@ from serve_app.engines.adapters import LoadedAdapter
 from serve_app.engines.files.model_files import SourceError
 from serve_app.engines.native.bench_lora import random_adapters
 from serve_app.engines.native.engine import NativeEngine
+from serve_app.engines.native.isa import LEVELS, VARIABLE, environment
 from serve_app.engines.native.linear import pack
 from serve_app.engines.native.machine import NotEnoughMemory
 from serve_app.engines.native.runner import TorchRunner
@@ -39,6 +41,8 @@ _RUNNING, _LONG_PROMPT = 8, 512
 # Two prompts share their first _PREFIX tokens and differ in the last _TAIL.
 _PREFIX, _TAIL = 1000, 10
 _TIMEOUT_S = 600.0
+# The seed of the round before the measurements, whose prompts are no others': they would be in the prefix cache.
+_WARM_UP = -1
 # The grammar that `response_format` makes of a schema whose answers are longer than any output of this benchmark.
 _PERSON = {
     "type": "object",
@@ -74,6 +78,11 @@ class Round(NamedTuple):
 
 def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
+    if arguments.isa and os.environ.get(VARIABLE) != arguments.isa:
+        # torch and its libraries read these variables when they are imported.
+        given = sys.argv[1:] if argv is None else argv
+        command = [sys.executable, "-m", "serve_app.engines.native.bench", *given]
+        os.execve(sys.executable, command, {**os.environ, **environment(arguments.isa)})  # noqa: S606 (no shell)
     try:
         model = _model(arguments)
         made: list[tuple[TorchRunner, Limits]] = []
@@ -116,6 +125,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="replaces the value in the file")
     parser.add_argument("--draft", type=int, choices=range(8), help="draft tokens; replaces the value in the file")
+    parser.add_argument(
+        "--isa",
+        choices=LEVELS,
+        help="run as on a processor without the instruction sets beyond this level (default: all of this processor)",
+    )
     parser.add_argument(
         "--grammar", action="store_true", help="measure only the time that a JSON schema adds to each token"
     )
@@ -165,7 +179,7 @@ def _measure(engine: NativeEngine, runner: TorchRunner, limits: Limits, argument
         f"{'streams':>7}{'tok/s':>7}{'TTFT ms':>9}{'TPOT ms':>9}{'step ms':>9}{'model':>7}{'sample':>8}{'rest':>6}"
         f"{'bandwidth':>11}{'FLOPs':>7}"
     )
-    asyncio.run(_round(engine, runner, 1, arguments, seed=0))  # warm up
+    asyncio.run(_round(engine, runner, 1, arguments, _WARM_UP))
     for streams in arguments.streams:
         rounds = [asyncio.run(_round(engine, runner, streams, arguments, seed)) for seed in range(arguments.rounds)]
         m = Round(*(statistics.median(column) for column in zip(*rounds, strict=True)))
@@ -187,7 +201,7 @@ def _measure(engine: NativeEngine, runner: TorchRunner, limits: Limits, argument
 def _measure_grammar(engine: NativeEngine, runner: TorchRunner, arguments: argparse.Namespace) -> None:
     """Alternate rounds with and without a grammar, so that a slowdown of the machine affects both."""
     print(f"{'streams':>7}{'ms/token':>10}{'with JSON schema':>18}{'added':>8}")
-    asyncio.run(_round(engine, runner, 1, arguments, seed=0, grammar=_GRAMMAR))  # warm up
+    asyncio.run(_round(engine, runner, 1, arguments, _WARM_UP, grammar=_GRAMMAR))
     for streams in arguments.streams:
         pairs = [
             [asyncio.run(_round(engine, runner, streams, arguments, seed, each)).tpot_s for each in (None, _GRAMMAR)]
@@ -201,7 +215,7 @@ def _measure_adapters(engine: NativeEngine, runner: TorchRunner, arguments: argp
     """Alternate rounds of the model alone and with adapters, which the streams use in turn."""
     adapters = random_adapters(runner.forward_pass, arguments.adapters, arguments.rank, arguments.modules)
     print(f"{'streams':>7}{'tok/s':>8}{'with adapters':>15}{'ratio':>7}{'step ms':>9}{'with adapters':>15}")
-    asyncio.run(_round(engine, runner, 1, arguments, seed=0, adapters=adapters))  # warm up
+    asyncio.run(_round(engine, runner, 1, arguments, _WARM_UP, adapters=adapters))
     for streams in arguments.streams:
         pairs = [
             [asyncio.run(_round(engine, runner, streams, arguments, seed, adapters=each)) for each in ((), adapters)]

@@ -17,10 +17,6 @@
 
 #include "matmul.h"
 
-#ifdef __AVX512F__
-#include <immintrin.h>
-#endif
-
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -32,15 +28,11 @@ using at::Tensor;
 using bf16 = c10::BFloat16;
 using Optional = std::optional<Tensor>;
 
-// The number of floats in one register. Vectors wider than the processor's registers would spill to the stack.
-#ifdef __AVX512F__
-constexpr int W = 16;
-#else
-constexpr int W = 8;
-#endif
-typedef float Floats __attribute__((vector_size(4 * W)));
-typedef int32_t Ints __attribute__((vector_size(4 * W)));
-typedef uint32_t Bits __attribute__((vector_size(4 * W)));
+// Vectors wider than the processor's registers would spill to the stack.
+using dots::Bits;
+using dots::Floats;
+using dots::Ints;
+using dots::W;
 typedef uint16_t Halves __attribute__((vector_size(2 * W)));
 typedef int16_t Shorts __attribute__((vector_size(2 * W)));
 typedef int8_t Bytes __attribute__((vector_size(W)));
@@ -775,7 +767,6 @@ TORCH_LIBRARY(serve_app, library) {
       "attend(Tensor qkv, int heads, float scale, int window, Tensor slots, Tensor positions, Tensor keys, "
       "Tensor values, Tensor(a!) out, Tensor(b!)? out_scale) -> ()",
       &attend);
-  library.def("has_dot_products() -> bool", [] { return matmul::available; });
   library.def("pack_strips(Tensor weight) -> Tensor", &matmul::packed);
   library.def("linear_bfloat16(Tensor rows, Tensor weight, Tensor? bias, int outputs) -> Tensor",
               [](const Tensor& rows, const Tensor& weight, const Optional& bias, int64_t outputs) {

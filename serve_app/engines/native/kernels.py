@@ -14,13 +14,14 @@ from pathlib import Path
 import torch
 
 from serve_app.engines.files.disk_cache import CacheError, Report, Work, cache_subfolder, cached_file
+from serve_app.engines.native.isa import held_to
 
 logger = logging.getLogger(__name__)
 
 _SOURCE = Path(__file__).with_name("kernels.cpp")
-_HEADER = Path(__file__).with_name("matmul.h")
+_HEADERS = [_SOURCE.with_name(name) for name in ("matmul.h", "dots.h", "tiles.h")]
 # No -ffast-math: it makes the whole process flush denormals. ABI notes about vectors do not matter within one file.
-_FLAGS = ("-std=c++20", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-Wno-psabi")
+_FLAGS = ("-std=c++20", "-O3", "-fopenmp", "-fPIC", "-shared", "-Wno-psabi")
 _MATH_FLAGS = ("-fno-math-errno", "-fno-trapping-math")
 _BUILD_TIMEOUT_S = 300
 _POLL_S = 0.1
@@ -73,6 +74,13 @@ def start_build() -> None:
     _background.start()
 
 
+def expected() -> bool:
+    """Whether `available` will be true, unless the compiler fails. Raises UnknownIsa."""
+    if os.environ.get(_BUILD_ALLOWED) == "0" or platform.system() != "Linux":
+        return False
+    return _compiler() is not None or (cache_subfolder("kernels") / f"{key()}.so").exists()
+
+
 def available(report: Report) -> bool:
     """Whether `torch.ops.serve_app` has the operations; compiles and loads them if possible.
 
@@ -106,14 +114,17 @@ def build(report: Report, root: Path | None = None) -> Path:
 
 
 def key() -> str:
-    """A hash of everything that the machine code depends on: -march=native depends on the processor's flags."""
+    """A hash of everything that the machine code depends on: -march=native depends on the processor's flags.
+
+    Raises UnknownIsa.
+    """
     described = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
     processor = [line for line in described.splitlines() if line.startswith(("model name", "flags", "Features"))]
     parts = [
-        _SOURCE.read_text(),
-        _HEADER.read_text(),
+        *(path.read_text() for path in (_SOURCE, *_HEADERS)),
         torch.__version__,
         *_FLAGS,
+        _march(),
         *_MATH_FLAGS,
         platform.machine(),
         *processor,
@@ -121,8 +132,17 @@ def key() -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
+def _march() -> str:
+    isa = held_to()
+    return f"-march={'native' if isa is None else isa.march}"
+
+
+def _compiler() -> str | None:
+    return shutil.which(os.environ.get("CXX", "g++"))
+
+
 def _compile(target: Path) -> None:
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    compiler = _compiler()
     if compiler is None:
         raise Unavailable("no C++ compiler (install g++, or set CXX)")
     home = Path(torch.__file__).parent
@@ -130,7 +150,7 @@ def _compile(target: Path) -> None:
     openmp = [str(path) for path in sorted((home / "lib").glob("libgomp*.so*"))[:1]]
     includes = [f"-I{home / 'include'}", f"-I{home / 'include/torch/csrc/api/include'}"]
     libraries = ["-Wl,--as-needed", *openmp, f"-L{home / 'lib'}", "-ltorch_cpu", "-lc10"]
-    command = [compiler, *_FLAGS, *_MATH_FLAGS, *includes, str(_SOURCE), "-o", str(target), *libraries]
+    command = [compiler, *_FLAGS, _march(), *_MATH_FLAGS, *includes, str(_SOURCE), "-o", str(target), *libraries]
     done = subprocess.run(command, capture_output=True, text=True, timeout=_BUILD_TIMEOUT_S, check=False)
     if done.returncode != 0:
         raise Unavailable(f"{compiler} failed: {done.stderr[-500:]}")

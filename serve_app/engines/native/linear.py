@@ -42,10 +42,11 @@ class OneDnnLinear(_UnscaledLinear):
 
 
 class DotProductLinear(_UnscaledLinear):
-    """bfloat16 weights by matmul.h, with float32 rows that are rounded for the products only.
+    """bfloat16 weights by matmul.h, with float32 rows and float32 sums.
 
-    Takes 0.8 times the time of oneDNN up to 64 rows. For processors with dot products of bfloat16 vectors. Also used
-    where the processor has AMX tiles: with tiles the result of oneDNN for a row depends on the number of rows.
+    With AVX512-BF16 rows are rounded to bfloat16 for the products. Other processors widen the weights in registers.
+    Takes 0.8 times the time of oneDNN up to 64 rows with AVX512-BF16. Also used where the processor has AMX tiles: with
+    tiles the result of oneDNN for a row depends on the number of rows.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
@@ -234,10 +235,10 @@ def pack(
     weight, bias = weight.detach(), None if bias is None else bias.detach()
     if quantization == "int4" and int4.supports(weight.shape) and _int4_works():
         return Int4Linear(weight, bias, importance)
-    dot_products = _has_dot_products() and weight.shape[1] % 16 == 0
+    native = _has_products() and weight.shape[1] % 4 == 0
     if quantization != "none":
-        return Int8DotProductLinear(weight, bias) if dot_products else FbgemmInt8Linear(weight, bias)
-    if dot_products and weight.dtype == torch.bfloat16:
+        return Int8DotProductLinear(weight, bias) if native else FbgemmInt8Linear(weight, bias)
+    if native and weight.dtype == torch.bfloat16:
         return DotProductLinear(weight, bias)
     if weight.dtype == torch.bfloat16 and _onednn_works():
         return OneDnnLinear(weight, bias)
@@ -270,10 +271,9 @@ def replace_linears(model: torch.nn.Module, quantization: Quantization, head: to
             replace_linears(child, quantization, head)
 
 
-def _has_dot_products() -> bool:
-    """Whether the native operations are loaded and matmul.h has code for this processor."""
-    native = torch.ops.serve_app
-    return hasattr(native, "has_dot_products") and native.has_dot_products()
+def _has_products() -> bool:
+    """Whether the native operations are loaded."""
+    return hasattr(torch.ops.serve_app, "linear_int8")
 
 
 @cache

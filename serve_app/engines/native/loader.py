@@ -47,7 +47,7 @@ def load(config: Model, report: Report, folder: str | None = None) -> Loaded:
     folder = folder or resolve(config, report)
     report("loading weights")
     placement = config.device_map or ({"": device.index or 0} if device.type == "cuda" else None)
-    dtype = choose_dtype(config.dtype, device)
+    dtype = choose_dtype(config.dtype, device, folder)
     options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
     quantized: dict[str, Any] = {}
     if config.quantization not in ("none", "auto") and device.type == "cuda":

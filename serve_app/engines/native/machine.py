@@ -9,11 +9,13 @@ import os
 from pathlib import Path
 
 from serve_app.config import NativeOptions
+from serve_app.engines.native.isa import visible
 
 _PROC_MEMINFO = Path("/proc/meminfo")
 _PROC_CPUINFO = Path("/proc/cpuinfo")
 _PROC_CGROUP = Path("/proc/self/cgroup")
 _CGROUP = Path("/sys/fs/cgroup")
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _V1_NAMES = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 
 
@@ -57,10 +59,13 @@ def usable_cores(cgroup: Path = _CGROUP, own: Path = _PROC_CGROUP) -> int:
 
 
 def processor_flags(cpuinfo: Path = _PROC_CPUINFO) -> frozenset[str]:
-    """Instruction sets of the processor by Linux's names (`avx512_vnni`); empty where /proc/cpuinfo lists none."""
+    """Instruction sets of the processor by Linux's names (`avx512_vnni`), up to the level of SERVE_APP_ISA.
+
+    Empty where /proc/cpuinfo lists none. Raises UnknownIsa.
+    """
     lines = (line.partition(":") for line in _text(cpuinfo).splitlines())
     flags = next((flags for name, _, flags in lines if name.strip() in ("flags", "Features")), "")
-    return frozenset(flags.split())
+    return visible(set(flags.split()))
 
 
 def return_memory() -> None:
@@ -69,6 +74,19 @@ def return_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+def keep_step_memory() -> None:
+    """Let glibc keep the memory of a step's intermediate results for the next step.
+
+    By default it may map larger results for each call and unmap them, so that each of their pages is zeroed again: a
+    product of 1,024 rows with 3,072 outputs then took 8.5 ms instead of 3.9 (2 cores of a Sapphire Rapids). The values
+    are from mallopt(3): the largest threshold that glibc accepts, and eight results of that size.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 32 << 20)
+        mallopt(_M_TRIM_THRESHOLD, 256 << 20)
 
 
 def _bounded(cores: int, quota: str, period: str) -> int:

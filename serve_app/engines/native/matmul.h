@@ -1,10 +1,9 @@
-// Products of rows and packed weights with the processor's dot-product instructions (AVX512-BF16, AVX512-VNNI).
+// Products of rows and packed weights, by the processor's instructions for them (dots.h).
 //
 // Designed for the few rows of decode steps. Each thread takes the next strips of outputs when it is free, so that a
 // delayed thread does not delay the others, and prefetches the weights of its next strips while it computes. Weights
 // `[N, K]` are packed into strips of 16 outputs: `[ceil(N / 16), K / G, 16, G]`, where G adjacent elements of K fill 32
-// bits, which one instruction multiplies with the same G elements of a row. Each result is summed in the order of K and
-// does not depend on other rows.
+// bits. Each result is summed in the order of K and does not depend on other rows.
 #pragma once
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -14,27 +13,23 @@
 #include <optional>
 #include <vector>
 
-#if defined(__AVX512BF16__) && defined(__AVX512VNNI__)
-#define SERVE_APP_DOT_PRODUCTS 1
-#include <immintrin.h>
-#endif
+#include "dots.h"
+#include "tiles.h"
 
 namespace matmul {
 
 using at::Tensor;
-constexpr int64_t STRIP = 16;
-constexpr bool available =
-#ifdef SERVE_APP_DOT_PRODUCTS
-    true;
-#else
-    false;
-#endif
+using dots::Floats;
+using dots::Line;
+using dots::LINE;
+using dots::PARTS;
+using dots::STRIP;
+using dots::W;
 
 // Rows of one task: the rows and the strip's weights fit into the processor's cache together.
 constexpr int64_t ROWS = 64;
-// Strips of one task: with eight rows their sums fill the registers.
+// Strips of one task, which is a multiple of the strips whose sums are in registers at a time.
 constexpr int64_t STRIPS = 3;
-constexpr int64_t LINE = 64;
 // Prefetch distance in cache lines: the latency of the memory.
 constexpr int64_t AHEAD = 32;
 
@@ -54,54 +49,76 @@ struct Extra {
   virtual ~Extra() = default;
 };
 
-#ifdef SERVE_APP_DOT_PRODUCTS
+inline void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
 
-template <class V>
+// Rows `[count, K]`, packed weights and the result `[count, width]`.
+template <class Kind, int64_t GROUP>
 struct Operands {
-  using Value = V;
-  static constexpr int64_t G = 4 / sizeof(V);
+  using Dot = Kind;
+  static constexpr int64_t G = GROUP;
 
-  const V* rows;
-  const V* strips;
+  const typename Kind::Row* rows;
+  const char* strips;
   int64_t count, width, K;
   float* out;
   const float* bias;
 
-  // Mask of the outputs of a strip that exist: the last strip may have fewer than 16.
-  __mmask16 inside(int64_t column) const { return width - column < STRIP ? (1 << (width - column)) - 1 : 0xffff; }
+  int64_t steps() const { return K / G; }
+  const char* strip(int64_t number) const { return strips + number * steps() * LINE; }
+
+  // Part `p` of the values of a strip's outputs. The last strip may have fewer than 16 outputs.
+  Floats read(const float* values, int64_t column, int p) const {
+    Floats part = {};
+    if (width - column >= STRIP) std::memcpy(&part, values + column + p * W, sizeof part);
+    else
+      for (int64_t i = 0; i < std::min<int64_t>(W, width - column - p * W); i++) part[i] = values[column + p * W + i];
+    return part;
+  }
+
+  void write(Floats part, int64_t row, int64_t column, int p) const {
+    if (bias) part += read(bias, column, p);
+    float* to = out + row * width + column + p * W;
+    if (width - column >= STRIP) std::memcpy(to, &part, sizeof part);
+    else
+      for (int64_t i = 0; i < std::min<int64_t>(W, width - column - p * W); i++) to[i] = part[i];
+  }
 };
 
-struct Bfloat16 : Operands<at::BFloat16> {
-  using Sum = __m512;
-  static void dot(Sum& sum, __m512i pair, __m512i weights) {
-    sum = _mm512_dpbf16_ps(sum, (__m512bh)pair, (__m512bh)weights);
-  }
-
-  void store(Sum sum, int64_t row, int64_t column) const {
-    const __mmask16 some = inside(column);
-    if (bias) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(some, bias + column));
-    _mm512_mask_storeu_ps(out + row * width + column, some, sum);
+template <class Kind>
+struct Floating : Operands<Kind, 2> {
+  void store(Line<Floats> sum, int64_t row, int64_t column) const {
+    for (int p = 0; p < PARTS; p++) this->write(sum.part[p], row, column, p);
   }
 };
 
-// Weights are bytes with an offset of 128, which adds 128 times the sum of a row to each result; `store` subtracts it.
-struct Int8 : Operands<int8_t> {
-  using Sum = __m512i;
-  // With the intrinsic, GCC 12 copies each sum before and after the instruction, which doubles the time.
-  static void dot(Sum& sum, __m512i four, __m512i weights) {
-    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(weights), "v"(four));
-  }
+// Tiles add the products in another order than vectors: either compute all rows.
+struct Bfloat16 : Floating<dots::Bfloat16> {
+  static constexpr int64_t LEAST_TILE_ROWS = ROWS + 1;
+};
+struct TiledBfloat16 : Floating<dots::TiledBfloat16> {
+  static constexpr int64_t LEAST_TILE_ROWS = 1;
+};
+
+// The sums are exact, so that a row may be computed either way. Fewer rows take less time by vectors.
+struct Int8 : Operands<dots::Int8, 4> {
+  static constexpr int64_t LEAST_TILE_ROWS = 24;
 
   const float* scales;  // of the outputs
   const float* row_scales;
   const int32_t* row_sums;
 
-  void store(Sum sum, int64_t row, int64_t column) const {
-    const __mmask16 some = inside(column);
-    __m512 y = _mm512_cvtepi32_ps(_mm512_sub_epi32(sum, _mm512_slli_epi32(_mm512_set1_epi32(row_sums[row]), 7)));
-    y = _mm512_mul_ps(_mm512_mul_ps(y, _mm512_maskz_loadu_ps(some, scales + column)), _mm512_set1_ps(row_scales[row]));
-    if (bias) y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(some, bias + column));
-    _mm512_mask_storeu_ps(out + row * width + column, some, y);
+  void store(Line<dots::Ints> sum, int64_t row, int64_t column) const {
+    const int32_t offset = Dot::OFFSET ? row_sums[row] * 128 : 0;
+    for (int p = 0; p < PARTS; p++) {
+      const Floats exact = __builtin_convertvector(sum.part[p] - offset, Floats);
+      write(exact * read(scales, column, p) * row_scales[row], row, column, p);
+    }
   }
 };
 
@@ -115,26 +132,25 @@ struct Next {
 // memory, so that the tile prefetches them AHEAD lines ahead; the later tiles prefetch the strips of the next task.
 template <class D, int R, int S, bool FIRST>
 int64_t tile(const D& d, int64_t row, int64_t strip, Next next) {
-  typename D::Sum sums[R][S] = {};
-  const int64_t steps = d.K / D::G;
+  using Dot = typename D::Dot;
+  typename Dot::Sum sums[R][S] = {};
+  const int64_t steps = d.steps();
   const auto* x = d.rows + row * d.K;
-  const char* w = (const char*)(d.strips + strip * STRIP * d.K);
+  const char* w = d.strip(strip);
   for (int64_t k = 0; k < steps; k++) {
-    __m512i weights[S];
+    typename Dot::Weights weights[S];
     const char* soon = k + AHEAD < steps ? w + AHEAD * LINE : next.lines + (AHEAD - steps) * LINE;
 #pragma GCC unroll 8
     for (int s = 0; s < S; s++) {
-      weights[s] = _mm512_loadu_si512(w + (s * steps + k) * LINE);
-      if (FIRST) _mm_prefetch(soon + (s * steps + k) * LINE, _MM_HINT_T0);
+      weights[s] = Dot::load(w + (s * steps + k) * LINE);
+      if (FIRST) __builtin_prefetch(soon + (s * steps + k) * LINE, 0, 3);
     }
-    if (!FIRST) _mm_prefetch(next.lines + k * next.stride, _MM_HINT_T1);
+    if (!FIRST) __builtin_prefetch(next.lines + k * next.stride, 0, 2);
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
-      int32_t neighbours;
-      std::memcpy(&neighbours, x + r * d.K + k * D::G, 4);
-      const __m512i everywhere = _mm512_set1_epi32(neighbours);
+      const auto everywhere = Dot::spread(x + r * d.K + k * D::G);
 #pragma GCC unroll 8
-      for (int s = 0; s < S; s++) D::dot(sums[r][s], everywhere, weights[s]);
+      for (int s = 0; s < S; s++) Dot::dot(sums[r][s], everywhere, weights[s]);
     }
   }
 #pragma GCC unroll 8
@@ -144,20 +160,70 @@ int64_t tile(const D& d, int64_t row, int64_t strip, Next next) {
   return R;
 }
 
-template <class D, int S, bool FIRST>
+// The tile of the most rows, R or R divided by a power of two, that are left.
+template <class D, int R, int S, bool FIRST>
 int64_t largest_tile(const D& d, int64_t row, int64_t end, int64_t strip, Next next) {
-  if (end - row >= 8) return tile<D, 8, S, FIRST>(d, row, strip, next);
-  if (end - row >= 4) return tile<D, 4, S, FIRST>(d, row, strip, next);
-  if (end - row >= 2) return tile<D, 2, S, FIRST>(d, row, strip, next);
-  return tile<D, 1, S, FIRST>(d, row, strip, next);
+  if constexpr (R > 1)
+    if (end - row < R) return largest_tile<D, R / 2, S, FIRST>(d, row, end, strip, next);
+  return tile<D, R, S, FIRST>(d, row, strip, next);
 }
 
 template <class D, int S>
 void rows_times(const D& d, int64_t row, int64_t end, int64_t strip, int64_t next_strip) {
-  const int64_t later = std::max<int64_t>(1, (end - row - 1) / 8);
-  Next next{(const char*)(d.strips + next_strip * STRIP * d.K), LINE * S / later};
-  row += largest_tile<D, S, true>(d, row, end, strip, next);
-  for (; row < end; next.lines += d.K / D::G * next.stride) row += largest_tile<D, S, false>(d, row, end, strip, next);
+  constexpr int R = D::Dot::ROWS;
+  const int64_t later = std::max<int64_t>(1, (end - row - 1) / R);
+  Next next{d.strip(next_strip), LINE * S / later};
+  row += largest_tile<D, R, S, true>(d, row, end, strip, next);
+  for (; row < end; next.lines += d.steps() * next.stride) row += largest_tile<D, R, S, false>(d, row, end, strip, next);
+}
+
+// Rows of a block by AMX tiles, 16 at a time; returns the first row that is left.
+template <class D>
+int64_t tile_rows(const D& d, const Block& block, [[maybe_unused]] int64_t next_strip) {
+  int64_t row = block.row;
+#ifdef SERVE_APP_TILES
+  using Sum = std::conditional_t<std::is_same_v<D, Int8>, int32_t, float>;
+  const int64_t strips = block.last - block.strip, bytes = d.K * sizeof(*d.rows);
+  if (!tiles::usable || bytes % tiles::DEPTH || block.end - row < D::LEAST_TILE_ROWS) return row;
+  // The sums of all rows are computed before the first is read: a vector that was just stored by a tile is slow to read.
+  Sum sums[ROWS / tiles::ROWS][STRIPS][tiles::ROWS][STRIP];
+  const tiles::Configuration configuration;
+  const char* next = d.strip(next_strip);
+  while (block.end - row >= D::LEAST_TILE_ROWS) {
+    const int64_t groups = block.end - row > tiles::ROWS ? 2 : 1;
+    const auto product = groups == 2 ? &tiles::strips_product<Sum, 2> : &tiles::strips_product<Sum, 1>;
+    product((const char*)(d.rows + row * d.K), bytes, d.strip(block.strip), strips, next, sums + (row - block.row) / tiles::ROWS);
+    row = std::min(row + groups * tiles::ROWS, block.end);
+  }
+  // The product of one group prefetches the weights itself.
+  const int64_t lines = row - block.row > tiles::ROWS ? strips * d.steps() / (row - block.row) : 0;
+  for (int64_t r = 0; r < row - block.row; r++)
+    for (int64_t s = 0; s < strips; s++) {
+      for (int64_t i = 0; s == 0 && i < lines; i++) __builtin_prefetch(next + (r * lines + i) * LINE, 0, 2);
+      typename D::Dot::Sum sum;
+      std::memcpy(&sum.part[0], sums[r / tiles::ROWS][s][r % tiles::ROWS], sizeof sum);
+      d.store(sum, block.row + r, (block.strip + s) * STRIP);
+    }
+#endif
+  return row;
+}
+
+// The product of a block by vectors, as many strips at a time as the registers hold.
+template <class D>
+void vector_product(const D& d, const Block& block, int64_t next_strip) {
+  constexpr int S = D::Dot::STRIPS;
+  int64_t strip = block.strip;
+  for (; strip + S <= block.last; strip += S)
+    rows_times<D, S>(d, block.row, block.end, strip, strip + 2 * S <= block.last ? strip + S : next_strip);
+  if (S == 3 && block.last - strip == 2) rows_times<D, 2>(d, block.row, block.end, strip, next_strip);
+  else if (strip < block.last) rows_times<D, 1>(d, block.row, block.end, strip, next_strip);
+}
+
+template <class D>
+void block_product(const D& d, const Block& block, int64_t next_strip) {
+  const int64_t row = tile_rows(d, block, next_strip);
+  if constexpr (!std::is_same_v<D, TiledBfloat16>)
+    if (row < block.end) vector_product(d, {row, block.end, block.strip, block.last}, next_strip);
 }
 
 // Each thread takes the next task, of STRIPS times ROWS, when it is free, one task ahead so that it can prefetch.
@@ -178,25 +244,20 @@ void multiply(const D& d, const Extra* extra) {
         ended++;
         continue;
       }
-      const int64_t task = number - first, row = task / groups * ROWS, end = std::min(d.count, row + ROWS);
-      const int64_t strip = task % groups * STRIPS, left = strips - strip, next = (later - first) % groups * STRIPS;
-      const Block block{row, end, strip, std::min(strips, strip + STRIPS)};
+      const int64_t task = number - first, row = task / groups * ROWS, strip = task % groups * STRIPS;
+      const Block block{row, std::min(d.count, row + ROWS), strip, std::min(strips, strip + STRIPS)};
       if (extra) extra->ahead(block);
-      if (left >= 3) rows_times<D, 3>(d, row, end, strip, next);
-      else if (left == 2) rows_times<D, 2>(d, row, end, strip, next);
-      else rows_times<D, 1>(d, row, end, strip, next);
+      block_product(d, block, (later - first) % groups * STRIPS);
       if (!extra) continue;
       waiting.push_back(block);
       if (ended.load(std::memory_order_acquire) < first) continue;
       for (const Block& each : waiting) extra->after(d.out, d.width, each);
       waiting.clear();
     }
-    while (!waiting.empty() && ended.load(std::memory_order_acquire) < first) _mm_pause();
+    while (!waiting.empty() && ended.load(std::memory_order_acquire) < first) pause();
     for (const Block& each : waiting) extra->after(d.out, d.width, each);
   });
 }
-
-#endif
 
 inline Tensor packed(const Tensor& weight) {
   const int64_t G = 4 / weight.element_size(), N = weight.size(0), K = weight.size(1);
@@ -205,57 +266,82 @@ inline Tensor packed(const Tensor& weight) {
   return whole.reshape({-1, STRIP, K / G, G}).permute({0, 2, 1, 3}).contiguous();
 }
 
-// Float rows `[N, K]`, which this function rounds to bfloat16, and packed weights of `width` outputs -> `[N, width]`.
+// The rows in another type. Tiles also read the rows after the last one, up to a multiple of 16.
+inline Tensor padded(const Tensor& rows, at::ScalarType type) {
+  if (type == rows.scalar_type()) return rows;
+  const int64_t count = rows.size(0);
+  Tensor copy = at::empty({(count + tiles::ROWS - 1) / tiles::ROWS * tiles::ROWS, rows.size(1)}, rows.options().dtype(type));
+  copy.narrow(0, 0, count).copy_(rows);
+  return copy;
+}
+
+// Float rows `[N, K]` and packed weights of `width` outputs -> `[N, width]`.
 inline Tensor bfloat16(const Tensor& rows, const Tensor& weight, const std::optional<Tensor>& bias, int64_t width,
                        const Extra* extra = nullptr) {
-#ifdef SERVE_APP_DOT_PRODUCTS
   const int64_t K = rows.size(1);
   TORCH_CHECK(rows.is_contiguous() && rows.scalar_type() == at::kFloat && (!bias || bias->numel() == width));
   TORCH_CHECK(weight.is_contiguous() && weight.scalar_type() == at::kBFloat16 && weight.size(1) * 2 == K);
   TORCH_CHECK(width <= weight.size(0) * STRIP);
-  const Tensor halves = rows.to(at::kBFloat16);
   Tensor out = at::empty({rows.size(0), width}, rows.options());
-  multiply(Bfloat16{{halves.const_data_ptr<at::BFloat16>(), weight.const_data_ptr<at::BFloat16>(), rows.size(0), width,
-                     K, out.data_ptr<float>(), bias ? bias->const_data_ptr<float>() : nullptr}},
-           extra);
-  return out;
-#else
-  TORCH_CHECK(false, "this processor has no bfloat16 dot products");
+  const auto multiply_as = [&](auto kind) {
+    using D = decltype(kind);
+    using Row = typename D::Dot::Row;
+    const Tensor read = padded(rows, c10::CppTypeToScalarType<Row>::value);
+    multiply(D{{{read.const_data_ptr<Row>(), (const char*)weight.const_data_ptr(), rows.size(0), width, K,
+                 out.data_ptr<float>(), bias ? bias->const_data_ptr<float>() : nullptr}}},
+             extra);
+  };
+#ifdef SERVE_APP_TILES
+  if (tiles::usable && 2 * K % tiles::DEPTH == 0) {
+    multiply_as(TiledBfloat16{});
+    return out;
+  }
 #endif
+  multiply_as(Bfloat16{});
+  return out;
+}
+
+// Rounds K numbers in [-1, 1] to levels up to 127 and returns the sum of the levels.
+inline int32_t quantize(const float* from, dots::Int8::Row* to, int64_t K) {
+  int32_t sum = 0;
+  if constexpr (std::is_same_v<dots::Int8::Row, int8_t>) {
+    for (int64_t i = 0; i < K; i++) {
+      const int32_t level = (int32_t)std::nearbyint(from[i] * 127.f);
+      to[i] = (dots::Int8::Row)level;
+      sum += level;
+    }
+    return sum;
+  }
+  for (int64_t i = 0; i < K; i += 4) {
+    int8_t four[4];
+    for (int j = 0; j < 4; j++) sum += four[j] = (int8_t)std::nearbyint(from[i + j] * 127.f);
+    dots::Int8::place(to + i, four);
+  }
+  return sum;
 }
 
 // Float rows `[>= N, K]` in [-1, 1] with multipliers `[N]`, packed weights of one byte with an offset of 128, and the
 // scales `[M]` of the outputs -> floats `[N, M]`.
 inline Tensor int8(const Tensor& rows, const Tensor& weight, const Tensor& scales, const std::optional<Tensor>& bias,
                    const Tensor& row_scales, const Extra* extra = nullptr) {
-#ifdef SERVE_APP_DOT_PRODUCTS
+  using Row = Int8::Dot::Row;
   const int64_t count = row_scales.numel(), K = rows.size(1), width = scales.numel();
-  TORCH_CHECK(rows.is_contiguous() && rows.scalar_type() == at::kFloat && rows.size(0) >= count && K % 16 == 0);
+  TORCH_CHECK(rows.is_contiguous() && rows.scalar_type() == at::kFloat && rows.size(0) >= count && K % 4 == 0);
   TORCH_CHECK(weight.is_contiguous() && weight.scalar_type() == at::kByte && weight.size(1) * 4 == K);
   TORCH_CHECK(width <= weight.size(0) * STRIP && (!bias || bias->numel() == width));
-  Tensor bytes = at::empty({count, K}, at::kChar), sums = at::empty({count}, at::kInt);
+  // Tiles read rows up to a multiple of their number.
+  Tensor levels = at::empty({(count + tiles::ROWS - 1) / tiles::ROWS * tiles::ROWS, K}, c10::CppTypeToScalarType<Row>::value);
+  Tensor sums = at::empty({count}, at::kInt);
   Tensor out = at::empty({count, width}, at::kFloat);
   at::parallel_for(0, count, std::max<int64_t>(1, 16384 / K), [&](int64_t first, int64_t last) {
-    for (int64_t row = first; row < last; row++) {
-      const float* from = rows.const_data_ptr<float>() + row * K;
-      int8_t* to = bytes.data_ptr<int8_t>() + row * K;
-      __m512i sum = {};
-      for (int64_t i = 0; i < K; i += 16) {
-        const __m512i level = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(from + i), _mm512_set1_ps(127)));
-        _mm_storeu_si128((__m128i*)(to + i), _mm512_cvtsepi32_epi8(level));
-        sum = _mm512_add_epi32(sum, level);
-      }
-      sums.data_ptr<int32_t>()[row] = _mm512_reduce_add_epi32(sum);
-    }
+    for (int64_t row = first; row < last; row++)
+      sums.data_ptr<int32_t>()[row] = quantize(rows.const_data_ptr<float>() + row * K, levels.data_ptr<Row>() + row * K, K);
   });
-  multiply(Int8{{bytes.const_data_ptr<int8_t>(), (const int8_t*)weight.const_data_ptr<uint8_t>(), count, width, K,
+  multiply(Int8{{levels.const_data_ptr<Row>(), (const char*)weight.const_data_ptr(), count, width, K,
                  out.data_ptr<float>(), bias ? bias->const_data_ptr<float>() : nullptr},
                 scales.const_data_ptr<float>(), row_scales.const_data_ptr<float>(), sums.const_data_ptr<int32_t>()},
            extra);
   return out;
-#else
-  TORCH_CHECK(false, "this processor has no int8 dot products");
-#endif
 }
 
 }  // namespace matmul

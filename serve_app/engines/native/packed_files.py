@@ -100,7 +100,7 @@ def _key(config: Model, folder: str) -> str:
     parts = (
         str(root.resolve()),
         [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats],
-        str(choose_dtype(config.dtype, torch.device("cpu"))),
+        str(choose_dtype(config.dtype, torch.device("cpu"), folder)),
         config.quantization,
         kernels.key(),
         version("transformers"),

@@ -26,10 +26,14 @@ def choose_quantization(
     `flags` are the processor's instruction sets by Linux's names, `device` is `cpu` or `cuda`, and `not_fused` is the
     reason why the model does not run on the fused path, if it does not.
 
-    `auto` is int8 on CPU on the fused path, if the processor has AVX512-VNNI but not AVX512-BF16. Measured over HTTP at
-    1, 8 and 32 streams on Ice Lake: 40, 58 and 145 tokens/s in float32, 95, 232 and 430 in int8. With AVX512-BF16 the
-    model runs in bfloat16, which loses less quality. AVX-VNNI without AVX-512 (Alder Lake) does not count: matmul.h is
-    compiled for AVX-512 only, and fbgemm has no kernel for it, so that FbgemmInt8Linear multiplies each row twice.
+    `auto` is int8 on CPU on the fused path, if the processor is an x86 with AVX2 and without AVX512-BF16. With
+    AVX512-BF16 the model runs in bfloat16, which loses less quality. Tokens/s of the embedded model in the engine at 1,
+    8 and 32 streams, by `bench --isa` on 2 cores of a Sapphire Rapids:
+
+        level          bfloat16           int8
+        avx2           65, 249, 315   115, 295, 334
+        avx_vnni       65, 250, 324   134, 545, 747
+        avx512_vnni    90, 391, 514   177, 627, 924
     """
     if requested != "auto":
         return Choice(requested, "set by the configuration")
@@ -39,8 +43,6 @@ def choose_quantization(
         return Choice("none", f"auto quantizes on the fused path only: {not_fused}")
     if "avx512_bf16" in flags:
         return Choice("none", "the processor multiplies bfloat16 (AVX512-BF16)")
-    if "avx512_vnni" in flags:
-        return Choice("int8", "the processor has AVX512-VNNI and no AVX512-BF16")
-    if "avx_vnni" in flags:
-        return Choice("none", "the int8 layers have no code for AVX-VNNI without AVX-512")
-    return Choice("none", "the processor has no AVX512-VNNI")
+    if "avx2" in flags:
+        return Choice("int8", "the processor has no AVX512-BF16")
+    return Choice("none", "the processor has no AVX2")

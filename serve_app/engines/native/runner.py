@@ -21,7 +21,13 @@ from serve_app.engines.native.forward import ForwardPass
 from serve_app.engines.native.fused import FusedModel
 from serve_app.engines.native.fused_weights import FusedWeights
 from serve_app.engines.native.kv_cache import BLOCK, CacheOp
-from serve_app.engines.native.machine import available_bytes, kv_tokens_that_fit, return_memory, usable_cores
+from serve_app.engines.native.machine import (
+    available_bytes,
+    keep_step_memory,
+    kv_tokens_that_fit,
+    return_memory,
+    usable_cores,
+)
 from serve_app.engines.native.prepared import ModelFacts, Prepared
 from serve_app.engines.native.quantization import Quantization
 from serve_app.engines.native.rows import rows_of
@@ -95,6 +101,7 @@ class TorchRunner:
         if not prepared.mapped_bytes:
             del prepared  # the fused path has its own weights
             return_memory()
+        keep_step_memory()
         return runner
 
     @property

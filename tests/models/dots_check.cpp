@@ -1,0 +1,64 @@
+// Compares the lines of dots.h with a plain loop over K: rows times 16 outputs, int8 and bfloat16, with two lengths.
+#include <cmath>
+#include <cstdio>
+#include <random>
+#include <vector>
+
+#include "dots.h"
+
+using namespace dots;
+
+std::mt19937 draw(1);
+int level() { return (int)(draw() % 255) - 127; }
+
+int wrong_integers(int K) {
+  std::vector<int> weights(STRIP * K), row(K);
+  for (int& value : weights) value = level();
+  for (int& value : row) value = level();
+  std::vector<char> packed(STRIP * K);
+  for (int n = 0; n < STRIP; n++)
+    for (int k = 0; k < K; k++) packed[k / 4 * LINE + n * 4 + k % 4] = (char)(weights[n * K + k] + 128);
+  std::vector<Int8::Row> placed(K);
+  int total = 0, wrong = 0;
+  for (int k = 0; k < K; k += 4) {
+    int8_t four[4];
+    for (int j = 0; j < 4; j++) total += four[j] = (int8_t)row[k + j];
+    Int8::place(placed.data() + k, four);
+  }
+  Int8::Sum sum = {};
+  for (int k = 0; k < K; k += 4)
+    Int8::dot(sum, Int8::spread(placed.data() + k), Int8::load(packed.data() + k / 4 * LINE));
+  for (int n = 0; n < STRIP; n++) {
+    int expected = Int8::OFFSET ? 128 * total : 0;
+    for (int k = 0; k < K; k++) expected += weights[n * K + k] * row[k];
+    wrong += sum.part[n / W][n % W] != expected;
+  }
+  return wrong;
+}
+
+int wrong_floats(int K) {
+  std::vector<c10::BFloat16> packed(STRIP * K);
+  std::vector<float> weights(STRIP * K), row(K);
+  for (int k = 0; k < K; k++) row[k] = level() / 8.f;
+  std::vector<Bfloat16::Row> rows(row.begin(), row.end());
+  for (int n = 0; n < STRIP; n++)
+    for (int k = 0; k < K; k++) weights[n * K + k] = packed[k / 2 * 32 + n * 2 + k % 2] = level() / 64.f;
+  Bfloat16::Sum sum = {};
+  for (int k = 0; k < K; k += 2)
+    Bfloat16::dot(sum, Bfloat16::spread(rows.data() + k), Bfloat16::load((const char*)(packed.data() + k / 2 * 32)));
+  int wrong = 0;
+  for (int n = 0; n < STRIP; n++) {
+    double expected = 0;
+    for (int k = 0; k < K; k++) expected += (double)weights[n * K + k] * row[k];
+    wrong += !(std::fabs(sum.part[n / W][n % W] - expected) <= 1e-4 * (1 + std::fabs(expected)));
+  }
+  return wrong;
+}
+
+int main() {
+  int wrong = 0, values = 0;
+  for (int K : {4, 64})
+    for (int row = 0; row < 3; row++, values += 2 * STRIP) wrong += wrong_integers(K) + wrong_floats(K);
+  std::printf("%d of %d values are wrong\n", wrong, values);
+  return wrong != 0;
+}
