@@ -194,7 +194,7 @@ def test_the_computing_half_of_the_native_engine_needs_torch_or_a_part_of_it() -
             imports(path.read_text()), {*DECIDING_MODULES, "serve_app.engines.text", "serve_app.config", *BASE}
         )
     }
-    assert could == DECIDING | {"machine", "quantization"}, "these two decide for the computing half"
+    assert could == DECIDING | {"quantization"}, "it decides for the computing half"
 
 
 @pytest.mark.parametrize("path", SOURCES)

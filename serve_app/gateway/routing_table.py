@@ -5,18 +5,17 @@ from __future__ import annotations
 import math
 import random
 from array import array
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from threading import Lock
 
 from serve_app.core.routing import ReplicaLoad, RoutingKey, home_of_session
+from serve_app.gateway.prefix_holders import PrefixHolders
 
 # A running sequence delays a prompt as so many more tokens of the prompt would: it takes a row of each step, and it
 # says how many answers the replica computes already.
 RUNNING_TOKENS = 32.0
-# Replicas that are compared for each block of a prompt, and replicas that are compared whatever the prompt.
-_PER_BLOCK = 8
-_MOST_HOLDERS = 24
+# Replicas that are compared whatever the prompt.
 _OTHERS = 4
 # A request of a session goes to the replica of the session unless it has so many tokens more to compute than another.
 _SESSION_TOKENS = 1024.0
@@ -70,9 +69,9 @@ class RoutingTable:
     def __init__(self, seed: int | None = None) -> None:
         self._lock = Lock()
         self._replicas: dict[str, _Replica] = {}
-        self._holders: dict[int, set[str]] = {}
         self._assigned: dict[object, str] = {}  # "" until the request is sent
         self._random = random.Random(seed)
+        self._holders = PrefixHolders(self._random)
 
     def report(self, replica: str, load: ReplicaLoad, now: float) -> None:
         """Take in a replica's report. A request that was sent before its last report is part of this one."""
@@ -86,15 +85,15 @@ class RoutingTable:
             known.reported = set(known.sent)
             if load.digests is not None:
                 found = set(array("Q", load.digests))
-                self._drop(replica, known.digests - found)
-                self._hold(replica, found - known.digests)
+                self._holders.drop(replica, known.digests - found)
+                self._holders.hold(replica, found - known.digests)
                 known.digests = found
 
     def left(self, replica: str, now: float) -> None:
         """Note the last report of a replica. It gets no more requests, although Ray may still know it."""
         with self._lock:
             known = self._replicas.setdefault(replica, _Replica())
-            self._drop(replica, known.digests)
+            self._holders.drop(replica, known.digests)
             self._replicas[replica] = _Replica(heard=now, lost_at=math.inf)
 
     def prune(self, now: float) -> None:
@@ -102,7 +101,7 @@ class RoutingTable:
         with self._lock:
             gone = [name for name, known in self._replicas.items() if known.silent(now, _GONE_S)]
             for replica in gone:
-                self._drop(replica, self._replicas.pop(replica).digests)
+                self._holders.drop(replica, self._replicas.pop(replica).digests)
 
     def choose(self, replicas: Sequence[str], key: RoutingKey, now: float) -> list[str]:
         """The replicas among `replicas` that suit a request best, the best first; at most a few.
@@ -111,7 +110,7 @@ class RoutingTable:
         """
         with self._lock:
             usable = self._usable(replicas, now)
-            matched = self._matched(key.digests, set(usable))
+            matched = self._holders.matched(key.digests, set(usable))
             block = key.tokens / max(1, len(key.digests))
             others = self._random.sample(usable, min(_OTHERS if matched else 2, len(usable)))
             preferred = home_of_session(key.session, usable) if key.session else None
@@ -139,7 +138,7 @@ class RoutingTable:
             known.sent[request] = key.tokens * (1 - matched / max(1, len(key.digests))) + RUNNING_TOKENS
             new = {digest for digest in key.digests if digest not in known.digests}
             known.digests |= new
-            self._hold(replica, new)
+            self._holders.hold(replica, new)
 
     def lost(self, replica: str, now: float) -> None:
         """Note that a replica was lost. It gets no more requests until it reports again."""
@@ -190,30 +189,3 @@ class RoutingTable:
         replica = self._assigned.pop(request, "")
         if known := self._replicas.get(replica):
             known.sent.pop(request, None)
-
-    def _hold(self, replica: str, digests: set[int]) -> None:
-        for digest in digests:
-            self._holders.setdefault(digest, set()).add(replica)
-
-    def _matched(self, digests: Sequence[int], allowed: Collection[str]) -> dict[str, int]:
-        """The number of leading blocks that replicas have, for the replicas with most of them."""
-        found: dict[str, int] = {}
-        for count in range(len(digests), 0, -1):
-            holders = self._holders.get(digests[count - 1])
-            if not holders:
-                continue
-            few = holders if len(holders) <= _PER_BLOCK else self._random.sample(tuple(holders), _PER_BLOCK)
-            for replica in few:
-                if replica in allowed:
-                    found.setdefault(replica, count)
-            if len(found) >= _MOST_HOLDERS or len(found) == len(allowed):
-                break
-        return found
-
-    def _drop(self, replica: str, digests: set[int]) -> None:
-        for digest in digests:
-            holders = self._holders.get(digest)
-            if holders is not None:
-                holders.discard(replica)
-                if not holders:
-                    del self._holders[digest]

@@ -123,7 +123,7 @@ def test_a_report_replaces_the_known_beginnings_and_one_without_them_keeps_them(
     routes.report("c", load(0, 0, 1), 0.0)
     assert routes.choose(REPLICAS, key(1, 2, 3), 0.0)[0] == "c"
     routes.left("c", 0.0)
-    assert not routes._holders.get(1)
+    assert not routes._holders.matched([1], REPLICAS)
 
 
 def test_a_session_stays_at_its_replica_until_that_is_much_busier() -> None:

@@ -9,6 +9,8 @@ import os
 from collections.abc import Set
 from dataclasses import dataclass
 
+from serve_app.engines.files.model_files import SourceError
+
 VARIABLE = "SERVE_APP_ISA"
 
 
@@ -38,7 +40,7 @@ LEVELS = {
 _BEYOND = ("amx_tile", "amx_int8", "amx_bf16", "avx512_fp16")
 
 
-class UnknownIsa(ValueError):
+class UnknownIsa(SourceError):
     """The value of SERVE_APP_ISA is no level; the message names the levels."""
 
 
