@@ -11,7 +11,7 @@ import pytest
 from alerts.settings import DEAD_MAN_SILENCE_S
 from tests.alerts.live import HEALTHY, VICTIM, ModelOutage, ServiceOutage
 
-pytestmark = [pytest.mark.system, pytest.mark.timeout(720)]
+pytestmark = [pytest.mark.system, pytest.mark.ci, pytest.mark.timeout(720)]
 
 PROMISED_S = 150
 DEAD_MAN_S = 180

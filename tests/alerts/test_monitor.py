@@ -136,6 +136,7 @@ def test_it_starts_and_stops_everything_without_settings(tmp_path: Path) -> None
 
 @pytest.mark.system
 @pytest.mark.timeout(720)
+@pytest.mark.ci
 def test_it_reports_when_the_service_and_ray_appear_and_disappear(reported: str) -> None:
     """The environment has a proxy, which is not used for loopback. The story runs in the background (changes.py),
     because Prometheus notices a change after up to 15 s."""
