@@ -59,7 +59,7 @@ test:
 	$(VENV)/bin/python -m pytest -m "$(QUICK) and not ($(QUIET))" $(ARGS)
 
 # Tests that take longer than `make test` has. .ci/run runs both.
-test-ci: $(VENV)/test.done $(AUDIT)/clients.done
+test-ci: $(VENV)/test.done $(CLIENTS)/clients.done $(AUDIT)/clients.done
 	$(VENV)/bin/python -m pytest -m "ci and not vllm" $(ARGS)
 
 test-long: check $(CLIENTS)/clients.done $(CLIENTS_OPENAI2)/clients.done $(VLLM)/vllm.done
