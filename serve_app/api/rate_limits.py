@@ -11,13 +11,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serve_app.core.quotas import CallQuota, RateLimit, current_call
 
 _ANTHROPIC = "/v1/messages"
-_PARTS = ("limit", "remaining", "reset")
-OPENAI_NAMES = tuple(f"x-ratelimit-{part}-{kind}" for kind in ("requests", "tokens") for part in _PARTS)
-ANTHROPIC_NAMES = tuple(
-    f"anthropic-ratelimit-{kind}-{part}"
-    for kind in ("requests", "tokens", "input-tokens", "output-tokens")
-    for part in _PARTS
-)
 
 
 class RateLimitHeaders:
@@ -88,3 +81,7 @@ def _instant(rate: RateLimit) -> str:
     """RFC 3339 in whole seconds."""
     at = datetime.now(UTC) + timedelta(seconds=ceil(rate.reset_s))
     return at.strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+_BOTH_LIMITS = CallQuota(requests=RateLimit(0, 0, 0.0), tokens=RateLimit(0, 0, 0.0))
+OPENAI_NAMES, ANTHROPIC_NAMES = tuple(openai_headers(_BOTH_LIMITS)), tuple(anthropic_headers(_BOTH_LIMITS))

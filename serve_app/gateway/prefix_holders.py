@@ -17,10 +17,6 @@ class PrefixHolders:
         self._of: dict[int, set[str]] = {}
         self._random = random
 
-    def __len__(self) -> int:
-        """The number of blocks that any replica holds."""
-        return len(self._of)
-
     def hold(self, replica: str, digests: set[int]) -> None:
         for digest in digests:
             self._of.setdefault(digest, set()).add(replica)

@@ -92,8 +92,7 @@ class RoutingTable:
     def left(self, replica: str, now: float) -> None:
         """Note the last report of a replica. It gets no more requests, although Ray may still know it."""
         with self._lock:
-            known = self._replicas.setdefault(replica, _Replica())
-            self._holders.drop(replica, known.digests)
+            self._holders.drop(replica, self._replicas.get(replica, _UNKNOWN).digests)
             self._replicas[replica] = _Replica(heard=now, lost_at=math.inf)
 
     def prune(self, now: float) -> None:

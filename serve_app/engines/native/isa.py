@@ -30,7 +30,7 @@ class Isa:
 
 # From the least to the most. AVX-VNNI belongs to processors without AVX-512, so that it is no step to the others.
 LEVELS = {
-    "avx2": Isa("haswell", "avx2", "AVX2", "AVX2", ()),
+    "avx2": Isa("haswell", "avx2", "AVX2", "AVX2", ("avx2", "fma")),
     "avx_vnni": Isa("alderlake", "avx2", "AVX2_VNNI", "AVX2", ("avx_vnni",)),
     "avx512": Isa("skylake-avx512", "avx512", "AVX512_CORE", "AVX512", ("avx512f", "avx512bw", "avx512dq", "avx512vl")),
     "avx512_vnni": Isa("icelake-server", "avx512", "AVX512_CORE_VNNI", "AVX512_E1", ("avx512_vnni",)),
