@@ -14,7 +14,7 @@ from infra_pulumi.charts import Chart, charts
 from infra_pulumi.objects import namespace_objects
 from infra_pulumi.prepull import prepull_objects
 from infra_pulumi.rayservice import Images, image_in, rayservice
-from infra_pulumi.serve_config import database_port, longest_request_s
+from infra_pulumi.serve_config import longest_request_s, server_ports
 
 Object = dict[str, Any]
 
@@ -52,7 +52,7 @@ class Addons(pulumi.ComponentResource):
             opts=pulumi.ResourceOptions(parent=self, depends_on=[cluster]),
         )
         self._previous: list[pulumi.Resource] = []
-        for document in namespace_objects(spec, outputs.identity, database_port(config)):
+        for document in namespace_objects(spec, outputs.identity, server_ports(config)):
             self._object(document)
         for chart in charts(spec):
             self._release(chart)

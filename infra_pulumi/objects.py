@@ -165,12 +165,12 @@ def _dns() -> Object:
     return {"to": [_in_namespace("kube-system")], "ports": [{"protocol": "UDP", "port": 53}, *_tcp(53)]}
 
 
-def network_policies(spec: ClusterSpec, database: int | None = None) -> list[Object]:
+def network_policies(spec: ClusterSpec, servers: tuple[int, ...] = ()) -> list[Object]:
     """Network policies. Only Ray, the operator and Prometheus reach Ray's ports, where callers can execute code.
 
     Clients reach only the service's port, from pods or namespaces with the label CALLER_LABEL. Outbound traffic is
     allowed to DNS, to Redis, and by HTTPS to all addresses (Kubernetes, model hub, buckets) except link-local ones, and
-    to the port `database` of the same addresses.
+    to the ports `servers` of the same addresses.
     """
     anywhere = {"ipBlock": {"cidr": "0.0.0.0/0", "except": ["169.254.0.0/16"]}}
     ingress = [
@@ -183,7 +183,7 @@ def network_policies(spec: ClusterSpec, database: int | None = None) -> list[Obj
         {"to": [_pods(RAY_POD)]},
         {"to": [_pods(_REDIS)], "ports": _tcp(6379)},
         _dns(),
-        {"to": [anywhere], "ports": _tcp(443, *([] if database is None else [database]))},
+        {"to": [anywhere], "ports": _tcp(443, *servers)},
     ]
     if spec.provider in _IDENTITY:
         cidr, port = _IDENTITY[spec.provider]
@@ -195,13 +195,13 @@ def network_policies(spec: ClusterSpec, database: int | None = None) -> list[Obj
     ]
 
 
-def namespace_objects(spec: ClusterSpec, identity: str = "", database: int | None = None) -> list[Object]:
-    """All objects that the description enables, in creation order. `database` is the port of the database."""
+def namespace_objects(spec: ClusterSpec, identity: str = "", servers: tuple[int, ...] = ()) -> list[Object]:
+    """All objects that the description enables, in creation order. `servers` are the ports of the config's servers."""
     enabled = [namespace(spec), service_account(spec, identity), redis_service(spec), redis(spec)]
     if spec.provider == "aws":
         enabled.insert(0, storage_class())
     if spec.addons.disruption_budget:
         enabled.append(disruption_budget(spec))
     if spec.addons.network_policy:
-        enabled += network_policies(spec, database)
+        enabled += network_policies(spec, servers)
     return enabled

@@ -23,8 +23,14 @@ DRAIN = "/opt/serve_app/drain"
 
 TOKEN_SECRET = "serve-app-ray-token"  # key auth_token
 REDIS = "serve-app-redis"  # the service, and the secret with key password
-MODEL_SECRET = "serve-app-models"  # optional: key hf_token
-DATABASE_SECRET = "serve-app-database"  # optional: key password
+# Environment variables of the service whose values are in secrets, with the secret and its key. They are optional: a
+# config that needs one of them says so in an error of the service if the variable is not set.
+OPTIONAL_SECRETS = {
+    "HF_TOKEN": ("serve-app-models", "hf_token"),
+    "SERVE_APP_DATABASE_PASSWORD": ("serve-app-database", "password"),
+    "SERVE_APP_QUOTAS_PASSWORD": ("serve-app-quotas", "password"),
+    "SERVE_APP_RESPONSE_CACHE_PASSWORD": ("serve-app-response-cache", "password"),
+}
 RAY_POD = {"serve-app/ray": "true"}  # on head, workers and the cleanup job; network policies select it
 SERVICE_ACCOUNT = "serve-app"  # the workers' account, for access to a bucket of weights
 
@@ -87,11 +93,12 @@ def environment(longest_s: int) -> list[Object]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_worker_niceness": "0",
     }
-    token = {"secretKeyRef": {"name": MODEL_SECRET, "key": "hf_token", "optional": True}}
-    password = {"secretKeyRef": {"name": DATABASE_SECRET, "key": "password", "optional": True}}
+    secrets = {
+        name: {"secretKeyRef": {"name": secret, "key": key, "optional": True}}
+        for name, (secret, key) in OPTIONAL_SECRETS.items()
+    }
     return [{"name": name, "value": value} for name, value in variables.items()] + [
-        {"name": "HF_TOKEN", "valueFrom": token},
-        {"name": "SERVE_APP_DATABASE_PASSWORD", "valueFrom": password},
+        {"name": name, "valueFrom": secret} for name, secret in secrets.items()
     ]
 
 

@@ -14,7 +14,7 @@ from infra_pulumi.objects import namespace_objects
 from infra_pulumi.prepull import prepull_objects
 from infra_pulumi.rayservice import images, rayservice
 from infra_pulumi.rayup import on_premises, rayup
-from infra_pulumi.serve_config import Object, cluster_config, database_port, longest_request_s, read_config, vllm_models
+from infra_pulumi.serve_config import Object, cluster_config, longest_request_s, read_config, server_ports, vllm_models
 from infra_pulumi.spec import ClusterSpec
 from infra_pulumi.topology import svg
 
@@ -111,7 +111,7 @@ def manifests(spec: ClusterSpec, catalogue: Catalogue, config: Path) -> dict[str
     document = read_config(config)
     service = rayservice(spec, catalogue, document)
     objects = {
-        "namespace.yaml": ((_HEADER,), namespace_objects(spec, database=database_port(document))),
+        "namespace.yaml": ((_HEADER,), namespace_objects(spec, servers=server_ports(document))),
         "prepull.yaml": ((_HEADER,), prepull_objects(spec, catalogue, document, images(spec))),
         "rayservice.yaml": ((_HEADER, f"serveConfigV2 is {config.name}, adapted to the cluster."), [service]),
     }

@@ -17,7 +17,9 @@ from infra_pulumi.catalogue import Catalogue
 from infra_pulumi.spec import ClusterSpec, Fault, SpecError
 
 Object = dict[str, Any]
-_POSTGRESQL = 5432
+# Sections with the URL of a server, and the ports of URLs without one.
+_SERVERS = ("database", "quotas", "response_cache")
+_DEFAULT_PORTS = {"postgresql": 5432, "mysql": 3306, "mariadb": 3306, "redis": 6379, "rediss": 6379}
 
 
 class _Section(BaseModel):
@@ -184,11 +186,13 @@ def _set_auth(spec: ClusterSpec, service: Object) -> None:
         raise SpecError([Fault("serve.config", message)])
 
 
-def database_port(config: Object) -> int | None:
-    """The port of the database that the config names; None without one. PostgreSQL's port is 5432."""
-    urls = [(application["args"].get("database") or {}).get("url") for application in config["applications"]]
-    found = next((urlsplit(url) for url in urls if url), None)
-    return None if found is None or not found.hostname else found.port or _POSTGRESQL
+def server_ports(config: Object) -> tuple[int, ...]:
+    """The ports of the servers that the config names, each once: database, shared counters, response cache."""
+    services = [application["args"] for application in config["applications"]]
+    urls = [(service.get(section) or {}).get("url") for service in services for section in _SERVERS]
+    servers = [urlsplit(url) for url in urls if url]
+    ports = {one.port or _DEFAULT_PORTS.get(one.scheme.partition("+")[0]) for one in servers if one.hostname}
+    return tuple(sorted(port for port in ports if port))
 
 
 def _reserve_gpus(model: Object, nodes: list[tuple[int, int]]) -> None:

@@ -13,7 +13,7 @@ import yaml
 from infra_pulumi import options
 from infra_pulumi.charts import ALERTMANAGER_CONFIG_SECRET, ALERTMANAGER_CREDENTIALS_SECRET, charts
 from infra_pulumi.objects import CALLER_LABEL, IDENTITY_ANNOTATION, MONITORING_NAMESPACE, OPERATOR_NAMESPACE
-from infra_pulumi.rayservice import DATABASE_SECRET, IDLE_S, MODEL_SECRET, NAME, REDIS, TOKEN_SECRET, environment
+from infra_pulumi.rayservice import IDLE_S, NAME, OPTIONAL_SECRETS, REDIS, TOKEN_SECRET, environment
 from tests.cluster.helpers import ROOT, description, documents, rendered, service
 
 PAGE = (ROOT / "docs/deploy.md").read_text()
@@ -87,9 +87,9 @@ def test_the_table_of_commands_has_every_command() -> None:
 def test_secrets_are_those_of_the_manifests() -> None:
     text = yaml.safe_dump(service("aws"))
     created = dict(re.findall(r"create secret generic (\S+) --from-literal=(\w[\w-]*)=", COMMANDS))
-    names = (TOKEN_SECRET, REDIS, MODEL_SECRET, DATABASE_SECRET)
-    assert [created.pop(name) for name in names] == ["auth_token", "password", "hf_token", "password"]
-    assert all(name in text for name in names)
+    expected = {TOKEN_SECRET: "auth_token", REDIS: "password", **dict(OPTIONAL_SECRETS.values())}
+    assert {name: created.pop(name) for name in expected} == expected
+    assert all(name in text for name in expected)
     (values,) = documents("aws", PROMETHEUS)
     assert set(created) == {values["grafana"]["admin"]["existingSecret"]}
 

@@ -19,8 +19,9 @@ from infra_pulumi.__main__ import main
 from infra_pulumi.charts import charts
 from infra_pulumi.objects import network_policies, service_account
 from infra_pulumi.rayservice import POD_START_S, RAY_POD, rayservice
-from infra_pulumi.serve_config import cluster_config, database_port, longest_request_s, read_config
+from infra_pulumi.serve_config import cluster_config, longest_request_s, read_config, server_ports
 from infra_pulumi.spec import POOL_LABEL, SpecError
+from serve_app import cache_config, database_config, quota_config
 from tests.cluster.helpers import (
     CATALOGUE,
     CLOUDS,
@@ -158,16 +159,34 @@ def test_a_config_for_a_cluster_says_who_may_use_the_service() -> None:
 
 
 @pytest.mark.parametrize(
-    ("url", "ports"),
-    [(None, [443]), ("postgresql+psycopg://me@db/serve", [443, 5432]), ("postgresql://db:6000/serve", [443, 6000])],
+    ("urls", "ports"),
+    [
+        ({}, [443]),
+        ({"database": None, "quotas": None}, [443]),
+        ({"database": "postgresql+psycopg://me@db/serve"}, [443, 5432]),
+        ({"database": "postgresql://db:6000/serve", "quotas": "redis://counters"}, [443, 6000, 6379]),
+        ({"quotas": "rediss://one:7000", "response_cache": "rediss://other:7000"}, [443, 7000]),
+    ],
 )
-def test_pods_reach_the_database_of_the_config(url: str | None, ports: list[int]) -> None:
+def test_pods_reach_the_servers_of_the_config(urls: dict[str, str | None], ports: list[int]) -> None:
     config = read_config(CONFIG)
-    config["applications"][0]["args"]["database"] = {"url": url}
-    policies = network_policies(description("aws"), database_port(config))
+    config["applications"][0]["args"] |= {section: {"url": url} for section, url in urls.items()}
+    policies = network_policies(description("aws"), server_ports(config))
     (policy,) = (one for one in policies if one["metadata"]["name"] == "serve-app")
     (rule,) = (one for one in policy["spec"]["egress"] if "except" in str(one))
     assert [port["port"] for port in rule["ports"]] == ports
+
+
+def test_pods_get_the_password_of_each_server_of_a_config() -> None:
+    """The names of the variables are those that the service reads."""
+    read = {database_config.PASSWORD_VARIABLE, quota_config.PASSWORD_VARIABLE, cache_config.PASSWORD_VARIABLE}
+    containers = service("aws")["spec"]["rayClusterConfig"]
+    groups = [containers["headGroupSpec"], *containers["workerGroupSpecs"]]
+    for group in groups:
+        (container,) = group["template"]["spec"]["containers"]
+        names = {each["name"]: each["valueFrom"]["secretKeyRef"] for each in container["env"] if "valueFrom" in each}
+        assert read <= set(names)
+        assert all(names[name]["optional"] for name in read), "a config without such a server needs no secret"
 
 
 @pytest.mark.parametrize(("num_cpus", "reserved"), [(None, 1), (0, 1), (0.5, 0.5), (2, 2)])

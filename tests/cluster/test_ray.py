@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from infra_pulumi.catalogue import CatalogueError
-from infra_pulumi.rayservice import RAY_VERSION, environment, rayservice
+from infra_pulumi.rayservice import OPTIONAL_SECRETS, RAY_VERSION, environment, rayservice
 from infra_pulumi.rayup import Site, rayup
 from infra_pulumi.serve_config import cluster_config, read_config
 from tests.cluster.helpers import (
@@ -132,7 +132,7 @@ def test_ray_reads_every_environment_variable_of_the_manifests() -> None:
     variables = {each["name"] for each in environment(600)}
     variables |= {each["name"] for each in service("aws")["spec"]["rayClusterConfig"]["autoscalerOptions"]["env"]}
     # The raylet, which is not Python, reads the first one, the model hub and the service the others.
-    variables -= {"RAY_worker_niceness", "HF_TOKEN", "HF_HUB_DISABLE_TELEMETRY", "SERVE_APP_DATABASE_PASSWORD"}
+    variables -= {"RAY_worker_niceness", "HF_HUB_DISABLE_TELEMETRY", *OPTIONAL_SECRETS}
     assert len(variables) > 6
     assert [name for name in sorted(variables) if f'"{name}"' not in read] == []
 
