@@ -81,7 +81,7 @@ def environment(longest_s: int) -> list[Object]:
     """Environment variables of Ray and Ray Serve, the same on every node; docs/deploy.md gives the reasons."""
     variables = {
         "HF_HUB_DISABLE_TELEMETRY": "1",
-        "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
+        "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.2",
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_HAPROXY_BINARY_PATH": HAPROXY,
