@@ -1,4 +1,5 @@
-// Compares the lines of dots.h with a plain loop over K: rows times 16 outputs, int8 and bfloat16, with two lengths.
+// Compares the lines of dots.h with a plain loop over K: rows times 16 outputs, int8 and bfloat16, with two lengths; and
+// the groups of 4 bits with the formula of each weight.
 #include <cmath>
 #include <cstdio>
 #include <random>
@@ -27,7 +28,7 @@ int wrong_integers(int K) {
   }
   Int8::Sum sum = {};
   for (int k = 0; k < K; k += 4)
-    Int8::dot(sum, Int8::spread(placed.data() + k), Int8::load(packed.data() + k / 4 * LINE));
+    Int8::dot(sum, Int8::spread(placed.data() + k), Int8::weights(load_line(packed.data() + k / 4 * LINE)));
   for (int n = 0; n < STRIP; n++) {
     int expected = Int8::OFFSET ? 128 * total : 0;
     for (int k = 0; k < K; k++) expected += weights[n * K + k] * row[k];
@@ -45,7 +46,7 @@ int wrong_floats(int K) {
     for (int k = 0; k < K; k++) weights[n * K + k] = packed[k / 2 * 32 + n * 2 + k % 2] = level() / 64.f;
   Bfloat16::Sum sum = {};
   for (int k = 0; k < K; k += 2)
-    Bfloat16::dot(sum, Bfloat16::spread(rows.data() + k), Bfloat16::load((const char*)(packed.data() + k / 2 * 32)));
+    Bfloat16::dot(sum, Bfloat16::spread(rows.data() + k), Bfloat16::weights(load_line((const char*)(packed.data() + k / 2 * 32))));
   int wrong = 0;
   for (int n = 0; n < STRIP; n++) {
     double expected = 0;
@@ -55,8 +56,27 @@ int wrong_floats(int K) {
   return wrong;
 }
 
+int wrong_groups() {
+  std::vector<char> group(Int4Group::BYTES);
+  for (char& value : group) value = (char)draw();
+  for (int n = 0; n < STRIP; n++) group[n] = (char)(draw() % 128), group[STRIP + n] = (char)(draw() % 16);  // no overflow
+  const Int4Group read(group.data());
+  int wrong = 0;
+  for (int line = 0; line < Int4Group::LINES; line++) {
+    const char* from = group.data() + 2 * STRIP + line * LINE;
+    char unpacked[2][LINE];
+    store_line(unpacked[0], read.low(load_line(from)));
+    store_line(unpacked[1], read.high(load_line(from)));
+    for (int i = 0; i < 2 * LINE; i++) {
+      const int n = i % LINE / 4, level = (uint8_t)from[i % LINE] >> (i < LINE ? 0 : 4) & 15;
+      wrong += (uint8_t)unpacked[i / LINE][i % LINE] != level * (uint8_t)group[n] / 8 + (uint8_t)group[STRIP + n];
+    }
+  }
+  return wrong;
+}
+
 int main() {
-  int wrong = 0, values = 0;
+  int wrong = wrong_groups(), values = 2 * LINE * Int4Group::LINES;
   for (int K : {4, 64})
     for (int row = 0; row < 3; row++, values += 2 * STRIP) wrong += wrong_integers(K) + wrong_floats(K);
   std::printf("%d of %d values are wrong\n", wrong, values);

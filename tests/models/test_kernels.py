@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from serve_app.engines.files.disk_cache import CacheError
-from serve_app.engines.native import kernels
+from serve_app.engines.native import int4, kernels
 from serve_app.engines.native.fused import FusedModel
 from serve_app.engines.native.isa import LEVELS, environment
-from serve_app.engines.native.linear import DotProductLinear, Int8DotProductLinear
+from serve_app.engines.native.linear import DotProductLinear, Int4DotProductLinear, Int8DotProductLinear
 from serve_app.engines.native.machine import processor_flags
 from serve_app.engines.native.quantization import Quantization
 from serve_app.engines.native.rows import Rows
@@ -81,6 +81,18 @@ def test_int8_dot_products_are_exact_for_integers(rows: int, outputs: int, input
     assert torch.equal(y, torch.cat([y[:0], *(layer(row[None]) for row in x)])), "a row must not depend on other rows"
 
 
+@pytest.mark.parametrize("rows", ROW_COUNTS)
+@pytest.mark.parametrize(("outputs", "inputs"), [(16, 32), (19, 64), (80, 96), (208, 576)])
+def test_int4_dot_products_equal_those_of_the_same_integers_in_int8(rows: int, outputs: int, inputs: int) -> None:
+    x, weight = noise(rows, inputs), noise(outputs, inputs, seed=1)
+    weight[0], weight[1, 1] = 0, 1e4  # a group of zeros, and a large weight beside small ones
+    layer, integers = Int4DotProductLinear(weight, None, None), int4.quantize(weight, None).integers
+    assert integers.abs().amax() <= 127
+    y = layer(x)
+    layer.weight = torch.ops.serve_app.pack_strips((integers + 128).to(torch.uint8))
+    assert torch.equal(y, layer(x))
+
+
 @pytest.mark.ci
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("level", LEVELS)
@@ -108,7 +120,7 @@ def test_lines_are_right_on_arm(march: str, tmp_path: Path) -> None:
     compiler = ["aarch64-linux-gnu-g++", "-std=c++20", "-O3", f"-march={march}", "-static"]
     subprocess.run([*compiler, *include, str(source), "-o", str(program)], check=True)
     done = subprocess.run(["qemu-aarch64", "-cpu", "max", str(program)], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (0, "0 of 192 values are wrong\n")
+    assert (done.returncode, done.stdout) == (0, "0 of 704 values are wrong\n")
 
 
 def test_weights_that_do_not_fit_into_strips_are_refused() -> None:
@@ -304,7 +316,7 @@ COMPILE_S = 2  # longer than a process waits for the lock before it reports that
 BUILD = """
 import sys
 from pathlib import Path
-from serve_app.engines.native import kernels
+from serve_app.engines.native import int4, kernels
 print(kernels.build(lambda stage: print(stage, flush=True), Path(sys.argv[1])))
 """
 
@@ -348,7 +360,7 @@ def test_of_two_processes_one_builds_the_operations_and_one_reports_that_it_wait
 
 LOAD = """
 import time
-from serve_app.engines.native import kernels
+from serve_app.engines.native import int4, kernels
 import torch
 kernels.start_build()
 time.sleep(0.5)

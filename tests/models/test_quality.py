@@ -13,7 +13,13 @@ from transformers import PreTrainedModel
 
 from serve_app.core.requests import TextPrompt
 from serve_app.engines.native import int4, kernels
-from serve_app.engines.native.linear import DotProductLinear, FbgemmInt8Linear, Int4Linear, Int8DotProductLinear, pack
+from serve_app.engines.native.linear import (
+    DotProductLinear,
+    FbgemmInt8Linear,
+    Int4DotProductLinear,
+    Int8DotProductLinear,
+    pack,
+)
 from serve_app.engines.native.loader import load
 from serve_app.engines.native.preparation import prepare
 from serve_app.engines.native.rows import span
@@ -134,7 +140,7 @@ Make = Callable[[torch.Tensor, torch.Tensor | None], torch.nn.Module]
 
 every_quantized = pytest.mark.parametrize(
     "make",
-    [partial(pack, quantization="int8"), FbgemmInt8Linear, partial(Int4Linear, importance=None)],
+    [partial(pack, quantization="int8"), FbgemmInt8Linear, partial(Int4DotProductLinear, importance=None)],
     ids=["int8", "int8 by fbgemm", "int4"],
 )
 
@@ -185,9 +191,8 @@ def test_a_row_that_is_multiplied_twice_does_not_depend_on_others() -> None:
     assert torch.equal(layer.scaled(torch.cat([rows, pin]), scales)[0][:-1], alone)
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(24, 64), (48, 40)])
-def test_shapes_that_the_int4_kernel_does_not_support_become_int8(rows: int, columns: int) -> None:
-    weight, x = torch.randn(rows, columns), torch.randn(3, columns)
+def test_weights_that_are_not_whole_groups_become_int8() -> None:
+    weight, x = torch.randn(48, 40), torch.randn(3, 40)
     layer = pack(weight, None, "int4")
     assert isinstance(layer, FbgemmInt8Linear | Int8DotProductLinear)
     y, scales = layer.scaled(x, None)
@@ -202,16 +207,15 @@ def test_int4_dequantizes_by_its_formula_and_follows_the_importance() -> None:
     importance[::8] = 1000.0
     errors = []
     for channels in (None, importance):
-        levels, parameters = int4.quantize(weight, channels)
-        scales, zeros = (x.float().T.repeat_interleave(int4.GROUP, 1) for x in parameters.unbind(-1))
-        dequantized = (levels - 8) * scales + zeros
+        levels, multipliers, offsets, scales = int4.quantize(weight, channels)
+        dequantized = ((levels * multipliers).div(8, rounding_mode="floor") + offsets).flatten(1) * scales[:, None]
         assert 0 <= int(levels.min()) <= int(levels.max()) <= 15
-        rows = torch.eye(64)
-        assert torch.allclose(Int4Linear(weight, None, channels)(rows).T, dequantized, rtol=2**-7, atol=2**-7)
+        layer = Int4DotProductLinear(weight, None, channels)
+        assert torch.allclose(layer(torch.eye(64)).T, dequantized, rtol=1e-6, atol=0)
         errors.append((dequantized - weight)[:, ::8].square().mean())
     assert errors[1] < errors[0] / 2
-    constant, _ = int4.quantize(torch.full((16, 32), 0.5), None), None
-    assert (constant[1][..., 1] + (constant[0][0, 0] - 8) * constant[1][..., 0] == 0.5).all()
+    constant = int4.quantize(torch.full((16, 32), 0.5), None)
+    assert torch.allclose(constant.integers * constant.scales[:, None], torch.tensor(0.5))
 
 
 @pytest.mark.parametrize("family", tiny.FUSED)

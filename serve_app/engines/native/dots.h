@@ -1,7 +1,7 @@
 // One line of packed weights times one row: G adjacent elements of K for each of 16 outputs, in 64 bytes.
 //
 // A kind of weights says how a row is stored (`Row`), what all outputs need of it (`Spread`), how a line is read
-// (`Weights`), and how their products are added to the sums (`dot`). ROWS x STRIPS sums fill the registers together with
+// (`weights`), and how their products are added to the sums (`dot`). ROWS x STRIPS sums fill the registers together with
 // the weights. The kinds are chosen when this file is compiled, by the instruction sets of the processor:
 //
 //   weights   AVX512-BF16, -VNNI       AVX512       AVX-VNNI     AVX2         NEON (dotprod)    others
@@ -44,10 +44,17 @@ struct Line {
   V part[PARTS];
 };
 
+typedef uint16_t Pairs __attribute__((vector_size(4 * W)));
+typedef uint8_t Quads __attribute__((vector_size(4 * W)));
+typedef uint8_t Bytes __attribute__((vector_size(W)));
+
 inline Line<Bits> load_line(const char* from) {
   Line<Bits> line;
   for (int p = 0; p < PARTS; p++) std::memcpy(&line.part[p], from + p * sizeof(Bits), sizeof(Bits));
   return line;
+}
+inline void store_line(char* to, const Line<Bits>& line) {
+  for (int p = 0; p < PARTS; p++) std::memcpy(to + p * sizeof(Bits), &line.part[p], sizeof(Bits));
 }
 
 // Intel's processors with AMX take longer for pairs of bfloat16 than for two products of floats.
@@ -61,7 +68,7 @@ struct Bfloat16 {
   using Spread = __m512i;
   static constexpr int ROWS = 8, STRIPS = 3;
 
-  static Weights load(const char* line) { return _mm512_loadu_si512(line); }
+  static Weights weights(const Line<Bits>& line) { return (__m512i)line.part[0]; }
   static Spread spread(const Row* pair) {
     int32_t both;
     std::memcpy(&both, pair, 4);
@@ -86,14 +93,13 @@ struct Bfloat16 {
   };
   static constexpr int ROWS = W == 16 ? 8 : 4, STRIPS = W == 16 ? 3 : 1;
 
-  static Weights load(const char* from) {
-    const Line<Bits> line = load_line(from);
-    Weights weights;
+  static Weights weights(const Line<Bits>& line) {
+    Weights made;
     for (int p = 0; p < PARTS; p++) {
-      weights.first.part[p] = (Floats)(line.part[p] << 16);
-      weights.second.part[p] = (Floats)(line.part[p] & 0xffff0000u);
+      made.first.part[p] = (Floats)(line.part[p] << 16);
+      made.second.part[p] = (Floats)(line.part[p] & 0xffff0000u);
     }
-    return weights;
+    return made;
   }
   static Spread spread(const Row* pair) { return {pair[0], pair[1]}; }
   static void dot(Sum& sum, Spread pair, const Weights& weights) {
@@ -139,7 +145,7 @@ struct Int8 {
 #endif
   }
 #if defined(__AVX512VNNI__)
-  static Weights load(const char* line) { return _mm512_loadu_si512(line); }
+  static Weights weights(const Line<Bits>& line) { return (__m512i)line.part[0]; }
   // With the intrinsic, GCC 12 copies each sum before and after the instruction, which doubles the time.
   static void dot(Sum& sum, Spread four, Weights weights) {
     Ints added = sum.part[0];
@@ -147,7 +153,7 @@ struct Int8 {
     sum.part[0] = added;
   }
 #else
-  static Weights load(const char* line) { return load_line(line); }
+  static Weights weights(const Line<Bits>& line) { return line; }
   static void dot(Sum& sum, Spread four, const Weights& weights) {
     for (int p = 0; p < PARTS; p++)
       asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum.part[p]) : "x"(weights.part[p]), "x"(four));
@@ -178,14 +184,13 @@ struct Int8 {
     std::memcpy(&spread, four, 8);
     return spread;
   }
-  static Weights load(const char* from) {
-    const Line<Bits> line = load_line(from);
-    Weights weights;
+  static Weights weights(const Line<Bits>& line) {
+    Weights made;
     for (int p = 0; p < PARTS; p++) {
-      weights.even.part[p] = line.part[p] & 0x00ff00ffu;
-      weights.odd.part[p] = line.part[p] >> 8 & 0x00ff00ffu;
+      made.even.part[p] = line.part[p] & 0x00ff00ffu;
+      made.odd.part[p] = line.part[p] >> 8 & 0x00ff00ffu;
     }
-    return weights;
+    return made;
   }
   static void dot(Sum& sum, Spread four, const Weights& weights) {
     for (int p = 0; p < PARTS; p++)
@@ -218,8 +223,7 @@ struct Int8 {
     std::memcpy(&all, four, 4);
     return vreinterpretq_s8_s32(vdupq_n_s32(all));
   }
-  static Weights load(const char* from) {
-    Weights line = load_line(from);
+  static Weights weights(Line<Bits> line) {
     for (int p = 0; p < PARTS; p++) line.part[p] ^= 0x80808080u;
     return line;
   }
@@ -245,12 +249,11 @@ struct Int8 {
 
   static void place(Row* to, const int8_t* four) { std::memcpy(to, four, 4); }
   static Spread spread(const Row* four) { return {four[0], four[1], four[2], four[3]}; }
-  static Weights load(const char* from) {
-    const Line<Bits> line = load_line(from);
-    Weights weights;
+  static Weights weights(const Line<Bits>& line) {
+    Weights made;
     for (int b = 0; b < 4; b++)
-      for (int p = 0; p < PARTS; p++) weights.byte[b].part[p] = (Ints)(line.part[p] >> (8 * b) & 0xffu);
-    return weights;
+      for (int p = 0; p < PARTS; p++) made.byte[b].part[p] = (Ints)(line.part[p] >> (8 * b) & 0xffu);
+    return made;
   }
   static void dot(Sum& sum, const Spread& four, const Weights& weights) {
     for (int b = 0; b < 4; b++)
@@ -259,5 +262,43 @@ struct Int8 {
 };
 
 #endif
+
+// A group of 32 elements of K in 4 bits for the outputs of a strip: 16 multipliers, 16 offsets, and 4 lines, each of which
+// has two lines of Int8 in the lower and in the upper halves of its bytes. Int8's weight is level * multiplier / 8,
+// rounded down, plus the offset; it is at most 255.
+struct Int4Group {
+  static constexpr int64_t SIZE = 32, LINES = 4, BYTES = 2 * STRIP + LINES * LINE;
+
+  Line<Pairs> multiplier;
+  Line<Quads> offset;
+
+  explicit Int4Group(const char* group) {
+    for (int p = 0; p < PARTS; p++) {
+      multiplier.part[p] = (Pairs)(widened(group + p * W) * 0x00010001u);
+      offset.part[p] = (Quads)(widened(group + STRIP + p * W) * 0x01010101u);
+    }
+  }
+
+  // The line of Int8 whose levels are the lower halves of the bytes.
+  Line<Bits> low(Line<Bits> levels) const {
+    for (int p = 0; p < PARTS; p++) {
+      const Pairs even = (Pairs)(levels.part[p] & 0x000f000fu) * multiplier.part[p] >> 3;
+      const Pairs odd = (Pairs)(levels.part[p] >> 8 & 0x000f000fu) * multiplier.part[p] >> 3;
+      levels.part[p] = (Bits)((Quads)(even | odd << 8) + offset.part[p]);
+    }
+    return levels;
+  }
+  Line<Bits> high(Line<Bits> levels) const {
+    for (int p = 0; p < PARTS; p++) levels.part[p] >>= 4;
+    return low(levels);
+  }
+
+ private:
+  static Bits widened(const char* from) {
+    Bytes bytes;
+    std::memcpy(&bytes, from, sizeof bytes);
+    return __builtin_convertvector(bytes, Bits);
+  }
+};
 
 }  // namespace dots

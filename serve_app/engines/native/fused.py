@@ -21,7 +21,6 @@ from serve_app.engines.native.kv_cache import BLOCK
 from serve_app.engines.native.linear import (
     DotProductLinear,
     FbgemmInt8Linear,
-    Int4Linear,
     Int8DotProductLinear,
     Linear,
 )
@@ -43,7 +42,7 @@ class FusedModel:
         self._heads = weights.heads
         self._dim = weights.head_size
         self._eps = weights.eps
-        self._int8 = weights.quantization == "int8"
+        self._int8 = weights.quantization != "none"
         self.targets = weights.targets
         self._embedding = weights.embedding
         self._layers = weights.layers
@@ -149,14 +148,15 @@ class FusedModel:
     def _native_arguments(self) -> tuple[Any, ...] | None:
         """The arguments of the native loop that do not change; None if the linear layers are of several kinds."""
         linears = [linear for layer in self._layers for linear in layer.linears]
-        (kind, *others) = {type(linear) for linear in linears}
+        quantized = all(isinstance(linear, Int8DotProductLinear) for linear in linears)
+        (kind, *others) = {Int8DotProductLinear if quantized else type(linear) for linear in linears}
         if others:
             return None
         weights = [linear.weight for linear in linears]
         return (
             [norm for layer in self._layers for norm in (layer.norm, layer.mlp_norm)] + [self._norm],
             [] if kind is FbgemmInt8Linear else weights,
-            [linear.scales for linear in linears if isinstance(linear, Int4Linear | Int8DotProductLinear)],
+            [linear.scales for linear in linears if isinstance(linear, Int8DotProductLinear)],
             [linear.bias for linear in linears],
             weights if kind is FbgemmInt8Linear else [],
             [layer.query_norm for layer in self._layers],

@@ -35,7 +35,7 @@ using dots::Ints;
 using dots::W;
 typedef uint16_t Halves __attribute__((vector_size(2 * W)));
 typedef int16_t Shorts __attribute__((vector_size(2 * W)));
-typedef int8_t Bytes __attribute__((vector_size(W)));
+typedef int8_t SignedBytes __attribute__((vector_size(W)));
 
 inline Floats load(const float* p) { Floats v; std::memcpy(&v, p, sizeof v); return v; }
 inline Floats load(const bf16* p) {
@@ -48,7 +48,7 @@ inline Floats load(const int8_t* p) {
   // GCC 12 has no good vector code for the conversion below.
   return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
 #else
-  Bytes b;
+  SignedBytes b;
   std::memcpy(&b, p, sizeof b);
   return __builtin_convertvector(__builtin_convertvector(__builtin_convertvector(b, Shorts), Ints), Floats);
 #endif
@@ -437,9 +437,9 @@ Tensor fbgemm(LinearPackedParamsBase& weight, const Tensor& rows) {
   return y.narrow(0, 0, count + 1);
 }
 
-// Calls a linear layer by its index. All layers are of one of six kinds: DotProductLinear or Int8DotProductLinear
-// (4-dimensional weights), FbgemmInt8Linear (`packed`), Int4Linear (`scales` without row multipliers), OneDnnLinear
-// (mkldnn weights) or PlainLinear.
+// Calls a linear layer by its index. Either all layers are Int8DotProductLinear or Int4DotProductLinear (bytes, with
+// `scales`), or all are of one other kind: DotProductLinear (4-dimensional weights), FbgemmInt8Linear (`packed`),
+// OneDnnLinear (mkldnn weights) or PlainLinear.
 struct Linears {
   using Packed = c10::List<c10::intrusive_ptr<LinearPackedParamsBase>>;
   using Pointwise = Tensor(const Tensor&, const Tensor&, const Optional&, std::string_view,
@@ -460,13 +460,7 @@ struct Linears {
       y.narrow(0, 0, scale->size(0)).mul_(scale->unsqueeze(1)).add_(*bias);
       return {y, std::nullopt};
     }
-    if (scale) return {matmul::int8(rows, weights[i], scales[i], bias, *scale, extra), std::nullopt};
-    if (scales.size()) {
-      const int64_t group = rows.size(1) / scales[i].size(0);
-      Tensor y = at::_weight_int4pack_mm_for_cpu(rows.to(at::kBFloat16), weights[i], group, scales[i]);
-      if (bias) y.add_(*bias);
-      return {y.to(rows.scalar_type()), std::nullopt};
-    }
+    if (scale) return {matmul::quantized(rows, weights[i], scales[i], bias, *scale, extra), std::nullopt};
     if (weights[i].dim() == 4) return {matmul::bfloat16(rows, weights[i], bias, weights[i].size(0) * 16, extra), std::nullopt};
     if (!weights[i].is_mkldnn()) return {at::linear(rows, weights[i], bias), std::nullopt};
     return {pointwise.call(rows, weights[i], bias, "none", c10::List<std::optional<at::Scalar>>(), ""), std::nullopt};
@@ -711,14 +705,14 @@ std::tuple<Tensor, Optional> layers(
   Adapters* adapters = &all;
   auto linear = [&](int64_t i, const Tensor& rows, const Optional& scale) {
     if (adapters->empty()) return base(i, rows, scale);
-    if (!packed.size() && weights[i].dim() == 4 && (scale || !scales.size()))
+    if (!packed.size() && weights[i].dim() > 2)
       return base(i, rows, scale, adapters->work(rows, i, scale).get());
     auto result = base(i, rows, scale);
     Adapters::add(adapters->work(rows, i, result.second ? std::nullopt : scale).get(), result.first, x.size(0));
     return result;
   };
   const int64_t count = windows.size(), dim = keys[0].size(3);
-  const bool int8 = packed.size() || (weights[0].scalar_type() == at::kByte && weights[0].dim() == 4);
+  const bool int8 = packed.size() || weights[0].scalar_type() == at::kByte;
   auto buffer = [&](int64_t width) -> std::pair<Tensor, Optional> {
     Tensor rows = at::empty({x.size(0) + int8, width}, x.options());
     return {rows, int8 ? Optional(at::empty({x.size(0)}, at::kFloat)) : std::nullopt};
@@ -773,9 +767,9 @@ TORCH_LIBRARY(serve_app, library) {
                 return matmul::bfloat16(rows, weight, bias, outputs);
               });
   library.def(
-      "linear_int8(Tensor rows, Tensor weight, Tensor scales, Tensor? bias, Tensor row_scales) -> Tensor",
+      "linear_quantized(Tensor rows, Tensor weight, Tensor scales, Tensor? bias, Tensor row_scales) -> Tensor",
       [](const Tensor& rows, const Tensor& weight, const Tensor& scales, const Optional& bias, const Tensor& row_scales) {
-        return matmul::int8(rows, weight, scales, bias, row_scales);
+        return matmul::quantized(rows, weight, scales, bias, row_scales);
       });
   library.def("argmax_of_rows(Tensor rows) -> (Tensor, Tensor)", &argmax_of_rows);
   library.def(

@@ -155,32 +155,20 @@ class Int8DotProductLinear(torch.nn.Module):
         """Rows in [-1, 1], `[>= N, K]`, with N multipliers -> `[N, M]`; the multipliers are applied."""
         if row_scales is None:
             return self(rows), None
-        return torch.ops.serve_app.linear_int8(rows, self.weight, self.scales, self.bias, row_scales), None
+        return torch.ops.serve_app.linear_quantized(rows, self.weight, self.scales, self.bias, row_scales), None
 
 
-class Int4Linear(_UnscaledLinear):
-    """4-bit weights in groups (int4.py), bfloat16 rows, float32 sums. The result of a row does not depend on others.
-
-    Rows are rounded to bfloat16 because torch's kernel has vector code for it only; float32 rows take 60 times as long.
-    The time grows with the number of rows from the fourth row on: the layer is faster than int8 up to four rows and
-    slower than bfloat16 from 16 rows.
-    """
+class Int4DotProductLinear(Int8DotProductLinear):
+    """Int8DotProductLinear whose weights are stored in 4 bits (int4.py), so that a step reads half of the bytes."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, importance: torch.Tensor | None) -> None:
-        super().__init__()
+        torch.nn.Module.__init__(self)
         self.out_features = weight.shape[0]
-        levels, self.scales = int4.quantize(weight, importance)
-        self.weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(levels, 1)
-        self.bias = None if bias is None else bias.bfloat16()
+        quantized = int4.quantize(weight, importance)
+        self.weight = int4.packed(quantized)
+        self.scales = quantized.scales / 127
+        self.bias = None if bias is None else bias.float()
         self.weight_bytes = self.weight.nbytes + self.scales.nbytes
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`[..., K]` -> `[..., M]`, in the type of `x`."""
-        rows = x.reshape(-1, x.shape[-1]).to(torch.bfloat16).contiguous()
-        y: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.weight, int4.GROUP, self.scales)
-        if self.bias is not None:
-            y.add_(self.bias)
-        return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
 
 
 class PlainLinear(_UnscaledLinear):
@@ -198,10 +186,10 @@ class PlainLinear(_UnscaledLinear):
         return F.linear(x, self.weight, self.bias)
 
 
-Linear = DotProductLinear | OneDnnLinear | Int8DotProductLinear | FbgemmInt8Linear | Int4Linear | PlainLinear
+Linear = DotProductLinear | OneDnnLinear | Int8DotProductLinear | FbgemmInt8Linear | PlainLinear
 
 # The layers whose packed weights are plain tensors. oneDNN and fbgemm have formats of their own.
-STORABLE = (DotProductLinear, Int8DotProductLinear, Int4Linear, PlainLinear)
+STORABLE = (DotProductLinear, Int8DotProductLinear, Int4DotProductLinear, PlainLinear)
 _FIELDS = ("weight", "scales", "bias", "out_features", "weight_bytes")
 
 
@@ -229,13 +217,13 @@ def pack(
 ) -> Linear:
     """The fastest layer that computes `x @ weight.T + bias` with this quantization on this processor.
 
-    `importance` `[K]` of the channels: see int4.quantize. Weights of a shape that the int4 kernel does not support are
-    quantized to int8.
+    `importance` `[K]` of the channels: see int4.quantize. Weights that do not consist of whole groups are quantized to
+    int8, and so are all weights without the native operations.
     """
     weight, bias = weight.detach(), None if bias is None else bias.detach()
-    if quantization == "int4" and int4.supports(weight.shape) and _int4_works():
-        return Int4Linear(weight, bias, importance)
     native = _has_products() and weight.shape[1] % 4 == 0
+    if quantization == "int4" and native and int4.supports(weight.shape):
+        return Int4DotProductLinear(weight, bias, importance)
     if quantization != "none":
         return Int8DotProductLinear(weight, bias) if native else FbgemmInt8Linear(weight, bias)
     if native and weight.dtype == torch.bfloat16:
@@ -273,7 +261,7 @@ def replace_linears(model: torch.nn.Module, quantization: Quantization, head: to
 
 def _has_products() -> bool:
     """Whether the native operations are loaded."""
-    return hasattr(torch.ops.serve_app, "linear_int8")
+    return hasattr(torch.ops.serve_app, "linear_quantized")
 
 
 @cache
@@ -282,14 +270,5 @@ def _onednn_works() -> bool:
     try:
         x, weight = torch.ones(2, 32, dtype=torch.bfloat16), torch.ones(16, 32, dtype=torch.bfloat16)
         return bool((OneDnnLinear(weight, None)(x) == 32).all())
-    except (AttributeError, RuntimeError):
-        return False
-
-
-@cache
-def _int4_works() -> bool:
-    """Whether the private operations of Int4Linear exist and work on this processor."""
-    try:
-        return bool((Int4Linear(torch.ones(16, 32), None, None)(torch.ones(2, 32)) == 32).all())
     except (AttributeError, RuntimeError):
         return False

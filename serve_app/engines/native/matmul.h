@@ -19,6 +19,7 @@
 namespace matmul {
 
 using at::Tensor;
+using dots::Bits;
 using dots::Floats;
 using dots::Line;
 using dots::LINE;
@@ -122,6 +123,16 @@ struct Int8 : Operands<dots::Int8, 4> {
   }
 };
 
+// Int8 weights that are stored in groups of 32 elements of K with 4 bits each (dots::Int4Group): [strips, K / 32, BYTES].
+struct Int4 : Int8 {
+  using Group = dots::Int4Group;
+  // Up to so many rows the weights are unpacked in registers; for more rows, once into memory.
+  static constexpr int64_t ROWS_IN_REGISTERS = 4;
+
+  int64_t strip_bytes() const { return K / Group::SIZE * Group::BYTES; }
+  const char* packed(int64_t strip) const { return strips + strip * strip_bytes(); }
+};
+
 // The strips of the next task, which are prefetched while this task is computed.
 struct Next {
   const char* lines;
@@ -142,7 +153,7 @@ int64_t tile(const D& d, int64_t row, int64_t strip, Next next) {
     const char* soon = k + AHEAD < steps ? w + AHEAD * LINE : next.lines + (AHEAD - steps) * LINE;
 #pragma GCC unroll 8
     for (int s = 0; s < S; s++) {
-      weights[s] = Dot::load(w + (s * steps + k) * LINE);
+      weights[s] = Dot::weights(dots::load_line(w + (s * steps + k) * LINE));
       if (FIRST) __builtin_prefetch(soon + (s * steps + k) * LINE, 0, 3);
     }
     if (!FIRST) __builtin_prefetch(next.lines + k * next.stride, 0, 2);
@@ -224,6 +235,75 @@ void block_product(const D& d, const Block& block, int64_t next_strip) {
   const int64_t row = tile_rows(d, block, next_strip);
   if constexpr (!std::is_same_v<D, TiledBfloat16>)
     if (row < block.end) vector_product(d, {row, block.end, block.strip, block.last}, next_strip);
+}
+
+// R rows times S strips of Int4 weights, which are unpacked in registers. Prefetches as `tile` with FIRST.
+template <int R, int S>
+void int4_tile(const Int4& d, int64_t row, int64_t strip, int64_t next_strip) {
+  using Group = Int4::Group;
+  using Dot = Int4::Dot;
+  Line<dots::Ints> sums[R][S] = {};
+  const int64_t bytes = d.strip_bytes();
+  const auto* x = d.rows + row * d.K;
+  const char *w = d.packed(strip), *next = d.packed(next_strip) - bytes;
+  for (int64_t at = 0; at < bytes; at += Group::BYTES, x += Group::SIZE) {
+    const char* soon = (at + AHEAD * LINE < bytes ? w : next) + at + AHEAD * LINE;
+#pragma GCC unroll 4
+    for (int s = 0; s < S; s++) {
+      const char* from = w + s * bytes + at;
+      const Group group(from);
+      for (int64_t i = 0; i < Group::BYTES; i += LINE) __builtin_prefetch(soon + s * bytes + i, 0, 3);
+#pragma GCC unroll 4
+      for (int64_t line = 0; line < Group::LINES; line++) {
+        const Line<Bits> levels = dots::load_line(from + 2 * STRIP + line * LINE);
+        const auto low = Dot::weights(group.low(levels)), high = Dot::weights(group.high(levels));
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) {
+          Dot::dot(sums[r][s], Dot::spread(x + r * d.K + 8 * line), low);
+          Dot::dot(sums[r][s], Dot::spread(x + r * d.K + 8 * line + 4), high);
+        }
+      }
+    }
+  }
+  for (int r = 0; r < R; r++)
+    for (int s = 0; s < S; s++) d.store(sums[r][s], row + r, (strip + s) * STRIP);
+}
+
+// A strip of Int4 weights as a strip of Int8 weights.
+inline void unpack(const Int4& d, int64_t strip, char* to) {
+  using Group = Int4::Group;
+  const char* end = d.packed(strip + 1);
+  for (const char* from = d.packed(strip); from < end; from += Group::BYTES) {
+    const Group group(from);
+    for (int64_t line = 0; line < Group::LINES; line++, to += 2 * LINE) {
+      __builtin_prefetch(from + AHEAD * LINE + line * LINE, 0, 3);
+      const Line<Bits> levels = dots::load_line(from + 2 * STRIP + line * LINE);
+      dots::store_line(to, group.low(levels));
+      dots::store_line(to + LINE, group.high(levels));
+    }
+  }
+}
+
+inline void block_product(const Int4& d, const Block& block, int64_t next_strip) {
+  if (block.end - block.row <= Int4::ROWS_IN_REGISTERS) {
+    for (int64_t strip = block.strip; strip < block.last; strip++) {
+      const int64_t next = strip + 1 < block.last ? strip + 1 : next_strip;
+      int64_t row = block.row;
+      for (; row + 2 <= block.end; row += 2) int4_tile<2, 1>(d, row, strip, next);
+      if (row < block.end) int4_tile<1, 1>(d, row, strip, next);
+    }
+    return;
+  }
+  struct alignas(LINE) CacheLine {
+    char bytes[LINE];
+  };
+  static thread_local std::vector<CacheLine> lines;
+  lines.resize(STRIPS * d.steps());
+  for (int64_t strip = block.strip; strip < block.last; strip++)
+    unpack(d, strip, lines[(strip - block.strip) * d.steps()].bytes);
+  Int8 unpacked = d;
+  unpacked.strips = lines[0].bytes - block.strip * d.steps() * LINE;
+  block_product(unpacked, block, block.strip);  // nothing is left to prefetch
 }
 
 // Each thread takes the next task, of STRIPS times ROWS, when it is free, one task ahead so that it can prefetch.
@@ -320,14 +400,16 @@ inline int32_t quantize(const float* from, dots::Int8::Row* to, int64_t K) {
   return sum;
 }
 
-// Float rows `[>= N, K]` in [-1, 1] with multipliers `[N]`, packed weights of one byte with an offset of 128, and the
-// scales `[M]` of the outputs -> floats `[N, M]`.
-inline Tensor int8(const Tensor& rows, const Tensor& weight, const Tensor& scales, const std::optional<Tensor>& bias,
+// Float rows `[>= N, K]` in [-1, 1] with multipliers `[N]`, packed weights (of one byte with an offset of 128, or
+// Int4), and the scales `[M]` of the outputs -> floats `[N, M]`.
+inline Tensor quantized(const Tensor& rows, const Tensor& weight, const Tensor& scales, const std::optional<Tensor>& bias,
                    const Tensor& row_scales, const Extra* extra = nullptr) {
   using Row = Int8::Dot::Row;
   const int64_t count = row_scales.numel(), K = rows.size(1), width = scales.numel();
   TORCH_CHECK(rows.is_contiguous() && rows.scalar_type() == at::kFloat && rows.size(0) >= count && K % 4 == 0);
-  TORCH_CHECK(weight.is_contiguous() && weight.scalar_type() == at::kByte && weight.size(1) * 4 == K);
+  const bool int4 = weight.dim() == 3;
+  TORCH_CHECK(weight.is_contiguous() && weight.scalar_type() == at::kByte);
+  TORCH_CHECK(weight.size(1) * (int4 ? Int4::Group::SIZE : Int8::G) == K && (!int4 || weight.size(2) == Int4::Group::BYTES));
   TORCH_CHECK(width <= weight.size(0) * STRIP && (!bias || bias->numel() == width));
   // Tiles read rows up to a multiple of their number.
   Tensor levels = at::empty({(count + tiles::ROWS - 1) / tiles::ROWS * tiles::ROWS, K}, c10::CppTypeToScalarType<Row>::value);
@@ -337,10 +419,11 @@ inline Tensor int8(const Tensor& rows, const Tensor& weight, const Tensor& scale
     for (int64_t row = first; row < last; row++)
       sums.data_ptr<int32_t>()[row] = quantize(rows.const_data_ptr<float>() + row * K, levels.data_ptr<Row>() + row * K, K);
   });
-  multiply(Int8{{levels.const_data_ptr<Row>(), (const char*)weight.const_data_ptr(), count, width, K,
-                 out.data_ptr<float>(), bias ? bias->const_data_ptr<float>() : nullptr},
-                scales.const_data_ptr<float>(), row_scales.const_data_ptr<float>(), sums.const_data_ptr<int32_t>()},
-           extra);
+  const Int8 operands{{levels.const_data_ptr<Row>(), (const char*)weight.const_data_ptr(), count, width, K,
+                       out.data_ptr<float>(), bias ? bias->const_data_ptr<float>() : nullptr},
+                      scales.const_data_ptr<float>(), row_scales.const_data_ptr<float>(), sums.const_data_ptr<int32_t>()};
+  if (int4) multiply(Int4{operands}, extra);
+  else multiply(operands, extra);
   return out;
 }
 

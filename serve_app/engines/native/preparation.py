@@ -21,7 +21,7 @@ from serve_app.engines.native.loader import Loaded, load
 from serve_app.engines.native.machine import processor_flags
 from serve_app.engines.native.prepared import ModelFacts, Prepared
 from serve_app.engines.native.quantization import Choice, Quantization, RequestedQuantization, choose_quantization
-from serve_app.engines.native.smooth import smooth, smooth_head
+from serve_app.engines.native.smooth import smooth
 from serve_app.engines.native.transformers_path import as_source_error, layer_shapes, unmasked_context
 
 logger = logging.getLogger(__name__)
@@ -122,13 +122,14 @@ def _packed(
 
 
 def _calibrate(loaded: Loaded, quantization: Quantization, smoothable: bool) -> torch.Tensor | None:
-    """Prepare the model's weights for quantization by one pass over a short text.
+    """Prepare the model's weights for quantization by a pass or two over a short text.
 
     Returns the divisors of the channels of the last hidden states, if the model is smoothed.
     """
     (ids,) = loaded.text.encode([TextPrompt(calibration.TEXT)])
     assert isinstance(ids, list)
     ids = ids[: loaded.context]
+    divisors = smooth(loaded.model, ids) if smoothable else None
     if quantization == "int4":
         attach_importance(calibration.input_statistics(loaded.model, ids, calibration.mean_square))
-    return (smooth if quantization == "int8" else smooth_head)(loaded.model, ids) if smoothable else None
+    return divisors

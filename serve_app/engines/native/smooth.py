@@ -47,11 +47,6 @@ def smooth(model: PreTrainedModel, ids: Seq[int]) -> torch.Tensor:
     return _smooth_head(model, ranges)
 
 
-def smooth_head(model: PreTrainedModel, ids: Seq[int]) -> torch.Tensor:
-    """Rescale only the inputs of the head, for a model in which only the head is int8. Returns the same as `smooth`."""
-    return _smooth_head(model, calibration.input_statistics(model, ids, calibration.max_magnitude))
-
-
 def _smooth_head(model: PreTrainedModel, ranges: dict[torch.nn.Module, torch.Tensor]) -> torch.Tensor:
     head, norm = model.get_output_embeddings(), model.model.norm
     scale = _scale(ranges[head], [head])
