@@ -35,8 +35,8 @@ _ENVIRONMENT = {
     # cores that the model shares. The default is for code that blocks an event loop, which the service does not.
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     # Ray's controller checks its deployments ten times a second, and each check interrupts the model on a machine with
-    # few cores: 2.5 % of the tokens at 32 streams. Five times a second costs 0.5 %; twice a second delays the first token
-    # of a model without a replica by 0.4 s more.
+    # few cores: 2.5 % of the tokens at 32 streams. Five times a second costs 0.5 %. Twice a second delays the first
+    # token of a model without a replica by 0.4 s more.
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.2",
     # Ray replaces a proxy after three failed health checks, each of which takes two passes of its control loop: with
     # this period a HAProxy that was killed is back after 4 to 5 s. Ray's default of 10 s leaves the service without a
