@@ -81,7 +81,7 @@ async def test_a_request_for_a_model_without_replica_and_node_starts_both(head: 
     """A burst waits for the node and the replica; nothing is refused. Without requests both go again."""
     sleepy = zero_scaled_model_config("sleepy", "builtin:toy?load_s=1", downscale_to_zero_delay_s=2)
     sleepy["resources"]["num_gpus"] = 1
-    head.deploy(sleepy, model_config("toy"), warm_wait_s=120)
+    head.deploy(sleepy, model_config("toy"), warm_wait_s=120, heartbeat_s=1)
     body = {"model": "sleepy", "prompt": "abc", "max_tokens": 6}
     async with httpx.AsyncClient(base_url=head.proxy, timeout=150) as client:
         await wait_until(lambda: state(client, "toy", "ready"), seconds=60, every_s=0.5)

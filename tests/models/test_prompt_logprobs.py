@@ -22,9 +22,9 @@ from serve_app.engines.native.engine import NativeEngine
 from serve_app.engines.native.fused import FusedModel
 from serve_app.engines.native.fused_weights import fused_weights
 from serve_app.engines.native.kv_cache import BLOCK
-from serve_app.engines.native.linear import FbgemmInt8Linear, Int8DotProductLinear
 from serve_app.engines.native.loader import Loaded, load
 from serve_app.engines.native.preparation import prepare
+from serve_app.engines.native.quantization import Quantization
 from serve_app.engines.native.rows import span
 from serve_app.engines.native.runner import TorchRunner
 from serve_app.engines.stream import TokenStream
@@ -205,15 +205,13 @@ def test_a_model_without_hidden_states_is_refused_for_embeddings(tmp_path: Path)
         prepare(silent(config), embeddings=True)
 
 
-@pytest.mark.parametrize("layer", [Int8DotProductLinear, FbgemmInt8Linear])
-def test_rows_of_one_step_get_the_same_results_with_either_int8_layer(
-    layer: type[Int8DotProductLinear] | type[FbgemmInt8Linear], tmp_path: Path
-) -> None:
-    """Rows to sample, rows for prompt log probabilities and rows for embeddings are separated after the last layer."""
+@pytest.mark.parametrize("quantization", ["none", "int8", "int4"])
+def test_rows_of_one_step_are_separated_after_the_last_layer(quantization: Quantization, tmp_path: Path) -> None:
+    """Rows to sample, rows for prompt log probabilities and rows for embeddings."""
     assert kernels.available(print), "this test needs a C++ compiler"
     config = model_config(tiny.save("qwen3", tmp_path, tiny.FUSED), max_running=4, max_context=64)
     loaded = load(config, lambda stage: None)
-    weights = fused_weights(loaded.model, [None] * 3, "int8", lambda weight, bias, **_: layer(weight, bias))
+    weights = fused_weights(loaded.model, [None] * 3, quantization)
     model = FusedModel(weights, TorchRunner(prepare(loaded), config.native_options)._caches)
     rows = span(list(range(20)), slot=0, start=0)
     with torch.inference_mode():

@@ -184,19 +184,17 @@ def test_a_row_that_is_multiplied_twice_does_not_depend_on_others() -> None:
     layer = FbgemmInt8Linear(torch.randn(80, 96, generator=noise), None)
     layer.multiply_twice = True  # as on a processor without AVX512-VNNI
     middles = (torch.arange(-63, 63) + 0.5) / 63.5
-    rows, pin = middles[torch.randint(0, 126, (60, 96), generator=noise)], layer._pin[None]
+    rows = middles[torch.randint(0, 126, (60, 96), generator=noise)]
     rows[::2] *= torch.rand(30, 1, generator=noise)
-    scales = torch.ones(60)
-    alone = torch.cat([layer.scaled(torch.cat([row[None], pin]), scales[:1])[0][:1] for row in rows])
-    assert torch.equal(layer.scaled(torch.cat([rows, pin]), scales)[0][:-1], alone)
+    rows[:, 0] = 1  # the scale of each row
+    assert torch.equal(layer(rows), torch.cat([layer(row[None]) for row in rows]))
 
 
 def test_weights_that_are_not_whole_groups_become_int8() -> None:
     weight, x = torch.randn(48, 40), torch.randn(3, 40)
     layer = pack(weight, None, "int4")
     assert isinstance(layer, FbgemmInt8Linear | Int8DotProductLinear)
-    y, scales = layer.scaled(x, None)
-    assert scales is None
+    y = layer(x)
     assert torch.cosine_similarity(y, x @ weight.T).min() > 0.999
 
 

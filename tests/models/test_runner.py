@@ -12,7 +12,7 @@ from serve_app.config import Model
 from serve_app.engines.files.model_files import SourceError
 from serve_app.engines.native.fused import FusedModel
 from serve_app.engines.native.kv_cache import BLOCK
-from serve_app.engines.native.linear import FbgemmInt8Linear, Int8DotProductLinear
+from serve_app.engines.native.linear import Int8DotProductLinear
 from serve_app.engines.native.loader import load
 from serve_app.engines.native.machine import NotEnoughMemory, processor_flags
 from serve_app.engines.native.preparation import prepare
@@ -129,7 +129,7 @@ def test_auto_quantizes_on_the_fused_path_only_and_logs_the_reason(
     assert f"quantization {quantization} ({reason}" in caplog.text
     assert runner.dtype_name == "float32"
     if isinstance(runner._model, FusedModel):
-        assert isinstance(runner._model._layers[0].qkv, Int8DotProductLinear | FbgemmInt8Linear)
+        assert isinstance(runner._model._layers[0].qkv, Int8DotProductLinear)
 
 
 def test_an_explicit_quantization_is_used_on_any_processor(tmp_path: Path) -> None:

@@ -18,19 +18,14 @@ from serve_app.engines.native.attention import LayerCache
 from serve_app.engines.native.forward import ForwardOutput, LayerShape, SelfTest
 from serve_app.engines.native.fused_weights import FusedWeights
 from serve_app.engines.native.kv_cache import BLOCK
-from serve_app.engines.native.linear import (
-    DotProductLinear,
-    FbgemmInt8Linear,
-    Int8DotProductLinear,
-    Linear,
-)
+from serve_app.engines.native.linear import Int8DotProductLinear, Linear
 from serve_app.engines.native.lora import STRIP, LoraWeights, RowGroups, Target, make_weights, wanted_groups
 from serve_app.engines.native.rows import Rows
 
 _PROJECTIONS = 7
 
-# Rows, and the multipliers that are still to be applied to them. Before the first layer there are no rows.
-Scaled = tuple[torch.Tensor | None, torch.Tensor | None]
+# Rows for a linear layer, and what quantized ones are to be multiplied by: see Int8DotProductLinear.
+Scaled = tuple[torch.Tensor, torch.Tensor | None]
 
 
 class FusedModel:
@@ -42,15 +37,12 @@ class FusedModel:
         self._heads = weights.heads
         self._dim = weights.head_size
         self._eps = weights.eps
-        self._int8 = weights.quantization != "none"
+        self._quantized = weights.quantization != "none"
         self.targets = weights.targets
         self._embedding = weights.embedding
         self._layers = weights.layers
         self._norm = weights.norm
         self._head = weights.head
-        # These layers take and return float32 rows: rounding rows to bfloat16 between them would only lose precision.
-        float_rows = self._int8 or isinstance(self._head, DotProductLinear)
-        self._dtype = torch.float32 if float_rows else weights.dtype
         # Adapters are about as precise as the model's own weights.
         self._adapter_dtype = weights.dtype if weights.quantization == "none" else torch.int8
         self._widths = _output_widths(self.targets)
@@ -74,7 +66,7 @@ class FusedModel:
         wanted = torch.tensor(numbers, dtype=torch.long)
         groups = RowGroups.of(rows.adapters)
         last_groups = RowGroups.of(wanted_groups(rows.adapters, numbers)) if rows.adapters else groups
-        x = F.embedding(torch.tensor(rows.tokens), self._embedding).to(self._dtype)
+        x = F.embedding(torch.tensor(rows.tokens), self._embedding).float()
         if self._arguments is None:
             normed = self.layers(x, slots, positions, wanted, groups, last_groups)
         else:
@@ -89,7 +81,7 @@ class FusedModel:
             hidden, scale = hidden * scale[logit_rows:, None], scale[:logit_rows]
         if rows.embedding_rows:
             states = torch.cat([states[:logit_rows], states[count:]])
-        logits = self._logits(states, scale) if logit_rows else x.new_empty(0, self._head.out_features)
+        logits = self._head.scaled(states, scale) if logit_rows else x.new_empty(0, self._head.out_features)
         return ForwardOutput(logits, hidden)
 
     def layers(
@@ -107,76 +99,57 @@ class FusedModel:
         the wanted rows, and the multipliers that are still to be applied to it.
         """
         native = torch.ops.serve_app
-        y: Scaled = (None, None)
+        y: torch.Tensor | None = None
         for number, (layer, keys, values) in enumerate(zip(self._layers, self._keys, self._values, strict=True)):
-            qkv, scale = self._linear(layer.qkv, *self._norm_of_sum(x, y, layer.norm), groups, 4 * number)
+            qkv = self._linear(layer.qkv, self._norm_of_sum(x, y, layer.norm), groups, 4 * number)
             native.rope_store(
-                qkv, scale, self._heads, self._cos, self._sin, layer.query_norm, layer.key_norm, self._eps,
+                qkv, self._heads, self._cos, self._sin, layer.query_norm, layer.key_norm, self._eps,
                 slots, positions, keys, values,
             )  # fmt: skip
             if layer is self._layers[-1]:
                 # The other rows are complete when their keys and values are stored.
                 x, qkv, slots, positions = x[wanted], qkv[wanted], slots[wanted], positions[wanted]
                 groups = last_groups
-            attended, scale = self._buffer(x.shape[0], self._heads * self._dim)
+            attended = self._buffer(x.shape[0], self._heads * self._dim)
             native.attend(
-                qkv, self._heads, self._dim**-0.5, layer.window, slots, positions, keys, values,
-                attended, scale,
+                qkv, self._heads, self._dim**-0.5, layer.window, slots, positions, keys, values, *attended
             )  # fmt: skip
-            y = self._linear(layer.out, attended, scale, groups, 4 * number + 1)
-            normed = self._norm_of_sum(x, y, layer.mlp_norm)
-            gate_up, scale = self._linear(layer.gate_up, *normed, groups, 4 * number + 2)
-            active, active_scale = self._buffer(x.shape[0], gate_up.shape[1] // 2)
-            native.silu_mul(gate_up, scale, active, active_scale)
-            y = self._linear(layer.down, active, active_scale, groups, 4 * number + 3)
+            y = self._linear(layer.out, attended, groups, 4 * number + 1)
+            gate_up = self._linear(layer.gate_up, self._norm_of_sum(x, y, layer.mlp_norm), groups, 4 * number + 2)
+            active = self._buffer(x.shape[0], gate_up.shape[1] // 2)
+            native.silu_mul(gate_up, *active)
+            y = self._linear(layer.down, active, groups, 4 * number + 3)
         return self._norm_of_sum(x, y, self._norm)
 
-    def _linear(
-        self, linear: Linear, rows: torch.Tensor, scale: torch.Tensor | None, groups: RowGroups, number: int
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _linear(self, linear: Linear, rows: Scaled, groups: RowGroups, number: int) -> torch.Tensor:
         """The result of a layer, number `number` of the model, with what the adapters of its rows add to it."""
-        y, left = linear.scaled(rows, scale)
+        y = linear.scaled(*rows)
         if groups.adapters:
-            applied = scale if left is None else None
-            torch.ops.serve_app.add_lora(y, rows, applied, *_native(groups), self._widths, number)
-        return y, left
-
-    def _logits(self, states: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
-        logits, multipliers = self._head.scaled(states, scale)
-        return logits if multipliers is None else logits[:-1].mul_(multipliers[:, None])
+            torch.ops.serve_app.add_lora(y, *rows, *_native(groups), self._widths, number)
+        return y
 
     def _native_arguments(self) -> tuple[Any, ...] | None:
-        """The arguments of the native loop that do not change; None if the linear layers are of several kinds."""
+        """The arguments of the native loop that do not change."""
         linears = [linear for layer in self._layers for linear in layer.linears]
-        quantized = all(isinstance(linear, Int8DotProductLinear) for linear in linears)
-        (kind, *others) = {Int8DotProductLinear if quantized else type(linear) for linear in linears}
-        if others:
-            return None
-        weights = [linear.weight for linear in linears]
         return (
             [norm for layer in self._layers for norm in (layer.norm, layer.mlp_norm)] + [self._norm],
-            [] if kind is FbgemmInt8Linear else weights,
+            [linear.weight for linear in linears],
             [linear.scales for linear in linears if isinstance(linear, Int8DotProductLinear)],
             [linear.bias for linear in linears],
-            weights if kind is FbgemmInt8Linear else [],
             [layer.query_norm for layer in self._layers],
             [layer.key_norm for layer in self._layers],
             [layer.window for layer in self._layers],
         )
 
-    def _buffer(self, rows: int, width: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _buffer(self, rows: int, width: int) -> Scaled:
         """The output tensors of an operation whose result is the input of a linear layer."""
-        if not self._int8:
-            return torch.empty(rows, width, dtype=self._dtype), None
-        return torch.empty(rows + 1, width), torch.empty(rows)
+        return torch.empty(rows, width), torch.empty(rows) if self._quantized else None
 
-    def _norm_of_sum(
-        self, x: torch.Tensor, y: Scaled, weight: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _norm_of_sum(self, x: torch.Tensor, y: torch.Tensor | None, weight: torch.Tensor) -> Scaled:
         """x += y in place; returns the norm of x."""
-        out, scale = self._buffer(*x.shape)
-        torch.ops.serve_app.add_norm(x, *y, weight, self._eps, out, scale)
-        return out, scale
+        normed = self._buffer(*x.shape)
+        torch.ops.serve_app.add_norm(x, y, weight, self._eps, *normed)
+        return normed
 
 
 @torch.inference_mode()

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence as Seq
+from collections.abc import Iterator, Sequence as Seq
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,9 +21,6 @@ HEAD_SIZES = (64, 128)
 VECTOR_WIDTH = 16
 # Positions whose rotary tables are compared with those of the model's own module.
 _COMPARED_POSITIONS = 4096
-
-# Chooses a linear layer for a weight and a bias, as linear.pack does.
-Pack = Callable[..., Linear]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +86,7 @@ class FusedWeights:
         yield self.head
 
 
-def fused_weights(
-    model: PreTrainedModel, windows: Seq[int | None], quantization: Quantization, pack: Pack = pack
-) -> FusedWeights:
+def fused_weights(model: PreTrainedModel, windows: Seq[int | None], quantization: Quantization) -> FusedWeights:
     """The packed weights of a model that the fused path supports: see `unsupported_reason`."""
     config, inner = model.config, model.model
     return FusedWeights(
@@ -104,11 +98,10 @@ def fused_weights(
         targets=targets_of(_projections(model)),
         embedding=model.get_input_embeddings().weight.detach(),
         layers=tuple(
-            _layer(layer, window or 0, partial(pack, quantization=quantization))
-            for layer, window in zip(inner.layers, windows, strict=True)
+            _layer(layer, window or 0, quantization) for layer, window in zip(inner.layers, windows, strict=True)
         ),
         norm=_weight(inner.norm),
-        head=pack(model.get_output_embeddings().weight, None, quantization=head_quantization(quantization)),
+        head=pack(model.get_output_embeddings().weight, None, head_quantization(quantization)),
         rotary=_rotary(model),
     )
 
@@ -141,18 +134,18 @@ def _head_size(model: PreTrainedModel) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def _layer(layer: Any, window: int, pack: Pack) -> Layer:
+def _layer(layer: Any, window: int, quantization: Quantization) -> Layer:
     attention, mlp = layer.self_attn, layer.mlp
     return Layer(
         norm=_weight(layer.input_layernorm),
-        qkv=_concatenated([attention.q_proj, attention.k_proj, attention.v_proj], pack),
+        qkv=_concatenated([attention.q_proj, attention.k_proj, attention.v_proj], quantization),
         query_norm=_weight(attention.q_norm) if hasattr(attention, "q_norm") else None,
         key_norm=_weight(attention.k_norm) if hasattr(attention, "k_norm") else None,
         window=window,
-        out=_concatenated([attention.o_proj], pack),
+        out=_concatenated([attention.o_proj], quantization),
         mlp_norm=_weight(layer.post_attention_layernorm),
-        gate_up=_concatenated([mlp.gate_proj, mlp.up_proj], pack),
-        down=_concatenated([mlp.down_proj], pack),
+        gate_up=_concatenated([mlp.gate_proj, mlp.up_proj], quantization),
+        down=_concatenated([mlp.down_proj], quantization),
     )
 
 
@@ -172,12 +165,12 @@ def _weight(norm: Any) -> torch.Tensor:
     return weight
 
 
-def _concatenated(linears: Seq[torch.nn.Linear], pack: Pack) -> Linear:
+def _concatenated(linears: Seq[torch.nn.Linear], quantization: Quantization) -> Linear:
     """Layers with the same input as one layer."""
     biases = [linear.bias for linear in linears]
     bias = None if biases[0] is None else torch.cat([bias.detach() for bias in biases])
     weight = torch.cat([linear.weight.detach() for linear in linears])
-    return pack(weight, bias, importance=attached_importance(linears[0]))
+    return pack(weight, bias, quantization, attached_importance(linears[0]))
 
 
 def _rotary(model: PreTrainedModel) -> Rotary:

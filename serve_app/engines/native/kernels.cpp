@@ -2,17 +2,12 @@
 //
 // A row is one token of one sequence: it has a slot of the KV cache and a position in the slot. The operations treat
 // decode rows and prompt chunks alike, so that one call takes any mixture of them, and the result of a row does not
-// depend on other rows. Rows and cache are float or bfloat16 (the cache: [slots, heads, length, dim]); all arithmetic
-// is float.
-// An int8 linear layer quantizes all rows of a call with one scale. For it, an operation can write each row scaled to
-// [-1, 1] and the row's multiplier to `out_scale`; the operation that reads the layer's result applies the multiplier
-// (`scale`). An additional last row of +1 and -1 fixes the layer's scale, so that no row depends on another one.
+// depend on other rows. Rows are float, the cache [slots, heads, length, dim] is float or bfloat16.
+// A quantized linear layer takes each row scaled to [-1, 1], and the row's multiplier: the operation before it writes
+// both (`out_scale`).
 // kernels.py compiles this file on the machine where it runs; tests/models/test_kernels.py compares it with torch.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
-#include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/cpu/Utils.h>
-#include <ATen/native/quantized/PackedParams.h>
 #include <torch/library.h>
 
 #include "matmul.h"
@@ -98,10 +93,6 @@ void for_type(const Tensor& t, F body) {
   body((bf16*)nullptr);
 }
 #define TYPE_OF(tag) std::remove_pointer_t<decltype(tag)>
-template <class F>
-void for_types(const Tensor& rows, const Tensor& cache, F body) {
-  for_type(rows, [&](auto* row) { for_type(cache, [&](auto* kept) { body(row, kept); }); });
-}
 
 const float* floats(const Optional& t) { return t ? t->const_data_ptr<float>() : nullptr; }
 // Rows per task of a thread: about 2,000 elements. The start of a thread costs more than the work on fewer.
@@ -112,98 +103,72 @@ inline float to_unit(float most, float* multiplier) {
   *multiplier = std::max(most, 1e-20f);
   return 1.f / *multiplier;
 }
-// A product with that factor may be rounded past 1, which would change the layer's scale for all rows.
+// A product with that factor may be rounded past 1.
 inline Floats clamped(Floats v, float most) {
   v = v > most ? all(most) : v;
   return v < -most ? all(-most) : v;
 }
 
-// Checks the shape of a result of `rows` rows and, where rows are scaled, writes the last row that fixes the scale.
-template <class T>
-float* multipliers(Tensor& out, const Optional& out_scale, int64_t rows) {
-  TORCH_CHECK(out.is_contiguous() && out.size(0) == rows + (out_scale ? 1 : 0) && out.size(1) % W == 0);
-  if (!out_scale) return nullptr;
-  TORCH_CHECK(out_scale->numel() == rows && out_scale->scalar_type() == at::kFloat);
-  const int64_t width = out.size(1);
-  T* pin = out.data_ptr<T>() + rows * width;
-  for (int64_t i = 0; i < width; i++) pin[i] = i % 2 ? 1.f : -1.f;
-  return out_scale->data_ptr<float>();
+// Checks the shape of a result of `rows` rows, and returns where the multipliers of its rows are written, if anywhere.
+float* multipliers(const Tensor& out, const Optional& out_scale, int64_t rows) {
+  TORCH_CHECK(out.is_contiguous() && out.scalar_type() == at::kFloat && out.size(0) == rows && out.size(1) % W == 0);
+  TORCH_CHECK(!out_scale || (out_scale->numel() == rows && out_scale->scalar_type() == at::kFloat));
+  return out_scale ? out_scale->data_ptr<float>() : nullptr;
 }
 
-const float* checked_scale(const Optional& scale, int64_t rows) {
-  TORCH_CHECK(!scale || (scale->numel() == rows && scale->scalar_type() == at::kFloat));
-  return floats(scale);
-}
-
-// x += y * scale, then out = x / rms(x) * weight.
-void add_norm(Tensor x, const Optional& y, const Optional& scale, const Tensor& weight, double eps, Tensor out,
-              const Optional& out_scale) {
+// x += y, then out = x / rms(x) * weight.
+void add_norm(Tensor x, const Optional& y, const Tensor& weight, double eps, Tensor out, const Optional& out_scale) {
   const int64_t count = x.size(0), width = x.size(1);
-  TORCH_CHECK(x.is_contiguous() && out.size(1) == width && out.scalar_type() == x.scalar_type());
-  TORCH_CHECK(weight.scalar_type() == at::kFloat && weight.numel() == width && (!y || y->is_contiguous()));
-  TORCH_CHECK(!y || (y->size(0) >= count && y->size(1) == width && y->scalar_type() == x.scalar_type()));
-  const float* y_scale = checked_scale(scale, count);
-  for_type(x, [&](auto* tag) {
-    using T = TYPE_OF(tag);
-    T *rows = x.data_ptr<T>(), *results = out.data_ptr<T>();
-    const T* added = y ? y->const_data_ptr<T>() : nullptr;
-    const float* w = weight.const_data_ptr<float>();
-    float* multiplier = multipliers<T>(out, out_scale, count);
-    at::parallel_for(0, count, grain(width), [&](int64_t first, int64_t last) {
-      for (int64_t r = first; r < last; r++) {
-        const int64_t row = r * width;
-        const Floats m = all(y_scale ? y_scale[r] : 1.f);
-        Floats squares = {}, most = {};
-        for (int64_t i = 0; i < width; i += W) {
-          if (added) store(rows + row + i, load(rows + row + i) + load(added + row + i) * m);
-          Floats v = load(rows + row + i);
-          squares += v * v;
-          if (multiplier) most = larger(most, magnitude(v * load(w + i)));
-        }
-        float factor = 1.f / std::sqrt(sum(squares) / width + (float)eps);
-        if (multiplier) {
-          const float norm = factor;
-          factor = to_unit(largest(most), multiplier + r);
-          multiplier[r] *= norm;
-        }
-        const float bound = multiplier ? 1.f : INFINITY;
-        for (int64_t i = 0; i < width; i += W)
-          store(results + row + i, clamped(load(rows + row + i) * factor * load(w + i), bound));
+  TORCH_CHECK(x.is_contiguous() && x.scalar_type() == at::kFloat && out.size(1) == width);
+  TORCH_CHECK(weight.scalar_type() == at::kFloat && weight.numel() == width);
+  TORCH_CHECK(!y || (y->is_contiguous() && y->sizes() == x.sizes() && y->scalar_type() == at::kFloat));
+  float *rows = x.data_ptr<float>(), *results = out.data_ptr<float>(), *multiplier = multipliers(out, out_scale, count);
+  const float *added = floats(y), *w = weight.const_data_ptr<float>();
+  at::parallel_for(0, count, grain(width), [&](int64_t first, int64_t last) {
+    for (int64_t r = first; r < last; r++) {
+      const int64_t row = r * width;
+      Floats squares = {}, most = {};
+      for (int64_t i = 0; i < width; i += W) {
+        Floats v = load(rows + row + i);
+        if (added) store(rows + row + i, v += load(added + row + i));
+        squares += v * v;
+        if (multiplier) most = larger(most, magnitude(v * load(w + i)));
       }
-    });
+      float factor = 1.f / std::sqrt(sum(squares) / width + (float)eps);
+      if (multiplier) {
+        const float norm = factor;
+        factor = to_unit(largest(most), multiplier + r);
+        multiplier[r] *= norm;
+      }
+      const float bound = multiplier ? 1.f : INFINITY;
+      for (int64_t i = 0; i < width; i += W)
+        store(results + row + i, clamped(load(rows + row + i) * factor * load(w + i), bound));
+    }
   });
 }
 
-// out = silu(gate) * up for rows [gate | up] * scale.
-void silu_mul(const Tensor& gate_up, const Optional& scale, Tensor out, const Optional& out_scale) {
-  const int64_t width = out.size(1), count = out.size(0) - (out_scale ? 1 : 0);
-  TORCH_CHECK(gate_up.is_contiguous() && gate_up.size(0) >= count && gate_up.size(1) == 2 * width);
-  TORCH_CHECK(gate_up.scalar_type() == out.scalar_type());
-  const float* row_scale = checked_scale(scale, count);
-  for_type(out, [&](auto* tag) {
-    using T = TYPE_OF(tag);
-    float* multiplier = multipliers<T>(out, out_scale, count);
-    at::parallel_for(0, count, grain(width), [&](int64_t first, int64_t last) {
-      std::vector<float> exact(width);
-      for (int64_t row = first; row < last; row++) {
-        const T* gate = gate_up.const_data_ptr<T>() + row * 2 * width;
-        T* result = out.data_ptr<T>() + row * width;
-        const Floats m = all(row_scale ? row_scale[row] : 1.f);
-        Floats most = {};
-        for (int64_t i = 0; i < width; i += W) {
-          Floats g = load(gate + i) * m, v = g / (1.f + exponential(-g)) * (load(gate + width + i) * m);
-          store(exact.data() + i, v);
-          most = larger(most, magnitude(v));
-        }
-        const Floats factor = all(multiplier ? to_unit(largest(most), multiplier + row) : 1.f);
-        const float bound = multiplier ? 1.f : INFINITY;
-        for (int64_t i = 0; i < width; i += W) store(result + i, clamped(load(exact.data() + i) * factor, bound));
+// out = silu(gate) * up for rows [gate | up].
+void silu_mul(const Tensor& gate_up, Tensor out, const Optional& out_scale) {
+  const int64_t width = out.size(1), count = out.size(0);
+  TORCH_CHECK(gate_up.is_contiguous() && gate_up.size(0) == count && gate_up.size(1) == 2 * width);
+  TORCH_CHECK(gate_up.scalar_type() == at::kFloat);
+  float* multiplier = multipliers(out, out_scale, count);
+  at::parallel_for(0, count, grain(width), [&](int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; row++) {
+      const float* gate = gate_up.const_data_ptr<float>() + row * 2 * width;
+      float* result = out.data_ptr<float>() + row * width;
+      Floats most = {};
+      for (int64_t i = 0; i < width; i += W) {
+        const Floats g = load(gate + i), v = g / (1.f + exponential(-g)) * load(gate + width + i);
+        store(result + i, v);
+        most = larger(most, magnitude(v));
       }
-    });
+      if (!multiplier) continue;
+      const Floats factor = all(to_unit(largest(most), multiplier + row));
+      for (int64_t i = 0; i < width; i += W) store(result + i, clamped(load(result + i) * factor, 1.f));
+    }
   });
 }
-
-constexpr int64_t LARGEST_HEAD = 256;
 
 void normalise(float* head, int64_t dim, const float* weight, float eps) {
   Floats squares = {};
@@ -212,43 +177,38 @@ void normalise(float* head, int64_t dim, const float* weight, float eps) {
   for (int64_t i = 0; i < dim; i += W) store(head + i, load(head + i) * factor * load(weight + i));
 }
 
-// In place on rows [queries | keys | values] * scale: norm of each query and key head where norm weights are given, and
+// In place on rows [queries | keys | values]: norm of each query and key head where norm weights are given, and
 // rotary embedding of halves (cos and sin: [length, dim / 2]). Writes keys and values to the cache, NaN as 0.
-void rope_store(Tensor qkv, const Optional& scale, int64_t heads, const Tensor& cos, const Tensor& sin, const Optional& query_norm,
+void rope_store(Tensor qkv, int64_t heads, const Tensor& cos, const Tensor& sin, const Optional& query_norm,
                 const Optional& key_norm, double eps, const Tensor& slots, const Tensor& positions, Tensor keys,
                 Tensor values) {
   const int64_t shared = keys.size(1), length = keys.size(2), dim = keys.size(3), half = dim / 2;
-  TORCH_CHECK(half % W == 0 && dim <= LARGEST_HEAD && qkv.is_contiguous() && qkv.size(1) == (heads + 2 * shared) * dim);
+  TORCH_CHECK(half % W == 0 && qkv.is_contiguous() && qkv.size(1) == (heads + 2 * shared) * dim);
   TORCH_CHECK(keys.is_contiguous() && values.is_contiguous() && values.sizes() == keys.sizes());
   TORCH_CHECK(values.scalar_type() == keys.scalar_type());
   TORCH_CHECK(cos.is_contiguous() && sin.is_contiguous() && cos.size(0) >= length && cos.size(1) == half);
   const int64_t count = slots.numel();
-  TORCH_CHECK(qkv.size(0) >= count && positions.numel() == count);
-  const float* row_scale = checked_scale(scale, count);
+  TORCH_CHECK(qkv.size(0) == count && qkv.scalar_type() == at::kFloat && positions.numel() == count);
   const int64_t *slot_of = slots.const_data_ptr<int64_t>(), *position_of = positions.const_data_ptr<int64_t>();
-  for_types(qkv, keys, [&](auto* row_tag, auto* cache_tag) {
-    using T = TYPE_OF(row_tag);
+  for_type(keys, [&](auto* cache_tag) {
     using Kept = TYPE_OF(cache_tag);
     at::parallel_for(0, count, grain(qkv.size(1)), [&](int64_t first, int64_t last) {
       for (int64_t row = first; row < last; row++) {
         const int64_t slot = slot_of[row], position = position_of[row];
-        const Floats m = all(row_scale ? row_scale[row] : 1.f);
         TORCH_CHECK(slot >= 0 && slot < keys.size(0) && position >= 0 && position < length, "row outside the cache");
         const float *c = cos.const_data_ptr<float>() + position * half, *s = sin.const_data_ptr<float>() + position * half;
         for (int64_t h = 0; h < heads + 2 * shared; h++) {
-          T* head = qkv.data_ptr<T>() + (row * (heads + 2 * shared) + h) * dim;
+          float* head = qkv.data_ptr<float>() + (row * (heads + 2 * shared) + h) * dim;
           const bool is_query = h < heads, is_value = h >= heads + shared;
           const Optional& norm = is_query ? query_norm : key_norm;
-          float exact[LARGEST_HEAD];  // unrounded, so that a row is rounded only once, at the end
-          for (int64_t i = 0; i < dim; i += W) store(exact + i, load(head + i) * m);
-          if (!is_value && norm) normalise(exact, dim, floats(norm), (float)eps);
+          if (!is_value && norm) normalise(head, dim, floats(norm), (float)eps);
           Kept* target = nullptr;
           if (!is_query) {
             Tensor& cache = is_value ? values : keys;
             target = cache.data_ptr<Kept>() + ((slot * shared + (h - heads) % shared) * length + position) * dim;
           }
           for (int64_t i = 0; i < half; i += W) {
-            Floats a = load(exact + i), b = load(exact + half + i);
+            Floats a = load(head + i), b = load(head + half + i);
             Floats x = is_value ? a : a * load(c + i) - b * load(s + i);
             Floats y = is_value ? b : b * load(c + i) + a * load(s + i);
             store(head + i, x);
@@ -289,9 +249,9 @@ inline float total(Floats v) {
 // scratch memory of G rows of `count` rounded up to W; keys are read from 0 up to that length and masked outside of the
 // range. `ahead` is the address where the next call reads keys, if known: it is prefetched, because a read from memory
 // takes as long as a call.
-template <int G, int dim, class T, class Kept>
-void attend_heads(const T* query, const Kept* keys, const Kept* values, int64_t skip, int64_t count, float scale,
-                  float* scores, T* out, const Kept* ahead) {
+template <int G, int dim, class Kept>
+void attend_heads(const float* query, const Kept* keys, const Kept* values, int64_t skip, int64_t count, float scale,
+                  float* scores, float* out, const Kept* ahead) {
   constexpr int parts = dim / W;
   const int64_t padded = (count + W - 1) / W * W;
   Floats q[G][parts], result[G][parts] = {};
@@ -342,14 +302,13 @@ void attend(const Tensor& qkv, int64_t heads, double scale, int64_t window, cons
   TORCH_CHECK(dim == 64 || dim == 128, "head size ", dim);
   TORCH_CHECK(length % W == 0 && keys.is_contiguous() && values.is_contiguous(), "cache of ", length, " positions");
   TORCH_CHECK(heads % shared == 0 && stride == (heads + 2 * shared) * dim && qkv.is_contiguous());
-  TORCH_CHECK(qkv.size(0) >= rows && out.size(1) == width);
-  TORCH_CHECK(out.scalar_type() == qkv.scalar_type() && values.scalar_type() == keys.scalar_type());
+  TORCH_CHECK(qkv.size(0) == rows && out.size(1) == width);
+  TORCH_CHECK(qkv.scalar_type() == at::kFloat && values.scalar_type() == keys.scalar_type());
   TORCH_CHECK(positions.numel() == rows);
   const int64_t *slot_of = slots.const_data_ptr<int64_t>(), *position_of = positions.const_data_ptr<int64_t>();
-  for_types(qkv, keys, [&](auto* row_tag, auto* cache_tag) {
-    using T = TYPE_OF(row_tag);
+  float* multiplier = multipliers(out, out_scale, rows);
+  for_type(keys, [&](auto* cache_tag) {
     using Kept = TYPE_OF(cache_tag);
-    float* multiplier = multipliers<T>(out, out_scale, rows);
     auto with = [&](auto group_size, auto head_size) {
       constexpr int G = decltype(group_size)::value, D = decltype(head_size)::value;
       // Adjacent rows often belong to one sequence and have similar lengths: assigned in turn, they balance the threads.
@@ -366,9 +325,9 @@ void attend(const Tensor& qkv, int64_t heads, double scale, int64_t window, cons
             const Kept* ahead = next_slot == slot_of[row] ? nullptr : keys.const_data_ptr<Kept>() +
                 ((next_slot * shared + next % shared) * length + begin) * D;
             for (int64_t g = h * group; g < (h + 1) * group; g += G)
-              attend_heads<G, D, T, Kept>(qkv.const_data_ptr<T>() + row * stride + g * D, keys.const_data_ptr<Kept>() + offset,
-                                    values.const_data_ptr<Kept>() + offset, low - begin, end - begin, (float)scale,
-                                    scores.data(), out.data_ptr<T>() + (row * heads + g) * D, ahead);
+              attend_heads<G, D, Kept>(qkv.const_data_ptr<float>() + row * stride + g * D, keys.const_data_ptr<Kept>() + offset,
+                                       values.const_data_ptr<Kept>() + offset, low - begin, end - begin, (float)scale,
+                                       scores.data(), out.data_ptr<float>() + (row * heads + g) * D, ahead);
           }
       });
     };
@@ -381,14 +340,14 @@ void attend(const Tensor& qkv, int64_t heads, double scale, int64_t window, cons
     };
     if (dim == 64) with_head(std::integral_constant<int, 64>());
     else with_head(std::integral_constant<int, 128>());
-    for (int64_t row = 0; multiplier && row < rows; row++) {
-      T* result = out.data_ptr<T>() + row * width;
-      Floats most = {};
-      for (int64_t i = 0; i < width; i += W) most = larger(most, magnitude(load(result + i)));
-      const Floats factor = all(to_unit(largest(most), multiplier + row));
-      for (int64_t i = 0; i < width; i += W) store(result + i, clamped(load(result + i) * factor, 1.f));
-    }
   });
+  for (int64_t row = 0; multiplier && row < rows; row++) {
+    float* result = out.data_ptr<float>() + row * width;
+    Floats most = {};
+    for (int64_t i = 0; i < width; i += W) most = larger(most, magnitude(load(result + i)));
+    const Floats factor = all(to_unit(largest(most), multiplier + row));
+    for (int64_t i = 0; i < width; i += W) store(result + i, clamped(load(result + i) * factor, 1.f));
+  }
 }
 
 // The largest value of each row and its first index; NaN and 0 for a row with a NaN.
@@ -426,44 +385,17 @@ std::tuple<Tensor, Tensor> argmax_of_rows(const Tensor& rows) {
   return {values, indices};
 }
 
-// The product of linear.FbgemmInt8Linear, see there.
-Tensor fbgemm(LinearPackedParamsBase& weight, const Tensor& rows) {
-  if (at::cpu::is_avx512_vnni_supported()) return weight.apply_dynamic(rows);
-  const int64_t count = rows.size(0) - 1;
-  const Tensor plain = rows.narrow(0, 0, count), pin = rows.narrow(0, count, 1);
-  const Tensor high = plain.mul(63.5).round_().clamp_(-63, 63).div_(63.5);
-  const Tensor y = weight.apply_dynamic(at::cat({high, plain.sub(high).mul_(127).clamp_(-1, 1), pin}), true);
-  y.narrow(0, 0, count).add_(y.narrow(0, count, count), 1. / 127);
-  return y.narrow(0, 0, count + 1);
-}
-
-// Calls a linear layer by its index. Either all layers are Int8DotProductLinear or Int4DotProductLinear (bytes, with
-// `scales`), or all are of one other kind: DotProductLinear (4-dimensional weights), FbgemmInt8Linear (`packed`),
-// OneDnnLinear (mkldnn weights) or PlainLinear.
+// Calls a linear layer by its index: Int8DotProductLinear or Int4DotProductLinear (bytes; `scale` are the multipliers of
+// the rows), DotProductLinear (4-dimensional weights) or PlainLinear.
 struct Linears {
-  using Packed = c10::List<c10::intrusive_ptr<LinearPackedParamsBase>>;
-  using Pointwise = Tensor(const Tensor&, const Tensor&, const Optional&, std::string_view,
-                           c10::List<std::optional<at::Scalar>>, std::optional<std::string_view>);
   const at::TensorList weights, scales;
   const c10::List<Optional> biases;
-  const Packed packed;
-  const c10::TypedOperatorHandle<Pointwise> pointwise =
-      c10::Dispatcher::singleton().findSchemaOrThrow("mkldnn::_linear_pointwise", "").typed<Pointwise>();
 
-  // The layer's result for `rows`, and the row multipliers that are still to be applied to it.
-  std::pair<Tensor, Optional> operator()(int64_t i, const Tensor& rows, const Optional& scale,
-                                          const matmul::Extra* extra = nullptr) const {
+  Tensor operator()(int64_t i, const Tensor& rows, const Optional& scale, const matmul::Extra* extra = nullptr) const {
     const Optional bias = biases.get(i);
-    if (packed.size()) {
-      Tensor y = fbgemm(*packed.get(i), rows);
-      if (!bias) return {y, scale};
-      y.narrow(0, 0, scale->size(0)).mul_(scale->unsqueeze(1)).add_(*bias);
-      return {y, std::nullopt};
-    }
-    if (scale) return {matmul::quantized(rows, weights[i], scales[i], bias, *scale, extra), std::nullopt};
-    if (weights[i].dim() == 4) return {matmul::bfloat16(rows, weights[i], bias, weights[i].size(0) * 16, extra), std::nullopt};
-    if (!weights[i].is_mkldnn()) return {at::linear(rows, weights[i], bias), std::nullopt};
-    return {pointwise.call(rows, weights[i], bias, "none", c10::List<std::optional<at::Scalar>>(), ""), std::nullopt};
+    if (scale) return matmul::quantized(rows, weights[i], scales[i], bias, *scale, extra);
+    if (weights[i].dim() == 4) return matmul::bfloat16(rows, weights[i], bias, weights[i].size(0) * 16, extra);
+    return at::linear(rows, weights[i], bias);
   }
 };
 
@@ -504,15 +436,10 @@ class Adapters {
   // other rows. One work at a time can be used.
   std::unique_ptr<matmul::Extra> work(const Tensor& x, int64_t linear, const Optional& scale) {
     if (!changes(linear)) return nullptr;
-    TORCH_CHECK(x.is_contiguous() && x.size(1) % W == 0);
-    std::unique_ptr<matmul::Extra> made;
-    for_type(x, [&](auto* row) {
-      using T = TYPE_OF(row);
-      if (type == at::kChar) made = std::make_unique<Work<T, int8_t>>(*this, x, linear, floats(scale));
-      else if (type == at::kFloat) made = std::make_unique<Work<T, float>>(*this, x, linear, floats(scale));
-      else made = std::make_unique<Work<T, bf16>>(*this, x, linear, floats(scale));
-    });
-    return made;
+    TORCH_CHECK(x.is_contiguous() && x.scalar_type() == at::kFloat && x.size(1) % W == 0);
+    if (type == at::kChar) return std::make_unique<Work<int8_t>>(*this, x, linear, floats(scale));
+    if (type == at::kFloat) return std::make_unique<Work<float>>(*this, x, linear, floats(scale));
+    return std::make_unique<Work<bf16>>(*this, x, linear, floats(scale));
   }
 
   // Does the work for the result `y` of a linear layer that does not do it itself.
@@ -557,7 +484,7 @@ class Adapters {
     return false;
   }
 
-  template <class T, class V>
+  template <class V>
   struct Work : matmul::Extra {
     // One projection of an adapter: A [rank, K] and the strips of B [outputs / 16, rank, 16], with a scale for each rank.
     struct Factors {
@@ -568,13 +495,13 @@ class Adapters {
 
     Adapters& of;
     const int64_t begin, end, K;
-    const T* x;
+    const float* x;
     const float* multipliers;
     const int64_t* rows;
     std::vector<Factors> parts;  // [adapters, projections]
 
     Work(Adapters& of, const Tensor& x, int64_t linear, const float* multipliers)
-        : of(of), begin(FIRST[linear % 4]), end(FIRST[linear % 4 + 1]), K(x.size(1)), x(x.const_data_ptr<T>()),
+        : of(of), begin(FIRST[linear % 4]), end(FIRST[linear % 4 + 1]), K(x.size(1)), x(x.const_data_ptr<float>()),
           multipliers(multipliers), rows(of.rows) {
       count = of.tasks.size();
       parts.reserve(of.adapters.size() * (end - begin));
@@ -608,7 +535,7 @@ class Adapters {
       for_parts(block, [&](const auto& found, int64_t p, int64_t strip, int64_t last, int64_t column, int64_t i, int64_t to) {
         for (; strip < last; strip++)
           for (int64_t row = i; row < to;) {
-            T* out = (T*)y + column + strip * STRIP;
+            float* out = (float*)y + column + strip * STRIP;
             row += to - row >= 4 ? add_strip<4>(found, row, p, strip, out, width) : add_strip<1>(found, row, p, strip, out, width);
           }
       });
@@ -633,7 +560,7 @@ class Adapters {
     // low = A x for R rows; returns R.
     template <int R>
     int64_t products(const Factors& found, int64_t i, int64_t p) const {
-      const T* from[R];
+      const float* from[R];
       float* to[R];
       for (int r = 0; r < R; r++) from[r] = x + rows[i + r] * K, to[r] = low_of(i + r, p);
       int64_t j = 0;
@@ -644,7 +571,7 @@ class Adapters {
 
     // The products of R rows with J rows of A, each summed in the order of K.
     template <int R, int J>
-    void dots(const Factors& found, int64_t first, const T* const* from, float* const* to) const {
+    void dots(const Factors& found, int64_t first, const float* const* from, float* const* to) const {
       Floats sums[R][J] = {};
       const V* a = found.down + first * K;
       for (int64_t k = 0; k < K; k += W) {
@@ -661,7 +588,7 @@ class Adapters {
 
     // Adds B low to a strip of R rows; returns R.
     template <int R>
-    int64_t add_strip(const Factors& found, int64_t i, int64_t p, int64_t strip, T* y, int64_t width) const {
+    int64_t add_strip(const Factors& found, int64_t i, int64_t p, int64_t strip, float* y, int64_t width) const {
       const V* b = found.up + strip * STRIP * found.rank;
       constexpr int parts = STRIP / W;
       const float* factor[R];
@@ -674,7 +601,7 @@ class Adapters {
         }
       for (int r = 0; r < R; r++) {
         const Floats m = all(multipliers ? multipliers[rows[i + r]] : 1.f);
-        T* to = y + rows[i + r] * width;
+        float* to = y + rows[i + r] * width;
         for (int c = 0; c < parts; c++) store(to + c * W, load(to + c * W) + sums[r][c] * m);
       }
       return R;
@@ -693,38 +620,39 @@ void add_lora(Tensor y, const Tensor& x, const Optional& scale, at::TensorList d
 // layers per layer (queries, keys and values; out; gate and up; down). Returns the head's input for the wanted rows.
 std::tuple<Tensor, Optional> layers(
     Tensor x, at::TensorList norms, at::TensorList weights, at::TensorList scales, const c10::List<Optional>& biases,
-    const Linears::Packed& packed, const c10::List<Optional>& query_norms, const c10::List<Optional>& key_norms,
-    at::IntArrayRef windows, int64_t heads, double eps, const Tensor& cos, const Tensor& sin, Tensor slots,
-    Tensor positions, const Tensor& wanted, at::TensorList keys, at::TensorList values, at::TensorList lora,
-    at::TensorList lora_scales, at::TensorList lora_tables, const Tensor& lora_rows, at::IntArrayRef lora_starts,
-    at::TensorList last_lora, at::TensorList last_scales, at::TensorList last_tables, const Tensor& last_rows,
-    at::IntArrayRef last_starts, at::IntArrayRef lora_widths) {
-  const Linears base{weights, scales, biases, packed};
+    const c10::List<Optional>& query_norms, const c10::List<Optional>& key_norms, at::IntArrayRef windows, int64_t heads,
+    double eps, const Tensor& cos, const Tensor& sin, Tensor slots, Tensor positions, const Tensor& wanted,
+    at::TensorList keys, at::TensorList values, at::TensorList lora, at::TensorList lora_scales,
+    at::TensorList lora_tables, const Tensor& lora_rows, at::IntArrayRef lora_starts, at::TensorList last_lora,
+    at::TensorList last_scales, at::TensorList last_tables, const Tensor& last_rows, at::IntArrayRef last_starts,
+    at::IntArrayRef lora_widths) {
+  const Linears base{weights, scales, biases};
   Adapters all{lora, lora_scales, lora_tables, lora_rows, lora_starts, lora_widths};
   Adapters last{last_lora, last_scales, last_tables, last_rows, last_starts, lora_widths};
   Adapters* adapters = &all;
   auto linear = [&](int64_t i, const Tensor& rows, const Optional& scale) {
     if (adapters->empty()) return base(i, rows, scale);
-    if (!packed.size() && weights[i].dim() > 2)
-      return base(i, rows, scale, adapters->work(rows, i, scale).get());
-    auto result = base(i, rows, scale);
-    Adapters::add(adapters->work(rows, i, result.second ? std::nullopt : scale).get(), result.first, x.size(0));
-    return result;
+    const auto work = adapters->work(rows, i, scale);
+    if (weights[i].dim() > 2) return base(i, rows, scale, work.get());
+    const Tensor y = base(i, rows, scale);
+    Adapters::add(work.get(), y, x.size(0));
+    return y;
   };
   const int64_t count = windows.size(), dim = keys[0].size(3);
-  const bool int8 = packed.size() || weights[0].scalar_type() == at::kByte;
+  const bool quantized = scales.size();
   auto buffer = [&](int64_t width) -> std::pair<Tensor, Optional> {
-    Tensor rows = at::empty({x.size(0) + int8, width}, x.options());
-    return {rows, int8 ? Optional(at::empty({x.size(0)}, at::kFloat)) : std::nullopt};
+    return {at::empty({x.size(0), width}, x.options()),
+            quantized ? Optional(at::empty({x.size(0)}, at::kFloat)) : std::nullopt};
   };
-  std::pair<Tensor, Optional> y, normed = buffer(x.size(1));
+  Tensor y;
+  std::pair<Tensor, Optional> normed = buffer(x.size(1));
   auto norm = [&](int64_t i) {
-    add_norm(x, i ? Optional(y.first) : std::nullopt, y.second, norms[i], eps, normed.first, normed.second);
+    add_norm(x, i ? Optional(y) : std::nullopt, norms[i], eps, normed.first, normed.second);
   };
   for (int64_t i = 0; i < count; i++) {
     norm(2 * i);
-    auto [qkv, scale] = linear(4 * i, normed.first, normed.second);
-    rope_store(qkv, scale, heads, cos, sin, query_norms.get(i), key_norms.get(i), eps, slots, positions, keys[i], values[i]);
+    Tensor qkv = linear(4 * i, normed.first, normed.second);
+    rope_store(qkv, heads, cos, sin, query_norms.get(i), key_norms.get(i), eps, slots, positions, keys[i], values[i]);
     if (i == count - 1) {
       // The other rows are complete when their keys and values are stored.
       x = x.index_select(0, wanted), qkv = qkv.index_select(0, wanted);
@@ -736,9 +664,9 @@ std::tuple<Tensor, Optional> layers(
     attend(qkv, heads, 1 / std::sqrt((double)dim), windows[i], slots, positions, keys[i], values[i], attended, attended_scale);
     y = linear(4 * i + 1, attended, attended_scale);
     norm(2 * i + 1);
-    auto [gate_up, gate_up_scale] = linear(4 * i + 2, normed.first, normed.second);
+    const Tensor gate_up = linear(4 * i + 2, normed.first, normed.second);
     auto [active, active_scale] = buffer(gate_up.size(1) / 2);
-    silu_mul(gate_up, gate_up_scale, active, active_scale);
+    silu_mul(gate_up, active, active_scale);
     y = linear(4 * i + 3, active, active_scale);
   }
   norm(2 * count);
@@ -749,12 +677,11 @@ std::tuple<Tensor, Optional> layers(
 
 TORCH_LIBRARY(serve_app, library) {
   library.def(
-      "add_norm(Tensor(a!) x, Tensor? y, Tensor? scale, Tensor weight, float eps, Tensor(b!) out, Tensor(c!)? out_scale) "
-      "-> ()",
+      "add_norm(Tensor(a!) x, Tensor? y, Tensor weight, float eps, Tensor(b!) out, Tensor(c!)? out_scale) -> ()",
       &add_norm);
-  library.def("silu_mul(Tensor gate_up, Tensor? scale, Tensor(a!) out, Tensor(b!)? out_scale) -> ()", &silu_mul);
+  library.def("silu_mul(Tensor gate_up, Tensor(a!) out, Tensor(b!)? out_scale) -> ()", &silu_mul);
   library.def(
-      "rope_store(Tensor(a!) qkv, Tensor? scale, int heads, Tensor cos, Tensor sin, Tensor? query_norm, "
+      "rope_store(Tensor(a!) qkv, int heads, Tensor cos, Tensor sin, Tensor? query_norm, "
       "Tensor? key_norm, float eps, Tensor slots, Tensor positions, Tensor(b!) keys, Tensor(c!) values) -> ()",
       &rope_store);
   library.def(
@@ -774,7 +701,7 @@ TORCH_LIBRARY(serve_app, library) {
   library.def("argmax_of_rows(Tensor rows) -> (Tensor, Tensor)", &argmax_of_rows);
   library.def(
       "layers(Tensor(a!) x, Tensor[] norms, Tensor[] weights, Tensor[] scales, Tensor?[] biases, "
-      "__torch__.torch.classes.quantized.LinearPackedParamsBase[] packed, Tensor?[] query_norms, Tensor?[] key_norms, "
+      "Tensor?[] query_norms, Tensor?[] key_norms, "
       "int[] windows, int heads, float eps, Tensor cos, Tensor sin, Tensor slots, Tensor positions, Tensor wanted, "
       "Tensor(b!)[] keys, Tensor(c!)[] values, Tensor[] lora, Tensor[] lora_scales, Tensor[] lora_tables, "
       "Tensor lora_rows, int[] lora_starts, Tensor[] last_lora, Tensor[] last_scales, Tensor[] last_tables, "

@@ -14,12 +14,13 @@ from serve_app.engines.native.quantization import Quantization
 
 
 class _UnscaledLinear(torch.nn.Module):
-    """A layer whose input rows have no multipliers, unlike those of the int8 layers."""
+    """A layer whose input rows have no multipliers, unlike those of the quantized layers of matmul.h."""
 
-    def scaled(self, rows: torch.Tensor, row_scales: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """`[N, K]` -> `[N, M]` and no multipliers."""
+    def scaled(self, rows: torch.Tensor, row_scales: torch.Tensor | None) -> torch.Tensor:
+        """`[N, K]` -> `[N, M]`."""
         assert row_scales is None, "this layer takes unscaled rows"
-        return self(rows), None
+        y: torch.Tensor = self(rows)
+        return y
 
 
 class OneDnnLinear(_UnscaledLinear):
@@ -63,7 +64,7 @@ class DotProductLinear(_UnscaledLinear):
         return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
 
 
-class FbgemmInt8Linear(torch.nn.Module):
+class FbgemmInt8Linear(_UnscaledLinear):
     """int8 weights with a scale per output, and rows that are quantized to 8 bits, by fbgemm (W8A8).
 
     torch's operation quantizes all rows of a call with one scale, so that an outlier in one row would reduce the
@@ -99,23 +100,10 @@ class FbgemmInt8Linear(torch.nn.Module):
         scaled = rows.new_empty(count + 1, rows.shape[1])
         torch.div(rows, scales[:, None], out=scaled[:count])
         scaled[count] = self._pin
-        y, left = self.scaled(scaled, scales)
-        y = y[:count] if left is None else y[:count].mul_(left[:, None])
+        y = self._product(scaled)[:count].mul_(scales[:, None])
+        if self.bias is not None:
+            y.add_(self.bias)
         return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
-
-    def scaled(self, rows: torch.Tensor, row_scales: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Rows in [-1, 1] and the last row that fixes the scale, `[N + 1, K]`, with N multipliers -> `[N + 1, M]`.
-
-        The second result is the multipliers that the caller still has to apply to the rows, or None. Without
-        multipliers (in a model whose other layers are not int8) the rows are unscaled, `[N, K]` -> `[N, M]`.
-        """
-        if row_scales is None:
-            return self(rows), None
-        y = self._product(rows)
-        if self.bias is None:
-            return y, row_scales
-        y[:-1].mul_(row_scales[:, None]).add_(self.bias)
-        return y, None
 
     def _product(self, rows: torch.Tensor) -> torch.Tensor:
         product: Any = torch.ops.quantized.linear_dynamic
@@ -148,14 +136,15 @@ class Int8DotProductLinear(torch.nn.Module):
         """`[..., K]` -> `[..., M]`, in the type of `x`."""
         rows = x.reshape(-1, x.shape[-1]).float()
         row_scales = rows.abs().amax(-1).clamp_min_(1e-20)
-        y, _ = self.scaled(rows / row_scales[:, None], row_scales)
+        y = self.scaled(rows / row_scales[:, None], row_scales)
         return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
 
-    def scaled(self, rows: torch.Tensor, row_scales: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Rows in [-1, 1], `[>= N, K]`, with N multipliers -> `[N, M]`; the multipliers are applied."""
+    def scaled(self, rows: torch.Tensor, row_scales: torch.Tensor | None) -> torch.Tensor:
+        """Rows in [-1, 1] and their multipliers, `[N, K]` and `[N]`, -> `[N, M]`. Without multipliers, any rows."""
         if row_scales is None:
-            return self(rows), None
-        return torch.ops.serve_app.linear_quantized(rows, self.weight, self.scales, self.bias, row_scales), None
+            return self(rows)  # type: ignore[no-any-return]
+        y: torch.Tensor = torch.ops.serve_app.linear_quantized(rows, self.weight, self.scales, self.bias, row_scales)
+        return y
 
 
 class Int4DotProductLinear(Int8DotProductLinear):
