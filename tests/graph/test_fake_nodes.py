@@ -17,7 +17,7 @@ import pytest
 from tests.graph.cluster import Head, Ports, node_environment
 from tests.graph.service import Config, model_config, model_state, wait_until, zero_scaled_model_config
 
-pytestmark = [pytest.mark.ray, pytest.mark.long, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.ray, pytest.mark.ci, pytest.mark.timeout(300)]
 
 # The id that the fake provider expects of the head.
 HEAD_ID = "fffffffffffffffffffffffffffffffffffffffffffffffffff00000"

@@ -22,7 +22,7 @@ from tests.graph.cluster import Head, Node, Worker, fault_tolerance, node_enviro
 from tests.graph.service import Config, kill, metric_totals, model_config, wait_until
 from tests.graph.streams import Call, ShortCalls, running, toy_calls
 
-pytestmark = [pytest.mark.ray, pytest.mark.long, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.ray, pytest.mark.ci, pytest.mark.timeout(300)]
 
 ONE_PER_NODE: Config = {
     "num_replicas": 2,

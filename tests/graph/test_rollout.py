@@ -17,7 +17,7 @@ from tests.graph.cluster import Head, node_environment
 from tests.graph.service import Config, model_config, wait_until
 from tests.graph.streams import ShortCalls, running, toy_calls
 
-pytestmark = [pytest.mark.ray, pytest.mark.long, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.ray, pytest.mark.ci, pytest.mark.timeout(300)]
 
 PATIENT: Config = {"num_replicas": 2, "graceful_shutdown_timeout_s": 60}
 

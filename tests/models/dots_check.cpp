@@ -59,7 +59,8 @@ int wrong_floats(int K) {
 int wrong_groups() {
   std::vector<char> group(Int4Group::BYTES);
   for (char& value : group) value = (char)draw();
-  for (int n = 0; n < STRIP; n++) group[n] = (char)(draw() % 128), group[STRIP + n] = (char)(draw() % 16);  // no overflow
+  // Without overflow: 15 * 127 / 8 + 15 is below 256.
+  for (int n = 0; n < STRIP; n++) group[2 * n] = (char)(draw() % 128), group[2 * n + 1] = (char)(draw() % 16);
   const Int4Group read(group.data());
   int wrong = 0;
   for (int line = 0; line < Int4Group::LINES; line++) {
@@ -69,7 +70,7 @@ int wrong_groups() {
     store_line(unpacked[1], read.high(load_line(from)));
     for (int i = 0; i < 2 * LINE; i++) {
       const int n = i % LINE / 4, level = (uint8_t)from[i % LINE] >> (i < LINE ? 0 : 4) & 15;
-      wrong += (uint8_t)unpacked[i / LINE][i % LINE] != level * (uint8_t)group[n] / 8 + (uint8_t)group[STRIP + n];
+      wrong += (uint8_t)unpacked[i / LINE][i % LINE] != level * (uint8_t)group[2 * n] / 8 + (uint8_t)group[2 * n + 1];
     }
   }
   return wrong;

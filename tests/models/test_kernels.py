@@ -128,24 +128,39 @@ def test_weights_that_do_not_fit_into_strips_are_refused() -> None:
         torch.ops.serve_app.pack_strips(noise(16, 33, dtype=BFLOAT))
 
 
+def normed(rows: torch.Tensor, weight: torch.Tensor, eps: float = 1e-5) -> torch.Tensor:
+    return rows * (rows.pow(2).mean(-1, keepdim=True) + eps).rsqrt() * weight.double()
+
+
 @pytest.mark.parametrize("rows", [1, 3, 200])
-@pytest.mark.parametrize("added", [True, False])
-def test_add_norm_adds_and_normalizes(rows: int, added: bool) -> None:
-    x, weight, out = noise(rows, 96), noise(96, seed=1), torch.empty(rows, 96)
-    y = noise(rows, 96, seed=2) if added else None
-    total = (x + y if y is not None else x).clone()
-    torch.ops.serve_app.add_norm(x, y, weight, 1e-5, out, None)
-    assert torch.equal(x, total)
-    squares = total.double().pow(2).mean(-1, keepdim=True)
-    assert close(out, total.double() * (squares + 1e-5).rsqrt() * weight.double())
+@pytest.mark.parametrize("added", ["nothing", "rows", "normed rows"])
+@pytest.mark.parametrize("weighted", [True, False])
+def test_add_norm_adds_and_normalizes(rows: int, added: str, weighted: bool) -> None:
+    x, out = noise(rows, 96), torch.empty(rows, 96)
+    weight = noise(96, seed=1) if weighted else None
+    y = None if added == "nothing" else noise(rows, 96, seed=2)
+    y_weight = noise(96, seed=3) if added == "normed rows" else None
+    total = x.double()
+    if y is not None:
+        total = total + 0.25 * (y.double() if y_weight is None else normed(y.double(), y_weight))
+    torch.ops.serve_app.add_norm(x, y, y_weight, 0.25, weight, 1e-5, out, None)
+    assert close(x, total)
+    assert close(out, total if weight is None else normed(total, weight))
 
 
-def test_silu_mul_is_finite_for_large_inputs() -> None:
+def test_gated_by_gelu_equals_its_approximation_with_tanh() -> None:
+    rows, out = noise(5, 64) * 5, torch.empty(5, 32)
+    torch.ops.serve_app.gated(rows, True, out, None)
+    gate, up = rows.double().chunk(2, dim=-1)
+    assert close(out, torch.nn.functional.gelu(gate, approximate="tanh") * up)
+
+
+def test_gated_is_finite_for_large_inputs() -> None:
     """Includes inputs for which the exponential function overflows or underflows."""
     rows = noise(5, 64) * 30
     rows[0, :4] = torch.tensor([-200.0, 200.0, -1e30, 0.0])
     out = torch.empty(5, 32)
-    torch.ops.serve_app.silu_mul(rows, out, None)
+    torch.ops.serve_app.gated(rows, False, out, None)
     gate, up = rows.double().chunk(2, dim=-1)
     assert close(out[1:], torch.nn.functional.silu(gate[1:]) * up[1:])
     assert torch.isfinite(out[0, 3:]).all()
@@ -158,12 +173,13 @@ def rotated(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
 
 
 @every_type
-@pytest.mark.parametrize("dim", [64, 128])
-@pytest.mark.parametrize("normed", [True, False])
-def test_rope_store_rotates_and_writes_only_its_positions(dtype: torch.dtype, dim: int, normed: bool) -> None:
+@pytest.mark.parametrize("dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("normed", ["no", "heads", "all heads"])
+def test_rope_store_rotates_and_writes_only_its_positions(dtype: torch.dtype, dim: int, normed: str) -> None:
     heads, shared, length = 4, 2, 32
     qkv, angles = noise(3, (heads + 2 * shared) * dim), noise(length, dim // 2, seed=1)
-    norms = [noise(dim, seed=2), noise(dim, seed=3)] if normed else [None, None]
+    sizes = {"no": (), "heads": (dim, dim), "all heads": (heads * dim, shared * dim)}[normed]
+    norms = [noise(size, seed=2 + number) for number, size in enumerate(sizes)] or [None, None]
     slots, positions = torch.tensor([2, 0, 2]), torch.tensor([7, 31, 8])
     keys, values = torch.zeros(2, 3, shared, length, dim, dtype=dtype)
     before = qkv.double().view(3, -1, dim)
@@ -172,7 +188,8 @@ def test_rope_store_rotates_and_writes_only_its_positions(dtype: torch.dtype, di
     for part, norm in ((slice(0, heads), norms[0]), (slice(heads, heads + shared), norms[1])):
         some = before[:, part]
         if norm is not None:
-            some = some * (some.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt() * norm.double()
+            groups = some.reshape(3, -1, len(norm))
+            some = (groups * (groups.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt() * norm.double()).view(some.shape)
         cos, sin = (f(angles[positions].double())[:, None] for f in (torch.cos, torch.sin))
         expected[:, part] = rotated(some, cos, sin)
     after = qkv.view(3, -1, dim)
@@ -199,18 +216,30 @@ def test_nan_is_stored_in_the_cache_as_zero() -> None:
 @pytest.mark.parametrize("window", [0, 1, 7, 16, 40])
 def test_attend_equals_softmax_attention(dtype: torch.dtype, group: int, window: int) -> None:
     """Rows of several lengths, with old values behind the end of each sequence."""
-    shared, dim, length = 2, 64, 64
+    check_attention(dtype, group, window, dim=64, cap=0.0)
+
+
+@pytest.mark.parametrize("dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("group", [1, 4])
+@pytest.mark.parametrize("cap", [0.0, 0.5])
+def test_attend_supports_heads_of_every_size_and_a_cap_of_the_scores(dim: int, group: int, cap: float) -> None:
+    check_attention(BFLOAT, group, window=7, dim=dim, cap=cap)
+
+
+def check_attention(dtype: torch.dtype, group: int, window: int, dim: int, cap: float) -> None:
+    shared, length = 2, 64
     heads, ends = shared * group, [1, 16, 17, 33, 64]
     keys, values = noise(2, 5, shared, length, dim, dtype=dtype, seed=1)
     qkv = noise(5, (heads + 2 * shared) * dim)
     slots, positions = torch.tensor([3, 0, 4, 1, 2]), torch.tensor(ends) - 1
     out = torch.empty(5, heads * dim)
-    torch.ops.serve_app.attend(qkv, heads, 0.125, window, slots, positions, keys, values, out, None)
+    torch.ops.serve_app.attend(qkv, heads, 0.125, cap, window, slots, positions, keys, values, out, None)
     for row, (slot, end) in enumerate(zip(slots, ends, strict=True)):
         seen = slice(max(0, end - window) if window else 0, end)
         k, v = (t[slot, :, seen].double().repeat_interleave(group, 0) for t in (keys, values))
         query = qkv[row, : heads * dim].double().view(heads, 1, dim)
-        weights = (query @ k.transpose(1, 2) * 0.125).softmax(-1)
+        scores = query @ k.transpose(1, 2) * 0.125
+        weights = (cap * (scores / cap).tanh() if cap else scores).softmax(-1)
         assert close(out[row], (weights @ v).reshape(-1))
 
 
@@ -218,10 +247,10 @@ def test_attention_of_a_row_does_not_depend_on_other_rows() -> None:
     keys, values = noise(2, 8, 3, 128, 64, dtype=BFLOAT, seed=1)
     qkv, slots, positions = noise(8, 15 * 64), torch.arange(8), torch.tensor([5, 99, 1, 127, 0, 50, 64, 9])
     out = torch.empty(8, 9 * 64)
-    torch.ops.serve_app.attend(qkv, 9, 0.125, 0, slots, positions, keys, values, out, None)
+    torch.ops.serve_app.attend(qkv, 9, 0.125, 0.0, 0, slots, positions, keys, values, out, None)
     for row in range(8):
         alone, one = torch.empty(1, 9 * 64), slice(row, row + 1)
-        torch.ops.serve_app.attend(qkv[one], 9, 0.125, 0, slots[one], positions[one], keys, values, alone, None)
+        torch.ops.serve_app.attend(qkv[one], 9, 0.125, 0.0, 0, slots[one], positions[one], keys, values, alone, None)
         assert torch.equal(alone[0], out[row])
 
 
@@ -230,20 +259,20 @@ def test_scaled_rows_times_their_multipliers_are_the_unscaled_rows(rows: int) ->
     """For quantized layers: results lie in [-1, 1]."""
     x, weight, out, left = noise(rows, 96), noise(96, seed=3), torch.empty(rows, 96), torch.empty(rows)
     plain = torch.empty(rows, 96)
-    torch.ops.serve_app.add_norm(x, None, weight, 1e-5, plain, None)
-    torch.ops.serve_app.add_norm(x, None, weight, 1e-5, out, left)
+    torch.ops.serve_app.add_norm(x, None, None, 1.0, weight, 1e-5, plain, None)
+    torch.ops.serve_app.add_norm(x, None, None, 1.0, weight, 1e-5, out, left)
     assert_scaled(out, left, plain)
 
     gate_up, half, plain = noise(rows, 96, seed=4), torch.empty(rows, 48), torch.empty(rows, 48)
-    torch.ops.serve_app.silu_mul(gate_up, plain, None)
-    torch.ops.serve_app.silu_mul(gate_up, half, left)
+    torch.ops.serve_app.gated(gate_up, False, plain, None)
+    torch.ops.serve_app.gated(gate_up, False, half, left)
     assert_scaled(half, left, plain)
 
     keys, values = noise(2, rows, 1, 16, 64, seed=5)
     place = torch.arange(rows), torch.full((rows,), 3)
     qkv, out, plain = noise(rows, 4 * 64, seed=6), torch.empty(rows, 128), torch.empty(rows, 128)
-    torch.ops.serve_app.attend(qkv, 2, 0.125, 0, *place, keys, values, plain, None)
-    torch.ops.serve_app.attend(qkv, 2, 0.125, 0, *place, keys, values, out, left)
+    torch.ops.serve_app.attend(qkv, 2, 0.125, 0.0, 0, *place, keys, values, plain, None)
+    torch.ops.serve_app.attend(qkv, 2, 0.125, 0.0, 0, *place, keys, values, out, left)
     assert_scaled(out, left, plain)
 
 

@@ -36,7 +36,7 @@ pytestmark = pytest.mark.model
 Prompt = tuple[int, ...]
 TOP = 3
 # The least cosine with float32 that rounding explains, on three layers with random weights.
-MIN_COSINE = {"none": 0.9998, "int8": 0.96, "int4": 0.94}
+MIN_COSINE = {"none": 0.9997, "int8": 0.96, "int4": 0.93}
 
 
 @pytest.fixture(autouse=True)
@@ -210,7 +210,7 @@ def test_rows_of_one_step_are_separated_after_the_last_layer(quantization: Quant
     """Rows to sample, rows for prompt log probabilities and rows for embeddings."""
     assert kernels.available(print), "this test needs a C++ compiler"
     config = model_config(tiny.save("qwen3", tmp_path, tiny.FUSED), max_running=4, max_context=64)
-    loaded = load(config, lambda stage: None)
+    loaded = load(config.model_copy(update={"dtype": "bfloat16"}), lambda stage: None)
     weights = fused_weights(loaded.model, [None] * 3, quantization)
     model = FusedModel(weights, TorchRunner(prepare(loaded), config.native_options)._caches)
     rows = span(list(range(20)), slot=0, start=0)

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from serve_app.core.requests import TextPrompt
 from serve_app.engines.native import int4, kernels
+from serve_app.engines.native.families import separate_projections
 from serve_app.engines.native.linear import (
     DotProductLinear,
     FbgemmInt8Linear,
@@ -220,16 +221,29 @@ def test_int4_dequantizes_by_its_formula_and_follows_the_importance() -> None:
 def test_smoothing_does_not_change_the_logits(family: str, tmp_path: Path) -> None:
     """The factors are powers of two, so that the logits change by the order of sums only."""
     loaded = load(model_config(tiny.save(family, tmp_path, tiny.FUSED)), lambda stage: None)
+    separate_projections(loaded.model)
+    enlarge_channels(loaded.model)
     ids = list(range(1, 60))
+    weights = [*(layer.mlp.down_proj for layer in loaded.model.model.layers), loaded.model.lm_head]
     with torch.inference_mode():
         before = loaded.model(input_ids=torch.tensor([ids]), use_cache=False).logits
-        weight = loaded.model.model.layers[0].mlp.down_proj.weight.clone()
-        head = loaded.model.lm_head.weight.clone()
+        old = [linear.weight.clone() for linear in weights]
         smooth(loaded.model, ids)
-        assert not torch.equal(loaded.model.lm_head.weight, head)
         after = loaded.model(input_ids=torch.tensor([ids]), use_cache=False).logits
-        assert not torch.equal(loaded.model.model.layers[0].mlp.down_proj.weight, weight)
+    assert not any(torch.equal(linear.weight, weight) for linear, weight in zip(weights, old, strict=True))
     assert (after - before).abs().max() < 1e-4 * before.abs().max()
+
+
+@torch.no_grad()
+def enlarge_channels(model: Any) -> None:
+    """Some channels of the activations become large, as in trained models: those of random weights are all alike."""
+    for layer in model.model.layers:
+        layer.mlp.up_proj.weight[::16] *= 30
+        layer.self_attn.v_proj.weight[::16] *= 30
+        for norm in (layer.post_attention_layernorm, getattr(layer, "input_layernorm", None)):
+            if norm is not None:
+                norm.weight[::16] += 30
+    model.model.norm.weight[::16] += 30
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -263,10 +277,3 @@ def chunked(folder: Path, dtype: str, quantization: str, fused: bool) -> torch.T
     with torch.inference_mode():
         assert len(runner._model.forward(first).logits) == 0
         return runner._model.forward(second).logits.float()
-
-
-@pytest.mark.parametrize("family", tiny.every(tiny.FUSED, ["qwen3", "mistral"]))
-def test_int4_computes_the_same_on_both_paths(family: str, tmp_path: Path) -> None:
-    folder = tiny.save(family, tmp_path, tiny.FUSED)
-    fused, transformers = (chunked(folder, "float32", "int4", fused) for fused in (True, False))
-    assert torch.cosine_similarity(fused, transformers, dim=-1).min() > 0.99

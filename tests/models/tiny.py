@@ -128,7 +128,7 @@ REPRESENTATIVE = (
     "mistral",
 )
 
-# Shapes that the native operations support: heads of 64 or 128 elements, rows in multiples of 16.
+# Shapes that the native operations support: heads of 64, 96, 128 or 256 elements, rows in multiples of 16.
 _WIDE: dict[str, Any] = _SHAPE | {"hidden_size": 64, "head_dim": 64, "intermediate_size": 96}
 FUSED: dict[str, dict[str, Any]] = {
     "llama": _WIDE,
@@ -136,6 +136,33 @@ FUSED: dict[str, dict[str, Any]] = {
     "qwen2": _WIDE | {"num_attention_heads": 6, "hidden_size": 384, "initializer_range": 0.1},
     "qwen3": _WIDE | {"head_dim": 128, "num_key_value_heads": 1},
     "mistral": _WIDE | {"sliding_window": WINDOW, "num_key_value_heads": 4},
+    "gemma2": _WIDE
+    | {
+        "sliding_window": WINDOW,
+        "head_dim": 256,
+        "initializer_range": 0.1,
+        "query_pre_attn_scalar": 144,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 5.0,
+    },
+    "gemma3_text": _WIDE
+    | {
+        "sliding_window": WINDOW,
+        "head_dim": 256,
+        "num_key_value_heads": 1,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+    },
+    "granite": _WIDE
+    | {
+        "embedding_multiplier": 12.0,
+        "attention_multiplier": 0.1,
+        "residual_multiplier": 0.22,
+        "logits_scaling": 8.0,
+        "initializer_range": 0.1,
+    },
+    "olmo2": _WIDE,
+    "phi3": _WIDE | {"head_dim": 96, "num_key_value_heads": 4, "sliding_window": None},
+    "smollm3": _WIDE | {"no_rope_layers": [1, 0, 1]},
 }
 
 # The layers of these families attend within a window or chunk that only transformers' mask expresses.

@@ -46,11 +46,14 @@ struct Line {
 
 typedef uint16_t Pairs __attribute__((vector_size(4 * W)));
 typedef uint8_t Quads __attribute__((vector_size(4 * W)));
-typedef uint8_t Bytes __attribute__((vector_size(W)));
+typedef uint16_t Halves __attribute__((vector_size(2 * W)));
+
+// With memcpy, GCC 12 reads a line in parts of four bytes.
+typedef Bits UnalignedBits __attribute__((aligned(1), may_alias));
 
 inline Line<Bits> load_line(const char* from) {
   Line<Bits> line;
-  for (int p = 0; p < PARTS; p++) std::memcpy(&line.part[p], from + p * sizeof(Bits), sizeof(Bits));
+  for (int p = 0; p < PARTS; p++) line.part[p] = *(const UnalignedBits*)(from + p * sizeof(Bits));
   return line;
 }
 inline void store_line(char* to, const Line<Bits>& line) {
@@ -263,8 +266,8 @@ struct Int8 {
 
 #endif
 
-// A group of 32 elements of K in 4 bits for the outputs of a strip: 16 multipliers, 16 offsets, and 4 lines, each of which
-// has two lines of Int8 in the lower and in the upper halves of its bytes. Int8's weight is level * multiplier / 8,
+// A group of 32 elements of K in 4 bits for the outputs of a strip: a multiplier and an offset for each output, and 4
+// lines, each of which has two lines of Int8 in the lower and in the upper halves of its bytes. Int8's weight is level * multiplier / 8,
 // rounded down, plus the offset; it is at most 255.
 struct Int4Group {
   static constexpr int64_t SIZE = 32, LINES = 4, BYTES = 2 * STRIP + LINES * LINE;
@@ -274,30 +277,35 @@ struct Int4Group {
 
   explicit Int4Group(const char* group) {
     for (int p = 0; p < PARTS; p++) {
-      multiplier.part[p] = (Pairs)(widened(group + p * W) * 0x00010001u);
-      offset.part[p] = (Quads)(widened(group + STRIP + p * W) * 0x01010101u);
+      Halves both;
+      std::memcpy(&both, group + p * sizeof both, sizeof both);
+      const Bits numbers = __builtin_convertvector(both, Bits);
+      multiplier.part[p] = (Pairs)((numbers & 0xff) * 0x00010001u);
+      offset.part[p] = (Quads)((numbers >> 8) * 0x01010101u);
     }
   }
 
-  // The line of Int8 whose levels are the lower halves of the bytes.
-  Line<Bits> low(Line<Bits> levels) const {
+  // The line of Int8 whose levels are the lower halves of the bytes. Products fill 11 bits, the first of which is dropped
+  // by a shift, or by a factor of 32 and a mask.
+  Line<Bits> low(Line<Bits> line) const {
     for (int p = 0; p < PARTS; p++) {
-      const Pairs even = (Pairs)(levels.part[p] & 0x000f000fu) * multiplier.part[p] >> 3;
-      const Pairs odd = (Pairs)(levels.part[p] >> 8 & 0x000f000fu) * multiplier.part[p] >> 3;
-      levels.part[p] = (Bits)((Quads)(even | odd << 8) + offset.part[p]);
+      const Pairs pairs = (Pairs)line.part[p];
+      line.part[p] = integers(pairs & 0xf, pairs >> 8 & 0xf, p);
     }
-    return levels;
+    return line;
   }
-  Line<Bits> high(Line<Bits> levels) const {
-    for (int p = 0; p < PARTS; p++) levels.part[p] >>= 4;
-    return low(levels);
+  Line<Bits> high(Line<Bits> line) const {
+    for (int p = 0; p < PARTS; p++) {
+      const Pairs pairs = (Pairs)line.part[p];
+      line.part[p] = integers(pairs >> 4 & 0xf, pairs >> 12, p);
+    }
+    return line;
   }
 
  private:
-  static Bits widened(const char* from) {
-    Bytes bytes;
-    std::memcpy(&bytes, from, sizeof bytes);
-    return __builtin_convertvector(bytes, Bits);
+  Bits integers(Pairs even, Pairs odd, int p) const {
+    const Pairs both = (even * multiplier.part[p] >> 3) | (odd * (multiplier.part[p] << 5) & 0xff00);
+    return (Bits)((Quads)both + offset.part[p]);
   }
 };
 

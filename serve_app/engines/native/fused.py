@@ -46,7 +46,9 @@ class FusedModel:
         # Adapters are about as precise as the model's own weights.
         self._adapter_dtype = weights.dtype if weights.quantization == "none" else torch.int8
         self._widths = _output_widths(self.targets)
-        self._cos, self._sin = weights.rotary.tables(caches[0].length)
+        self._numbers = weights.numbers
+        tables = [rotary.tables(caches[0].length) for rotary in weights.rotaries]
+        self._cos, self._sin = [cos for cos, _ in tables], [sin for _, sin in tables]
         self._arguments = self._native_arguments()
 
     @property
@@ -66,12 +68,12 @@ class FusedModel:
         wanted = torch.tensor(numbers, dtype=torch.long)
         groups = RowGroups.of(rows.adapters)
         last_groups = RowGroups.of(wanted_groups(rows.adapters, numbers)) if rows.adapters else groups
-        x = F.embedding(torch.tensor(rows.tokens), self._embedding).float()
+        x = F.embedding(torch.tensor(rows.tokens), self._embedding).float() * self._numbers.embedding_scale
         if self._arguments is None:
             normed = self.layers(x, slots, positions, wanted, groups, last_groups)
         else:
             normed = torch.ops.serve_app.layers(
-                x, *self._arguments, self._heads, self._eps, self._cos, self._sin, slots, positions, wanted,
+                x, *self._arguments, self._cos, self._sin, slots, positions, wanted,
                 self._keys, self._values, *_native(groups), *_native(last_groups), self._widths,
             )  # fmt: skip
         states, scale = normed
@@ -81,8 +83,14 @@ class FusedModel:
             hidden, scale = hidden * scale[logit_rows:, None], scale[:logit_rows]
         if rows.embedding_rows:
             states = torch.cat([states[:logit_rows], states[count:]])
-        logits = self._head.scaled(states, scale) if logit_rows else x.new_empty(0, self._head.out_features)
+        logits = self._logits(states, scale) if logit_rows else x.new_empty(0, self._head.out_features)
         return ForwardOutput(logits, hidden)
+
+    def _logits(self, states: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+        logits, cap = self._head.scaled(states, scale), self._numbers.logits_cap
+        if self._numbers.logits_scale != 1:
+            logits *= self._numbers.logits_scale
+        return logits.div_(cap).tanh_().mul_(cap) if cap else logits
 
     def layers(
         self,
@@ -98,13 +106,13 @@ class FusedModel:
         The rows of `groups` use adapters, and of the wanted rows those of `last_groups`. Returns the head's input for
         the wanted rows, and the multipliers that are still to be applied to it.
         """
-        native = torch.ops.serve_app
-        y: torch.Tensor | None = None
+        native, numbers = torch.ops.serve_app, self._numbers
+        y, y_norm = None, None
         for number, (layer, keys, values) in enumerate(zip(self._layers, self._keys, self._values, strict=True)):
-            qkv = self._linear(layer.qkv, self._norm_of_sum(x, y, layer.norm), groups, 4 * number)
+            qkv = self._linear(layer.qkv, self._norm_of_sum(x, y, y_norm, layer.norm), groups, 4 * number)
             native.rope_store(
-                qkv, self._heads, self._cos, self._sin, layer.query_norm, layer.key_norm, self._eps,
-                slots, positions, keys, values,
+                qkv, self._heads, self._cos[layer.rotary], self._sin[layer.rotary], layer.query_norm, layer.key_norm,
+                self._eps, slots, positions, keys, values,
             )  # fmt: skip
             if layer is self._layers[-1]:
                 # The other rows are complete when their keys and values are stored.
@@ -112,14 +120,16 @@ class FusedModel:
                 groups = last_groups
             attended = self._buffer(x.shape[0], self._heads * self._dim)
             native.attend(
-                qkv, self._heads, self._dim**-0.5, layer.window, slots, positions, keys, values, *attended
+                qkv, self._heads, numbers.score_scale, numbers.score_cap, layer.window, slots, positions, keys, values,
+                *attended,
             )  # fmt: skip
             y = self._linear(layer.out, attended, groups, 4 * number + 1)
-            gate_up = self._linear(layer.gate_up, self._norm_of_sum(x, y, layer.mlp_norm), groups, 4 * number + 2)
+            normed = self._norm_of_sum(x, y, layer.attended_norm, layer.mlp_norm)
+            gate_up = self._linear(layer.gate_up, normed, groups, 4 * number + 2)
             active = self._buffer(x.shape[0], gate_up.shape[1] // 2)
-            native.silu_mul(gate_up, *active)
-            y = self._linear(layer.down, active, groups, 4 * number + 3)
-        return self._norm_of_sum(x, y, self._norm)
+            native.gated(gate_up, numbers.gelu, *active)
+            y, y_norm = self._linear(layer.down, active, groups, 4 * number + 3), layer.mlp_result_norm
+        return self._norm_of_sum(x, y, y_norm, self._norm)
 
     def _linear(self, linear: Linear, rows: Scaled, groups: RowGroups, number: int) -> torch.Tensor:
         """The result of a layer, number `number` of the model, with what the adapters of its rows add to it."""
@@ -131,24 +141,34 @@ class FusedModel:
     def _native_arguments(self) -> tuple[Any, ...] | None:
         """The arguments of the native loop that do not change."""
         linears = [linear for layer in self._layers for linear in layer.linears]
+        numbers = self._numbers
         return (
-            [norm for layer in self._layers for norm in (layer.norm, layer.mlp_norm)] + [self._norm],
+            [norm for layer in self._layers for norm in layer.norms] + [self._norm],
             [linear.weight for linear in linears],
             [linear.scales for linear in linears if isinstance(linear, Int8DotProductLinear)],
             [linear.bias for linear in linears],
             [layer.query_norm for layer in self._layers],
             [layer.key_norm for layer in self._layers],
+            [layer.rotary for layer in self._layers],
             [layer.window for layer in self._layers],
+            self._heads,
+            self._eps,
+            numbers.score_scale,
+            numbers.score_cap,
+            numbers.residual,
+            numbers.gelu,
         )
 
     def _buffer(self, rows: int, width: int) -> Scaled:
         """The output tensors of an operation whose result is the input of a linear layer."""
         return torch.empty(rows, width), torch.empty(rows) if self._quantized else None
 
-    def _norm_of_sum(self, x: torch.Tensor, y: torch.Tensor | None, weight: torch.Tensor) -> Scaled:
-        """x += y in place; returns the norm of x."""
+    def _norm_of_sum(
+        self, x: torch.Tensor, y: torch.Tensor | None, y_norm: torch.Tensor | None, norm: torch.Tensor | None
+    ) -> Scaled:
+        """x += y in place, after y's own norm; returns the norm of x. A norm that is None changes nothing."""
         normed = self._buffer(*x.shape)
-        torch.ops.serve_app.add_norm(x, y, weight, self._eps, *normed)
+        torch.ops.serve_app.add_norm(x, y, y_norm, self._numbers.residual, norm, self._eps, *normed)
         return normed
 
 

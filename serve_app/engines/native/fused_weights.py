@@ -8,6 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from serve_app.engines.native.families import (
+    ACTIVATIONS,
+    FAMILIES,
+    Family,
+    Numbers,
+    activation,
+    family_of,
+    numbers_of,
+)
 from serve_app.engines.native.linear import Linear, attached_importance, head_quantization, pack
 from serve_app.engines.native.lora import Target, targets_of
 from serve_app.engines.native.quantization import Quantization
@@ -15,8 +24,7 @@ from serve_app.engines.native.quantization import Quantization
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-HEAD_SIZES = (64, 128)
+HEAD_SIZES = (64, 96, 128, 256)
 # Elements that a native operation processes at a time.
 VECTOR_WIDTH = 16
 # Positions whose rotary tables are compared with those of the model's own module.
@@ -25,29 +33,42 @@ _COMPARED_POSITIONS = 4096
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """Weights of one layer. `window` is the number of positions that a row attends to, 0 for all."""
+    """Weights of one layer, in the order in which a row passes them; None for a norm that the family does not have.
 
-    norm: torch.Tensor
+    The norms of queries and keys are of each head `[head_size]`, or of all heads together `[heads * head_size]`.
+    `rotary` is the index of its rotary embedding. `window` is the number of positions that a row attends to, 0 for all.
+    """
+
+    norm: torch.Tensor | None
     qkv: Linear
     query_norm: torch.Tensor | None
     key_norm: torch.Tensor | None
+    rotary: int
     window: int
     out: Linear
-    mlp_norm: torch.Tensor
+    attended_norm: torch.Tensor | None
+    mlp_norm: torch.Tensor | None
     gate_up: Linear
     down: Linear
+    mlp_result_norm: torch.Tensor | None
 
     @property
     def linears(self) -> tuple[Linear, ...]:
         """The linear layers, in the order in which a row passes them."""
         return self.qkv, self.out, self.gate_up, self.down
 
+    @property
+    def norms(self) -> tuple[torch.Tensor | None, ...]:
+        """The norms before and after the attention, and before and after the MLP."""
+        return self.norm, self.attended_norm, self.mlp_norm, self.mlp_result_norm
+
 
 @dataclass(frozen=True, slots=True)
 class Rotary:
     """Rotary position embedding (RoFormer: Su et al. 2021, arXiv 2104.09864).
 
-    `frequencies` `[head_size / 2]` are in radians per position; `factor` multiplies both tables.
+    `frequencies` `[head_size / 2]` are in radians per position, 0 for a layer without position embedding; `factor`
+    multiplies both tables.
     """
 
     frequencies: torch.Tensor
@@ -69,13 +90,14 @@ class FusedWeights:
     heads: int
     head_size: int
     eps: float
+    numbers: Numbers
     dtype: torch.dtype
     quantization: Quantization
     embedding: torch.Tensor
     layers: tuple[Layer, ...]
     norm: torch.Tensor
     head: Linear
-    rotary: Rotary
+    rotaries: tuple[Rotary, ...]
     targets: dict[str, Target]
 
     @property
@@ -88,21 +110,25 @@ class FusedWeights:
 
 def fused_weights(model: PreTrainedModel, windows: Seq[int | None], quantization: Quantization) -> FusedWeights:
     """The packed weights of a model that the fused path supports: see `unsupported_reason`."""
-    config, inner = model.config, model.model
+    config, inner, family = model.config, model.model, family_of(model)
+    rotaries = _rotaries(model)
+    kinds = list(rotaries)
     return FusedWeights(
         heads=config.num_attention_heads,
         head_size=_head_size(model),
         eps=float(config.rms_norm_eps),
+        numbers=numbers_of(model),
         dtype=model.dtype,
         quantization=quantization,
         targets=targets_of(_projections(model)),
         embedding=model.get_input_embeddings().weight.detach(),
         layers=tuple(
-            _layer(layer, window or 0, quantization) for layer, window in zip(inner.layers, windows, strict=True)
+            _layer(layer, family, kinds.index(_rotary_kind(layer)), window or 0, quantization)
+            for layer, window in zip(inner.layers, windows, strict=True)
         ),
-        norm=_weight(inner.norm),
+        norm=family.factors(inner.norm),
         head=pack(model.get_output_embeddings().weight, None, head_quantization(quantization)),
-        rotary=_rotary(model),
+        rotaries=tuple(rotaries.values()),
     )
 
 
@@ -122,8 +148,8 @@ def unsupported_reason(model: PreTrainedModel) -> str | None:
             f"the fused path does not support heads of size {_head_size(model)} with rows of {config.hidden_size} and "
             f"{config.intermediate_size}"
         )
-    if config.hidden_act != "silu":
-        return f"the fused path does not support the activation function {config.hidden_act}"
+    if activation(model) not in ACTIVATIONS:
+        return f"the fused path does not support the activation function {activation(model)}"
     if not _same_tables(model):
         return "the fused path does not support its rotary position embedding"
     return None
@@ -134,18 +160,21 @@ def _head_size(model: PreTrainedModel) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def _layer(layer: Any, window: int, quantization: Quantization) -> Layer:
+def _layer(layer: Any, family: Family, rotary: int, window: int, quantization: Quantization) -> Layer:
     attention, mlp = layer.self_attn, layer.mlp
     return Layer(
-        norm=_weight(layer.input_layernorm),
+        norm=family.norm(layer, family.attention_norm),
         qkv=_concatenated([attention.q_proj, attention.k_proj, attention.v_proj], quantization),
-        query_norm=_weight(attention.q_norm) if hasattr(attention, "q_norm") else None,
-        key_norm=_weight(attention.k_norm) if hasattr(attention, "k_norm") else None,
+        query_norm=family.factors(attention.q_norm) if hasattr(attention, "q_norm") else None,
+        key_norm=family.factors(attention.k_norm) if hasattr(attention, "k_norm") else None,
+        rotary=rotary,
         window=window,
         out=_concatenated([attention.o_proj], quantization),
-        mlp_norm=_weight(layer.post_attention_layernorm),
+        attended_norm=family.norm(layer, family.attended_norm),
+        mlp_norm=family.norm(layer, family.mlp_norm),
         gate_up=_concatenated([mlp.gate_proj, mlp.up_proj], quantization),
         down=_concatenated([mlp.down_proj], quantization),
+        mlp_result_norm=family.norm(layer, family.mlp_result_norm),
     )
 
 
@@ -160,11 +189,6 @@ def _projections(model: PreTrainedModel) -> list[tuple[str, torch.nn.Module]]:
     ]
 
 
-def _weight(norm: Any) -> torch.Tensor:
-    weight: torch.Tensor = norm.weight.detach().float()
-    return weight
-
-
 def _concatenated(linears: Seq[torch.nn.Linear], quantization: Quantization) -> Linear:
     """Layers with the same input as one layer."""
     biases = [linear.bias for linear in linears]
@@ -173,18 +197,43 @@ def _concatenated(linears: Seq[torch.nn.Linear], quantization: Quantization) -> 
     return pack(weight, bias, quantization, attached_importance(linears[0]))
 
 
-def _rotary(model: PreTrainedModel) -> Rotary:
-    """The frequencies after the model's rope scaling. For scaling by length they are those of its original range."""
+def _rotary_kind(layer: Any) -> str | None:
+    """Which of the model's rotary embeddings a layer has: `""` for the only one; None for a layer without one."""
+    attention = layer.self_attn
+    if not getattr(attention, "use_rope", True):
+        return None
+    return str(attention.layer_type) if attention.config.model_type == "gemma3_text" else ""
+
+
+def _rotaries(model: PreTrainedModel) -> dict[str | None, Rotary]:
+    """The rotary embeddings of the layers by their kinds, in the order of the layers.
+
+    The frequencies are those after the model's rope scaling; for scaling by length, those of its original range.
+    """
     module: Any = model.model.rotary_emb
-    return Rotary(module.inv_freq.detach().float(), float(module.attention_scaling))
+    found: dict[str | None, Rotary] = {}
+    for kind in dict.fromkeys(_rotary_kind(layer) for layer in model.model.layers):
+        if kind is None:
+            found[kind] = Rotary(torch.zeros(_head_size(model) // 2), 1.0)
+        else:
+            prefix = f"{kind}_" if kind else ""
+            frequencies = getattr(module, f"{prefix}inv_freq").detach().float()
+            found[kind] = Rotary(frequencies, float(getattr(module, f"{prefix}attention_scaling")))
+    return found
 
 
 def _same_tables(model: PreTrainedModel) -> bool:
-    """Whether the model's own rotary embedding computes the tables of `_rotary`."""
+    """Whether the model's own rotary embeddings compute the tables of `_rotaries`, for whole heads."""
     length = min(_COMPARED_POSITIONS, int(getattr(model.config, "max_position_embeddings", _COMPARED_POSITIONS)))
     module: Any = model.model.rotary_emb
-    own = module(torch.zeros(1, dtype=torch.float32), torch.arange(length)[None])
-    tables = _rotary(model).tables(length)
-    return all(
-        torch.allclose(theirs[0, :, : ours.shape[1]], ours, atol=1e-6) for theirs, ours in zip(own, tables, strict=True)
-    )
+    for kind, rotary in _rotaries(model).items():
+        if kind is None:
+            continue
+        own = module(torch.zeros(1, dtype=torch.float32), torch.arange(length)[None], *([kind] if kind else []))
+        for theirs, ours in zip(own, rotary.tables(length), strict=True):
+            whole = torch.cat([ours, ours], -1)
+            if theirs.shape[2] != _head_size(model) or whole.shape != theirs[0].shape:
+                return False
+            if not torch.allclose(theirs[0], whole, atol=1e-6):
+                return False
+    return True

@@ -79,9 +79,9 @@ def packed(quantized: Quantized) -> torch.Tensor:
     numbers = torch.cat([quantized.multipliers, quantized.offsets + 128], -1).to(torch.uint8)
     missing = -len(lines) % _OUTPUTS
     lines, numbers = (torch.cat([part, part.new_zeros(missing, *part.shape[1:])]) for part in (lines, numbers))
-    # [strips, outputs, groups, ...] -> [strips, groups, numbers or lines, outputs, ...]
+    # [strips, outputs, groups, ...] -> [strips, groups, ...]
     lines = lines.unflatten(0, (-1, _OUTPUTS)).permute(0, 2, 3, 1, 4).flatten(2)
-    numbers = numbers.unflatten(0, (-1, _OUTPUTS)).permute(0, 2, 3, 1).flatten(2)
+    numbers = numbers.unflatten(0, (-1, _OUTPUTS)).permute(0, 2, 1, 3).flatten(2)
     return torch.cat([numbers, lines], -1).contiguous()
 
 

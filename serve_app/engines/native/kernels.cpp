@@ -26,9 +26,9 @@ using Optional = std::optional<Tensor>;
 // Vectors wider than the processor's registers would spill to the stack.
 using dots::Bits;
 using dots::Floats;
+using dots::Halves;
 using dots::Ints;
 using dots::W;
-typedef uint16_t Halves __attribute__((vector_size(2 * W)));
 typedef int16_t Shorts __attribute__((vector_size(2 * W)));
 typedef int8_t SignedBytes __attribute__((vector_size(W)));
 
@@ -95,6 +95,10 @@ void for_type(const Tensor& t, F body) {
 #define TYPE_OF(tag) std::remove_pointer_t<decltype(tag)>
 
 const float* floats(const Optional& t) { return t ? t->const_data_ptr<float>() : nullptr; }
+const float* factors(const Optional& norm, int64_t width) {
+  TORCH_CHECK(!norm || (norm->numel() == width && norm->is_contiguous()));
+  return floats(norm);
+}
 // Rows per task of a thread: about 2,000 elements. The start of a thread costs more than the work on fewer.
 int64_t grain(int64_t width) { return std::max<int64_t>(1, 2048 / width); }
 
@@ -116,39 +120,50 @@ float* multipliers(const Tensor& out, const Optional& out_scale, int64_t rows) {
   return out_scale ? out_scale->data_ptr<float>() : nullptr;
 }
 
-// x += y, then out = x / rms(x) * weight.
-void add_norm(Tensor x, const Optional& y, const Tensor& weight, double eps, Tensor out, const Optional& out_scale) {
+// The factor of a norm by the root of the mean square.
+inline float inverse_rms(Floats squares, int64_t width, double eps) { return 1.f / std::sqrt(sum(squares) / width + (float)eps); }
+
+// x += residual * y, then out = x / rms(x) * weight, or out = x without weights. y is normalised first if it has weights.
+void add_norm(Tensor x, const Optional& y, const Optional& y_weight, double residual, const Optional& weight, double eps,
+              Tensor out, const Optional& out_scale) {
   const int64_t count = x.size(0), width = x.size(1);
   TORCH_CHECK(x.is_contiguous() && x.scalar_type() == at::kFloat && out.size(1) == width);
-  TORCH_CHECK(weight.scalar_type() == at::kFloat && weight.numel() == width);
   TORCH_CHECK(!y || (y->is_contiguous() && y->sizes() == x.sizes() && y->scalar_type() == at::kFloat));
   float *rows = x.data_ptr<float>(), *results = out.data_ptr<float>(), *multiplier = multipliers(out, out_scale, count);
-  const float *added = floats(y), *w = weight.const_data_ptr<float>();
+  const float *added = floats(y), *w = factors(weight, width), *y_w = factors(y_weight, width);
   at::parallel_for(0, count, grain(width), [&](int64_t first, int64_t last) {
     for (int64_t r = first; r < last; r++) {
       const int64_t row = r * width;
-      Floats squares = {}, most = {};
+      Floats y_squares = {}, squares = {}, most = {};
+      for (int64_t i = 0; y_w && i < width; i += W) y_squares += load(added + row + i) * load(added + row + i);
+      const float y_factor = (float)residual * (y_w ? inverse_rms(y_squares, width, eps) : 1.f);
       for (int64_t i = 0; i < width; i += W) {
         Floats v = load(rows + row + i);
-        if (added) store(rows + row + i, v += load(added + row + i));
+        if (added) {
+          const Floats a = load(added + row + i) * y_factor;
+          store(rows + row + i, v += y_w ? a * load(y_w + i) : a);
+        }
         squares += v * v;
-        if (multiplier) most = larger(most, magnitude(v * load(w + i)));
+        if (multiplier) most = larger(most, magnitude(w ? v * load(w + i) : v));
       }
-      float factor = 1.f / std::sqrt(sum(squares) / width + (float)eps);
+      const float norm = w ? inverse_rms(squares, width, eps) : 1.f;
+      float factor = norm;
       if (multiplier) {
-        const float norm = factor;
         factor = to_unit(largest(most), multiplier + r);
         multiplier[r] *= norm;
       }
       const float bound = multiplier ? 1.f : INFINITY;
-      for (int64_t i = 0; i < width; i += W)
-        store(results + row + i, clamped(load(rows + row + i) * factor * load(w + i), bound));
+      for (int64_t i = 0; i < width; i += W) {
+        const Floats v = load(rows + row + i) * factor;
+        store(results + row + i, clamped(w ? v * load(w + i) : v, bound));
+      }
     }
   });
 }
 
-// out = silu(gate) * up for rows [gate | up].
-void silu_mul(const Tensor& gate_up, Tensor out, const Optional& out_scale) {
+// out = act(gate) * up for rows [gate | up]. The activation is SiLU, or GELU by its approximation with tanh, which is
+// x * sigmoid(2 * sqrt(2 / pi) * (x + 0.044715 x^3)).
+void gated(const Tensor& gate_up, bool gelu, Tensor out, const Optional& out_scale) {
   const int64_t width = out.size(1), count = out.size(0);
   TORCH_CHECK(gate_up.is_contiguous() && gate_up.size(0) == count && gate_up.size(1) == 2 * width);
   TORCH_CHECK(gate_up.scalar_type() == at::kFloat);
@@ -159,7 +174,8 @@ void silu_mul(const Tensor& gate_up, Tensor out, const Optional& out_scale) {
       float* result = out.data_ptr<float>() + row * width;
       Floats most = {};
       for (int64_t i = 0; i < width; i += W) {
-        const Floats g = load(gate + i), v = g / (1.f + exponential(-g)) * load(gate + width + i);
+        const Floats g = load(gate + i), z = gelu ? 1.5957691216f * (g + 0.044715f * g * g * g) : g;
+        const Floats v = g / (1.f + exponential(-z)) * load(gate + width + i);
         store(result + i, v);
         most = larger(most, magnitude(v));
       }
@@ -170,15 +186,22 @@ void silu_mul(const Tensor& gate_up, Tensor out, const Optional& out_scale) {
   });
 }
 
-void normalise(float* head, int64_t dim, const float* weight, float eps) {
-  Floats squares = {};
-  for (int64_t i = 0; i < dim; i += W) { Floats v = load(head + i); squares += v * v; }
-  const float factor = 1.f / std::sqrt(sum(squares) / dim + eps);
-  for (int64_t i = 0; i < dim; i += W) store(head + i, load(head + i) * factor * load(weight + i));
+// Normalises `size` numbers, and then each next `size` up to `count`, in place, where weights are given.
+void normalise(float* from, int64_t count, const Optional& weight, double eps) {
+  if (!weight) return;
+  const int64_t size = weight->numel();
+  const float* w = weight->const_data_ptr<float>();
+  for (const float* end = from + count; from < end; from += size) {
+    Floats squares = {};
+    for (int64_t i = 0; i < size; i += W) squares += load(from + i) * load(from + i);
+    const float factor = inverse_rms(squares, size, eps);
+    for (int64_t i = 0; i < size; i += W) store(from + i, load(from + i) * factor * load(w + i));
+  }
 }
 
-// In place on rows [queries | keys | values]: norm of each query and key head where norm weights are given, and
-// rotary embedding of halves (cos and sin: [length, dim / 2]). Writes keys and values to the cache, NaN as 0.
+// In place on rows [queries | keys | values]: norms of queries and keys where weights are given, of each head or of all
+// heads together, and rotary embedding of halves (cos and sin: [length, dim / 2]). Writes keys and values to the cache,
+// NaN as 0.
 void rope_store(Tensor qkv, int64_t heads, const Tensor& cos, const Tensor& sin, const Optional& query_norm,
                 const Optional& key_norm, double eps, const Tensor& slots, const Tensor& positions, Tensor keys,
                 Tensor values) {
@@ -187,6 +210,8 @@ void rope_store(Tensor qkv, int64_t heads, const Tensor& cos, const Tensor& sin,
   TORCH_CHECK(keys.is_contiguous() && values.is_contiguous() && values.sizes() == keys.sizes());
   TORCH_CHECK(values.scalar_type() == keys.scalar_type());
   TORCH_CHECK(cos.is_contiguous() && sin.is_contiguous() && cos.size(0) >= length && cos.size(1) == half);
+  TORCH_CHECK(!query_norm || query_norm->numel() == dim || query_norm->numel() == heads * dim);
+  TORCH_CHECK(!key_norm || key_norm->numel() == dim || key_norm->numel() == shared * dim);
   const int64_t count = slots.numel();
   TORCH_CHECK(qkv.size(0) == count && qkv.scalar_type() == at::kFloat && positions.numel() == count);
   const int64_t *slot_of = slots.const_data_ptr<int64_t>(), *position_of = positions.const_data_ptr<int64_t>();
@@ -197,11 +222,12 @@ void rope_store(Tensor qkv, int64_t heads, const Tensor& cos, const Tensor& sin,
         const int64_t slot = slot_of[row], position = position_of[row];
         TORCH_CHECK(slot >= 0 && slot < keys.size(0) && position >= 0 && position < length, "row outside the cache");
         const float *c = cos.const_data_ptr<float>() + position * half, *s = sin.const_data_ptr<float>() + position * half;
+        float* numbers = qkv.data_ptr<float>() + row * (heads + 2 * shared) * dim;
+        normalise(numbers, heads * dim, query_norm, eps);
+        normalise(numbers + heads * dim, shared * dim, key_norm, eps);
         for (int64_t h = 0; h < heads + 2 * shared; h++) {
-          float* head = qkv.data_ptr<float>() + (row * (heads + 2 * shared) + h) * dim;
+          float* head = numbers + h * dim;
           const bool is_query = h < heads, is_value = h >= heads + shared;
-          const Optional& norm = is_query ? query_norm : key_norm;
-          if (!is_value && norm) normalise(head, dim, floats(norm), (float)eps);
           Kept* target = nullptr;
           if (!is_query) {
             Tensor& cache = is_value ? values : keys;
@@ -245,12 +271,13 @@ inline float total(Floats v) {
   else return v[0];
 }
 
-// Attention of G query heads that share one key-value head, over the positions [skip, count), skip < W. `scores` is
+// Attention of G query heads that share one key-value head, over the positions [skip, count), skip < W. A score s becomes
+// cap * tanh(s / cap) if there is a cap. `scores` is
 // scratch memory of G rows of `count` rounded up to W; keys are read from 0 up to that length and masked outside of the
 // range. `ahead` is the address where the next call reads keys, if known: it is prefetched, because a read from memory
 // takes as long as a call.
 template <int G, int dim, class Kept>
-void attend_heads(const float* query, const Kept* keys, const Kept* values, int64_t skip, int64_t count, float scale,
+void attend_heads(const float* query, const Kept* keys, const Kept* values, int64_t skip, int64_t count, float scale, float cap,
                   float* scores, float* out, const Kept* ahead) {
   constexpr int parts = dim / W;
   const int64_t padded = (count + W - 1) / W * W;
@@ -266,7 +293,11 @@ void attend_heads(const float* query, const Kept* keys, const Kept* values, int6
       }
       for (int c = 0; c < dim; c += 64 / (int)sizeof(Kept)) __builtin_prefetch(values + (t + u) * dim + c);
     }
-    for (int g = 0; g < G; g++) store(scores + g * padded + t, sums(dots[g]));
+    for (int g = 0; g < G; g++) {
+      Floats score = sums(dots[g]);
+      if (cap != 0) score = cap - 2 * cap / (exponential(score * (2 / cap)) + 1.f);
+      store(scores + g * padded + t, score);
+    }
   }
   float weight[G];
   for (int g = 0; g < G; g++) {
@@ -295,11 +326,10 @@ void attend_heads(const float* query, const Kept* keys, const Kept* values, int6
 }
 
 // Causal attention of each row over the last `window` positions (0: all) of its own slot.
-void attend(const Tensor& qkv, int64_t heads, double scale, int64_t window, const Tensor& slots,
+void attend(const Tensor& qkv, int64_t heads, double scale, double cap, int64_t window, const Tensor& slots,
             const Tensor& positions, const Tensor& keys, const Tensor& values, Tensor out, const Optional& out_scale) {
   const int64_t shared = keys.size(1), length = keys.size(2), dim = keys.size(3), group = heads / shared;
   const int64_t rows = slots.numel(), stride = qkv.size(1), width = heads * dim;
-  TORCH_CHECK(dim == 64 || dim == 128, "head size ", dim);
   TORCH_CHECK(length % W == 0 && keys.is_contiguous() && values.is_contiguous(), "cache of ", length, " positions");
   TORCH_CHECK(heads % shared == 0 && stride == (heads + 2 * shared) * dim && qkv.is_contiguous());
   TORCH_CHECK(qkv.size(0) == rows && out.size(1) == width);
@@ -327,19 +357,27 @@ void attend(const Tensor& qkv, int64_t heads, double scale, int64_t window, cons
             for (int64_t g = h * group; g < (h + 1) * group; g += G)
               attend_heads<G, D, Kept>(qkv.const_data_ptr<float>() + row * stride + g * D, keys.const_data_ptr<Kept>() + offset,
                                        values.const_data_ptr<Kept>() + offset, low - begin, end - begin, (float)scale,
-                                       scores.data(), out.data_ptr<float>() + (row * heads + g) * D, ahead);
+                                       (float)cap, scores.data(), out.data_ptr<float>() + (row * heads + g) * D, ahead);
           }
       });
     };
+    constexpr std::integral_constant<int, 1> one;
     auto with_head = [&](auto head_size) {
       // The more heads a call takes, the more often it reuses loaded keys and values, until the registers are full.
-      if (W == 16 && group % 4 == 0) return with(std::integral_constant<int, 4>(), head_size);
-      if (W == 16 && group % 3 == 0) return with(std::integral_constant<int, 3>(), head_size);
-      if (W == 16 && group % 2 == 0) return with(std::integral_constant<int, 2>(), head_size);
-      with(std::integral_constant<int, 1>(), head_size);
+      if constexpr (W == 16) {
+        if (group % 4 == 0) return with(std::integral_constant<int, 4>(), head_size);
+        if (group % 3 == 0) return with(std::integral_constant<int, 3>(), head_size);
+        if (group % 2 == 0) return with(std::integral_constant<int, 2>(), head_size);
+      }
+      with(one, head_size);
     };
-    if (dim == 64) with_head(std::integral_constant<int, 64>());
-    else with_head(std::integral_constant<int, 128>());
+    switch (dim) {
+      case 64: return with_head(std::integral_constant<int, 64>());
+      case 96: return with(one, std::integral_constant<int, 96>());
+      case 128: return with_head(std::integral_constant<int, 128>());
+      case 256: return with(one, std::integral_constant<int, 256>());
+      default: TORCH_CHECK(false, "head size ", dim);
+    }
   });
   for (int64_t row = 0; multiplier && row < rows; row++) {
     float* result = out.data_ptr<float>() + row * width;
@@ -616,12 +654,15 @@ void add_lora(Tensor y, const Tensor& x, const Optional& scale, at::TensorList d
 }
 
 // The loop over all layers, as in fused.py, without Python, so that other threads can hold the interpreter lock.
-// `norms` holds the norms before attention and before the MLP in turn, and the last norm; `weights` holds four linear
-// layers per layer (queries, keys and values; out; gate and up; down). Returns the head's input for the wanted rows.
+// `norms` holds four norms per layer (before and after the attention, before and after the MLP), and the last norm;
+// `weights` holds four linear layers per layer (queries, keys and values; out; gate and up; down); `rotary` is the index
+// of a layer's tables in `cos` and `sin`. For the other numbers see Numbers in families.py. Returns the head's input for
+// the wanted rows.
 std::tuple<Tensor, Optional> layers(
-    Tensor x, at::TensorList norms, at::TensorList weights, at::TensorList scales, const c10::List<Optional>& biases,
-    const c10::List<Optional>& query_norms, const c10::List<Optional>& key_norms, at::IntArrayRef windows, int64_t heads,
-    double eps, const Tensor& cos, const Tensor& sin, Tensor slots, Tensor positions, const Tensor& wanted,
+    Tensor x, const c10::List<Optional>& norms, at::TensorList weights, at::TensorList scales,
+    const c10::List<Optional>& biases, const c10::List<Optional>& query_norms, const c10::List<Optional>& key_norms,
+    at::IntArrayRef rotary, at::IntArrayRef windows, int64_t heads, double eps, double score_scale, double score_cap,
+    double residual, bool gelu, at::TensorList cos, at::TensorList sin, Tensor slots, Tensor positions, const Tensor& wanted,
     at::TensorList keys, at::TensorList values, at::TensorList lora, at::TensorList lora_scales,
     at::TensorList lora_tables, const Tensor& lora_rows, at::IntArrayRef lora_starts, at::TensorList last_lora,
     at::TensorList last_scales, at::TensorList last_tables, const Tensor& last_rows, at::IntArrayRef last_starts,
@@ -646,13 +687,15 @@ std::tuple<Tensor, Optional> layers(
   };
   Tensor y;
   std::pair<Tensor, Optional> normed = buffer(x.size(1));
+  // Adds the result of the part of a layer before norm i, which has the norm i - 1 of its own.
   auto norm = [&](int64_t i) {
-    add_norm(x, i ? Optional(y) : std::nullopt, norms[i], eps, normed.first, normed.second);
+    const Optional added = i ? Optional(y) : std::nullopt, weight = i ? norms.get(i - 1) : std::nullopt;
+    add_norm(x, added, weight, residual, norms.get(i), eps, normed.first, normed.second);
   };
   for (int64_t i = 0; i < count; i++) {
-    norm(2 * i);
+    norm(4 * i);
     Tensor qkv = linear(4 * i, normed.first, normed.second);
-    rope_store(qkv, heads, cos, sin, query_norms.get(i), key_norms.get(i), eps, slots, positions, keys[i], values[i]);
+    rope_store(qkv, heads, cos[rotary[i]], sin[rotary[i]], query_norms.get(i), key_norms.get(i), eps, slots, positions, keys[i], values[i]);
     if (i == count - 1) {
       // The other rows are complete when their keys and values are stored.
       x = x.index_select(0, wanted), qkv = qkv.index_select(0, wanted);
@@ -661,15 +704,15 @@ std::tuple<Tensor, Optional> layers(
       adapters = &last;
     }
     auto [attended, attended_scale] = buffer(heads * dim);
-    attend(qkv, heads, 1 / std::sqrt((double)dim), windows[i], slots, positions, keys[i], values[i], attended, attended_scale);
+    attend(qkv, heads, score_scale, score_cap, windows[i], slots, positions, keys[i], values[i], attended, attended_scale);
     y = linear(4 * i + 1, attended, attended_scale);
-    norm(2 * i + 1);
+    norm(4 * i + 2);
     const Tensor gate_up = linear(4 * i + 2, normed.first, normed.second);
     auto [active, active_scale] = buffer(gate_up.size(1) / 2);
-    silu_mul(gate_up, active, active_scale);
+    gated(gate_up, gelu, active, active_scale);
     y = linear(4 * i + 3, active, active_scale);
   }
-  norm(2 * count);
+  norm(4 * count);
   return normed;
 }
 
@@ -677,15 +720,16 @@ std::tuple<Tensor, Optional> layers(
 
 TORCH_LIBRARY(serve_app, library) {
   library.def(
-      "add_norm(Tensor(a!) x, Tensor? y, Tensor weight, float eps, Tensor(b!) out, Tensor(c!)? out_scale) -> ()",
+      "add_norm(Tensor(a!) x, Tensor? y, Tensor? y_weight, float residual, Tensor? weight, float eps, Tensor(b!) out, "
+      "Tensor(c!)? out_scale) -> ()",
       &add_norm);
-  library.def("silu_mul(Tensor gate_up, Tensor(a!) out, Tensor(b!)? out_scale) -> ()", &silu_mul);
+  library.def("gated(Tensor gate_up, bool gelu, Tensor(a!) out, Tensor(b!)? out_scale) -> ()", &gated);
   library.def(
       "rope_store(Tensor(a!) qkv, int heads, Tensor cos, Tensor sin, Tensor? query_norm, "
       "Tensor? key_norm, float eps, Tensor slots, Tensor positions, Tensor(b!) keys, Tensor(c!) values) -> ()",
       &rope_store);
   library.def(
-      "attend(Tensor qkv, int heads, float scale, int window, Tensor slots, Tensor positions, Tensor keys, "
+      "attend(Tensor qkv, int heads, float scale, float cap, int window, Tensor slots, Tensor positions, Tensor keys, "
       "Tensor values, Tensor(a!) out, Tensor(b!)? out_scale) -> ()",
       &attend);
   library.def("pack_strips(Tensor weight) -> Tensor", &matmul::packed);
@@ -700,9 +744,10 @@ TORCH_LIBRARY(serve_app, library) {
       });
   library.def("argmax_of_rows(Tensor rows) -> (Tensor, Tensor)", &argmax_of_rows);
   library.def(
-      "layers(Tensor(a!) x, Tensor[] norms, Tensor[] weights, Tensor[] scales, Tensor?[] biases, "
+      "layers(Tensor(a!) x, Tensor?[] norms, Tensor[] weights, Tensor[] scales, Tensor?[] biases, "
       "Tensor?[] query_norms, Tensor?[] key_norms, "
-      "int[] windows, int heads, float eps, Tensor cos, Tensor sin, Tensor slots, Tensor positions, Tensor wanted, "
+      "int[] rotary, int[] windows, int heads, float eps, float score_scale, float score_cap, float residual, bool gelu, "
+      "Tensor[] cos, Tensor[] sin, Tensor slots, Tensor positions, Tensor wanted, "
       "Tensor(b!)[] keys, Tensor(c!)[] values, Tensor[] lora, Tensor[] lora_scales, Tensor[] lora_tables, "
       "Tensor lora_rows, int[] lora_starts, Tensor[] last_lora, Tensor[] last_scales, Tensor[] last_tables, "
       "Tensor last_rows, int[] last_starts, int[] lora_widths) -> (Tensor, Tensor?)",

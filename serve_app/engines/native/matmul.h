@@ -127,7 +127,7 @@ struct Int8 : Operands<dots::Int8, 4> {
 struct Int4 : Int8 {
   using Group = dots::Int4Group;
   // Up to so many rows the weights are unpacked in registers; for more rows, once into memory.
-  static constexpr int64_t ROWS_IN_REGISTERS = 4;
+  static constexpr int64_t ROWS_IN_REGISTERS = 2;
 
   int64_t strip_bytes() const { return K / Group::SIZE * Group::BYTES; }
   const char* packed(int64_t strip) const { return strips + strip * strip_bytes(); }
@@ -237,12 +237,13 @@ void block_product(const D& d, const Block& block, int64_t next_strip) {
     if (row < block.end) vector_product(d, {row, block.end, block.strip, block.last}, next_strip);
 }
 
-// R rows times S strips of Int4 weights, which are unpacked in registers. Prefetches as `tile` with FIRST.
+// R rows times S strips of Int4 weights, which are unpacked in registers. Each result has two sums, so that an addition
+// does not wait for the one before it. Prefetches as `tile` with FIRST.
 template <int R, int S>
 void int4_tile(const Int4& d, int64_t row, int64_t strip, int64_t next_strip) {
   using Group = Int4::Group;
   using Dot = Int4::Dot;
-  Line<dots::Ints> sums[R][S] = {};
+  Line<dots::Ints> sums[R][S][2] = {};
   const int64_t bytes = d.strip_bytes();
   const auto* x = d.rows + row * d.K;
   const char *w = d.packed(strip), *next = d.packed(next_strip) - bytes;
@@ -259,14 +260,18 @@ void int4_tile(const Int4& d, int64_t row, int64_t strip, int64_t next_strip) {
         const auto low = Dot::weights(group.low(levels)), high = Dot::weights(group.high(levels));
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++) {
-          Dot::dot(sums[r][s], Dot::spread(x + r * d.K + 8 * line), low);
-          Dot::dot(sums[r][s], Dot::spread(x + r * d.K + 8 * line + 4), high);
+          Dot::dot(sums[r][s][0], Dot::spread(x + r * d.K + 8 * line), low);
+          Dot::dot(sums[r][s][1], Dot::spread(x + r * d.K + 8 * line + 4), high);
         }
       }
     }
   }
   for (int r = 0; r < R; r++)
-    for (int s = 0; s < S; s++) d.store(sums[r][s], row + r, (strip + s) * STRIP);
+    for (int s = 0; s < S; s++) {
+      auto [sum, other] = sums[r][s];
+      for (int p = 0; p < PARTS; p++) sum.part[p] += other.part[p];
+      d.store(sum, row + r, (strip + s) * STRIP);
+    }
 }
 
 // A strip of Int4 weights as a strip of Int8 weights.
@@ -284,14 +289,18 @@ inline void unpack(const Int4& d, int64_t strip, char* to) {
   }
 }
 
+template <int S>
+void int4_rows(const Int4& d, const Block& block, int64_t strip, int64_t next_strip) {
+  const int64_t next = strip + S < block.last ? strip + S : next_strip;
+  if (block.end - block.row == 2) int4_tile<2, S>(d, block.row, strip, next);
+  else int4_tile<1, S>(d, block.row, strip, next);
+}
+
 inline void block_product(const Int4& d, const Block& block, int64_t next_strip) {
   if (block.end - block.row <= Int4::ROWS_IN_REGISTERS) {
-    for (int64_t strip = block.strip; strip < block.last; strip++) {
-      const int64_t next = strip + 1 < block.last ? strip + 1 : next_strip;
-      int64_t row = block.row;
-      for (; row + 2 <= block.end; row += 2) int4_tile<2, 1>(d, row, strip, next);
-      if (row < block.end) int4_tile<1, 1>(d, row, strip, next);
-    }
+    int64_t strip = block.strip;
+    for (constexpr int S = Int4::Dot::STRIPS; strip + S <= block.last; strip += S) int4_rows<S>(d, block, strip, next_strip);
+    for (; strip < block.last; strip++) int4_rows<1>(d, block, strip, next_strip);
     return;
   }
   struct alignas(LINE) CacheLine {

@@ -33,6 +33,7 @@ from serve_app.engines.files.disk_cache import (
 from serve_app.engines.files.text import load_text
 from serve_app.engines.native import kernels
 from serve_app.engines.native.device import choose_dtype
+from serve_app.engines.native.families import Numbers
 from serve_app.engines.native.forward import LayerShape, SelfTest
 from serve_app.engines.native.fused import fused_fault
 from serve_app.engines.native.fused_weights import FusedWeights, Layer, Rotary
@@ -48,7 +49,9 @@ _DESCRIPTION, _WEIGHTS, _USED = "model.json", "weights.bin", "used"
 _ALIGNMENT = 64
 # An entry that was not used for this time is deleted when another one is made.
 _UNUSED_S = 30 * 24 * 3600.0
-_CLASSES = {cls.__name__: cls for cls in (ModelFacts, FusedWeights, Layer, LayerShape, Rotary, SelfTest, Target)}
+_CLASSES = {
+    cls.__name__: cls for cls in (ModelFacts, FusedWeights, Layer, LayerShape, Numbers, Rotary, SelfTest, Target)
+}
 
 
 class _NotStorable(Exception):

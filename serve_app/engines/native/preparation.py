@@ -13,6 +13,7 @@ from serve_app.core.requests import TextPrompt
 from serve_app.engines.files.disk_cache import Report
 from serve_app.engines.files.model_files import SourceError
 from serve_app.engines.native import calibration, kernels
+from serve_app.engines.native.families import separate_projections
 from serve_app.engines.native.forward import SELF_TEST_TOKENS, LayerShape, SelfTest
 from serve_app.engines.native.fused import fused_fault
 from serve_app.engines.native.fused_weights import FusedWeights, fused_weights, unsupported_reason
@@ -51,8 +52,11 @@ def prepare(
     divisors: torch.Tensor | None = None
     with as_source_error(model), torch.inference_mode():
         test = _self_test(model, loaded.context, embeddings)
+        fused = unsupported_reason(model) is None
+        if fused:
+            separate_projections(model)
         if choice.quantization != "none" and model.device.type == "cpu":
-            divisors = _calibrate(loaded, choice.quantization, unsupported_reason(model) is None)
+            divisors = _calibrate(loaded, choice.quantization, fused)
         shapes = tuple(layer_shapes(model))
         weights = _packed(model, shapes, choice.quantization, test, report)
     if weights is None and requested == "auto" and choice.quantization != "none":
