@@ -19,9 +19,9 @@ from transformers import PreTrainedModel
 from serve_app.engines.native import calibration
 from serve_app.engines.native.families import family_of
 
-# A channel is large if its range is so many times that of the median channel. KL of the embedded model in int8 and int4,
-# its channels shuffled: 0.014 and 0.065 with 2, 0.014 and 0.066 with 3, 0.017 and 0.069 with 4, 0.024 and 0.075 with 8;
-# by SmoothQuant's rule with alpha 0.5: 0.015 and 0.088.
+# A channel is large if its range is so many times that of the median channel. KL of the embedded model with its channels
+# shuffled, in int8 and int4: 0.014 and 0.065 with 2, 0.014 and 0.066 with 3, 0.017 and 0.069 with 4, 0.024 and 0.075
+# with 8; by SmoothQuant's rule with alpha 0.5: 0.015 and 0.088.
 _LARGE = 3.0
 
 
