@@ -179,7 +179,7 @@ def test_rope_store_rotates_and_writes_only_its_positions(dtype: torch.dtype, di
     heads, shared, length = 4, 2, 32
     qkv, angles = noise(3, (heads + 2 * shared) * dim), noise(length, dim // 2, seed=1)
     sizes = {"no": (), "heads": (dim, dim), "all heads": (heads * dim, shared * dim)}[normed]
-    norms = [noise(size, seed=2 + number) for number, size in enumerate(sizes)] or [None, None]
+    norms = [*(noise(size, seed=2 + number) for number, size in enumerate(sizes)), None, None][:2]
     slots, positions = torch.tensor([2, 0, 2]), torch.tensor([7, 31, 8])
     keys, values = torch.zeros(2, 3, shared, length, dim, dtype=dtype)
     before = qkv.double().view(3, -1, dim)

@@ -94,6 +94,21 @@ def engine(small: Adapted) -> Iterator[NativeEngine]:
         yield engine
 
 
+@pytest.mark.parametrize(
+    ("family", "kind"), [("gemma2", "all"), ("granite", "all"), ("olmo2", "mlp"), ("mixtral", "attention")]
+)
+async def test_adapters_of_every_layer_structure_equal_the_merged_model(family: str, kind: str, tmp_path: Path) -> None:
+    """Norms after the layers, multipliers of what a layer adds, and layers with experts, which are not adapted."""
+    requests = random_requests(3, tiny.VOCABULARY - 1, longest_prompt=40, longest_answer=8, seed=3)
+    model = tiny.save(family, tmp_path / "model", tiny.FUSED)
+    one = adapted(model, tmp_path, [replace(each, cancel_after=None) for each in requests], [kind])
+    with serving(config_of(one)) as engine:
+        assert engine.kind == "fused"
+        for folder, references in one.references.items():
+            answers = await answers_of(engine, [(request, adapter_of(folder)) for request in one.requests])
+            assert answers == references, folder
+
+
 def config_of(one: Adapted, **lora: Any) -> Model:
     return with_adapters(model_config(one.model, max_running=8, max_step_tokens=32), *one.folders, **lora)
 

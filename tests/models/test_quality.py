@@ -80,7 +80,7 @@ def compare(exact: torch.Tensor, ids: torch.Tensor, other: torch.Tensor, weight_
     [
         ("bfloat16", "none", 0.97, 0.002),
         ("bfloat16", "int8", 0.90, 0.03),
-        pytest.param("bfloat16", "int4", 0.92, 0.01, marks=pytest.mark.long),
+        pytest.param("bfloat16", "int4", 0.89, 0.03, marks=pytest.mark.long),
     ],
 )
 def test_the_loss_of_quality_is_small(
@@ -107,7 +107,7 @@ def test_the_loss_of_quality_by_int4_is_small_for_shuffled_weights(
     other, _, other_mib = logprobs_of("bfloat16", "int4", shuffle)
     best, quality = compare(reference, ids, reference, mib), compare(reference, ids, other, other_mib)
     print(f"\n{len(ids)} positions; shuffled bfloat16 int4 {quality}")
-    assert quality.top1 >= 0.86
+    assert quality.top1 >= 0.84
     assert quality.kl <= 0.07
     assert quality.perplexity <= best.perplexity * 1.08
 
@@ -224,7 +224,8 @@ def test_smoothing_does_not_change_the_logits(family: str, tmp_path: Path) -> No
     separate_projections(loaded.model)
     enlarge_channels(loaded.model)
     ids = list(range(1, 60))
-    weights = [*(layer.mlp.down_proj for layer in loaded.model.model.layers), loaded.model.lm_head]
+    weights = [*(layer.self_attn.o_proj for layer in loaded.model.model.layers), loaded.model.lm_head]
+    weights += [layer.mlp.down_proj for layer in loaded.model.model.layers if hasattr(layer.mlp, "down_proj")]
     with torch.inference_mode():
         before = loaded.model(input_ids=torch.tensor([ids]), use_cache=False).logits
         old = [linear.weight.clone() for linear in weights]
@@ -238,7 +239,8 @@ def test_smoothing_does_not_change_the_logits(family: str, tmp_path: Path) -> No
 def enlarge_channels(model: Any) -> None:
     """Some channels of the activations become large, as in trained models: those of random weights are all alike."""
     for layer in model.model.layers:
-        layer.mlp.up_proj.weight[::16] *= 30
+        if hasattr(layer.mlp, "up_proj"):  # smoothing does not change experts
+            layer.mlp.up_proj.weight[::16] *= 30
         layer.self_attn.v_proj.weight[::16] *= 30
         for norm in (layer.post_attention_layernorm, getattr(layer, "input_layernorm", None)):
             if norm is not None:

@@ -160,7 +160,10 @@ FUSED: dict[str, dict[str, Any]] = {
         "logits_scaling": 8.0,
         "initializer_range": 0.1,
     },
+    "mixtral": _EXPERTS | _WIDE,
     "olmo2": _WIDE,
+    "qwen2_moe": _EXPERTS | _WIDE | {"decoder_sparse_step": 2, "norm_topk_prob": False},
+    "qwen3_moe": _EXPERTS | _WIDE | {"head_dim": 128, "norm_topk_prob": True, "mlp_only_layers": []},
     "phi3": _WIDE | {"head_dim": 96, "num_key_value_heads": 4, "sliding_window": None},
     "smollm3": _WIDE | {"no_rope_layers": [1, 0, 1]},
 }

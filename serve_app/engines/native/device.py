@@ -9,7 +9,7 @@ import torch
 
 from serve_app.engines.files.model_files import SourceError
 from serve_app.engines.native import kernels
-from serve_app.engines.native.fused_weights import FAMILIES
+from serve_app.engines.native.families import FAMILIES
 from serve_app.engines.native.machine import processor_flags
 
 

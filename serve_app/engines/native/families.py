@@ -56,10 +56,13 @@ FAMILIES = {
     "granite": _LLAMA,
     "llama": _LLAMA,
     "mistral": _LLAMA,
+    "mixtral": _LLAMA,
     "olmo2": _OLMO,
     "phi3": _LLAMA,
     "qwen2": _LLAMA,
+    "qwen2_moe": _LLAMA,
     "qwen3": _LLAMA,
+    "qwen3_moe": _LLAMA,
     "smollm3": _LLAMA,
 }
 # The activation functions of the MLP by their names in config.json, and whether they are GELU.
@@ -111,6 +114,12 @@ def numbers_of(model: PreTrainedModel) -> Numbers:
     )
 
 
+def mlp_sizes(model: PreTrainedModel) -> set[int]:
+    """The inner sizes of the MLPs and of their experts."""
+    names = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size")
+    return {int(getattr(model.config, name)) for name in names if getattr(model.config, name, None)}
+
+
 class _Separated(torch.nn.Module):
     """Several linear layers in place of one that computed all of their outputs."""
 
@@ -137,7 +146,7 @@ def separate_projections(model: PreTrainedModel) -> None:
 
 def _separate(owner: Any, name: str, outputs: dict[str, int]) -> None:
     whole: torch.nn.Linear = getattr(owner, name)
-    weights = whole.weight.detach().split(list(outputs.values()))
+    weights = torch.split(whole.weight.detach(), list(outputs.values()))
     for part, weight in zip(outputs, weights, strict=True):
         linear = torch.nn.Linear(1, 1, bias=False, device="meta")
         linear.in_features, linear.out_features = weight.shape[1], weight.shape[0]

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from serve_app.engines.files.adapter_files import AdapterFiles
 from serve_app.engines.native.attention import LayerCache
 from serve_app.engines.native.forward import ForwardOutput, LayerShape, SelfTest
-from serve_app.engines.native.fused_weights import FusedWeights
+from serve_app.engines.native.fused_weights import Experts, FusedWeights, Mlp
 from serve_app.engines.native.kv_cache import BLOCK
-from serve_app.engines.native.linear import Int8DotProductLinear, Linear
+from serve_app.engines.native.linear import Linear
 from serve_app.engines.native.lora import STRIP, LoraWeights, RowGroups, Target, make_weights, wanted_groups
 from serve_app.engines.native.rows import Rows
 
@@ -125,10 +125,11 @@ class FusedModel:
             )  # fmt: skip
             y = self._linear(layer.out, attended, groups, 4 * number + 1)
             normed = self._norm_of_sum(x, y, layer.attended_norm, layer.mlp_norm)
-            gate_up = self._linear(layer.gate_up, normed, groups, 4 * number + 2)
-            active = self._buffer(x.shape[0], gate_up.shape[1] // 2)
-            native.gated(gate_up, numbers.gelu, *active)
-            y, y_norm = self._linear(layer.down, active, groups, 4 * number + 3), layer.mlp_result_norm
+            if isinstance(layer.mlp, Mlp):
+                y = self._mlp(layer.mlp, normed, groups, 4 * number + 2)
+            else:
+                y = self._experts(layer.mlp, *normed)
+            y_norm = layer.mlp_result_norm
         return self._norm_of_sum(x, y, y_norm, self._norm)
 
     def _linear(self, linear: Linear, rows: Scaled, groups: RowGroups, number: int) -> torch.Tensor:
@@ -138,14 +139,37 @@ class FusedModel:
             torch.ops.serve_app.add_lora(y, *rows, *_native(groups), self._widths, number)
         return y
 
+    def _mlp(self, mlp: Mlp, rows: Scaled, groups: RowGroups, number: int) -> torch.Tensor:
+        gate_up = self._linear(mlp.gate_up, rows, groups, number)
+        active = self._buffer(gate_up.shape[0], gate_up.shape[1] // 2)
+        torch.ops.serve_app.gated(gate_up, self._numbers.gelu, *active)
+        return self._linear(mlp.down, active, groups, number + 1)
+
+    def _experts(self, block: Experts, rows: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+        """The results of the chosen experts; the rows of each expert are computed together."""
+        exact = rows if scale is None else rows * scale[:, None]
+        probabilities, chosen = block.router.scaled(exact, None).softmax(-1).topk(block.top)
+        if block.normalised:
+            probabilities /= probabilities.sum(-1, keepdim=True)
+        y, none = torch.zeros_like(rows), RowGroups.of([])
+        for number, expert in enumerate(block.experts):
+            found, places = (chosen == number).nonzero(as_tuple=True)
+            if len(found):
+                part = rows[found], None if scale is None else scale[found]
+                y.index_add_(0, found, self._mlp(expert, part, none, 0) * probabilities[found, places][:, None])
+        if block.shared is not None and block.shared_gate is not None:
+            shared = self._mlp(block.shared, (rows, scale), none, 0)
+            y += shared * block.shared_gate.scaled(exact, None).sigmoid()
+        return y
+
     def _native_arguments(self) -> tuple[Any, ...] | None:
         """The arguments of the native loop that do not change."""
         linears = [linear for layer in self._layers for linear in layer.linears]
-        numbers = self._numbers
+        numbers, mlps = self._numbers, [layer.mlp for layer in self._layers]
         return (
             [norm for layer in self._layers for norm in layer.norms] + [self._norm],
             [linear.weight for linear in linears],
-            [linear.scales for linear in linears if isinstance(linear, Int8DotProductLinear)],
+            [getattr(linear, "scales", None) for linear in linears],
             [linear.bias for linear in linears],
             [layer.query_norm for layer in self._layers],
             [layer.key_norm for layer in self._layers],
@@ -157,6 +181,10 @@ class FusedModel:
             numbers.score_cap,
             numbers.residual,
             numbers.gelu,
+            [len(mlp.experts) if isinstance(mlp, Experts) else 0 for mlp in mlps],
+            any(isinstance(mlp, Experts) and mlp.shared is not None for mlp in mlps),
+            max((mlp.top for mlp in mlps if isinstance(mlp, Experts)), default=0),
+            any(isinstance(mlp, Experts) and mlp.normalised for mlp in mlps),
         )
 
     def _buffer(self, rows: int, width: int) -> Scaled:
@@ -180,8 +208,10 @@ def fused_fault(weights: FusedWeights, shapes: Seq[LayerShape], test: SelfTest) 
 
 
 def _output_widths(targets: Mapping[str, Target]) -> list[int]:
-    """The outputs of the seven projections of a layer. All are multiples of STRIP."""
-    widths = [target.outputs for target in targets.values()][:_PROJECTIONS]
+    """The outputs of the seven projections of a layer; 0 for one that no layer has. All are multiples of STRIP."""
+    widths = [0] * _PROJECTIONS
+    for target in targets.values():
+        widths[target.number % _PROJECTIONS] = target.outputs
     assert not any(width % STRIP for width in widths)
     return widths
 

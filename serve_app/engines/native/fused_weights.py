@@ -15,6 +15,7 @@ from serve_app.engines.native.families import (
     Numbers,
     activation,
     family_of,
+    mlp_sizes,
     numbers_of,
 )
 from serve_app.engines.native.linear import Linear, attached_importance, head_quantization, pack
@@ -29,6 +30,43 @@ HEAD_SIZES = (64, 96, 128, 256)
 VECTOR_WIDTH = 16
 # Positions whose rotary tables are compared with those of the model's own module.
 _COMPARED_POSITIONS = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Mlp:
+    """Gate and up as one linear layer, activation, and down."""
+
+    gate_up: Linear
+    down: Linear
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """The linear layers in order."""
+        return self.gate_up, self.down
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """Several MLPs, of which each row uses `top` (Shazeer et al. 2017, arXiv 1701.06538).
+
+    `router` computes the logits of the experts for a row. The results of the most probable ones are multiplied by their
+    probabilities, which are divided by their sum if they are `normalised`. If there is a `shared` expert, each row uses
+    it, times the sigmoid of `shared_gate`.
+    """
+
+    router: Linear
+    top: int
+    normalised: bool
+    experts: tuple[Mlp, ...]
+    shared: Mlp | None
+    shared_gate: Linear | None
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """The linear layers in the order of the native operation."""
+        assert (self.shared is None) == (self.shared_gate is None)
+        shared = () if self.shared is None or self.shared_gate is None else (*self.shared.linears, self.shared_gate)
+        return self.router, *shared, *(linear for expert in self.experts for linear in expert.linears)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,14 +86,13 @@ class Layer:
     out: Linear
     attended_norm: torch.Tensor | None
     mlp_norm: torch.Tensor | None
-    gate_up: Linear
-    down: Linear
+    mlp: Mlp | Experts
     mlp_result_norm: torch.Tensor | None
 
     @property
     def linears(self) -> tuple[Linear, ...]:
         """The linear layers, in the order in which a row passes them."""
-        return self.qkv, self.out, self.gate_up, self.down
+        return self.qkv, self.out, *self.mlp.linears
 
     @property
     def norms(self) -> tuple[torch.Tensor | None, ...]:
@@ -111,7 +148,7 @@ class FusedWeights:
 def fused_weights(model: PreTrainedModel, windows: Seq[int | None], quantization: Quantization) -> FusedWeights:
     """The packed weights of a model that the fused path supports: see `unsupported_reason`."""
     config, inner, family = model.config, model.model, family_of(model)
-    rotaries = _rotaries(model)
+    rotaries, projections = _rotaries(model), _projections(model)
     kinds = list(rotaries)
     return FusedWeights(
         heads=config.num_attention_heads,
@@ -120,7 +157,7 @@ def fused_weights(model: PreTrainedModel, windows: Seq[int | None], quantization
         numbers=numbers_of(model),
         dtype=model.dtype,
         quantization=quantization,
-        targets=targets_of(_projections(model)),
+        targets=targets_of(projections.values(), projections),
         embedding=model.get_input_embeddings().weight.detach(),
         layers=tuple(
             _layer(layer, family, kinds.index(_rotary_kind(layer)), window or 0, quantization)
@@ -139,15 +176,10 @@ def unsupported_reason(model: PreTrainedModel) -> str | None:
         return f"the fused path does not support {model.dtype} on {model.device}"
     if config.model_type not in FAMILIES:
         return f"the fused path supports the model types {', '.join(FAMILIES)}, not {config.model_type}"
-    if (
-        _head_size(model) not in HEAD_SIZES
-        or config.hidden_size % VECTOR_WIDTH
-        or config.intermediate_size % VECTOR_WIDTH
-    ):
-        return (
-            f"the fused path does not support heads of size {_head_size(model)} with rows of {config.hidden_size} and "
-            f"{config.intermediate_size}"
-        )
+    sizes = {config.hidden_size, *mlp_sizes(model)}
+    if _head_size(model) not in HEAD_SIZES or any(size % VECTOR_WIDTH for size in sizes):
+        listed = " and ".join(map(str, sorted(sizes)))
+        return f"the fused path does not support heads of size {_head_size(model)} with rows of {listed}"
     if activation(model) not in ACTIVATIONS:
         return f"the fused path does not support the activation function {activation(model)}"
     if not _same_tables(model):
@@ -161,7 +193,7 @@ def _head_size(model: PreTrainedModel) -> int:
 
 
 def _layer(layer: Any, family: Family, rotary: int, window: int, quantization: Quantization) -> Layer:
-    attention, mlp = layer.self_attn, layer.mlp
+    attention = layer.self_attn
     return Layer(
         norm=family.norm(layer, family.attention_norm),
         qkv=_concatenated([attention.q_proj, attention.k_proj, attention.v_proj], quantization),
@@ -172,21 +204,47 @@ def _layer(layer: Any, family: Family, rotary: int, window: int, quantization: Q
         out=_concatenated([attention.o_proj], quantization),
         attended_norm=family.norm(layer, family.attended_norm),
         mlp_norm=family.norm(layer, family.mlp_norm),
-        gate_up=_concatenated([mlp.gate_proj, mlp.up_proj], quantization),
-        down=_concatenated([mlp.down_proj], quantization),
+        mlp=_experts(layer.mlp, quantization) if hasattr(layer.mlp, "experts") else _mlp(layer.mlp, quantization),
         mlp_result_norm=family.norm(layer, family.mlp_result_norm),
     )
 
 
-def _projections(model: PreTrainedModel) -> list[tuple[str, torch.nn.Module]]:
-    """The linear layers with their names, in the order in which the fused path concatenates them."""
+def _mlp(mlp: Any, quantization: Quantization) -> Mlp:
+    gate_up, down = [mlp.gate_proj, mlp.up_proj], [mlp.down_proj]
+    return Mlp(_concatenated(gate_up, quantization), _concatenated(down, quantization))
+
+
+def _experts(block: Any, quantization: Quantization) -> Experts:
+    router, weights = block.gate, block.experts
+
+    def unquantized(weight: torch.Tensor) -> Linear:
+        """Rounding the weights of a router changes the experts that it chooses."""
+        return pack(weight if quantization == "none" else weight.bfloat16(), None, "none")
+
+    pairs = zip(weights.gate_up_proj.detach(), weights.down_proj.detach(), strict=True)
+    return Experts(
+        router=unquantized(router.weight),
+        top=int(router.top_k),
+        normalised=bool(getattr(router, "norm_topk_prob", True)),
+        experts=tuple(Mlp(pack(up, None, quantization), pack(down, None, quantization)) for up, down in pairs),
+        shared=_mlp(block.shared_expert, quantization) if hasattr(block, "shared_expert") else None,
+        shared_gate=unquantized(block.shared_expert_gate.weight) if hasattr(block, "shared_expert_gate") else None,
+    )
+
+
+def _projections(model: PreTrainedModel) -> dict[int, tuple[str, torch.nn.Module]]:
+    """The linear layers that adapters can change, with their names, by number: seven numbers for each layer.
+
+    The numbers follow the order in which the fused path concatenates the layers. Experts cannot be adapted.
+    """
     names = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
     layers: Any = model.model.layers
-    return [
-        (f"model.layers.{number}.{name}", layer.get_submodule(name))
-        for number, layer in enumerate(layers)
-        for name in names
-    ]
+    return {
+        len(names) * place + number: (f"model.layers.{place}.{name}", layer.get_submodule(name))
+        for place, layer in enumerate(layers)
+        for number, name in enumerate(names)
+        if not (name.startswith("mlp") and hasattr(layer.mlp, "experts"))
+    }
 
 
 def _concatenated(linears: Seq[torch.nn.Linear], quantization: Quantization) -> Linear:

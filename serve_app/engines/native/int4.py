@@ -53,35 +53,36 @@ def quantize(weight: torch.Tensor, importance: torch.Tensor | None) -> Quantized
     is that of llama.cpp's importance matrix; without it the KL divergence of a small model is four times as large.
     """
     scales = (weight.float().abs().amax(1) / _LARGEST).clamp_min(1e-12)
-    w = (weight.float() / scales[:, None]).unflatten(1, (-1, GROUP))
+    w = (weight.float() / scales[:, None]).view(len(weight), -1, GROUP)
     cost = _cost(importance, weight.shape[1])
     low, high = w.amin(-1, keepdim=True), w.amax(-1, keepdim=True)
     least = torch.full_like(low, torch.inf)
-    best = torch.ones_like(low), torch.zeros_like(low)
+    best_multiplier, best_offset = torch.ones_like(low), torch.zeros_like(low)
     for share in _SHARES:
         step = ((high - low) * (share / _MAX_LEVEL)).clamp_min(1e-6)
         multiplier, offset = _fit(w, _levels(w, step, (high + low - _MAX_LEVEL * step) / 2), cost)
         levels = _rounded_levels(w, multiplier, offset)
         error = (_integers(levels, multiplier, offset) - w).square_().mul_(cost).sum(-1, keepdim=True)
-        best = tuple(torch.where(error < least, *pair) for pair in zip((multiplier, offset), best, strict=True))
+        best_multiplier = torch.where(error < least, multiplier, best_multiplier)
+        best_offset = torch.where(error < least, offset, best_offset)
         least = torch.minimum(error, least)
-    multiplier, offset = best
-    levels = _rounded_levels(w, multiplier, offset)
+    levels = _rounded_levels(w, best_multiplier, best_offset)
     # The kernel computes in bytes without saturation.
-    highest = ((_LARGEST - offset) * _EIGHTH + _EIGHTH - 1).div_(multiplier).floor_()
-    return Quantized(torch.minimum(levels, highest).clamp_min_(0), multiplier, offset, scales)
+    highest = ((_LARGEST - best_offset) * _EIGHTH + _EIGHTH - 1).div_(best_multiplier).floor_()
+    return Quantized(torch.minimum(levels, highest).clamp_min_(0), best_multiplier, best_offset, scales)
 
 
 def packed(quantized: Quantized) -> torch.Tensor:
     """The bytes for the kernel, `[ceil(N / 16), K / 32, 288]` uint8: dots::Int4Group in dots.h."""
-    levels = quantized.levels.to(torch.uint8).unflatten(-1, (-1, 2, _LINE // 2))  # [N, groups, lines, halves, 4]
-    lines = levels[:, :, :, 0] | levels[:, :, :, 1] << 4
+    rows, groups, _ = quantized.levels.shape
+    halves = quantized.levels.to(torch.uint8).view(rows, groups, GROUP // _LINE, 2, _LINE // 2)
+    lines = halves[:, :, :, 0] | halves[:, :, :, 1] << 4
     numbers = torch.cat([quantized.multipliers, quantized.offsets + 128], -1).to(torch.uint8)
-    missing = -len(lines) % _OUTPUTS
+    missing = -rows % _OUTPUTS
     lines, numbers = (torch.cat([part, part.new_zeros(missing, *part.shape[1:])]) for part in (lines, numbers))
     # [strips, outputs, groups, ...] -> [strips, groups, ...]
-    lines = lines.unflatten(0, (-1, _OUTPUTS)).permute(0, 2, 3, 1, 4).flatten(2)
-    numbers = numbers.unflatten(0, (-1, _OUTPUTS)).permute(0, 2, 1, 3).flatten(2)
+    lines = lines.view(-1, _OUTPUTS, *lines.shape[1:]).permute(0, 2, 3, 1, 4).flatten(2)
+    numbers = numbers.view(-1, _OUTPUTS, *numbers.shape[1:]).permute(0, 2, 1, 3).flatten(2)
     return torch.cat([numbers, lines], -1).contiguous()
 
 

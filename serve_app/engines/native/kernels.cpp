@@ -426,16 +426,62 @@ std::tuple<Tensor, Tensor> argmax_of_rows(const Tensor& rows) {
 // Calls a linear layer by its index: Int8DotProductLinear or Int4DotProductLinear (bytes; `scale` are the multipliers of
 // the rows), DotProductLinear (4-dimensional weights) or PlainLinear.
 struct Linears {
-  const at::TensorList weights, scales;
-  const c10::List<Optional> biases;
+  const at::TensorList weights;
+  const c10::List<Optional> scales, biases;
 
   Tensor operator()(int64_t i, const Tensor& rows, const Optional& scale, const matmul::Extra* extra = nullptr) const {
     const Optional bias = biases.get(i);
-    if (scale) return matmul::quantized(rows, weights[i], scales[i], bias, *scale, extra);
+    if (scale) return matmul::quantized(rows, weights[i], *scales.get(i), bias, *scale, extra);
     if (weights[i].dim() == 4) return matmul::bfloat16(rows, weights[i], bias, weights[i].size(0) * 16, extra);
     return at::linear(rows, weights[i], bias);
   }
 };
+
+// Rows, and their multipliers if the linear layer that takes them is quantized.
+using Scaled = std::pair<Tensor, Optional>;
+
+Scaled buffer(int64_t rows, int64_t width, bool quantized) {
+  return {at::empty({rows, width}, at::kFloat), quantized ? Optional(at::empty({rows}, at::kFloat)) : std::nullopt};
+}
+
+// The MLP of the linear layers i (gate and up) and i + 1 (down).
+Tensor mlp(const Linears& linears, int64_t i, const Scaled& rows, bool gelu) {
+  const Tensor gate_up = linears(i, rows.first, rows.second);
+  const Scaled active = buffer(gate_up.size(0), gate_up.size(1) / 2, rows.second.has_value());
+  gated(gate_up, gelu, active.first, active.second);
+  return linears(i + 1, active.first, active.second);
+}
+
+// How rows choose their experts; see Experts in fused_weights.py.
+struct Routing {
+  bool shared;
+  int64_t top;
+  bool normalised;
+};
+
+// The MLPs of `count` experts. The linear layers from i on are the router, the MLP and the gate of the shared expert, if
+// there is one, and the MLPs of the experts. The rows of each expert are computed together.
+Tensor experts(const Linears& linears, int64_t i, int64_t count, const Routing& routing, const Scaled& rows, bool gelu) {
+  const Tensor exact = rows.second ? rows.first * rows.second->unsqueeze(1) : rows.first;
+  const Tensor logits = linears(i, exact, std::nullopt).narrow(1, 0, count);
+  auto [probabilities, chosen] = at::topk(at::softmax(logits, -1), routing.top);
+  if (routing.normalised) probabilities.div_(probabilities.sum(-1, true));
+  const int64_t first = i + (routing.shared ? 4 : 1);
+  const int64_t* expert_of = chosen.const_data_ptr<int64_t>();
+  std::vector<std::vector<int64_t>> choices(count);  // places in `chosen`
+  for (int64_t place = 0; place < chosen.numel(); place++) choices[expert_of[place]].push_back(place);
+  Tensor y = at::zeros_like(rows.first);
+  for (int64_t expert = 0; expert < count; expert++) {
+    if (choices[expert].empty()) continue;
+    const Tensor places = at::tensor(choices[expert], at::kLong), found = places.div(routing.top, "floor");
+    const Scaled part{rows.first.index_select(0, found), rows.second ? Optional(rows.second->index_select(0, found)) : std::nullopt};
+    const Tensor weights = probabilities.flatten().index_select(0, places);
+    y.index_add_(0, found, mlp(linears, first + 2 * expert, part, gelu).mul_(weights.unsqueeze(1)));
+  }
+  if (routing.shared)
+    y.add_(mlp(linears, i + 1, rows, gelu).mul_(linears(i + 3, exact, std::nullopt).narrow(1, 0, 1).sigmoid()));
+  return y;
+}
 
 template <class V>
 void prefetch(const V* from, int64_t count) {
@@ -655,14 +701,16 @@ void add_lora(Tensor y, const Tensor& x, const Optional& scale, at::TensorList d
 
 // The loop over all layers, as in fused.py, without Python, so that other threads can hold the interpreter lock.
 // `norms` holds four norms per layer (before and after the attention, before and after the MLP), and the last norm;
-// `weights` holds four linear layers per layer (queries, keys and values; out; gate and up; down); `rotary` is the index
+// `weights` holds the linear layers of each layer: queries, keys and values; out; gate and up; down. A layer with
+// `experts` has those of the function `experts` instead of the last two. `rotary` is the index
 // of a layer's tables in `cos` and `sin`. For the other numbers see Numbers in families.py. Returns the head's input for
 // the wanted rows.
 std::tuple<Tensor, Optional> layers(
-    Tensor x, const c10::List<Optional>& norms, at::TensorList weights, at::TensorList scales,
+    Tensor x, const c10::List<Optional>& norms, at::TensorList weights, const c10::List<Optional>& scales,
     const c10::List<Optional>& biases, const c10::List<Optional>& query_norms, const c10::List<Optional>& key_norms,
     at::IntArrayRef rotary, at::IntArrayRef windows, int64_t heads, double eps, double score_scale, double score_cap,
-    double residual, bool gelu, at::TensorList cos, at::TensorList sin, Tensor slots, Tensor positions, const Tensor& wanted,
+    double residual, bool gelu, at::IntArrayRef expert_counts, bool shared_expert, int64_t top, bool normalised,
+    at::TensorList cos, at::TensorList sin, Tensor slots, Tensor positions, const Tensor& wanted,
     at::TensorList keys, at::TensorList values, at::TensorList lora, at::TensorList lora_scales,
     at::TensorList lora_tables, const Tensor& lora_rows, at::IntArrayRef lora_starts, at::TensorList last_lora,
     at::TensorList last_scales, at::TensorList last_tables, const Tensor& last_rows, at::IntArrayRef last_starts,
@@ -671,22 +719,22 @@ std::tuple<Tensor, Optional> layers(
   Adapters all{lora, lora_scales, lora_tables, lora_rows, lora_starts, lora_widths};
   Adapters last{last_lora, last_scales, last_tables, last_rows, last_starts, lora_widths};
   Adapters* adapters = &all;
-  auto linear = [&](int64_t i, const Tensor& rows, const Optional& scale) {
-    if (adapters->empty()) return base(i, rows, scale);
-    const auto work = adapters->work(rows, i, scale);
-    if (weights[i].dim() > 2) return base(i, rows, scale, work.get());
-    const Tensor y = base(i, rows, scale);
+  int64_t next = 0;  // of the linear layers
+  // The result of the next linear layer, which is number `number` for adapters.
+  auto linear = [&](int64_t number, const Scaled& rows) {
+    const int64_t i = next++;
+    if (adapters->empty()) return base(i, rows.first, rows.second);
+    const auto work = adapters->work(rows.first, number, rows.second);
+    if (weights[i].dim() > 2) return base(i, rows.first, rows.second, work.get());
+    const Tensor y = base(i, rows.first, rows.second);
     Adapters::add(work.get(), y, x.size(0));
     return y;
   };
   const int64_t count = windows.size(), dim = keys[0].size(3);
-  const bool quantized = scales.size();
-  auto buffer = [&](int64_t width) -> std::pair<Tensor, Optional> {
-    return {at::empty({x.size(0), width}, x.options()),
-            quantized ? Optional(at::empty({x.size(0)}, at::kFloat)) : std::nullopt};
-  };
+  const bool quantized = scales.get(0).has_value();
+  const Routing routing{shared_expert, top, normalised};
   Tensor y;
-  std::pair<Tensor, Optional> normed = buffer(x.size(1));
+  Scaled normed = buffer(x.size(0), x.size(1), quantized);
   // Adds the result of the part of a layer before norm i, which has the norm i - 1 of its own.
   auto norm = [&](int64_t i) {
     const Optional added = i ? Optional(y) : std::nullopt, weight = i ? norms.get(i - 1) : std::nullopt;
@@ -694,23 +742,28 @@ std::tuple<Tensor, Optional> layers(
   };
   for (int64_t i = 0; i < count; i++) {
     norm(4 * i);
-    Tensor qkv = linear(4 * i, normed.first, normed.second);
+    Tensor qkv = linear(4 * i, normed);
     rope_store(qkv, heads, cos[rotary[i]], sin[rotary[i]], query_norms.get(i), key_norms.get(i), eps, slots, positions, keys[i], values[i]);
     if (i == count - 1) {
       // The other rows are complete when their keys and values are stored.
       x = x.index_select(0, wanted), qkv = qkv.index_select(0, wanted);
       slots = slots.index_select(0, wanted), positions = positions.index_select(0, wanted);
-      normed = buffer(x.size(1));
+      normed = buffer(x.size(0), x.size(1), quantized);
       adapters = &last;
     }
-    auto [attended, attended_scale] = buffer(heads * dim);
-    attend(qkv, heads, score_scale, score_cap, windows[i], slots, positions, keys[i], values[i], attended, attended_scale);
-    y = linear(4 * i + 1, attended, attended_scale);
+    const Scaled attended = buffer(x.size(0), heads * dim, quantized);
+    attend(qkv, heads, score_scale, score_cap, windows[i], slots, positions, keys[i], values[i], attended.first, attended.second);
+    y = linear(4 * i + 1, attended);
     norm(4 * i + 2);
-    const Tensor gate_up = linear(4 * i + 2, normed.first, normed.second);
-    auto [active, active_scale] = buffer(gate_up.size(1) / 2);
-    gated(gate_up, gelu, active, active_scale);
-    y = linear(4 * i + 3, active, active_scale);
+    if (expert_counts[i]) {
+      y = experts(base, next, expert_counts[i], routing, normed, gelu);
+      next += 2 * expert_counts[i] + (shared_expert ? 4 : 1);
+      continue;
+    }
+    const Tensor gate_up = linear(4 * i + 2, normed);
+    const Scaled active = buffer(x.size(0), gate_up.size(1) / 2, quantized);
+    gated(gate_up, gelu, active.first, active.second);
+    y = linear(4 * i + 3, active);
   }
   norm(4 * count);
   return normed;
@@ -744,9 +797,10 @@ TORCH_LIBRARY(serve_app, library) {
       });
   library.def("argmax_of_rows(Tensor rows) -> (Tensor, Tensor)", &argmax_of_rows);
   library.def(
-      "layers(Tensor(a!) x, Tensor?[] norms, Tensor[] weights, Tensor[] scales, Tensor?[] biases, "
+      "layers(Tensor(a!) x, Tensor?[] norms, Tensor[] weights, Tensor?[] scales, Tensor?[] biases, "
       "Tensor?[] query_norms, Tensor?[] key_norms, "
       "int[] rotary, int[] windows, int heads, float eps, float score_scale, float score_cap, float residual, bool gelu, "
+      "int[] experts, bool shared_expert, int top, bool normalised, "
       "Tensor[] cos, Tensor[] sin, Tensor slots, Tensor positions, Tensor wanted, "
       "Tensor(b!)[] keys, Tensor(c!)[] values, Tensor[] lora, Tensor[] lora_scales, Tensor[] lora_tables, "
       "Tensor lora_rows, int[] lora_starts, Tensor[] last_lora, Tensor[] last_scales, Tensor[] last_tables, "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence as Seq
 from dataclasses import dataclass
+from itertools import count
 
 import torch
 from safetensors.torch import load
@@ -36,7 +37,7 @@ class Target:
 class LoraWeights:
     """The weights of one adapter in one buffer.
 
-    `table` `[targets, 4]` has, for each layer, the rank r, where A `[r, inputs]` and the strips of B
+    `table` `[numbers, 4]` has, for the number of each layer, the rank r, where A `[r, inputs]` and the strips of B
     `[outputs / STRIP, r, STRIP]` begin in `data`, and where their `r` multipliers begin in `scales`; r is 0 for a layer
     that the adapter does not change. B includes the scaling of the adapter. With int8 weights, row j of A times column
     j of B must be multiplied by the multiplier j; the other types have multipliers of 1.
@@ -93,7 +94,7 @@ def make_weights(
         raise InvalidRequest("adapter_model.safetensors cannot be read.", param=_FIELD) from None
     pieces: list[torch.Tensor] = []
     scales: list[torch.Tensor] = []
-    entries = [(0, 0, 0, 0)] * len(targets)
+    entries = [(0, 0, 0, 0)] * (1 + max((target.number for target in targets.values()), default=-1))
     length = ranks = 0
     for name, (a, b) in _pairs(tensors).items():
         target = targets.get(name)
@@ -169,8 +170,10 @@ def _rounded(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> tuple[torc
     return (a / of_a[:, None]).round_().to(dtype), (b / of_b).round_().to(dtype), of_a * of_b
 
 
-def targets_of(linears: Iterable[tuple[str, torch.nn.Module]]) -> dict[str, Target]:
-    """The layers by name, numbered in their order. Call it before their weights are packed."""
+def targets_of(
+    linears: Iterable[tuple[str, torch.nn.Module]], numbers: Iterable[int] | None = None
+) -> dict[str, Target]:
+    """The layers by name, with these numbers, by default in their order. Call it before their weights are packed."""
     return {
         name: Target(
             number,
@@ -179,7 +182,7 @@ def targets_of(linears: Iterable[tuple[str, torch.nn.Module]]) -> dict[str, Targ
             getattr(linear, "serve_app_input_scale", None),
             getattr(linear, "serve_app_output_scale", None),
         )
-        for number, (name, linear) in enumerate(linears)
+        for number, (name, linear) in zip(count() if numbers is None else numbers, linears, strict=False)
     }
 
 

@@ -36,7 +36,7 @@ from serve_app.engines.native.device import choose_dtype
 from serve_app.engines.native.families import Numbers
 from serve_app.engines.native.forward import LayerShape, SelfTest
 from serve_app.engines.native.fused import fused_fault
-from serve_app.engines.native.fused_weights import FusedWeights, Layer, Rotary
+from serve_app.engines.native.fused_weights import Experts, FusedWeights, Layer, Mlp, Rotary
 from serve_app.engines.native.linear import STORABLE, restored_layer, stored_fields
 from serve_app.engines.native.lora import Target
 from serve_app.engines.native.machine import return_memory
@@ -50,7 +50,8 @@ _ALIGNMENT = 64
 # An entry that was not used for this time is deleted when another one is made.
 _UNUSED_S = 30 * 24 * 3600.0
 _CLASSES = {
-    cls.__name__: cls for cls in (ModelFacts, FusedWeights, Layer, LayerShape, Numbers, Rotary, SelfTest, Target)
+    cls.__name__: cls
+    for cls in (Experts, FusedWeights, Layer, LayerShape, Mlp, ModelFacts, Numbers, Rotary, SelfTest, Target)
 }
 
 
