@@ -124,7 +124,7 @@ async def test_a_bias_changes_the_token_and_not_the_reported_log_probabilities(s
 
 @of_models
 async def test_penalties_prevent_repetition(subject: Subject) -> None:
-    prompt = TextPrompt("one one one one one one one one")
+    prompt = TextPrompt("a b " * 10)
     plain = await subject.events(prompt, ignore_eos=True)
     assert len(set(ids_of(plain))) <= 4
     for penalty in ({"presence_penalty": 2.0, "frequency_penalty": 2.0}, {"repetition_penalty": 2.0}):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from serve_app.core.requests import (
     ToolCall,
 )
 from serve_app.engines.text.prompt_details import prompt_details
-from serve_app.engines.text.time_limit import TimeLimit
+from serve_app.engines.text.time_limit import TimeLimit, TookTooLong
 from serve_app.engines.text.tokenizer import HFText, StreamDecoder
 from serve_app.errors import InternalError, InvalidRequest, ServeAppError
 
@@ -223,9 +224,10 @@ def test_a_hostile_template_is_bounded(monkeypatch: pytest.MonkeyPatch, source: 
     assert not isinstance(text.encode([TextPrompt("good")])[0], ServeAppError)
 
 
-def test_a_limit_that_is_not_reached_interrupts_nothing() -> None:
+def test_a_limit_interrupts_nothing_after_its_body() -> None:
+    """The limit is so short that a busy machine reaches it now and then, within the body."""
     for _ in range(200):
-        with TimeLimit(0.0005):
+        with suppress(TookTooLong), TimeLimit(0.0005):
             pass
     sum(range(100_000))  # an exception that came late would be raised here
 
