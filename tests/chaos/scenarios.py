@@ -64,13 +64,18 @@ async def _slow_disk(stack: Stack, link: Link) -> None:
 
 
 def _clock(seconds: int) -> Inject:
-    """The clock jumps, and 5 s later it jumps back to the true time."""
+    """The clock jumps, and 5 s later it jumps back to the true time.
+
+    If that is earlier, Ray's controller checks no health until it is restarted: see docs/operations.md.
+    """
 
     async def inject(stack: Stack, link: Link) -> None:
         faults.jump(stack.folder, seconds)
         await asyncio.sleep(5)
         faults.jump(stack.folder, 0)
         await asyncio.sleep(2)
+        if seconds > 0:
+            await _kill("ray::ServeController")(stack, link)
 
     return inject
 
