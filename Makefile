@@ -29,7 +29,7 @@ help:
 	@echo "make serve [ARGS='--port 8123']  run the service on this machine; Ctrl-C stops it"
 	@echo "make monitor                     Prometheus, Alertmanager and the alert history next to the service; Ctrl-C stops them"
 	@echo "make test  [ARGS='-k stream']    format, lint, types and the tests: 20 minutes on 2 cores"
-	@echo "make test-ci                     the tests that take longer, which have to pass as well before anything lands: 14 minutes"
+	@echo "make test-ci                     the tests that take longer, which have to pass as well before anything lands: 19 minutes"
 	@echo "make test-long                   every test, also those that only a release needs, such as vLLM's; needs Node.js with npm, and redis-server"
 	@echo "make chaos [ARGS='--seed 7']     every fault of tests/chaos under load: what fails, and how soon the service recovers"
 	@echo "make soak  [ARGS='--minutes 5']  30 minutes of load with faulty clients: memory, descriptors and latency over time"
