@@ -444,12 +444,13 @@ Scaled buffer(int64_t rows, int64_t width, bool quantized) {
   return {at::empty({rows, width}, at::kFloat), quantized ? Optional(at::empty({rows}, at::kFloat)) : std::nullopt};
 }
 
-// The MLP of the linear layers i (gate and up) and i + 1 (down).
-Tensor mlp(const Linears& linears, int64_t i, const Scaled& rows, bool gelu) {
-  const Tensor gate_up = linears(i, rows.first, rows.second);
+// An MLP, whose linear layers are linear(0, rows), gate and up, and linear(1, rows), down.
+template <class F>
+Tensor mlp(const F& linear, const Scaled& rows, bool gelu) {
+  const Tensor gate_up = linear(0, rows);
   const Scaled active = buffer(gate_up.size(0), gate_up.size(1) / 2, rows.second.has_value());
   gated(gate_up, gelu, active.first, active.second);
-  return linears(i + 1, active.first, active.second);
+  return linear(1, active);
 }
 
 // How rows choose their experts; see Experts in fused_weights.py.
@@ -470,16 +471,19 @@ Tensor experts(const Linears& linears, int64_t i, int64_t count, const Routing& 
   const int64_t* expert_of = chosen.const_data_ptr<int64_t>();
   std::vector<std::vector<int64_t>> choices(count);  // places in `chosen`
   for (int64_t place = 0; place < chosen.numel(); place++) choices[expert_of[place]].push_back(place);
+  auto mlp_from = [&](int64_t place, const Scaled& part) {
+    return mlp([&](int64_t j, const Scaled& input) { return linears(place + j, input.first, input.second); }, part, gelu);
+  };
   Tensor y = at::zeros_like(rows.first);
   for (int64_t expert = 0; expert < count; expert++) {
     if (choices[expert].empty()) continue;
     const Tensor places = at::tensor(choices[expert], at::kLong), found = places.div(routing.top, "floor");
     const Scaled part{rows.first.index_select(0, found), rows.second ? Optional(rows.second->index_select(0, found)) : std::nullopt};
     const Tensor weights = probabilities.flatten().index_select(0, places);
-    y.index_add_(0, found, mlp(linears, first + 2 * expert, part, gelu).mul_(weights.unsqueeze(1)));
+    y.index_add_(0, found, mlp_from(first + 2 * expert, part).mul_(weights.unsqueeze(1)));
   }
   if (routing.shared)
-    y.add_(mlp(linears, i + 1, rows, gelu).mul_(linears(i + 3, exact, std::nullopt).narrow(1, 0, 1).sigmoid()));
+    y.add_(mlp_from(i + 1, rows).mul_(linears(i + 3, exact, std::nullopt).narrow(1, 0, 1).sigmoid()));
   return y;
 }
 
@@ -760,10 +764,7 @@ std::tuple<Tensor, Optional> layers(
       next += 2 * expert_counts[i] + (shared_expert ? 4 : 1);
       continue;
     }
-    const Tensor gate_up = linear(4 * i + 2, normed);
-    const Scaled active = buffer(x.size(0), gate_up.size(1) / 2, quantized);
-    gated(gate_up, gelu, active.first, active.second);
-    y = linear(4 * i + 3, active);
+    y = mlp([&](int64_t j, const Scaled& rows) { return linear(4 * i + 2 + j, rows); }, normed, gelu);
   }
   norm(4 * count);
   return normed;
