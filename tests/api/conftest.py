@@ -21,9 +21,17 @@ def telemetry() -> ScriptedTelemetry:
 
 
 @pytest.fixture
-async def client(engine: ScriptedEngine, telemetry: ScriptedTelemetry) -> AsyncIterator[httpx.AsyncClient]:
-    """A client of the application. A silent stream has a heartbeat every 20 ms."""
-    config = app_config(warm_wait_s=30, heartbeat_s=0.02, max_body_bytes=20_000, max_batch_items=50)
+def heartbeat_s() -> float:
+    """The heartbeat of a silent stream. It is longer than a test, unless the test is marked `with_heartbeats`."""
+    return 10.0
+
+
+@pytest.fixture
+async def client(
+    engine: ScriptedEngine, telemetry: ScriptedTelemetry, heartbeat_s: float
+) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of the application."""
+    config = app_config(warm_wait_s=30, heartbeat_s=heartbeat_s, max_body_bytes=20_000, max_batch_items=50)
     transport = httpx.ASGITransport(create_app(engine, telemetry, config))
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
         yield client

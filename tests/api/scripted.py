@@ -10,6 +10,7 @@ from enum import Enum, auto
 from typing import Any
 
 import httpx
+import pytest
 
 from serve_app.api.app import create_app
 from serve_app.config import AppConfig, Deployment, Ingress, Limits, Lora, LoraAdapter, Model, SamplingDefaults
@@ -60,6 +61,9 @@ class Beat(Enum):
 
 
 BEAT = Beat.BEAT
+
+# Marks a test of the fixture `client` whose script contains BEAT.
+with_heartbeats = pytest.mark.parametrize("heartbeat_s", [0.02])
 
 # A chunk is yielded, an exception is raised, a number is a time to sleep in seconds; None waits for ever.
 Step = Chunk | BaseException | float | Beat | None

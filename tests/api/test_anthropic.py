@@ -37,6 +37,7 @@ from .scripted import (
     check_anthropic_error,
     chunk,
     serve,
+    with_heartbeats,
 )
 from .test_bodies import anything
 from .test_tools import Answer, calls, chunks
@@ -340,6 +341,7 @@ async def test_a_stream_makes_up_the_whole_message(
 # Heartbeats
 
 
+@with_heartbeats
 @pytest.mark.parametrize("state", [ModelState.READY, ModelState.LOADING])
 async def test_a_silent_stream_has_pings(client: httpx.AsyncClient, engine: ScriptedEngine, state: ModelState) -> None:
     engine.statuses["small"] = ModelStatus("small", state)
@@ -381,6 +383,7 @@ async def test_every_error_has_its_status(
     assert telemetry.errors == [(error, "small")]
 
 
+@with_heartbeats
 @pytest.mark.parametrize("early", [True, False])
 async def test_an_error_after_the_start_is_an_event(
     client: httpx.AsyncClient, engine: ScriptedEngine, telemetry: ScriptedTelemetry, early: bool

@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 from serve_app.core.events import Delta, FinishReason, ReasoningDelta, TextDelta, ToolCallDelta
 from serve_app.errors import NotReady, QueueFull
 
-from .scripted import BEAT, Connection, ScriptedEngine, ScriptedTelemetry, Step, chunk, serve
+from .scripted import BEAT, Connection, ScriptedEngine, ScriptedTelemetry, Step, chunk, serve, with_heartbeats
 from .test_bodies import anything
 from .test_tools import chunks
 
@@ -172,6 +172,7 @@ def without_ids(items: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{name: value for name, value in item.items() if name not in ("id", "call_id")} for item in items]
 
 
+@with_heartbeats
 @settings(anything, max_examples=40)
 @given(
     parts=PARTS,
@@ -250,6 +251,7 @@ async def test_a_late_error_fails_the_response(
     assert len(telemetry.errors) == 2
 
 
+@with_heartbeats
 async def test_an_error_before_the_first_token_is_an_event_after_a_heartbeat(
     client: httpx.AsyncClient, engine: ScriptedEngine
 ) -> None:

@@ -8,7 +8,6 @@ import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from serve_app.api.app import create_app
 from serve_app.core.events import FinishReason
 from serve_app.core.queries import ModelState, ModelStatus
 from serve_app.core.requests import GenerationRequest
@@ -20,11 +19,11 @@ from .scripted import (
     ScriptedEngine,
     ScriptedTelemetry,
     Step,
-    app_config,
     chunk,
     error_of,
     events_of,
     serve,
+    with_heartbeats,
 )
 
 PATHS: dict[str, dict[str, object]] = {
@@ -127,17 +126,16 @@ async def test_tokens_join_to_the_text(
 
 @every_stream
 async def test_an_error_before_the_first_heartbeat_is_a_status(
-    engine: ScriptedEngine, telemetry: ScriptedTelemetry, path: str
+    client: httpx.AsyncClient, engine: ScriptedEngine, telemetry: ScriptedTelemetry, path: str
 ) -> None:
     engine.plays(0.001, NotReady("The model is being loaded.", retry_after_s=4))
-    transport = httpx.ASGITransport(create_app(engine, telemetry, app_config(heartbeat_s=10)))
-    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-        answer = await stream(client, path)
+    answer = await stream(client, path)
     assert answer.status_code == 503
     assert answer.headers["retry-after"] == "4"
     assert len(telemetry.errors) == 1
 
 
+@with_heartbeats
 @every_stream
 @pytest.mark.parametrize("early", [True, False])
 async def test_an_error_after_the_start_is_an_event(
@@ -159,6 +157,7 @@ async def test_an_error_after_the_start_is_an_event(
         assert found[-2:] == [{"error": body}, "[DONE]"]
 
 
+@with_heartbeats
 @every_stream
 @pytest.mark.parametrize(
     ("state", "word"),

@@ -15,7 +15,17 @@ from serve_app.core.events import Chunk, FinishReason, Logprobs, PromptDetails, 
 from serve_app.core.queries import GetModelInfo
 from serve_app.core.requests import GenerationRequest, Grammar, SamplingParams, TextPrompt
 
-from .scripted import BEAT, Connection, ScriptedEngine, ScriptedTelemetry, chunk, events_of, serve, tgi_error_of
+from .scripted import (
+    BEAT,
+    Connection,
+    ScriptedEngine,
+    ScriptedTelemetry,
+    chunk,
+    events_of,
+    serve,
+    tgi_error_of,
+    with_heartbeats,
+)
 from .toy import toy
 
 INPUTS = {"inputs": "a b c"}
@@ -372,6 +382,7 @@ async def test_the_native_engine_reports_a_truncated_prompt() -> None:
     assert [token["logprob"] for token in several["prefill"]] == [None, 0.0]
 
 
+@with_heartbeats
 async def test_a_silent_stream_has_heartbeats(client: httpx.AsyncClient, engine: ScriptedEngine) -> None:
     engine.plays(BEAT, chunk(["a"]))
     text = (await client.post("/generate_stream", json=INPUTS)).text
