@@ -82,6 +82,8 @@ async def soak(stack: Stack, options: Options) -> Figures:
     warm_s = min(300.0, options.seconds / 5)
     found = _figures("soak", stack, options, load, census, [])
     found.warm_s = warm_s
+    lag = float(np.percentile(census.lags_s, 99)) if census.lags_s else 0.0
+    found.checks += [Check("event-loop delay p99", lag, figures.LAG_P99_S, "s")]
     found.checks += figures.of_processes(census.processes.values(), found.seconds, warm_s)
     found.checks += figures.of_loops(census.tasks.values(), found.seconds, warm_s)
     latency = figures.drift(load.outcomes, began, options.seconds, warm_s)
@@ -147,13 +149,11 @@ def _counted(fault: Fault, outcomes: Sequence[Outcome], began: float) -> Fault:
 
 
 def _figures(name: str, stack: Stack, options: Options, load: Load, census: Census, faults: list[Fault]) -> Figures:
-    lag = float(np.percentile(census.lags_s, 99)) if census.lags_s else 0.0
     wrong = [one for one in load.outcomes if one.kind == "wrong"]
     checks = [
         Check("requests without an end", load.hung, 0, "requests"),
         Check("wrong answers", len(wrong), 0, "requests"),
         Check("requests, KV blocks or actors left at the end", len(census.left), 0, "kinds"),
-        Check("event-loop delay p99", lag, figures.LAG_P99_S, "s"),
     ]
     if not faults:
         lost = sum(one.kind in LOST for one in load.outcomes)

@@ -23,13 +23,19 @@ TOY: Config = {"num_replicas": 2, "max_ongoing_requests": 256, "max_queued_reque
 
 @dataclass
 class Stack:
-    """`folder` has the clock that `faults.jump` moves, and room for other files of the faults."""
+    """`folder` has the clock of the service, which is `clock_s` ahead, and room for other files of the faults."""
 
     service: Service
     collector: Collector
     redis: RedisServer
     prometheus: psutil.Process
     folder: Path
+    clock_s: int = 0
+
+    def move_clock(self, seconds: int) -> None:
+        """Let the wall clock of the service jump by these seconds."""
+        self.clock_s += seconds
+        faults.jump(self.folder, self.clock_s)
 
 
 @contextmanager
