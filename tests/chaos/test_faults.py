@@ -127,6 +127,28 @@ def test_the_clock_jumps_while_the_monotonic_clock_goes_on(tmp_path: Path) -> No
         assert abs(float(counter.ask()[3]) - time.monotonic()) < 1
 
 
+# Waits for a condition until 0.2 s from now on the wall clock, and writes how long that took.
+WAIT = """
+import ctypes, time
+mutex, condition = ctypes.create_string_buffer(64), ctypes.create_string_buffer(64)
+library = ctypes.CDLL(None)
+library.pthread_mutex_lock(mutex)
+at, until = time.monotonic(), time.time() + 0.2
+wanted = (ctypes.c_long * 2)(int(until), int(until % 1 * 1e9))
+library.pthread_cond_timedwait(condition, mutex, wanted)
+print(time.monotonic() - at)
+"""
+
+
+@pytest.mark.parametrize("seconds", [0, 7200, -3600])
+def test_a_wait_by_the_wall_clock_ends_in_time(tmp_path: Path, seconds: int) -> None:
+    environment = faults.clock(tmp_path)
+    faults.jump(tmp_path, seconds)
+    command = [sys.executable, "-c", WAIT]
+    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, timeout=10, check=True)
+    assert 0.15 < float(done.stdout) < 5
+
+
 def test_a_slow_disk_is_written_to_and_left_as_it_was(tmp_path: Path) -> None:
     with faults.slow_disk(tmp_path, writers=2):
         end = time.monotonic() + 10
