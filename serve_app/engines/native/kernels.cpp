@@ -10,6 +10,7 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
+#include "attention.h"
 #include "matmul.h"
 
 #include <algorithm>
@@ -19,72 +20,9 @@
 
 namespace {
 
+using namespace vectors;
 using at::Tensor;
-using bf16 = c10::BFloat16;
 using Optional = std::optional<Tensor>;
-
-// Vectors wider than the processor's registers would spill to the stack.
-using dots::Bits;
-using dots::Floats;
-using dots::Halves;
-using dots::Ints;
-using dots::W;
-typedef int16_t Shorts __attribute__((vector_size(2 * W)));
-typedef int8_t SignedBytes __attribute__((vector_size(W)));
-
-inline Floats load(const float* p) { Floats v; std::memcpy(&v, p, sizeof v); return v; }
-inline Floats load(const bf16* p) {
-  Halves h;
-  std::memcpy(&h, p, sizeof h);
-  return (Floats)(__builtin_convertvector(h, Bits) << 16);
-}
-inline Floats load(const int8_t* p) {
-#ifdef __AVX512F__
-  // GCC 12 has no good vector code for the conversion below.
-  return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
-#else
-  SignedBytes b;
-  std::memcpy(&b, p, sizeof b);
-  return __builtin_convertvector(__builtin_convertvector(__builtin_convertvector(b, Shorts), Ints), Floats);
-#endif
-}
-inline void store(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
-inline void store(bf16* p, Floats v) {
-  // Round to nearest, ties to even; NaN stays NaN.
-  Bits u = (Bits)v, rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-  Bits kept = v == v ? rounded : (Bits){} + 0x7fc0;
-  Halves h = __builtin_convertvector(kept, Halves);
-  std::memcpy(p, &h, sizeof h);
-}
-inline Floats all(float x) { return (Floats){} + x; }
-inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
-inline Floats magnitude(Floats a) { return (Floats)((Bits)a & 0x7fffffffu); }
-
-inline float sum(Floats v) {
-  float total = 0;
-  for (int i = 0; i < W; i++) total += v[i];
-  return total;
-}
-inline float largest(Floats v) {
-  float most = v[0];
-  for (int i = 1; i < W; i++) most = std::max(most, v[i]);
-  return most;
-}
-
-// Cephes expf (S. Moshier): 2^n times a polynomial of the remainder; relative error 2e-7. The compiler does not
-// vectorize the expf of glibc.
-inline Floats exponential(Floats x) {
-  x = larger(x, all(-87.f));
-  x = x < 88.f ? x : all(88.f);
-  Floats n = (x * 1.44269504f + 12582912.f) - 12582912.f;  // adding 1.5 * 2^23 rounds to an integer
-  Floats r = x - n * 0.693359375f + n * 2.12194440e-4f;
-  Floats p = 1.9875691500e-4f * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  return (p * r * r + r + 1.f) * (Floats)((__builtin_convertvector(n, Ints) + 127) << 23);
-}
 
 template <class F>
 void for_type(const Tensor& t, F body) {
@@ -250,135 +188,19 @@ void rope_store(Tensor qkv, int64_t heads, const Tensor& cos, const Tensor& sin,
   });
 }
 
-// Each lane of the result is the sum of one of W vectors. Each level halves the number of vectors by adding halves.
-template <int step, int... I>
-inline Floats halves(Floats a, Floats b, std::integer_sequence<int, I...>) {
-  return __builtin_shuffle(a, b, (Ints){(I & step ? W + I - step : I)...}) +
-         __builtin_shuffle(a, b, (Ints){(I & step ? W + I : I + step)...});
-}
-template <int step = W / 2>
-inline Floats sums(Floats* v) {
-  for (int i = 0; i < step; i++) v[i] = halves<step>(v[i], v[i + step], std::make_integer_sequence<int, W>());
-  if constexpr (step > 1) return sums<step / 2>(v);
-  else return v[0];
-}
-
-// The sum of all lanes, in fewer dependent additions than `sum`.
-template <int step = W / 2>
-inline float total(Floats v) {
-  v = halves<step>(v, v, std::make_integer_sequence<int, W>());
-  if constexpr (step > 1) return total<step / 2>(v);
-  else return v[0];
-}
-
-// Attention of G query heads that share one key-value head, over the positions [skip, count), skip < W. A score s becomes
-// cap * tanh(s / cap) if there is a cap. `scores` is
-// scratch memory of G rows of `count` rounded up to W; keys are read from 0 up to that length and masked outside of the
-// range. `ahead` is the address where the next call reads keys, if known: it is prefetched, because a read from memory
-// takes as long as a call.
-template <int G, int dim, class Kept>
-void attend_heads(const float* query, const Kept* keys, const Kept* values, int64_t skip, int64_t count, float scale, float cap,
-                  float* scores, float* out, const Kept* ahead) {
-  constexpr int parts = dim / W;
-  const int64_t padded = (count + W - 1) / W * W;
-  Floats q[G][parts], result[G][parts] = {};
-  for (int g = 0; g < G; g++)
-    for (int c = 0; c < parts; c++) q[g][c] = load(query + g * dim + c * W) * scale;
-  for (int64_t t = 0; t < padded; t += W) {
-    Floats dots[G][W] = {};
-    for (int u = 0; u < W; u++) {
-      for (int c = 0; c < parts; c++) {
-        Floats k = load(keys + (t + u) * dim + c * W);
-        for (int g = 0; g < G; g++) dots[g][u] += q[g][c] * k;
-      }
-      for (int c = 0; c < dim; c += 64 / (int)sizeof(Kept)) __builtin_prefetch(values + (t + u) * dim + c);
-    }
-    for (int g = 0; g < G; g++) {
-      Floats score = sums(dots[g]);
-      if (cap != 0) score = cap - 2 * cap / (exponential(score * (2 / cap)) + 1.f);
-      store(scores + g * padded + t, score);
-    }
-  }
-  float weight[G];
-  for (int g = 0; g < G; g++) {
-    float* row = scores + g * padded;
-    for (int64_t t = 0; t < skip; t++) row[t] = -INFINITY;
-    for (int64_t t = count; t < padded; t++) row[t] = -INFINITY;
-    Floats most = load(row), total = {};
-    for (int64_t t = W; t < padded; t += W) most = larger(most, load(row + t));
-    const Floats top = all(largest(most));
-    for (int64_t t = 0; t < padded; t += W) {
-      Floats e = exponential(load(row + t) - top);
-      store(row + t, e);
-      total += e;
-    }
-    weight[g] = 1.f / sum(total);
-  }
-  for (int64_t t = skip; t < count; t++) {
-    for (int c = 0; c < parts; c++) {
-      Floats v = load(values + t * dim + c * W);
-      for (int g = 0; g < G; g++) result[g][c] += v * scores[g * padded + t];
-    }
-    for (int c = 0; ahead && c < dim; c += 64 / (int)sizeof(Kept)) __builtin_prefetch(ahead + t * dim + c);
-  }
-  for (int g = 0; g < G; g++)
-    for (int c = 0; c < parts; c++) store(out + g * dim + c * W, result[g][c] * weight[g]);
-}
-
 // Causal attention of each row over the last `window` positions (0: all) of its own slot.
 void attend(const Tensor& qkv, int64_t heads, double scale, double cap, int64_t window, const Tensor& slots,
             const Tensor& positions, const Tensor& keys, const Tensor& values, Tensor out, const Optional& out_scale) {
-  const int64_t shared = keys.size(1), length = keys.size(2), dim = keys.size(3), group = heads / shared;
-  const int64_t rows = slots.numel(), stride = qkv.size(1), width = heads * dim;
+  const int64_t shared = keys.size(1), length = keys.size(2), dim = keys.size(3), rows = slots.numel(), width = heads * dim;
   TORCH_CHECK(length % W == 0 && keys.is_contiguous() && values.is_contiguous(), "cache of ", length, " positions");
-  TORCH_CHECK(heads % shared == 0 && stride == (heads + 2 * shared) * dim && qkv.is_contiguous());
+  TORCH_CHECK(heads % shared == 0 && qkv.size(1) == (heads + 2 * shared) * dim && qkv.is_contiguous());
   TORCH_CHECK(qkv.size(0) == rows && out.size(1) == width);
   TORCH_CHECK(qkv.scalar_type() == at::kFloat && values.scalar_type() == keys.scalar_type());
   TORCH_CHECK(positions.numel() == rows);
-  const int64_t *slot_of = slots.const_data_ptr<int64_t>(), *position_of = positions.const_data_ptr<int64_t>();
   float* multiplier = multipliers(out, out_scale, rows);
-  for_type(keys, [&](auto* cache_tag) {
-    using Kept = TYPE_OF(cache_tag);
-    auto with = [&](auto group_size, auto head_size) {
-      constexpr int G = decltype(group_size)::value, D = decltype(head_size)::value;
-      // Adjacent rows often belong to one sequence and have similar lengths: assigned in turn, they balance the threads.
-      const int64_t workers = std::min<int64_t>(at::get_num_threads(), rows * shared);
-      at::parallel_for(0, workers, 1, [&](int64_t first, int64_t last) {
-        std::vector<float> scores(G * (length + W));
-        for (int64_t worker = first; worker < last; worker++)
-          for (int64_t task = worker; task < rows * shared; task += workers) {
-            const int64_t row = task / shared, h = task % shared, end = position_of[row] + 1;
-            TORCH_CHECK(slot_of[row] >= 0 && slot_of[row] < keys.size(0) && end > 0 && end <= length);
-            const int64_t low = window > 0 ? std::max<int64_t>(0, end - window) : 0, begin = low / W * W;
-            const int64_t offset = ((slot_of[row] * shared + h) * length + begin) * D;
-            const int64_t next = std::min(task + workers, rows * shared - 1), next_slot = slot_of[next / shared];
-            const Kept* ahead = next_slot == slot_of[row] ? nullptr : keys.const_data_ptr<Kept>() +
-                ((next_slot * shared + next % shared) * length + begin) * D;
-            for (int64_t g = h * group; g < (h + 1) * group; g += G)
-              attend_heads<G, D, Kept>(qkv.const_data_ptr<float>() + row * stride + g * D, keys.const_data_ptr<Kept>() + offset,
-                                       values.const_data_ptr<Kept>() + offset, low - begin, end - begin, (float)scale,
-                                       (float)cap, scores.data(), out.data_ptr<float>() + (row * heads + g) * D, ahead);
-          }
-      });
-    };
-    constexpr std::integral_constant<int, 1> one;
-    auto with_head = [&](auto head_size) {
-      // The more heads a call takes, the more often it reuses loaded keys and values, until the registers are full.
-      if constexpr (W == 16) {
-        if (group % 4 == 0) return with(std::integral_constant<int, 4>(), head_size);
-        if (group % 3 == 0) return with(std::integral_constant<int, 3>(), head_size);
-        if (group % 2 == 0) return with(std::integral_constant<int, 2>(), head_size);
-      }
-      with(one, head_size);
-    };
-    switch (dim) {
-      case 64: return with_head(std::integral_constant<int, 64>());
-      case 96: return with(one, std::integral_constant<int, 96>());
-      case 128: return with_head(std::integral_constant<int, 128>());
-      case 256: return with(one, std::integral_constant<int, 256>());
-      default: TORCH_CHECK(false, "head size ", dim);
-    }
-  });
+  const attention::Step step{qkv.const_data_ptr<float>(), slots.const_data_ptr<int64_t>(), positions.const_data_ptr<int64_t>(),
+                             heads, shared, length, window, (float)scale, (float)cap, out.data_ptr<float>()};
+  for_type(keys, [&](auto* tag) { attention::attend<TYPE_OF(tag)>(step, rows, keys, values); });
   for (int64_t row = 0; multiplier && row < rows; row++) {
     float* result = out.data_ptr<float>() + row * width;
     Floats most = {};

@@ -22,17 +22,22 @@ constexpr int64_t ROWS = 16, DEPTH = 64, AHEAD = 4096;
 // ARCH_REQ_XCOMP_PERM for XFEATURE_XTILEDATA: https://docs.kernel.org/arch/x86/xstate.html
 inline const bool usable = syscall(SYS_arch_prctl, 0x1023, 18) == 0;
 
-// The tiles of a thread while this object lives, each of 16 rows of 64 bytes: 0 to 5 are sums, 6 weights, 7 rows. Without
-// an object, the system saves no tiles when it switches the thread.
+// The tiles of a thread while this object lives, each of 16 rows of 64 bytes. Products: 0 to 5 are sums, 6 weights, 7 rows.
+// Without an object, the system saves no tiles when it switches the thread. With a `size` below 16, the tiles of the
+// attention are smaller: 0 and 2 have as many columns, 3 to 7 as many rows.
 class Configuration {
  public:
-  Configuration() {
+  explicit Configuration(int size = 16) {
     alignas(64) struct {
       uint8_t palette = 1, start = 0, reserved[14] = {};
       uint16_t columns[16] = {};
       uint8_t rows[16] = {};
     } config;
-    for (int tile = 0; tile < 8; tile++) config.columns[tile] = 64, config.rows[tile] = 16;
+    for (int tile = 0; tile < 8; tile++) {
+      config.columns[tile] = tile == 0 || tile == 2 ? 4 * size : 64;
+      config.rows[tile] = tile < 3 ? 16 : size;
+    }
+    asm volatile("" : : "m"(config));  // GCC's intrinsic says that it reads the first 8 bytes only
     _tile_loadconfig(&config);
   }
   ~Configuration() { _tile_release(); }
