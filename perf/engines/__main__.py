@@ -1,4 +1,4 @@
-"""`python -m perf.engines`: compares this service with vLLM, `vllm serve` and the native engine in one command."""
+"""`python -m perf.engines`: compares this service's engines with vLLM, llama.cpp or any other server in one command."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 import pynvml
 
 from perf import machine
-from perf.engines.launch import LaunchError, check_installed, model_folder
+from perf.engines.launch import LaunchError, ModelFiles, check_installed, model_files
 from perf.engines.process import interruptible
 from perf.engines.results import EngineComparison
 from perf.engines.rounds import Rounds
@@ -54,11 +54,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(chosen: EngineSettings) -> tuple[Rounds, int]:
     """What was measured, also if a failure or Ctrl-C ended the measurement, and the exit code."""
-    rounds = Rounds(chosen, None)
+    rounds = Rounds(chosen, ModelFiles())
     try:
         with interruptible():
             rounds.line.print("looking for the model's files")
-            rounds.model = model_folder(chosen)
+            rounds.model = model_files(chosen)
             rounds.run()
     except LaunchError as error:
         rounds.line.print(f"perf.engines: {error}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import secrets
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -14,11 +15,18 @@ from typing import Any
 
 import yaml
 
-from perf.engines.settings import SERVICE_NATIVE, SERVICE_VLLM, VLLM, EngineSettings
+from perf.engines.settings import LLAMA, SERVICE_NATIVE, SERVICE_VLLM, SHIPPED, VLLM, EngineSettings
 
 ROOT = Path(__file__).parents[2]
 MODEL = "model"  # the name under which each server has the model
-_NEEDS = {SERVICE_VLLM: ("serve_app", "ray", "vllm"), VLLM: ("vllm",), SERVICE_NATIVE: ("serve_app", "ray")}
+_NEEDS: dict[str, tuple[str, ...]] = {
+    SERVICE_VLLM: ("serve_app", "ray", "vllm"),
+    VLLM: ("vllm",),
+    SERVICE_NATIVE: ("serve_app", "ray"),
+    SHIPPED: ("serve_app", "ray"),
+    LLAMA: (),
+}
+_LLAMA_PROGRAM = "llama-server"
 _INSTALL = {"vllm": "pip install 'serve_app[vllm]'", "ray": "pip install -e .", "serve_app": "pip install -e ."}
 _GPU_SHARE = 0.9
 
@@ -42,10 +50,15 @@ class Launch:
 
 
 def check_installed(settings: EngineSettings) -> None:
-    """Raises LaunchError if a package of a chosen server is not installed."""
+    """Raises LaunchError if a package or program of a chosen server is not installed."""
     for server in settings.servers:
         if server in settings.commands:
             continue
+        if server == LLAMA and shutil.which(_LLAMA_PROGRAM) is None:
+            raise LaunchError(
+                f"{LLAMA} needs the program {_LLAMA_PROGRAM}, which is not in PATH: install llama.cpp, or start it "
+                f"with --command '{LLAMA}=FOLDER/{_LLAMA_PROGRAM} -m {{gguf}} --port {{port}} --alias {MODEL}'"
+            )
         for package in _NEEDS[server]:
             if importlib.util.find_spec(package) is None:
                 raise LaunchError(
@@ -59,29 +72,46 @@ def _others(servers: Iterable[str], package: str) -> str:
     return ",".join(server for server in servers if package not in _NEEDS[server])
 
 
-def model_folder(settings: EngineSettings) -> str | None:
-    """The folder with the model's files, which all servers load. None if no server needs one. Raises LaunchError."""
-    commands = [settings.commands.get(server, ("{model}",)) for server in settings.servers]
-    if not any("{model}" in word for command in commands for word in command):
-        return None
+@dataclass(frozen=True)
+class ModelFiles:
+    """The model as folder and as .gguf file, each None if no server needs it."""
+
+    folder: str | None = None
+    gguf: str | None = None
+
+
+def model_files(settings: EngineSettings) -> ModelFiles:
+    """The model's files, which all servers load. Raises LaunchError."""
+    usual = {LLAMA: ("{gguf}",)}
+    commands = [settings.commands.get(server, usual.get(server, ("{model}",))) for server in settings.servers]
+    words = " ".join(word for command in commands for word in command)
+    return ModelFiles(
+        folder=_found(settings.model) if "{model}" in words else None,
+        gguf=_found(settings.model, "--gguf") if "{gguf}" in words else None,
+    )
+
+
+def _found(source: str, *options: str) -> str:
     environment = {**os.environ, **_with_this_package()}
-    program = [sys.executable, "-m", "serve_app.engines.files", settings.model]
+    program = [sys.executable, "-m", "serve_app.engines.files", *options, source]
     done = subprocess.run(program, stdout=subprocess.PIPE, text=True, env=environment, check=False)
     if done.returncode != 0:
-        raise LaunchError(f"--model {settings.model}: its files are not available; the reason is printed above")
+        raise LaunchError(f"--model {source}: its files are not available; the reason is printed above")
     return done.stdout.strip()
 
 
-def launch(server: str, settings: EngineSettings, model: str | None, port: int, folder: Path) -> Launch:
-    """`model` is the folder with the model's files. `folder` is an empty one for the files of this start."""
+def launch(server: str, settings: EngineSettings, model: ModelFiles, port: int, folder: Path) -> Launch:
+    """`folder` is an empty one for the files of this start."""
+    values = {"{port}": str(port), "{model}": model.folder or "", "{gguf}": model.gguf or ""}
     if server in settings.commands:
-        words = [word.replace("{port}", str(port)) for word in settings.commands[server]]
-        return Launch(server, port, tuple(word.replace("{model}", model or "") for word in words), {})
-    assert model is not None, "model_folder finds it for these servers"
+        return Launch(server, port, tuple(_filled(word, values) for word in settings.commands[server]), {})
+    if server == LLAMA:
+        return Launch(server, port, tuple(_filled(word, values) for word in _llama_command(settings)), {})
+    assert model.folder is not None, "model_files finds it for these servers"
     if server == VLLM:
-        return Launch(server, port, _vllm_command(settings, model, port), _vllm_environment(settings))
+        return Launch(server, port, _vllm_command(settings, model.folder, port), _vllm_environment(settings))
     config = folder / "config.yaml"
-    config.write_text(yaml.safe_dump(service_config(server, settings, model)))
+    config.write_text(yaml.safe_dump(service_config(server, settings, model.folder)))
     command = [sys.executable, "-m", "serve_app", "--config", str(config), "--port", str(port)]
     environment = {
         **_with_this_package(),
@@ -102,18 +132,19 @@ def service_config(server: str, settings: EngineSettings, model: str) -> dict[st
         "max_context": settings.max_context,
         "kv_memory_bytes": settings.kv_memory_bytes,
     }
-    model_options: dict[str, Any] = {}
+    model_options: dict[str, Any] = {"dtype": settings.dtype}
     if server == SERVICE_VLLM:
         engine |= {"kind": "vllm", "enforce_eager": settings.eager, "gpu_memory_utilization": _gpu_share(settings)}
+    elif server == SHIPPED:
+        model_options = {"dtype": "auto", "quantization": "auto"}
     else:
         # The same weights and the same number of computed tokens as in vLLM.
         engine |= {"kind": "native", "draft_tokens": 0}
-        model_options = {"quantization": "none", "device": settings.device}
+        model_options |= {"quantization": "none", "device": settings.device}
     requests = max(32, 2 * settings.max_running)
     entry = {
         "name": MODEL,
         "source": model,
-        "dtype": settings.dtype,
         "resources": {"num_cpus": 1, "num_gpus": int(settings.device == "cuda")},
         "engine": engine,
         "deployment": {
@@ -131,6 +162,27 @@ def service_config(server: str, settings: EngineSettings, model: str) -> dict[st
         "http_options": {"host": "127.0.0.1"},
         "applications": [{**application, "args": {"models": [entry]}}],
     }
+
+
+def _llama_command(settings: EngineSettings) -> tuple[str, ...]:
+    """llama-server divides its context among the sequences. On a GPU it computes all layers."""
+    options = {
+        "--model": "{gguf}",
+        "--alias": MODEL,
+        "--host": "127.0.0.1",
+        "--port": "{port}",
+        "--parallel": settings.max_running,
+        "--ctx-size": settings.max_running * settings.max_context,
+        "--threads": len(os.sched_getaffinity(0)),
+        "--n-gpu-layers": 999 if settings.device == "cuda" else 0,
+    }
+    return (_LLAMA_PROGRAM, *(str(word) for option in options.items() for word in option))
+
+
+def _filled(word: str, values: dict[str, str]) -> str:
+    for name, value in values.items():
+        word = word.replace(name, value)
+    return word
 
 
 def _vllm_command(settings: EngineSettings, model: str, port: int) -> tuple[str, ...]:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any, Literal
 
-from perf.engines.settings import SERVICE_VLLM, VLLM
 from perf.results import Machine, ResultModel, Run, Stage
 
 
@@ -51,10 +50,12 @@ class Spread:
 
 @dataclass(frozen=True)
 class Gap:
-    """This service with vLLM against `vllm serve`: ratio of tok/s, and difference of the TTFT p50 in ms."""
+    """The first server against `server`: ratio of tok/s, ratio and difference in ms of the TTFT p50."""
 
     streams: int
+    server: str
     throughput: Spread
+    ttft_ratio: Spread
     ttft: Spread
 
 
@@ -97,16 +98,20 @@ class EngineComparison(ResultModel):
         ]
 
     def gaps(self) -> list[Gap]:
-        """For each number of streams that both servers finished in the same round."""
-        found = []
-        for streams in self.streams:
-            ours, theirs = self.stages(SERVICE_VLLM, streams), self.stages(VLLM, streams)
-            both = [(ours[number], theirs[number]) for number in sorted(ours.keys() & theirs.keys())]
-            ratios = [one.tokens_per_s / other.tokens_per_s for one, other in both if other.tokens_per_s]
-            ttfts = [one.ttft_ms.p50 - other.ttft_ms.p50 for one, other in both if one.ttft_ms and other.ttft_ms]
-            if ratios and ttfts:
-                found.append(Gap(streams, _spread(ratios), _spread(ttfts)))
-        return found
+        """Of the first server to each other one, for each number of streams that both finished in the same round."""
+        first, *others = self.servers
+        pairs = [(streams, other) for streams in self.streams for other in others]
+        return [gap for streams, other in pairs if (gap := self._gap(first, other, streams))]
+
+    def _gap(self, first: str, other: str, streams: int) -> Gap | None:
+        ours, theirs = self.stages(first, streams), self.stages(other, streams)
+        both = [(ours[number], theirs[number]) for number in sorted(ours.keys() & theirs.keys())]
+        ratios = [a.tokens_per_s / b.tokens_per_s for a, b in both if b.tokens_per_s]
+        ttfts = [(a.ttft_ms.p50, b.ttft_ms.p50) for a, b in both if a.ttft_ms and b.ttft_ms]
+        if not ratios or not ttfts:
+            return None
+        quotients, differences = [a / b for a, b in ttfts], [a - b for a, b in ttfts]
+        return Gap(streams, other, _spread(ratios), _spread(quotients), _spread(differences))
 
     def cautions(self) -> list[str]:
         """Sentences on windows that do not describe the server, each with its rounds."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from perf import loop, options, suite
-from perf.engines.launch import MODEL, LaunchError, launch
+from perf.engines.launch import MODEL, LaunchError, ModelFiles, launch
 from perf.engines.process import ServerProcess
 from perf.engines.results import Start, TurnResult
 from perf.engines.settings import EngineSettings
@@ -47,10 +47,10 @@ def turns(rounds: int, servers: Sequence[str], streams: Sequence[int], keep: boo
 
 @dataclass
 class Rounds:
-    """Measures all turns. `model` is the folder of the model's files. The results hold what is complete so far."""
+    """Measures all turns. The results hold what is complete so far."""
 
     settings: EngineSettings
-    model: str | None
+    model: ModelFiles
     line: LiveLine = field(default_factory=LiveLine)
     starts: list[Start] = field(default_factory=list)
     results: list[TurnResult] = field(default_factory=list)

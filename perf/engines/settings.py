@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,9 @@ from perf.options import positive, seconds
 
 Device = Literal["cpu", "cuda"]
 SERVICE_VLLM, VLLM, SERVICE_NATIVE = "serve_app-vllm", "vllm", "serve_app-native"
+SHIPPED, LLAMA = "serve_app", "llama.cpp"
 SERVERS = (SERVICE_VLLM, VLLM, SERVICE_NATIVE)
+KNOWN = (*SERVERS, SHIPPED, LLAMA)
 # vLLM fills its KV cache in blocks, and the native engine reserves a whole context for each sequence on a GPU.
 _KV_GIB: Mapping[Device, float] = MappingProxyType({"cpu": 1.0, "cuda": 8.0})
 
@@ -26,11 +29,14 @@ servers:
   serve_app-vllm    this service with engine.kind: vllm
   vllm              vllm serve
   serve_app-native  this service with engine.kind: native, without speculative decoding and quantization
+  serve_app         this service as it is shipped: dtype and quantization by the processor, speculative decoding
+  llama.cpp         the program llama-server, which must be in PATH, with the model's .gguf file
+Every other name needs a --command.
 """
 
 _EPILOG = """\
-The servers are measured in turn, A B C A B C, because the speed of a machine changes over time. A ratio is computed
-within each round; the table has the median of the rounds.
+The servers are measured in turn, A B C A B C, because the speed of a machine changes over time. Ratios are those of the
+first server to each other one. A ratio is computed within each round; the table has the median of the rounds.
 
 --keep: all servers run at the same time, and only the measured one has requests. So the servers are measured one right
 after the other at each number of streams, and each starts only once: on a CPU, vLLM takes more than a minute to start.
@@ -43,6 +49,7 @@ examples:
   python -m perf.engines --servers serve_app-vllm,vllm      without the native engine
   python -m perf.engines --streams 1 8 --rounds 1 --duration 5s   a short trial
   python -m perf.engines --command 'vllm=/opt/vllm/bin/vllm serve {model} --port {port} --served-model-name model'
+  python -m perf.engines --servers serve_app,llama.cpp --streams 1 8 32    as shipped against llama.cpp
 
 exit codes: 0 success; 1 requests failed; 2 invalid arguments; 3 a server did not start or stopped answering; 4 the
 client was the bottleneck, so the table does not describe the servers; 130 Ctrl-C. After 3 and 130, the windows that
@@ -149,8 +156,8 @@ def _add_servers(group: argparse._ArgumentGroup) -> None:
         type=_command,
         default=[],
         metavar="NAME=COMMAND",
-        help="start the server NAME by this command, with {port} and {model} (the folder) filled in; the server must "
-        "have OpenAI's completions and the model under the name `model`; may be repeated",
+        help="start the server NAME by this command, with {port}, {model} (the folder) and {gguf} (the .gguf file) "
+        "filled in; the server must have OpenAI's completions and the model under the name `model`; may be repeated",
     )
 
 
@@ -184,6 +191,8 @@ def settings(args: argparse.Namespace, gpus: Sequence[str], fail: Callable[[str]
     commands = dict(args.command)
     if unused := sorted(commands.keys() - set(args.servers)):
         fail(f"--command {unused[0]}: add {unused[0]} to --servers")
+    if unknown := [name for name in args.servers if name not in KNOWN and name not in commands]:
+        fail(f"--servers {unknown[0]}: start it with --command '{unknown[0]}=...', or choose from {', '.join(KNOWN)}")
     return EngineSettings(
         servers=tuple(args.servers),
         commands=MappingProxyType(commands),
@@ -206,20 +215,23 @@ def settings(args: argparse.Namespace, gpus: Sequence[str], fail: Callable[[str]
 
 def _servers(text: str) -> tuple[str, ...]:
     """In the order of the text, which is the order of the measurement."""
-    names = tuple(name.strip() for name in text.split(","))
-    for name in names:
-        if name not in SERVERS:
-            raise argparse.ArgumentTypeError(f"unknown server {name!r}; choose from {', '.join(SERVERS)}")
-    return tuple(dict.fromkeys(names))
+    return tuple(dict.fromkeys(_name(name.strip()) for name in text.split(",")))
+
+
+def _name(text: str) -> str:
+    """A name, which is part of file names."""
+    if not re.fullmatch(r"\w[\w.-]*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no name of a server")
+    return text
 
 
 def _command(text: str) -> tuple[str, tuple[str, ...]]:
     name, equals, command = text.partition("=")
-    if name not in SERVERS or not equals:
-        raise argparse.ArgumentTypeError(f"{text!r}: write NAME=COMMAND with a NAME of {', '.join(SERVERS)}")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r}: write NAME=COMMAND")
     if "{port}" not in command:
         raise argparse.ArgumentTypeError(f"{text!r}: the command needs {{port}}, the port to listen on")
-    return name, tuple(shlex.split(command))
+    return _name(name), tuple(shlex.split(command))
 
 
 def _gib(text: str) -> float:

@@ -6,17 +6,17 @@ from collections.abc import Iterable, Sequence
 from statistics import median
 
 from perf.engines.results import EngineComparison, Gap, Spread, Values
-from perf.engines.settings import SERVICE_VLLM, VLLM
 from perf.formatting import format_number
 
 _HEAD = ("streams", "server", "tok/s", "TTFT ms, p50 / p95", "ITL ms, p50", "TPOT ms, p50")
-_GAP_HEAD = ("streams", f"tok/s, {SERVICE_VLLM} / {VLLM}", f"TTFT p50 in ms, {SERVICE_VLLM} - {VLLM}")
 
 
 def markdown(comparison: EngineComparison) -> str:
     parts = [_table(_HEAD, map(_row, comparison.values()))]
     if gaps := comparison.gaps():
-        parts.append(_table(_GAP_HEAD, map(_gap_row, gaps)))
+        first = comparison.servers[0]
+        head = ("streams", f"{first} against", "tok/s, ratio", "TTFT p50, ratio", "TTFT p50, difference in ms")
+        parts.append(_table(head, map(_gap_row, gaps)))
     parts.append("\n".join(f"- {condition}" for condition in _conditions(comparison)))
     if cautions := comparison.cautions():
         parts.append("\n".join(f"- Caution: {caution}" for caution in cautions))
@@ -30,7 +30,8 @@ def _row(values: Values) -> Sequence[str]:
 
 
 def _gap_row(gap: Gap) -> Sequence[str]:
-    return str(gap.streams), _spread(gap.throughput, ".3f"), _spread(gap.ttft, "+.1f")
+    ratios = _spread(gap.throughput, ".3f"), _spread(gap.ttft_ratio, ".3f")
+    return str(gap.streams), gap.server, *ratios, _spread(gap.ttft, "+.1f")
 
 
 def _spread(spread: Spread, form: str) -> str:

@@ -203,9 +203,12 @@ def test_rope_store_rotates_and_writes_only_its_positions(dtype: torch.dtype, di
     assert int((keys != 0).any(-1).sum()) == 3 * shared, "no other position may be written"
 
 
-def test_nan_is_stored_in_the_cache_as_zero() -> None:
-    qkv, ones = torch.full((1, 3 * 64), torch.nan), torch.ones(16, 32)
-    keys, values = torch.ones(2, 1, 1, 16, 64)
+@every_type
+@pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf, 3.4e38])
+def test_what_is_not_finite_is_stored_in_the_cache_as_zero(dtype: torch.dtype, number: float) -> None:
+    """The last number is finite, and infinite in bfloat16."""
+    qkv, ones = torch.full((1, 3 * 64), number), torch.ones(16, 32)
+    keys, values = torch.ones(2, 1, 1, 16, 64, dtype=dtype)
     torch.ops.serve_app.rope_store(
         qkv, 1, ones, ones, None, None, 1e-6, torch.tensor([0]), torch.tensor([3]), keys, values
     )

@@ -19,10 +19,20 @@ import yaml
 
 from perf import machine
 from perf.engines.__main__ import main
-from perf.engines.launch import LaunchError, check_installed, launch
+from perf.engines.launch import LaunchError, ModelFiles, check_installed, launch, model_files
 from perf.engines.results import EngineComparison, Start, TurnResult
 from perf.engines.rounds import Turn, turns
-from perf.engines.settings import SERVERS, SERVICE_NATIVE, SERVICE_VLLM, VLLM, EngineSettings, parser, settings
+from perf.engines.settings import (
+    LLAMA,
+    SERVERS,
+    SERVICE_NATIVE,
+    SERVICE_VLLM,
+    SHIPPED,
+    VLLM,
+    EngineSettings,
+    parser,
+    settings,
+)
 from perf.engines.table import markdown
 from perf.results import Load
 from serve_app.config import NativeOptions, VllmOptions
@@ -31,6 +41,7 @@ from tests.perf.run_factory import run, stage
 
 ROOT = Path(__file__).parents[2]
 GPU = ("NVIDIA H200",)
+MODEL = ModelFiles("/models/m", "/models/m.gguf")
 QUICK = "--device cpu --streams 1 2 --rounds 1 --duration 0.1s --max-tokens 4"
 # Starts a process in a session of its own, as daemons do, and never answers. The process ends like its parent, or
 # ignores the end of its parent and SIGTERM.
@@ -80,10 +91,12 @@ def test_defaults_fit_the_device() -> None:
     ("line", "sentence"),
     [
         ("--device cuda", "no NVIDIA GPU was found"),
-        ("--servers vllm,llama", "unknown server 'llama'"),
+        ("--servers vllm,llama", "--servers llama: start it with --command 'llama=...', or choose from serve_app-vllm"),
+        ("--servers vllm,../x", "'../x' is no name of a server"),
         ("--max-tokens 2000", "raise --max-context"),
         ("--command 'vllm=vllm serve'", "needs {port}"),
-        ("--command 'llama=server {port}'", "write NAME=COMMAND"),
+        ("--command 'server {port}'", "write NAME=COMMAND"),
+        ("--command 'llama=server {port}'", "add llama to --servers"),
         ("--servers vllm --command 'serve_app-native=server {port}'", "add serve_app-native to --servers"),
         ("--kv-memory 0", "not a number of GiB above 0"),
     ],
@@ -109,25 +122,61 @@ def test_service_accepts_its_configuration_and_vllm_has_the_same_settings(
 ) -> None:
     options = chosen("--streams 1 128 --max-context 1024", gpus)
     for server, kind in ((SERVICE_VLLM, VllmOptions), (SERVICE_NATIVE, NativeOptions)):
-        command = launch(server, options, "/models/m", 20_001, tmp_path).command
+        command = launch(server, options, MODEL, 20_001, tmp_path).command
         file = load_serve_file(command[command.index("--config") + 1])
         (model,) = file.application.args.models
         assert isinstance(model.engine, kind)
         assert (model.source, model.dtype, model.resources.num_gpus) == ("/models/m", "bfloat16", len(gpus))
         assert (model.engine.max_running, model.engine.max_context) == (128, 1024)
         assert model.engine.kv_memory_bytes == options.kv_memory_bytes
-    words = launch(VLLM, options, "/models/m", 20_001, tmp_path).command
+    words = launch(VLLM, options, MODEL, 20_001, tmp_path).command
     assert words[words.index("serve") + 1] == "/models/m"
     values = {"--max-num-seqs": 128, "--max-model-len": 1024, "--kv-cache-memory-bytes": options.kv_memory_bytes}
     assert {name: int(words[words.index(name) + 1]) for name in values} == values
     assert ("--enforce-eager" in words) == options.eager
 
 
+def test_the_service_as_shipped_chooses_its_precision(tmp_path: Path) -> None:
+    command = launch(SHIPPED, chosen("--servers serve_app --dtype float32"), MODEL, 20_001, tmp_path).command
+    (model,) = load_serve_file(command[command.index("--config") + 1]).application.args.models
+    assert isinstance(model.engine, NativeOptions)
+    assert (model.dtype, model.quantization) == ("auto", "auto")
+    assert model.engine.draft_tokens == NativeOptions().draft_tokens
+
+
+def test_llama_has_as_many_sequences_and_as_much_context(tmp_path: Path) -> None:
+    line = "--servers serve_app,llama.cpp --streams 1 32 --max-context 512"
+    words = launch(LLAMA, chosen(line), MODEL, 20_001, tmp_path).command
+    values = {"--model": "/models/m.gguf", "--port": "20001", "--parallel": "32", "--ctx-size": str(32 * 512)}
+    assert {name: words[words.index(name) + 1] for name in values} == values
+
+
+def test_a_missing_program_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(LaunchError, match=r"llama-server, which is not in PATH.*--command 'llama.cpp="):
+        check_installed(chosen("--servers llama.cpp"))
+
+
+def test_another_server_gets_the_gguf_file_of_the_embedded_model(tmp_path: Path) -> None:
+    options = chosen("--servers other --command 'other=server {gguf} {port}'")
+    found = model_files(options)
+    assert found.folder is None
+    assert found.gguf is not None
+    assert Path(found.gguf).suffix == ".gguf"
+    assert launch("other", options, found, 20_001, tmp_path).command == ("server", found.gguf, "20001")
+
+
+def test_a_folder_has_no_gguf_file(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(LaunchError, match="not available"):
+        model_files(chosen(f"--servers llama.cpp --model {tmp_path}"))
+    assert "is no .gguf file" in capfd.readouterr().err
+
+
 def test_servers_that_run_together_divide_the_memory_of_the_gpu(tmp_path: Path) -> None:
     options = chosen("--keep", GPU)
-    words = launch(VLLM, options, "/models/m", 20_001, tmp_path).command
+    words = launch(VLLM, options, MODEL, 20_001, tmp_path).command
     share = float(words[words.index("--gpu-memory-utilization") + 1])
-    launch(SERVICE_VLLM, options, "/models/m", 20_001, tmp_path)
+    launch(SERVICE_VLLM, options, MODEL, 20_001, tmp_path)
     (model,) = yaml.safe_load((tmp_path / "config.yaml").read_text())["applications"][0]["args"]["models"]
     assert model["engine"]["gpu_memory_utilization"] == share == 0.3
 
@@ -180,7 +229,8 @@ def test_ratio_is_computed_within_each_round() -> None:
     assert [(row.server, row.tokens_per_s) for row in found.values()] == [(SERVICE_VLLM, 150), (VLLM, 150)]
     text = markdown(found)
     assert "| 8 | vllm | 150 | 7.50 / 7.50 | – | – |" in text.splitlines()
-    assert "| 8 | 0.990 (0.980 to 1.000) | +1.0 (+1.0 to +1.0) |" in text.splitlines()
+    row = "| 8 | vllm | 0.990 (0.980 to 1.000) | 1.150 (1.100 to 1.200) | +1.0 (+1.0 to +1.0) |"
+    assert row in text.splitlines()
     assert "vllm 80 s" in text
     assert "Caution" not in text
 
@@ -194,7 +244,7 @@ def test_table_names_windows_that_describe_something_else() -> None:
     text = markdown(found)
     assert "- Caution: vllm, 8 streams: 2 of 3 requests failed: timeout (round 1)" in text
     assert "- Caution: serve_app-native, 8 streams: client-limited: the client was slow (round 1, 2)" in text
-    assert found.gaps() == []
+    assert [(gap.server, gap.throughput.median) for gap in found.gaps()] == [(SERVICE_NATIVE, 1)]
 
 
 def test_results_are_grouped_by_the_number_of_streams() -> None:

