@@ -388,16 +388,17 @@ print(kernels.build(lambda stage: print(stage, flush=True), Path(sys.argv[1])))
 
 @pytest.fixture
 def compiler(tmp_path: Path) -> Path:
-    """A compiler that takes COMPILE_S, writes the library that this module uses, and appends a line to `calls`."""
+    """A compiler that takes COMPILE_S. As a linker it writes this module's library, and a line to `calls`."""
     script = tmp_path / "compiler"
     library = kernels.build(print)
     lines = [
         "#!/bin/sh",
-        f"echo called >> {tmp_path / 'calls'}",
+        f"made={library}",
+        f'case " $* " in *" -c "*) made=/dev/null; sleep {COMPILE_S};; *) echo linked >> {tmp_path / "calls"};; esac',
         'while [ "$1" != -o ]; do shift; done',
-        f"sleep {COMPILE_S}",
+        'cp "$made" "$2"',
     ]
-    script.write_text("\n".join([*lines, f'cp {library} "$2"', ""]))
+    script.write_text("\n".join([*lines, ""]))
     script.chmod(0o755)
     return script
 

@@ -5,13 +5,21 @@
 // depend on other rows. Rows are float, the cache [slots, heads, length, dim] is float or bfloat16.
 // A quantized linear layer takes each row scaled to [-1, 1], and the row's multiplier: the operation before it writes
 // both (`out_scale`).
-// kernels.py compiles this file on the machine where it runs; tests/models/test_kernels.py compares it with torch.
-#include <ATen/ATen.h>
+// kernels.py compiles all .cpp files on the machine where they run; tests/models/test_kernels.py compares it with torch.
 #include <ATen/Parallel.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/softmax.h>
+#include <ATen/ops/tensor.h>
+#include <ATen/ops/topk.h>
+#include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
 #include "attention.h"
 #include "matmul.h"
+#include "vectors.h"
 
 #include <algorithm>
 #include <cmath>
@@ -201,8 +209,12 @@ void attend(const Tensor& qkv, int64_t heads, double scale, double cap, int64_t 
   TORCH_CHECK(positions.numel() == rows);
   float* multiplier = multipliers(out, out_scale, rows);
   const attention::Step step{qkv.const_data_ptr<float>(), slots.const_data_ptr<int64_t>(), positions.const_data_ptr<int64_t>(),
-                             heads, shared, length, window, (float)scale, (float)cap, out.data_ptr<float>()};
-  for_type(keys, [&](auto* tag) { attention::attend<TYPE_OF(tag)>(step, rows, keys, values); });
+                             rows, heads, shared, keys.size(0), length, dim, window, (float)scale, (float)cap,
+                             out.data_ptr<float>()};
+  for_type(keys, [&](auto* tag) {
+    using Kept = TYPE_OF(tag);
+    attention::attend(step, keys.const_data_ptr<Kept>(), values.const_data_ptr<Kept>());
+  });
   for (int64_t row = 0; multiplier && row < rows; row++) {
     float* result = out.data_ptr<float>() + row * width;
     Floats most = {};

@@ -1,4 +1,4 @@
-"""The native operations of kernels.cpp: compiled once per processor, version of torch and source, then loaded."""
+"""The native operations: C++ that is compiled once per processor, version of torch and source, then loaded."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import os
 import platform
 import shutil
 import subprocess
+import tempfile
 import threading
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -18,21 +20,10 @@ from serve_app.engines.native.isa import held_to
 
 logger = logging.getLogger(__name__)
 
-_SOURCE = Path(__file__).with_name("kernels.cpp")
-_HEADERS = [
-    _SOURCE.with_name(name)
-    for name in (
-        "attention.h",
-        "attention_tiles.h",
-        "attention_vectors.h",
-        "vectors.h",
-        "matmul.h",
-        "dots.h",
-        "tiles.h",
-    )
-]
-# No -ffast-math: it makes the whole process flush denormals. ABI notes about vectors do not matter within one file.
-_FLAGS = ("-std=c++20", "-O3", "-fopenmp", "-fPIC", "-shared", "-Wno-psabi")
+_FOLDER = Path(__file__).parent
+_SOURCES = tuple(_FOLDER / name for name in ("kernels.cpp", "matmul.cpp", "attention.cpp"))
+# No -ffast-math: it makes the whole process flush denormals. ABI notes about vectors do not matter within one library.
+_FLAGS = ("-std=c++20", "-O3", "-fopenmp", "-fPIC", "-Wno-psabi")
 _MATH_FLAGS = ("-fno-math-errno", "-fno-trapping-math")
 _BUILD_TIMEOUT_S = 300
 _POLL_S = 0.1
@@ -132,7 +123,7 @@ def key() -> str:
     described = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
     processor = [line for line in described.splitlines() if line.startswith(("model name", "flags", "Features"))]
     parts = [
-        *(path.read_text() for path in (_SOURCE, *_HEADERS)),
+        *(path.read_text() for path in (*_SOURCES, *sorted(_FOLDER.glob("*.h")))),
         torch.__version__,
         *_FLAGS,
         _march(),
@@ -157,11 +148,26 @@ def _compile(target: Path) -> None:
     if compiler is None:
         raise Unavailable("no C++ compiler (install g++, or set CXX)")
     home = Path(torch.__file__).parent
+    includes = [f"-I{home / 'include'}", f"-I{home / 'include/torch/csrc/api/include'}"]
     # The path of torch's own OpenMP: a second OpenMP in the process would have a second thread pool.
     openmp = [str(path) for path in sorted((home / "lib").glob("libgomp*.so*"))[:1]]
-    includes = [f"-I{home / 'include'}", f"-I{home / 'include/torch/csrc/api/include'}"]
     libraries = ["-Wl,--as-needed", *openmp, f"-L{home / 'lib'}", "-ltorch_cpu", "-lc10"]
-    command = [compiler, *_FLAGS, _march(), *_MATH_FLAGS, *includes, str(_SOURCE), "-o", str(target), *libraries]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=_BUILD_TIMEOUT_S, check=False)
-    if done.returncode != 0:
-        raise Unavailable(f"{compiler} failed: {done.stderr[-500:]}")
+    with tempfile.TemporaryDirectory(prefix="serve_app-kernels-") as folder:
+        objects = {str(source): str(Path(folder) / f"{source.stem}.o") for source in _SOURCES}
+        flags = [*_FLAGS, _march(), *_MATH_FLAGS, *includes]
+        _run(*([compiler, *flags, "-c", source, "-o", made] for source, made in objects.items()))
+        _run([compiler, "-shared", "-fopenmp", *objects.values(), "-o", str(target), *libraries])
+
+
+def _run(*commands: list[str]) -> None:
+    """Run commands at the same time. Raises Unavailable, OSError or SubprocessError."""
+    with ExitStack() as ending:
+        running: list[subprocess.Popen[str]] = []
+        for command in commands:
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            running.append(ending.enter_context(process))
+            ending.callback(process.kill)
+        for process in running:
+            _, errors = process.communicate(timeout=_BUILD_TIMEOUT_S)
+            if process.returncode != 0:
+                raise Unavailable(f"{commands[0][0]} failed: {errors[-500:]}")
