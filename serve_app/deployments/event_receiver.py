@@ -22,6 +22,7 @@ from serve_app.errors import NotReady
 log = logging.getLogger(__name__)
 
 _SECRET_BYTES = 32
+_DECODED = 32
 
 
 class ReplyAddress(NamedTuple):
@@ -34,17 +35,20 @@ class ReplyAddress(NamedTuple):
 
 @dataclass(slots=True)
 class Inbox:
-    """The items of one stream that have been received and not yet been read. A closed inbox has no reader."""
+    """The items of one stream that have been received and not yet been read. A closed inbox has no reader.
+
+    Items behind the first `_DECODED` wait as bytes, which take less memory, for a client that does not read.
+    """
 
     arrived: float
-    items: deque[wire.Item] = field(default_factory=deque)
+    items: deque[wire.Item | bytes] = field(default_factory=deque)
     offset_s: float | None = None
     connection: asyncio.Transport | None = None
     closed: bool = False
     lost: bool = False
     _filled: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def put(self, item: wire.Item) -> None:
+    def put(self, item: wire.Item | bytes) -> None:
         self.items.append(item)
         self._filled.set()
 
@@ -58,13 +62,17 @@ class Inbox:
         self.connection = connection
         if self.offset_s is None and packed.elapsed_s is not None:
             self.offset_s = max(0.0, time.monotonic() - self.arrived - packed.elapsed_s)
-        self.put(wire.decode(packed, self.offset_s or 0.0))
+        self.put(self._decoded(packed) if len(self.items) < _DECODED else wire.compact(packed))
 
     async def get(self) -> wire.Item:
         while not self.items:
             self._filled.clear()
             await self._filled.wait()
-        return self.items.popleft()
+        item = self.items.popleft()
+        return self._decoded(wire.expanded(item)) if isinstance(item, bytes) else item
+
+    def _decoded(self, packed: wire.Packed) -> wire.Item:
+        return wire.decode(packed, self.offset_s or 0.0)
 
 
 class EventReceiver:

@@ -44,7 +44,12 @@ def check(settings: Settings) -> None:
 
 
 def log_to_serve() -> None:
-    """Write the log records of serve_app to the log of the Ray Serve replica."""
+    """Write the log records of serve_app to the log of the Ray Serve replica.
+
+    Records that cannot be written, for example to a full disk, are lost. Otherwise `logging` would report them on
+    sys.stderr, which Ray Serve replaces by the same log: each request would end with a RecursionError.
+    """
+    logging.raiseExceptions = False
     ours = logging.getLogger("serve_app")
     ours.handlers, ours.propagate = logging.getLogger("ray.serve").handlers, False
     ours.setLevel(logging.INFO)

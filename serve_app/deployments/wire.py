@@ -56,6 +56,17 @@ def unpack(body: bytes) -> list[Packed]:
         raise ValueError(f"not a frame of chunks: {error}") from None
 
 
+def compact(packed: Packed) -> bytes:
+    """An item as bytes, for `expanded`."""
+    body: bytes = msgpack.packb(list(packed), unicode_errors="surrogatepass")
+    return body
+
+
+def expanded(body: bytes) -> Packed:
+    """The item that `compact` has made."""
+    return Packed(*msgpack.unpackb(body, strict_map_key=False, unicode_errors="surrogatepass"))
+
+
 def decode(packed: Packed, offset_s: float = 0.0) -> Item:
     """The item. `offset_s` is added to its times, which are relative to the arrival of the request."""
     if not packed.is_chunk:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+import tracemalloc
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field, replace
 
@@ -70,6 +71,25 @@ async def test_items_reach_the_inbox_of_their_stream_in_order(receiver: EventRec
     refused = await receive(second)
     assert isinstance(refused, QueueFull)
     assert refused.retry_after_s == 2
+
+
+async def test_items_that_are_not_read_wait_in_order_and_in_little_memory(
+    receiver: EventReceiver, sender: EventSender
+) -> None:
+    """What a client does not read takes about 100 bytes per token."""
+    number, inbox = receiver.open(time.monotonic())
+    connection = await sender.connection(receiver.address)
+    connection.put(number, chunk("begin"))
+    await receive(inbox)
+    tracemalloc.start()
+    for count in range(5_000):
+        connection.put(number, chunk(f"{count} "))
+    while len(inbox.items) < 5_000:  # noqa: ASYNC110 (nothing else says so)
+        await asyncio.sleep(0.01)
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held / 5_000 < 200
+    assert texts([await receive(inbox) for _ in range(5_000)]) == [f"{count} " for count in range(5_000)]
 
 
 async def test_a_replica_has_one_connection_to_an_ingress(receiver: EventReceiver, sender: EventSender) -> None:

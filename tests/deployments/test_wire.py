@@ -68,7 +68,9 @@ def transmit(items: list[tuple[int, wire.Item]]) -> list[wire.Packed]:
 @pytest.mark.slow
 @given(st.lists(st.tuples(ids, chunks), max_size=4))
 def test_chunks_arrive_as_they_were_sent(items: list[tuple[int, wire.Item]]) -> None:
-    assert [(one.stream, wire.decode(one)) for one in transmit(items)] == items
+    arrived = transmit(items)
+    assert [(one.stream, wire.decode(one)) for one in arrived] == items
+    assert [wire.expanded(wire.compact(one)) for one in arrived] == arrived
 
 
 @given(chunks, st.floats(0, 10))
