@@ -41,6 +41,8 @@ _RUNNING, _LONG_PROMPT = 8, 512
 # Two prompts share their first _PREFIX tokens and differ in the last _TAIL.
 _PREFIX, _TAIL = 1000, 10
 _TIMEOUT_S = 600.0
+# Token ids that every vocabulary has.
+_TOKENS = 256
 # The seed of the round before the measurements, whose prompts are no others': they would be in the prefix cache.
 _WARM_UP = -1
 # The grammar that `response_format` makes of a schema whose answers are longer than any output of this benchmark.
@@ -297,7 +299,7 @@ def _p99(values: list[float]) -> float:
 
 
 def _prompt(rng: random.Random, tokens: int) -> tuple[int, ...]:
-    return tuple(rng.randrange(1000) for _ in range(tokens))
+    return tuple(rng.randrange(_TOKENS) for _ in range(tokens))
 
 
 def _admit(
