@@ -166,7 +166,8 @@ async def test_a_guard_stops_a_variant_that_fails_in_all_ingresses(cluster: Clus
     began = time.monotonic()
     statuses: list[tuple[str, int]] = []
     while set((await samples(client, "experiment_stopped")).values()) != {1}:
-        answers = await asyncio.gather(*(complete(client, f"user-{user}", "bad") for user in range(16)))
+        # A guard for errors needs the requests of about 10 units of the variant, which has half of these.
+        answers = await asyncio.gather(*(complete(client, f"user-{user}", "bad") for user in range(40)))
         statuses += [(answer.headers["x-variant"], answer.status_code) for answer in answers]
         assert time.monotonic() - began < 60, statuses
     assert {status for variant, status in statuses if variant == "control"} == {200}
