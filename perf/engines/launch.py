@@ -82,8 +82,7 @@ class ModelFiles:
 
 def model_files(settings: EngineSettings) -> ModelFiles:
     """The model's files, which all servers load. Raises LaunchError."""
-    usual = {LLAMA: ("{gguf}",)}
-    commands = [settings.commands.get(server, usual.get(server, ("{model}",))) for server in settings.servers]
+    commands = [_template(server, settings) or ("{model}",) for server in settings.servers]
     words = " ".join(word for command in commands for word in command)
     return ModelFiles(
         folder=_found(settings.model) if "{model}" in words else None,
@@ -102,11 +101,9 @@ def _found(source: str, *options: str) -> str:
 
 def launch(server: str, settings: EngineSettings, model: ModelFiles, port: int, folder: Path) -> Launch:
     """`folder` is an empty one for the files of this start."""
-    values = {"{port}": str(port), "{model}": model.folder or "", "{gguf}": model.gguf or ""}
-    if server in settings.commands:
-        return Launch(server, port, tuple(_filled(word, values) for word in settings.commands[server]), {})
-    if server == LLAMA:
-        return Launch(server, port, tuple(_filled(word, values) for word in _llama_command(settings)), {})
+    if template := _template(server, settings):
+        values = {"{port}": str(port), "{model}": model.folder or "", "{gguf}": model.gguf or ""}
+        return Launch(server, port, tuple(_filled(word, values) for word in template), {})
     assert model.folder is not None, "model_files finds it for these servers"
     if server == VLLM:
         return Launch(server, port, _vllm_command(settings, model.folder, port), _vllm_environment(settings))
@@ -162,6 +159,11 @@ def service_config(server: str, settings: EngineSettings, model: str) -> dict[st
         "http_options": {"host": "127.0.0.1"},
         "applications": [{**application, "args": {"models": [entry]}}],
     }
+
+
+def _template(server: str, settings: EngineSettings) -> tuple[str, ...] | None:
+    """The command of a server with its placeholders; None if `launch` makes the command."""
+    return settings.commands.get(server) or (_llama_command(settings) if server == LLAMA else None)
 
 
 def _llama_command(settings: EngineSettings) -> tuple[str, ...]:
